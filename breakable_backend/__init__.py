@@ -1,0 +1,35 @@
+"""Breakable CUDA graphs for ``torch.compile``: ``torch.compile(model, backend="breakable_cg")``.
+
+Ops that must run eagerly break a model into segments; the segments are captured as CUDA graphs, and a call is one
+straight line of launches and eager calls.
+"""
+
+from breakable_backend.backend import breakable_cg as breakable_cg
+from breakable_backend.backend import reset as reset
+from breakable_backend.errors import BreakableError as BreakableError
+from breakable_backend.errors import CaptureError as CaptureError
+from breakable_backend.errors import EagerOutputError as EagerOutputError
+from breakable_backend.errors import OptionsError as OptionsError
+from breakable_backend.errors import PartitionError as PartitionError
+from breakable_backend.errors import ReplayError as ReplayError
+from breakable_backend.marking import eager_region as eager_region
+from breakable_backend.marking import mark_eager as mark_eager
+from breakable_backend.marking import unmark_eager as unmark_eager
+from breakable_backend.report import Report as Report
+from breakable_backend.report import explain as explain
+
+__all__ = [
+    "BreakableError",
+    "CaptureError",
+    "EagerOutputError",
+    "OptionsError",
+    "PartitionError",
+    "ReplayError",
+    "Report",
+    "breakable_cg",
+    "eager_region",
+    "explain",
+    "mark_eager",
+    "reset",
+    "unmark_eager",
+]

@@ -1,0 +1,294 @@
+"""Every private torch name that this package uses, wrapped; nothing else in the package touches one.
+
+Checked on torch 2.11.0 (CUDA 13.0) and 2.13.0 (CPU), unless a line says otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import fx
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.utils import counters as _dynamo_counters
+from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
+from torch._library.custom_ops import OPDEFS
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx.node import _side_effectful_functions
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+
+Op = OpOverload | HigherOrderOperator
+"""What a node of a lowered graph can call, other than plain Python operators."""
+
+__all__ = [
+    "CompileTimeError",
+    "HigherOrderOperator",
+    "Op",
+    "OpOverload",
+    "OpOverloadPacket",
+    "StorageWeakRef",
+]
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class CompileTimeError(ShortenTraceback):
+    """An exception that Dynamo hands to the caller unchanged.
+
+    Whatever else a backend raises while compiling reaches the user as ``BackendCompilerFailed``. Dynamo lets a
+    ``ShortenTraceback`` through; without a first useful frame it leaves the traceback alone.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, first_useful_frame=None)
+
+
+# --- Dynamo and AOTAutograd -------------------------------------------------------------------------------------------
+
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+
+def trace_inference(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_inference: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    compile_training: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    keep_alive: Iterable[Any],
+) -> Callable[..., Any]:
+    """AOTAutograd without functionalization: mutation stays in program order, and nothing is cloned.
+
+    ``keep_alive`` are ops whose calls must survive AOT's dead code elimination even when their results are unused.
+    Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect.
+    """
+    with _side_effects(keep_alive), torch._inductor.config.patch(fallback_random=True):
+        return aot_module_simplified(  # type: ignore[no-any-return]
+            gm,
+            example_inputs,
+            compile_training,
+            inference_compiler=compile_inference,
+            keep_inference_input_mutations=True,
+            disable_functionalization=True,
+        )
+
+
+@contextmanager
+def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
+    added = {op for op in ops if op not in _side_effectful_functions}
+    _side_effectful_functions.update(added)
+    try:
+        yield
+    finally:
+        _side_effectful_functions.difference_update(added)
+
+
+def static_input_indices() -> frozenset[int]:
+    """Which inputs of the graph that AOT is compiling right now keep their address: parameters, buffers, marked tensors.
+
+    Stock ``backend="cudagraphs"`` derives the list from a formula that gives nothing once modules are inlined; this is
+    the list that Inductor uses.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return frozenset()
+    return frozenset(context.fw_metadata.static_input_indices or ())
+
+
+def dynamo_counters(name: str) -> dict[str, int]:
+    """A copy of one of Dynamo's process-wide tables of counts, such as ``"graph_break"``."""
+    return dict(_dynamo_counters[name])
+
+
+def compiled_graphs(compiled: Any) -> list[Any]:
+    """What backends returned for the graphs behind ``compiled``, resume functions after graph breaks included.
+
+    Dynamo keeps the results as globals named ``__compiled_fn_…`` of the module whose code it compiled, and names them in
+    the code that it made.
+    """
+    found: list[Any] = []
+    for _, entries, scope in _compiled_code(compiled):
+        for name in (name for entry in entries for name in entry.code.co_names if name.startswith("__compiled_fn")):
+            found.extend(graph for graph in _unwrapped(scope.get(name)) if all(graph is not known for known in found))
+    return found
+
+
+def at_recompile_limit(compiled: Any) -> list[str]:
+    """The functions behind ``compiled`` that Dynamo will not compile again, as ``name (file:line)``."""
+    limit = torch._dynamo.config.recompile_limit
+    return [
+        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+        for code, entries, _ in _compiled_code(compiled)
+        if len(entries) >= limit
+    ]
+
+
+def _compiled_code(compiled: Any) -> Iterator[tuple[Any, list[Any], dict[str, Any]]]:
+    """Each code object behind ``compiled``, with Dynamo's cache entries for it and its globals."""
+    function = getattr(compiled, "_orig_mod", compiled)
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
+    function = getattr(function, "_torchdynamo_orig_callable", function)
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    pending = [(function.__code__, function.__globals__)]
+    if getattr(function, "__module__", "").startswith("torch.nn"):
+        # Dynamo skips torch's own files, and compiles such a module through a wrapper of its own.
+        wrapper = torch._dynamo.external_utils.wrap_inline(function)
+        pending.append((wrapper.__code__, wrapper.__globals__))
+    seen = set()
+    while pending:
+        code, scope = pending.pop()
+        if code in seen:
+            continue
+        seen.add(code)
+        entries = _debug_get_cache_entry_list(code)
+        yield code, entries, scope
+        for name in (name for entry in entries for name in entry.code.co_names if name.startswith("__resume_at")):
+            pending.append((scope[name].__code__, scope[name].__globals__))
+
+
+def _unwrapped(function: Any) -> Iterator[Any]:
+    """``function`` and what the wrappers around it wrap."""
+    while function is not None:
+        yield function
+        function = getattr(function, "_torchdynamo_orig_callable", None) or getattr(function, "__wrapped__", None)
+
+
+# --- symbols ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
+    """The plain number that a backed ``SymInt``, ``SymFloat`` or ``SymBool`` has under ``symbols``; others unchanged."""
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value
+    result = sympy.sympify(value.node.expr).xreplace({s: sympy.Integer(v) for s, v in symbols.items()})
+    if isinstance(value, torch.SymInt):
+        return int(result)
+    return float(result) if isinstance(value, torch.SymFloat) else bool(result)
+
+
+def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
+    """The symbol that ``value`` consists of, if it is nothing else."""
+    expr = value.node.expr
+    return expr if isinstance(expr, sympy.Symbol) else None
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage, also for fake tensors; valid while the tensor lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def non_owning(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor at the same address, of the same geometry, that does not keep the memory alive."""
+    storage = tensor.untyped_storage()
+    alias = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        result = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            alias, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        if tensor.is_conj():
+            result = result.conj()
+        if tensor.is_neg():
+            result = torch._neg_view(result)
+    return result
+
+
+def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """One launch for many copies of one dtype and device."""
+    torch._foreach_copy_(targets, sources)
+
+
+@contextmanager
+def without_alias_check() -> Iterator[None]:
+    """Step out of the dispatch mode under which AOT makes its first call, to check custom ops for undeclared aliases.
+
+    Under a dispatch mode an op does not see the caller's autocast, so that call would not be like eager.
+    """
+    stack = _get_current_dispatch_mode_stack()
+    if stack and isinstance(stack[-1], _AnalyzeCustomOpInputOutputMode):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
+
+
+def dispatch_mode_active() -> bool:
+    """Whether the caller runs under a ``TorchDispatchMode``, which must see every op."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def overloads(target: Any) -> list[OpOverload]:
+    """The overloads behind an op as it stands in a graph: an overload, or a packet of them."""
+    if isinstance(target, OpOverload):
+        return [target]
+    if isinstance(target, OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return []
+
+
+def op_names() -> list[str]:
+    """The qualified names, with overloads, of all registered ops."""
+    return [str(name) for name in torch._C._dispatch_get_all_op_names()]
+
+
+def find_overloads(name: str) -> list[OpOverload]:
+    """The overloads named ``ns::op`` (all of them) or ``ns::op.overload`` (one); empty if there is no such op."""
+    namespace, _, rest = name.partition("::")
+    packet_name, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), packet_name, None) if namespace and packet_name else None
+    if packet is None:
+        return []
+    if not overload:
+        return overloads(packet)
+    found = getattr(packet, overload, None) if overload in packet.overloads() else None
+    return [found] if found is not None else []
+
+
+def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any] | None:
+    """The Python function behind a ``torch.library.custom_op`` on ``device_type``.
+
+    Calling it skips the dispatcher, 11 of 27 us a call (H200, torch 2.11). None where there is no such function, or
+    where it is not the same thing. Ops made with ``Library.impl`` keep their function inside the dispatcher.
+    """
+    definition = OPDEFS.get(op._schema.name)
+    if definition is None or op is not definition._opoverload:
+        return None
+    kernels = definition._backend_fns
+    kernel = kernels.get(device_type, kernels.get(None))
+    if kernel is None or definition._disabled_kernel:
+        return None
+    function = inspect.getclosurevars(inspect.unwrap(kernel)).nonlocals.get("fn")
+    return function if callable(function) else None
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+# A CPU build lacks these names; the CUDA driver is the only one to call them.
+current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
+clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+
+
+def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> None:
+    """End the routing of allocations into ``pool`` that a failed ``capture_end`` leaves behind."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError as error:
+        if "not currently recording" not in str(error):
+            raise

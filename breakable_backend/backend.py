@@ -1,0 +1,162 @@
+"""The backend: ``torch.compile(model, backend="breakable_cg")``, the whole story on one screen.
+
+A Dynamo graph is lowered to ATen, cut into segments, and handed to an executor, which records and replays it.
+Reading order from here: ``lowering``, ``partition``, ``program``, ``recording``, ``replay``, ``executor``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.drivers.cuda import CudaDriver, require_cuda
+from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.executor import Executor, scope_for
+from breakable_backend.lowering import Lowered, NeedsGradients, lower
+from breakable_backend.marking import EagerOps, Scope, tensors_of
+from breakable_backend.options import Options
+from breakable_backend.program import source_line
+
+
+class Backend:
+    """What ``torch.compile`` calls, once for each graph that Dynamo makes.
+
+    Owns one driver, and with it one memory pool, for each device; knows its executors weakly.
+    """
+
+    __name__ = "breakable_cg"
+
+    def __init__(self) -> None:
+        self.executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self.training: dict[str, str] = {}
+        """Graphs that run eagerly because they need gradients: name, and the user's line that returns from it."""
+        self._drivers: dict[tuple[str, torch.device], CaptureDriver] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph.
+
+        >>> compiled = torch.compile(lambda x: (x.sin() + 1).cos(), backend="breakable_cg", options={"driver": "tape"})
+        >>> compiled(torch.zeros(2))
+        tensor([0.5403, 0.5403])
+
+        Raises:
+            OptionsError: an unknown option or mode, or a driver that this machine lacks.
+            PartitionError: with ``auto_break=False``, a node that cannot be captured.
+        """
+        started = time.perf_counter()
+        chosen = Options.parse({**(options or {}), **({"mode": mode} if mode not in (None, "default") else {})})
+        eager_ops = EagerOps.resolve(chosen.eager_ops)
+        name = f"graph {next(self._numbers)}"
+
+        def compile_lowered(lowered: Lowered) -> Executor:
+            driver = self._driver(chosen.driver, lowered)
+            scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
+            executor = Executor(lowered, scope, chosen, driver, name)
+            executor.statistics.lowering_seconds = time.perf_counter() - started
+            self.executors.add(executor)
+            return executor
+
+        try:
+            return lower(gm, example_inputs, compile_lowered, eager_ops)
+        except NeedsGradients:
+            source = next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")
+            self.training[name] = source
+            self._say(
+                "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
+                "For inference call the compiled function under torch.no_grad() or torch.inference_mode()."
+            )
+
+            def eager(*args: Any) -> Any:
+                return gm.forward(*args)
+
+            eager.training = (name, source)  # type: ignore[attr-defined]
+            return eager
+
+    def reset(self) -> None:
+        """Free all graphs, buffers and pools at once. ``torch._dynamo.reset()`` calls this."""
+        for executor in list(self.executors):
+            executor.reset()
+        self.training.clear()
+
+    def _driver(self, choice: str, lowered: Lowered) -> CaptureDriver:
+        device = _capture_device(lowered)
+        if choice == "cuda" or (choice == "auto" and device.type == "cuda"):
+            require_cuda()
+            choice, device = "cuda", device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+        elif choice == "auto":
+            self._say(
+                f"breakable_cg found no CUDA tensor in the graph and uses the tape driver on {device}, which shows what "
+                "would be captured, not how fast. Say options={'driver': 'tape'} to choose that."
+            )
+            choice = "tape"
+        with self._lock:
+            key = (choice, device)
+            if key not in self._drivers:
+                self._drivers[key] = CudaDriver(device) if choice == "cuda" else TapeDriver(device)
+            return self._drivers[key]
+
+    def _say(self, text: str) -> None:
+        """Warn once in the life of this backend."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=3)
+
+
+def _capture_device(lowered: Lowered) -> torch.device:
+    """The first CUDA device in the graph; else the device of its first tensor; else the CPU."""
+    tensors = [tensor for node in lowered.module.graph.nodes for tensor in tensors_of(node.meta.get("val"))]
+    cuda = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
+    return cuda or (tensors[0].device if tensors else torch.device("cpu"))
+
+
+breakable_cg = Backend()
+"""The backend that ``backend="breakable_cg"`` names (entry point group ``torch_dynamo_backends``)."""
+
+
+def reset(compiled: Any = None) -> None:
+    """Free the graphs, buffers and pool memory of ``compiled``, or of everything.
+
+    The function stays compiled: its next call is the first of its key again, and runs plainly.
+
+    Args:
+        compiled: what ``torch.compile`` returned; None for all functions of this backend.
+    """
+    if compiled is None:
+        breakable_cg.reset()
+    for executor in executors_of(compiled) if compiled is not None else ():
+        executor.reset()
+
+
+def training_graphs_of(compiled: Any) -> list[tuple[str, str]]:
+    """The graphs behind ``compiled`` that run eagerly because they need gradients: name and source line."""
+    return [graph.training for graph in _torch.compiled_graphs(compiled) if hasattr(graph, "training")]
+
+
+def executors_of(compiled: Any) -> list[Executor]:
+    """The executors behind a compiled function or module: one for each graph that Dynamo made of it so far.
+
+    Found through the code that Dynamo compiled, so functions that Dynamo made for the code after a graph break count,
+    and so do graphs of other instances that share the code.
+    """
+    found = (getattr(graph, "executor", None) for graph in _torch.compiled_graphs(compiled))
+    return list(dict.fromkeys(executor for executor in found if isinstance(executor, Executor)))

@@ -1,0 +1,133 @@
+"""Storage that keeps its address, and copies into and out of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from breakable_backend import _torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor must look like to take the place of a recorded one."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, symbols: Mapping[sympy.Symbol, int] | None = None) -> TensorSpec:
+        """The spec of a real tensor, or of a fake one whose symbols have the given values."""
+        known = symbols or {}
+        return cls(
+            tuple(_torch.evaluate(size, known) for size in tensor.shape),
+            tuple(_torch.evaluate(stride, known) for stride in tensor.stride()),
+            tensor.dtype,
+            tensor.device,
+        )
+
+    def accepts(self, value: Any) -> bool:
+        """Whether ``value`` is such a tensor. The stride of a dimension with at most one element says nothing."""
+        if not isinstance(value, torch.Tensor) or value.dtype is not self.dtype or value.device != self.device:
+            return False
+        if tuple(value.shape) != self.shape or 0 in self.shape:
+            return tuple(value.shape) == self.shape
+        return all(mine == theirs or size == 1 for size, mine, theirs in zip(self.shape, self.stride, value.stride(), strict=True))
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}{list(self.shape)} with stride {list(self.stride)} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """Storage of our own through which a value enters captured segments from outside.
+
+    It has the shape and stride of the value that it was made for, and its own address, which does not move until the
+    recording that owns it goes.
+    """
+
+    tensor: torch.Tensor
+    flat: torch.Tensor | None
+    """The whole extent as one dimension, where elements of ``tensor`` share memory (an expanded value)."""
+
+    @classmethod
+    def like(cls, value: torch.Tensor, device: torch.device) -> Bridge:
+        """An empty bridge for ``value``."""
+        if not overlaps(value):
+            return cls(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device), None)
+        flat = torch.empty(extent(value), dtype=value.dtype, device=device)
+        return cls(flat.as_strided(value.shape, value.stride()), flat)
+
+    def load(self, source: torch.Tensor) -> int:
+        """Copy ``source`` in, unless it is at the bridge's address already; returns the number of copies, 0 or 1."""
+        if source.data_ptr() == self.tensor.data_ptr():
+            return 0
+        if self.flat is None:
+            self.tensor.copy_(source)
+        else:
+            self.flat.copy_(flattened(source))
+        return 1
+
+    def store(self, target: torch.Tensor) -> int:
+        """Copy the bridge out to ``target``, the tensor that it was loaded from."""
+        if self.flat is None:
+            target.copy_(self.tensor)
+        else:
+            flattened(target).copy_(self.flat)
+        return 1
+
+
+def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
+    """Load several bridges, with one launch for each dtype and pair of devices; returns how many copies were needed."""
+    groups: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+    for bridge, source in zip(bridges, sources, strict=True):
+        if source.data_ptr() != bridge.tensor.data_ptr():
+            targets, values = groups[source.dtype, source.device]
+            targets.append(bridge.tensor if bridge.flat is None else bridge.flat)
+            values.append(source if bridge.flat is None else flattened(source))
+    for targets, values in groups.values():
+        _torch.foreach_copy(targets, values)
+    return sum(len(targets) for targets, _ in groups.values())
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: some dimension is too short a step for those inside it."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < reach:
+            return tensor.numel() > 0
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """How many elements lie between a tensor's first and last element, both included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def flattened(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory that a tensor spans, as one dimension."""
+    return tensor.as_strided((extent(tensor),), (1,), tensor.storage_offset())
+
+
+def clone_exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on a storage of its own, with the same strides; ``clone`` keeps them only where memory has no gaps."""
+    if overlaps(tensor):
+        return flattened(tensor).clone().as_strided(tensor.shape, tensor.stride())
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)

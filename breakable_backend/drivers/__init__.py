@@ -1,0 +1,75 @@
+"""The seam between a recording and the machine that captures: two protocols, and no code.
+
+``cuda`` captures CUDA graphs. ``tape`` gives the same semantics on any device, by running and undoing ATen ops:
+it shows what a capture would do, not how fast. One suite (``tests/test_driver_contract.py``) holds both to this text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class CapturedGraph(Protocol):
+    """One captured segment: launches what ran under the capture, on the addresses that it had then.
+
+    It owns the memory that was allocated under the capture, and nothing else: tensors that came from outside are read
+    and written at their address, and it is the caller who keeps them alive.
+    """
+
+    draws_random: bool
+    """Whether a replay advances the device's default generator."""
+
+    num_kernels: int
+    """How many launches a replay makes; -1 where the driver cannot tell."""
+
+    def replay(self, stream: int) -> None:
+        """Launch on ``stream``, which must be the current one (a raw handle from :meth:`CaptureDriver.begin`)."""
+
+
+class CaptureDriver(Protocol):
+    """Captures and replays on one device, in one memory pool."""
+
+    name: str
+    device: torch.device
+    lock: threading.RLock
+    """Held around every call that uses the pool."""
+
+    def begin(self) -> int:
+        """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
+
+    def end(self, stream: int) -> None:
+        """Mark on ``stream`` where this call's use of the pool ends. Called also when the call raised."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Held around one recording, all its segments and the eager steps between them."""
+
+    def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
+        """Run ``body`` under a capture; returns the graph and what ``body`` returned.
+
+        No device effect of ``body`` has happened when this returns: written storages and the random state are as
+        before, and tensors made inside hold no values until :meth:`CapturedGraph.replay`. Host effects have.
+
+        Raises:
+            CaptureError: ``body`` did what no capture can hold, or raised; ``__cause__`` is what came out of it. The
+                process is repaired: no capture is active, the random state is as before, no storage was written, and
+                the next capture works.
+        """
+
+    def is_capturing(self) -> bool:
+        """Whether a capture that is not ours is active on the current stream."""
+
+    def release(self, graphs: list[CapturedGraph]) -> None:
+        """Give back the memory of ``graphs``, which are not replayed again. The pool goes with its last graph."""
+
+    def pool_bytes(self) -> int:
+        """Bytes of device memory that the pool holds reserved."""
+
+    def live_blocks(self) -> int:
+        """Allocated blocks in the pool: 0 after everything was released."""

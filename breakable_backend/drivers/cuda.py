@@ -1,0 +1,274 @@
+"""Real CUDA graphs: one capture stream and one memory pool for a device, and repair after a capture that fails.
+
+Captures are begun and ended directly. ``torch.cuda.graph`` would synchronize, collect garbage and empty the caching
+allocator each time, which with many segments costs seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend.errors import CaptureError, OptionsError, ReplayError
+
+try:
+    from cuda.bindings import runtime as cudart
+except ImportError:  # pragma: no cover - a machine without CUDA
+    cudart = None
+
+T = TypeVar("T")
+
+
+def require_cuda() -> None:
+    """Raise unless this machine can capture CUDA graphs.
+
+    Raises:
+        OptionsError: no GPU, a ROCm build of torch, or no cuda-python.
+    """
+    if torch.version.hip is not None:
+        raise OptionsError(
+            "breakable_cg does not support ROCm builds of torch", fix="use driver='tape', or backend='inductor'"
+        )
+    if not torch.cuda.is_available():
+        raise OptionsError("driver='cuda' needs a CUDA GPU, and torch sees none", fix="use driver='tape' or 'auto'")
+    if cudart is None:
+        raise OptionsError("driver='cuda' needs cuda-python, which cannot be imported", fix="pip install cuda-python")
+
+
+class CudaGraph:
+    """A captured segment, instantiated."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = graph
+        self.draws_random = False
+        self.num_kernels = -1
+        self._executable: Any = None
+
+    def settle(self, draws_random: bool) -> None:
+        """Choose how replays launch, once it is known whether they draw random numbers.
+
+        Launching directly takes 1.9 us of host time where ``CUDAGraph.replay`` takes 4.7 (H200, torch 2.11). A graph
+        that draws must go through torch, which sets its seed and offset first.
+        """
+        assert self._graph is not None
+        self.draws_random = draws_random
+        if not draws_random:
+            self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
+
+    def replay(self, stream: int) -> None:
+        """Launch on ``stream``, the current one."""
+        if self._executable is None:
+            assert self._graph is not None, "replayed after its release"
+            self._graph.replay()
+            return
+        (status,) = cudart.cudaGraphLaunch(self._executable, stream)
+        if status:
+            raise ReplayError(f"cudaGraphLaunch failed: {cudart.cudaGetErrorString(status)[1].decode()}")
+
+    def release(self) -> None:
+        """Destroy the executable. The pool gets the memory back."""
+        if self._graph is not None:
+            self._executable = None
+            self._graph.reset()
+            self._graph = None
+
+
+class _FirstReplay(CudaGraph):
+    """A graph whose first replay, while recording, tells whether it draws random numbers: the generator moves."""
+
+    def replay(self, stream: int) -> None:
+        if self._executable is None and self._graph is not None and not hasattr(self, "_settled"):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            before = generator.get_offset()
+            self._graph.replay()
+            self._settled = True
+            self.settle(generator.get_offset() != before)
+            return
+        super().replay(stream)
+
+
+class CudaDriver:
+    """Captures CUDA graphs on one device. See :class:`breakable_backend.drivers.CaptureDriver`."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.lock = threading.RLock()
+        self._index: int = self.device.index
+        self._stream = torch.cuda.Stream(self.device)
+        """Where captures happen. One only: the allocator never gives a block of one stream to another."""
+        self._pool: tuple[int, int] | None = None
+        self._keeper: torch.cuda.CUDAGraph | None = None
+        """A graph that keeps the pool alive between recordings: a pool dies with its last graph, and its handle is
+        then an internal assertion away."""
+        self._live: set[CudaGraph] = set()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        """Graphs whose capture failed. Their destructor may abort the process, so they stay."""
+        self._done = torch.cuda.Event()
+        self._last_stream: int | None = None
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._to_release: list[CudaGraph] = []
+        self._capturing = False
+
+    # ordering
+
+    def begin(self) -> int:
+        """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
+        stream = _torch.current_raw_stream(self._index)
+        if stream not in self._streams:
+            self._streams[stream] = torch.cuda.current_stream(self.device)
+        if stream != self._last_stream and self._last_stream is not None:
+            self._streams[stream].wait_event(self._done)
+        return stream
+
+    def end(self, stream: int) -> None:
+        """Mark on ``stream`` where this call's use of the pool ends."""
+        self._done.record(self._streams[stream])
+        self._last_stream = stream
+        if self._to_release:
+            waiting, self._to_release = self._to_release, []
+            self._give_back(waiting)
+
+    def is_capturing(self) -> bool:
+        """Whether a capture that is not ours is active on the current stream."""
+        return torch.cuda.is_current_stream_capturing()
+
+    # capture
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Hold off Python's gc, which may free CUDA memory in mid-capture, and keep cuBLAS's workspaces in the pool.
+
+        cuBLAS takes a workspace for each pair of handle and stream when it is first used. Handles must exist before a
+        capture. A workspace must be allocated inside it: one from outside the pool could be freed under our graphs by
+        anybody who clears workspaces, as torch's own CUDA graph trees do. It goes back to the pool at the end, where
+        later graphs may have it: replays in one pool are ordered.
+        """
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+                torch.cuda.current_blas_handle()
+            if self._pool is None:
+                self._open_pool()
+            _torch.clear_cublas_workspaces()
+            yield
+        finally:
+            _torch.clear_cublas_workspaces()
+            if collecting:
+                gc.enable()
+
+    def capture(self, body: Callable[[], T]) -> tuple[CudaGraph, T]:
+        """Run ``body`` under a capture on the driver's own stream."""
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
+        assert self._pool is not None, "capture outside recording()"
+        generators = [(g, g.clone_state()) for g in (torch.cuda.default_generators[self._index],)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                # thread_local: other threads may allocate, query events and pin memory meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = body()
+                except BaseException as error:
+                    self._end_failed(graph, generators)
+                    if isinstance(error, Exception):
+                        raise CaptureError(_first_line(error)) from error
+                    raise
+                try:
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                        graph.capture_end()
+                except Exception as error:
+                    self._repair(graph, generators)
+                    raise CaptureError(_first_line(error)) from error
+        captured = _FirstReplay(graph)
+        self._live.add(captured)
+        return captured, result
+
+    def _end_failed(self, graph: torch.cuda.CUDAGraph, generators: list[tuple[torch.Generator, torch.Generator]]) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                graph.capture_end()
+        except Exception:  # noqa: BLE001, S110 - what made the capture invalid is on its way to the caller already
+            pass
+        self._repair(graph, generators)
+
+    def _repair(self, graph: torch.cuda.CUDAGraph, generators: list[tuple[torch.Generator, torch.Generator]]) -> None:
+        """Make the process as it was. torch 2.11 leaves the pool recording, and generators in capture mode."""
+        assert self._pool is not None
+        _torch.stop_allocating_to_pool(self._index, self._pool)
+        for generator, state in generators:
+            generator.graphsafe_set_state(state)
+        self._failed.append(graph)
+        self._open_pool()
+
+    def _open_pool(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            byte = torch.zeros(1, device=self.device)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                byte.zero_()
+                self._keeper.capture_end()
+
+    # release
+
+    def release(self, graphs: list[CudaGraph]) -> None:
+        """Give back ``graphs``; at once, or at the end of the call that another thread is in."""
+        if not self.lock.acquire(blocking=False):
+            self._to_release.extend(graphs)
+            return
+        try:
+            self._give_back(graphs)
+        finally:
+            self.lock.release()
+
+    def _give_back(self, graphs: list[CudaGraph]) -> None:
+        if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
+            # Bridges go back to the allocator with the graphs, and a replay on another stream may still read them.
+            self._done.synchronize()
+        for graph in graphs:
+            graph.release()
+            self._live.discard(graph)
+        if not self._live:
+            self._close_pool()
+
+    def _close_pool(self) -> None:
+        if self._keeper is not None:
+            self._keeper.reset()
+        self._keeper = self._pool = None
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.empty_cache()
+
+    def pool_bytes(self) -> int:
+        """Bytes of device memory that the pool holds reserved."""
+        return sum(segment["total_size"] for segment in self._segments())
+
+    def live_blocks(self) -> int:
+        """Allocated blocks in the pool."""
+        return sum(
+            block["state"] == "active_allocated" for segment in self._segments() for block in segment["blocks"]
+        )
+
+    def _segments(self) -> list[dict[str, Any]]:
+        if self._pool is None:
+            return []
+        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

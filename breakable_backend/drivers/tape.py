@@ -1,0 +1,487 @@
+"""What a capture would do, on any device: run the ATen ops, tape them, undo them; a replay re-issues the tape.
+
+A real capture runs no kernel: it notes launches and addresses. The tape driver has to run the ops, since the code that
+it captures is Python that may look at shapes, and so it takes everything back afterwards: storages that were written,
+the random state, and the values of what was made inside, which turn into poison. A stale address, a missing replay or
+a host read therefore fails here as it does on a GPU. Streams, pool reuse and kernels that allocate are what it lacks.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from breakable_backend import _torch
+from breakable_backend.drivers import CapturedGraph
+from breakable_backend.errors import CaptureError, ReplayError
+
+# --- private torch names: to be moved to _torch.py ---------------------------------------------------------------------
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+
+
+def written_values(op: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What is passed for the arguments that ``op`` declares to write, in the order of its schema."""
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def kernel_made_of_ops(op: _torch.OpOverload, device_type: str) -> Callable[..., Any] | None:
+    """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
+
+    Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
+    Composites are taken apart above the modes, except under inference mode.
+    """
+    name, key = op.name(), device_type.upper()
+    for kind in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind):
+            python = f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
+            if kind == "CompositeImplicitAutograd" or (python and op.namespace != "aten"):
+                return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
+            return None
+    return None
+
+
+def _run_kernel(op: _torch.OpOverload, keys: Any, /, *args: Any, **kwargs: Any) -> Any:
+    # The dispatcher excludes ADInplaceOrView around a mode and eager does not around a kernel: without it a view of a
+    # parameter requires no grad, and matmul takes another path.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # type: ignore[attr-defined]
+        return op.redispatch(keys, *args, **kwargs)
+
+
+def dense_kernel(op: _torch.HigherOrderOperator) -> Callable[..., Any]:
+    """The Python function that runs a higher-order op on plain tensors."""
+    return op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
+
+
+def same_generator(a: torch.Generator, b: torch.Generator) -> bool:
+    """Whether two objects are one generator: the dispatcher hands out a new Python object each time."""
+    return bool(a._cdata == b._cdata)  # type: ignore[attr-defined]
+
+
+def live_storage(ref: _torch.StorageWeakRef) -> torch.UntypedStorage | None:
+    """The storage behind a weak reference, None once it was freed."""
+    return torch.UntypedStorage._new_with_weak_ptr(ref.cdata)  # type: ignore[no-any-return]
+
+
+# --- end ---------------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+aten = torch.ops.aten
+
+HOST_READ = "reads values on the host"
+DATA_SHAPE = "makes a shape that depends on values"
+SYNC = "waits for the device"
+FIX = "let it run eagerly: eager_on_graph, eager_region, mark_eager or options={'eager_ops': [...]}"
+
+REFUSED = {
+    aten._local_scalar_dense: HOST_READ,
+    aten.equal: HOST_READ,
+    aten.allclose: HOST_READ,
+    aten._linalg_check_errors: SYNC,
+    aten._linalg_eigh: SYNC,
+    aten.linalg_eig: SYNC,
+    aten._linalg_eigvals: SYNC,
+    aten._linalg_svd: SYNC,
+    aten.cholesky: SYNC,
+    aten._embedding_bag: SYNC,
+    aten._embedding_bag_forward_only: SYNC,
+    aten._ctc_loss: SYNC,
+    aten._cudnn_ctc_loss: SYNC,
+}
+"""Ops that fail under a CUDA capture and that no rule below finds. ``inverse`` and others check for errors."""
+
+HOST_READING_METHODS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("__array__", "__format__", "__reduce_ex__", "__repr__", "cpu", "numpy", "tolist")
+)
+"""Methods that copy to the host on a GPU, some of which dispatch nothing on a CPU tensor."""
+
+INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
+INDEXING |= {aten._index_put_impl_}
+REBASING = {aten.resize_, aten.resize_as_, aten.set_}
+ALLOCATING = {aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty}
+ALLOCATING |= {aten.new_empty_strided}
+
+UNDECLARED_WRITES = {
+    aten.native_batch_norm.default: slice(3, 5),
+    aten.cudnn_batch_norm.default: slice(3, 5),
+    aten.miopen_batch_norm.default: slice(3, 5),
+}
+"""Ops that write ``running_mean`` and ``running_var`` although their schema says nothing of it."""
+
+HIGHER_ORDER_OF_OPS = {"auto_functionalized", "auto_functionalized_v2", "flex_attention", "flex_attention_backward"}
+HIGHER_ORDER_OF_OPS |= {"out_dtype", "triton_kernel_wrapper_functional", "with_effects"}
+"""Higher-order ops whose dense kernel only calls other ops, without a look at values."""
+
+_active: ContextVar[TapeDriver | None] = ContextVar("breakable_backend.drivers.tape.active", default=None)
+
+
+def _boolean_index(func: Any, args: Sequence[Any]) -> bool:
+    indices = args[1] if func.overloadpacket in INDEXING else ()
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _why_refused(func: _torch.OpOverload, args: Sequence[Any]) -> str | None:
+    if func.overloadpacket in REFUSED:
+        return REFUSED[func.overloadpacket]
+    if _boolean_index(func, args):
+        return DATA_SHAPE
+    # An index by integers has a static shape, whatever its tag says.
+    dynamic = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket not in INDEXING
+    return DATA_SHAPE if dynamic or torch.Tag.data_dependent_output in func.tags else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    """One taped call. Its tensors alias the recorded addresses, with the geometry that they had in the call."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    fresh: tuple[tuple[int, torch.UntypedStorage], ...]
+    """Which leaves of the result are new memory, and the storage where later readers expect their bytes."""
+    grad_enabled: bool
+    """The grad mode of the call, which some kernels look at."""
+
+    def run(self) -> None:
+        with torch.set_grad_enabled(self.grad_enabled):
+            leaves = tree_leaves(self.func(*self.args, **self.kwargs))
+        for i, storage in self.fresh:
+            result = leaves[i].untyped_storage()
+            if result.nbytes() != storage.nbytes():
+                raise ReplayError(
+                    f"{self.func} made {result.nbytes()} bytes where it made {storage.nbytes()} when it was captured",
+                    fix=FIX,
+                )
+            storage.copy_(result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """Memory that a tape reads or writes and does not own."""
+
+    ref: _torch.StorageWeakRef
+    address: int
+    label: str
+
+    def check(self) -> None:
+        """Raises where a CUDA graph would read memory that is no longer there."""
+        storage = live_storage(self.ref)
+        if storage is None or storage.data_ptr() != self.address:
+            fate = "freed" if storage is None else "moved"
+            raise ReplayError(
+                f"{self.label} was {fate} after the capture, which reads it at its address",
+                fix="keep what goes into a captured graph alive, and write new values into it in place",
+            )
+
+
+class TapeGraph:
+    """One captured segment as a tape of ATen calls.
+
+    It owns the storages that were made inside, until it is released or dies, and points to all others without owning
+    them. :meth:`replay` works on the addresses of the capture: values written there by the caller are seen, a tensor
+    that got other memory since (``param.data = ...``) is not.
+
+    Raises:
+        ReplayError: from :meth:`replay`, if memory from outside is gone, or the graph was released.
+    """
+
+    def __init__(self, tape: _Tape, draws_random: bool) -> None:
+        self.draws_random = draws_random
+        self.num_kernels = len(tape.ops)
+        self.made = {key: storage for key, (storage, _) in tape.made.items()}
+        self._device_type = tape.device.type
+        self._ops = tape.ops
+        self._outside = list(tape.outside.values())
+        self._released = False
+
+    def replay(self, stream: int) -> None:
+        if self._released:
+            raise ReplayError("this graph was released")
+        for memory in self._outside:
+            memory.check()
+        # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
+        with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
+            for op in self._ops:
+                op.run()
+
+    def release(self) -> None:
+        """Drop the tape and all that it owns. Results that the caller still holds keep their own storage."""
+        self._released = True
+        self._ops, self._outside, self.made = [], [], {}
+
+
+class _Tape(TorchDispatchMode):
+    """Runs what is dispatched under it, and keeps what is needed to undo it and to do it again."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: torch.device, generator: torch.Generator) -> None:
+        super().__init__()
+        self.device = device
+        self.generator = generator
+        self.ops: list[_Op] = []
+        self.made: dict[int, tuple[torch.UntypedStorage, torch.dtype | None]] = {}
+        self.outside: dict[int, _Outside] = {}
+        self.refusal: CaptureError | None = None
+        self._random_state = generator.get_state()
+        self._saved: dict[int, tuple[torch.UntypedStorage, int, torch.UntypedStorage]] = {}
+
+    def refuse(self, what: str) -> CaptureError:
+        """The error to raise. It is kept: a capture that went wrong stays wrong if the code swallows its error."""
+        self.refusal = CaptureError(f"{what}, which no captured graph can do", fix=FIX)
+        return self.refusal
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
+        if self.refusal is not None:
+            raise self.refusal
+        kwargs = kwargs or {}
+        if isinstance(func, _torch.HigherOrderOperator):
+            return self._higher_order(func, args, kwargs)
+        kernel = kernel_made_of_ops(func, self.device.type)
+        if kernel is not None:
+            # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
+            with self, _HostReads(self):
+                return kernel(*args, **kwargs)
+        return self._run(func, args, kwargs, tree_leaves(written_values(func, args, kwargs)))
+
+    def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func.name() == "triton_kernel_wrapper_mutation":
+            return self._run(func, args, kwargs, tree_leaves((args, kwargs)))
+        with self, _HostReads(self):
+            if func is _torch.invoke_subgraph:
+                return args[0](*args[2:])
+            if func.name() in HIGHER_ORDER_OF_OPS:
+                return dense_kernel(func)(*args, **kwargs)
+        raise self.refuse(f"{func.name()} decides by values on the host what to run")
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Any]) -> Any:
+        if func is aten.lift_fresh.default and args[0].device == self.device:
+            # The tensor behind a literal dies with the code that wrote it: its value goes on the tape.
+            func, args = aten.clone.default, (args[0].clone(),)
+            self.made[_torch.storage_key(args[0])] = (args[0].untyped_storage(), None)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        written = [*written, *args[UNDECLARED_WRITES.get(func, slice(0))]]
+        written = [leaf for leaf in written if isinstance(leaf, torch.Tensor) and leaf.device == self.device]
+        self.check_generator()
+        self._check_before(func, args, kwargs, inputs)
+        for tensor in written:
+            self._save(tensor)
+        result = func(*args, **kwargs)
+        self._random_state = self.generator.get_state()
+        leaves = tree_leaves(result)
+        outputs = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        tensors = [*inputs, *outputs.values()]
+        if all(tensor.device != self.device for tensor in tensors):
+            return result  # arithmetic of the host, which a capture leaves alone
+        self._check_after(func, tensors, [*written, *outputs.values()])
+
+        known = self.made.keys() | {_torch.storage_key(tensor) for tensor in inputs}
+        fresh: dict[int, int] = {}
+        for i, tensor in outputs.items():
+            key = _torch.storage_key(tensor)
+            if key not in known:
+                fresh.setdefault(key, i)
+                self.made[key] = (tensor.untyped_storage(), tensor.dtype)
+        is_view = not fresh and not written or torch.Tag.inplace_view in getattr(func, "tags", ())
+        if not is_view and getattr(func, "overloadpacket", None) not in ALLOCATING:
+            # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
+            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs))
+            new_memory = tuple((i, self.made[key][0]) for key, i in fresh.items())
+            self.ops.append(_Op(func, args, kwargs, new_memory, torch.is_grad_enabled()))
+        return result
+
+    def check_generator(self) -> None:
+        """Refuses a seed or a state that was set under the capture: a replay would not set it again."""
+        if not torch.equal(self._random_state, self.generator.get_state()):
+            raise self.refuse("the body set the state of the random generator")
+
+    def _check_before(self, func: Any, args: Any, kwargs: Mapping[str, Any], inputs: list[torch.Tensor]) -> None:
+        on_device = not inputs or any(tensor.device == self.device for tensor in inputs)
+        if isinstance(func, _torch.OpOverload) and on_device:
+            if (why := _why_refused(func, args)) is not None:
+                raise self.refuse(f"{func} {why}")
+            if func.overloadpacket in REBASING and _torch.storage_key(args[0]) not in self.made:
+                raise self.refuse(f"{func} gives other memory to a tensor from outside")
+            generator = kwargs.get("generator")
+            ours = generator is None or generator.device.type != self.device.type
+            if not ours and not same_generator(generator, self.generator):
+                raise self.refuse(f"{func} draws from a generator that is not the device's default one")
+
+    def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+        if any(tensor.layout != torch.strided for tensor in tensors):
+            raise self.refuse(f"{func} works on a tensor without strides")
+        # A kernel takes a host number (a tensor of no dimensions) by value; a copy between devices never does.
+        copies = getattr(func, "overloadpacket", None) in (aten._to_copy, aten.copy_)
+        devices = {tensor.device for tensor in tensors if copies or tensor.dim() > 0}
+        devices |= {tensor.device for tensor in targets} | {self.device}
+        if len(devices) > 1:
+            raise self.refuse(f"{func} moves data between {' and '.join(sorted(map(str, devices)))}")
+        for storage, address, before in self._saved.values():
+            if storage.data_ptr() != address or storage.nbytes() != before.nbytes():
+                raise self.refuse(f"{func} gives other memory to a tensor from outside")
+
+    def _save(self, tensor: torch.Tensor) -> None:
+        key = _torch.storage_key(tensor)
+        if key not in self.made and key not in self._saved:
+            storage = tensor.untyped_storage()
+            self._saved[key] = (storage, storage.data_ptr(), storage.clone())
+
+    def _alias(self, tensor: torch.Tensor, func: Any) -> torch.Tensor:
+        """What the tape holds for ``tensor``: memory made inside strongly, memory from outside by its address."""
+        if tensor.device != self.device:
+            return tensor.clone()  # a host number, which kernels take by value
+        key = _torch.storage_key(tensor)
+        if key in self.made:
+            return tensor.data
+        storage = tensor.untyped_storage()
+        if key not in self.outside:
+            label = f"the {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} tensor that {func} takes"
+            self.outside[key] = _Outside(_torch.StorageWeakRef(storage), storage.data_ptr(), label)
+        return _torch.non_owning(tensor)
+
+    def undo(self) -> None:
+        """Take back what the ops did. Latest first: two storages may lie over the same memory."""
+        for storage, _, before in reversed(self._saved.values()):
+            if storage.nbytes() != before.nbytes():
+                storage.resize_(before.nbytes())
+            storage.copy_(before)
+        for storage, dtype in self.made.values():
+            if dtype is not None:
+                _poison(storage, dtype)
+
+
+class _HostReads(TorchFunctionMode):
+    """Refuses the host reads that dispatch nothing on a CPU tensor."""
+
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in HOST_READING_METHODS and args[0].device == self.tape.device:
+            raise self.tape.refuse(f"Tensor.{func.__name__} {HOST_READ}")
+        return func(*args, **(kwargs or {}))
+
+
+def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+    """Fill with NaN, or with a number that is odd and so large that no index survives it."""
+    octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    octets.fill_(1 if dtype == torch.bool else 0xFF)
+    if dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        octets[dtype.itemsize - 1 :: dtype.itemsize] = 0x7F  # the sign, on a little-endian machine
+
+
+_NOT_THE_USERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), "<")
+
+
+def _failure(error: Exception) -> CaptureError:
+    """What a capture raises for what came out of its body, with the innermost line that is the user's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
+    where = "".join(f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in frames[-1:])
+    if isinstance(error, CaptureError):
+        return CaptureError(error.what, where=error.where or where, fix=error.fix)
+    return CaptureError(f"the captured code raised {type(error).__name__}: {error}", where=where, fix=FIX)
+
+
+class TapeDriver:
+    """Captures by running and undoing, and replays by running again, on one device of any type.
+
+    Graphs live as long as the caller holds them; :meth:`release` empties them earlier. The modes that see the ops are
+    those of the calling thread, so that threads may capture side by side as far as :attr:`lock` lets them.
+
+    Raises:
+        CaptureError: from :meth:`capture`; see the protocol.
+    """
+
+    name = "tape"
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        self.lock = threading.RLock()
+        self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
+
+    def begin(self) -> int:
+        return 0
+
+    def end(self, stream: int) -> None:
+        pass
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
+
+    def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
+        if _active.get() is not None:
+            raise CaptureError("a capture was begun inside a capture", fix="end the outer one first")
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self.device.index])
+        with self.lock:
+            tape = _Tape(self.device, generators[-1])
+            states = [generator.get_state() for generator in generators]
+            token = _active.set(self)
+            try:
+                with _HostReads(tape), tape:
+                    result = body()
+                    tape.check_generator()
+                if tape.refusal is not None:
+                    raise tape.refusal
+                graph = TapeGraph(tape, draws_random=not torch.equal(states[-1], generators[-1].get_state()))
+            except Exception as error:
+                raise _failure(error) from error
+            finally:
+                _active.reset(token)
+                tape.undo()
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
+        self._graphs.add(graph)
+        return graph, result
+
+    def is_capturing(self) -> bool:
+        return _active.get() not in (None, self)
+
+    def release(self, graphs: list[CapturedGraph]) -> None:
+        for graph in graphs:
+            assert isinstance(graph, TapeGraph), graph
+            graph.release()
+
+    def pool_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._made().values())
+
+    def live_blocks(self) -> int:
+        return len(self._made())
+
+    def _made(self) -> dict[int, torch.UntypedStorage]:
+        return {key: storage for graph in self._graphs for key, storage in graph.made.items()}

@@ -1,0 +1,411 @@
+"""What happens when a compiled function is called: find the key, then run plainly, record, or replay.
+
+Call 1 of a key runs plainly and is the warm-up. Call 2 records. Call 3 and later replay. A key is everything that a
+recording depends on: the addresses of static inputs, the numbers, the layouts that Dynamo left open, host scalars.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import time
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend.active import in_call
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.errors import CaptureError, PartitionError
+from breakable_backend.lowering import Lowered
+from breakable_backend.marking import Scope
+from breakable_backend.options import Options
+from breakable_backend.partition import partition
+from breakable_backend.program import Program, Reason
+from breakable_backend.recording import Plan, Recording, record, run_plain
+from breakable_backend.replay import Replay, emit
+
+MAX_ADDRESS_SETS = 256
+"""Sets of static addresses with recordings of their own: instances of a module, caches of requests."""
+MAX_ADDRESSES = 4
+"""Addresses of one input that captured segments write, before it gets a bridge and is copied back."""
+MAX_SCALAR_VALUES = 4
+"""Values of one host scalar, before the ops that read it run eagerly."""
+IDLE_FACTOR = 4
+"""A recording is evicted for a new key only after this many times ``max_recordings`` calls without it. So a working set
+that is too large runs plainly in part, and does not record for ever."""
+LOCK_TIMEOUT = 5.0
+"""Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
+a compiled function would otherwise wait for ever."""
+
+ShapeKey = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a recording depends on."""
+
+    addresses: tuple[int, ...]
+    shapes: ShapeKey
+
+
+@dataclass
+class Entry:
+    """One key: what was recorded for it, and how often it was called."""
+
+    key: Key
+    recording: Recording | None = None
+    replay: Replay | None = None
+    calls: int = 0
+    replays: int = 0
+    captures: int = 0
+    record_copies: int = 0
+    record_seconds: float = 0.0
+    last_call: int = 0
+    refused: str = ""
+    """Why this key is not recorded; empty if it may be."""
+
+
+@dataclass
+class AddressSet:
+    """The keys that share a set of static addresses, least recently used first."""
+
+    entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
+    guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    """Weak references whose death takes the set with it."""
+    last_call: int = 0
+
+
+@dataclass
+class Statistics:
+    """Counts since the function was compiled."""
+
+    calls: int = 0
+    captures: int = 0
+    recordings: int = 0
+    evictions: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
+    """Plain calls, by why they were plain."""
+    finished_replays: int = 0
+    finished_copies: int = 0
+    """Replays and copies of recordings that are gone."""
+    lowering_seconds: float = 0.0
+
+
+class Executor:
+    """Runs one lowered graph. Thread-safe: calls that use the pool hold its lock."""
+
+    def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver | None, name: str) -> None:
+        self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
+        self.statistics = Statistics()
+        self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
+        self.scope = scope
+        self.bridged: set[str] = set()
+        """Inputs written by captured segments that came at too many addresses to key them."""
+        self.seen: dict[str, set[Any]] = {}
+        """Values of host scalars, and addresses of written inputs, so far."""
+        self.notes: list[str] = []
+        """What the executor changed its mind about, for the report."""
+        self._cut()
+
+    def _cut(self) -> None:
+        """Make the program, and from it how a key is read."""
+        self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
+        self.capturable = bool(self.program.graph_segments) and self.driver is not None
+        self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
+
+    def _keyed(self) -> frozenset[str]:
+        written = self.program.written_by_graphs()
+        tensors = {value.name for value in self.program.inputs if value.kind == "tensor"}
+        return frozenset((written & tensors) - self.bridged)
+
+    # calls
+
+    def __call__(self, args: list[Any]) -> list[Any]:
+        """Run once.
+
+        Args:
+            args: the arguments of the lowered graph; cleared, so that what only this call needs can go early.
+
+        Raises:
+            CaptureError: called inside somebody else's capture, and an eager step cannot run there.
+            ReplayError: an argument does not fit what was recorded.
+            EagerOutputError: an eager step's result does not fit what was recorded.
+        """
+        self.statistics.calls += 1
+        driver = self.driver
+        if driver is None or not self.capturable:
+            return self._plain(args, "nothing to capture")
+        if in_call.get():
+            return self._plain(args, "called inside an eager step")
+        if driver.is_capturing():
+            self._refuse_foreign_capture()
+            return self._plain(args, "called inside another capture")
+        if _torch.dispatch_mode_active():
+            return self._plain(args, "a dispatch mode is active")
+        if not driver.lock.acquire(timeout=LOCK_TIMEOUT):
+            return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s")
+        token = in_call.set(True)
+        try:
+            stream = driver.begin()
+            try:
+                return self._locked(args, stream, driver)
+            finally:
+                driver.end(stream)
+        finally:
+            in_call.reset(token)
+            driver.lock.release()
+
+    def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
+        key = self._read_key(args)
+        addresses = self.sets.get(key.addresses)
+        entry = addresses.entries.get(key.shapes) if addresses is not None else None
+        if entry is None:
+            entry = self._admit(key, args)
+        entry.calls += 1
+        entry.last_call = self.statistics.calls
+        if entry.replay is not None:
+            entry.replays += 1
+            self._touch(entry)
+            return entry.replay.function(args, stream)
+        if entry.refused:
+            return self._plain(args, entry.refused)
+        if entry.calls == 1:
+            return self._plain(args, "warm-up")
+        return self._record(entry, args, stream, driver)
+
+    def _plain(self, args: list[Any], why: str) -> list[Any]:
+        self.statistics.plain[why] += 1
+        values = list(args)
+        args.clear()
+        return run_plain(self.program, values)
+
+    def _refuse_foreign_capture(self) -> None:
+        if self.program.reasons:
+            first = self.program.reasons[0]
+            raise CaptureError(
+                f"{self.name} was called inside another CUDA graph capture, but has an eager step: {first}",
+                where=first.source,
+                fix="call it outside that capture, or capture the parts around it",
+            )
+
+    # keys
+
+    def _admit(self, key: Key, args: Sequence[Any]) -> Entry:
+        """A place for a key that is new; a refused one if there is no room. May change how keys are read."""
+        if self._changed_mind(args):
+            key = self._read_key(args)
+        now = self.statistics.calls
+        addresses = self.sets.get(key.addresses)
+        if addresses is None:
+            if len(self.sets) >= MAX_ADDRESS_SETS:
+                oldest = next(iter(self.sets))
+                if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
+                    return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
+                self._drop_set(oldest)
+                self.statistics.evictions += 1
+            addresses = self.sets[key.addresses] = AddressSet()
+            addresses.guards = self._guards(key.addresses, args)
+        addresses.last_call = now
+        limit = self.options.max_recordings
+        if len(addresses.entries) >= limit:
+            shapes, oldest_entry = next(iter(addresses.entries.items()))
+            if now - oldest_entry.last_call < IDLE_FACTOR * limit:
+                return Entry(key, refused=f"more than max_recordings={limit} keys in use")
+            del addresses.entries[shapes]
+            self._release([oldest_entry])
+            self.statistics.evictions += 1
+        entry = addresses.entries[key.shapes] = Entry(key)
+        return entry
+
+    def _touch(self, entry: Entry) -> None:
+        addresses = self.sets.get(entry.key.addresses)
+        if addresses is not None:
+            addresses.last_call = self.statistics.calls
+            if len(addresses.entries) > 1:
+                addresses.entries.move_to_end(entry.key.shapes)
+            if len(self.sets) > 1:
+                self.sets.move_to_end(entry.key.addresses)
+
+    def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
+        me = weakref.ref(self)
+
+        def died(_: Any) -> None:
+            if (executor := me()) is not None and not sys.is_finalizing():
+                executor._drop_set(addresses)
+
+        return [weakref.ref(args[v.index], died) for v in self.program.inputs if v.kind == "static"]
+
+    def _changed_mind(self, args: Sequence[Any]) -> bool:
+        """Count what varies from key to key; where that is too much, give up keying it. True if keys are now others."""
+        keyed, scalars = self._keyed(), frozenset[str]()
+        if self.options.scalars == "key":
+            scalars = frozenset(value.name for value in self.program.inputs if value.kind == "scalar")
+        changed = False
+        for value in self.program.inputs:
+            if value.name in keyed:
+                changed |= self._count(value.name, args[value.index].data_ptr(), MAX_ADDRESSES, self._give_bridge)
+            elif value.name in scalars:
+                changed |= self._count(value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar)
+        if changed:
+            for addresses in list(self.sets):
+                self._drop_set(addresses)
+            self._cut()
+        return changed
+
+    def _count(self, name: str, value: Any, limit: int, give_up: Callable[[str], None]) -> bool:
+        values = self.seen.setdefault(name, set())
+        values.add(value)
+        if len(values) <= limit:
+            return False
+        give_up(name)
+        return True
+
+    def _give_bridge(self, name: str) -> None:
+        self.bridged.add(name)
+        self.notes.append(f"{name} is written by captured segments and came at more than {MAX_ADDRESSES} addresses: copied in and back")
+
+    def _give_up_scalar(self, name: str) -> None:
+        self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {name})
+        self.notes.append(f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly")
+
+    # recording
+
+    def _record(self, entry: Entry, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
+        plan = Plan(
+            keyed=self._keyed(),
+            device_scalars=self.options.scalars == "device",
+            fresh_outputs=self.options.outputs == "fresh",
+        )
+        program, values = self.program, list(args)
+        args.clear()
+        started = time.perf_counter()
+        recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+        entry.record_seconds = time.perf_counter() - started
+        self.statistics.recordings += 1
+        entry.captures = len(recorded.recording.graphs)
+        self.statistics.captures += entry.captures
+        entry.record_copies = recorded.copies
+        if not self._alive(entry):
+            # A static input died, or the whole was reset, while an eager step ran.
+            driver.release(list(recorded.recording.graphs))
+        else:
+            entry.recording, entry.replay = recorded.recording, emit(recorded.recording)
+        if recorded.failed:
+            self._demote(program, recorded.failed, entry)
+        return recorded.outputs
+
+    def _alive(self, entry: Entry) -> bool:
+        addresses = self.sets.get(entry.key.addresses)
+        return addresses is not None and addresses.entries.get(entry.key.shapes) is entry
+
+    def _demote(self, program: Program, failed: dict[int, Reason], entry: Entry) -> None:
+        """Keep segments that could not be captured eager, for the keys that come after this one."""
+        if program is not self.program:
+            return
+        forced = dict(self.scope.forced)
+        for position, reason in failed.items():
+            for node in program.segments[position].module.graph.nodes:
+                if node.op == "call_function":
+                    forced[node.name] = reason
+        self.scope = replace(self.scope, forced=forced)
+        self._cut()
+        if entry.recording is not None and not entry.recording.graphs:
+            entry.refused, entry.recording, entry.replay = "nothing could be captured", None, None
+
+    # release
+
+    def _drop_set(self, addresses: tuple[int, ...]) -> None:
+        dropped = self.sets.pop(addresses, None)
+        if dropped is not None:
+            dropped.guards.clear()
+            self._release(list(dropped.entries.values()))
+
+    def _release(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            recording, replay = entry.recording, entry.replay
+            entry.recording = entry.replay = None
+            if recording is None or replay is None:
+                continue
+            self.statistics.finished_replays += entry.replays
+            self.statistics.finished_copies += entry.record_copies + replay.tally.copies
+            replay.forget()
+            graphs = list(recording.graphs)
+            del recording, replay
+            assert self.driver is not None
+            self.driver.release(graphs)
+
+    def reset(self) -> None:
+        """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again."""
+        for addresses in list(self.sets):
+            self._drop_set(addresses)
+        self.seen.clear()
+
+
+class _KeyReader:
+    """Reads a key off the arguments, as quickly as Python can."""
+
+    def __init__(self, addressed: Sequence[int], numbers: Sequence[int], open_layouts: Sequence[int], scalars: Sequence[int]) -> None:
+        self.addressed, self.numbers, self.open_layouts, self.scalars = addressed, numbers, open_layouts, scalars
+
+    @classmethod
+    def of(cls, program: Program, keyed: frozenset[str], scalars_in_key: bool) -> _KeyReader:
+        inputs = [value for value in program.inputs if value.index >= 0]
+        return cls(
+            [value.index for value in inputs if value.kind == "static" or value.name in keyed],
+            [value.index for value in inputs if value.kind == "number"],
+            [value.index for value in inputs if isinstance(value.value, torch.Tensor) and _is_open(value.value)],
+            [value.index for value in inputs if value.kind == "scalar" and scalars_in_key],
+        )
+
+    def __call__(self, args: Sequence[Any]) -> Key:
+        data_ptr = torch.Tensor.data_ptr
+        addresses = tuple([data_ptr(args[index]) for index in self.addressed])
+        shapes: ShapeKey = tuple([args[index] for index in self.numbers])
+        if self.open_layouts:
+            shapes += tuple((args[i].shape, args[i].stride(), args[i].dtype, args[i].device) for i in self.open_layouts)
+        if self.scalars:
+            shapes += tuple(_scalar_bytes(args[index]) for index in self.scalars)
+        return Key(addresses, shapes)
+
+
+def _is_open(tensor: torch.Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride()))
+
+
+def _scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:
+    """A host scalar's value, bit for bit: ``-0.0`` is not ``0.0``, and a NaN equals itself."""
+    if tensor.dtype is torch.float64:
+        return tensor.dtype, struct.pack("d", tensor.item())
+    return tensor.dtype, bytes(tensor.detach().reshape(1).view(torch.uint8).tolist())
+
+
+def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
+    """``scope`` with the host scalars of ``lowered``: 0-d inputs on the host, where the capture device is another.
+
+    Raises:
+        PartitionError: with ``auto_break=False``, a node that cannot be captured and is not marked.
+    """
+    if scope.device.type != "cpu":
+        scalars = [
+            node.name
+            for node in lowered.module.graph.find_nodes(op="placeholder")
+            if isinstance(value := node.meta.get("val"), torch.Tensor) and value.device.type == "cpu" and value.dim() == 0
+        ]
+        scope = replace(scope, host_scalars=frozenset(scalars))
+    if not options.auto_break:
+        program = partition(lowered, scope, min_kernels=options.min_kernels)
+        for reason in program.reasons:
+            if reason.rule not in ("marked", "region", "min_kernels"):
+                raise PartitionError(
+                    f"{reason.op} cannot be captured: {reason.text}",
+                    where=reason.source,
+                    fix="mark it (mark_eager, eager_region), or let it run eagerly: auto_break=True",
+                )
+    return scope
+
+

@@ -1,0 +1,142 @@
+"""Dynamo's graph to an ATen graph: what AOTAutograd must keep, and what has to be written down before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from breakable_backend import _torch
+from breakable_backend.marking import EagerOps, annotate_functions, is_marked, tensors_of
+
+AMBIENT_KEY = "breakable_cg_ambient"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ATen graph in which mutation stands in program order, and which of its arguments are static inputs."""
+
+    module: fx.GraphModule
+    static: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """The state in which eager would run a node, where it is not what compiled code runs in (no autocast, no grad)."""
+
+    autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()
+    """Enabled autocasts: device type, dtype, whether casts are cached."""
+    grad: bool = False
+
+
+class NeedsGradients(Exception):
+    """AOTAutograd found that the graph is a training graph."""
+
+
+def lower(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_lowered: Callable[[Lowered], Callable[[list[Any]], Any]],
+    eager_ops: EagerOps,
+) -> Callable[..., Any]:
+    """Trace ``gm`` to ATen, have ``compile_lowered`` compile that, and return what Dynamo may call.
+
+    Unused marked calls and unused random draws survive. Each node of the ATen graph carries in ``meta["custom"]``
+    the ambient state that it was traced under, and marks of torch functions.
+
+    Raises:
+        NeedsGradients: an output needs a gradient.
+    """
+    if needs_gradients(gm):
+        raise NeedsGradients
+
+    inner: list[Callable[[list[Any]], Any]] = []
+
+    def inference(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        compiled = compile_lowered(Lowered(module, _torch.static_input_indices()))
+
+        first = True
+
+        def boxed(args: list[Any]) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                with _torch.without_alias_check():
+                    return compiled(args)
+            return compiled(args)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        inner.append(compiled)
+        return boxed
+
+    def training(_module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        raise NeedsGradients
+
+    note_ambient(gm)
+    annotate_functions(gm, eager_ops)
+    function = _torch.trace_inference(gm, example_inputs, inference, training, _marked_ops(gm, eager_ops))
+    function.executor = inner[-1]  # type: ignore[attr-defined]
+    return function
+
+
+def needs_gradients(gm: fx.GraphModule) -> bool:
+    """Whether a caller could ask for gradients through ``gm``: Dynamo's fake outputs know."""
+    output = gm.graph.output_node()
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad
+        for node in output.all_input_nodes
+        for tensor in tensors_of(node.meta.get("example_value"))
+    )
+
+
+def note_ambient(gm: fx.GraphModule) -> None:
+    """Write the ambient state around each node of a Dynamo graph to ``node.meta["custom"]``, which survives AOT.
+
+    AOT compiles autocast and grad mode into the ATen ops and leaves no trace of them; an opaque op under
+    ``with torch.autocast(...)`` would then run without it.
+    """
+    autocast = dict(_caller_autocast(gm))
+    grad = torch.is_grad_enabled()
+    saved: dict[fx.Node, tuple[str, tuple[str, torch.dtype, bool] | None]] = {}
+    for node in gm.graph.nodes:
+        if node.target is _torch.ENTER_AUTOCAST:
+            device, dtype, enabled, cache = (*node.args, None, None, None)[:4]
+            saved[node] = (str(device), autocast.pop(str(device), None))
+            if enabled or enabled is None:
+                autocast[str(device)] = (
+                    str(device),
+                    dtype or torch.get_autocast_dtype(str(device)),
+                    torch.is_autocast_cache_enabled() if cache is None else cache,
+                )
+        elif node.target is _torch.EXIT_AUTOCAST:
+            device, before = saved[node.args[0]]
+            autocast.pop(device, None)
+            if before is not None:
+                autocast[device] = before
+        elif node.target is _torch.SET_GRAD_ENABLED:
+            grad = bool(node.args[0])
+        elif autocast or grad:
+            ambient = Ambient(tuple(autocast.values()), grad)
+            node.meta["custom"] = {**node.meta.get("custom", {}), AMBIENT_KEY: ambient}
+
+
+def _caller_autocast(gm: fx.GraphModule) -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
+    """The autocasts that the caller has around the compiled call; Dynamo compiles anew when they change."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            yield device, (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
+
+
+def _marked_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
+    """The marked ops that any graph in ``gm`` calls."""
+    found: set[Any] = set()
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                for target in (node.target, *pytree.tree_leaves((node.args, node.kwargs))):
+                    found.update(op for op in _torch.overloads(target) if is_marked(op, eager_ops))
+    return found

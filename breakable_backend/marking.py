@@ -1,0 +1,354 @@
+"""Which nodes run eagerly, and why: marks that users make, and rules about what no CUDA graph can hold.
+
+A rule is a function ``(node, scope) -> Reason | None``; ``RULES`` lists them, first match wins. Which ops fail under
+capture was measured on an H200 (torch 2.11).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.fx.traceback import annotate
+from torch.utils import _pytree as pytree
+
+from breakable_backend import _torch
+from breakable_backend.errors import OptionsError
+from breakable_backend.program import Reason, source_line
+
+OpT = TypeVar("OpT")
+REGION_KEY = "breakable_cg_region"
+
+# --- marks ------------------------------------------------------------------------------------------------------------
+
+_marked: set[str] = set()
+"""Names of ops marked by ``mark_eager``, as ``ns::op`` or ``ns::op.overload``: names outlive the op objects."""
+
+
+def mark_eager(op: OpT) -> OpT:
+    """Have ``op`` run eagerly in everything compiled from now on.
+
+    >>> _ = mark_eager("aten::sort")
+    >>> unmark_eager("aten::sort")
+
+    Args:
+        op: ``"ns::name"`` (all its overloads), ``"ns::name.overload"``, an op from ``torch.ops``, or what
+            ``torch.library.custom_op`` returns.
+
+    Returns:
+        ``op`` itself, so that this also works as a decorator above ``custom_op``.
+
+    Raises:
+        OptionsError: there is no such op; the text has the nearest names.
+    """
+    _marked.add(op_name(op))
+    return op
+
+
+def unmark_eager(op: Any) -> None:
+    """Undo :func:`mark_eager`, for what is compiled from now on; nothing happens if ``op`` is not marked.
+
+    Raises:
+        OptionsError: there is no such op.
+    """
+    _marked.discard(op_name(op))
+
+
+def eager_region() -> AbstractContextManager[None]:
+    """Have a block of traceable code run eagerly, without an op of its own.
+
+    >>> def f(x):
+    ...     with eager_region():
+    ...         y = x.sort().values
+    ...     return y + 1
+
+    Every ATen op that the block is traced to runs on its own at each call. Outside ``torch.compile`` the block runs
+    as if it were not marked.
+    """
+    return annotate({REGION_KEY: True})  # type: ignore[no-any-return]
+
+
+def op_name(op: Any) -> str:
+    """``op`` as ``ns::name`` or ``ns::name.overload``. Raises OptionsError if it is no op."""
+    if isinstance(op, str):
+        if not _torch.find_overloads(op):
+            near = difflib.get_close_matches(op, _torch.op_names(), 3)
+            raise OptionsError(
+                f"{op!r} is not a registered op" + (f"; the nearest names are {', '.join(near)}" if near else ""),
+                fix="name it as 'namespace::op' or 'namespace::op.overload', after it is registered",
+            )
+        return op
+    if isinstance(op, _torch.OpOverload):
+        return op.name() if "." in op.name() else f"{op.name()}.{op._overloadname}"
+    if isinstance(op, _torch.OpOverloadPacket):
+        return str(op._qualified_op_name)
+    qualified = getattr(op, "_qualname", None)
+    if isinstance(qualified, str) and _torch.find_overloads(qualified):
+        return qualified
+    raise OptionsError(
+        f"{op!r} is not an op",
+        fix="pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned",
+    )
+
+
+@dataclass(frozen=True)
+class EagerOps:
+    """The option ``eager_ops``, resolved: names of ops, and torch functions as they stand in a Dynamo graph."""
+
+    names: frozenset[str] = frozenset()
+    functions: tuple[Any, ...] = ()
+
+    @classmethod
+    def resolve(cls, given: Iterable[Any]) -> EagerOps:
+        """Sort ``given`` into names and functions.
+
+        Raises:
+            OptionsError: neither an op nor a torch function.
+        """
+        names: set[str] = set()
+        functions: list[Any] = []
+        for op in given:
+            module = getattr(op, "__module__", None) or getattr(getattr(op, "__self__", None), "__module__", None) or ""
+            is_op = isinstance(op, str | _torch.OpOverload | _torch.OpOverloadPacket) or hasattr(op, "_qualname")
+            if is_op or not callable(op):
+                names.add(op_name(op))
+            elif module.split(".")[0] in ("torch", "_operator", "math") or type(op).__name__ in (
+                "builtin_function_or_method",
+                "method_descriptor",
+            ):
+                functions.append(op)
+            else:
+                raise OptionsError(
+                    f"eager_ops: {getattr(op, '__qualname__', op)!r} is a Python function, and Dynamo traces through it",
+                    fix="make it one op with torch.library.custom_op and its tag torch.Tag.cudagraph_unsafe, "
+                    "or put its body under eager_region()",
+                )
+        return cls(frozenset(names), tuple(functions))
+
+
+def is_marked(op: Any, eager_ops: EagerOps) -> str:
+    """Why ``op`` (an overload) is marked; empty if it is not."""
+    if not isinstance(op, _torch.OpOverload):
+        return ""
+    if torch.Tag.cudagraph_unsafe in op.tags:
+        return "tagged cudagraph_unsafe"
+    qualified = {op.name(), op_name(op), str(op._schema.name)}
+    if qualified & _marked:
+        return "marked by mark_eager"
+    return "named in eager_ops" if qualified & eager_ops.names else ""
+
+
+def annotate_functions(gm: fx.GraphModule, eager_ops: EagerOps) -> None:
+    """Put nodes of a Dynamo graph that call one of ``eager_ops.functions`` under an eager region."""
+    for node in gm.graph.nodes:
+        target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
+        if node.op.startswith("call_") and any(target is function for function in eager_ops.functions):
+            node.meta["custom"] = {**node.meta.get("custom", {}), REGION_KEY: True}
+
+
+# --- what a node does ---------------------------------------------------------------------------------------------------
+
+
+def effective_ops(node: fx.Node) -> Iterator[Any]:
+    """The ops that a call really runs, through the wrappers and bodies of higher-order ops."""
+    yield node.target
+    if not isinstance(node.target, _torch.HigherOrderOperator):
+        return
+    for argument in pytree.tree_leaves((node.args, node.kwargs)):
+        if isinstance(argument, _torch.OpOverload | _torch.HigherOrderOperator):
+            yield argument
+        elif isinstance(argument, fx.Node) and argument.op == "get_attr":
+            body = getattr(node.graph.owning_module, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                for inner in body.graph.nodes:
+                    if inner.op == "call_function":
+                        yield from effective_ops(inner)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a node's ``meta["val"]``, which may be one, a nest of them, or none."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes whose storage a call writes, by the op's schema.
+
+    Of a higher-order op that runs anything mutable, all tensor arguments: their bodies are not matched to arguments.
+    """
+    if isinstance(node.target, _torch.HigherOrderOperator):
+        mutable = "mutation" in str(node.target) or any(
+            isinstance(op, _torch.OpOverload) and op._schema.is_mutable for op in effective_ops(node)
+        )
+        return [a for a in node.all_input_nodes if tensors_of(a.meta.get("val"))] if mutable else []
+    if not isinstance(node.target, _torch.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    written: list[fx.Node] = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
+            written.extend(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node))
+    return written
+
+
+# --- rules --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the rules need to know besides the node."""
+
+    device: torch.device
+    eager_ops: EagerOps = field(default_factory=EagerOps)
+    host_scalars: frozenset[str] = frozenset()
+    """0-d host inputs whose value is in the key, or that have a bridge on the device."""
+    symbols: frozenset[Any] = frozenset()
+    """The symbols of sizes that are known before anything runs; filled in by ``partition``."""
+    forced: Mapping[str, Reason] = field(default_factory=dict)
+    """Nodes that must run eagerly whatever the rules say, such as those of a segment whose capture failed."""
+
+
+Rule = Callable[[fx.Node, Scope], str]
+
+
+def marked(node: fx.Node, scope: Scope) -> str:
+    for op in effective_ops(node):
+        if why := is_marked(op, scope.eager_ops):
+            return why if op is node.target else f"calls {op}, which is {why}"
+    return ""
+
+
+def region(node: fx.Node, scope: Scope) -> str:
+    return "inside eager_region, or a function named in eager_ops" if REGION_KEY in node.meta.get("custom", {}) else ""
+
+
+_CAPTURABLE_HIGHER_ORDER = ("invoke_subgraph", "triton_kernel_wrapper_mutation", "flex_attention")
+
+
+def higher_order(node: fx.Node, scope: Scope) -> str:
+    if not isinstance(node.target, _torch.HigherOrderOperator):
+        return ""
+    for op in effective_ops(node):
+        if isinstance(op, _torch.HigherOrderOperator) and op.name() not in _CAPTURABLE_HIGHER_ORDER:
+            return f"{op.name()} decides on the host what to run"
+    return ""
+
+
+def explicit_generator(node: fx.Node, scope: Scope) -> str:
+    if node.kwargs.get("generator") is not None:
+        return "draws from a generator of its own, which a graph would have to know before capture"
+    return ""
+
+
+_READS_HOST = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::_assert_scalar")
+
+
+def host_read(node: fx.Node, scope: Scope) -> str:
+    return "reads a value on the host" if schema_name(node) in _READS_HOST else ""
+
+
+def data_dependent(node: fx.Node, scope: Scope) -> str:
+    values = [node.meta.get("val"), *(argument.meta.get("val") for argument in node.all_input_nodes)]
+    if any(free_symbols(leaf) - scope.symbols for leaf in pytree.tree_leaves(values)):
+        return "has a size or number that is known only at run time"
+    return ""
+
+
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index", "aten::_unsafe_index_put")
+
+
+def boolean_index(node: fx.Node, scope: Scope) -> str:
+    if schema_name(node) in _INDEXING and len(node.args) > 1:
+        for index in pytree.tree_leaves(node.args[1]):
+            if isinstance(index, fx.Node) and any(
+                tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_of(index.meta.get("val"))
+            ):
+                return "indexes with a mask, which waits for the host"
+    return ""
+
+
+def sparse(node: fx.Node, scope: Scope) -> str:
+    values = tensors_of([node.meta.get("val"), *(argument.meta.get("val") for argument in node.all_input_nodes)])
+    return "a sparse tensor" if any(tensor.layout is not torch.strided for tensor in values) else ""
+
+
+def off_device(node: fx.Node, scope: Scope) -> str:
+    for tensor in tensors_of(node.meta.get("val")):
+        if tensor.device != scope.device:
+            return f"makes a tensor on {tensor.device}, off the capture device"
+    for argument in node.all_input_nodes:
+        for tensor in tensors_of(argument.meta.get("val")):
+            if tensor.device != scope.device and argument.name not in scope.host_scalars:
+                if tensor.device.type == "cpu" and tensor.dim() == 0:
+                    return f"reads the host scalar {argument.name}, which a graph would freeze"
+                return f"reads {argument.name} on {tensor.device}, off the capture device"
+    return ""
+
+
+_WAITS_FOR_HOST = frozenset(
+    f"aten::{name}"
+    for name in (
+        "bincount _ctc_loss _embedding_bag _embedding_bag_forward_only _linalg_eigh _linalg_eigvals linalg_eig "
+        "_linalg_solve_ex _linalg_svd cholesky cholesky_inverse _cholesky_solve_helper histc "
+        "linalg_cholesky_ex linalg_inv_ex linalg_ldl_factor_ex linalg_lstsq linalg_eigvals masked_select "
+        "nonzero nonzero_static repeat_interleave unique_consecutive unique_dim _unique _unique2"
+    ).split()
+) - {"aten::histc", "aten::nonzero_static"}
+
+
+def waits_for_host(node: fx.Node, scope: Scope) -> str:
+    return "waits for the host on CUDA" if schema_name(node) in _WAITS_FOR_HOST else ""
+
+
+def moves_storage(node: fx.Node, scope: Scope) -> str:
+    if schema_name(node) in ("aten::resize_", "aten::set_", "aten::resize_as_", "inductor::resize_storage_bytes_"):
+        return "moves the storage of a tensor"
+    return ""
+
+
+def stream_operation(node: fx.Node, scope: Scope) -> str:
+    return "orders streams" if schema_name(node).startswith("streams::") else ""
+
+
+RULES: tuple[Rule, ...] = (
+    moves_storage,
+    stream_operation,
+    marked,
+    region,
+    higher_order,
+    explicit_generator,
+    host_read,
+    boolean_index,
+    waits_for_host,
+    data_dependent,
+    sparse,
+    off_device,
+)
+
+WHOLE_PROGRAM: frozenset[Rule] = frozenset({moves_storage, stream_operation})
+"""Rules for what makes all of a program uncapturable: addresses or streams that change under the other segments."""
+
+
+def classify(node: fx.Node, scope: Scope) -> Reason | None:
+    """Why ``node`` runs eagerly; None if it may be captured."""
+    if node.name in scope.forced:
+        return scope.forced[node.name]
+    for rule in RULES:
+        if text := rule(node, scope):
+            return Reason(rule.__name__, text, label(node), source_line(node), rule in WHOLE_PROGRAM)
+    return None
+
+
+def schema_name(node: fx.Node) -> str:
+    """``ns::op`` of the overload that a node calls; empty if it calls none."""
+    return str(node.target._schema.name) if isinstance(node.target, _torch.OpOverload) else ""
+
+
+def label(node: fx.Node) -> str:
+    """What a node calls, as reports show it."""
+    return schema_name(node) or getattr(node.target, "__name__", str(node.target))

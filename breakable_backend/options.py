@@ -1,0 +1,115 @@
+"""What a user may choose, parsed and checked once into one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from breakable_backend.errors import OptionsError
+
+ENVIRONMENT_PREFIX = "BREAKABLE_CG_"
+
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "driver": ("auto", "cuda", "tape"),
+    "auto_break": (True, False),
+    "outputs": ("fresh", "static"),
+    "scalars": ("key", "device"),
+    "inner": ("eager",),
+}
+_NOT_YET = {"inner": ("inductor",)}
+_SMALLEST = {"max_recordings": 1, "min_kernels": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one compiled function.
+
+    >>> Options.parse({"min_kernels": 4}).min_kernels
+    4
+
+    Every option also has an environment form (``BREAKABLE_CG_MIN_KERNELS=4``), read when the function is compiled, that
+    is at its first call; what is passed to ``torch.compile`` wins.
+    """
+
+    driver: str = "auto"
+    """``"auto"``: CUDA if the inputs are there, else the tape, which shows semantics and not speed."""
+
+    eager_ops: tuple[Any, ...] = ()
+    """Ops that run eagerly in this function: names, overloads, or torch functions."""
+
+    auto_break: bool = True
+    """Whether what cannot be captured runs eagerly, with a reason, or is an error."""
+
+    outputs: str = "fresh"
+    """``"fresh"``: returned tensors belong to the caller. ``"static"``: they are the graph's own memory, without a
+    copy, and hold until the next call of any function compiled for the same device."""
+
+    scalars: str = "key"
+    """``"key"``: a host scalar is part of the key, so results equal eager bit for bit. ``"device"``: it is copied to
+    the device, so that one recording serves all values; in bf16 and fp16 a few results then differ in the last bit."""
+
+    max_recordings: int = 64
+    """Recordings kept for each set of addresses."""
+
+    min_kernels: int = 2
+    """Captured segments with fewer ATen ops that launch a kernel run eagerly."""
+
+    inner: str = "eager"
+    """What compiles the captured segments."""
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
+        """Check ``given`` and the environment.
+
+        Raises:
+            OptionsError: an unknown option, or a value that is not allowed; the text lists what is.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        values: dict[str, Any] = {}
+        for key, text in (os.environ if environment is None else environment).items():
+            if key.startswith(ENVIRONMENT_PREFIX):
+                name = key.removeprefix(ENVIRONMENT_PREFIX).lower()
+                values[name] = _from_text(name, text) if name in names else text
+        values.update(given or {})
+        for name, value in values.items():
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                raise OptionsError(
+                    f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                    fix=f"options are: {', '.join(names)}",
+                )
+            values[name] = _checked(name, value)
+        return cls(**values)
+
+
+def _from_text(name: str, text: str) -> Any:
+    if name == "eager_ops":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name in _SMALLEST:
+        return int(text) if text.strip().lstrip("-").isdigit() else text
+    if name == "auto_break":
+        return {"1": True, "true": True, "0": False, "false": False}.get(text.strip().lower(), text)
+    return text.strip()
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "eager_ops":
+        if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
+            raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}")
+        return tuple(value)
+    if name in _SMALLEST:
+        if isinstance(value, bool) or not isinstance(value, int) or value < _SMALLEST[name]:
+            raise OptionsError(f"option {name!r} takes an integer of at least {_SMALLEST[name]}, got {value!r}")
+        return value
+    allowed = _CHOICES[name]
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        if value in _NOT_YET.get(name, ()):
+            raise OptionsError(f"option {name}={value!r} does not exist yet", fix=f"use {name}={allowed[0]!r}")
+        raise OptionsError(
+            f"option {name!r} does not take {value!r}", fix=f"allowed: {', '.join(repr(choice) for choice in allowed)}"
+        )
+    return value

@@ -1,0 +1,362 @@
+"""An ATen graph to a program: classify each node, cut at changes of kind, give each segment what it needs.
+
+For ``y = (x.sin() + 1); z = attention(y.view(2, 2)); return z.cos().t()`` with attention marked::
+
+    segment 0: captured          sin = sin(x); add = add(sin, 1)              makes add
+    segment 1: eager             view = view(add, [2, 2]); attention(view)    makes attention
+    segment 2: captured          cos = cos(attention)                         makes cos
+    epilogue                     returns t(cos)
+
+Original order is kept. The splitters that ship with ``torch.fx`` follow data edges only, and so reorder or drop
+mutations (pytorch#81244).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree
+
+from breakable_backend import _torch
+from breakable_backend.lowering import Lowered
+from breakable_backend.marking import Scope, classify, label, schema_name, tensors_of, written_arguments
+from breakable_backend.program import (
+    Access,
+    EagerSegment,
+    Epilogue,
+    GraphSegment,
+    Input,
+    InputKind,
+    Program,
+    Reason,
+    Segment,
+    source_line,
+)
+
+_NO_LAUNCH = frozenset(
+    f"aten::{name}"
+    for name in "empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_async".split()
+)
+"""ATen ops that allocate or check, and launch nothing."""
+
+_CHECKS = ("aten::_assert_tensor_metadata", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size")
+"""Ops that tell a compiler something and do nothing when run."""
+
+
+def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
+    """Cut a lowered graph into the segments of a program.
+
+    Args:
+        lowered: the graph; not changed.
+        scope: device, marks, and nodes that must run eagerly.
+        min_kernels: captured runs with fewer launching ops become eager.
+    """
+    known = frozenset().union(*(free_symbols(node.meta.get("val")) for node in lowered.module.graph.find_nodes(op="placeholder")))
+    scope = dataclasses.replace(scope, symbols=known)
+    flow = _Flow.of(lowered.module.graph, known)
+    reasons = {node: classify(node, scope) for node in flow.actions}
+    whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
+    if whole is not None:
+        # Where storages move, views cannot be made again later: keep every node at its place, in one segment.
+        flow = flow.with_all_nodes_as_actions()
+        runs = [_Run(flow.actions, (whole,))]
+    else:
+        runs = _runs(flow.actions, reasons, min_kernels)
+    return _Builder(lowered, scope, flow).build(runs)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring nodes of one kind; captured if there is no reason against it."""
+
+    nodes: tuple[fx.Node, ...]
+    reasons: tuple[Reason, ...]
+
+    def num_kernels(self) -> int:
+        return sum(schema_name(node) not in _NO_LAUNCH for node in self.nodes)
+
+
+def _runs(actions: Iterable[fx.Node], reasons: Mapping[fx.Node, Reason | None], min_kernels: int) -> list[_Run]:
+    runs: list[_Run] = []
+    for captured, group in groupby(actions, key=lambda node: reasons[node] is None):
+        nodes = tuple(group)
+        run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))))
+        if captured and run.num_kernels() < max(min_kernels, 1):
+            count = run.num_kernels()
+            text = f"{count} op{'s' * (count != 1)} between eager breaks, fewer than min_kernels={min_kernels}"
+            run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),))
+        if runs and runs[-1].reasons and run.reasons:
+            runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons)
+        else:
+            runs.append(run)
+    if len(runs) == 1 and {reason.rule for reason in runs[0].reasons} == {"min_kernels"}:
+        first = runs[0].nodes[0]
+        text = f"{runs[0].num_kernels()} ops in all, fewer than min_kernels={min_kernels}"
+        runs[0] = _Run(runs[0].nodes, (Reason("min_kernels", text, label(first), source_line(first)),))
+    return runs
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What the nodes of a graph are to each other, apart from who calls whom.
+
+    ``root`` maps each tensor to the value that made its storage. ``source`` maps a tensor that is no root to the
+    argument that it is a view of, or is (in-place ops return their argument). Nodes that do something are
+    ``actions``; views and sizes are made again wherever they are needed.
+    """
+
+    actions: tuple[fx.Node, ...]
+    root: Mapping[fx.Node, fx.Node]
+    source: Mapping[fx.Node, fx.Node]
+    views: frozenset[fx.Node]
+    attached: Mapping[fx.Node, tuple[fx.Node, ...]]
+    """For an action with several results, the ``getitem`` nodes that stay with it."""
+    sizes: frozenset[fx.Node]
+    all_nodes: tuple[fx.Node, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, graph: fx.Graph, known: frozenset[Any]) -> _Flow:
+        roots: dict[int, fx.Node] = {}
+        root: dict[fx.Node, fx.Node] = {}
+        source: dict[fx.Node, fx.Node] = {}
+        views: set[fx.Node] = set()
+        sizes: set[fx.Node] = set()
+        attached: dict[fx.Node, list[fx.Node]] = {}
+        actions: list[fx.Node] = []
+        everything = tuple(node for node in graph.nodes if node.op == "call_function" and schema_name(node) not in _CHECKS)
+        for node in graph.nodes:
+            if node.op == "output" or schema_name(node) in _CHECKS:
+                continue
+            value = node.meta.get("val")
+            producer = node.args[0] if schema_name(node) == "" and _is_getitem(node) else None
+            if node.op == "call_function" and not isinstance(producer, fx.Node):
+                if _is_size(node, value, known):
+                    sizes.add(node)
+                    continue
+                if _is_view(node, value):
+                    views.add(node)
+                else:
+                    actions.append(node)
+            elif isinstance(producer, fx.Node):
+                if producer in sizes:
+                    sizes.add(node)
+                elif producer in views:
+                    views.add(node)
+                else:
+                    attached.setdefault(producer, []).append(node)
+            if isinstance(value, torch.Tensor):
+                key = _torch.storage_key(value)
+                root[node] = roots.setdefault(key, node)
+                if root[node] is not node:
+                    source[node] = _alias_source(node, producer, root)
+            elif node in views:
+                source[node] = next(a for a in node.all_input_nodes if a in root)
+        return cls(
+            tuple(actions),
+            root,
+            source,
+            frozenset(views),
+            {node: tuple(items) for node, items in attached.items()},
+            frozenset(sizes),
+            everything,
+        )
+
+    def with_all_nodes_as_actions(self) -> _Flow:
+        """The same, with nothing to be made again: every node is an action at its own place."""
+        return _Flow(self.all_nodes, self.root, {}, frozenset(), {}, frozenset(), self.all_nodes)
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+_SHAPE_READS = ("aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset")
+
+
+def _is_size(node: fx.Node, value: Any, known: frozenset[Any]) -> bool:
+    """A number that follows from the number inputs and the shapes of inputs."""
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
+        return False
+    reads_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
+    return free_symbols(value) <= known and (not reads_data or schema_name(node) in _SHAPE_READS)
+
+
+def _is_view(node: fx.Node, value: Any) -> bool:
+    """Whether a call does nothing but alias its arguments, and may be made again anywhere."""
+    target = node.target
+    if not isinstance(target, _torch.OpOverload) or target.namespace not in ("aten", "prims", "prim"):
+        return False
+    results = tensors_of(value)
+    known = {_torch.storage_key(t) for a in node.all_input_nodes for t in tensors_of(a.meta.get("val"))}
+    return bool(results) and not target._schema.is_mutable and all(_torch.storage_key(t) in known for t in results)
+
+
+def _alias_source(node: fx.Node, producer: Any, root: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Which argument ``node`` is, or is a view of."""
+    candidates = [producer] if isinstance(producer, fx.Node) and producer in root else []
+    candidates += written_arguments(node) + node.all_input_nodes
+    if isinstance(producer, fx.Node):
+        candidates += written_arguments(producer) + producer.all_input_nodes
+    key = _torch.storage_key(node.meta["val"])
+    for candidate in candidates:
+        value = candidate.meta.get("val")
+        if isinstance(value, torch.Tensor) and _torch.storage_key(value) == key:
+            return candidate
+    return root[node]
+
+
+class _Builder:
+    """Copies nodes into one graph per segment. ``resolve`` is the heart: a value as seen inside the current segment."""
+
+    def __init__(self, lowered: Lowered, scope: Scope, flow: _Flow) -> None:
+        self.lowered, self.scope, self.flow = lowered, scope, flow
+        self.maker: dict[fx.Node, int] = {}
+        """The segment that made a root, or a number known only at run time; absent for inputs."""
+
+    def build(self, runs: list[_Run]) -> Program:
+        drafts = [self._draft(position, run) for position, run in enumerate(runs)]
+        returned = _Draft(self, len(runs))
+        (outputs,) = self.lowered.module.graph.output_node().args
+        returned.graph.output(tuple(pytree.tree_map_only(fx.Node, returned.resolve, list(outputs))))
+        needed = {node for draft in (*drafts, returned) for node in draft.placeholders}
+        versions: dict[str, int] = {}
+        segments = tuple(self._segment(draft, run, needed, versions) for draft, run in zip(drafts, runs, strict=True))
+        numbers = {node for draft in (*drafts, returned) for node in draft.placeholders if node in self.flow.sizes}
+        return Program(
+            inputs=tuple(self._inputs()),
+            sizes={node.name: node.meta["val"] for node in self.lowered.module.graph.nodes if node in numbers},
+            segments=segments,
+            epilogue=Epilogue(returned.module(), tuple(node.name for node in returned.placeholders)),
+            device=self.scope.device,
+        )
+
+    def _inputs(self) -> Iterable[Input]:
+        index = 0
+        for node in self.lowered.module.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                yield Input(node.name, self._kind(node, value, index), index, value)
+                index += 1
+            elif node.op == "get_attr" and not isinstance(getattr(self.lowered.module, node.target), fx.GraphModule):
+                constant = getattr(self.lowered.module, node.target)
+                yield Input(node.name, "constant", -1, constant if value is None else value)
+
+    def _kind(self, node: fx.Node, value: Any, index: int) -> InputKind:
+        if not isinstance(value, torch.Tensor):
+            return "number"
+        if node.name in self.scope.host_scalars:
+            return "scalar"
+        return "static" if index in self.lowered.static else "tensor"
+
+    def _draft(self, position: int, run: _Run) -> _Draft:
+        draft = _Draft(self, position)
+        for node in run.nodes:
+            draft.add(node)
+        return draft
+
+    def _segment(self, draft: _Draft, run: _Run, needed: set[fx.Node], versions: dict[str, int]) -> Segment:
+        outputs = tuple(node for node in draft.made if node in needed)
+        draft.graph.output(tuple(draft.local[node] for node in outputs))
+        storages = [node for node in draft.placeholders if node in self.flow.root]
+        reads = tuple(Access(node.name, versions.get(node.name, 0)) for node in storages)
+        written = dict.fromkeys(
+            self.flow.root[argument] for node in run.nodes for argument in written_arguments(node) if argument in self.flow.root
+        )
+        writes = []
+        for root in written:
+            if root in draft.placeholders or root in outputs:
+                versions[root.name] = versions.get(root.name, 0) + 1
+                writes.append(Access(root.name, versions[root.name]))
+        common = (
+            draft.module(),
+            tuple(node.name for node in draft.placeholders),
+            tuple(node.name for node in outputs),
+            reads,
+            tuple(writes),
+        )
+        return EagerSegment(*common, run.reasons) if run.reasons else GraphSegment(*common, run.num_kernels())
+
+
+class _Draft:
+    """One segment's graph while it is being made."""
+
+    def __init__(self, builder: _Builder, position: int) -> None:
+        self.builder, self.position = builder, position
+        self.graph = fx.Graph()
+        self.local: dict[fx.Node, fx.Node] = {}
+        self.placeholders: dict[fx.Node, fx.Node] = {}
+        self.made: list[fx.Node] = []
+        self.attributes: dict[str, Any] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Run ``node`` in this segment."""
+        for item in (node, *self.builder.flow.attached.get(node, ())):
+            self._copy(item)
+            if self.builder.flow.root.get(item, item) is item:
+                self.made.append(item)
+                self.builder.maker[item] = self.position
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """``node`` of the whole graph as a node of this segment."""
+        flow = self.builder.flow
+        if node not in self.local:
+            if node.op == "get_attr" and isinstance(self._attribute(node), fx.GraphModule):
+                self._copy(node)
+                self.attributes[str(node.target)] = self._attribute(node)
+            elif node in flow.views:
+                self._copy(node)
+            elif node in flow.source:
+                self.local[node] = self._like(node, self.resolve(flow.source[node]), flow.source[node])
+            else:
+                self.local[node] = self.placeholders[node] = self._placeholder(node)
+        return self.local[node]
+
+    def _like(self, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
+        """``node``, an alias that an action returned, as a view of ``source``: nearly always the very same tensor."""
+        mine, theirs = node.meta["val"], source.meta["val"]
+        if _geometry(mine) == _geometry(theirs):
+            return copied
+        view = self.graph.call_function(
+            torch.ops.aten.as_strided.default,
+            (copied, list(mine.shape), list(mine.stride()), mine.storage_offset()),
+        )
+        view.meta = dict(node.meta)
+        return view
+
+    def _attribute(self, node: fx.Node) -> Any:
+        return getattr(self.builder.lowered.module, str(node.target))
+
+    def _copy(self, node: fx.Node) -> None:
+        self.local[node] = self.graph.node_copy(node, self.resolve)
+        self.local[node].name = node.name
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        before = next(iter(self.graph.nodes), None)
+        last = list(self.placeholders.values())[-1] if self.placeholders else None
+        with self.graph.inserting_after(last) if last else self.graph.inserting_before(before):
+            placeholder = self.graph.placeholder(node.name)
+        placeholder.name = node.name
+        placeholder.meta = dict(node.meta)
+        return placeholder
+
+    def module(self) -> fx.GraphModule:
+        self.graph.lint()
+        return fx.GraphModule(self.attributes, self.graph, "Segment")
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        tuple(map(str, tensor.shape)),
+        tuple(map(str, tensor.stride())),
+        str(tensor.storage_offset()),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )

@@ -1,0 +1,542 @@
+"""Run a program once under a driver and keep what replay needs.
+
+A recording is a list of steps over *slots*. A slot is a name: of an argument, of what an eager call returned in this
+call, or of a constant, which is a tensor that keeps its address (memory of the pool, a bridge) or a plain number.
+
+Who owns what: the recording owns its bridges and the tensors that captured segments made, as long as it lives; a later
+recording in the same pool therefore never takes memory that a value of this one crosses segments in. Arguments, static
+inputs too, belong to the caller and are in no constant, not even as a view.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from breakable_backend import _torch
+from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
+from breakable_backend.drivers import CapturedGraph, CaptureDriver
+from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
+from breakable_backend.lowering import AMBIENT_KEY, Ambient
+from breakable_backend.marking import label
+from breakable_backend.program import EagerSegment, GraphSegment, Input, Program, Reason, last_uses, source_line
+
+# --- what a recording is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that a step reads or writes."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Between a bridge (a constant) and the value outside."""
+
+    bridge: Slot
+    value: Slot
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an eager step: ``result = function(*args, **kwargs)`` under ``ambient``."""
+
+    result: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    label: str
+    source: str = ""
+    spec: TensorSpec | None = None
+    """What the result must look like; None if it is no tensor, or of a size known only at run time."""
+    ambient: Ambient | None = None
+
+
+@dataclass(frozen=True)
+class GraphStep:
+    """Load bridges, launch one captured graph, store what it wrote of the caller's."""
+
+    graph: CapturedGraph
+    loads: tuple[Copy, ...] = ()
+    stores: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True)
+class EagerStep:
+    """Calls, one by one."""
+
+    calls: tuple[Call, ...]
+    reasons: tuple[Reason, ...]
+
+
+Step = GraphStep | EagerStep
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is left of a program for one key: nothing to decide, everything to do."""
+
+    arguments: tuple[str, ...]
+    """Slots of the arguments, in order."""
+    specs: Mapping[str, TensorSpec]
+    """What arguments that captured segments read must look like."""
+    steps: tuple[Step, ...]
+    epilogue: tuple[Call, ...]
+    returned: tuple[Any, ...]
+    constants: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def graphs(self) -> tuple[CapturedGraph, ...]:
+        return tuple(step.graph for step in self.steps if isinstance(step, GraphStep))
+
+    @property
+    def num_copies(self) -> int:
+        """Copies between bridges and the outside in one call, at most."""
+        return sum(len(step.loads) + len(step.stores) for step in self.steps if isinstance(step, GraphStep))
+
+    @property
+    def bridge_bytes(self) -> int:
+        bridges = [value for value in self.constants.values() if isinstance(value, Bridge)]
+        return sum(bridge.tensor.untyped_storage().nbytes() for bridge in bridges)
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------------
+
+
+def enter_ambient(ambient: Ambient) -> AbstractContextManager[Any]:
+    """The autocast and grad mode of ``ambient``, for a ``with`` statement."""
+    stack = ExitStack()
+    for device, dtype, cache in ambient.autocast:
+        stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
+    if ambient.grad:
+        stack.enter_context(torch.enable_grad())
+    return stack
+
+
+def perform(call: Call, slots: Mapping[str, Any]) -> Any:
+    """Make ``call``, with values from ``slots``, and check its result."""
+    args, kwargs = _fill((call.args, call.kwargs), slots)
+    if call.ambient is None:
+        result = call.function(*args, **kwargs)
+    else:
+        with enter_ambient(call.ambient):
+            result = call.function(*args, **kwargs)
+    if call.spec is not None and not call.spec.accepts(result):
+        reject(call, result)
+    return result
+
+
+def reject(call: Call, result: Any) -> None:
+    """Raise for a result that does not fit; the strict check that comes first lets harmless strides through to here."""
+    assert call.spec is not None
+    if call.spec.accepts(result):
+        return
+    got = TensorSpec.of(result) if isinstance(result, torch.Tensor) else f"a {type(result).__name__}"
+    raise EagerOutputError(
+        f"{call.label} returned {got}, but was compiled for {call.spec}",
+        where=call.source,
+        fix="make its fake implementation (register_fake) return what the real one returns, strides included",
+    )
+
+
+def check_argument(name: str, spec: TensorSpec, value: Any) -> None:
+    """Raise if an argument does not fit what was recorded."""
+    if not spec.accepts(value):
+        got = TensorSpec.of(value) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ReplayError(
+            f"argument {name} is {got}, but was recorded as {spec}",
+            fix="Dynamo's guards normally recompile here: do not skip them (skip_guard_eval_unsafe) for such calls",
+        )
+
+
+def _fill(tree: Any, slots: Mapping[str, Any]) -> Any:
+    return pytree.tree_map_only(Slot, lambda slot: slots[slot.name], tree)
+
+
+# --- running a program ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A program together with the arguments of one call: every number is known."""
+
+    program: Program
+    values: Mapping[str, Any]
+    """Arguments, constants of the traced code and sizes, by name."""
+    symbols: Mapping[sympy.Symbol, int]
+
+    @classmethod
+    def of(cls, program: Program, args: Sequence[Any]) -> Binding:
+        values = {value.name: value.value if value.index < 0 else args[value.index] for value in program.inputs}
+        symbols: dict[sympy.Symbol, int] = {}
+        for value in program.inputs:
+            _bind(value, values[value.name], symbols)
+        sizes = {name: _torch.evaluate(size, symbols) for name, size in program.sizes.items()}
+        return cls(program, values | sizes, symbols)
+
+    def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
+        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for direct functions."""
+        environment: dict[fx.Node, Any] = {}
+        calls: list[Call] = []
+        for node in segment.module.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = slots[node.name]
+            elif node.op == "get_attr":
+                environment[node] = getattr(segment.module, node.target)
+            elif node.op == "call_function":
+                calls.append(self._call(node, environment, device_type))
+                environment[node] = Slot(node.name)
+        return calls
+
+    def _call(self, node: fx.Node, environment: Mapping[fx.Node, Any], device_type: str | None) -> Call:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
+        function: Any = node.target
+        if device_type is not None and isinstance(function, _torch.OpOverload):
+            function = _torch.python_implementation(function, device_type) or function
+        opaque = isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims")
+        producer = node.args[0] if node.target is operator.getitem else node
+        value = node.meta.get("val")
+        checked = (
+            isinstance(value, torch.Tensor)
+            and isinstance(producer, fx.Node)
+            and (opaque or _is_opaque(producer))
+            and self._known(value)
+        )
+        ambient = node.meta.get("custom", {}).get(AMBIENT_KEY) if opaque else None
+        spec = TensorSpec.of(value, self.symbols) if checked else None
+        return Call(node.name, function, tuple(args), kwargs, label(producer), source_line(node), spec, ambient)
+
+    def _known(self, value: torch.Tensor) -> bool:
+        return all(
+            not isinstance(size, torch.SymInt) or size.node.expr.free_symbols <= set(self.symbols)
+            for size in (*value.shape, *value.stride())
+        )
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims")
+
+
+def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
+    fake = value.value
+    pairs = zip((*fake.shape, *fake.stride()), (*actual.shape, *actual.stride()), strict=True) if isinstance(fake, torch.Tensor) else [(fake, actual)]
+    for symbolic, number in pairs:
+        if isinstance(symbolic, torch.SymInt) and (symbol := _torch.symbol_of(symbolic)) is not None:
+            symbols[symbol] = int(number)
+
+
+def run_plain(program: Program, args: Sequence[Any]) -> list[Any]:
+    """Run every segment as eager would, with no capture and no bridge: the first call, and whatever is not recorded.
+
+    Raises:
+        EagerOutputError: a marked op returned something else than its fake implementation said.
+    """
+    binding = Binding.of(program, args)
+    slots = dict(binding.values)
+    for segment, dead in zip(program.segments, last_uses(program), strict=True):
+        if isinstance(segment, GraphSegment):
+            results = segment.module(*(slots[name] for name in segment.inputs))
+            slots.update(zip(segment.outputs, results, strict=True))
+        else:
+            _run_calls(binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None), slots, segment.outputs)
+        for name in dead:
+            del slots[name]
+    return list(program.epilogue.module(*(slots[name] for name in program.epilogue.inputs)))
+
+
+def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[str]) -> None:
+    local = dict(slots)
+    for call in calls:
+        local[call.result] = perform(call, local)
+    slots.update((name, local[name]) for name in outputs)
+
+
+# --- recording ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How arguments enter captured segments, beyond what the program says."""
+
+    keyed: frozenset[str] = frozenset()
+    """Tensor inputs whose address is in the key, so that captured segments use it directly."""
+    device_scalars: bool = False
+    """Whether host scalars have a bridge on the device instead of being in the key."""
+    fresh_outputs: bool = True
+
+
+@dataclass
+class Recorded:
+    """What came of recording one call."""
+
+    recording: Recording
+    outputs: list[Any]
+    failed: dict[int, Reason]
+    """Segments that could not be captured and ran eagerly instead, by position."""
+    copies: int
+
+
+def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: Plan, stream: int, *, auto_break: bool) -> Recorded:
+    """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
+
+    The caller holds the driver's lock and is between ``driver.begin`` (which gave ``stream``) and ``driver.end``.
+    Eager steps see real data. If this raises, everything that was captured is given back.
+
+    Raises:
+        CaptureError: a segment cannot be captured, and ``auto_break`` is off.
+        Exception: whatever an eager step raised, unchanged.
+    """
+    recorder = _Recorder(Binding.of(program, args), driver, plan, stream, auto_break)
+    try:
+        with driver.recording():
+            for position, segment in enumerate(program.segments):
+                if isinstance(segment, GraphSegment):
+                    recorder.capture(position, segment)
+                else:
+                    recorder.eager(segment)
+            return recorder.finish()
+    except BaseException:
+        graphs = [step.graph for step in recorder.steps if isinstance(step, GraphStep)]
+        recorder.forget()
+        driver.release(graphs)
+        raise
+
+
+class _Recorder:
+    def __init__(self, binding: Binding, driver: CaptureDriver, plan: Plan, stream: int, auto_break: bool) -> None:
+        self.binding, self.driver, self.plan, self.stream, self.auto_break = binding, driver, plan, stream, auto_break
+        self.values: dict[str, Any] = dict(binding.values)
+        """All slots, with this call's values."""
+        self.constants: dict[str, Any] = {}
+        self.home: dict[str, Any] = {}
+        """Where later readers find a value that segments exchange: a slot, or the number itself."""
+        self.outside: set[str] = set()
+        """Storages that captured segments reach only through a bridge: unkeyed inputs, and what eager steps made."""
+        self.loaded: set[str] = set()
+        """Inputs whose bridge holds their present version."""
+        self.intact: dict[str, Slot] = {}
+        """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
+        self.steps: list[Step] = []
+        self.failed: dict[int, Reason] = {}
+        self.copies = 0
+        for value in binding.program.inputs:
+            self._introduce(value)
+        self.home.update((name, binding.values[name]) for name in binding.program.sizes)
+
+    def _introduce(self, value: Input) -> None:
+        self.home[value.name] = self.values[value.name] if value.kind == "number" else Slot(value.name)
+        if value.kind == "constant":
+            self.constants[value.name] = self.values[value.name]
+        bridged_scalar = value.kind == "scalar" and self.plan.device_scalars
+        if bridged_scalar or (value.kind == "tensor" and value.name not in self.plan.keyed):
+            self.outside.add(value.name)
+
+    # captured segments
+
+    def capture(self, position: int, segment: GraphSegment) -> None:
+        loads = [copy for name in segment.inputs if (copy := self._bridge(name)) is not None]
+        self.copies += load_all(
+            [self.values[copy.bridge.name] for copy in loads], [self.values[copy.value.name] for copy in loads]
+        )
+        inputs = [self._inside(name) for name in segment.inputs]
+        try:
+            graph, results = self.driver.capture(lambda: segment.module(*inputs))
+        except CaptureError as error:
+            for copy in loads:
+                self._unbridge(copy.value.name)
+            self._capture_failed(position, segment, error)
+            return
+        stores = tuple(
+            Copy(Slot(_bridge_name(access.storage)), Slot(access.storage))
+            for access in segment.writes
+            if access.storage in self.outside and access.storage not in segment.outputs and self._is_input(access.storage)
+        )
+        self.steps.append(GraphStep(graph, tuple(loads), stores))
+        for name, result in zip(segment.outputs, results, strict=True):
+            self.values[name] = self.constants[name] = result
+            self.home[name] = Slot(name)
+        graph.replay(self.stream)
+        for access in segment.writes:
+            self.intact.pop(access.storage, None)
+        for copy in stores:
+            self.copies += self.values[copy.bridge.name].store(self.values[copy.value.name])
+
+    def _is_input(self, name: str) -> bool:
+        return name in self.binding.values
+
+    def _bridge(self, name: str) -> Copy | None:
+        """Make ``name`` reachable for a captured segment; returns the copy that this takes on each call, if any."""
+        if name not in self.outside or name in self.loaded:
+            return None
+        bridge = Slot(_bridge_name(name))
+        if bridge.name not in self.values:
+            self.values[bridge.name] = Bridge.like(self.values[name], self.driver.device)
+            self.constants[bridge.name] = self.values[bridge.name]
+        self.loaded.add(name)
+        if not self._is_input(name):
+            # From here on the bridge is where this value lives, for eager steps too.
+            self.intact[name] = Slot(name)
+            inside = Slot(_inside_name(name))
+            self.values[inside.name] = self.constants[inside.name] = self.values[bridge.name].tensor
+            self.home[name] = inside
+        return Copy(bridge, Slot(name))
+
+    def _unbridge(self, name: str) -> None:
+        """Undo ``_bridge``: the segment that asked for it is no graph, so replay will not load this bridge there."""
+        self.loaded.discard(name)
+        if not self._is_input(name):
+            self.intact.pop(name)
+            self.home[name] = Slot(name)
+
+    def _inside(self, name: str) -> Any:
+        """``name`` as a captured segment sees it."""
+        if name in self.outside:
+            return self.values[_bridge_name(name)].tensor
+        home = self.home[name]
+        return self.values[home.name] if isinstance(home, Slot) else home
+
+    def _capture_failed(self, position: int, segment: GraphSegment, error: CaptureError) -> None:
+        first = next((node for node in segment.module.graph.nodes if node.op == "call_function"), None)
+        where = error.where or (source_line(first) if first is not None else "")
+        if not self.auto_break:
+            raise CaptureError(error.what, where=where, fix=error.fix or "let it run eagerly: auto_break=True") from error.__cause__
+        reason = Reason("capture_failed", f"could not be captured: {error.what}", "", where)
+        self.failed[position] = reason
+        self.eager(
+            EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))
+        )
+
+    # eager segments
+
+    def eager(self, segment: EagerSegment) -> None:
+        calls = self.binding.calls(segment, {name: self.home[name] for name in segment.inputs}, self.driver.device.type)
+        local = dict(self.values)
+        kept = []
+        for call in calls:
+            local[call.result] = perform(call, local)
+            if self._is_constant_view(call):
+                self.constants[call.result] = local[call.result]
+            else:
+                kept.append(call)
+        self.steps.append(EagerStep(tuple(kept), segment.reasons))
+        for access in segment.writes:
+            if self._is_input(access.storage):
+                self.loaded.discard(access.storage)
+            self.intact.pop(access.storage, None)
+        for name in segment.outputs:
+            self.values[name] = local[name]
+            self.home[name] = Slot(name)
+            if isinstance(local[name], torch.Tensor):
+                self.outside.add(name)
+
+    def _is_constant_view(self, call: Call) -> bool:
+        """Whether a call only makes a view of memory that stays where it is, so that it need not be made again."""
+        slots = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
+        return is_view_call(call) and bool(slots) and all(slot.name in self.constants for slot in slots)
+
+    # outputs
+
+    def finish(self) -> Recorded:
+        program = self.binding.program
+        epilogue = program.epilogue
+        local = dict(self.values)
+        calls: list[Call] = []
+
+        def make(call: Call) -> Slot:
+            local[call.result] = perform(call, local)
+            calls.append(call)
+            return Slot(call.result)
+
+        def copied(place: Slot) -> Slot:
+            fresh = f"{place.name}_fresh"
+            return Slot(fresh) if fresh in local else make(Call(fresh, clone_exact, (place,), {}, "clone"))
+
+        places: dict[str, Any] = {}
+        behind = _outputs_behind(epilogue.module)
+        for name in epilogue.inputs:
+            home = self.intact.get(name, self.home[name])
+            # Several outputs on one storage of ours: copy the storage once, and make the views on the copy.
+            places[name] = copied(home) if self._to_copy(home, local) and behind[name] > 1 else home
+        for call in self.binding.calls(EagerSegment(epilogue.module, epilogue.inputs, (), (), (), ()), places, None):
+            if self._is_constant_view(call):
+                local[call.result] = self.constants[call.result] = perform(call, local)
+                places[call.result] = Slot(call.result)
+            else:
+                places[call.result] = make(call)
+        returned = []
+        for leaf in epilogue.module.graph.output_node().args[0]:
+            place = places[leaf.name] if isinstance(leaf, fx.Node) else leaf
+            returned.append(copied(place) if self._to_copy(place, local) else place)
+        recording = Recording(
+            arguments=tuple(value.name for value in program.inputs if value.index >= 0),
+            specs={
+                value.name: TensorSpec.of(self.values[value.name])
+                for value in program.inputs
+                if value.kind in ("tensor", "scalar") and value.name in program.read_by_graphs()
+            },
+            steps=tuple(self.steps),
+            epilogue=tuple(calls),
+            returned=tuple(returned),
+            constants=self.constants,
+        )
+        return Recorded(recording, list(_fill(tuple(returned), local)), self.failed, self.copies)
+
+    def _to_copy(self, place: Any, local: Mapping[str, Any]) -> bool:
+        """Whether the caller would get memory of this recording, which the next call changes."""
+        if not (self.plan.fresh_outputs and isinstance(place, Slot) and isinstance(local[place.name], torch.Tensor)):
+            return False
+        # By storage, not by name: an op that returns its argument, against its schema, hands out our memory too.
+        return not self._is_input(place.name) and _torch.storage_key(local[place.name]) in self._owned_storages()
+
+    def _owned_storages(self) -> frozenset[int]:
+        owned = (value for name, value in self.constants.items() if not self._is_input(name))
+        tensors = (value.tensor if isinstance(value, Bridge) else value for value in owned)
+        return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
+
+    def forget(self) -> None:
+        """Drop what the pool owns."""
+        self.steps.clear()
+        self.constants.clear()
+        self.values.clear()
+
+
+def is_view_call(call: Call) -> bool:
+    """Whether a call makes a view and does nothing else."""
+    function = call.function
+    if function is operator.getitem:
+        return True
+    return isinstance(function, _torch.OpOverload) and function.is_view
+
+
+def _outputs_behind(module: fx.GraphModule) -> dict[str, int]:
+    """How many returned values each input of the epilogue is behind."""
+    behind: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            behind[node] = node
+        elif node.op == "call_function":
+            behind[node] = next(behind[argument] for argument in node.all_input_nodes if argument in behind)
+    counts = dict.fromkeys((node.name for node in module.graph.find_nodes(op="placeholder")), 0)
+    (returned,) = module.graph.output_node().args
+    for leaf in returned:
+        if isinstance(leaf, fx.Node):
+            counts[behind[leaf].name] += 1
+    return counts
+
+
+def _bridge_name(name: str) -> str:
+    return f"{name}_bridge"
+
+
+def _inside_name(name: str) -> str:
+    return f"{name}_inside"

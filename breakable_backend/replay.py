@@ -1,0 +1,259 @@
+"""A recording as a function: generated straight-line source, and beside it the same in a few obvious lines.
+
+The source carries the graph's own names, and each break's reason as a comment. It is filed in ``linecache``, so that
+debuggers step through it and tracebacks show it. Both must equal eager, and each other, on every test model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import keyword
+import linecache
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from breakable_backend import _torch
+from breakable_backend.buffers import Bridge, clone_exact, load_all
+from breakable_backend.recording import (
+    Call,
+    Copy,
+    GraphStep,
+    Recording,
+    Slot,
+    check_argument,
+    enter_ambient,
+    perform,
+    reject,
+)
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Tally:
+    """What replays count while they run."""
+
+    copies: int = 0
+    """Copies between bridges and the outside that were needed."""
+
+
+def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tally | None = None) -> list[Any]:
+    """Replay, step by step: the specification of what :func:`emit` generates."""
+    tally = tally or Tally()
+    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
+    for name, spec in recording.specs.items():
+        check_argument(name, spec, slots[name])
+    for step in recording.steps:
+        if isinstance(step, GraphStep):
+            tally.copies += sum(slots[copy.bridge.name].load(slots[copy.value.name]) for copy in step.loads)
+            step.graph.replay(stream)
+            tally.copies += sum(slots[copy.bridge.name].store(slots[copy.value.name]) for copy in step.stores)
+        else:
+            for call in step.calls:
+                slots[call.result] = perform(call, slots)
+    for call in recording.epilogue:
+        slots[call.result] = perform(call, slots)
+    return [slots[leaf.name] if isinstance(leaf, Slot) else leaf for leaf in recording.returned]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Generated source and the function it defines: ``function(args, stream) -> outputs``, clearing ``args``."""
+
+    source: str
+    function: Callable[[list[Any], int], list[Any]]
+    tally: Tally
+    file: str
+
+    def forget(self) -> None:
+        """Take the source out of ``linecache``."""
+        linecache.cache.pop(self.file, None)
+
+
+def emit(recording: Recording) -> Replay:
+    """Generate, compile and file the source of a recording."""
+    writer = _Writer(recording)
+    source = writer.source()
+    file = f"<breakable_cg replay {next(_numbers)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    exec(compile(source, file, "exec"), writer.names)
+    return Replay(source, writer.names["replay"], writer.tally, file)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    lines: tuple[str, ...]
+    uses: frozenset[str] = frozenset()
+    defines: str = ""
+
+
+class _Writer:
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.tally = Tally()
+        self.names: dict[str, Any] = {
+            "check_argument": check_argument,
+            "clone_exact": clone_exact,
+            "copied": self.tally,
+            "enter_ambient": enter_ambient,
+            "load_all": load_all,
+            "reject": reject,
+        }
+        """Globals of the generated function."""
+        self.bound: dict[int, str] = {}
+
+    def source(self) -> str:
+        arguments = ", ".join(self.recording.arguments)
+        lines = ["def replay(args, stream):"]
+        if arguments:
+            lines.append(f"    {arguments}, = args")
+        lines.append("    args.clear()")
+        statements = list(self._statements())
+        returned, uses = self._text(list(self.recording.returned))
+        statements.append(_Statement((f"return {returned}",), uses))
+        lines += [f"    {line}" for line in _with_deletions(statements, set(self.recording.arguments))]
+        return "\n".join(lines) + "\n"
+
+    def _statements(self) -> Iterator[_Statement]:
+        for name, spec in self.recording.specs.items():
+            shape, dtype, device = (self._bind(f"{name}_{what}", getattr(spec, what)) for what in ("shape", "dtype", "device"))
+            whole = self._bind(f"{name}_spec", spec)
+            yield _Statement(
+                (
+                    f"if {name}.shape != {shape} or {name}.dtype is not {dtype} or {name}.device != {device}:",
+                    f"    check_argument({name!r}, {whole}, {name})",
+                ),
+                frozenset((name,)),
+            )
+        graphs = 0
+        for step in self.recording.steps:
+            if isinstance(step, GraphStep):
+                yield from self._loads(step.loads)
+                yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}(stream)",))
+                for copy in step.stores:
+                    bridge = self._constant(copy.bridge)
+                    yield _Statement((f"copied.copies += {bridge}.store({copy.value.name})",), frozenset((copy.value.name,)))
+                graphs += 1
+            else:
+                for reason in step.reasons:
+                    where = f" at {reason.source}" if reason.source else ""
+                    yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
+                for call in step.calls:
+                    yield self._call(call)
+        for call in self.recording.epilogue:
+            yield self._call(call)
+
+    def _loads(self, loads: tuple[Copy, ...]) -> Iterator[_Statement]:
+        values = [copy.value.name for copy in loads]
+        if len(loads) == 1 and self.recording.constants[loads[0].bridge.name].flat is None:
+            (copy,), (value,) = loads, values
+            bridge: Bridge = self.recording.constants[copy.bridge.name]
+            target = self._bind(copy.bridge.name, bridge.tensor)
+            address = self._bind(f"{copy.bridge.name}_address", bridge.tensor.data_ptr())
+            yield _Statement(
+                (f"if {value}.data_ptr() != {address}:", f"    {target}.copy_({value})", "    copied.copies += 1"),
+                frozenset(values),
+            )
+        elif loads:
+            bridges = ", ".join(self._constant(copy.bridge) for copy in loads)
+            yield _Statement((f"copied.copies += load_all(({bridges},), ({', '.join(values)},))",), frozenset(values))
+
+    def _call(self, call: Call) -> _Statement:
+        name = call.result
+        arguments, uses = [], frozenset[str]()
+        for key, argument in (*((None, argument) for argument in call.args), *call.kwargs.items()):
+            text, used = self._text(argument)
+            arguments.append(f"{key}={text}" if key else text)
+            uses |= used
+        if call.function is operator.getitem:
+            line = f"{name} = {arguments[0]}[{arguments[1]}]"
+        else:
+            line = f"{name} = {self._function(call)}({', '.join(arguments)})"
+        lines = [line]
+        if call.ambient is not None:
+            lines = [f"with enter_ambient({self._bind(f'{name}_ambient', call.ambient)}):", f"    {line}"]
+        if call.spec is not None:
+            shape, stride, dtype, device = (
+                self._bind(f"{name}_{what}", getattr(call.spec, what)) for what in ("shape", "stride", "dtype", "device")
+            )
+            lines += [
+                f"if {name}.shape != {shape} or {name}.stride() != {stride} "
+                f"or {name}.dtype is not {dtype} or {name}.device != {device}:",
+                f"    reject({self._bind(f'{name}_call', call)}, {name})",
+            ]
+        return _Statement(tuple(lines), uses, name)
+
+    def _function(self, call: Call) -> str:
+        if call.function is clone_exact:
+            return "clone_exact"
+        if isinstance(call.function, _torch.OpOverload):
+            return self._bind(str(call.function), call.function)
+        return self._bind(call.label or getattr(call.function, "__name__", "function"), call.function)
+
+    def _text(self, value: Any) -> tuple[str, frozenset[str]]:
+        """``value`` as source, and the slots of this call that it uses."""
+        if isinstance(value, Slot):
+            if value.name in self.recording.constants:
+                return self._constant(value), frozenset()
+            return value.name, frozenset((value.name,))
+        if isinstance(value, list | tuple):
+            texts, uses = [], frozenset[str]()
+            for item in value:
+                text, used = self._text(item)
+                texts.append(text)
+                uses |= used
+            if isinstance(value, list):
+                return f"[{', '.join(texts)}]", uses
+            return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})", uses
+        if value is None or isinstance(value, bool | int | str):
+            return repr(value), frozenset()
+        if isinstance(value, float) and value == value and abs(value) != float("inf"):
+            return repr(value), frozenset()
+        assert not any(isinstance(leaf, Slot) for leaf in pytree.tree_leaves(value)), value
+        return self._bind(str(value), value), frozenset()
+
+    def _constant(self, slot: Slot) -> str:
+        return self._bind(slot.name, self.recording.constants[slot.name])
+
+    def _bind(self, name: str, value: Any) -> str:
+        """A global name for ``value``: ``name``, or with a number behind it if that is taken."""
+        known = self.bound.get(id(value))
+        if known is not None and self.names[known] is value:
+            return known
+        base = re.sub(r"\W+", "_", name).strip("_") or "value"
+        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
+        taken = self.recording.arguments
+        candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
+        chosen = next(c for c in candidates if c not in self.names and c not in taken and c not in self._results())
+        self.names[chosen] = value
+        self.bound[id(value)] = chosen
+        return chosen
+
+    def _results(self) -> frozenset[str]:
+        if not hasattr(self, "_result_names"):
+            calls = [call for step in self.recording.steps if not isinstance(step, GraphStep) for call in step.calls]
+            self._result_names = frozenset(call.result for call in (*calls, *self.recording.epilogue))
+        return self._result_names
+
+
+def _with_deletions(statements: Sequence[_Statement], live: set[str]) -> Iterator[str]:
+    """The statements' lines, with each name deleted where it is used last, so that memory goes as early as in eager."""
+    last: dict[str, int] = {}
+    for position, statement in enumerate(statements):
+        for name in (*statement.uses, *((statement.defines,) if statement.defines else ())):
+            last[name] = position
+    unused = [name for name in live if name not in last]
+    if unused:
+        yield f"del {', '.join(sorted(unused))}"
+    for position, statement in enumerate(statements):
+        yield from statement.lines
+        names = {*statement.uses, *((statement.defines,) if statement.defines else ())}
+        dead = sorted(name for name in names if last[name] == position)
+        if dead and position != len(statements) - 1:
+            yield f"del {', '.join(dead)}"

@@ -1,0 +1,64 @@
+"""What all tests share: a clean start and end, and fixtures that run a test without a GPU and with one."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+import breakable_backend
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.drivers.cuda import CudaDriver
+from breakable_backend.drivers.tape import TapeDriver
+
+NO_GPU = "needs a CUDA GPU: torch.cuda.is_available() is False"
+
+# Compiling takes longer than any deadline, and a failure that comes and goes helps nobody.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Each test starts from the same seed and leaves nothing compiled, recorded or marked behind."""
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()
+    breakable_backend.reset()
+
+
+@pytest.fixture(params=["tape", pytest.param("cuda", marks=pytest.mark.gpu)])
+def driver(request: pytest.FixtureRequest) -> Iterator[CaptureDriver]:
+    """A driver of each kind. A test has to release what it captured: no block of the pool may be left."""
+    driver = TapeDriver(torch.device("cpu")) if request.param == "tape" else CudaDriver(torch.device("cuda", 0))
+    failed_before = request.session.testsfailed
+    yield driver
+    if request.session.testsfailed == failed_before:  # a failed test says what is wrong by itself
+        gc.collect()
+        assert driver.live_blocks() == 0, "the test left blocks allocated in the driver's pool"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that compiled functions run on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def options(device: torch.device) -> dict[str, Any]:
+    """The options for :func:`torch.compile` on ``device``."""
+    return {"driver": "cuda" if device.type == "cuda" else "tape"}
