@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -17,6 +17,7 @@ import torch._inductor.config
 from torch import fx
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.utils import counters as _dynamo_counters
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -25,8 +26,8 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_su
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import _side_effectful_functions
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
 
 Op = OpOverload | HigherOrderOperator
 """What a node of a lowered graph can call, other than plain Python operators."""
@@ -73,12 +74,12 @@ def trace_inference(
     ``keep_alive`` are ops whose calls must survive AOT's dead code elimination even when their results are unused.
     Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect.
     """
-    with _side_effects(keep_alive), torch._inductor.config.patch(fallback_random=True):
-        return aot_module_simplified(  # type: ignore[no-any-return]
+    with _side_effects(keep_alive), _eager_kernels(), torch._inductor.config.patch(fallback_random=True):
+        return aot_module_simplified(
             gm,
             example_inputs,
-            compile_training,
-            inference_compiler=compile_inference,
+            cast(Any, compile_training),
+            inference_compiler=cast(Any, compile_inference),
             keep_inference_input_mutations=True,
             disable_functionalization=True,
         )
@@ -92,6 +93,38 @@ def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         _side_effectful_functions.difference_update(added)
+
+
+_OTHER_ARITHMETIC = (
+    "cudnn_batch_norm native_batch_norm upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
+    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "multi_margin_loss multilabel_margin_loss_forward lstm gru rnn_tanh rnn_relu"
+).split()
+
+
+@contextmanager
+def _eager_kernels() -> Iterator[None]:
+    """Trace ops as the kernels that eager runs, where Python's dispatcher would decompose them into other arithmetic.
+
+    Batch norm on CUDA is cuDNN's in eager and ATen's own after such a decomposition; the last bits differ.
+    """
+    keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+    removed = [
+        (op, key, op.py_kernels.pop(key))
+        for name in _OTHER_ARITHMETIC
+        for op in overloads(getattr(torch.ops.aten, name))
+        for key in keys
+        if key in op.py_kernels
+    ]
+    for op, _, _ in removed:
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, key, kernel in removed:
+            op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
 
 
 def static_input_indices() -> frozenset[int]:
@@ -140,11 +173,12 @@ def _compiled_code(compiled: Any) -> Iterator[tuple[Any, list[Any], dict[str, An
     if isinstance(function, torch.nn.Module):
         function = function.forward
     function = getattr(function, "_torchdynamo_orig_callable", function)
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    pending = [(function.__code__, function.__globals__)]
+    # A decorated forward is compiled through its outermost wrapper, with what it wraps inlined.
+    layers = [layer for layer in _unwrapped(getattr(function, "__func__", function)) if hasattr(layer, "__code__")]
+    pending = [(layer.__code__, layer.__globals__) for layer in layers]
     if getattr(function, "__module__", "").startswith("torch.nn"):
         # Dynamo skips torch's own files, and compiles such a module through a wrapper of its own.
-        wrapper = torch._dynamo.external_utils.wrap_inline(function)
+        wrapper = wrap_inline(function)
         pending.append((wrapper.__code__, wrapper.__globals__))
     seen = set()
     while pending:

@@ -102,7 +102,10 @@ class Backend:
         device = _capture_device(lowered)
         if choice == "cuda" or (choice == "auto" and device.type == "cuda"):
             require_cuda()
-            choice, device = "cuda", device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+            choice, device = (
+                "cuda",
+                device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device()),
+            )
         elif choice == "auto":
             self._say(
                 f"breakable_cg found no CUDA tensor in the graph and uses the tape driver on {device}, which shows what "
@@ -112,7 +115,8 @@ class Backend:
         with self._lock:
             key = (choice, device)
             if key not in self._drivers:
-                self._drivers[key] = CudaDriver(device) if choice == "cuda" else TapeDriver(device)
+                driver: CaptureDriver = CudaDriver(device) if choice == "cuda" else TapeDriver(device)
+                self._drivers[key] = driver
             return self._drivers[key]
 
     def _say(self, text: str) -> None:

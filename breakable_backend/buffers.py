@@ -39,7 +39,10 @@ class TensorSpec:
             return False
         if tuple(value.shape) != self.shape or 0 in self.shape:
             return tuple(value.shape) == self.shape
-        return all(mine == theirs or size == 1 for size, mine, theirs in zip(self.shape, self.stride, value.stride(), strict=True))
+        return all(
+            mine == theirs or size == 1
+            for size, mine, theirs in zip(self.shape, self.stride, value.stride(), strict=True)
+        )
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -32,9 +32,7 @@ class BreakableError(_torch.CompileTimeError):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         super().__init__(
-            "\n".join(
-                line for line in (what, f"  at {where}" if where else "", f"  {fix}" if fix else "") if line
-            )
+            "\n".join(line for line in (what, f"  at {where}" if where else "", f"  {fix}" if fix else "") if line)
         )
 
 
@@ -66,4 +64,3 @@ class EagerOutputError(ReplayError):
 
     The usual cause is a fake implementation (``register_fake``) that does not match the real one.
     """
-

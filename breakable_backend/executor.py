@@ -99,7 +99,7 @@ class Statistics:
 class Executor:
     """Runs one lowered graph. Thread-safe: calls that use the pool hold its lock."""
 
-    def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver | None, name: str) -> None:
+    def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str) -> None:
         self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
         self.statistics = Statistics()
         self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
@@ -115,7 +115,7 @@ class Executor:
     def _cut(self) -> None:
         """Make the program, and from it how a key is read."""
         self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
-        self.capturable = bool(self.program.graph_segments) and self.driver is not None
+        self.capturable = bool(self.program.graph_segments)
         self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
 
     def _keyed(self) -> frozenset[str]:
@@ -138,7 +138,7 @@ class Executor:
         """
         self.statistics.calls += 1
         driver = self.driver
-        if driver is None or not self.capturable:
+        if not self.capturable:
             return self._plain(args, "nothing to capture")
         if in_call.get():
             return self._plain(args, "called inside an eager step")
@@ -250,7 +250,9 @@ class Executor:
             if value.name in keyed:
                 changed |= self._count(value.name, args[value.index].data_ptr(), MAX_ADDRESSES, self._give_bridge)
             elif value.name in scalars:
-                changed |= self._count(value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar)
+                changed |= self._count(
+                    value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
+                )
         if changed:
             for addresses in list(self.sets):
                 self._drop_set(addresses)
@@ -267,11 +269,15 @@ class Executor:
 
     def _give_bridge(self, name: str) -> None:
         self.bridged.add(name)
-        self.notes.append(f"{name} is written by captured segments and came at more than {MAX_ADDRESSES} addresses: copied in and back")
+        self.notes.append(
+            f"{name} is written by captured segments and came at more than {MAX_ADDRESSES} addresses: copied in and back"
+        )
 
     def _give_up_scalar(self, name: str) -> None:
         self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {name})
-        self.notes.append(f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly")
+        self.notes.append(
+            f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly"
+        )
 
     # recording
 
@@ -336,7 +342,6 @@ class Executor:
             replay.forget()
             graphs = list(recording.graphs)
             del recording, replay
-            assert self.driver is not None
             self.driver.release(graphs)
 
     def reset(self) -> None:
@@ -349,7 +354,9 @@ class Executor:
 class _KeyReader:
     """Reads a key off the arguments, as quickly as Python can."""
 
-    def __init__(self, addressed: Sequence[int], numbers: Sequence[int], open_layouts: Sequence[int], scalars: Sequence[int]) -> None:
+    def __init__(
+        self, addressed: Sequence[int], numbers: Sequence[int], open_layouts: Sequence[int], scalars: Sequence[int]
+    ) -> None:
         self.addressed, self.numbers, self.open_layouts, self.scalars = addressed, numbers, open_layouts, scalars
 
     @classmethod
@@ -394,7 +401,9 @@ def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
         scalars = [
             node.name
             for node in lowered.module.graph.find_nodes(op="placeholder")
-            if isinstance(value := node.meta.get("val"), torch.Tensor) and value.device.type == "cpu" and value.dim() == 0
+            if isinstance(value := node.meta.get("val"), torch.Tensor)
+            and value.device.type == "cpu"
+            and value.dim() == 0
         ]
         scope = replace(scope, host_scalars=frozenset(scalars))
     if not options.auto_break:
@@ -407,5 +416,3 @@ def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
                     fix="mark it (mark_eager, eager_region), or let it run eagerly: auto_break=True",
                 )
     return scope
-
-

@@ -87,9 +87,7 @@ def needs_gradients(gm: fx.GraphModule) -> bool:
     """Whether a caller could ask for gradients through ``gm``: Dynamo's fake outputs know."""
     output = gm.graph.output_node()
     return torch.is_grad_enabled() and any(
-        tensor.requires_grad
-        for node in output.all_input_nodes
-        for tensor in tensors_of(node.meta.get("example_value"))
+        tensor.requires_grad for node in output.all_input_nodes for tensor in tensors_of(node.meta.get("example_value"))
     )
 
 

@@ -71,7 +71,7 @@ def eager_region() -> AbstractContextManager[None]:
     Every ATen op that the block is traced to runs on its own at each call. Outside ``torch.compile`` the block runs
     as if it were not marked.
     """
-    return annotate({REGION_KEY: True})  # type: ignore[no-any-return]
+    return annotate({REGION_KEY: True})
 
 
 def op_name(op: Any) -> str:

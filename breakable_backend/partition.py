@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils import _pytree as pytree
 
 from breakable_backend import _torch
 from breakable_backend.lowering import Lowered
@@ -37,6 +36,7 @@ from breakable_backend.program import (
     Program,
     Reason,
     Segment,
+    outputs_of,
     source_line,
 )
 
@@ -58,7 +58,9 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
         scope: device, marks, and nodes that must run eagerly.
         min_kernels: captured runs with fewer launching ops become eager.
     """
-    known = frozenset().union(*(free_symbols(node.meta.get("val")) for node in lowered.module.graph.find_nodes(op="placeholder")))
+    known = frozenset().union(
+        *(free_symbols(node.meta.get("val")) for node in lowered.module.graph.find_nodes(op="placeholder"))
+    )
     scope = dataclasses.replace(scope, symbols=known)
     flow = _Flow.of(lowered.module.graph, known)
     reasons = {node: classify(node, scope) for node in flow.actions}
@@ -130,7 +132,9 @@ class _Flow:
         sizes: set[fx.Node] = set()
         attached: dict[fx.Node, list[fx.Node]] = {}
         actions: list[fx.Node] = []
-        everything = tuple(node for node in graph.nodes if node.op == "call_function" and schema_name(node) not in _CHECKS)
+        everything = tuple(
+            node for node in graph.nodes if node.op == "call_function" and schema_name(node) not in _CHECKS
+        )
         for node in graph.nodes:
             if node.op == "output" or schema_name(node) in _CHECKS:
                 continue
@@ -223,8 +227,12 @@ class _Builder:
     def build(self, runs: list[_Run]) -> Program:
         drafts = [self._draft(position, run) for position, run in enumerate(runs)]
         returned = _Draft(self, len(runs))
-        (outputs,) = self.lowered.module.graph.output_node().args
-        returned.graph.output(tuple(pytree.tree_map_only(fx.Node, returned.resolve, list(outputs))))
+        returned.graph.output(
+            tuple(
+                returned.resolve(leaf) if isinstance(leaf, fx.Node) else leaf
+                for leaf in outputs_of(self.lowered.module)
+            )
+        )
         needed = {node for draft in (*drafts, returned) for node in draft.placeholders}
         versions: dict[str, int] = {}
         segments = tuple(self._segment(draft, run, needed, versions) for draft, run in zip(drafts, runs, strict=True))
@@ -267,7 +275,10 @@ class _Builder:
         storages = [node for node in draft.placeholders if node in self.flow.root]
         reads = tuple(Access(node.name, versions.get(node.name, 0)) for node in storages)
         written = dict.fromkeys(
-            self.flow.root[argument] for node in run.nodes for argument in written_arguments(node) if argument in self.flow.root
+            self.flow.root[argument]
+            for node in run.nodes
+            for argument in written_arguments(node)
+            if argument in self.flow.root
         )
         writes = []
         for root in written:

@@ -197,6 +197,12 @@ def source_line(node: fx.Node) -> str:
     return ""
 
 
+def outputs_of(module: fx.GraphModule) -> tuple[Any, ...]:
+    """What a module's graph returns: nodes, and constants such as None."""
+    returned: Any = module.graph.output_node().args[0]
+    return tuple(returned)
+
+
 def describe(value: Any) -> str:
     """A value's type as the program prints it: ``f32[4, s0]``, ``int s0``, ``cpu f64[]``."""
     if isinstance(value, torch.Tensor):
@@ -235,7 +241,7 @@ def _lines(program: Program) -> Iterator[str]:
         if node.op not in ("placeholder", "output", "get_attr"):
             yield f"  {node.name} = {_call(node)}"
         if node.op == "output":
-            yield f"  returns {', '.join(map(str, node.args[0]))}"
+            yield f"  returns {', '.join(map(str, outputs_of(program.epilogue.module)))}"
 
 
 def _call(node: fx.Node) -> str:

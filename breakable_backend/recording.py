@@ -27,7 +27,16 @@ from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
 from breakable_backend.lowering import AMBIENT_KEY, Ambient
 from breakable_backend.marking import label
-from breakable_backend.program import EagerSegment, GraphSegment, Input, Program, Reason, last_uses, source_line
+from breakable_backend.program import (
+    EagerSegment,
+    GraphSegment,
+    Input,
+    Program,
+    Reason,
+    last_uses,
+    outputs_of,
+    source_line,
+)
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
 
@@ -203,18 +212,20 @@ class Binding:
         function: Any = node.target
         if device_type is not None and isinstance(function, _torch.OpOverload):
             function = _torch.python_implementation(function, device_type) or function
-        opaque = isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims")
         producer = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(producer, fx.Node)
         value = node.meta.get("val")
-        checked = (
-            isinstance(value, torch.Tensor)
-            and isinstance(producer, fx.Node)
-            and (opaque or _is_opaque(producer))
-            and self._known(value)
+        checked = isinstance(value, torch.Tensor) and _is_opaque(producer) and self._known(value)
+        return Call(
+            result=node.name,
+            function=function,
+            args=tuple(args),
+            kwargs=kwargs,
+            label=label(producer),
+            source=source_line(producer),
+            spec=TensorSpec.of(value, self.symbols) if checked and value is not None else None,
+            ambient=node.meta.get("custom", {}).get(AMBIENT_KEY) if _is_opaque(node) else None,
         )
-        ambient = node.meta.get("custom", {}).get(AMBIENT_KEY) if opaque else None
-        spec = TensorSpec.of(value, self.symbols) if checked else None
-        return Call(node.name, function, tuple(args), kwargs, label(producer), source_line(node), spec, ambient)
 
     def _known(self, value: torch.Tensor) -> bool:
         return all(
@@ -224,12 +235,17 @@ class Binding:
 
 
 def _is_opaque(node: fx.Node) -> bool:
+    """Whether a node calls somebody's own op: code that sees the ambient state, and whose fake may be wrong."""
     return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims")
 
 
 def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
     fake = value.value
-    pairs = zip((*fake.shape, *fake.stride()), (*actual.shape, *actual.stride()), strict=True) if isinstance(fake, torch.Tensor) else [(fake, actual)]
+    pairs = (
+        zip((*fake.shape, *fake.stride()), (*actual.shape, *actual.stride()), strict=True)
+        if isinstance(fake, torch.Tensor)
+        else [(fake, actual)]
+    )
     for symbolic, number in pairs:
         if isinstance(symbolic, torch.SymInt) and (symbol := _torch.symbol_of(symbolic)) is not None:
             symbols[symbol] = int(number)
@@ -248,7 +264,9 @@ def run_plain(program: Program, args: Sequence[Any]) -> list[Any]:
             results = segment.module(*(slots[name] for name in segment.inputs))
             slots.update(zip(segment.outputs, results, strict=True))
         else:
-            _run_calls(binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None), slots, segment.outputs)
+            _run_calls(
+                binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None), slots, segment.outputs
+            )
         for name in dead:
             del slots[name]
     return list(program.epilogue.module(*(slots[name] for name in program.epilogue.inputs)))
@@ -286,7 +304,9 @@ class Recorded:
     copies: int
 
 
-def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: Plan, stream: int, *, auto_break: bool) -> Recorded:
+def record(
+    program: Program, driver: CaptureDriver, args: Sequence[Any], plan: Plan, stream: int, *, auto_break: bool
+) -> Recorded:
     """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
 
     The caller holds the driver's lock and is between ``driver.begin`` (which gave ``stream``) and ``driver.end``.
@@ -359,7 +379,9 @@ class _Recorder:
         stores = tuple(
             Copy(Slot(_bridge_name(access.storage)), Slot(access.storage))
             for access in segment.writes
-            if access.storage in self.outside and access.storage not in segment.outputs and self._is_input(access.storage)
+            if access.storage in self.outside
+            and access.storage not in segment.outputs
+            and self._is_input(access.storage)
         )
         self.steps.append(GraphStep(graph, tuple(loads), stores))
         for name, result in zip(segment.outputs, results, strict=True):
@@ -409,7 +431,9 @@ class _Recorder:
         first = next((node for node in segment.module.graph.nodes if node.op == "call_function"), None)
         where = error.where or (source_line(first) if first is not None else "")
         if not self.auto_break:
-            raise CaptureError(error.what, where=where, fix=error.fix or "let it run eagerly: auto_break=True") from error.__cause__
+            raise CaptureError(
+                error.what, where=where, fix=error.fix or "let it run eagerly: auto_break=True"
+            ) from error.__cause__
         reason = Reason("capture_failed", f"could not be captured: {error.what}", "", where)
         self.failed[position] = reason
         self.eager(
@@ -474,7 +498,7 @@ class _Recorder:
             else:
                 places[call.result] = make(call)
         returned = []
-        for leaf in epilogue.module.graph.output_node().args[0]:
+        for leaf in outputs_of(epilogue.module):
             place = places[leaf.name] if isinstance(leaf, fx.Node) else leaf
             returned.append(copied(place) if self._to_copy(place, local) else place)
         recording = Recording(
@@ -527,8 +551,7 @@ def _outputs_behind(module: fx.GraphModule) -> dict[str, int]:
         elif node.op == "call_function":
             behind[node] = next(behind[argument] for argument in node.all_input_nodes if argument in behind)
     counts = dict.fromkeys((node.name for node in module.graph.find_nodes(op="placeholder")), 0)
-    (returned,) = module.graph.output_node().args
-    for leaf in returned:
+    for leaf in outputs_of(module):
         if isinstance(leaf, fx.Node):
             counts[behind[leaf].name] += 1
     return counts

@@ -11,11 +11,10 @@ import keyword
 import linecache
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils import _pytree as pytree
 
 from breakable_backend import _torch
@@ -122,7 +121,9 @@ class _Writer:
 
     def _statements(self) -> Iterator[_Statement]:
         for name, spec in self.recording.specs.items():
-            shape, dtype, device = (self._bind(f"{name}_{what}", getattr(spec, what)) for what in ("shape", "dtype", "device"))
+            shape, dtype, device = (
+                self._bind(f"{name}_{what}", getattr(spec, what)) for what in ("shape", "dtype", "device")
+            )
             whole = self._bind(f"{name}_spec", spec)
             yield _Statement(
                 (
@@ -138,7 +139,9 @@ class _Writer:
                 yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}(stream)",))
                 for copy in step.stores:
                     bridge = self._constant(copy.bridge)
-                    yield _Statement((f"copied.copies += {bridge}.store({copy.value.name})",), frozenset((copy.value.name,)))
+                    yield _Statement(
+                        (f"copied.copies += {bridge}.store({copy.value.name})",), frozenset((copy.value.name,))
+                    )
                 graphs += 1
             else:
                 for reason in step.reasons:
@@ -180,7 +183,8 @@ class _Writer:
             lines = [f"with enter_ambient({self._bind(f'{name}_ambient', call.ambient)}):", f"    {line}"]
         if call.spec is not None:
             shape, stride, dtype, device = (
-                self._bind(f"{name}_{what}", getattr(call.spec, what)) for what in ("shape", "stride", "dtype", "device")
+                self._bind(f"{name}_{what}", getattr(call.spec, what))
+                for what in ("shape", "stride", "dtype", "device")
             )
             lines += [
                 f"if {name}.shape != {shape} or {name}.stride() != {stride} "

@@ -132,11 +132,15 @@ def main() -> int:
                 wrong.append(f"{run} run, step {step}: logits differ by up to {(got - want).abs().max():.3g}")
     if len(report.programs) != 2:
         wrong.append(f"{len(report.programs)} programs where 2 are enough, one for the prompt and one for decoding")
-    decode = max(report.programs, key=lambda program: sum(recording.calls for recording in program.recordings))
-    if decode.num_graph_segments != config.num_hidden_layers + 1:
+    decode = max(report.programs, key=lambda program: program.calls)
+    segments = config.num_hidden_layers + 1  # one before, between and after the attentions of all layers
+    graphs = [recording.num_graphs for recording in decode.recordings]
+    if decode.num_graph_segments != segments or graphs != [segments]:
         wrong.append(
-            f"{decode.num_graph_segments} captured segments where {config.num_hidden_layers} layers make one more"
+            f"{decode.num_graph_segments} segments, recorded as {graphs} graphs, where {segments} are expected"
         )
+    if decode.replays < NEW_TOKENS:
+        wrong.append(f"{decode.replays} replays of the decode step, where the second run alone has {NEW_TOKENS}")
     print("\n".join(wrong) or "all logits and tokens are the same, bit for bit, in both compiled runs")
     return 1 if wrong else 0
 

@@ -798,7 +798,10 @@ TAPE_REFUSES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "another device": (lambda x: x.to("meta"), r"aten\._to_copy\.default moves data between cpu and meta"),
     "boolean fill": (lambda x: x.__setitem__(x > 1, 0.0), r"aten\.index_put_\.default makes a shape that depends on"),
     "resize_": (lambda x: x.resize_(8), r"aten\.resize_\.default gives other memory to a tensor from outside"),
-    "out= that resizes": (lambda x, target=torch.empty(0): torch.add(x, 1, out=target), r"aten\.add\.out gives other memory to a tensor"),
+    "out= that resizes": (
+        lambda x, target=torch.empty(0): torch.add(x, 1, out=target),
+        r"aten\.add\.out gives other memory to a tensor",
+    ),
     "set_": (lambda x: x.set_(x.clone().untyped_storage()), r"aten\.set_\.\w+ gives other memory to a tensor"),
     "own generator": (
         lambda x: torch.rand(2, generator=torch.Generator()),

@@ -7,7 +7,7 @@ it shows what a capture would do, not how fast. One suite (``tests/test_driver_c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -65,7 +65,7 @@ class CaptureDriver(Protocol):
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream."""
 
-    def release(self, graphs: list[CapturedGraph]) -> None:
+    def release(self, graphs: Sequence[CapturedGraph]) -> None:
         """Give back the memory of ``graphs``, which are not replayed again. The pool goes with its last graph."""
 
     def pool_bytes(self) -> int:

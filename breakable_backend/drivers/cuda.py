@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.drivers import CapturedGraph
 from breakable_backend.errors import CaptureError, OptionsError, ReplayError
 
 try:
@@ -43,34 +44,41 @@ def require_cuda() -> None:
 
 
 class CudaGraph:
-    """A captured segment, instantiated."""
+    """A captured segment, instantiated.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+    The first replay, which a recording makes at once, goes through torch and shows whether the graph draws random
+    numbers: the generator moves. One that draws must always go that way, since torch sets its seed and offset first.
+    Others are launched directly, which takes 1.9 us of host time instead of 4.7 (H200, torch 2.11).
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
         self._graph: torch.cuda.CUDAGraph | None = graph
+        self._generator: torch.Generator | None = generator
+        """Set until the first replay."""
+        self._executable: Any = None
         self.draws_random = False
         self.num_kernels = -1
-        self._executable: Any = None
-
-    def settle(self, draws_random: bool) -> None:
-        """Choose how replays launch, once it is known whether they draw random numbers.
-
-        Launching directly takes 1.9 us of host time where ``CUDAGraph.replay`` takes 4.7 (H200, torch 2.11). A graph
-        that draws must go through torch, which sets its seed and offset first.
-        """
-        assert self._graph is not None
-        self.draws_random = draws_random
-        if not draws_random:
-            self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
 
     def replay(self, stream: int) -> None:
         """Launch on ``stream``, the current one."""
         if self._executable is None:
-            assert self._graph is not None, "replayed after its release"
-            self._graph.replay()
+            self._replay_through_torch()
             return
         (status,) = cudart.cudaGraphLaunch(self._executable, stream)
         if status:
             raise ReplayError(f"cudaGraphLaunch failed: {cudart.cudaGetErrorString(status)[1].decode()}")
+
+    def _replay_through_torch(self) -> None:
+        assert self._graph is not None, "replayed after its release"
+        if self._generator is None:
+            self._graph.replay()
+            return
+        before = self._generator.get_offset()
+        self._graph.replay()
+        self.draws_random = self._generator.get_offset() != before
+        self._generator = None
+        if not self.draws_random:
+            self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
 
     def release(self) -> None:
         """Destroy the executable. The pool gets the memory back."""
@@ -78,20 +86,6 @@ class CudaGraph:
             self._executable = None
             self._graph.reset()
             self._graph = None
-
-
-class _FirstReplay(CudaGraph):
-    """A graph whose first replay, while recording, tells whether it draws random numbers: the generator moves."""
-
-    def replay(self, stream: int) -> None:
-        if self._executable is None and self._graph is not None and not hasattr(self, "_settled"):
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            before = generator.get_offset()
-            self._graph.replay()
-            self._settled = True
-            self.settle(generator.get_offset() != before)
-            return
-        super().replay(stream)
 
 
 class CudaDriver:
@@ -105,7 +99,7 @@ class CudaDriver:
         self._index: int = self.device.index
         self._stream = torch.cuda.Stream(self.device)
         """Where captures happen. One only: the allocator never gives a block of one stream to another."""
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._keeper: torch.cuda.CUDAGraph | None = None
         """A graph that keeps the pool alive between recordings: a pool dies with its last graph, and its handle is
         then an internal assertion away."""
@@ -115,8 +109,7 @@ class CudaDriver:
         self._done = torch.cuda.Event()
         self._last_stream: int | None = None
         self._streams: dict[int, torch.cuda.Stream] = {}
-        self._to_release: list[CudaGraph] = []
-        self._capturing = False
+        self._to_release: list[CapturedGraph] = []
 
     # ordering
 
@@ -192,11 +185,13 @@ class CudaDriver:
                 except Exception as error:
                     self._repair(graph, generators)
                     raise CaptureError(_first_line(error)) from error
-        captured = _FirstReplay(graph)
+        captured = CudaGraph(graph, torch.cuda.default_generators[self._index])
         self._live.add(captured)
         return captured, result
 
-    def _end_failed(self, graph: torch.cuda.CUDAGraph, generators: list[tuple[torch.Generator, torch.Generator]]) -> None:
+    def _end_failed(
+        self, graph: torch.cuda.CUDAGraph, generators: list[tuple[torch.Generator, torch.Generator]]
+    ) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The CUDA Graph is empty")
@@ -227,7 +222,7 @@ class CudaDriver:
 
     # release
 
-    def release(self, graphs: list[CudaGraph]) -> None:
+    def release(self, graphs: Sequence[CapturedGraph]) -> None:
         """Give back ``graphs``; at once, or at the end of the call that another thread is in."""
         if not self.lock.acquire(blocking=False):
             self._to_release.extend(graphs)
@@ -237,11 +232,12 @@ class CudaDriver:
         finally:
             self.lock.release()
 
-    def _give_back(self, graphs: list[CudaGraph]) -> None:
+    def _give_back(self, graphs: Sequence[CapturedGraph]) -> None:
         if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
             # Bridges go back to the allocator with the graphs, and a replay on another stream may still read them.
             self._done.synchronize()
         for graph in graphs:
+            assert isinstance(graph, CudaGraph)
             graph.release()
             self._live.discard(graph)
         if not self._live:
@@ -260,9 +256,7 @@ class CudaDriver:
 
     def live_blocks(self) -> int:
         """Allocated blocks in the pool."""
-        return sum(
-            block["state"] == "active_allocated" for segment in self._segments() for block in segment["blocks"]
-        )
+        return sum(block["state"] == "active_allocated" for segment in self._segments() for block in segment["blocks"])
 
     def _segments(self) -> list[dict[str, Any]]:
         if self._pool is None:

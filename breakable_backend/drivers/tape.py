@@ -42,26 +42,29 @@ def written_values(op: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[s
     ]
 
 
-def kernel_made_of_ops(op: _torch.OpOverload, device_type: str) -> Callable[..., Any] | None:
+def kernel_made_of_ops(op: _torch.OpOverload, args: Sequence[Any], device_type: str) -> Callable[..., Any] | None:
     """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
 
     Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
     Composites are taken apart above the modes, except under inference mode.
     """
     name, key = op.name(), device_type.upper()
-    for kind in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind):
-            python = f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
-            if kind == "CompositeImplicitAutograd" or (python and op.namespace != "aten"):
-                return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
+    kinds = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    kind = next((kind for kind in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind)), None)
+    in_python = op.namespace != "aten" and f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
+    if kind != "CompositeImplicitAutograd" and not in_python:
+        return None
+    # A redispatch takes no number for a tensor, as a call does. Such a call has a number for its result: a constant.
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if isinstance(argument.type, torch.TensorType) and isinstance(value, bool | int | float | complex):
             return None
-    return None
+    return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
 
 
 def _run_kernel(op: _torch.OpOverload, keys: Any, /, *args: Any, **kwargs: Any) -> Any:
-    # The dispatcher excludes ADInplaceOrView around a mode and eager does not around a kernel: without it a view of a
+    # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
     # parameter requires no grad, and matmul takes another path.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # type: ignore[attr-defined]
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return op.redispatch(keys, *args, **kwargs)
 
 
@@ -259,7 +262,7 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, _torch.HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
-        kernel = kernel_made_of_ops(func, self.device.type)
+        kernel = kernel_made_of_ops(func, args, self.device.type)
         if kernel is not None:
             # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
             with self, _HostReads(self):
@@ -304,7 +307,7 @@ class _Tape(TorchDispatchMode):
             if key not in known:
                 fresh.setdefault(key, i)
                 self.made[key] = (tensor.untyped_storage(), tensor.dtype)
-        is_view = not fresh and not written or torch.Tag.inplace_view in getattr(func, "tags", ())
+        is_view = not (fresh or written) or torch.Tag.inplace_view in getattr(func, "tags", ())
         if not is_view and getattr(func, "overloadpacket", None) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
             args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs))
@@ -325,8 +328,8 @@ class _Tape(TorchDispatchMode):
             if func.overloadpacket in REBASING and _torch.storage_key(args[0]) not in self.made:
                 raise self.refuse(f"{func} gives other memory to a tensor from outside")
             generator = kwargs.get("generator")
-            ours = generator is None or generator.device.type != self.device.type
-            if not ours and not same_generator(generator, self.generator):
+            foreign = generator is not None and not same_generator(generator, self.generator)
+            if foreign and generator.device.type == self.device.type:
                 raise self.refuse(f"{func} draws from a generator that is not the device's default one")
 
     def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
@@ -455,7 +458,7 @@ class TapeDriver:
             try:
                 with _HostReads(tape), tape:
                     result = body()
-                    tape.check_generator()
+                tape.check_generator()
                 if tape.refusal is not None:
                     raise tape.refusal
                 graph = TapeGraph(tape, draws_random=not torch.equal(states[-1], generators[-1].get_state()))
