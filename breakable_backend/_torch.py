@@ -27,6 +27,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
 
 Op = OpOverload | HigherOrderOperator
@@ -39,6 +40,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "StorageWeakRef",
+    "pytree",
 ]
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -317,6 +319,11 @@ def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any
 # A CPU build lacks these names; the CUDA driver is the only one to call them.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+
+
+def release_pool(device: int, pool: tuple[int, int]) -> None:
+    """Give up one use of ``pool``: that of a graph whose ``capture_end`` failed, which will never give it up itself."""
+    torch._C._cuda_releasePool(device, pool)
 
 
 def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,9 +108,13 @@ class Executor:
         """Inputs written by captured segments that came at too many addresses to key them."""
         self.seen: dict[str, set[Any]] = {}
         """Values of host scalars, and addresses of written inputs, so far."""
+        self._dead: deque[tuple[int, ...]] = deque()
+        """Address sets to be released as soon as no call is under way."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
         self._cut()
+        # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
+        weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False
 
     def _cut(self) -> None:
         """Make the program, and from it how a key is read."""
@@ -159,6 +163,8 @@ class Executor:
         finally:
             in_call.reset(token)
             driver.lock.release()
+            if self._dead:
+                self._bury()
 
     def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
         key = self._read_key(args)
@@ -217,7 +223,7 @@ class Executor:
             if now - oldest_entry.last_call < IDLE_FACTOR * limit:
                 return Entry(key, refused=f"more than max_recordings={limit} keys in use")
             del addresses.entries[shapes]
-            self._release([oldest_entry])
+            _release([oldest_entry], self.statistics, self.driver)
             self.statistics.evictions += 1
         entry = addresses.entries[key.shapes] = Entry(key)
         return entry
@@ -236,7 +242,8 @@ class Executor:
 
         def died(_: Any) -> None:
             if (executor := me()) is not None and not sys.is_finalizing():
-                executor._drop_set(addresses)
+                executor._dead.append(addresses)
+                executor._bury()
 
         return [weakref.ref(args[v.index], died) for v in self.program.inputs if v.kind == "static"]
 
@@ -291,25 +298,28 @@ class Executor:
         args.clear()
         started = time.perf_counter()
         recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+        recording, outputs, failed = recorded.recording, recorded.outputs, recorded.failed
         entry.record_seconds = time.perf_counter() - started
-        self.statistics.recordings += 1
-        entry.captures = len(recorded.recording.graphs)
-        self.statistics.captures += entry.captures
         entry.record_copies = recorded.copies
-        if not self._alive(entry):
-            # A static input died, or the whole was reset, while an eager step ran.
-            driver.release(list(recorded.recording.graphs))
+        entry.captures = len(recording.graphs)
+        self.statistics.recordings += 1
+        self.statistics.captures += entry.captures
+        if self._alive(entry) and recording.graphs:
+            entry.recording, entry.replay = recording, emit(recording)
         else:
-            entry.recording, entry.replay = recorded.recording, emit(recorded.recording)
-        if recorded.failed:
-            self._demote(program, recorded.failed, entry)
-        return recorded.outputs
+            # A static input died while an eager step ran; or there is nothing to replay.
+            graphs, owner = recording.graphs, [recording]
+            del recorded, recording
+            driver.release(graphs, owner)
+        if failed:
+            self._demote(program, failed)
+        return outputs
 
     def _alive(self, entry: Entry) -> bool:
         addresses = self.sets.get(entry.key.addresses)
         return addresses is not None and addresses.entries.get(entry.key.shapes) is entry
 
-    def _demote(self, program: Program, failed: dict[int, Reason], entry: Entry) -> None:
+    def _demote(self, program: Program, failed: dict[int, Reason]) -> None:
         """Keep segments that could not be captured eager, for the keys that come after this one."""
         if program is not self.program:
             return
@@ -320,8 +330,6 @@ class Executor:
                     forced[node.name] = reason
         self.scope = replace(self.scope, forced=forced)
         self._cut()
-        if entry.recording is not None and not entry.recording.graphs:
-            entry.refused, entry.recording, entry.replay = "nothing could be captured", None, None
 
     # release
 
@@ -329,26 +337,50 @@ class Executor:
         dropped = self.sets.pop(addresses, None)
         if dropped is not None:
             dropped.guards.clear()
-            self._release(list(dropped.entries.values()))
+            _release(list(dropped.entries.values()), self.statistics, self.driver)
 
-    def _release(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            recording, replay = entry.recording, entry.replay
-            entry.recording = entry.replay = None
-            if recording is None or replay is None:
-                continue
-            self.statistics.finished_replays += entry.replays
-            self.statistics.finished_copies += entry.record_copies + replay.tally.copies
-            replay.forget()
-            graphs = list(recording.graphs)
-            del recording, replay
-            self.driver.release(graphs)
+    def _bury(self) -> None:
+        """Release the address sets in ``_dead``, unless a call is under way: then the end of that call does it.
+
+        A static input can die at any moment and in any thread, also in the middle of a call that replays its recording.
+        """
+        while self._dead and not in_call.get() and self.driver.lock.acquire(blocking=False):
+            try:
+                self._drop_set(self._dead.popleft())
+            finally:
+                self.driver.lock.release()
 
     def reset(self) -> None:
-        """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again."""
-        for addresses in list(self.sets):
-            self._drop_set(addresses)
+        """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
+
+        Called during a call of this function (by an eager step, or another thread), it takes effect when that ends.
+        """
+        self._dead.extend(self.sets)
         self.seen.clear()
+        if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
+            self.driver.lock.release()
+        self._bury()
+
+
+def _release(entries: Sequence[Entry], statistics: Statistics, driver: CaptureDriver) -> None:
+    """Free what was recorded for ``entries``."""
+    for entry in entries:
+        recording, replay = entry.recording, entry.replay
+        entry.recording = entry.replay = None
+        if recording is not None and replay is not None:
+            statistics.finished_replays += entry.replays
+            statistics.finished_copies += entry.record_copies + replay.tally.copies
+            replay.forget()
+            graphs, owner = recording.graphs, [recording, replay]
+            del recording, replay
+            driver.release(graphs, owner)
+
+
+def _release_all(sets: OrderedDict[tuple[int, ...], AddressSet], statistics: Statistics, driver: CaptureDriver) -> None:
+    while sets:
+        _, addresses = sets.popitem()
+        addresses.guards.clear()
+        _release(list(addresses.entries.values()), statistics, driver)
 
 
 class _KeyReader:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from breakable_backend import _torch
+from breakable_backend._torch import pytree
 from breakable_backend.marking import EagerOps, annotate_functions, is_marked, tensors_of
 
 AMBIENT_KEY = "breakable_cg_ambient"

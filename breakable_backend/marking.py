@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.traceback import annotate
-from torch.utils import _pytree as pytree
 
 from breakable_backend import _torch
+from breakable_backend._torch import pytree
 from breakable_backend.errors import OptionsError
 from breakable_backend.program import Reason, source_line
 

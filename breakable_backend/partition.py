@@ -156,10 +156,13 @@ class _Flow:
                 else:
                     attached.setdefault(producer, []).append(node)
             if isinstance(value, torch.Tensor):
-                key = _torch.storage_key(value)
-                root[node] = roots.setdefault(key, node)
-                if root[node] is not node:
-                    source[node] = _alias_source(node, producer, root)
+                # An argument is a root also where it shares a storage with another: each enters segments by itself.
+                maker = roots.get(_torch.storage_key(value)) if node.op == "call_function" else None
+                if maker is None:
+                    roots[_torch.storage_key(value)] = root[node] = node
+                else:
+                    source[node] = _alias_source(node, producer, maker)
+                    root[node] = root[source[node]]
             elif node in views:
                 source[node] = next(a for a in node.all_input_nodes if a in root)
         return cls(
@@ -202,18 +205,18 @@ def _is_view(node: fx.Node, value: Any) -> bool:
     return bool(results) and not target._schema.is_mutable and all(_torch.storage_key(t) in known for t in results)
 
 
-def _alias_source(node: fx.Node, producer: Any, root: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """Which argument ``node`` is, or is a view of."""
-    candidates = [producer] if isinstance(producer, fx.Node) and producer in root else []
-    candidates += written_arguments(node) + node.all_input_nodes
-    if isinstance(producer, fx.Node):
-        candidates += written_arguments(producer) + producer.all_input_nodes
+def _alias_source(node: fx.Node, producer: Any, maker: fx.Node) -> fx.Node:
+    """Which argument ``node`` is, or is a view of; ``maker`` made the storage, or was first to bring it in."""
+    candidates: list[fx.Node] = []
+    for call in (node, producer):
+        if isinstance(call, fx.Node):
+            candidates += [*written_arguments(call), *call.all_input_nodes]
     key = _torch.storage_key(node.meta["val"])
     for candidate in candidates:
         value = candidate.meta.get("val")
         if isinstance(value, torch.Tensor) and _torch.storage_key(value) == key:
             return candidate
-    return root[node]
+    return maker
 
 
 class _Builder:
@@ -254,7 +257,7 @@ class _Builder:
                 index += 1
             elif node.op == "get_attr" and not isinstance(getattr(self.lowered.module, node.target), fx.GraphModule):
                 constant = getattr(self.lowered.module, node.target)
-                yield Input(node.name, "constant", -1, constant if value is None else value)
+                yield Input(node.name, "constant", -1, constant)
 
     def _kind(self, node: fx.Node, value: Any, index: int) -> InputKind:
         if not isinstance(value, torch.Tensor):

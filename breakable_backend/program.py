@@ -57,7 +57,7 @@ class Input:
     index: int
     """Position among the arguments; -1 for a constant."""
     value: Any
-    """The fake tensor, or the symbolic number."""
+    """The fake tensor, or the symbolic number; of a constant, the tensor itself."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from breakable_backend import _torch
+from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError

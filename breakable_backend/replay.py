@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from breakable_backend import _torch
+from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, clone_exact, load_all
 from breakable_backend.recording import (
     Call,
@@ -82,7 +81,9 @@ def emit(recording: Recording) -> Replay:
     file = f"<breakable_cg replay {next(_numbers)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     exec(compile(source, file, "exec"), writer.names)
-    return Replay(source, writer.names["replay"], writer.tally, file)
+    # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
+    function = writer.names.pop("replay")
+    return Replay(source, function, writer.tally, file)
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,9 @@ class _Writer:
                 self._bind(f"{name}_{what}", getattr(call.spec, what))
                 for what in ("shape", "stride", "dtype", "device")
             )
+            layout = f"{name}.shape != {shape} or {name}.stride() != {stride}"
             lines += [
-                f"if {name}.shape != {shape} or {name}.stride() != {stride} "
-                f"or {name}.dtype is not {dtype} or {name}.device != {device}:",
+                f"if {layout} or {name}.dtype is not {dtype} or {name}.device != {device}:",
                 f"    reject({self._bind(f'{name}_call', call)}, {name})",
             ]
         return _Statement(tuple(lines), uses, name)

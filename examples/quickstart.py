@@ -121,7 +121,7 @@ def main() -> int:
     print(report)
     print(f"\n{config.num_hidden_layers} layers, {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} decoded, on {device}")
     print(f"eager    {median(eager_seconds) * 1e6:9.0f} us a token")
-    print(f"compiled {median(compiled_seconds) * 1e6:9.0f} us a token{'' if not options else ' (tape: not a speed)'}")
+    print(f"compiled {median(compiled_seconds) * 1e6:9.0f} us a token{' (tape: not a speed)' if options else ''}")
 
     wrong = []
     for run, logits in (("first", recorded), ("second", replayed)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -65,8 +65,12 @@ class CaptureDriver(Protocol):
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream."""
 
-    def release(self, graphs: Sequence[CapturedGraph]) -> None:
-        """Give back the memory of ``graphs``, which are not replayed again. The pool goes with its last graph."""
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+        """Give back the memory of ``graphs``, which are not replayed again. The pool goes with its last graph.
+
+        ``owner`` holds the tensors that the graphs read and write, and is cleared once their last launches are over.
+        Nobody else may hold those tensors, or their memory stays.
+        """
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""

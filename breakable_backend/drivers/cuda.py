@@ -25,6 +25,7 @@ except ImportError:  # pragma: no cover - a machine without CUDA
     cudart = None
 
 T = TypeVar("T")
+_Generators = list[tuple[torch.Generator, torch.Generator]]
 
 
 def require_cuda() -> None:
@@ -109,7 +110,7 @@ class CudaDriver:
         self._done = torch.cuda.Event()
         self._last_stream: int | None = None
         self._streams: dict[int, torch.cuda.Stream] = {}
-        self._to_release: list[CapturedGraph] = []
+        self._to_release: list[tuple[tuple[CapturedGraph, ...], list[Any]]] = []
 
     # ordering
 
@@ -126,9 +127,8 @@ class CudaDriver:
         """Mark on ``stream`` where this call's use of the pool ends."""
         self._done.record(self._streams[stream])
         self._last_stream = stream
-        if self._to_release:
-            waiting, self._to_release = self._to_release, []
-            self._give_back(waiting)
+        if self._to_release and not torch.cuda.is_current_stream_capturing():
+            self._give_back()
 
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream."""
@@ -164,7 +164,7 @@ class CudaDriver:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
         assert self._pool is not None, "capture outside recording()"
-        generators = [(g, g.clone_state()) for g in (torch.cuda.default_generators[self._index],)]
+        generators: _Generators = [(g, g.clone_state()) for g in (torch.cuda.default_generators[self._index],)]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -174,14 +174,12 @@ class CudaDriver:
                 try:
                     result = body()
                 except BaseException as error:
-                    self._end_failed(graph, generators)
+                    self._abandon(graph, generators)
                     if isinstance(error, Exception):
                         raise CaptureError(_first_line(error)) from error
                     raise
                 try:
-                    with warnings.catch_warnings():
-                        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-                        graph.capture_end()
+                    _end(graph)
                 except Exception as error:
                     self._repair(graph, generators)
                     raise CaptureError(_first_line(error)) from error
@@ -189,25 +187,31 @@ class CudaDriver:
         self._live.add(captured)
         return captured, result
 
-    def _end_failed(
-        self, graph: torch.cuda.CUDAGraph, generators: list[tuple[torch.Generator, torch.Generator]]
-    ) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph, generators: _Generators) -> None:
+        """End a capture whose body raised."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-                graph.capture_end()
-        except Exception:  # noqa: BLE001, S110 - what made the capture invalid is on its way to the caller already
-            pass
-        self._repair(graph, generators)
+            _end(graph)
+        except Exception:  # noqa: BLE001 - what made the capture invalid is on its way to the caller already
+            self._repair(graph, generators)
+        else:
+            graph.reset()
+            self._restore(generators)
 
-    def _repair(self, graph: torch.cuda.CUDAGraph, generators: list[tuple[torch.Generator, torch.Generator]]) -> None:
-        """Make the process as it was. torch 2.11 leaves the pool recording, and generators in capture mode."""
-        assert self._pool is not None
+    def _repair(self, graph: torch.cuda.CUDAGraph, generators: _Generators) -> None:
+        """Make the process as it was after ``capture_end`` failed.
+
+        torch 2.11 leaves the pool recording and in use, and generators in capture mode. The pool is not used again.
+        """
         _torch.stop_allocating_to_pool(self._index, self._pool)
+        _torch.release_pool(self._index, self._pool)
+        self._failed.append(graph)
+        self._restore(generators)
+        self._open_pool()
+
+    @staticmethod
+    def _restore(generators: _Generators) -> None:
         for generator, state in generators:
             generator.graphsafe_set_state(state)
-        self._failed.append(graph)
-        self._open_pool()
 
     def _open_pool(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -222,24 +226,26 @@ class CudaDriver:
 
     # release
 
-    def release(self, graphs: Sequence[CapturedGraph]) -> None:
-        """Give back ``graphs``; at once, or at the end of the call that another thread is in."""
-        if not self.lock.acquire(blocking=False):
-            self._to_release.extend(graphs)
-            return
-        try:
-            self._give_back(graphs)
-        finally:
-            self.lock.release()
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+        """Give back ``graphs``: at once, or when the call that another thread is in, or a capture, is over."""
+        self._to_release.append((tuple(graphs), owner if owner is not None else []))
+        if not torch.cuda.is_current_stream_capturing() and self.lock.acquire(blocking=False):
+            try:
+                self._give_back()
+            finally:
+                self.lock.release()
 
-    def _give_back(self, graphs: Sequence[CapturedGraph]) -> None:
-        if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
-            # Bridges go back to the allocator with the graphs, and a replay on another stream may still read them.
+    def _give_back(self) -> None:
+        if self._last_stream is not None:
+            # Bridges go back to the allocator with their owner, and a replay on another stream may still read them.
             self._done.synchronize()
-        for graph in graphs:
-            assert isinstance(graph, CudaGraph)
-            graph.release()
-            self._live.discard(graph)
+        while self._to_release:
+            graphs, owner = self._to_release.pop()
+            for graph in graphs:
+                assert isinstance(graph, CudaGraph)
+                graph.release()
+                self._live.discard(graph)
+            owner.clear()
         if not self._live:
             self._close_pool()
 
@@ -247,8 +253,7 @@ class CudaDriver:
         if self._keeper is not None:
             self._keeper.reset()
         self._keeper = self._pool = None
-        if not torch.cuda.is_current_stream_capturing():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""
@@ -262,6 +267,12 @@ class CudaDriver:
         if self._pool is None:
             return []
         return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
+
+
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+        graph.capture_end()
 
 
 def _first_line(error: BaseException) -> str:

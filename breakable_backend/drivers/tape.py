@@ -22,15 +22,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.errors import CaptureError, ReplayError
 
-# --- private torch names: to be moved to _torch.py ---------------------------------------------------------------------
-
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+# --- private torch names: all of this block, and the two imports above, belong in _torch.py ---------------------------
 
 
 def written_values(op: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -46,12 +45,14 @@ def kernel_made_of_ops(op: _torch.OpOverload, args: Sequence[Any], device_type: 
     """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
 
     Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
-    Composites are taken apart above the modes, except under inference mode.
+    Composites are taken apart above the modes, except under inference mode. Python for a GPU is not trusted to call ops
+    only: what it launches by itself, as with Triton, no mode would see.
     """
     name, key = op.name(), device_type.upper()
     kinds = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     kind = next((kind for kind in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind)), None)
-    in_python = op.namespace != "aten" and f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
+    registered = f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
+    in_python = registered and op.namespace != "aten" and device_type == "cpu"
     if kind != "CompositeImplicitAutograd" and not in_python:
         return None
     # A redispatch takes no number for a tensor, as a call does. Such a call has a number for its result: a constant.
@@ -80,7 +81,7 @@ def same_generator(a: torch.Generator, b: torch.Generator) -> bool:
 
 def live_storage(ref: _torch.StorageWeakRef) -> torch.UntypedStorage | None:
     """The storage behind a weak reference, None once it was freed."""
-    return torch.UntypedStorage._new_with_weak_ptr(ref.cdata)  # type: ignore[no-any-return]
+    return torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
 
 
 # --- end ---------------------------------------------------------------------------------------------------------------
@@ -91,36 +92,41 @@ aten = torch.ops.aten
 HOST_READ = "reads values on the host"
 DATA_SHAPE = "makes a shape that depends on values"
 SYNC = "waits for the device"
+MOVES = "gives other memory to a tensor from outside"
 FIX = "let it run eagerly: eager_on_graph, eager_region, mark_eager or options={'eager_ops': [...]}"
 
 REFUSED = {
     aten._local_scalar_dense: HOST_READ,
     aten.equal: HOST_READ,
     aten.allclose: HOST_READ,
-    aten._linalg_check_errors: SYNC,
+    aten._linalg_check_errors: SYNC,  # inv, solve and more
     aten._linalg_eigh: SYNC,
-    aten.linalg_eig: SYNC,
     aten._linalg_eigvals: SYNC,
     aten._linalg_svd: SYNC,
+    aten.linalg_eig: SYNC,
     aten.cholesky: SYNC,
     aten._embedding_bag: SYNC,
     aten._embedding_bag_forward_only: SYNC,
     aten._ctc_loss: SYNC,
     aten._cudnn_ctc_loss: SYNC,
 }
-"""Ops that fail under a CUDA capture and that no rule below finds. ``inverse`` and others check for errors."""
+"""Ops that a CUDA capture refuses, beside those that the tags of ops tell."""
 
-HOST_READING_METHODS = frozenset(
+HOST_READING_METHODS = {
     getattr(torch.Tensor, name)
     for name in ("__array__", "__format__", "__reduce_ex__", "__repr__", "cpu", "numpy", "tolist")
-)
-"""Methods that copy to the host on a GPU, some of which dispatch nothing on a CPU tensor."""
+}
+"""Methods that copy to the host on a GPU, and that dispatch no copy, or nothing at all, on a CPU tensor."""
 
-INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
-INDEXING |= {aten._index_put_impl_}
+INDEXING = {
+    *(aten.index, aten.index_put, aten.index_put_),
+    *(aten._unsafe_index, aten._unsafe_index_put, aten._index_put_impl_),
+}
 REBASING = {aten.resize_, aten.resize_as_, aten.set_}
-ALLOCATING = {aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty}
-ALLOCATING |= {aten.new_empty_strided}
+ALLOCATING = {
+    *(aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted),
+    *(aten.new_empty, aten.new_empty_strided),
+}
 
 UNDECLARED_WRITES = {
     aten.native_batch_norm.default: slice(3, 5),
@@ -129,26 +135,31 @@ UNDECLARED_WRITES = {
 }
 """Ops that write ``running_mean`` and ``running_var`` although their schema says nothing of it."""
 
-HIGHER_ORDER_OF_OPS = {"auto_functionalized", "auto_functionalized_v2", "flex_attention", "flex_attention_backward"}
-HIGHER_ORDER_OF_OPS |= {"out_dtype", "triton_kernel_wrapper_functional", "with_effects"}
+HIGHER_ORDER_OF_OPS = {
+    *("auto_functionalized", "auto_functionalized_v2", "with_effects", "out_dtype"),
+    *("flex_attention", "flex_attention_backward", "triton_kernel_wrapper_functional"),
+}
 """Higher-order ops whose dense kernel only calls other ops, without a look at values."""
 
 _active: ContextVar[TapeDriver | None] = ContextVar("breakable_backend.drivers.tape.active", default=None)
 
 
-def _boolean_index(func: Any, args: Sequence[Any]) -> bool:
-    indices = args[1] if func.overloadpacket in INDEXING else ()
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def _why_refused(func: _torch.OpOverload, args: Sequence[Any]) -> str | None:
-    if func.overloadpacket in REFUSED:
-        return REFUSED[func.overloadpacket]
-    if _boolean_index(func, args):
+def _why_refused(func: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tape: _Tape) -> str | None:
+    packet = func.overloadpacket
+    if packet in REFUSED:
+        return REFUSED[packet]
+    if packet in INDEXING:
+        # An index by integers has a static shape, whatever its tag says.
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return DATA_SHAPE if masks else None
+    if torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags:
         return DATA_SHAPE
-    # An index by integers has a static shape, whatever its tag says.
-    dynamic = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket not in INDEXING
-    return DATA_SHAPE if dynamic or torch.Tag.data_dependent_output in func.tags else None
+    if packet in REBASING and _torch.storage_key(args[0]) not in tape.made:
+        return MOVES
+    generator = kwargs.get("generator")
+    if generator is None or generator.device.type != tape.device.type or same_generator(generator, tape.generator):
+        return None
+    return "draws from a generator that is not the device's default one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +228,7 @@ class TapeGraph:
 
     def replay(self, stream: int) -> None:
         if self._released:
-            raise ReplayError("this graph was released")
+            raise ReplayError("a graph was replayed after its release", fix="capture it again")
         for memory in self._outside:
             memory.check()
         # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
@@ -237,7 +248,7 @@ class _Tape(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, device: torch.device, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.generator = generator
         self.ops: list[_Op] = []
@@ -253,7 +264,7 @@ class _Tape(TorchDispatchMode):
         return self.refusal
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
             return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
@@ -277,7 +288,7 @@ class _Tape(TorchDispatchMode):
                 return args[0](*args[2:])
             if func.name() in HIGHER_ORDER_OF_OPS:
                 return dense_kernel(func)(*args, **kwargs)
-        raise self.refuse(f"{func.name()} decides by values on the host what to run")
+        raise self.refuse(f"the higher-order op {func.name()} may choose by values on the host what to run")
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Any]) -> Any:
         if func is aten.lift_fresh.default and args[0].device == self.device:
@@ -288,7 +299,10 @@ class _Tape(TorchDispatchMode):
         written = [*written, *args[UNDECLARED_WRITES.get(func, slice(0))]]
         written = [leaf for leaf in written if isinstance(leaf, torch.Tensor) and leaf.device == self.device]
         self.check_generator()
-        self._check_before(func, args, kwargs, inputs)
+        on_device = not inputs or any(tensor.device == self.device for tensor in inputs)
+        checked = on_device and isinstance(func, _torch.OpOverload)
+        if checked and (why := _why_refused(func, args, kwargs, self)) is not None:
+            raise self.refuse(f"{func} {why}")
         for tensor in written:
             self._save(tensor)
         result = func(*args, **kwargs)
@@ -307,7 +321,8 @@ class _Tape(TorchDispatchMode):
             if key not in known:
                 fresh.setdefault(key, i)
                 self.made[key] = (tensor.untyped_storage(), tensor.dtype)
-        is_view = not (fresh or written) or torch.Tag.inplace_view in getattr(func, "tags", ())
+        # An op without tensors for a result, such as an assertion, is there for its effect.
+        is_view = (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ())
         if not is_view and getattr(func, "overloadpacket", None) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
             args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs))
@@ -320,18 +335,6 @@ class _Tape(TorchDispatchMode):
         if not torch.equal(self._random_state, self.generator.get_state()):
             raise self.refuse("the body set the state of the random generator")
 
-    def _check_before(self, func: Any, args: Any, kwargs: Mapping[str, Any], inputs: list[torch.Tensor]) -> None:
-        on_device = not inputs or any(tensor.device == self.device for tensor in inputs)
-        if isinstance(func, _torch.OpOverload) and on_device:
-            if (why := _why_refused(func, args)) is not None:
-                raise self.refuse(f"{func} {why}")
-            if func.overloadpacket in REBASING and _torch.storage_key(args[0]) not in self.made:
-                raise self.refuse(f"{func} gives other memory to a tensor from outside")
-            generator = kwargs.get("generator")
-            foreign = generator is not None and not same_generator(generator, self.generator)
-            if foreign and generator.device.type == self.device.type:
-                raise self.refuse(f"{func} draws from a generator that is not the device's default one")
-
     def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
         if any(tensor.layout != torch.strided for tensor in tensors):
             raise self.refuse(f"{func} works on a tensor without strides")
@@ -343,7 +346,7 @@ class _Tape(TorchDispatchMode):
             raise self.refuse(f"{func} moves data between {' and '.join(sorted(map(str, devices)))}")
         for storage, address, before in self._saved.values():
             if storage.data_ptr() != address or storage.nbytes() != before.nbytes():
-                raise self.refuse(f"{func} gives other memory to a tensor from outside")
+                raise self.refuse(f"{func} {MOVES}")
 
     def _save(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
@@ -366,6 +369,7 @@ class _Tape(TorchDispatchMode):
 
     def undo(self) -> None:
         """Take back what the ops did. Latest first: two storages may lie over the same memory."""
+        self.refusal = None  # its traceback holds this tape
         for storage, _, before in reversed(self._saved.values()):
             if storage.nbytes() != before.nbytes():
                 storage.resize_(before.nbytes())
@@ -398,7 +402,11 @@ def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
         octets[dtype.itemsize - 1 :: dtype.itemsize] = 0x7F  # the sign, on a little-endian machine
 
 
-_NOT_THE_USERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), "<")
+_NOT_THE_USERS = (
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(_torch.__file__), ""),
+    "<",
+)
 
 
 def _failure(error: Exception) -> CaptureError:
@@ -407,7 +415,8 @@ def _failure(error: Exception) -> CaptureError:
     where = "".join(f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in frames[-1:])
     if isinstance(error, CaptureError):
         return CaptureError(error.what, where=error.where or where, fix=error.fix)
-    return CaptureError(f"the captured code raised {type(error).__name__}: {error}", where=where, fix=FIX)
+    first_line = str(error).partition("\n")[0]
+    return CaptureError(f"the captured code raised {type(error).__name__}: {first_line}", where=where, fix=FIX)
 
 
 class TapeDriver:
@@ -475,10 +484,12 @@ class TapeDriver:
     def is_capturing(self) -> bool:
         return _active.get() not in (None, self)
 
-    def release(self, graphs: list[CapturedGraph]) -> None:
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
         for graph in graphs:
             assert isinstance(graph, TapeGraph), graph
             graph.release()
+        if owner is not None:
+            owner.clear()
 
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._made().values())
