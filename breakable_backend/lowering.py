@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,39 @@ class Ambient:
     autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()
     """Enabled autocasts: device type, dtype, whether casts are cached."""
     grad: bool = False
+
+    def enter(self) -> AbstractContextManager[Any]:
+        """This state, for a ``with`` statement."""
+        stack = ExitStack()
+        for device, dtype, cache in self.autocast:
+            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
+        if self.grad:
+            stack.enter_context(torch.enable_grad())
+        return stack
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` as a target for a graph's node, run in this state."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.enter():
+                return function(*args, **kwargs)
+
+        call.__name__ = re.sub(r"\W", "_", str(function))
+        return call
+
+
+def ambient_of(node: fx.Node) -> Ambient | None:
+    """The state that ``node`` needs when it runs; None if that is what compiled code runs in, or cannot matter.
+
+    It matters to ops that are not torch's own. Theirs were traced below autocast and grad mode: the casts are in the
+    graph, and a second time would be one too many.
+    """
+    return node.meta.get("custom", {}).get(AMBIENT_KEY) if is_opaque(node) else None
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether a node calls somebody's own op: code that sees the ambient state, and whose fake may be wrong."""
+    return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
 
 
 class NeedsGradients(Exception):
@@ -97,9 +132,11 @@ def note_ambient(gm: fx.GraphModule) -> None:
     AOT compiles autocast and grad mode into the ATen ops and leaves no trace of them; an opaque op under
     ``with torch.autocast(...)`` would then run without it.
     """
-    autocast = dict(_caller_autocast(gm))
-    grad = torch.is_grad_enabled()
-    saved: dict[fx.Node, tuple[str, tuple[str, torch.dtype, bool] | None]] = {}
+    _note(gm, dict(_caller_autocast()), torch.is_grad_enabled())
+
+
+def _note(gm: fx.GraphModule, autocast: dict[str, tuple[str, torch.dtype, bool]], grad: bool) -> None:
+    saved: dict[Any, tuple[str, tuple[str, torch.dtype, bool] | None]] = {}
     for node in gm.graph.nodes:
         if node.target is _torch.ENTER_AUTOCAST:
             device, dtype, enabled, cache = (*node.args, None, None, None)[:4]
@@ -120,9 +157,18 @@ def note_ambient(gm: fx.GraphModule) -> None:
         elif autocast or grad:
             ambient = Ambient(tuple(autocast.values()), grad)
             node.meta["custom"] = {**node.meta.get("custom", {}), AMBIENT_KEY: ambient}
+            for body in bodies(node):
+                _note(body, dict(autocast), grad)
 
 
-def _caller_autocast(gm: fx.GraphModule) -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
+def bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order op is called with."""
+    attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]
+    found = [getattr(node.graph.owning_module, str(attribute.target), None) for attribute in attributes]
+    return [body for body in found if isinstance(body, fx.GraphModule)]
+
+
+def _caller_autocast() -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
     """The autocasts that the caller has around the compiled call; Dynamo compiles anew when they change."""
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):

@@ -13,6 +13,7 @@ mutations (pytorch#81244).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
-from breakable_backend.lowering import Lowered
+from breakable_backend.lowering import Lowered, ambient_of
 from breakable_backend.marking import Scope, classify, label, schema_name, tensors_of, written_arguments
 from breakable_backend.program import (
     Access,
@@ -273,6 +274,8 @@ class _Builder:
         return draft
 
     def _segment(self, draft: _Draft, run: _Run, needed: set[fx.Node], versions: dict[str, int]) -> Segment:
+        if not run.reasons:
+            under_ambient(draft.graph)
         outputs = tuple(node for node in draft.made if node in needed)
         draft.graph.output(tuple(draft.local[node] for node in outputs))
         storages = [node for node in draft.placeholders if node in self.flow.root]
@@ -323,7 +326,7 @@ class _Draft:
         if node not in self.local:
             if node.op == "get_attr" and isinstance(self._attribute(node), fx.GraphModule):
                 self._copy(node)
-                self.attributes[str(node.target)] = self._attribute(node)
+                self.attributes[str(node.target)] = _body(self._attribute(node))
             elif node in flow.views:
                 self._copy(node)
             elif node in flow.source:
@@ -363,6 +366,23 @@ class _Draft:
     def module(self) -> fx.GraphModule:
         self.graph.lint()
         return fx.GraphModule(self.attributes, self.graph, "Segment")
+
+
+def under_ambient(graph: fx.Graph) -> None:
+    """Have opaque ops in ``graph``, which runs as a whole, enter the state that they were traced under."""
+    for node in graph.nodes:
+        if (ambient := ambient_of(node)) is not None:
+            node.target = ambient.around(node.target)
+
+
+def _body(body: fx.GraphModule) -> fx.GraphModule:
+    """A body of a higher-order op, as it runs."""
+    copied = copy.deepcopy(body)
+    for module in copied.modules():
+        if isinstance(module, fx.GraphModule):
+            under_ambient(module.graph)
+            module.recompile()
+    return copied
 
 
 def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:

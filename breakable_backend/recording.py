@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
-from breakable_backend.lowering import AMBIENT_KEY, Ambient
+from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.program import (
     EagerSegment,
@@ -122,23 +121,13 @@ class Recording:
 # --- calls ----------------------------------------------------------------------------------------------------------------
 
 
-def enter_ambient(ambient: Ambient) -> AbstractContextManager[Any]:
-    """The autocast and grad mode of ``ambient``, for a ``with`` statement."""
-    stack = ExitStack()
-    for device, dtype, cache in ambient.autocast:
-        stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
-    if ambient.grad:
-        stack.enter_context(torch.enable_grad())
-    return stack
-
-
 def perform(call: Call, slots: Mapping[str, Any]) -> Any:
     """Make ``call``, with values from ``slots``, and check its result."""
     args, kwargs = _fill((call.args, call.kwargs), slots)
     if call.ambient is None:
         result = call.function(*args, **kwargs)
     else:
-        with enter_ambient(call.ambient):
+        with call.ambient.enter():
             result = call.function(*args, **kwargs)
     if call.spec is not None and not call.spec.accepts(result):
         reject(call, result)
@@ -215,7 +204,7 @@ class Binding:
         producer = node.args[0] if node.target is operator.getitem else node
         assert isinstance(producer, fx.Node)
         value = node.meta.get("val")
-        checked = isinstance(value, torch.Tensor) and _is_opaque(producer) and self._known(value)
+        checked = isinstance(value, torch.Tensor) and is_opaque(producer) and self._known(value)
         return Call(
             result=node.name,
             function=function,
@@ -224,7 +213,7 @@ class Binding:
             label=label(producer),
             source=source_line(producer),
             spec=TensorSpec.of(value, self.symbols) if checked and value is not None else None,
-            ambient=node.meta.get("custom", {}).get(AMBIENT_KEY) if _is_opaque(node) else None,
+            ambient=ambient_of(node),
         )
 
     def _known(self, value: torch.Tensor) -> bool:
@@ -232,11 +221,6 @@ class Binding:
             not isinstance(size, torch.SymInt) or size.node.expr.free_symbols <= set(self.symbols)
             for size in (*value.shape, *value.stride())
         )
-
-
-def _is_opaque(node: fx.Node) -> bool:
-    """Whether a node calls somebody's own op: code that sees the ambient state, and whose fake may be wrong."""
-    return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims")
 
 
 def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:

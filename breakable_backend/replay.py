@@ -25,7 +25,6 @@ from breakable_backend.recording import (
     Recording,
     Slot,
     check_argument,
-    enter_ambient,
     perform,
     reject,
 )
@@ -101,7 +100,6 @@ class _Writer:
             "check_argument": check_argument,
             "clone_exact": clone_exact,
             "copied": self.tally,
-            "enter_ambient": enter_ambient,
             "load_all": load_all,
             "reject": reject,
         }
@@ -181,7 +179,7 @@ class _Writer:
             line = f"{name} = {self._function(call)}({', '.join(arguments)})"
         lines = [line]
         if call.ambient is not None:
-            lines = [f"with enter_ambient({self._bind(f'{name}_ambient', call.ambient)}):", f"    {line}"]
+            lines = [f"with {self._bind(f'{name}_ambient', call.ambient)}.enter():", f"    {line}"]
         if call.spec is not None:
             shape, stride, dtype, device = (
                 self._bind(f"{name}_{what}", getattr(call.spec, what))

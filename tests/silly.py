@@ -227,9 +227,9 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("silly::marked_product", mutates_args=(), tags=UNSAFE)
 def marked_product(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w`` in whatever dtype autocast says."""
+    """``x @ w`` in whatever dtype autocast says, as float32."""
     calls["marked_product"] += 1
-    return (x @ w).clone()
+    return (x @ w).float().clone()
 
 
 # --- ops that may be captured -------------------------------------------------------------------------------------------
@@ -237,17 +237,15 @@ def marked_product(x: Tensor, w: Tensor) -> Tensor:
 
 @torch.library.custom_op("silly::product", mutates_args=())
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w`` in whatever dtype autocast says; no mark, no rule."""
+    """``x @ w`` in whatever dtype autocast says, as float32; no mark, no rule."""
     bodies["product"] += 1
-    return (x @ w).clone()
+    return (x @ w).float().clone()
 
 
 @marked_product.register_fake
 @product.register_fake
 def _(x: Tensor, w: Tensor) -> Tensor:
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.new_empty((x.shape[0], w.shape[1]), dtype=dtype)
+    return x.new_empty((x.shape[0], w.shape[1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("silly::wave", mutates_args=())

@@ -555,9 +555,10 @@ def test_refuses_what_the_body_swallows(session: Session) -> None:
     x = session.ramp(4)
 
     def body() -> Tensor:
+        y = x + 1
         with contextlib.suppress(RuntimeError):
-            x[1].item()
-        return x + 1
+            y[1].item()
+        return y
 
     with pytest.raises(CaptureError):
         session.capture(body)

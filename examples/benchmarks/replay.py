@@ -24,6 +24,9 @@ Measures, all under ``torch.no_grad()``, with inputs at changing addresses:
 - start-up: from after imports, with a CUDA context and the model on the GPU, to the end of the third call;
 - pool and reserved: memory of private pools, and growth of what the allocator holds;
 - difference: the largest from eager, over five inputs. Ours must be the same bit for bit.
+
+What a contender needs is imported before the clock starts, as far as it can be named. A run that is cut short has
+written what it has; ``--resume`` with the same ``--json`` measures the rest.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -80,6 +83,8 @@ IMPORTS = {  # before the clock of the start-up runs; the first call of a custom
     "full-graph": ("cuda.bindings.runtime",),
     "ours": ("breakable_backend",),
 }
+BY_IMPORTANCE = ("breaks-16", "breaks-0", "llama", "breaks-4", "breaks-1")
+"""The order of measuring, for a run that is cut short."""
 ROOT = Path(__file__).resolve().parents[2]
 HOST_CALLS = 5
 TOTAL_CALLS = 50
@@ -104,7 +109,7 @@ class Effort:
     def of(cls, options: argparse.Namespace) -> Effort:
         if options.smoke:
             return cls(3, 3, 2, 0.0)
-        return cls(10, 5, TOTAL_CALLS, 1.5) if options.quick else cls(30, 15, TOTAL_CALLS, 2.5)
+        return cls(10, 5, TOTAL_CALLS, 0.8) if options.quick else cls(30, 15, TOTAL_CALLS, 1.5)
 
 
 @dataclass
@@ -206,14 +211,17 @@ class Block(nn.Module):
     def before(self, x: Tensor) -> tuple[Tensor, ...]:
         batch, tokens, _ = x.shape
         qkv = self.qkv(self.norm_before(x)).view(batch, tokens, 3, self.heads, -1)
-        return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
+        query, key, value = qkv.unbind(2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.projection(attended)
-        return x + self.down(functional.gelu(self.up(self.norm_after(x))))
+        change: Tensor = self.down(functional.gelu(self.up(self.norm_after(x))))
+        return x + change
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(x, (attention if self.is_break else attend)(*self.before(x)))
+        attended = (attention if self.is_break else attend)(*self.before(x))
+        return self.after(x, attended)
 
 
 class Transformer(Workload):
@@ -270,7 +278,8 @@ class Llama(Workload):
             self.module = model.from_config(self.config, attn_implementation="replay_benchmark", dtype=dtype).eval()
         self.cache: Any = StaticCache(self.config, max_cache_len=self.CACHE)
         self.cache.early_initialization(1, heads, width // heads, dtype, device)
-        for layer in self.cache.layers:  # a prompt, as it were
+        layers_of_cache: list[Any] = self.cache.layers
+        for layer in layers_of_cache:  # a prompt, as it were
             layer.keys.normal_()
             layer.values.normal_()
         self.rewind()
@@ -652,7 +661,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return versions
 
 
-def child(options: argparse.Namespace) -> int:
+def child(options: argparse.Namespace) -> NoReturn:
     """Measure one row, and print it as the last line."""
     row = Row(*options.child)
     try:
@@ -662,7 +671,7 @@ def child(options: argparse.Namespace) -> int:
         traceback.print_exc()
         row.error = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     print(json.dumps(asdict(row)), flush=True)
-    return 0
+    os._exit(0)  # taking everything apart in order takes seconds, and nobody needs it
 
 
 # --- collecting, in the parent ----------------------------------------------------------------------------------------
@@ -785,7 +794,7 @@ def cells(row: Row) -> tuple[str, ...]:
     if row.replay_us is not None:
         notes.append(f"the launch alone: {row.replay_us:.0f} us in total")
     if row.error:
-        notes.insert(0, f"failed: {row.error}")
+        notes.insert(0, row.error if row.error.startswith("not run") else f"failed: {row.error}")
     elif row.contender == "ours" and not row.bitwise:
         notes.insert(0, "NOT bitwise equal to eager")
     return (
@@ -807,9 +816,10 @@ Shown = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 def tables(rows: Sequence[Row], options: argparse.Namespace) -> list[Shown]:
     """One table for each model, and the goals."""
+    in_order = sorted(rows, key=lambda row: [*CONTENDERS].index(row.contender))
     stand_in = "A tiny stand-in for: " if options.smoke else ""
     shown: list[Shown] = [
-        (stand_in + MODELS[model], COLUMNS, [cells(row) for row in rows if row.model == model])
+        (stand_in + MODELS[model], COLUMNS, [cells(row) for row in in_order if row.model == model])
         for model in options.models
         if any(row.model == model for row in rows)
     ]
@@ -839,6 +849,14 @@ def driver_version() -> str:
         return "unknown"
 
 
+def read(path: Path) -> dict[tuple[str, str], Row]:
+    """The rows that an earlier run measured, and that did not fail."""
+    if not path.exists():
+        return {}
+    rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    return {(row.model, row.contender): row for row in rows if not row.error}
+
+
 def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
     """Write the files that were asked for; after each row, so that a run that is cut short leaves what it has."""
     facts = next((row.environment for row in rows if row.environment), {})
@@ -865,6 +883,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each process (150)")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which no process is started (420)")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of --json holds, measure the rest")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     few = options.smoke or options.quick
@@ -879,18 +899,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, show, write; 0 if breakable_cg ran everywhere and equals eager bit for bit."""
     options = parse(argv)
     if options.child:
-        return child(options)
+        child(options)
     if not options.smoke and not torch.cuda.is_available():
         print(
             "this measures CUDA graphs and needs a CUDA GPU; --smoke only shows that the script runs", file=sys.stderr
         )
         return 2
     options.driver = "none" if options.smoke else driver_version()
-    pairs = [(model, contender) for model in options.models for contender in options.contenders]
-    rows: list[Row] = []
+    known = read(options.json) if options.resume and options.json else {}
+    pairs = [(m, c) for m in BY_IMPORTANCE for c in CONTENDERS if m in options.models and c in options.contenders]
+    rows: list[Row] = list(known.values())
+    options.models = [m for m in MODELS if m in options.models or any(row.model == m for row in rows)]  # what is shown
+    end = time.monotonic() + options.budget
+
+    def run(pair: tuple[str, str]) -> Row:
+        if time.monotonic() > end:
+            return Row(*pair, error=f"not run: {options.budget:g} s are over (--resume goes on)")
+        return run_child(*pair, options)
+
     # One at a time, as they share the GPU; a smoke test measures nothing, so there it does not matter.
     with ThreadPoolExecutor(max_workers=2 if options.smoke else 1) as pool:
-        for row in pool.map(lambda pair: run_child(pair[0], pair[1], options), pairs):
+        for row in pool.map(run, [pair for pair in pairs if pair not in known]):
             rows.append(row)
             numbers = f"{row.total_us:,.0f} us" if row.total_us is not None and not row.error else row.error
             print(f"{row.model:10} {row.contender:16} {numbers}", file=sys.stderr, flush=True)
