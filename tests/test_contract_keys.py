@@ -1,0 +1,270 @@
+"""Contract line 3 and its bounds: whatever a recording depends on is in its key; keys are bounded, and steady once seen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import breakable_backend
+import silly
+from checks import assert_same, compile_both, program_of
+
+
+def calls_of(program: Any) -> tuple[int, int, int]:
+    """Plain calls, captures, replays."""
+    return sum(program.plain_calls.values()), program.captures, program.replays
+
+
+def test_ints(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an int argument is part of the key."""
+    compiled, eager = compile_both(lambda x, n: silly.triple(x + n) * n, options, dynamic=True)
+    with torch.no_grad():
+        for _ in range(4):
+            for n in (2, 3, 5, 7):
+                x = torch.rand(3, device=device)
+                assert_same(compiled(x, n), eager(x, n), f"n = {n}")
+    # 4 ints: each plain once, recorded once (2 segments), and replayed 4 - 2 times
+    assert calls_of(program_of(compiled)) == (4, 4 * 2, 4 * 2)
+
+
+def test_floats(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a float that varies is right for every value, before and after there are more than are keyed."""
+    compiled, eager = compile_both(lambda x, scale: silly.triple(x * scale) + scale, options)
+    with torch.no_grad():
+        for scale in (0.5, 0.5, 0.5, 1.5, 1.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 8.5, 8.5, -0.0, 0.0, float("inf")):
+            x = torch.rand(4, device=device)
+            assert_same(compiled(x, scale), eager(x, scale), f"scale = {scale}")
+            half = x.to(torch.bfloat16)
+            assert_same(compiled(half, scale), eager(half, scale), f"scale = {scale}, bfloat16")
+    recordings = sum(program.captures for program in breakable_backend.explain(compiled).programs)
+    assert recordings <= 2 * 2 * (1 + 5)  # two dtypes x two segments x (the first constant, then four values and the rest)
+
+
+@pytest.mark.gpu
+def test_scalars_on_the_device() -> None:
+    """Line 3: with ``scalars="device"`` one recording serves all values of a float; in float64 the result is exact."""
+    options = {"scalars": "device", "min_kernels": 1}
+    f = lambda x, scale: silly.triple(x * scale) + scale  # noqa: E731
+    compiled = torch.compile(f, backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for number in range(10):
+            x = torch.rand(4, device="cuda", dtype=torch.float64)
+            assert_same(compiled(x, number + 0.5), f(x, number + 0.5))
+    last = breakable_backend.explain(compiled).programs[-1]
+    assert (last.captures, last.num_eager_segments) == (2, 1)
+    # the first value is a constant of its own program; of the nine others one is plain and one records
+    assert last.replays == 9 - 2
+
+
+def test_dynamic_shapes(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: each shape has its key, in any order, and no shape is recorded twice."""
+    compiled, eager = compile_both(silly.Silly(), options, dynamic=True)
+    sizes = (8, 3, 5)
+    with torch.no_grad():
+        for _ in range(5):
+            for size in sizes:
+                x = torch.rand(size, 2, device=device)
+                assert_same(compiled(x), eager(x), f"size {size}")
+    # 3 shapes: each plain once, recorded once (3 segments), replayed 5 - 2 times
+    assert calls_of(program_of(compiled)) == (3, 3 * 3, 3 * 3)
+
+
+def test_automatic_dynamic_shapes(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: shapes that Dynamo finds to vary by itself, sizes 0 and 1 among them."""
+    compiled, eager = compile_both(lambda x: silly.triple(x.sum(1) + 1) * x.shape[0], options)
+    with torch.no_grad():
+        for size in (4, 4, 4, 5, 5, 5, 6, 6, 6, 0, 0, 0, 1, 1, 1, 4, 5, 6, 0, 1):
+            x = torch.rand(size, 3, device=device)
+            assert_same(compiled(x), eager(x), f"size {size}")
+
+
+def test_strides(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: other strides and other dtypes are other programs or keys."""
+    compiled, eager = compile_both(silly.Silly(), options, dynamic=True)
+    with torch.no_grad():
+        for _ in range(4):
+            base = torch.rand(4, 6, device=device)
+            for x in (base, base.t(), base[:, ::2], base.double(), base.to(torch.bfloat16), base[1:], base.long()):
+                assert_same(compiled(x), eager(x), f"{x.dtype} {x.shape} {x.stride()}")
+
+
+def test_symbolic_strides(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: of two inputs of one shape under a dynamic program, one with gaps, then the other."""
+    compiled, eager = compile_both(lambda x, y: silly.triple(x + y) * y, options, dynamic=True)
+    with torch.no_grad():
+        for gap in (7, 9, 7, 9, 7, 9, 11):
+            x, y = torch.rand(4, gap, device=device)[:, :5], torch.rand(4, 6, device=device)[:, :5]
+            assert_same(compiled(x, y), eager(x, y), f"gap {gap}")
+
+
+def test_instances_of_one_class(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: instances compiled one by one, which Dynamo lets share a compiled function, each use their own weights."""
+    blocks = [silly.Block(4).to(device) for _ in range(4)]
+    references = copy.deepcopy(blocks)
+    for block in blocks:
+        block.compile(backend="breakable_cg", options={"min_kernels": 1, **options})
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.rand(2, 4, device=device)
+            for block, reference in zip(blocks, references, strict=True):
+                assert_same(block(x), reference(x))
+    programs = breakable_backend.explain().programs
+    # 4 instances, each: two segments captured once, 5 - 2 replays
+    assert sum(program.captures for program in programs) == 4 * 2
+    assert sum(program.replays for program in programs) == 4 * 3
+
+
+def test_swapped_parameter_data(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: ``param.data = other`` is seen by the next call."""
+    model = silly.Block(4).to(device)
+    compiled, eager = compile_both(model, options)
+    kept = []
+    with torch.no_grad():
+        for number in range(12):
+            if number % 4 == 3:
+                for mine, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+                    value = torch.rand_like(mine)
+                    kept += [mine.data, theirs.data]
+                    mine.data, theirs.data = value, value.clone()
+            x = torch.rand(2, 4, device=device)
+            assert_same(compiled(x), eager(x), f"call {number + 1}")
+
+
+def test_assigned_state_dict(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: ``load_state_dict(assign=True)`` is seen by the next call."""
+    compiled, eager = compile_both(silly.Block(4).to(device), options)
+    with torch.no_grad():
+        for number in range(12):
+            if number % 4 == 3:
+                state = silly.Block(4).to(device).state_dict()
+                compiled._orig_mod.load_state_dict(copy.deepcopy(state), assign=True)
+                eager.load_state_dict(state, assign=True)
+            x = torch.rand(2, 4, device=device)
+            assert_same(compiled(x), eager(x), f"call {number + 1}")
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["unmarked", "marked"])
+def test_fresh_cache_for_each_request(static: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 5: a cache made anew for each request, marked static or not, is written where it is."""
+
+    def step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
+        silly.write_row(cache, x[None] + 1, position)
+        cache.mul_(2)
+        return cache.sum(0) + x
+
+    compiled, eager = compile_both(step, options)
+    for request in range(9):
+        mine = torch.zeros(6, 3, device=device)
+        if static:
+            torch._dynamo.mark_static_address(mine, guard=False)
+        theirs = torch.zeros(6, 3, device=device)
+        for position in range(6):
+            at = torch.tensor([position], device=device)
+            x = torch.rand(3, device=device)
+            with torch.no_grad():
+                assert_same(compiled(mine, x, at), eager(theirs, x, at), f"request {request}, position {position}")
+            assert_same(mine, theirs, "cache")
+    program = breakable_backend.explain(compiled).programs[-1]
+    assert program.replays >= 6 * 4 - 8  # a working set of few addresses, or bridges after the fourth
+
+
+def test_mutated_input_at_many_addresses(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a mutated input at ever new addresses gets a bridge, and there is no more recording then."""
+    compiled, eager = compile_both(lambda x: silly.triple(x.add_(1)) + x.mul_(2), options)
+    kept = []
+    captures = []
+    for call in range(20):
+        mine = torch.full((3,), float(call), device=device)
+        theirs = mine.clone()
+        with torch.no_grad():
+            assert_same(compiled(mine), eager(theirs))
+        assert_same(mine, theirs)
+        kept.append(mine)
+        captures.append(program_of(compiled).captures)
+    # 4 addresses are keyed and each is seen once; the 5th gives the bridge, the 6th records its segments, and that is all
+    assert captures[:5] == [0] * 5
+    assert captures[5:] == [program_of(compiled).num_graph_segments] * 15
+
+
+def test_mutated_input_at_few_addresses(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a mutated input that comes at few addresses is used where it is, without copies."""
+    compiled, eager = compile_both(lambda x: silly.triple(x.add_(1)) + 1, options)
+    mine = [torch.zeros(3, device=device) for _ in range(3)]
+    theirs = [torch.zeros(3, device=device) for _ in range(3)]
+    with torch.no_grad():
+        for call in range(15):
+            assert_same(compiled(mine[call % 3]), eager(theirs[call % 3]))
+            assert_same(mine, theirs)
+    program = program_of(compiled)
+    # 3 addresses: each plain once, recorded once (two segments), then replayed 5 - 2 times
+    assert calls_of(program) == (3, 3 * 2, 3 * 3)
+    assert program.copies == 3 * 4  # the eager result, in each call that is not plain
+
+
+def test_few_recordings_and_many_keys(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: with more keys in turn than recordings, some run plainly; what is kept is bounded and not recorded for ever."""
+    compiled, eager = compile_both(silly.Silly(), {**options, "max_recordings": 2}, dynamic=True)
+    captures = []
+    with torch.no_grad():
+        for _ in range(12):
+            for size in (2, 3, 4, 5):
+                x = torch.rand(size, 2, device=device)
+                assert_same(compiled(x), eager(x), f"size {size}")
+                assert len(program_of(compiled).recordings) <= 2
+            captures.append(program_of(compiled).captures)
+    assert captures[1:] == [3 * 2] * 11  # three segments x two keys, recorded in the second round
+    assert program_of(compiled).evictions == 0
+    assert "more than max_recordings=2 keys in use" in program_of(compiled).plain_calls
+
+
+def test_keys_that_are_no_longer_used(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a key that is not called any more makes room for a new one."""
+    compiled, eager = compile_both(silly.Silly(), {**options, "max_recordings": 1}, dynamic=True)
+    with torch.no_grad():
+        for size in (2, 3, 4):
+            for _ in range(12):
+                x = torch.rand(size, 2, device=device)
+                assert_same(compiled(x), eager(x), f"size {size}")
+            assert len(program_of(compiled).recordings) == 1
+    program = program_of(compiled)
+    assert program.evictions == 2  # for sizes 3 and 4
+    assert program.captures == 3 * 3  # three segments x three keys
+
+
+def test_requires_grad_of_an_input(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an input that requires grad under ``no_grad`` is another program, with the same results."""
+    compiled, eager = compile_both(silly.Silly(), options)
+    with torch.no_grad():
+        for number in range(8):
+            x = torch.rand(4, device=device).requires_grad_(number % 2 == 0)
+            assert_same(compiled(x), eager(x))
+
+
+class Switch(nn.Module):
+    """Takes another path by a Python flag and by a string."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mode: str = "a", *, flag: bool = False) -> Tensor:
+        y = self.linear(x) + 1
+        y = silly.triple(y) if flag else y * 5
+        return y.sin() * 2 if mode == "a" else y.cos() * 3
+
+
+def test_python_arguments(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: arguments that are no tensors choose the program."""
+    compiled, eager = compile_both(Switch().to(device), options)
+    with torch.no_grad():
+        for _ in range(4):
+            for mode in "ab":
+                for flag in (True, False):
+                    x = torch.rand(2, 3, device=device)
+                    assert_same(compiled(x, mode, flag=flag), eager(x, mode, flag=flag))
+    programs = breakable_backend.explain(compiled).programs
+    assert [program.replays for program in programs] == [2] * 4  # 4 programs, 4 - 2 each

@@ -1,0 +1,259 @@
+"""Contract lines 10 and 11: what is dropped is freed at once; re-entrant and concurrent calls are right."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import breakable_backend
+import silly
+from breakable_backend.backend import executors_of
+from breakable_backend.drivers import CaptureDriver
+from checks import assert_same, compile_both, program_of
+
+
+def driver_of(compiled: Any) -> CaptureDriver:
+    """The driver behind a compiled function."""
+    (executor,) = executors_of(compiled)
+    assert executor.driver is not None
+    return executor.driver
+
+
+def warm(compiled: Any, device: torch.device, calls: int = 4) -> None:
+    """Call until it replays."""
+    with torch.no_grad():
+        for _ in range(calls):
+            compiled(torch.rand(2, 4, device=device))
+
+
+def test_reset_of_one_function(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: ``reset(compiled)`` frees its graphs, and its next call is the first again."""
+    first, eager = compile_both(silly.Block(4).to(device), options)
+    second, _ = compile_both(lambda x: silly.triple(x + 1) * 2, options)
+    warm(first, device)
+    warm(second, device)
+    driver = driver_of(first)
+    both = driver.live_blocks()
+    breakable_backend.reset(first)
+    assert 0 < driver.live_blocks() < both
+    captures = program_of(first).captures
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.rand(2, 4, device=device)
+            assert_same(first(x), eager(x))
+    assert program_of(first).captures == 2 * captures
+    breakable_backend.reset()
+    assert driver.live_blocks() == 0
+
+
+@pytest.mark.parametrize("reset", [torch._dynamo.reset, torch.compiler.reset, breakable_backend.reset])
+def test_reset_frees_at_once(reset: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: each of the resets frees graphs, buffers and pool at once, without a garbage collection."""
+    compiled, eager = compile_both(silly.Block(4).to(device), options)
+    warm(compiled, device)
+    driver = driver_of(compiled)
+    assert driver.live_blocks() > 0
+    gc.disable()
+    try:
+        reset()
+        assert driver.live_blocks() == 0
+    finally:
+        gc.enable()
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.rand(2, 4, device=device)
+            assert_same(compiled(x), eager(x))
+
+
+def test_dropped_model(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: dropping a model frees its weights, graphs and pool, while Dynamo keeps the compiled function."""
+    model = silly.Block(4).to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options={**options, "min_kernels": 1})
+    warm(compiled, device)
+    driver = driver_of(compiled)
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model, compiled
+    gc.collect()
+    assert [parameter() for parameter in parameters] == [None] * 4  # weight and bias, twice
+    assert driver.live_blocks() == 0
+
+
+def test_one_of_several_instances_dropped(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: dropping one instance frees what belongs to it, and the others go on replaying."""
+    blocks = [silly.Block(4).to(device) for _ in range(3)]
+    for block in blocks:
+        block.compile(backend="breakable_cg", options={"min_kernels": 1, **options})
+    for block in blocks:
+        warm(block, device)
+    (driver,) = {program.driver for program in map(lambda e: e, breakable_backend.breakable_cg.executors)}
+    before = driver.live_blocks()
+    captures = sum(program.captures for program in breakable_backend.explain().programs)
+    weight = weakref.ref(blocks[0].linear.weight)
+    del block, blocks[0]
+    gc.collect()
+    assert weight() is None
+    assert driver.live_blocks() == before * 2 // 3  # two of three are left
+    for block in blocks:
+        warm(block, device)
+    assert sum(program.captures for program in breakable_backend.explain().programs) == captures
+
+
+def test_inputs_and_results_are_not_kept(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: no call keeps its inputs or its results."""
+    compiled, _ = compile_both(silly.Block(4).to(device), options)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.rand(2, 4, device=device)
+            y = compiled(x)
+            refs = weakref.ref(x), weakref.ref(y)
+            del x, y
+            assert [ref() for ref in refs] == [None, None]
+
+
+def test_reset_inside_a_call(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 10 and 11: an eager step that resets while its function records leaves nothing behind and a right result."""
+    compiled, eager = compile_both(lambda x: silly.visit(x + 1) * 2, options)
+    x = torch.rand(3, device=device)
+    try:
+        with torch.no_grad():
+            want = (x + 2) * 2
+            compiled(x)
+            silly.hooks["visit"] = lambda y: (breakable_backend.reset(), y + 1)[1]
+            assert_same(compiled(x), want)
+            silly.hooks.clear()
+            for _ in range(4):
+                assert_same(compiled(x), want)
+    finally:
+        silly.hooks.clear()
+    driver = driver_of(compiled)
+    breakable_backend.reset()
+    assert driver.live_blocks() == 0
+    del eager
+
+
+def test_reset_inside_a_replay(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 10 and 11: an eager step that resets while its function replays: the call is right or a typed error, the next is right."""
+    compiled, _ = compile_both(lambda x: silly.visit(x + 1) * 2, options)
+    x = torch.rand(3, device=device)
+    try:
+        with torch.no_grad():
+            want = (x + 2) * 2
+            for _ in range(4):
+                compiled(x)
+            silly.hooks["visit"] = lambda y: (breakable_backend.reset(), y + 1)[1]
+            try:
+                assert_same(compiled(x), want)
+            except breakable_backend.BreakableError:
+                pass
+            silly.hooks.clear()
+            for _ in range(4):
+                assert_same(compiled(x), want)
+    finally:
+        silly.hooks.clear()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_reentrance(depth: int, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 11: an eager step that calls the same compiled function has that call run plainly, and both are right."""
+    compiled, eager = compile_both(lambda x: silly.visit(x + 1) * 2, options)
+    level = [0]
+
+    def through(function: Any) -> Any:
+        def visit(y: Tensor) -> Tensor:
+            if level[0] >= depth:
+                return y + 1
+            level[0] += 1
+            try:
+                return function(y)
+            finally:
+                level[0] -= 1
+
+        return visit
+
+    calls = 6
+    try:
+        with torch.no_grad():
+            for _ in range(calls):
+                x = torch.rand(3, device=device)
+                silly.hooks["visit"] = through(compiled)
+                got = compiled(x)
+                silly.hooks["visit"] = through(eager)
+                assert_same(got, eager(x))
+    finally:
+        silly.hooks.clear()
+    program = program_of(compiled)
+    assert program.calls == calls * (1 + depth)
+    assert program.plain_calls == {"warm-up": 1, "called inside an eager step": calls * depth}
+    assert program.replays == calls - 2
+
+
+def test_another_compiled_function_inside(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 11: an eager step may call another compiled function."""
+    inner, inner_eager = compile_both(lambda x: silly.triple(x + 1) * 2, options)
+    outer, outer_eager = compile_both(lambda x: silly.visit(x + 1) - 2, options)
+    try:
+        with torch.no_grad():
+            for _ in range(6):
+                x = torch.rand(3, device=device)
+                silly.hooks["visit"] = inner
+                got = outer(x)
+                silly.hooks["visit"] = inner_eager
+                assert_same(got, outer_eager(x))
+    finally:
+        silly.hooks.clear()
+
+
+def test_threads(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 11: several threads call one function with several shapes, and each gets its own results."""
+    compiled, eager = compile_both(silly.Silly(), options, dynamic=True)
+    with torch.no_grad():
+        compiled(torch.rand(2, 3, device=device))
+    errors: list[BaseException] = []
+
+    def work(size: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(10):
+                    x = torch.rand(size, 3, device=device)
+                    assert_same(compiled(x), eager(x))
+        except BaseException as error:  # noqa: BLE001 - it is looked at below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(2 + number % 4,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert errors == []
+
+
+class Late(nn.Module):
+    """A buffer that is made at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = silly.triple(x + 1) + 1
+        if self.seen is None:
+            self.seen = y
+        else:
+            self.seen = self.seen + y
+        return self.seen * 2
+
+
+def test_state_kept_from_results(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 4: a tensor that the model keeps from one call and reads in the next is not overwritten between."""
+    compiled, eager = compile_both(Late(), options)
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.rand(3, device=device)
+            assert_same(compiled(x), eager(x))
