@@ -5,9 +5,10 @@ Checked on torch 2.11.0 (CUDA 13.0) and 2.13.0 (CPU), unless a line says otherwi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import sympy
@@ -28,6 +29,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
 
 Op = OpOverload | HigherOrderOperator
@@ -312,6 +314,74 @@ def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any
         return None
     function = inspect.getclosurevars(inspect.unwrap(kernel)).nonlocals.get("fn")
     return function if callable(function) else None
+
+
+# --- for the tape driver ----------------------------------------------------------------------------------------------
+
+
+def written_values(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What is passed for the arguments that ``op`` writes, in the order of its schema.
+
+    Batch norm writes its running statistics although its schema says nothing of it.
+    """
+    undeclared = ("running_mean", "running_var") if op._schema.name in _WRITES_STATISTICS else ()
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(op._schema.arguments)
+        if argument.name in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
+    ]
+
+
+_WRITES_STATISTICS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+
+
+def kernel_made_of_ops(
+    op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str] = ()
+) -> Callable[..., Any] | None:
+    """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
+
+    Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
+    Composites are taken apart above the modes, except under inference mode. Python for a GPU is not trusted to call ops
+    only: what it launches by itself, as with Triton, no mode would see. ``autocast``: device types that Python for an op
+    sees an autocast of; a mode runs with none.
+    """
+    name, key = op.name(), device_type.upper()
+    kinds = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    kind = next((kind for kind in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind)), None)
+    registered = f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
+    in_python = registered and op.namespace != "aten" and device_type == "cpu"
+    if kind != "CompositeImplicitAutograd" and not in_python:
+        return None
+    # A redispatch takes no number for a tensor, as a call does. Such a call has a number for its result: a constant.
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if isinstance(argument.type, torch.TensorType) and isinstance(value, bool | int | float | complex):
+            return None
+    seen = [f"Autocast{kind.upper()}" for kind in autocast if in_python]
+    return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), seen)
+
+
+def _run_kernel(op: OpOverload, keys: Any, seen: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
+    # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
+    # parameter requires no grad, and matmul takes another path.
+    with ExitStack() as stack:
+        for key in ("ADInplaceOrView", *seen):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+        return op.redispatch(keys, *args, **kwargs)
+
+
+def dense_kernel(op: HigherOrderOperator) -> Callable[..., Any]:
+    """The Python function that runs a higher-order op on plain tensors."""
+    return op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
+
+
+def same_generator(a: torch.Generator, b: torch.Generator) -> bool:
+    """Whether two objects are one generator: the dispatcher hands out a new Python object each time."""
+    return bool(a._cdata == b._cdata)  # type: ignore[attr-defined]
+
+
+def live_storage(ref: StorageWeakRef) -> torch.UntypedStorage | None:
+    """The storage behind a weak reference, None once it was freed."""
+    return torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

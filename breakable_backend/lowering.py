@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from breakable_backend import _torch
+from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.marking import EagerOps, annotate_functions, is_marked, tensors_of
 
@@ -34,14 +34,19 @@ class Ambient:
     """Enabled autocasts: device type, dtype, whether casts are cached."""
     grad: bool = False
 
-    def enter(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def enter(self) -> Iterator[None]:
         """This state, for a ``with`` statement."""
-        stack = ExitStack()
-        for device, dtype, cache in self.autocast:
-            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
-        if self.grad:
-            stack.enter_context(torch.enable_grad())
-        return stack
+        token = active.autocast.set(tuple(device for device, _, _ in self.autocast))
+        try:
+            with ExitStack() as stack:
+                for device, dtype, cache in self.autocast:
+                    stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
+                if self.grad:
+                    stack.enter_context(torch.enable_grad())
+                yield
+        finally:
+            active.autocast.reset(token)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` as a target for a graph's node, run in this state."""

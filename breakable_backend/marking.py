@@ -186,14 +186,10 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
             isinstance(op, _torch.OpOverload) and op._schema.is_mutable for op in effective_ops(node)
         )
         return [a for a in node.all_input_nodes if tensors_of(a.meta.get("val"))] if mutable else []
-    if not isinstance(node.target, _torch.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, _torch.OpOverload):
         return []
-    written: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
-            written.extend(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node))
-    return written
+    written = _torch.written_values(node.target, node.args, node.kwargs)
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)]
 
 
 # --- rules --------------------------------------------------------------------------------------------------------------

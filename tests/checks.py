@@ -232,8 +232,8 @@ def check(
     """
     owner = copy.deepcopy(function) if isinstance(function, nn.Module) else function
     compiled = torch.compile(owner, backend="breakable_cg", options={"min_kernels": 1, **options}, **compile_options)
-    arguments = [_arguments(make_args, position) for position in range(calls)]
-    theirs = [_arguments(make_args, position) for position in range(calls)]
+    arguments = [arguments_of(make_args, position) for position in range(calls)]
+    theirs = [arguments_of(make_args, position) for position in range(calls)]
 
     prepare(function)
     want = run(function, function, theirs, device, under, lambda position: None)
@@ -260,7 +260,8 @@ def check(
     return program
 
 
-def _arguments(make_args: Callable[[int], tuple[Any, ...]], position: int) -> tuple[Any, ...]:
+def arguments_of(make_args: Callable[[int], tuple[Any, ...]], position: int) -> tuple[Any, ...]:
+    """The arguments of a call, the same whenever they are asked for."""
     torch.manual_seed(100 + position)
     return make_args(position)
 

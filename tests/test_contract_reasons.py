@@ -11,7 +11,15 @@ from torch import Tensor
 
 import breakable_backend
 import silly
-from breakable_backend import CaptureError, OptionsError, PartitionError, eager_region, explain, mark_eager, unmark_eager
+from breakable_backend import (
+    CaptureError,
+    OptionsError,
+    PartitionError,
+    eager_region,
+    explain,
+    mark_eager,
+    unmark_eager,
+)
 from checks import assert_same, check, compile_both, program_of
 
 
@@ -119,7 +127,12 @@ def test_min_kernels(device: torch.device, options: dict[str, Any]) -> None:
 
     # add, mul | triple, add, triple | add, mul
     program = check(
-        f, lambda _: (torch.rand(3, device=device),), device=device, options={**options, "min_kernels": 2}, captured=2, eager=1
+        f,
+        lambda _: (torch.rand(3, device=device),),
+        device=device,
+        options={**options, "min_kernels": 2},
+        captured=2,
+        eager=1,
     )
     assert "1 op between eager breaks, fewer than min_kernels=2" in [reason.text for reason in program.reasons]
 
@@ -127,7 +140,12 @@ def test_min_kernels(device: torch.device, options: dict[str, Any]) -> None:
 def test_everything_too_small(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: a function with too few kernels runs plainly, and the report says why."""
     program = check(
-        lambda x: x + 1, lambda _: (torch.rand(3, device=device),), device=device, options={**options, "min_kernels": 2}, captured=0, eager=1
+        lambda x: x + 1,
+        lambda _: (torch.rand(3, device=device),),
+        device=device,
+        options={**options, "min_kernels": 2},
+        captured=0,
+        eager=1,
     )
     assert [reason.rule for reason in program.reasons] == ["min_kernels"]
 
@@ -197,7 +215,11 @@ def test_capture_that_fails_after_a_write(device: torch.device, options: dict[st
         found: list[Any] = []
         with torch.no_grad():
             for number in range(6):
-                found += [model(torch.full((4,), float(number), device=device)), module.total.clone(), torch.get_rng_state()]
+                found += [
+                    model(torch.full((4,), float(number), device=device)),
+                    module.total.clone(),
+                    torch.get_rng_state(),
+                ]
         return found
 
     assert_same(outcomes(compiled, compiled._orig_mod), outcomes(eager, eager))
@@ -430,8 +452,7 @@ def test_region_as_a_decorator(device: torch.device, options: dict[str, Any]) ->
             y = silly.triple(x) + 1
         y = (y * 2).sin()
         with eager_region():
-            y = y.cos() + x
-        return y
+            return y.cos() + x
 
     # triple, add | mul, sin | cos, add; copies = y
     check(f, lambda _: (torch.rand(3, device=device),), device=device, options=options, captured=1, eager=2, copies=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -91,7 +93,8 @@ def test_one_of_several_instances_dropped(device: torch.device, options: dict[st
         block.compile(backend="breakable_cg", options={"min_kernels": 1, **options})
     for block in blocks:
         warm(block, device)
-    (driver,) = {program.driver for program in map(lambda e: e, breakable_backend.breakable_cg.executors)}
+    (driver,) = {executor.driver for executor in breakable_backend.breakable_cg.executors}
+    assert driver is not None
     before = driver.live_blocks()
     captures = sum(program.captures for program in breakable_backend.explain().programs)
     weight = weakref.ref(blocks[0].linear.weight)
@@ -147,10 +150,8 @@ def test_reset_inside_a_replay(device: torch.device, options: dict[str, Any]) ->
             for _ in range(4):
                 compiled(x)
             silly.hooks["visit"] = lambda y: (breakable_backend.reset(), y + 1)[1]
-            try:
+            with contextlib.suppress(breakable_backend.BreakableError):
                 assert_same(compiled(x), want)
-            except breakable_backend.BreakableError:
-                pass
             silly.hooks.clear()
             for _ in range(4):
                 assert_same(compiled(x), want)
@@ -187,10 +188,12 @@ def test_reentrance(depth: int, device: torch.device, options: dict[str, Any]) -
                 assert_same(got, eager(x))
     finally:
         silly.hooks.clear()
-    program = program_of(compiled)
-    assert program.calls == calls * (1 + depth)
-    assert program.plain_calls == {"warm-up": 1, "called inside an eager step": calls * depth}
-    assert program.replays == calls - 2
+    # Dynamo may compile anew for the state inside an op, so there may be two programs
+    programs = breakable_backend.explain(compiled).programs
+    plain = sum((Counter(program.plain_calls) for program in programs), Counter())
+    assert sum(program.calls for program in programs) == calls * (1 + depth)
+    assert plain == {"warm-up": 1, "called inside an eager step": calls * depth}
+    assert sum(program.replays for program in programs) == calls - 2
 
 
 def test_another_compiled_function_inside(device: torch.device, options: dict[str, Any]) -> None:

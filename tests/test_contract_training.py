@@ -60,7 +60,7 @@ def test_training(device: torch.device, options: dict[str, Any]) -> None:
     assert "torch.no_grad()" in texts[0]
     report = breakable_backend.explain(compiled)
     assert report.programs == ()
-    assert len(report.training) == 1
+    assert len(report.training) >= 1  # Dynamo compiles anew once parameters have a gradient
     assert "because it needs gradients" in str(report)
 
 
@@ -71,7 +71,11 @@ def test_inference_after_training(device: torch.device, options: dict[str, Any])
     compiled = torch.compile(model, backend="breakable_cg", options=options)
     for _ in range(3):
         x = torch.rand(3, 4, device=device)
-        with pytest.warns(UserWarning, match="no_grad") if not breakable_backend.breakable_cg._said else warnings.catch_warnings():
+        with (
+            pytest.warns(UserWarning, match="no_grad")
+            if not breakable_backend.breakable_cg._said
+            else warnings.catch_warnings()
+        ):
             compiled(x).sum().backward()
         reference(x).sum().backward()
         with torch.no_grad():

@@ -8,7 +8,6 @@ a host read therefore fails here as it does on a GPU. Streams, pool reuse and ke
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import threading
@@ -22,69 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from breakable_backend import _torch
+from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.errors import CaptureError, ReplayError
-
-# --- private torch names: all of this block, and the two imports above, belong in _torch.py ---------------------------
-
-
-def written_values(op: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What is passed for the arguments that ``op`` declares to write, in the order of its schema."""
-    return [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(op._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-
-
-def kernel_made_of_ops(op: _torch.OpOverload, args: Sequence[Any], device_type: str) -> Callable[..., Any] | None:
-    """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
-
-    Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
-    Composites are taken apart above the modes, except under inference mode. Python for a GPU is not trusted to call ops
-    only: what it launches by itself, as with Triton, no mode would see.
-    """
-    name, key = op.name(), device_type.upper()
-    kinds = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
-    kind = next((kind for kind in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind)), None)
-    registered = f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
-    in_python = registered and op.namespace != "aten" and device_type == "cpu"
-    if kind != "CompositeImplicitAutograd" and not in_python:
-        return None
-    # A redispatch takes no number for a tensor, as a call does. Such a call has a number for its result: a constant.
-    for argument, value in zip(op._schema.arguments, args, strict=False):
-        if isinstance(argument.type, torch.TensorType) and isinstance(value, bool | int | float | complex):
-            return None
-    return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
-
-
-def _run_kernel(op: _torch.OpOverload, keys: Any, /, *args: Any, **kwargs: Any) -> Any:
-    # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
-    # parameter requires no grad, and matmul takes another path.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return op.redispatch(keys, *args, **kwargs)
-
-
-def dense_kernel(op: _torch.HigherOrderOperator) -> Callable[..., Any]:
-    """The Python function that runs a higher-order op on plain tensors."""
-    return op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
-
-
-def same_generator(a: torch.Generator, b: torch.Generator) -> bool:
-    """Whether two objects are one generator: the dispatcher hands out a new Python object each time."""
-    return bool(a._cdata == b._cdata)  # type: ignore[attr-defined]
-
-
-def live_storage(ref: _torch.StorageWeakRef) -> torch.UntypedStorage | None:
-    """The storage behind a weak reference, None once it was freed."""
-    return torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-
-
-# --- end ---------------------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -128,13 +68,6 @@ ALLOCATING = {
     *(aten.new_empty, aten.new_empty_strided),
 }
 
-UNDECLARED_WRITES = {
-    aten.native_batch_norm.default: slice(3, 5),
-    aten.cudnn_batch_norm.default: slice(3, 5),
-    aten.miopen_batch_norm.default: slice(3, 5),
-}
-"""Ops that write ``running_mean`` and ``running_var`` although their schema says nothing of it."""
-
 HIGHER_ORDER_OF_OPS = {
     *("auto_functionalized", "auto_functionalized_v2", "with_effects", "out_dtype"),
     *("flex_attention", "flex_attention_backward", "triton_kernel_wrapper_functional"),
@@ -157,7 +90,11 @@ def _why_refused(func: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[s
     if packet in REBASING and _torch.storage_key(args[0]) not in tape.made:
         return MOVES
     generator = kwargs.get("generator")
-    if generator is None or generator.device.type != tape.device.type or same_generator(generator, tape.generator):
+    if (
+        generator is None
+        or generator.device.type != tape.device.type
+        or _torch.same_generator(generator, tape.generator)
+    ):
         return None
     return "draws from a generator that is not the device's default one"
 
@@ -176,7 +113,7 @@ class _Op:
 
     def run(self) -> None:
         with torch.set_grad_enabled(self.grad_enabled):
-            leaves = tree_leaves(self.func(*self.args, **self.kwargs))
+            leaves = _torch.pytree.tree_leaves(self.func(*self.args, **self.kwargs))
         for i, storage in self.fresh:
             result = leaves[i].untyped_storage()
             if result.nbytes() != storage.nbytes():
@@ -197,7 +134,7 @@ class _Outside:
 
     def check(self) -> None:
         """Raises where a CUDA graph would read memory that is no longer there."""
-        storage = live_storage(self.ref)
+        storage = _torch.live_storage(self.ref)
         if storage is None or storage.data_ptr() != self.address:
             fate = "freed" if storage is None else "moved"
             raise ReplayError(
@@ -242,7 +179,7 @@ class TapeGraph:
         self._ops, self._outside, self.made = [], [], {}
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(_torch.TorchDispatchMode):
     """Runs what is dispatched under it, and keeps what is needed to undo it and to do it again."""
 
     supports_higher_order_operators = True
@@ -273,21 +210,21 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, _torch.HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
-        kernel = kernel_made_of_ops(func, args, self.device.type)
+        kernel = _torch.kernel_made_of_ops(func, args, self.device.type, active.autocast.get())
         if kernel is not None:
             # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
             with self, _HostReads(self):
                 return kernel(*args, **kwargs)
-        return self._run(func, args, kwargs, tree_leaves(written_values(func, args, kwargs)))
+        return self._run(func, args, kwargs, _torch.pytree.tree_leaves(_torch.written_values(func, args, kwargs)))
 
     def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.name() == "triton_kernel_wrapper_mutation":
-            return self._run(func, args, kwargs, tree_leaves((args, kwargs)))
+            return self._run(func, args, kwargs, _torch.pytree.tree_leaves((args, kwargs)))
         with self, _HostReads(self):
             if func is _torch.invoke_subgraph:
                 return args[0](*args[2:])
             if func.name() in HIGHER_ORDER_OF_OPS:
-                return dense_kernel(func)(*args, **kwargs)
+                return _torch.dense_kernel(func)(*args, **kwargs)
         raise self.refuse(f"the higher-order op {func.name()} may choose by values on the host what to run")
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Any]) -> Any:
@@ -295,8 +232,7 @@ class _Tape(TorchDispatchMode):
             # The tensor behind a literal dies with the code that wrote it: its value goes on the tape.
             func, args = aten.clone.default, (args[0].clone(),)
             self.made[_torch.storage_key(args[0])] = (args[0].untyped_storage(), None)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        written = [*written, *args[UNDECLARED_WRITES.get(func, slice(0))]]
+        inputs = [leaf for leaf in _torch.pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         written = [leaf for leaf in written if isinstance(leaf, torch.Tensor) and leaf.device == self.device]
         self.check_generator()
         on_device = not inputs or any(tensor.device == self.device for tensor in inputs)
@@ -307,7 +243,7 @@ class _Tape(TorchDispatchMode):
             self._save(tensor)
         result = func(*args, **kwargs)
         self._random_state = self.generator.get_state()
-        leaves = tree_leaves(result)
+        leaves = _torch.pytree.tree_leaves(result)
         outputs = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
         tensors = [*inputs, *outputs.values()]
         if all(tensor.device != self.device for tensor in tensors):
@@ -325,7 +261,9 @@ class _Tape(TorchDispatchMode):
         is_view = (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ())
         if not is_view and getattr(func, "overloadpacket", None) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
-            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs))
+            args, kwargs = _torch.pytree.tree_map_only(
+                torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs)
+            )
             new_memory = tuple((i, self.made[key][0]) for key, i in fresh.items())
             self.ops.append(_Op(func, args, kwargs, new_memory, torch.is_grad_enabled()))
         return result

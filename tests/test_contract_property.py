@@ -1,0 +1,143 @@
+"""All lines at once: random straight-line programs equal eager, bit for bit, with their aliases, writes and draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+from torch import Tensor
+
+import breakable_backend
+import silly
+from checks import arguments_of, check, compare, instrument, run
+
+SIDE = 3
+
+Op = Callable[..., Any]
+OPS: dict[str, tuple[int, Op]] = {
+    # pure
+    "sin": (1, torch.sin),
+    "add": (2, torch.add),
+    "mul": (2, torch.mul),
+    "mm": (2, lambda a, b: (a @ b) * 0.25),
+    "sum": (1, lambda a: a.sum(0, keepdim=True).expand(SIDE, SIDE) + 0),
+    "where": (2, lambda a, b: torch.where(a > b, a, b)),
+    # in place; results are new names for the same tensor
+    "add_": (2, lambda a, b: a.add_(b)),
+    "mul_": (1, lambda a: a.mul_(0.5)),
+    "copy_row_": (2, lambda a, b: (a[0].copy_(b[1]), None)[1]),
+    "sin_of_t_": (1, lambda a: a.t().sin_().t()),
+    "fill_": (1, lambda a: (a[:, 1].fill_(0.25), None)[1]),
+    # views
+    "t": (1, lambda a: a.t()),
+    "flip_view": (1, lambda a: a.view(-1).view(SIDE, SIDE) if a.is_contiguous() else a.t()),
+    "rows": (1, lambda a: a[0].expand(SIDE, SIDE)),
+    "detach": (1, lambda a: a.detach()),
+    # eager
+    "triple": (1, lambda a: silly.triple(a)),
+    "attention": (2, lambda a, b: silly.attention(a, b, b)),
+    "add_into": (2, lambda a, b: silly.add_into(a, b)),
+    "notice": (1, lambda a: silly.notice(a)),
+    "unused": (1, lambda a: (silly.triple(a), None)[1]),
+    "three": (1, lambda a: silly.three(a)[0]),
+    "look": (1, lambda a: silly.visit(a)),
+    # random
+    "rand": (1, lambda a: a + torch.rand_like(a)),
+    "noise": (1, lambda a: silly.noise(a)),
+    "unused_draw": (1, lambda a: (torch.rand_like(a), None)[1]),
+    "uniform_": (1, lambda a: a.uniform_()),
+}
+WRITES = {"add_": 0, "mul_": 0, "copy_row_": 0, "sin_of_t_": 0, "fill_": 0, "add_into": 0, "uniform_": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """Lines ``(op, arguments)`` over a growing list of values, of which some are returned."""
+
+    inputs: int
+    lines: tuple[tuple[str, tuple[int, ...]], ...]
+    returned: tuple[int, ...]
+
+    def __call__(self, *args: Tensor) -> list[Tensor]:
+        values = list(args)
+        for name, positions in self.lines:
+            result = OPS[name][1](*(values[position] for position in positions))
+            if isinstance(result, Tensor):
+                values.append(result)
+        return [values[position] for position in self.returned]
+
+
+@strategies.composite
+def programs(draw: strategies.DrawFn) -> Straight:
+    """A program in which no op writes a tensor whose elements share memory."""
+    inputs = draw(strategies.integers(1, 2))
+    shared = [False] * inputs  # whether elements of the value share memory
+    lines = []
+    for _ in range(draw(strategies.integers(2, 9))):
+        name = draw(strategies.sampled_from(sorted(OPS)))
+        arity, _ = OPS[name]
+        positions = [draw(strategies.integers(0, len(shared) - 1)) for _ in range(arity)]
+        if name in WRITES and (shared[positions[0]] or len(set(positions)) < arity):
+            name, positions = "sin", positions[:1]
+        if name in ("add_", "add_into", "copy_row_") and len(positions) == 2:
+            # what is added must not overlap what is written
+            lines.append(("sin", (positions[1],)))
+            shared.append(False)
+            positions[1] = len(shared) - 1
+        lines.append((name, tuple(positions)))
+        if name not in ("copy_row_", "fill_", "add_into", "notice", "unused", "unused_draw"):
+            aliased = {"rows": True}.get(name, shared[positions[0]] if name in ("t", "flip_view", "detach") else False)
+            shared.append(aliased)
+    count = draw(strategies.integers(1, 4))
+    returned = tuple(draw(strategies.integers(0, len(shared) - 1)) for _ in range(count))
+    return Straight(inputs, tuple(lines), returned)
+
+
+def holds(program: Straight, device: torch.device, options: dict[str, Any]) -> None:
+    """The program compiled equals the program, with its counts where it writes none of its inputs."""
+
+    def make_args(call: int) -> tuple[Tensor, ...]:
+        return tuple(torch.rand(SIDE, SIDE, device=device) for _ in range(program.inputs))
+
+    writes = any(name in WRITES for name, _ in program.lines)
+    torch.compiler.reset()
+    if not writes:
+        check(program.__call__, make_args, device=device, options=options, calls=5)
+    else:
+        behaves(program, make_args, device=device, options=options)
+
+
+def behaves(program: Straight, make_args: Any, *, device: torch.device, options: dict[str, Any]) -> None:
+    """As ``check``, without its counts: a written input at ever new addresses is recorded late."""
+    compiled = torch.compile(program.__call__, backend="breakable_cg", options={"min_kernels": 1, **options})
+    mine, theirs = ([arguments_of(make_args, call) for call in range(10)] for _ in range(2))
+    want = run(program, program, theirs, device, torch.no_grad, lambda call: None)
+    got = run(
+        compiled, program, mine, device, torch.no_grad, lambda call: instrument(compiled, interpreted=call % 2 == 0)
+    )
+    compare(got, want)
+    breakable_backend.reset(compiled)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_programs(part: int, device: torch.device, options: dict[str, Any]) -> None:
+    """All lines: a random program of pure, in-place, view, eager and random ops does what eager does."""
+
+    @hypothesis.settings(
+        max_examples=20,
+        deadline=None,
+        derandomize=False,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.seed(part)
+    @hypothesis.given(programs())
+    def run_examples(program: Straight) -> None:
+        holds(program, device, options)
+
+    run_examples()
