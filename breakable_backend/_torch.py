@@ -241,8 +241,13 @@ def non_owning(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_conj():
             result = result.conj()
         if tensor.is_neg():
-            result = torch._neg_view(result)
+            result = negated_view(result)
     return result
+
+
+def negated_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A view with every value negated when it is read."""
+    return torch._neg_view(tensor)
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -127,6 +127,10 @@ def flattened(tensor: torch.Tensor) -> torch.Tensor:
 
 def clone_exact(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on a storage of its own, with the same strides; ``clone`` keeps them only where memory has no gaps."""
+    if tensor.is_neg():  # lazily negated, or conjugated: copy what is in memory, and mark the copy alike
+        return _torch.negated_view(clone_exact(_torch.negated_view(tensor)))
+    if tensor.is_conj():
+        return clone_exact(tensor.conj()).conj()
     if overlaps(tensor):
         return flattened(tensor).clone().as_strided(tensor.shape, tensor.stride())
     copy = tensor.clone()

@@ -202,7 +202,7 @@ class Scope:
     device: torch.device
     eager_ops: EagerOps = field(default_factory=EagerOps)
     host_scalars: frozenset[str] = frozenset()
-    """0-d host inputs whose value is in the key, or that have a bridge on the device."""
+    """0-d host inputs whose value is in the key, or that have a bridge on the device; and what follows from them."""
     symbols: frozenset[Any] = frozenset()
     """The symbols of sizes that are known before anything runs; filled in by ``partition``."""
     forced: Mapping[str, Reason] = field(default_factory=dict)
@@ -273,7 +273,25 @@ def sparse(node: fx.Node, scope: Scope) -> str:
     return "a sparse tensor" if any(tensor.layout is not torch.strided for tensor in values) else ""
 
 
+def on_host(node: fx.Node) -> bool:
+    """Whether a node makes 0-d tensors on the host, and nothing else."""
+    tensors = tensors_of(node.meta.get("val"))
+    return bool(tensors) and all(tensor.device.type == "cpu" and tensor.dim() == 0 for tensor in tensors)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node calls an op of torch's own that depends on its arguments alone and writes nothing."""
+    return (
+        isinstance(node.target, _torch.OpOverload)
+        and node.target.namespace in ("aten", "prims")
+        and not node.target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+    )
+
+
 def off_device(node: fx.Node, scope: Scope) -> str:
+    if node.name in scope.host_scalars:
+        return ""
     for tensor in tensors_of(node.meta.get("val")):
         if tensor.device != scope.device:
             return f"makes a tensor on {tensor.device}, off the capture device"
@@ -289,12 +307,12 @@ def off_device(node: fx.Node, scope: Scope) -> str:
 _WAITS_FOR_HOST = frozenset(
     f"aten::{name}"
     for name in (
-        "bincount _ctc_loss _embedding_bag _embedding_bag_forward_only _linalg_eigh _linalg_eigvals linalg_eig "
-        "_linalg_solve_ex _linalg_svd cholesky cholesky_inverse _cholesky_solve_helper histc "
-        "linalg_cholesky_ex linalg_inv_ex linalg_ldl_factor_ex linalg_lstsq linalg_eigvals masked_select "
-        "nonzero nonzero_static repeat_interleave unique_consecutive unique_dim _unique _unique2"
+        "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_ldl_factor_ex linalg_lstsq "
+        "linalg_matrix_exp bincount _ctc_loss _cudnn_ctc_loss masked_select nonzero repeat_interleave "
+        "unique_consecutive unique_dim _unique _unique2"
     ).split()
-) - {"aten::histc", "aten::nonzero_static"}
+)
+"""``linalg.inv``, ``cholesky``, ``solve`` and ``lu_factor`` are captured but for the check of their errors."""
 
 
 def waits_for_host(node: fx.Node, scope: Scope) -> str:

@@ -26,7 +26,16 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
 from breakable_backend.lowering import Lowered, ambient_of
-from breakable_backend.marking import Scope, classify, label, schema_name, tensors_of, written_arguments
+from breakable_backend.marking import (
+    Scope,
+    classify,
+    is_pure,
+    label,
+    on_host,
+    schema_name,
+    tensors_of,
+    written_arguments,
+)
 from breakable_backend.program import (
     Access,
     EagerSegment,
@@ -62,17 +71,27 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     known = frozenset().union(
         *(free_symbols(node.meta.get("val")) for node in lowered.module.graph.find_nodes(op="placeholder"))
     )
-    scope = dataclasses.replace(scope, symbols=known)
+    scope = dataclasses.replace(scope, symbols=known, host_scalars=_host_scalars(lowered.module.graph, scope))
     flow = _Flow.of(lowered.module.graph, known)
     reasons = {node: classify(node, scope) for node in flow.actions}
     whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
     if whole is not None:
         # Where storages move, views cannot be made again later: keep every node at its place, in one segment.
         flow = flow.with_all_nodes_as_actions()
-        runs = [_Run(flow.actions, (whole,))]
+        runs = [_Run(flow.actions, (whole,), scope)]
     else:
-        runs = _runs(flow.actions, reasons, min_kernels)
+        runs = _runs(flow.actions, reasons, scope, min_kernels)
     return _Builder(lowered, scope, flow).build(runs)
+
+
+def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
+    """The host scalars of ``scope``, and what torch's own pure ops make of them: as constant as they are."""
+    names = set(scope.host_scalars)
+    for node in graph.nodes:
+        inputs = [a.name for a in node.all_input_nodes if tensors_of(a.meta.get("val"))]
+        if inputs and names.issuperset(inputs) and is_pure(node) and on_host(node):
+            names.add(node.name)
+    return frozenset(names)
 
 
 @dataclass(frozen=True)
@@ -81,28 +100,34 @@ class _Run:
 
     nodes: tuple[fx.Node, ...]
     reasons: tuple[Reason, ...]
+    scope: Scope
 
     def num_kernels(self) -> int:
-        return sum(schema_name(node) not in _NO_LAUNCH for node in self.nodes)
+        """How many of the ops launch: not those that only allocate, nor those on host scalars."""
+        return sum(
+            schema_name(node) not in _NO_LAUNCH and node.name not in self.scope.host_scalars for node in self.nodes
+        )
 
 
-def _runs(actions: Iterable[fx.Node], reasons: Mapping[fx.Node, Reason | None], min_kernels: int) -> list[_Run]:
+def _runs(
+    actions: Iterable[fx.Node], reasons: Mapping[fx.Node, Reason | None], scope: Scope, min_kernels: int
+) -> list[_Run]:
     runs: list[_Run] = []
     for captured, group in groupby(actions, key=lambda node: reasons[node] is None):
         nodes = tuple(group)
-        run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))))
+        run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))), scope)
         if captured and run.num_kernels() < max(min_kernels, 1):
             count = run.num_kernels()
             text = f"{count} op{'s' * (count != 1)} between eager breaks, fewer than min_kernels={min_kernels}"
-            run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),))
+            run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),), scope)
         if runs and runs[-1].reasons and run.reasons:
-            runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons)
+            runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons, scope)
         else:
             runs.append(run)
     if len(runs) == 1 and {reason.rule for reason in runs[0].reasons} == {"min_kernels"}:
         first = runs[0].nodes[0]
         text = f"{runs[0].num_kernels()} ops in all, fewer than min_kernels={min_kernels}"
-        runs[0] = _Run(runs[0].nodes, (Reason("min_kernels", text, label(first), source_line(first)),))
+        runs[0] = _Run(runs[0].nodes, (Reason("min_kernels", text, label(first), source_line(first)),), scope)
     return runs
 
 

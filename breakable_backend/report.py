@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,10 @@ class Report:
             for note in program.notes:
                 yield f"  note: {note}"
             if program.reasons:
+                counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
                 yield _table(
-                    ("eager", "because", "at"), [(reason.op, reason.text, reason.source) for reason in program.reasons]
+                    ("eager", "times", "because", "at"),
+                    [(op, str(count), text, source) for (op, text, source), count in counted.items()],
                 )
             if program.recordings:
                 yield _table(

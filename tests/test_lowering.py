@@ -1,0 +1,367 @@
+"""Lowering: what survives AOTAutograd, what it may not do, and what is written down before it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import _side_effectful_functions
+
+import silly
+from breakable_backend import _torch, mark_eager, unmark_eager
+from breakable_backend.lowering import Ambient, Lowered, NeedsGradients, ambient_of, lower, needs_gradients
+from breakable_backend.marking import REGION_KEY, EagerOps, schema_name
+from breakable_backend.program import source_line
+
+BF16 = ("cpu", torch.bfloat16, True)
+F16 = ("cpu", torch.float16, True)
+
+
+def lowered(function: Callable[..., Any], *args: Any, eager_ops: Sequence[Any] = ()) -> Lowered:
+    """What ``function`` is lowered to, on its way through Dynamo."""
+    found: list[Lowered] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def compile_lowered(result: Lowered) -> Callable[[list[Any]], Any]:
+            found.append(result)
+            return lambda values: list(result.module(*values))
+
+        return lower(gm, inputs, compile_lowered, EagerOps.resolve(eager_ops))
+
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    (result,) = found
+    return result
+
+
+def ops(result: Lowered) -> list[str]:
+    """The ops of the lowered graph, in order."""
+    return [schema_name(node) for node in result.module.graph.nodes if schema_name(node)]
+
+
+def ambients(result: Lowered) -> list[Ambient | None]:
+    """The states noted for the calls of ``silly::marked_product``, in order."""
+    nodes = result.module.graph.find_nodes(op="call_function", target=torch.ops.silly.marked_product.default)
+    return [ambient_of(node) for node in nodes]
+
+
+X = torch.rand(4, 4)
+
+
+# --- what survives --------------------------------------------------------------------------------------------------------
+
+
+def test_unused_marked_call() -> None:
+    """A tagged op whose result nobody uses survives, at its place; an op without effects does not."""
+
+    def f(x: Tensor) -> Tensor:
+        x.cos()
+        silly.triple(x.sin())
+        return x + 1
+
+    assert ops(lowered(f, X)) == ["aten::sin", "silly::triple", "aten::add"]
+
+
+def test_unused_call_marked_by_name() -> None:
+    """An op marked by ``mark_eager`` survives while it is marked."""
+
+    def f(x: Tensor) -> Tensor:
+        silly.double(x)
+        return x + 1
+
+    mark_eager("silly::double")
+    try:
+        assert ops(lowered(f, X)) == ["silly::double", "aten::add"]
+    finally:
+        unmark_eager("silly::double")
+    torch.compiler.reset()
+    assert ops(lowered(f, X)) == ["aten::add"]
+
+
+@pytest.mark.parametrize("mark", ["silly::double", silly.double, silly.double.default], ids=str)
+def test_unused_call_named_in_eager_ops(mark: Any) -> None:
+    """An op named in ``eager_ops`` survives, in this function."""
+
+    def f(x: Tensor) -> Tensor:
+        silly.double(x)
+        return x + 1
+
+    assert ops(lowered(f, X, eager_ops=[mark])) == ["silly::double", "aten::add"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "op"),
+    [
+        (lambda x: torch.rand(3), "aten::rand"),
+        (lambda x: torch.randn_like(x), "aten::randn_like"),
+        (lambda x: torch.bernoulli(x), "aten::bernoulli"),
+        (lambda x: torch.nn.functional.dropout(x), ""),
+        (lambda x: torch.randperm(4), "aten::randperm"),
+        (lambda x: torch.multinomial(x, 1), "aten::multinomial"),
+    ],
+    ids=["rand", "randn_like", "bernoulli", "dropout", "randperm", "multinomial"],
+)
+def test_unused_draw(draw: Callable[[Tensor], Tensor], op: str) -> None:
+    """A random draw whose result nobody uses survives: it moves the generator."""
+
+    def f(x: Tensor) -> Tensor:
+        draw(x)
+        return x + 1
+
+    found = ops(lowered(f, X))
+    assert found[-1] == "aten::add"
+    assert len(found) >= 2
+    assert op in (*found, "")
+
+
+def test_side_effects_are_undone() -> None:
+    """What keeps marked ops alive is in force only while a graph is lowered."""
+    before = set(_side_effectful_functions)
+    lowered(lambda x: (silly.triple(x), x + 1)[1], X)
+    assert set(_side_effectful_functions) == before
+
+
+def test_kernels_are_put_back() -> None:
+    """Decompositions that are taken away while a graph is lowered are back afterwards."""
+    op = torch.ops.aten.native_batch_norm.default
+    before = dict(op.py_kernels)
+    norm = nn.BatchNorm1d(4).eval()
+    with torch.no_grad():
+        lowered(norm.forward, X)
+    assert dict(op.py_kernels) == before
+
+
+def test_mutation_stays_at_its_place() -> None:
+    """Writes are in place and in program order: no functional wrapper, no write-back at the end."""
+
+    def f(x: Tensor) -> Tensor:
+        x.add_(1)
+        silly.add_into(x, x * 2)
+        x.view(-1)[2:].mul_(3)
+        return x.sum()
+
+    found = [name for name in ops(lowered(f, X.clone())) if name not in ("aten::view", "aten::slice")]
+    assert found == ["aten::add_", "aten::mul", "silly::add_into", "aten::mul_", "aten::sum"]
+
+
+def test_source_lines_survive() -> None:
+    """Each ATen node knows the user's line."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin()
+        return silly.triple(y)  # this line
+
+    (node,) = lowered(f, X).module.graph.find_nodes(op="call_function", target=silly.triple.default)
+    lines, first = inspect.getsourcelines(f)
+    number = first + next(i for i, line in enumerate(lines) if "# this line" in line)
+    assert source_line(node).startswith(f"{__file__}:{number} in f: return silly.triple(y)")
+
+
+def test_torch_functions_in_eager_ops() -> None:
+    """Every ATen op that a named torch function becomes is under a region."""
+
+    def f(x: Tensor) -> Tensor:
+        return nn.functional.gelu(x.sin()).cos()
+
+    nodes = lowered(f, X, eager_ops=[nn.functional.gelu, torch.Tensor.cos]).module.graph.find_nodes
+    regions = {
+        name: REGION_KEY in node.meta.get("custom", {})
+        for name in ("sin", "gelu", "cos")
+        for node in nodes(op="call_function", target=getattr(torch.ops.aten, name).default)
+    }
+    assert regions == {"sin": False, "gelu": True, "cos": True}
+
+
+# --- static inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_static_inputs() -> None:
+    """Parameters, buffers and tensors marked static are static inputs; arguments are not."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4, 4))
+            self.register_buffer("table", torch.rand(4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x @ self.weight + self.table + y
+
+    marked = torch.rand(4, 4)
+    torch._dynamo.mark_static_address(marked)
+    with torch.no_grad():
+        result = lowered(Model(), X, marked)
+    values = [node.meta["val"] for node in result.module.graph.find_nodes(op="placeholder")]
+    static = [tuple(value.shape) for position, value in enumerate(values) if position in result.static]
+    assert sorted(static) == [(4,), (4, 4), (4, 4)]
+    assert len(values) == 4
+
+
+# --- ambient state ----------------------------------------------------------------------------------------------------------
+
+
+def test_ambient_of_nothing() -> None:
+    """Under no autocast and no grad nothing is noted."""
+    with torch.no_grad():
+        assert ambients(lowered(silly.marked_product, X, X)) == [None]
+
+
+def test_ambient_autocast() -> None:
+    """An opaque op keeps the autocast that is traced around it; nested ones replace it, and end with their block."""
+
+    def f(x: Tensor) -> Tensor:
+        total = silly.marked_product(x, x).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = total + silly.marked_product(x, x)
+            with torch.autocast("cpu", enabled=False):
+                total = total + silly.marked_product(x, x)
+            with torch.autocast("cpu", dtype=torch.float16, cache_enabled=False):
+                total = total + silly.marked_product(x, x)
+            total = total + silly.marked_product(x, x)
+        return total + silly.marked_product(x, x)
+
+    with torch.no_grad():
+        assert ambients(lowered(f, X)) == [
+            None,
+            Ambient((BF16,)),
+            None,
+            Ambient((("cpu", torch.float16, False),)),
+            Ambient((BF16,)),
+            None,
+        ]
+
+
+def test_ambient_autocast_of_the_caller() -> None:
+    """An opaque op keeps the autocast that the caller has around the compiled call."""
+
+    def f(x: Tensor) -> Tensor:
+        total = silly.marked_product(x, x)
+        with torch.autocast("cpu", enabled=False):
+            total = total + silly.marked_product(x, x)
+        with torch.autocast("cpu", dtype=torch.float16):
+            return total + silly.marked_product(x, x)
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ambients(lowered(f, X)) == [Ambient((BF16,)), None, Ambient((F16,))]
+
+
+def test_ambient_grad_mode() -> None:
+    """An opaque op keeps the grad mode that is traced around it, also where no output needs a gradient."""
+
+    def f(x: Tensor) -> Tensor:
+        total = silly.marked_product(x, x)
+        with torch.no_grad():
+            total = total + silly.marked_product(x, x)
+        with torch.enable_grad():
+            return total + silly.marked_product(x, x)
+
+    assert ambients(lowered(f, X)) == [Ambient(grad=True), None, Ambient(grad=True)]
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert ambients(lowered(f, X)) == [None, None, Ambient(grad=True)]
+
+
+def test_ambient_both() -> None:
+    """Autocast and grad mode are noted together."""
+
+    def f(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return silly.marked_product(x, x)
+
+    assert ambients(lowered(f, X)) == [Ambient((BF16,), grad=True)]
+
+
+def test_ambient_of_torch_ops() -> None:
+    """torch's own ops need no note: their casts are in the graph."""
+
+    def f(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x
+
+    result = lowered(f, X)
+    assert ops(result).count("aten::_to_copy") >= 1
+    assert {ambient_of(node) for node in result.module.graph.nodes} == {None}
+
+
+def test_ambient_enter() -> None:
+    """An ambient state is in force inside its block, and as before behind it, also after an error."""
+    ambient = Ambient((BF16,), grad=True)
+    with torch.no_grad():
+        with pytest.raises(KeyError), ambient.enter():
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_dtype("cpu") is torch.bfloat16
+            assert torch.is_grad_enabled()
+            raise KeyError
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+
+
+def test_ambient_around() -> None:
+    """A function in an ambient state is called in it, under a name that generated code can hold."""
+    function = Ambient((BF16,)).around(torch.mm)
+    assert function.__name__.isidentifier()
+    assert function(X, X).dtype is torch.bfloat16
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------------
+
+
+def test_needs_gradients() -> None:
+    """A graph with an output that needs a gradient is refused, unless grad mode is off."""
+    weight = torch.rand(4, 4, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        return x @ weight
+
+    with pytest.raises(NeedsGradients):
+        _raising(f, X)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert ops(lowered(f, X))
+
+
+def test_no_output_needs_gradients() -> None:
+    """A graph whose outputs need no gradient is an inference graph, although a parameter requires one."""
+    weight = torch.rand(4, 4, requires_grad=True)
+    assert ops(lowered(lambda x: (x @ weight).detach().sum(), X))
+    assert ops(lowered(lambda x: (x @ weight).argmax(), X))
+
+
+def test_needs_gradients_asks_dynamo() -> None:
+    """Whether a graph needs gradients is read off the fake outputs and the grad mode of the moment."""
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    node.meta["example_value"] = torch.rand(2, requires_grad=True)
+    graph.output((node,))
+    gm = fx.GraphModule({}, graph)
+    assert needs_gradients(gm)
+    with torch.no_grad():
+        assert not needs_gradients(gm)
+
+
+def _raising(function: Callable[..., Any], *args: Any) -> None:
+    """Lower, and raise what ``lower`` raised and not what Dynamo makes of it."""
+    caught: list[Exception] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return lower(gm, inputs, lambda result: result.module, EagerOps())
+        except NeedsGradients as error:
+            caught.append(error)
+            return gm.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    for error in caught:
+        raise error
+
+
+def test_python_implementation_is_the_users() -> None:
+    """The direct function of a custom op is the one that its author wrote, for the device asked for."""
+    found = _torch.python_implementation(torch.ops.silly.attention.default, "cpu")
+    assert found is not None
+    assert found.__name__ == "attention"
+    assert torch.equal(found(X, X, X), X + X + X)
+    assert _torch.python_implementation(torch.ops.silly.triple.default, "cpu") is None
