@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,6 +60,8 @@ class Entry:
     key: Key
     recording: Recording | None = None
     replay: Replay | None = None
+    warm: bool = False
+    """Whether a plain call went through."""
     calls: int = 0
     replays: int = 0
     captures: int = 0
@@ -108,8 +110,6 @@ class Executor:
         """Inputs written by captured segments that came at too many addresses to key them."""
         self.seen: dict[str, set[Any]] = {}
         """Values of host scalars, and addresses of written inputs, so far."""
-        self._dead: deque[tuple[int, ...]] = deque()
-        """Address sets to be released as soon as no call is under way."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
         self._cut()
@@ -144,11 +144,11 @@ class Executor:
         driver = self.driver
         if not self.capturable:
             return self._plain(args, "nothing to capture")
-        if in_call.get():
-            return self._plain(args, "called inside an eager step")
         if driver.is_capturing():
             self._refuse_foreign_capture()
             return self._plain(args, "called inside another capture")
+        if in_call.get():
+            return self._plain(args, "called inside an eager step")
         if _torch.dispatch_mode_active():
             return self._plain(args, "a dispatch mode is active")
         if not driver.lock.acquire(timeout=LOCK_TIMEOUT):
@@ -163,8 +163,8 @@ class Executor:
         finally:
             in_call.reset(token)
             driver.lock.release()
-            if self._dead:
-                self._bury()
+            if driver.deferred:
+                run_deferred(driver)
 
     def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
         key = self._read_key(args)
@@ -180,9 +180,11 @@ class Executor:
             return entry.replay.function(args, stream)
         if entry.refused:
             return self._plain(args, entry.refused)
-        if entry.calls == 1:
-            return self._plain(args, "warm-up")
-        return self._record(entry, args, stream, driver)
+        if entry.warm:
+            return self._record(entry, args, stream, driver)
+        outputs = self._plain(args, "warm-up")
+        entry.warm = True
+        return outputs
 
     def _plain(self, args: list[Any], why: str) -> list[Any]:
         self.statistics.plain[why] += 1
@@ -240,10 +242,14 @@ class Executor:
     def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
         me = weakref.ref(self)
 
+        def drop() -> None:
+            if (executor := me()) is not None:
+                executor._drop_set(addresses)
+
         def died(_: Any) -> None:
             if (executor := me()) is not None and not sys.is_finalizing():
-                executor._dead.append(addresses)
-                executor._bury()
+                executor.driver.deferred.append(drop)
+                run_deferred(executor.driver)
 
         return [weakref.ref(args[v.index], died) for v in self.program.inputs if v.kind == "static"]
 
@@ -261,8 +267,7 @@ class Executor:
                     value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
                 )
         if changed:
-            for addresses in list(self.sets):
-                self._drop_set(addresses)
+            self._drop_all()
             self._cut()
         return changed
 
@@ -328,8 +333,11 @@ class Executor:
             for node in program.segments[position].module.graph.nodes:
                 if node.op == "call_function":
                     forced[node.name] = reason
+        keyed = self._keyed()
         self.scope = replace(self.scope, forced=forced)
         self._cut()
+        if self._keyed() != keyed:
+            self._drop_all()  # keys are read otherwise now, and what was recorded would not be found again
 
     # release
 
@@ -339,27 +347,32 @@ class Executor:
             dropped.guards.clear()
             _release(list(dropped.entries.values()), self.statistics, self.driver)
 
-    def _bury(self) -> None:
-        """Release the address sets in ``_dead``, unless a call is under way: then the end of that call does it.
-
-        A static input can die at any moment and in any thread, also in the middle of a call that replays its recording.
-        """
-        while self._dead and not in_call.get() and self.driver.lock.acquire(blocking=False):
-            try:
-                self._drop_set(self._dead.popleft())
-            finally:
-                self.driver.lock.release()
+    def _drop_all(self) -> None:
+        for addresses in list(self.sets):
+            self._drop_set(addresses)
 
     def reset(self) -> None:
         """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
 
-        Called during a call of this function (by an eager step, or another thread), it takes effect when that ends.
+        Waits for a call that another thread is in; during a call of its own thread (from an eager step) it takes effect
+        when that ends.
         """
-        self._dead.extend(self.sets)
-        self.seen.clear()
+        self.driver.deferred.append(self._drop_all)
         if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
             self.driver.lock.release()
-        self._bury()
+        run_deferred(self.driver)
+
+
+def run_deferred(driver: CaptureDriver) -> None:
+    """Release what waits to be released, unless a call is under way: then the end of that call does it.
+
+    A static input can die at any moment and in any thread, also in the middle of a call that replays its recording.
+    """
+    while driver.deferred and not in_call.get() and driver.lock.acquire(blocking=False):
+        try:
+            driver.deferred.popleft()()
+        finally:
+            driver.lock.release()
 
 
 def _release(entries: Sequence[Entry], statistics: Statistics, driver: CaptureDriver) -> None:

@@ -64,16 +64,14 @@ def assert_same(got: Any, want: Any, what: str = "result") -> None:
 
 
 def aliases(named: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
-    """Which tensors share a storage, how far apart they begin in it, and which are one object."""
+    """Which tensors share a storage, and how far apart they begin in it."""
     firsts: dict[int, tuple[str, int]] = {}
-    objects: dict[int, str] = {}
     pattern = []
     for name, tensor in named:
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.untyped_storage().nbytes():
             start = tensor.storage_offset() * tensor.element_size()
             first, offset = firsts.setdefault(tensor.untyped_storage()._cdata, (name, start))
-            same = objects.setdefault(id(tensor), name)
-            pattern.append((name, first, start - offset, same))
+            pattern.append((name, first, start - offset))
     return pattern
 
 

@@ -118,6 +118,14 @@ def with_gaps(x: Tensor) -> Any:
     return y[:, ::2], y.unsqueeze(1).expand(4, 3, 4)
 
 
+def view_that_eager_reads_too(x: Tensor) -> Any:
+    """A view of a view, read by an eager step, returned beside its base."""
+    y = x + x
+    row = y[0].expand(4, 4)
+    silly.notice(row)
+    return row, y
+
+
 def split(x: Tensor) -> Any:
     """What an op that returns several views returns."""
     y = silly.triple(x) + 1
@@ -161,6 +169,7 @@ FUNCTIONS = [
     nested,
     detached,
     with_gaps,
+    view_that_eager_reads_too,
     split,
     real_of_complex,
     bits_of_float,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +100,22 @@ def test_value_and_its_view_both_cross(device: torch.device, options: dict[str, 
     )
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_view_that_two_eager_steps_read(written: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a view of an eager result is read by eager steps before and after a graph that takes the result in."""
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = silly.triple(x + 1)
+        view = y.t()
+        before = silly.triple(view)
+        z = y.mul_(2) if written else y * 2
+        return before, silly.triple(view), z + 1
+
+    # add | triple, triple | mul (or mul_), add | triple, or with the last two in one segment; copies = x and y
+    program = check(f, lambda _: (torch.rand(3, 3, device=device),), device=device, options=options, copies=2)
+    assert program.num_graph_segments >= 2
+
+
 def test_inputs_are_not_written(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: an input that eager does not mutate keeps its value and is not used as a bridge, view or not."""
     compiled, eager = compile_both(lambda x: silly.triple(x + 1) * x, options)
@@ -145,12 +162,12 @@ def test_views_of_inputs_inside_one_another(device: torch.device, options: dict[
 
 def test_inputs_that_overlap_only_at_first(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: inputs that overlapped when the function was compiled and do not later, for which Dynamo has no guard."""
-
-    def make_args(call: int) -> tuple[Tensor, Tensor]:
-        base = torch.rand(12, device=device)
-        return base[2:10], base[4:8] if call == 0 else torch.rand(4, device=device)
-
-    check(lambda x, y: silly.triple(x[4:] + y) * y, make_args, device=device, options=options)
+    compiled, eager = compile_both(lambda x, y: silly.triple(x[4:] + y) * y, options)
+    with torch.no_grad():
+        for call in range(7):
+            base = torch.rand(12, device=device)
+            x, y = base[2:10], base[4:8] if call == 0 else torch.rand(4, device=device)
+            assert_same(compiled(x, y), eager(x, y), f"call {call + 1}")
 
 
 def test_input_given_twice(device: torch.device, options: dict[str, Any]) -> None:

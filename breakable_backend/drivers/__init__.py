@@ -7,6 +7,7 @@ it shows what a capture would do, not how fast. One suite (``tests/test_driver_c
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
@@ -40,6 +41,8 @@ class CaptureDriver(Protocol):
     device: torch.device
     lock: threading.RLock
     """Held around every call that uses the pool."""
+    deferred: deque[Callable[[], None]]
+    """What is to be done once no call is under way, by whoever ends one."""
 
     def begin(self) -> int:
         """Order this call behind the last one that used the pool; returns the current stream's raw handle."""

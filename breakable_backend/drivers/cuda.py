@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -97,6 +98,7 @@ class CudaDriver:
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.lock = threading.RLock()
+        self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
         self._stream = torch.cuda.Stream(self.device)
         """Where captures happen. One only: the allocator never gives a block of one stream to another."""

@@ -13,6 +13,7 @@ import os
 import threading
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -374,6 +375,7 @@ class TapeDriver:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.lock = threading.RLock()
+        self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
 
     def begin(self) -> int:
