@@ -304,6 +304,14 @@ def find_overloads(name: str) -> list[OpOverload]:
     return [found] if found is not None else []
 
 
+def out_of_place(op: OpOverload) -> OpOverload | None:
+    """The view that ``t_``, ``squeeze_`` and so on make in place; None for those that move storages."""
+    name = op._schema.name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    found = getattr(packet, op._overloadname, None) if packet is not None else None
+    return found if isinstance(found, OpOverload) and found.is_view else None
+
+
 def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any] | None:
     """The Python function behind a ``torch.library.custom_op`` on ``device_type``.
 

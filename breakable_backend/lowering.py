@@ -97,6 +97,7 @@ def lower(
     inner: list[Callable[[list[Any]], Any]] = []
 
     def inference(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        out_of_place_views(module)
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices()))
 
         first = True
@@ -164,6 +165,18 @@ def _note(gm: fx.GraphModule, autocast: dict[str, tuple[str, torch.dtype, bool]]
             node.meta["custom"] = {**node.meta.get("custom", {}), AMBIENT_KEY: ambient}
             for body in bodies(node):
                 _note(body, dict(autocast), grad)
+
+
+def out_of_place_views(module: fx.GraphModule) -> None:
+    """Turn ``t_``, ``unsqueeze_`` and their like into views.
+
+    They change a tensor object and launch nothing. A segment makes views again from the object that made the storage,
+    so that object must stay as it was made; what is read later stands behind the node of the view already.
+    """
+    for node in module.graph.nodes:
+        if isinstance(node.target, _torch.OpOverload) and torch.Tag.inplace_view in node.target.tags:
+            node.target = _torch.out_of_place(node.target) or node.target
+    module.recompile()
 
 
 def bodies(node: fx.Node) -> list[fx.GraphModule]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -250,12 +251,18 @@ class _Builder:
 
     def __init__(self, lowered: Lowered, scope: Scope, flow: _Flow) -> None:
         self.lowered, self.scope, self.flow = lowered, scope, flow
-        self.maker: dict[fx.Node, int] = {}
-        """The segment that made a root, or a number known only at run time; absent for inputs."""
+        self.names = {node.name for node in lowered.module.graph.nodes if node not in flow.views}
+
+    def unique(self, name: str) -> str:
+        """``name``, with a number behind it if a segment has that name already."""
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+        chosen = next(candidate for candidate in candidates if candidate not in self.names)
+        self.names.add(chosen)
+        return chosen
 
     def build(self, runs: list[_Run]) -> Program:
-        drafts = [self._draft(position, run) for position, run in enumerate(runs)]
-        returned = _Draft(self, len(runs))
+        drafts = [self._draft(run) for run in runs]
+        returned = _Draft(self)
         returned.graph.output(
             tuple(
                 returned.resolve(leaf) if isinstance(leaf, fx.Node) else leaf
@@ -292,8 +299,8 @@ class _Builder:
             return "scalar"
         return "static" if index in self.lowered.static else "tensor"
 
-    def _draft(self, position: int, run: _Run) -> _Draft:
-        draft = _Draft(self, position)
+    def _draft(self, run: _Run) -> _Draft:
+        draft = _Draft(self)
         for node in run.nodes:
             draft.add(node)
         return draft
@@ -329,8 +336,8 @@ class _Builder:
 class _Draft:
     """One segment's graph while it is being made."""
 
-    def __init__(self, builder: _Builder, position: int) -> None:
-        self.builder, self.position = builder, position
+    def __init__(self, builder: _Builder) -> None:
+        self.builder = builder
         self.graph = fx.Graph()
         self.local: dict[fx.Node, fx.Node] = {}
         self.placeholders: dict[fx.Node, fx.Node] = {}
@@ -343,7 +350,6 @@ class _Draft:
             self._copy(item)
             if self.builder.flow.root.get(item, item) is item:
                 self.made.append(item)
-                self.builder.maker[item] = self.position
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """``node`` of the whole graph as a node of this segment."""
@@ -369,6 +375,7 @@ class _Draft:
             torch.ops.aten.as_strided.default,
             (copied, list(mine.shape), list(mine.stride()), mine.storage_offset()),
         )
+        view.name = self.builder.unique(f"{node.name}_view")
         view.meta = dict(node.meta)
         return view
 
@@ -377,7 +384,8 @@ class _Draft:
 
     def _copy(self, node: fx.Node) -> None:
         self.local[node] = self.graph.node_copy(node, self.resolve)
-        self.local[node].name = node.name
+        # A view that several segments make has a name in each: it may be constant in one and not in another.
+        self.local[node].name = self.builder.unique(node.name) if node in self.builder.flow.views else node.name
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         before = next(iter(self.graph.nodes), None)

@@ -275,7 +275,7 @@ def test_ambient_both() -> None:
 
 
 def test_ambient_of_torch_ops() -> None:
-    """torch's own ops need no note: their casts are in the graph."""
+    """Torch's own ops need no note: their casts are in the graph."""
 
     def f(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -522,8 +522,17 @@ def test_op_name() -> None:
 def test_eager_ops_resolve() -> None:
     """The option takes names, ops, and torch functions as they stand in a Dynamo graph."""
     ops = EagerOps.resolve(
-        ["aten::sort", aten.topk, aten.topk.default, silly.wave, torch.sin, torch.Tensor.cos, operator.add, math.floor]
-        + [nn.functional.softmax]
+        [
+            "aten::sort",
+            aten.topk,
+            aten.topk.default,
+            silly.wave,
+            torch.sin,
+            torch.Tensor.cos,
+            operator.add,
+            math.floor,
+            nn.functional.softmax,
+        ]
     )
     assert ops.names == {"aten::sort", "aten::topk", "aten::topk.default", "silly::wave"}
     assert ops.functions == (torch.sin, torch.Tensor.cos, operator.add, math.floor, nn.functional.softmax)

@@ -1,0 +1,524 @@
+"""One-line faults in the package, each with the test that has to notice it: ``test_sabotage.py`` proves that it does.
+
+A fault is an exact replacement in one file of a copy of the package. The named test then has to fail, in a process of
+its own that imports the copy.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+PACKAGE = "breakable_backend"
+TIMEOUT = 120.0
+"""Seconds after which a run counts as hung."""
+PRELOADED = ["torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.config", "rich.table"]
+"""What takes seconds to import, and is imported once for all faults."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old``, which occurs once in ``module``, replaced by ``new``, has to turn ``test`` red."""
+
+    name: str
+    module: str
+    """A file of the package."""
+    old: str
+    new: str
+    test: str
+    """Node id below the folder of tests."""
+    gpu: bool = False
+    """Whether only a GPU shows it."""
+
+    def apply(self, root: Path) -> None:
+        """Put the fault into the copy of the package in ``root``."""
+        path = root / PACKAGE / self.module
+        source = path.read_text(encoding="utf-8")
+        assert source.count(self.old) == 1, f"{self.name}: {self.old!r} is {source.count(self.old)} times in {path}"
+        assert self.old != self.new
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
+
+
+FAULTS = (
+    # --- replay: generated source ---
+    Fault(
+        "emitted-skips-a-load",
+        "replay.py",
+        "yield from self._loads(step.loads)",
+        "yield from self._loads(step.loads[1:])",
+        "test_contract_stale.py::test_fresh_inputs[cpu]",
+    ),
+    Fault(
+        "emitted-skips-a-store",
+        "replay.py",
+        "for copy in step.stores:",
+        "for copy in ():",
+        "test_contract_stale.py::test_mutated_input[cpu]",
+    ),
+    Fault(
+        "emitted-ignores-ambient-state",
+        "replay.py",
+        "if call.ambient is not None:",
+        "if False:",
+        "test_contract_ambient.py::test_traced_autocast[cpu-True]",
+    ),
+    Fault(
+        "emitted-keeps-dead-names",
+        "replay.py",
+        "dead = sorted(name for name in names if last[name] == position)",
+        "dead = []",
+        "test_replay.py::test_names_go_early",
+    ),
+    Fault(
+        "emitted-checks-no-eager-result",
+        "replay.py",
+        "if call.spec is not None:",
+        "if False:",
+        "test_replay.py::test_eager_result_is_checked[shape]",
+    ),
+    Fault(
+        "interpreter-skips-a-load",
+        "replay.py",
+        "for copy in step.loads)",
+        "for copy in step.loads[1:])",
+        "test_contract_stale.py::test_fresh_inputs[cpu]",
+    ),
+    # --- recording: what enters and leaves captured segments ---
+    Fault(
+        "eager-write-to-a-bridged-input-is-missed",
+        "recording.py",
+        "self.loaded.discard(access.storage)",
+        "pass",
+        "test_contract_keys.py::test_fresh_cache_for_each_request[cpu-unmarked]",
+    ),
+    Fault(
+        "eager-result-is-read-where-it-was",
+        "recording.py",
+        "self.outside.add(name)\n\n    def _is_constant_view",
+        "pass\n\n    def _is_constant_view",
+        "test_contract_stale.py::test_eager_result_is_bridged[cpu]",
+    ),
+    Fault(
+        "captured-write-to-an-eager-result-is-missed",
+        "recording.py",
+        "graph.replay(self.stream)\n        for access in segment.writes:",
+        "graph.replay(self.stream)\n        for access in ():",
+        "test_contract_aliases.py::test_aliases[cpu-eager_result_that_a_graph_writes]",
+    ),
+    Fault(
+        "eager-write-to-an-eager-result-is-missed",
+        "recording.py",
+        "self.loaded.discard(access.storage)\n            self.intact.pop(access.storage, None)",
+        "self.loaded.discard(access.storage)",
+        "test_contract_aliases.py::test_aliases[cpu-eager_result_that_eager_writes]",
+    ),
+    Fault(
+        "recording-skips-the-store-back",
+        "recording.py",
+        "for copy in stores:",
+        "for copy in ():",
+        "test_contract_stale.py::test_mutated_input[cpu]",
+    ),
+    Fault(
+        "views-of-arguments-are-constants",
+        "recording.py",
+        "all(slot.name in self.constants for slot in slots)",
+        "all(slot.name in self.values for slot in slots)",
+        "test_contract_models.py::test_modules[cpu-Attention-shape0-2-1-eval]",
+    ),
+    Fault(
+        "outputs-cloned-apart",
+        "recording.py",
+        "behind[name] > 1 else home",
+        "behind[name] > 9 else home",
+        "test_contract_aliases.py::test_aliases[cpu-views_of_one_result]",
+    ),
+    Fault(
+        "pool-memory-returned",
+        "recording.py",
+        "return not self._is_input(place.name) and",
+        "return False and",
+        "test_contract_aliases.py::test_caller_writes_a_result[cpu]",
+    ),
+    Fault(
+        "static-inputs-held",
+        "recording.py",
+        'if value.kind == "constant":',
+        'if value.kind in ("constant", "static"):',
+        "test_contract_release.py::test_dropped_model[cpu]",
+    ),
+    Fault(
+        "failed-capture-leaves-loads-done",
+        "recording.py",
+        "self._unbridge(copy.value.name)",
+        "pass",
+        "test_contract_reasons.py::test_capture_that_fails[cpu]",
+    ),
+    Fault(
+        "plain-call-checks-no-eager-result",
+        "recording.py",
+        "if call.spec is not None and not call.spec.accepts(result):",
+        "if False:",
+        "test_contract_exceptions.py::test_wrong_fake_implementation[cpu]",
+    ),
+    Fault(
+        "interrupted-recording-is-kept",
+        "recording.py",
+        "recorder.forget()\n        driver.release(graphs)",
+        "pass",
+        "test_contract_exceptions.py::test_driver_is_clean_after_an_error[cpu]",
+    ),
+    # --- executor: keys, bounds, calls ---
+    Fault(
+        "addresses-not-in-the-key",
+        "executor.py",
+        "return Key(addresses, shapes)",
+        "return Key((), shapes)",
+        "test_contract_keys.py::test_swapped_parameter_data[cpu]",
+    ),
+    Fault(
+        "ints-not-in-the-key",
+        "executor.py",
+        "shapes: ShapeKey = tuple([args[index] for index in self.numbers])",
+        "shapes: ShapeKey = ()",
+        "test_contract_keys.py::test_ints[cpu]",
+    ),
+    Fault(
+        "open-layouts-not-in-the-key",
+        "executor.py",
+        "if self.open_layouts:",
+        "if False:",
+        "test_contract_keys.py::test_symbolic_strides[cpu]",
+    ),
+    Fault(
+        "minus-zero-is-zero",
+        "executor.py",
+        'struct.pack("d", tensor.item())',
+        "tensor.item()",
+        "test_executor.py::test_scalar_bytes",
+    ),
+    Fault(
+        "scalars-not-in-the-key",
+        "executor.py",
+        "if self.scalars:",
+        "if False:",
+        "test_executor.py::test_scalar_with_many_values[tape]",
+    ),
+    Fault(
+        "recorded-for-ever",
+        "executor.py",
+        "if now - oldest_entry.last_call < IDLE_FACTOR * limit:",
+        "if False:",
+        "test_contract_keys.py::test_few_recordings_and_many_keys[cpu]",
+    ),
+    Fault(
+        "never-evicted",
+        "executor.py",
+        "if now - oldest_entry.last_call < IDLE_FACTOR * limit:",
+        "if True:",
+        "test_contract_keys.py::test_keys_that_are_no_longer_used[cpu]",
+    ),
+    Fault(
+        "written-input-never-bridged",
+        "executor.py",
+        "if len(values) <= limit:",
+        "if True:",
+        "test_contract_keys.py::test_mutated_input_at_many_addresses[cpu]",
+    ),
+    Fault(
+        "reentrant-call-not-plain",
+        "executor.py",
+        "if in_call.get():",
+        "if False:",
+        "test_contract_release.py::test_reentrance[cpu-1]",
+    ),
+    Fault(
+        "dispatch-mode-does-not-see",
+        "executor.py",
+        "if _torch.dispatch_mode_active():",
+        "if False:",
+        "test_contract_models.py::test_dispatch_mode[cpu]",
+    ),
+    Fault(
+        "failed-capture-is-forgotten",
+        "executor.py",
+        "if failed:",
+        "if not failed:",
+        "test_contract_reasons.py::test_failed_capture_for_later_keys[cpu]",
+    ),
+    Fault(
+        "death-of-a-static-input-is-missed",
+        "executor.py",
+        "weakref.ref(args[v.index], died)",
+        "weakref.ref(args[v.index])",
+        "test_contract_release.py::test_dropped_model[cpu]",
+    ),
+    Fault(
+        "reset-releases-nothing",
+        "executor.py",
+        "self.driver.deferred.append(self._drop_all)",
+        "pass",
+        "test_contract_release.py::test_reset_of_one_function[cpu]",
+    ),
+    Fault(
+        "failed-warm-up-counts",
+        "executor.py",
+        'outputs = self._plain(args, "warm-up")\n        entry.warm = True',
+        'entry.warm = True\n        outputs = self._plain(args, "warm-up")',
+        "test_contract_exceptions.py::test_error_in_an_eager_step[cpu-Stop-plain]",
+    ),
+    Fault(
+        "no-lock",
+        "drivers/tape.py",
+        "self.lock = threading.RLock()",
+        'self.lock = __import__("unittest.mock").mock.MagicMock()',
+        "test_executor.py::test_busy_pool[tape]",
+    ),
+    # --- lowering: what AOT must keep ---
+    Fault(
+        "unused-marked-call-dropped",
+        "_torch.py",
+        "with _side_effects(keep_alive),",
+        "with _side_effects(()),",
+        "test_contract_once.py::test_unused_marked_call[cpu]",
+    ),
+    Fault(
+        "unused-draw-dropped",
+        "_torch.py",
+        "fallback_random=True",
+        "fallback_random=False",
+        "test_contract_once.py::test_unused_random_draw[cpu-rand]",
+    ),
+    Fault(
+        "mutation-in-an-epilogue",
+        "_torch.py",
+        "disable_functionalization=True",
+        "disable_functionalization=False",
+        "test_contract_order.py::test_eager_reader_through_a_closure[cpu-WriteThenLook-2-1]",
+    ),
+    Fault(
+        "parameters-are-copied",
+        "_torch.py",
+        "return frozenset(context.fw_metadata.static_input_indices or ())",
+        "return frozenset()",
+        "test_contract_aliases.py::test_results_that_are_parameters[cpu]",
+    ),
+    Fault(
+        "callers-autocast-ignored",
+        "lowering.py",
+        "_note(gm, dict(_caller_autocast()), torch.is_grad_enabled())",
+        "_note(gm, {}, torch.is_grad_enabled())",
+        "test_contract_ambient.py::test_callers_autocast[cpu]",
+    ),
+    Fault(
+        "traced-grad-mode-ignored",
+        "lowering.py",
+        "grad = bool(node.args[0])",
+        "pass",
+        "test_contract_ambient.py::test_traced_grad_mode[cpu]",
+    ),
+    Fault(
+        "callers-grad-mode-ignored",
+        "lowering.py",
+        "_note(gm, dict(_caller_autocast()), torch.is_grad_enabled())",
+        "_note(gm, dict(_caller_autocast()), False)",
+        "test_contract_ambient.py::test_callers_grad_mode[cpu]",
+    ),
+    # --- partition and marks: what is captured, and in what order ---
+    Fault(
+        "writes-come-last",
+        "partition.py",
+        "tuple(actions),\n            root,",
+        "tuple(sorted(actions, key=lambda node: bool(written_arguments(node)))),\n            root,",
+        "test_contract_order.py::test_write_between[cpu]",
+    ),
+    Fault(
+        "arguments-on-one-storage-are-one",
+        "partition.py",
+        'if node.op == "call_function" else None',
+        "if True else None",
+        "test_contract_stale.py::test_views_of_inputs_inside_one_another[cpu]",
+    ),
+    Fault(
+        "result-of-an-in-place-op-is-the-whole",
+        "partition.py",
+        "            return candidate\n",
+        "            return maker\n",
+        "test_contract_aliases.py::test_aliases[cpu-of_an_in_place_op_on_a_view]",
+    ),
+    Fault(
+        "captured-ops-ignore-ambient-state",
+        "partition.py",
+        "under_ambient(draft.graph)",
+        "pass",
+        "test_contract_ambient.py::test_captured_op_under_autocast[cpu]",
+    ),
+    Fault(
+        "getitem-leaves-its-producer",
+        "partition.py",
+        "attached.setdefault(producer, []).append(node)",
+        "actions.append(node)",
+        "test_partition.py::test_getitem_stays_with_its_producer",
+    ),
+    Fault(
+        "min-kernels-ignored",
+        "partition.py",
+        "run.num_kernels() < max(min_kernels, 1)",
+        "run.num_kernels() < 1",
+        "test_contract_reasons.py::test_min_kernels[cpu]",
+    ),
+    Fault(
+        "marks-in-bodies-ignored",
+        "marking.py",
+        "if isinstance(body, fx.GraphModule):",
+        "if False:",
+        "test_contract_models.py::test_higher_order_ops[cpu-subgraph_marked]",
+    ),
+    Fault(
+        "masks-are-captured",
+        "marking.py",
+        "    boolean_index,\n",
+        "",
+        "test_contract_reasons.py::test_rule[cpu-masked_write]",
+    ),
+    # --- drivers ---
+    Fault(
+        "tape-keeps-writes-of-the-capture",
+        "drivers/tape.py",
+        "storage.copy_(before)",
+        "pass",
+        "test_driver_contract.py::test_capture_writes_nothing[tape]",
+    ),
+    Fault(
+        "tape-keeps-draws-of-the-capture",
+        "drivers/tape.py",
+        "generator.set_state(state)",
+        "pass",
+        "test_driver_contract.py::test_capture_leaves_the_generator[tape-rand]",
+    ),
+    Fault(
+        "tape-does-not-poison",
+        "drivers/tape.py",
+        "_poison(storage, dtype)\n",
+        "pass\n",
+        "test_driver_contract.py::test_poison_of_booleans",
+    ),
+    Fault(
+        "tape-reads-freed-memory",
+        "drivers/tape.py",
+        "memory.check()",
+        "pass",
+        "test_driver_contract.py::test_freed_memory_is_not_read",
+    ),
+    Fault(
+        "random-graph-launched-directly",
+        "drivers/cuda.py",
+        "if not self.draws_random:",
+        "if True:",
+        "test_cuda.py::test_hidden_synchronisation_runs_eagerly",
+        gpu=True,
+    ),
+    Fault(
+        "streams-not-ordered",
+        "drivers/cuda.py",
+        "self._streams[stream].wait_event(self._done)",
+        "pass",
+        "test_cuda.py::test_streams_are_ordered_by_events",
+        gpu=True,
+    ),
+    Fault(
+        "pool-leaked",
+        "drivers/cuda.py",
+        "if not self._live:",
+        "if False:",
+        "test_cuda.py::test_reset_gives_memory_back",
+        gpu=True,
+    ),
+    Fault(
+        "draws-of-a-failed-capture-kept",
+        "drivers/cuda.py",
+        "generator.graphsafe_set_state(state)",
+        "pass",
+        "test_cuda.py::test_hidden_synchronisation_runs_eagerly",
+        gpu=True,
+    ),
+    Fault(
+        "pool-of-a-failed-capture-used-again",
+        "drivers/cuda.py",
+        "self._restore(generators)\n        self._open_pool()",
+        "self._restore(generators)",
+        "test_cuda.py::test_hidden_synchronisation_runs_eagerly",
+        gpu=True,
+    ),
+    Fault(
+        "workspaces-outside-the-pool",
+        "drivers/cuda.py",
+        "_torch.clear_cublas_workspaces()\n            yield",
+        "yield",
+        "test_cuda.py::test_workspaces_cleared_by_others",
+        gpu=True,
+    ),
+    Fault(
+        "other-kernels-than-eager",
+        "_torch.py",
+        "with _side_effects(keep_alive), _eager_kernels(),",
+        "with _side_effects(keep_alive),",
+        "test_cuda.py::test_kernels_as_in_eager[conv batchnorm train-dtype0]",
+        gpu=True,
+    ),
+    Fault(
+        "host-scalars-frozen",
+        "executor.py",
+        "if self.scalars:",
+        "if False:",
+        "test_cuda.py::test_host_scalars_are_keyed_then_eager",
+        gpu=True,
+    ),
+)
+
+
+def copy_to(root: Path) -> None:
+    """Copy the package, its tests and their settings to ``root``."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in (PACKAGE, TESTS.name):
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", root)
+
+
+def run(root: Path, tests: Iterable[str], *, gpu: bool = False) -> tuple[int | None, str]:
+    """Run ``tests`` on the copy in ``root``; returns pytest's exit code, None if it hung, and its output.
+
+    Processes are forked from one that has imported torch, but not where CUDA is used, which a fork does not survive.
+    """
+    context = multiprocessing.get_context("spawn" if gpu else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_run_here, args=(str(root), list(tests)))
+    process.start()
+    process.join(TIMEOUT)
+    if hung := process.is_alive():
+        process.kill()
+        process.join()
+    return None if hung else process.exitcode, (root / "output.txt").read_text(encoding="utf-8")
+
+
+def _run_here(root: str, tests: Sequence[str]) -> None:
+    os.chdir(root)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    sys.path.insert(0, root)
+    import breakable_backend
+
+    assert Path(breakable_backend.__file__).is_relative_to(root), breakable_backend.__file__
+    ids = [f"{TESTS.name}/{test}" for test in tests]
+    sys.exit(pytest.main(["-x", "-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", *ids]))

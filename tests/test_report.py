@@ -1,0 +1,330 @@
+"""The report: its text, and its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import silly
+from breakable_backend import Report, explain, reset
+from test_partition import golden
+
+TAPE = {"driver": "tape"}
+
+
+@pytest.fixture(autouse=True)
+def no_counts() -> Iterator[None]:
+    """Dynamo counts graph breaks for the whole process: start from none."""
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.utils.counters.clear()
+
+
+def from_file(source: str, **names: Any) -> Callable[..., Any]:
+    """The function ``f`` of ``source``, as if it stood in ``model.py``: so the report's lines are the same everywhere."""
+    linecache.cache["model.py"] = (len(source), None, source.splitlines(True), "model.py")
+    scope = {"torch": torch, "silly": silly, "__name__": "model", **names}
+    exec(compile(source, "model.py", "exec"), scope)
+    return scope["f"]
+
+
+def text(report: Report) -> str:
+    """What a report prints, without times and other files' line numbers, and with graphs numbered from 0."""
+    printed = re.sub(r"\d+\.\d+ (m?s)\b", r"0.0 \1", str(report))
+    printed = re.sub(r"silly\.py:\d+", "silly.py:0", printed)
+    numbers = list(dict.fromkeys(re.findall(r"^graph (\d+)", printed, re.MULTILINE)))
+    return re.sub(r"^graph (\d+)", lambda match: f"graph {numbers.index(match[1])}", printed, flags=re.MULTILINE)
+
+
+def called(function: Callable[..., Any], calls: int, *args: Any, **options: Any) -> Any:
+    """``function``, compiled and called that often without gradients."""
+    compiled = torch.compile(function, backend="breakable_cg", options={**TAPE, "min_kernels": 1, **options})
+    with torch.no_grad():
+        for _ in range(calls):
+            compiled(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))
+    return compiled
+
+
+# --- the text -----------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_compiled() -> None:
+    """Before the first call there is nothing to tell."""
+    golden(
+        str(explain(torch.compile(lambda x: x + 1, backend="breakable_cg"))),
+        """nothing was compiled by breakable_cg yet: it compiles at the first call""",
+    )
+
+
+def test_text() -> None:
+    """Segments, counts, plain calls, reasons with the user's lines, and one line for each key."""
+    f = from_file(
+        """
+def f(x, y):
+    y = silly.triple(x.sin() + y)
+    with torch.autocast("cpu", enabled=False):
+        y = y + 1
+    return silly.triple(y).cos(), silly.triple(y)
+"""
+    )
+    golden(
+        text(explain(called(f, 5, torch.ones(3), torch.ones(3)))),
+        """\
+graph 0: 3 captured segments, 3 eager (tape on cpu)
+  calls 5, captures 3, replays 3, copies 16, plain 1, evictions 0, lowered in 0.0 s
+  ran plainly 1x: warm-up
+    eager          times  because                  at
+    silly::triple  1      tagged cudagraph_unsafe  model.py:3 in f: y = silly.triple(x.sin() + y)
+    silly::triple  2      tagged cudagraph_unsafe  model.py:6 in f: return silly.triple(y).cos(), silly.triple(y)
+    key  graphs  calls  captures  replays  copies/call  bridges  recorded in
+    0    3       5      3         3        4            48 B     0.0 ms""",
+    )
+
+
+def test_text_of_demoted_segments() -> None:
+    """A segment that is too small, and one that could not be captured, say so."""
+    f = from_file(
+        """
+def f(x):
+    y = silly.triple(x.sin() + 1)
+    y = silly.triple(y + 1)
+    y = silly.stubborn(y.cos()) + 1
+    y = silly.triple(y)
+    return y.sin() + 1
+"""
+    )
+    golden(
+        text(explain(called(f, 4, torch.ones(3), min_kernels=2))),
+        """\
+graph 0: 2 captured segments, 1 eager (tape on cpu)
+  calls 4, captures 2, replays 2, copies 7, plain 1, evictions 0, lowered in 0.0 s
+  ran plainly 1x: warm-up
+    eager          times  because                                                                                at
+    silly::triple  1      tagged cudagraph_unsafe                                                                model.py:3 in f: y = silly.triple(x.sin() + 1)
+    aten::add      1      1 op between eager breaks, fewer than min_kernels=2                                    model.py:4 in f: y = silly.triple(y + 1)
+    silly::triple  1      tagged cudagraph_unsafe                                                                model.py:4 in f: y = silly.triple(y + 1)
+                   1      could not be captured: aten._local_scalar_dense.default reads values on the host,      silly.py:0 in stubborn: return x + x.max().item()
+                          which no captured graph can do
+    silly::triple  1      tagged cudagraph_unsafe                                                                model.py:6 in f: y = silly.triple(y)
+    key  graphs  calls  captures  replays  copies/call  bridges  recorded in
+    0    2       4      2         2        2            36 B     0.0 ms""",
+    )
+
+
+def test_text_of_several_keys() -> None:
+    """Each key has its line; calls beyond the bound are counted with why."""
+    f = from_file(
+        """
+def f(x, n):
+    return (x + n).sin() * 2
+"""
+    )
+    compiled = torch.compile(f, backend="breakable_cg", options={**TAPE, "max_recordings": 2}, dynamic=True)
+    with torch.no_grad():
+        for n in (3, 4, 3, 4, 3, 4, 5):
+            compiled(torch.ones(3), n)
+    printed = text(explain(compiled))
+    assert "  ran plainly 1x: more than max_recordings=2 keys in use\n" in printed
+    assert "  ran plainly 2x: warm-up\n" in printed
+    keys = [line.split() for line in printed.splitlines() if re.match(r"    [01]: ", line)]
+    assert len(keys) == 2
+
+
+def test_text_of_a_note() -> None:
+    """What the executor changed its mind about is a note."""
+    f = from_file(
+        """
+def f(x):
+    x.add_(1)
+    return x.sin() * 2
+"""
+    )
+    compiled = torch.compile(f, backend="breakable_cg", options=TAPE)
+    kept = [torch.ones(3) for _ in range(5)]
+    with torch.no_grad():
+        for x in kept:
+            compiled(x)
+    assert (
+        "  note: arg0_1 is written by captured segments and came at more than 4 addresses: copied in and back\n"
+        in text(explain(compiled))
+    )
+
+
+def test_text_of_training() -> None:
+    """A graph that needs gradients says so, with the line that returns from it, and what to do."""
+    weight = torch.ones(3, requires_grad=True)
+    f = from_file(
+        """
+def f(x):
+    y = x.sin() * weight
+    return y.cos()
+""",
+        weight=weight,
+    )
+    compiled = torch.compile(f, backend="breakable_cg", options=TAPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is given once, to whichever test comes first
+        compiled(torch.ones(3))
+    golden(
+        text(explain(compiled)),
+        """\
+graph 0: eager, because it needs gradients; call it under torch.no_grad() to have it captured
+  at model.py:4 in f: return y.cos()
+graph 0: eager, because it needs gradients; call it under torch.no_grad() to have it captured
+  at model.py:4 in f: return y.cos()""",
+    )
+    assert "needs gradients" in str(explain())
+
+
+def test_text_of_graph_breaks() -> None:
+    """Dynamo's own graph breaks are counted, and each part is a program."""
+    f = from_file(
+        """
+def f(x):
+    y = x.sin() + 1
+    torch._dynamo.graph_break()
+    return y.cos() * 2
+"""
+    )
+    printed = text(explain(called(f, 3, torch.ones(3))))
+    assert re.findall(r"^graph \d+", printed, re.MULTILINE) == ["graph 0", "graph 1"]
+    assert "Dynamo broke the graph 1x: Call to `torch._dynamo.graph_break()`" in printed
+
+
+def test_text_at_the_recompile_limit() -> None:
+    """A function that Dynamo will not compile again is named, with where it stands."""
+    f = from_file(
+        """
+def f(x, flag):
+    return x.sin() * 2 if flag else x
+"""
+    )
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = torch.compile(f, backend="breakable_cg", options=TAPE, dynamic=False)
+        with torch.no_grad():
+            for size in (2, 3, 4):
+                compiled(torch.ones(size), True)
+        printed = text(explain(compiled))
+    assert (
+        "Dynamo will not recompile f (model.py:2) again (torch._dynamo.config.recompile_limit): "
+        "other calls run uncompiled" in printed
+    )
+
+
+# --- the numbers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers(device: torch.device, options: dict[str, Any]) -> None:
+    """Every count, with the formula that gives it."""
+    calls = 6
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = silly.triple(x.sin() + 1)
+        return y.cos(), y
+
+    compiled = torch.compile(f, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        for _ in range(calls):
+            compiled(torch.ones(4, device=device))
+    report = explain(compiled)
+    (program,) = report.programs
+    assert program.driver == f"{options['driver']} on {torch.empty(0, device=device).device}"
+    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
+    assert program.calls == calls
+    assert program.captures == 2  # one for each captured segment
+    assert program.replays == calls - 2  # all but the plain one and the recording one
+    assert program.copies == 2 * (calls - 1)  # x and the eager result, in each call but the plain one
+    assert program.plain_calls == {"warm-up": 1}
+    assert program.evictions == 0
+    assert program.notes == ()
+    assert program.lowering_seconds > 0
+    (recording,) = program.recordings
+    assert (recording.num_graphs, recording.calls, recording.captures, recording.replays) == (2, calls, 2, calls - 2)
+    assert (recording.copies_per_call, recording.copies) == (2, 2 * (calls - 1))
+    assert recording.bridge_bytes == 2 * 4 * 4  # two bridges of four floats
+    assert recording.record_seconds > 0
+    assert recording.source.startswith("def replay(args, stream):\n")
+    assert recording.refused == ""
+    assert report.training == ()
+    assert report.at_recompile_limit == ()
+
+
+def test_copies_that_are_left_out(device: torch.device, options: dict[str, Any]) -> None:
+    """What is in place already is not copied and not counted: here, a static output that is handed in again."""
+    compiled = torch.compile(
+        lambda x: x.sin() + 1, backend="breakable_cg", options={**options, "min_kernels": 1, "outputs": "static"}
+    )
+    with torch.no_grad():
+        for _ in range(4):
+            compiled(torch.ones(4, device=device))
+        copies = explain(compiled).programs[0].copies
+        compiled(torch.ones(4, device=device))
+    assert (copies, explain(compiled).programs[0].copies) == (3, 4)
+
+
+def test_snapshot() -> None:
+    """A report is a snapshot: it does not change with later calls, nor with a reset."""
+    compiled = called(lambda x: x.sin() + 1, 3, torch.ones(3))
+    before = explain(compiled)
+    printed = str(before)
+    with torch.no_grad():
+        compiled(torch.ones(3))
+    reset(compiled)
+    assert str(before) == printed
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        before.programs = ()  # type: ignore[misc]
+
+
+def test_counts_after_a_reset() -> None:
+    """Counts go on over a reset; what was recorded is gone."""
+    compiled = called(lambda x: x.sin() + 1, 4, torch.ones(3))
+    reset(compiled)
+    (program,) = explain(compiled).programs
+    assert (program.calls, program.captures, program.replays, program.copies) == (4, 1, 2, 3)
+    assert program.recordings == ()
+
+
+def test_everything() -> None:
+    """Without an argument all programs are in the report, in the order in which they were compiled."""
+    first = called(lambda x: x.sin() + 1, 1, torch.ones(3))
+    second = called(lambda x: x.cos() + 1, 1, torch.ones(3))
+    mine = [program.name for function in (first, second) for program in explain(function).programs]
+    everything = [program.name for program in explain().programs]
+    assert [name for name in everything if name in mine] == mine
+
+
+@pytest.mark.parametrize("kind", ["function", "module", "method", "forward", "decorated", "sequential"])
+def test_what_can_be_explained(kind: str) -> None:
+    """Whatever ``torch.compile`` takes can be explained."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() + 1
+
+    model = Model()
+    if kind == "function":
+        compiled: Any = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options=TAPE)
+    elif kind == "module":
+        compiled = torch.compile(model, backend="breakable_cg", options=TAPE)
+    elif kind == "method":
+        model.compile(backend="breakable_cg", options=TAPE)
+        compiled = model
+    elif kind == "forward":
+        compiled = torch.compile(model.forward, backend="breakable_cg", options=TAPE)
+    elif kind == "decorated":
+        compiled = torch.compile(torch.no_grad()(lambda x: x.sin() + 1), backend="breakable_cg", options=TAPE)
+    else:
+        compiled = torch.compile(nn.Sequential(Model(), nn.ReLU()), backend="breakable_cg", options=TAPE)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(torch.ones(3))
+    (program,) = explain(compiled).programs
+    assert program.replays == 1
