@@ -113,22 +113,19 @@ class _Run:
 def _runs(
     actions: Iterable[fx.Node], reasons: Mapping[fx.Node, Reason | None], scope: Scope, min_kernels: int
 ) -> list[_Run]:
+    where = "between eager breaks" if any(reasons.values()) else "in all"
     runs: list[_Run] = []
     for captured, group in groupby(actions, key=lambda node: reasons[node] is None):
         nodes = tuple(group)
         run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))), scope)
-        if captured and run.num_kernels() < max(min_kernels, 1):
-            count = run.num_kernels()
-            text = f"{count} op{'s' * (count != 1)} between eager breaks, fewer than min_kernels={min_kernels}"
+        count = run.num_kernels()
+        if captured and count < max(min_kernels, 1):
+            text = f"{count} op{'s' * (count != 1)} {where}, fewer than min_kernels={min_kernels}"
             run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),), scope)
         if runs and runs[-1].reasons and run.reasons:
             runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons, scope)
         else:
             runs.append(run)
-    if len(runs) == 1 and {reason.rule for reason in runs[0].reasons} == {"min_kernels"}:
-        first = runs[0].nodes[0]
-        text = f"{runs[0].num_kernels()} ops in all, fewer than min_kernels={min_kernels}"
-        runs[0] = _Run(runs[0].nodes, (Reason("min_kernels", text, label(first), source_line(first)),), scope)
     return runs
 
 
