@@ -6,6 +6,7 @@ its own that imports the copy.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -21,8 +22,10 @@ ROOT = TESTS.parent
 PACKAGE = "breakable_backend"
 TIMEOUT = 120.0
 """Seconds after which a run counts as hung."""
-PRELOADED = ["torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.config", "rich.table"]
+PRELOADED = ["torch._dynamo.testing", "torch._functorch.aot_autograd", "hypothesis.strategies", "pytest", "rich.table"]
 """What takes seconds to import, and is imported once for all faults."""
+
+OPTIONS = "-x -q --tb=short --show-capture=no --assert=plain -p no:cacheprovider".split()
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ FAULTS = (
         "recording.py",
         "self.loaded.discard(access.storage)",
         "pass",
-        "test_contract_keys.py::test_fresh_cache_for_each_request[cpu-unmarked]",
+        "test_contract_gaps.py::test_eager_write_between_two_graphs[cpu]",
     ),
     Fault(
         "eager-result-is-read-where-it-was",
@@ -133,7 +136,7 @@ FAULTS = (
         "recording.py",
         "all(slot.name in self.constants for slot in slots)",
         "all(slot.name in self.values for slot in slots)",
-        "test_contract_models.py::test_modules[cpu-Attention-shape0-2-1-eval]",
+        "test_contract_aliases.py::test_aliases[cpu-view_of_input]",
     ),
     Fault(
         "outputs-cloned-apart",
@@ -147,7 +150,7 @@ FAULTS = (
         "recording.py",
         "return not self._is_input(place.name) and",
         "return False and",
-        "test_contract_aliases.py::test_caller_writes_a_result[cpu]",
+        "test_contract_once.py::test_counts_of_the_silly_model[cpu]",
     ),
     Fault(
         "static-inputs-held",
@@ -197,7 +200,7 @@ FAULTS = (
         "executor.py",
         "if self.open_layouts:",
         "if False:",
-        "test_contract_keys.py::test_symbolic_strides[cpu]",
+        "test_executor.py::test_key_reads_open_layouts[tape]",
     ),
     Fault(
         "minus-zero-is-zero",
@@ -246,14 +249,14 @@ FAULTS = (
         "executor.py",
         "if _torch.dispatch_mode_active():",
         "if False:",
-        "test_contract_models.py::test_dispatch_mode[cpu]",
+        "test_executor.py::test_under_a_dispatch_mode[tape]",
     ),
     Fault(
         "failed-capture-is-forgotten",
         "executor.py",
         "if failed:",
-        "if not failed:",
-        "test_contract_reasons.py::test_failed_capture_for_later_keys[cpu]",
+        "if False:",
+        "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
     Fault(
         "death-of-a-static-input-is-missed",
@@ -274,7 +277,7 @@ FAULTS = (
         "executor.py",
         'outputs = self._plain(args, "warm-up")\n        entry.warm = True',
         'entry.warm = True\n        outputs = self._plain(args, "warm-up")',
-        "test_contract_exceptions.py::test_error_in_an_eager_step[cpu-Stop-plain]",
+        "test_contract_gaps.py::test_first_call_that_raises_is_no_warm_up[cpu]",
     ),
     Fault(
         "no-lock",
@@ -351,8 +354,8 @@ FAULTS = (
     Fault(
         "result-of-an-in-place-op-is-the-whole",
         "partition.py",
-        "            return candidate\n",
-        "            return maker\n",
+        "self.resolve(flow.source[node])",
+        "self.resolve(flow.root[node])",
         "test_contract_aliases.py::test_aliases[cpu-of_an_in_place_op_on_a_view]",
     ),
     Fault(
@@ -372,8 +375,8 @@ FAULTS = (
     Fault(
         "min-kernels-ignored",
         "partition.py",
-        "run.num_kernels() < max(min_kernels, 1)",
-        "run.num_kernels() < 1",
+        "count < max(min_kernels, 1)",
+        "count < 1",
         "test_contract_reasons.py::test_min_kernels[cpu]",
     ),
     Fault(
@@ -516,9 +519,11 @@ def _run_here(root: str, tests: Sequence[str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.pop("PYTEST_ADDOPTS", None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    gc.freeze()  # what was imported before the fork is not garbage, and is much to look through
     sys.path.insert(0, root)
     import breakable_backend
 
     assert Path(breakable_backend.__file__).is_relative_to(root), breakable_backend.__file__
     ids = [f"{TESTS.name}/{test}" for test in tests]
-    sys.exit(pytest.main(["-x", "-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", *ids]))
+    sys.exit(pytest.main([*OPTIONS, *ids]))

@@ -85,9 +85,11 @@ ALL_OPTIONS = "driver, eager_ops, auto_break, outputs, scalars, max_recordings, 
         ({"eager_ops": "aten::sin"}, "option 'eager_ops' takes a list of ops, got 'aten::sin'"),
         (
             {"eager_ops": ["silly::tripel"]},
-            "'silly::tripel' is not a registered op; the nearest names are silly::triple, silly::triple.scaled, "
-            "profiler::_nothing\n"
-            "  name it as 'namespace::op' or 'namespace::op.overload', after it is registered",
+            (
+                "'silly::tripel' is not a registered op; the nearest names are silly::triple, silly::triple.scaled, "
+                "profiler::_nothing\n"
+                "  name it as 'namespace::op' or 'namespace::op.overload', after it is registered"
+            ),
         ),
         (
             {"eager_ops": [3]},
@@ -95,9 +97,11 @@ ALL_OPTIONS = "driver, eager_ops, auto_break, outputs, scalars, max_recordings, 
         ),
         (
             {"eager_ops": [from_file(PLAIN)]},
-            "eager_ops: 'f' is a Python function, and Dynamo traces through it\n"
-            "  make it one op with torch.library.custom_op and its tag torch.Tag.cudagraph_unsafe, "
-            "or put its body under eager_region()",
+            (
+                "eager_ops: 'f' is a Python function, and Dynamo traces through it\n"
+                "  make it one op with torch.library.custom_op and its tag torch.Tag.cudagraph_unsafe, "
+                "or put its body under eager_region()"
+            ),
         ),
     ],
     ids=str,
@@ -484,8 +488,10 @@ def said(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
 def test_tape_is_said_once(unsaid: None) -> None:
     """The choice of the tape driver is said, once, unless it was asked for."""
     assert said(from_file(PLAIN), torch.ones(3)) == [
-        "breakable_cg found no CUDA tensor in the graph and uses the tape driver on cpu, which shows what would be "
-        "captured, not how fast. Say options={'driver': 'tape'} to choose that."
+        (
+            "breakable_cg found no CUDA tensor in the graph and uses the tape driver on cpu, which shows what would be "
+            "captured, not how fast. Say options={'driver': 'tape'} to choose that."
+        )
     ]
     assert said(from_file(PLAIN), torch.ones(3), driver="tape") == []
 
@@ -494,8 +500,10 @@ def test_training_is_said_once(unsaid: None) -> None:
     """That a graph needs gradients is said, once, with the way out."""
     weight = torch.ones(3, requires_grad=True)
     assert said(lambda x: x * weight, torch.ones(3), driver="tape") == [
-        "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
-        "For inference call the compiled function under torch.no_grad() or torch.inference_mode()."
+        (
+            "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
+            "For inference call the compiled function under torch.no_grad() or torch.inference_mode()."
+        )
     ]
 
 

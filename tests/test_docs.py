@@ -1,0 +1,104 @@
+"""The documentation: its code runs, prints what it says, and names what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import linecache
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from breakable_backend import errors, executor
+from breakable_backend.errors import BreakableError
+from breakable_backend.marking import RULES
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DYNAMO_ADDS = re.compile(r"\n\nSet TORCHDYNAMO_VERBOSE=1.*?\n\n?(?=\n|$)", re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str | None]]:
+    """The blocks of Python of a page, each with the ``text`` block right behind it, which is what it prints."""
+    found: list[tuple[str, str | None]] = []
+    end = -1
+    for match in FENCE.finditer(page):
+        language, body = match.groups()
+        if language == "python":
+            found.append((body, None))
+            end = match.end()
+        elif language == "text" and end >= 0 and not page[end : match.start()].strip():
+            found[-1] = (found[-1][0], body)
+    return found
+
+
+def printed(text: str) -> str:
+    """What a block printed, without times and without the note that Dynamo adds to errors."""
+    text = DYNAMO_ADDS.sub("", text)
+    return re.sub(r"\d+\.\d+ (m?s)\b", r"0.0 \1", text).strip()
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page)])
+def test_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page run, one after the other, and print the text behind them."""
+    monkeypatch.setenv("BREAKABLE_CG_DRIVER", "tape")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = types.ModuleType(f"docs_{name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # Dynamo looks modules up by name
+    for code, expected in blocks(PAGES[name]):
+        # Under one name for all blocks, so that the source lines in messages can be written down.
+        linecache.cache["model.py"] = (len(code), None, code.splitlines(True), "model.py")
+        with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "breakable_cg runs graphs that need gradients")  # a page says so
+            exec(compile(code, "model.py", "exec"), vars(module))
+        if expected is not None:
+            assert printed(out.getvalue()) == printed(expected)
+
+
+def test_blocks_are_found() -> None:
+    """The pages that explain by examples have some."""
+    assert len(blocks(PAGES["errors"])) >= 5
+    assert len(blocks(PAGES["semantics"])) >= 5
+
+
+def test_finds_blocks() -> None:
+    """A text block belongs to the Python block right before it, and to no other."""
+    page = "```python\na\n```\n\n```text\n1\n```\n\n```text\n2\n```\n\n```python\nb\n```\n\nsaid\n\n```text\n3\n```\n"
+    assert blocks(page) == [("a\n", "1\n"), ("b\n", None)]
+
+
+def test_errors_page() -> None:
+    """Each class of error has its heading on the page of errors, in the order of ``errors.py``."""
+    classes = [
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, BreakableError) and value.__module__ == errors.__name__
+    ]
+    assert re.findall(r"^## `(\w+)`$", PAGES["errors"], re.MULTILINE) == classes
+
+
+def test_rules_page() -> None:
+    """Each rule has its line in the table of what runs eagerly by itself."""
+    rows = re.findall(r"^\| `(\w+)` \|", PAGES["semantics"], re.MULTILINE)
+    assert [name for name in rows if name.islower()] == [rule.__name__ for rule in RULES]
+
+
+def test_limits_page() -> None:
+    """Each limit has its line, with its value."""
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+)", PAGES["semantics"], re.MULTILINE))
+    limits = {name: value for name, value in vars(executor).items() if name.isupper() and isinstance(value, int | float)}
+    assert {name: float(value) for name, value in rows.items()} == limits
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links(name: str) -> None:
+    """Each file that a page links to is there."""
+    for target in re.findall(r"\]\(([^):#]+)[)#]", PAGES[name]):
+        assert (DOCS / target).is_file(), target
