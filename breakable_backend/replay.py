@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, clone_exact, load_all
 from breakable_backend.recording import (
     Call,
     Copy,
+    EagerStep,
     GraphStep,
     Recording,
     Slot,
@@ -93,25 +96,24 @@ class _Statement:
 
 
 class _Writer:
+    """Writes the function. Slots keep their names; helpers and constants take what names are left."""
+
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.tally = Tally()
-        self.names: dict[str, Any] = {
-            "check_argument": check_argument,
-            "clone_exact": clone_exact,
-            "copied": self.tally,
-            "load_all": load_all,
-            "reject": reject,
-        }
+        self.names: dict[str, Any] = {}
         """Globals of the generated function."""
         self.bound: dict[int, str] = {}
+        calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
+        self.slots = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
+        self.args, self.stream = self._free("args"), self._free("stream")
+        self.slots |= {self.args, self.stream}
 
     def source(self) -> str:
-        arguments = ", ".join(self.recording.arguments)
-        lines = ["def replay(args, stream):"]
-        if arguments:
-            lines.append(f"    {arguments}, = args")
-        lines.append("    args.clear()")
+        lines = [f"def replay({self.args}, {self.stream}):"]
+        if self.recording.arguments:
+            lines.append(f"    {', '.join(self.recording.arguments)}, = {self.args}")
+        lines.append(f"    {self.args}.clear()")
         statements = list(self._statements())
         returned, uses = self._text(list(self.recording.returned))
         statements.append(_Statement((f"return {returned}",), uses))
@@ -127,7 +129,7 @@ class _Writer:
             yield _Statement(
                 (
                     f"if {name}.shape != {shape} or {name}.dtype is not {dtype} or {name}.device != {device}:",
-                    f"    check_argument({name!r}, {whole}, {name})",
+                    f"    {self._bind('check_argument', check_argument)}({name!r}, {whole}, {name})",
                 ),
                 frozenset((name,)),
             )
@@ -135,11 +137,12 @@ class _Writer:
         for step in self.recording.steps:
             if isinstance(step, GraphStep):
                 yield from self._loads(step.loads)
-                yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}(stream)",))
+                yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
                 for copy in step.stores:
                     bridge = self._constant(copy.bridge)
                     yield _Statement(
-                        (f"copied.copies += {bridge}.store({copy.value.name})",), frozenset((copy.value.name,))
+                        (f"{self._bind('copied', self.tally)}.copies += {bridge}.store({copy.value.name})",),
+                        frozenset((copy.value.name,)),
                     )
                 graphs += 1
             else:
@@ -159,12 +162,17 @@ class _Writer:
             target = self._bind(copy.bridge.name, bridge.tensor)
             address = self._bind(f"{copy.bridge.name}_address", bridge.tensor.data_ptr())
             yield _Statement(
-                (f"if {value}.data_ptr() != {address}:", f"    {target}.copy_({value})", "    copied.copies += 1"),
+                (
+                    f"if {value}.data_ptr() != {address}:",
+                    f"    {target}.copy_({value})",
+                    f"    {self._bind('copied', self.tally)}.copies += 1",
+                ),
                 frozenset(values),
             )
         elif loads:
             bridges = ", ".join(self._constant(copy.bridge) for copy in loads)
-            yield _Statement((f"copied.copies += load_all(({bridges},), ({', '.join(values)},))",), frozenset(values))
+            counter, load = self._bind("copied", self.tally), self._bind("load_all", load_all)
+            yield _Statement((f"{counter}.copies += {load}(({bridges},), ({', '.join(values)},))",), frozenset(values))
 
     def _call(self, call: Call) -> _Statement:
         name = call.result
@@ -185,16 +193,17 @@ class _Writer:
                 self._bind(f"{name}_{what}", getattr(call.spec, what))
                 for what in ("shape", "stride", "dtype", "device")
             )
-            layout = f"{name}.shape != {shape} or {name}.stride() != {stride}"
+            kind = self._bind("Tensor", torch.Tensor)
+            layout = f"not isinstance({name}, {kind}) or {name}.shape != {shape} or {name}.stride() != {stride}"
             lines += [
                 f"if {layout} or {name}.dtype is not {dtype} or {name}.device != {device}:",
-                f"    reject({self._bind(f'{name}_call', call)}, {name})",
+                f"    {self._bind('reject', reject)}({self._bind(f'{name}_call', call)}, {name})",
             ]
         return _Statement(tuple(lines), uses, name)
 
     def _function(self, call: Call) -> str:
         if call.function is clone_exact:
-            return "clone_exact"
+            return self._bind("clone_exact", clone_exact)
         if isinstance(call.function, _torch.OpOverload):
             return self._bind(str(call.function), call.function)
         return self._bind(call.label or getattr(call.function, "__name__", "function"), call.function)
@@ -214,6 +223,13 @@ class _Writer:
             if isinstance(value, list):
                 return f"[{', '.join(texts)}]", uses
             return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})", uses
+        if isinstance(value, dict):
+            items, uses = [], frozenset[str]()
+            for key, item in value.items():
+                text, used = self._text(item)
+                items.append(f"{key!r}: {text}")
+                uses |= used
+            return f"{{{', '.join(items)}}}", uses
         if value is None or isinstance(value, bool | int | str):
             return repr(value), frozenset()
         if isinstance(value, float) and value == value and abs(value) != float("inf"):
@@ -225,24 +241,21 @@ class _Writer:
         return self._bind(slot.name, self.recording.constants[slot.name])
 
     def _bind(self, name: str, value: Any) -> str:
-        """A global name for ``value``: ``name``, or with a number behind it if that is taken."""
+        """A global name for ``value``."""
         known = self.bound.get(id(value))
         if known is not None and self.names[known] is value:
             return known
-        base = re.sub(r"\W+", "_", name).strip("_") or "value"
-        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
-        taken = self.recording.arguments
-        candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
-        chosen = next(c for c in candidates if c not in self.names and c not in taken and c not in self._results())
+        chosen = self._free(name)
         self.names[chosen] = value
         self.bound[id(value)] = chosen
         return chosen
 
-    def _results(self) -> frozenset[str]:
-        if not hasattr(self, "_result_names"):
-            calls = [call for step in self.recording.steps if not isinstance(step, GraphStep) for call in step.calls]
-            self._result_names = frozenset(call.result for call in (*calls, *self.recording.epilogue))
-        return self._result_names
+    def _free(self, name: str) -> str:
+        """``name`` as an identifier, with a number behind it if that is taken."""
+        base = re.sub(r"\W+", "_", name).strip("_") or "value"
+        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
+        candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
+        return next(c for c in candidates if c not in self.names and c not in self.slots and c != "replay")
 
 
 def _with_deletions(statements: Sequence[_Statement], live: set[str]) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""Contract lines 1, 2 and 3 where a one-line fault would otherwise go unnoticed; see ``sabotage.py``."""
+"""Contract lines where a one-line fault in the package would otherwise go unnoticed; ``sabotage.py`` has the faults."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,15 @@ from torch import Tensor
 
 import silly
 from checks import assert_same, check, compile_both, program_of
+
+library = torch.library.Library("gaps", "FRAGMENT")
+library.define("same(Tensor x) -> Tensor", tags=silly.UNSAFE)
+library.impl("same", lambda x: x, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("gaps::same", lib=library)
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def test_eager_write_between_two_graphs(device: torch.device, options: dict[str, Any]) -> None:
@@ -30,6 +40,29 @@ def test_eager_write_between_two_graphs(device: torch.device, options: dict[str,
         eager=1,
         copies=3,
     )
+
+
+def test_eager_step_on_views_from_outside(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: views of an input and of an eager result are made anew for the eager steps of each call."""
+
+    def f(x: Tensor) -> Tensor:
+        y = silly.triple(x.t()[1])
+        return silly.triple(y[1:]) * 2 + 1
+
+    # both eager calls, with their views, are one segment; copies = its result
+    check(
+        f, lambda _: (torch.rand(3, 4, device=device),), device=device, options=options, captured=1, eager=1, copies=1
+    )
+
+
+def test_eager_op_that_returns_its_argument(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 4: what an op hands out against its schema may be memory of the pool, and is copied then."""
+
+    def f(x: Tensor) -> Tensor:
+        return torch.ops.gaps.same(x + 1)
+
+    # add | same; copies = x
+    check(f, lambda _: (torch.rand(4, device=device),), device=device, options=options, captured=1, eager=1, copies=1)
 
 
 def test_first_call_that_raises_is_no_warm_up(device: torch.device, options: dict[str, Any]) -> None:
@@ -53,3 +86,44 @@ def test_first_call_that_raises_is_no_warm_up(device: torch.device, options: dic
     finally:
         silly.hooks.clear()
     assert captures == [0, 2, 2]  # plain; both segments; a replay
+
+
+def test_keys_read_otherwise_after_a_failed_capture(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: where a failed capture changes what the key holds, what was recorded under the old key is released."""
+
+    def f(x: Tensor) -> Tensor:
+        y = silly.triple(x + 1)
+        x.add_(1)
+        return silly.triple(silly.stubborn(x + y)) * 2
+
+    compiled, eager = compile_both(f, options)
+    mine, theirs = torch.zeros(3, device=device), torch.zeros(3, device=device)
+    with torch.no_grad():
+        for _ in range(6):
+            assert_same(compiled(mine), eager(theirs))
+            assert_same(mine, theirs)
+    program = program_of(compiled)
+    # its address was in the key only as long as a segment that writes it was to be captured
+    assert len(program.recordings) == 1
+    assert program.plain_calls == {"warm-up": 2}
+    assert program.captures == 2 * 2  # the first and the last segment, under each of the two keys
+    assert program.replays == 6 - 2 - 2
+
+
+def test_lock_is_given_back(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 11: calls of another thread, after calls of this one, find the pool free."""
+    compiled, eager = compile_both(silly.Silly(), options)
+    x = torch.rand(4).to(device)
+    results: list[Tensor] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            results.append(compiled(x))
+
+    for _ in range(3):
+        call()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(60)
+    assert_same(results, [eager(x)] * 4)
+    assert program_of(compiled).plain_calls == {"warm-up": 1}

@@ -234,6 +234,41 @@ def test_hidden_synchronisation_runs_eagerly() -> None:
         assert torch.equal(got, (x.cos() + 1) * torch.rand_like(x))
 
 
+def test_random_graphs_survive_a_failed_capture() -> None:
+    """What was recorded before a capture that fails draws eager's numbers afterwards, from any seed."""
+    drops = compiled(lambda x: functional.dropout(x.sin() + 1, 0.5) * 2)
+    x = torch.randn(64, device=CUDA)
+    for _ in range(4):
+        drops(x)
+    fails = compiled(lambda x: torch.ops.test_cuda.waits(x.sin() + 1).cos() + torch.rand_like(x))
+    for _ in range(3):
+        fails(x)
+    assert "capture_failed" in {reason.rule for reason in explain(fails).programs[0].reasons}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        want = [functional.dropout(x.sin() + 1, 0.5) * 2 for _ in range(2)]
+        state = torch.cuda.get_rng_state()
+        torch.manual_seed(seed)
+        assert all(torch.equal(drops(x), one) for one in want)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_random_offset_of_a_recording_is_ordered() -> None:
+    """A recording call draws eager's numbers however late the capture stream gets to run."""
+    ours = compiled(lambda x: functional.dropout(x.sin() + 1, 0.5) * 2)
+    x = torch.randn(64, device=CUDA)
+    ours(x)
+    driver = executors_of(ours)[0].driver
+    with torch.cuda.stream(driver._stream):  # type: ignore[attr-defined]
+        torch.cuda._sleep(20_000_000)
+    torch.manual_seed(7)
+    torch.rand(3, device=CUDA)
+    got = ours(x)
+    torch.manual_seed(7)
+    torch.rand(3, device=CUDA)
+    assert torch.equal(got, functional.dropout(x.sin() + 1, 0.5) * 2)
+
+
 def test_failed_capture_is_an_error_on_request() -> None:
     """With ``auto_break=False`` a capture that fails raises, and the next plain use of the GPU works."""
     ours = compiled(lambda x: torch.ops.test_cuda.waits(x.sin() + 1).cos(), auto_break=False)

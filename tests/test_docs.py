@@ -93,7 +93,9 @@ def test_rules_page() -> None:
 def test_limits_page() -> None:
     """Each limit has its line, with its value."""
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+)", PAGES["semantics"], re.MULTILINE))
-    limits = {name: value for name, value in vars(executor).items() if name.isupper() and isinstance(value, int | float)}
+    limits = {
+        name: value for name, value in vars(executor).items() if name.isupper() and isinstance(value, int | float)
+    }
     assert {name: float(value) for name, value in rows.items()} == limits
 
 

@@ -355,7 +355,7 @@ def test_classify_forced() -> None:
     assert classify(node, replace(SCOPE, forced={node.name: reason})) is reason
 
 
-@pytest.mark.parametrize("rule", WHOLE_PROGRAM, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", sorted(WHOLE_PROGRAM, key=lambda rule: rule.__name__), ids=lambda rule: rule.__name__)
 def test_whole_program(rule: Rule) -> None:
     """Where storages or streams change, the reason says that nothing around can be captured either."""
     for case in CASES[rule][0].values():
@@ -504,7 +504,9 @@ def test_nearest_names(name: str, nearest: str) -> None:
     assert ("nearest" in caught.value.what) is bool(nearest)
 
 
-@pytest.mark.parametrize("value", [None, 3, sines, torch.nn.Linear, object()], ids=str)
+@pytest.mark.parametrize(
+    "value", [None, 3, sines, torch.nn.Linear, object()], ids=["none", "number", "function", "class", "object"]
+)
 def test_no_op(value: Any) -> None:
     """What is no op cannot be marked."""
     with pytest.raises(OptionsError, match="is not an op"):
@@ -545,7 +547,11 @@ class Model:
         pass
 
 
-@pytest.mark.parametrize("value", [sines, Model, Model().method, lambda x: x, functools.partial(sines)], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [sines, Model, Model().method, lambda x: x, functools.partial(sines)],
+    ids=["function", "class", "method", "lambda", "partial"],
+)
 def test_eager_ops_of_the_user(value: Any) -> None:
     """A Python function of the user's is an error that says what to do instead."""
     with pytest.raises(OptionsError, match=r"is a Python function, and Dynamo traces through it") as caught:

@@ -104,7 +104,7 @@ ALL_OPTIONS = "driver, eager_ops, auto_break, outputs, scalars, max_recordings, 
             ),
         ),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_options(options: dict[str, Any], text: str) -> None:
     """A wrong option is an error of the first call, and says what is allowed."""

@@ -168,23 +168,21 @@ class CudaDriver:
         assert self._pool is not None, "capture outside recording()"
         generators: _Generators = [(g, g.clone_state()) for g in (torch.cuda.default_generators[self._index],)]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                # thread_local: other threads may allocate, query events and pin memory meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = body()
-                except BaseException as error:
-                    self._abandon(graph, generators)
-                    if isinstance(error, Exception):
-                        raise CaptureError(_first_line(error)) from error
-                    raise
-                try:
-                    _end(graph)
-                except Exception as error:
-                    self._repair(graph, generators)
+        with self._on_capture_stream():
+            # thread_local: other threads may allocate, query events and pin memory meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = body()
+            except BaseException as error:
+                self._abandon(graph, generators)
+                if isinstance(error, Exception):
                     raise CaptureError(_first_line(error)) from error
+                raise
+            try:
+                _end(graph)
+            except Exception as error:
+                self._repair(graph, generators)
+                raise CaptureError(_first_line(error)) from error
         captured = CudaGraph(graph, torch.cuda.default_generators[self._index])
         self._live.add(captured)
         return captured, result
@@ -218,13 +216,27 @@ class CudaDriver:
     def _open_pool(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._keeper = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
+        with self._on_capture_stream():
             byte = torch.zeros(1, device=self.device)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                byte.zero_()
-                self._keeper.capture_end()
+            self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            byte.zero_()
+            self._keeper.capture_end()
+
+    @contextmanager
+    def _on_capture_stream(self) -> Iterator[None]:
+        """The capture stream as the current one, ordered on the GPU behind the caller's stream, and that behind it.
+
+        ``capture_begin`` resets the random offset, which all graphs of a generator share, by a kernel that it launches on
+        the capture stream: not before the replays that still read it, and not after the next replay has set it.
+        """
+        with torch.cuda.device(self.device):
+            caller = torch.cuda.current_stream()
+            self._stream.wait_stream(caller)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:
+                caller.wait_stream(self._stream)
 
     # release
 
