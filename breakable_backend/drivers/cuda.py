@@ -26,7 +26,6 @@ except ImportError:  # pragma: no cover - a machine without CUDA
     cudart = None
 
 T = TypeVar("T")
-_Generators = list[tuple[torch.Generator, torch.Generator]]
 
 
 def require_cuda() -> None:
@@ -166,7 +165,6 @@ class CudaDriver:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
         assert self._pool is not None, "capture outside recording()"
-        generators: _Generators = [(g, g.clone_state()) for g in (torch.cuda.default_generators[self._index],)]
         graph = torch.cuda.CUDAGraph()
         with self._on_capture_stream():
             # thread_local: other threads may allocate, query events and pin memory meanwhile.
@@ -174,44 +172,39 @@ class CudaDriver:
             try:
                 result = body()
             except BaseException as error:
-                self._abandon(graph, generators)
+                self._abandon(graph)
                 if isinstance(error, Exception):
                     raise CaptureError(_first_line(error)) from error
                 raise
             try:
                 _end(graph)
             except Exception as error:
-                self._repair(graph, generators)
+                self._repair(graph)
                 raise CaptureError(_first_line(error)) from error
         captured = CudaGraph(graph, torch.cuda.default_generators[self._index])
         self._live.add(captured)
         return captured, result
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph, generators: _Generators) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a capture whose body raised."""
         try:
             _end(graph)
         except Exception:  # noqa: BLE001 - what made the capture invalid is on its way to the caller already
-            self._repair(graph, generators)
+            self._repair(graph)
         else:
             graph.reset()
-            self._restore(generators)
 
-    def _repair(self, graph: torch.cuda.CUDAGraph, generators: _Generators) -> None:
+    def _repair(self, graph: torch.cuda.CUDAGraph) -> None:
         """Make the process as it was after ``capture_end`` failed.
 
-        torch 2.11 leaves the pool recording and in use, and generators in capture mode. The pool is not used again.
+        torch 2.11 leaves the pool recording and in use, and the generator in capture mode. The pool is not used again.
+        The generator leaves that mode at the end of the next capture that succeeds, which is the new pool's first. To
+        give it a saved state instead would part it from the graphs that draw from it already: they fail from then on.
         """
         _torch.stop_allocating_to_pool(self._index, self._pool)
         _torch.release_pool(self._index, self._pool)
         self._failed.append(graph)
-        self._restore(generators)
         self._open_pool()
-
-    @staticmethod
-    def _restore(generators: _Generators) -> None:
-        for generator, state in generators:
-            generator.graphsafe_set_state(state)
 
     def _open_pool(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

@@ -34,7 +34,7 @@ HOST_READ = "reads values on the host"
 DATA_SHAPE = "makes a shape that depends on values"
 SYNC = "waits for the device"
 MOVES = "gives other memory to a tensor from outside"
-FIX = "let it run eagerly: eager_on_graph, eager_region, mark_eager or options={'eager_ops': [...]}"
+FIX = "let it run eagerly: eager_region, mark_eager or options={'eager_ops': [...]}"
 
 REFUSED = {
     aten._local_scalar_dense: HOST_READ,
