@@ -78,7 +78,7 @@ def op_name(op: Any) -> str:
     """``op`` as ``ns::name`` or ``ns::name.overload``. Raises OptionsError if it is no op."""
     if isinstance(op, str):
         if not _torch.find_overloads(op):
-            near = difflib.get_close_matches(op, _torch.op_names(), 3)
+            near = difflib.get_close_matches(op, list(dict.fromkeys(n.split(".")[0] for n in _torch.op_names())), 3)
             raise OptionsError(
                 f"{op!r} is not a registered op" + (f"; the nearest names are {', '.join(near)}" if near else ""),
                 fix="name it as 'namespace::op' or 'namespace::op.overload', after it is registered",
@@ -92,7 +92,7 @@ def op_name(op: Any) -> str:
     if isinstance(qualified, str) and _torch.find_overloads(qualified):
         return qualified
     raise OptionsError(
-        f"{op!r} is not an op",
+        f"{getattr(op, '__qualname__', repr(op))} is not an op",
         fix="pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned",
     )
 
@@ -231,13 +231,21 @@ def higher_order(node: fx.Node, scope: Scope) -> str:
         return ""
     for op in effective_ops(node):
         if isinstance(op, _torch.HigherOrderOperator) and op.name() not in _CAPTURABLE_HIGHER_ORDER:
-            return f"{op.name()} decides on the host what to run"
+            return (
+                "decides on the host what to run"
+                if op is node.target
+                else f"calls {op.name()}, which the host decides on"
+            )
     return ""
 
 
 def explicit_generator(node: fx.Node, scope: Scope) -> str:
-    if node.kwargs.get("generator") is not None:
-        return "draws from a generator of its own, which a graph would have to know before capture"
+    if not isinstance(node.target, _torch.OpOverload):
+        return ""
+    for position, argument in enumerate(node.target._schema.arguments):
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if argument.name == "generator" and given is not None:
+            return "draws from a generator of its own, which a graph would have to know before capture"
     return ""
 
 

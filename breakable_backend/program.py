@@ -169,12 +169,14 @@ def verify(program: Program) -> None:
         assert not known & set(segment.outputs), f"{where}: makes {known & set(segment.outputs)} a second time"
         placeholders = tuple(node.name for node in segment.module.graph.find_nodes(op="placeholder"))
         assert placeholders == segment.inputs, f"{where}: module takes {placeholders}, segment {segment.inputs}"
+        returned = outputs_of(segment.module)
+        assert len(returned) == len(segment.outputs), f"{where}: module returns {returned}, segment {segment.outputs}"
         for access in segment.reads:
-            assert versions[access.storage] == access.version, f"{where}: reads a stale {access}"
+            assert versions.get(access.storage) == access.version, f"{where}: reads a stale {access}"
         for name in segment.outputs:
             versions.setdefault(name, 0)
         for access in segment.writes:
-            assert versions[access.storage] + 1 == access.version, f"{where}: {access} is not the next version"
+            assert versions.get(access.storage, -2) + 1 == access.version, f"{where}: {access} is not the next version"
             versions[access.storage] = access.version
         if isinstance(segment, GraphSegment):
             assert segment.num_kernels > 0, f"{where}: a graph without kernels"
@@ -209,7 +211,7 @@ def describe(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         device = "" if value.device.type == "cuda" else f" {value.device.type}"
         return f"{dtype}[{', '.join(str(size) for size in value.shape)}]{device}"
-    return f"number {value}"
+    return str(value)
 
 
 def format_program(program: Program) -> str:

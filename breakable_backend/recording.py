@@ -153,7 +153,7 @@ def check_argument(name: str, spec: TensorSpec, value: Any) -> None:
         got = TensorSpec.of(value) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ReplayError(
             f"argument {name} is {got}, but was recorded as {spec}",
-            fix="Dynamo's guards normally recompile here: do not skip them (skip_guard_eval_unsafe) for such calls",
+            fix="Dynamo's guards recompile for such calls: do not filter them out (guard_filter_fn)",
         )
 
 
@@ -418,7 +418,8 @@ class _Recorder:
             raise CaptureError(
                 error.what, where=where, fix=error.fix or "let it run eagerly: auto_break=True"
             ) from error.__cause__
-        reason = Reason("capture_failed", f"could not be captured: {error.what}", "", where)
+        op = label(first) if first is not None else ""
+        reason = Reason("capture_failed", f"could not be captured: {error.what}", op, where)
         self.failed[position] = reason
         self.eager(
             EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))

@@ -82,7 +82,7 @@ class Report:
         if not self.programs and not self.training:
             yield "nothing was compiled by breakable_cg yet: it compiles at the first call"
         for program in self.programs:
-            yield f"{program.name}: {program.num_graph_segments} captured segments, {program.num_eager_segments} eager ({program.driver})"
+            yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
             yield (
                 f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
                 f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"

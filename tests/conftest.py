@@ -36,7 +36,9 @@ def clean() -> Iterator[None]:
     """Each test starts from the same seed and leaves nothing compiled, recorded or marked behind."""
     random.seed(0)
     torch.manual_seed(0)
+    grad = torch.is_grad_enabled()
     yield
+    torch.set_grad_enabled(grad)
     torch.compiler.reset()
     breakable_backend.reset()
 

@@ -42,19 +42,6 @@ def test_eager_write_between_two_graphs(device: torch.device, options: dict[str,
     )
 
 
-def test_eager_step_on_views_from_outside(device: torch.device, options: dict[str, Any]) -> None:
-    """Line 3: views of an input and of an eager result are made anew for the eager steps of each call."""
-
-    def f(x: Tensor) -> Tensor:
-        y = silly.triple(x.t()[1])
-        return silly.triple(y[1:]) * 2 + 1
-
-    # both eager calls, with their views, are one segment; copies = its result
-    check(
-        f, lambda _: (torch.rand(3, 4, device=device),), device=device, options=options, captured=1, eager=1, copies=1
-    )
-
-
 def test_eager_op_that_returns_its_argument(device: torch.device, options: dict[str, Any]) -> None:
     """Line 4: what an op hands out against its schema may be memory of the pool, and is copied then."""
 
@@ -127,3 +114,25 @@ def test_lock_is_given_back(device: torch.device, options: dict[str, Any]) -> No
     thread.join(60)
     assert_same(results, [eager(x)] * 4)
     assert program_of(compiled).plain_calls == {"warm-up": 1}
+
+
+@pytest.mark.gpu
+def test_streams_wait_for_each_other() -> None:
+    """Line 11: a call on another stream waits on the GPU for the one before it, which is still between its segments."""
+    compiled, _ = compile_both(lambda x: silly.visit(x + 1) + (x + 1), {})
+    first, second = (torch.full((4,), value, device="cuda") for value in (1.0, 5.0))
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(first)
+        silly.hooks["visit"] = lambda y: (torch.cuda._sleep(100_000_000), y + 1)[1]  # some 50 ms
+        torch.cuda.synchronize()
+        results = []
+        try:
+            for stream, x in zip(streams, (first, second), strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(compiled(x))
+        finally:
+            silly.hooks.clear()
+        torch.cuda.synchronize()
+    assert [result.tolist() for result in results] == [[5.0] * 4, [13.0] * 4]  # 2 x + 3

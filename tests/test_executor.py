@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import breakable_backend
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend import executor as module
@@ -519,7 +518,7 @@ def test_instances_of_one_class(device: torch.device, options: dict[str, Any]) -
                 x = torch.full((2, 4), float(number), device=device)
                 y = torch.nn.functional.gelu(block.linear(block.norm(x)))
                 assert torch.equal(block(x), y + (y + y + y))
-    (executor,) = list(breakable_backend.breakable_cg.executors)
+    (executor,) = executors_of(blocks[0])
     assert len(executor.sets) == 3
     assert [entry.replays for entry in entries(executor)] == [2, 2, 2]
 

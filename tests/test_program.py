@@ -200,7 +200,7 @@ program on cuda: 2 captured, 1 eager
     any_1 = aten.any.default(arg0_1)
     makes any_1
   segment 1: eager
-    because cond: cond decides on the host what to run
+    because cond: decides on the host what to run
     reads any_1@0, arg0_1@0
     cond = cond(any_1, true_graph_0, false_graph_0, (arg0_1,))
     getitem = getitem(cond, 0)

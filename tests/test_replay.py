@@ -336,7 +336,7 @@ def replay(args, stream):
     x, w, = args
     args.clear()
     del w
-    if x.shape != x_shape or x.dtype is not x_dtype or x.device != x_device:
+    if not isinstance(x, Tensor) or x.shape != x_shape or x.stride() != x_stride or x.dtype is not x_dtype or x.device != x_device:
         check_argument('x', x_spec, x)
     if x.data_ptr() != x_bridge_address:
         x_bridge.copy_(x)

@@ -78,7 +78,7 @@ def f(x, y):
     golden(
         text(explain(called(f, 5, torch.ones(3), torch.ones(3)))),
         """\
-graph 0: 3 captured segments, 3 eager (tape on cpu)
+graph 0: 3 captured, 3 eager (tape on cpu)
   calls 5, captures 3, replays 3, copies 16, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
     eager          times  because                  at
@@ -104,14 +104,14 @@ def f(x):
     golden(
         text(explain(called(f, 4, torch.ones(3), min_kernels=2))),
         """\
-graph 0: 2 captured segments, 1 eager (tape on cpu)
+graph 0: 2 captured, 1 eager (tape on cpu)
   calls 4, captures 2, replays 2, copies 7, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
     eager          times  because                                                                                at
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:3 in f: y = silly.triple(x.sin() + 1)
     aten::add      1      1 op between eager breaks, fewer than min_kernels=2                                    model.py:4 in f: y = silly.triple(y + 1)
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:4 in f: y = silly.triple(y + 1)
-                   1      could not be captured: aten._local_scalar_dense.default reads values on the host,      silly.py:0 in stubborn: return x + x.max().item()
+    aten::cos      1      could not be captured: aten._local_scalar_dense.default reads values on the host,      silly.py:0 in stubborn: return x + x.max().item()
                           which no captured graph can do
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:6 in f: y = silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
