@@ -17,7 +17,7 @@ import torch._dynamo
 import torch._inductor.config
 from torch import fx
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.utils import counters as _dynamo_counters
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
@@ -48,6 +48,10 @@ __all__ = [
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+DynamoError = TorchDynamoException
+"""What Dynamo raises to steer itself, such as a request to trace again: never to be caught."""
+
+
 class CompileTimeError(ShortenTraceback):
     """An exception that Dynamo hands to the caller unchanged.
 
@@ -64,6 +68,7 @@ class CompileTimeError(ShortenTraceback):
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+ENTER_INFERENCE_MODE = torch.autograd.grad_mode._enter_inference_mode
 
 
 def trace_inference(
@@ -102,7 +107,7 @@ def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
 _OTHER_ARITHMETIC = (
     "cudnn_batch_norm native_batch_norm upsample_nearest1d upsample_nearest2d upsample_nearest3d "
     "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
-    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
     "multi_margin_loss multilabel_margin_loss_forward lstm gru rnn_tanh rnn_relu"
 ).split()
 
@@ -141,6 +146,11 @@ def static_input_indices() -> frozenset[int]:
     if context is None or context.fw_metadata is None:
         return frozenset()
     return frozenset(context.fw_metadata.static_input_indices or ())
+
+
+def is_static(tensor: torch.Tensor) -> bool:
+    """Whether Dynamo takes an argument for static: a parameter, a buffer, a tensor marked with ``mark_static_address``."""
+    return getattr(tensor, "_dynamo_static_input_type", None) is not None
 
 
 def dynamo_counters(name: str) -> dict[str, int]:

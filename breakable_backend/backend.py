@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,22 @@ from breakable_backend import _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.errors import PartitionError
 from breakable_backend.executor import Executor, scope_for
-from breakable_backend.lowering import Lowered, NeedsGradients, lower
+from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.marking import EagerOps, Scope, tensors_of
 from breakable_backend.options import Options
 from breakable_backend.program import source_line
+
+
+@dataclass(frozen=True)
+class EagerGraph:
+    """A graph of which nothing is captured."""
+
+    name: str
+    why: str
+    source: str
+    """The user's last line in it."""
 
 
 class Backend:
@@ -38,8 +50,8 @@ class Backend:
 
     def __init__(self) -> None:
         self.executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-        self.training: dict[str, str] = {}
-        """Graphs that run eagerly because they need gradients: name, and the user's line that returns from it."""
+        self.uncaptured: dict[str, EagerGraph] = {}
+        """Graphs that run as Dynamo traced them."""
         self._drivers: dict[tuple[str, torch.device], CaptureDriver] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -78,25 +90,38 @@ class Backend:
 
         try:
             return lower(gm, example_inputs, compile_lowered, eager_ops)
-        except NeedsGradients:
-            source = next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")
-            self.training[name] = source
+        except CannotLower as why:
+            return self._eagerly(name, gm, str(why), chosen)
+
+    def _eagerly(self, name: str, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
+        source = next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")
+        if why == NEEDS_GRADIENTS:
             self._say(
                 "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
                 "For inference call the compiled function under torch.no_grad() or torch.inference_mode()."
             )
+        elif not options.auto_break:
+            raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
+        self.uncaptured[name] = EagerGraph(name, why, source)
 
-            def eager(*args: Any) -> Any:
-                return gm.forward(*args)
+        def eager(*args: Any) -> Any:
+            return gm.forward(*args)
 
-            eager.training = (name, source)  # type: ignore[attr-defined]
-            return eager
+        eager.uncaptured = self.uncaptured[name]  # type: ignore[attr-defined]
+        return eager
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        """A copy of a compiled module is compiled by the same backend."""
+        return self
+
+    def __reduce__(self) -> str:
+        return "breakable_cg"
 
     def reset(self) -> None:
         """Free all graphs, buffers and pools at once. ``torch._dynamo.reset()`` calls this."""
         for executor in list(self.executors):
             executor.reset()
-        self.training.clear()
+        self.uncaptured.clear()
 
     def _driver(self, choice: str, lowered: Lowered) -> CaptureDriver:
         device = _capture_device(lowered)
@@ -151,9 +176,9 @@ def reset(compiled: Any = None) -> None:
         executor.reset()
 
 
-def training_graphs_of(compiled: Any) -> list[tuple[str, str]]:
-    """The graphs behind ``compiled`` that run eagerly because they need gradients: name and source line."""
-    return [graph.training for graph in _torch.compiled_graphs(compiled) if hasattr(graph, "training")]
+def eager_graphs_of(compiled: Any) -> list[EagerGraph]:
+    """The graphs behind ``compiled`` that run as Dynamo traced them."""
+    return [graph.uncaptured for graph in _torch.compiled_graphs(compiled) if hasattr(graph, "uncaptured")]
 
 
 def executors_of(compiled: Any) -> list[Executor]:

@@ -21,7 +21,7 @@ from breakable_backend import _torch
 from breakable_backend.active import in_call
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
-from breakable_backend.lowering import Lowered
+from breakable_backend.lowering import Lowered, writes_inputs
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.partition import partition
@@ -112,6 +112,7 @@ class Executor:
         """Values of host scalars, and addresses of written inputs, so far."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
+        self._writes = writes_inputs(lowered.module)
         self._cut()
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
         weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False
@@ -120,6 +121,7 @@ class Executor:
         """Make the program, and from it how a key is read."""
         self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
         self.capturable = bool(self.program.graph_segments)
+        self._may_overlap = tuple(v.index for v in self.program.inputs if v.kind == "tensor") if self._writes else ()
         self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
 
     def _keyed(self) -> frozenset[str]:
@@ -172,6 +174,8 @@ class Executor:
         entry = addresses.entries.get(key.shapes) if addresses is not None else None
         if entry is None:
             entry = self._admit(key, args)
+        if self._may_overlap and self._overlap(args):
+            return self._plain(args, "arguments share memory, and one is written")
         entry.calls += 1
         entry.last_call = self.statistics.calls
         if entry.replay is not None:
@@ -229,6 +233,20 @@ class Executor:
             self.statistics.evictions += 1
         entry = addresses.entries[key.shapes] = Entry(key)
         return entry
+
+    def _overlap(self, args: Sequence[Any]) -> bool:
+        """Whether an argument that is not static lies in the storage of another.
+
+        Dynamo guards on that only where it was so when it compiled. A bridge would not see what is written through the
+        other argument.
+        """
+        storages = {args[v.index].untyped_storage().data_ptr() for v in self.program.inputs if v.kind == "static"}
+        for index in self._may_overlap:
+            storage = args[index].untyped_storage().data_ptr()
+            if storage in storages and args[index].numel():
+                return True
+            storages.add(storage)
+        return False
 
     def _touch(self, entry: Entry) -> None:
         addresses = self.sets.get(entry.key.addresses)

@@ -13,7 +13,7 @@ from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.marking import EagerOps, annotate_functions, is_marked, tensors_of
+from breakable_backend.marking import EagerOps, annotate_functions, is_marked, tensors_of, written_arguments
 
 AMBIENT_KEY = "breakable_cg_ambient"
 
@@ -73,8 +73,11 @@ def is_opaque(node: fx.Node) -> bool:
     return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
 
 
-class NeedsGradients(Exception):
-    """AOTAutograd found that the graph is a training graph."""
+class CannotLower(Exception):
+    """A graph that has to run as Dynamo traced it; the text says why."""
+
+
+NEEDS_GRADIENTS = "it needs gradients"
 
 
 def lower(
@@ -89,15 +92,22 @@ def lower(
     the ambient state that it was traced under, and marks of torch functions.
 
     Raises:
-        NeedsGradients: an output needs a gradient.
+        CannotLower: an output needs a gradient, or AOTAutograd does not take the graph or would not keep it right.
     """
     if needs_gradients(gm):
-        raise NeedsGradients
+        raise CannotLower(NEEDS_GRADIENTS)
+    if any(node.target is _torch.ENTER_INFERENCE_MODE for node in gm.graph.nodes):
+        raise CannotLower("it enters or leaves inference mode")
 
     inner: list[Callable[[list[Any]], Any]] = []
+    traced: list[fx.GraphModule] = []
 
     def inference(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        traced.append(module)
         out_of_place_views(module)
+        if _share_storage(example_inputs) and writes_inputs(module):
+            # AOT merges such arguments to one base, with the offsets that they have now; Dynamo does not guard on those.
+            raise CannotLower("it writes one of several arguments that share their memory")
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices()))
 
         first = True
@@ -115,13 +125,42 @@ def lower(
         return boxed
 
     def training(_module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
-        raise NeedsGradients
+        raise CannotLower(NEEDS_GRADIENTS)
 
     note_ambient(gm)
     annotate_functions(gm, eager_ops)
-    function = _torch.trace_inference(gm, example_inputs, inference, training, _marked_ops(gm, eager_ops))
+    try:
+        function = _torch.trace_inference(gm, example_inputs, inference, training, _marked_ops(gm, eager_ops))
+    except RuntimeError as error:
+        if isinstance(error, _torch.DynamoError) or traced:
+            raise
+        raise CannotLower(f"AOTAutograd does not take it: {str(error).strip().splitlines()[0]}") from error
     function.executor = inner[-1]  # type: ignore[attr-defined]
     return function
+
+
+def _share_storage(inputs: Sequence[Any]) -> bool:
+    """Whether an argument that is not static lies in the storage of another."""
+    tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.numel() > 0]
+    fixed = {_torch.storage_key(tensor) for tensor in tensors if _torch.is_static(tensor)}
+    free = [_torch.storage_key(tensor) for tensor in tensors if not _torch.is_static(tensor)]
+    return len(set(free)) < len(free) or not fixed.isdisjoint(free)
+
+
+def writes_inputs(module: fx.GraphModule) -> bool:
+    """Whether an ATen graph writes the memory of an argument."""
+    arguments = {
+        _torch.storage_key(tensor)
+        for node in module.graph.find_nodes(op="placeholder")
+        for tensor in tensors_of(node.meta.get("val"))
+    }
+    return any(
+        _torch.storage_key(tensor) in arguments
+        for node in module.graph.nodes
+        if node.op == "call_function"
+        for argument in written_arguments(node)
+        for tensor in tensors_of(argument.meta.get("val"))
+    )
 
 
 def needs_gradients(gm: fx.GraphModule) -> bool:

@@ -76,6 +76,7 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     flow = _Flow.of(lowered.module.graph, known)
     reasons = {node: classify(node, scope) for node in flow.actions}
     whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
+    whole = whole or _absolute_view(flow, reasons, lowered.static)
     if whole is not None:
         # Where storages move, views cannot be made again later: keep every node at its place, in one segment.
         flow = flow.with_all_nodes_as_actions()
@@ -83,6 +84,20 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     else:
         runs = _runs(flow.actions, reasons, scope, min_kernels)
     return _Builder(lowered, scope, flow).build(runs)
+
+
+def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static: frozenset[int]) -> Reason | None:
+    """Why the program has to run where its memory is: ``as_strided`` with an offset into a storage that gets a bridge."""
+    for node in flow.all_nodes:
+        if node in flow.views and schema_name(node) == "aten::as_strided":
+            offset = node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
+            root = flow.root[node]
+            inputs = list(node.graph.find_nodes(op="placeholder"))
+            moves = reasons.get(root) is not None or (root in inputs and inputs.index(root) not in static)
+            if offset is not None and moves:
+                text = f"reaches into the memory of {root.name} by an absolute offset"
+                return Reason("absolute_view", text, label(node), source_line(node), whole_program=True)
+    return None
 
 
 def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
@@ -201,7 +216,8 @@ class _Flow:
 
     def with_all_nodes_as_actions(self) -> _Flow:
         """The same, with nothing to be made again: every node is an action at its own place."""
-        return _Flow(self.all_nodes, self.root, {}, frozenset(), {}, frozenset(), self.all_nodes)
+        own = {node: node for node in self.root}
+        return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), self.all_nodes)
 
 
 def _is_getitem(node: fx.Node) -> bool:

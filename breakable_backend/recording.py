@@ -466,9 +466,17 @@ class _Recorder:
             calls.append(call)
             return Slot(call.result)
 
+        taken = {node.name for node in epilogue.module.graph.nodes} | set(local)
+        clones: dict[str, Slot] = {}
+
         def copied(place: Slot) -> Slot:
-            fresh = f"{place.name}_fresh"
-            return Slot(fresh) if fresh in local else make(Call(fresh, clone_exact, (place,), {}, "clone"))
+            if place.name not in clones:
+                fresh = f"{place.name.replace('.', '_')}_fresh"
+                while fresh in taken:
+                    fresh += "_"
+                taken.add(fresh)
+                clones[place.name] = make(Call(fresh, clone_exact, (place,), {}, "clone"))
+            return clones[place.name]
 
         places: dict[str, Any] = {}
         behind = _outputs_behind(epilogue.module)
@@ -543,8 +551,8 @@ def _outputs_behind(module: fx.GraphModule) -> dict[str, int]:
 
 
 def _bridge_name(name: str) -> str:
-    return f"{name}_bridge"
+    return f"{name}.bridge"  # no node has a dot in its name
 
 
 def _inside_name(name: str) -> str:
-    return f"{name}_inside"
+    return f"{name}.inside"

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from breakable_backend import _torch
-from breakable_backend.backend import breakable_cg, executors_of, training_graphs_of
+from breakable_backend.backend import EagerGraph, breakable_cg, eager_graphs_of, executors_of
 from breakable_backend.executor import Entry, Executor
+from breakable_backend.lowering import NEEDS_GRADIENTS
 from breakable_backend.program import Reason
 
 
@@ -68,8 +69,8 @@ class Report:
     """What :func:`explain` found; ``print`` shows it."""
 
     programs: tuple[ProgramReport, ...]
-    training: tuple[tuple[str, str], ...]
-    """Graphs that need gradients and run eagerly: name and source line."""
+    eager_graphs: tuple[EagerGraph, ...]
+    """Graphs that run as Dynamo traced them: those that need gradients, and what AOTAutograd does not take."""
     graph_breaks: Mapping[str, int]
     """Dynamo's graph breaks in this process, by reason."""
     at_recompile_limit: tuple[str, ...]
@@ -79,7 +80,7 @@ class Report:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        if not self.programs and not self.training:
+        if not self.programs and not self.eager_graphs:
             yield "nothing was compiled by breakable_cg yet: it compiles at the first call"
         for program in self.programs:
             yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
@@ -114,10 +115,11 @@ class Report:
                         for recording in program.recordings
                     ],
                 )
-        for name, source in self.training:
-            yield f"{name}: eager, because it needs gradients; call it under torch.no_grad() to have it captured"
-            if source:
-                yield f"  at {source}"
+        for graph in self.eager_graphs:
+            cure = "; call it under torch.no_grad() to have it captured" if graph.why == NEEDS_GRADIENTS else ""
+            yield f"{graph.name}: eager, because {graph.why}{cure}"
+            if graph.source:
+                yield f"  at {graph.source}"
         for why, count in self.graph_breaks.items():
             yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
         for where in self.at_recompile_limit:
@@ -144,7 +146,7 @@ def explain(compiled: Any = None) -> Report:
     executors.sort(key=lambda executor: int(executor.name.split()[-1]))
     return Report(
         tuple(_program(executor) for executor in executors),
-        tuple(breakable_cg.training.items()) if compiled is None else tuple(training_graphs_of(compiled)),
+        tuple(breakable_cg.uncaptured.values() if compiled is None else eager_graphs_of(compiled)),
         _torch.dynamo_counters("graph_break"),
         tuple(_torch.at_recompile_limit(compiled)) if compiled is not None else (),
     )

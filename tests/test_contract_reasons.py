@@ -476,7 +476,7 @@ def test_report_text(device: torch.device, options: dict[str, Any]) -> None:
             compiled(torch.rand(3, device=device))
     text = str(explain(compiled))
     for part in (
-        "3 captured segments, 2 eager",
+        "3 captured, 2 eager",
         "calls 5, captures 3, replays 3, copies 12, plain 1",  # copies = 3 x 4 calls
         "silly::attention",
         "tagged cudagraph_unsafe",

@@ -13,7 +13,7 @@ from torch.fx.node import _side_effectful_functions
 
 import silly
 from breakable_backend import _torch, mark_eager, unmark_eager
-from breakable_backend.lowering import Ambient, Lowered, NeedsGradients, ambient_of, lower, needs_gradients
+from breakable_backend.lowering import Ambient, CannotLower, Lowered, ambient_of, lower, needs_gradients
 from breakable_backend.marking import REGION_KEY, EagerOps, schema_name
 from breakable_backend.program import source_line
 
@@ -316,7 +316,7 @@ def test_needs_gradients() -> None:
     def f(x: Tensor) -> Tensor:
         return x @ weight
 
-    with pytest.raises(NeedsGradients):
+    with pytest.raises(CannotLower):
         _raising(f, X)
     torch.compiler.reset()
     with torch.no_grad():
@@ -349,7 +349,7 @@ def _raising(function: Callable[..., Any], *args: Any) -> None:
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
             return lower(gm, inputs, lambda result: result.module, EagerOps())
-        except NeedsGradients as error:
+        except CannotLower as error:
             caught.append(error)
             return gm.forward
 

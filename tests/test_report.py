@@ -253,7 +253,7 @@ def test_numbers(device: torch.device, options: dict[str, Any]) -> None:
     assert recording.record_seconds > 0
     assert recording.source.startswith("def replay(args, stream):\n")
     assert recording.refused == ""
-    assert report.training == ()
+    assert report.eager_graphs == ()
     assert report.at_recompile_limit == ()
 
 

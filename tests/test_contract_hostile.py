@@ -1,0 +1,200 @@
+"""Programs that were once wrong, or did not compile: arguments that share memory, absolute offsets, hostile names."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import breakable_backend
+import silly
+
+
+@torch.library.custom_op("hostile::add_into", mutates_args=("target",), tags=(torch.Tag.cudagraph_unsafe,))
+def add_into(target: Tensor, x: Tensor) -> None:
+    """Add ``x`` to ``target``: an eager step that writes its argument."""
+    target.add_(x)
+
+
+def named(name: str) -> Callable[[Tensor], Tensor]:
+    """A marked op of a given name that triples its argument."""
+    op = torch.library.custom_op(f"hostile::{name}", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))(tripled)
+    op.register_fake(torch.empty_like)
+    return op
+
+
+def tripled(x: Tensor) -> Tensor:
+    """Three times ``x``."""
+    return x * 3
+
+
+attn, attn_bridge, attn_inside, attn_fresh = map(named, ("attn", "attn_bridge", "attn_inside", "attn_fresh"))
+
+
+def equal_to_eager(
+    function: Any, make: Callable[[int], tuple[Tensor, ...]], options: dict[str, Any], calls: int = 8
+) -> Any:
+    """Call ``function`` compiled and eagerly on arguments that are made alike, and compare results and arguments."""
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        for call in range(calls):
+            torch.manual_seed(call)
+            mine = make(call)
+            torch.manual_seed(call)
+            theirs = make(call)
+            got, want = compiled(*mine), function(*theirs)
+            mine_now = [*torch.utils._pytree.tree_leaves(got), *mine]
+            theirs_now = [*torch.utils._pytree.tree_leaves(want), *theirs]
+            assert all(torch.equal(a, b) for a, b in zip(mine_now, theirs_now, strict=True)), f"call {call}"
+    return compiled
+
+
+def overlapping(device: torch.device, *, late: bool) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Two arguments that share memory: in every call, or in all but the first."""
+
+    def make(call: int) -> tuple[Tensor, Tensor]:
+        base = torch.rand(10, device=device)
+        apart = late and call == 0
+        return base[:6], (torch.rand(6, device=device) if apart else base[3:9])
+
+    return make
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("written_by", ["eager", "captured"])
+def test_arguments_that_share_memory(
+    late: bool, written_by: str, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Lines 3 and 5: what is written through one argument is read through another, also when Dynamo does not guard on it."""
+
+    def eager(a: Tensor, b: Tensor) -> Tensor:
+        c = a * 2
+        add_into(b, c)
+        return a * 3
+
+    def captured(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        c = a * 2
+        b.add_(1)
+        return a * 3, silly.triple(c)
+
+    function = eager if written_by == "eager" else captured
+    compiled = equal_to_eager(function, overlapping(device, late=late), options, calls=9)
+    report = str(breakable_backend.explain(compiled))
+    assert "share memory, and one is written" in report or "share their memory" in report
+
+
+def test_row_of_a_written_buffer(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an argument may be any row of a buffer that the module writes."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.rows.add_(1)
+            return x * 2
+
+    module = Rows().to(device)
+    compiled = torch.compile(module, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        for call in range(6):
+            module.rows.copy_(torch.arange(16.0, device=device).view(4, 4))
+            want = (torch.arange(16.0, device=device).view(4, 4)[call % 2] + 1) * 2
+            assert torch.equal(compiled(module.rows[call % 2]), want)
+
+
+def test_view_of_an_overlapping_argument(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 5: a view of an argument that shares memory with a written one is returned as in eager."""
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        b.mul_(2)
+        return a.t()
+
+    def make(call: int) -> tuple[Tensor, Tensor]:
+        base = torch.rand(16, device=device)
+        return base[:8].view(2, 4), base[4:12].view(2, 4)
+
+    equal_to_eager(function, make, options)
+
+
+def test_absolute_offset(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: ``as_strided`` with an offset reaches the caller's storage, not a bridge."""
+    compiled = equal_to_eager(
+        lambda x: x.as_strided((3,), (1,), 1) + 1, lambda _: (torch.rand(10, device=device)[2:8],), options
+    )
+    assert "absolute offset" in str(breakable_backend.explain(compiled))
+
+
+def test_ops_named_like_slots(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an op may be called as our own slots are."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        y = attn(x)
+        z = attn_inside(y.sin())
+        u = attn_bridge(z.cos())
+        v = attn_fresh(u + y)
+        return y.cos() + z.exp() + u, silly.triple(y), y.sin(), z.sin(), v, (v + y).sin()
+
+    equal_to_eager(function, lambda _: (torch.rand(4, device=device),), options)
+
+
+@pytest.mark.parametrize("how", ["set_", "resize_"])
+def test_moved_storage(how: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a program that moves a storage runs eagerly, and may return a view of it."""
+
+    def function(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin()
+        if how == "set_":
+            y.set_(z)
+        else:
+            torch.ops.aten.resize_.default(y, [2, 2])
+        return y[0], silly.triple(y)
+
+    equal_to_eager(function, lambda _: (torch.rand(4, device=device), torch.rand(4, device=device)), options, calls=4)
+
+
+def test_what_aot_refuses(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a graph that AOTAutograd does not take runs eagerly, and the report says why."""
+    compiled = equal_to_eager(
+        lambda x: x.abs().add(1).polygamma_(1) * 2, lambda _: (torch.rand(4, device=device),), options, calls=4
+    )
+    assert "AOTAutograd does not take it" in str(breakable_backend.explain(compiled))
+
+
+def test_inference_mode_inside(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 7: inference mode entered inside the function is as in eager."""
+
+    def function(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return silly.triple(x.sin())
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    with torch.no_grad():
+        assert [compiled(torch.rand(3, device=device)).is_inference() for _ in range(4)] == [True] * 4
+
+
+def test_trilinear(device: torch.device, options: dict[str, Any]) -> None:
+    """Resampling in three dimensions has eager's arithmetic."""
+    equal_to_eager(
+        lambda x: nn.functional.interpolate(x, scale_factor=1.7, mode="trilinear") + 1,
+        lambda _: (torch.rand(1, 2, 4, 4, 4, device=device),),
+        options,
+        calls=4,
+    )
+
+
+def test_compiled_modules_can_be_copied(device: torch.device, options: dict[str, Any]) -> None:
+    """A compiled module can be copied, and pickled, before and after its first call."""
+    module = torch.compile(nn.Linear(3, 3).to(device), backend="breakable_cg", options=options)
+    x = torch.rand(2, 3, device=device)
+    with torch.no_grad():
+        for _ in range(2):
+            twin = copy.deepcopy(module)
+            assert torch.equal(twin(x), module(x))
+    assert pickle.loads(pickle.dumps(breakable_backend.breakable_cg)) is breakable_backend.breakable_cg
