@@ -181,6 +181,7 @@ class Executor:
         if entry.replay is not None:
             entry.replays += 1
             self._touch(entry)
+            driver.bring(args)
             return entry.replay.function(args, stream)
         if entry.refused:
             return self._plain(args, entry.refused)

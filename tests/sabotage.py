@@ -342,8 +342,8 @@ FAULTS = (
     Fault(
         "functions-in-eager-ops-ignored",
         "lowering.py",
-        "annotate_functions(gm, eager_ops)\n    function",
-        "function",
+        "    annotate_functions(gm, eager_ops)\n",
+        "",
         "test_contract_reasons.py::test_eager_ops_by_method[cpu]",
     ),
     Fault(

@@ -198,3 +198,19 @@ def test_compiled_modules_can_be_copied(device: torch.device, options: dict[str,
             twin = copy.deepcopy(module)
             assert torch.equal(twin(x), module(x))
     assert pickle.loads(pickle.dumps(breakable_backend.breakable_cg)) is breakable_backend.breakable_cg
+
+
+def test_address_that_is_used_again(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a new argument may come to the address of one that is gone, and is read there."""
+
+    def function(x: Tensor) -> Tensor:
+        x.add_(1)
+        return x * 2
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for call in range(8):
+            x = torch.full((1000,), float(call), device=device)
+            assert compiled(x)[0].item() == (call + 1) * 2
+            assert x[0].item() == call + 1
+            del x

@@ -47,6 +47,9 @@ class CaptureDriver(Protocol):
     def begin(self) -> int:
         """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
 
+    def bring(self, args: Sequence[Any]) -> None:
+        """The arguments of this call. Recorded graphs may find memory of theirs at an address that was another's."""
+
     def end(self, stream: int) -> None:
         """Mark on ``stream`` where this call's use of the pool ends. Called also when the call raised."""
 

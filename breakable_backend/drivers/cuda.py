@@ -124,6 +124,9 @@ class CudaDriver:
             self._streams[stream].wait_event(self._done)
         return stream
 
+    def bring(self, args: Sequence[Any]) -> None:
+        """Nothing to do: a graph reads whatever is at its addresses."""
+
     def end(self, stream: int) -> None:
         """Mark on ``stream`` where this call's use of the pool ends."""
         self._done.record(self._streams[stream])

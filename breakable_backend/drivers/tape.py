@@ -131,11 +131,14 @@ class _Outside:
 
     ref: _torch.StorageWeakRef
     address: int
+    num_bytes: int
     label: str
 
-    def check(self) -> None:
-        """Raises where a CUDA graph would read memory that is no longer there."""
+    def check(self, brought: Mapping[int, int]) -> None:
+        """Raises where a CUDA graph would read memory that is no longer there, and no argument has come to it since."""
         storage = _torch.live_storage(self.ref)
+        if brought.get(self.address, -1) >= self.num_bytes:
+            return
         if storage is None or storage.data_ptr() != self.address:
             fate = "freed" if storage is None else "moved"
             raise ReplayError(
@@ -155,8 +158,10 @@ class TapeGraph:
         ReplayError: from :meth:`replay`, if memory from outside is gone, or the graph was released.
     """
 
-    def __init__(self, tape: _Tape, draws_random: bool) -> None:
+    def __init__(self, tape: _Tape, draws_random: bool, brought: Mapping[int, int]) -> None:
         self.draws_random = draws_random
+        self._brought = brought
+        """Memory of the present call's arguments: addresses and bytes."""
         self.num_kernels = len(tape.ops)
         self.made = {key: storage for key, (storage, _) in tape.made.items()}
         self._device_type = tape.device.type
@@ -168,7 +173,7 @@ class TapeGraph:
         if self._released:
             raise ReplayError("a graph was replayed after its release", fix="capture it again")
         for memory in self._outside:
-            memory.check()
+            memory.check(self._brought)
         # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
         with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
             for op in self._ops:
@@ -303,7 +308,7 @@ class _Tape(_torch.TorchDispatchMode):
         storage = tensor.untyped_storage()
         if key not in self.outside:
             label = f"the {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} tensor that {func} takes"
-            self.outside[key] = _Outside(_torch.StorageWeakRef(storage), storage.data_ptr(), label)
+            self.outside[key] = _Outside(_torch.StorageWeakRef(storage), storage.data_ptr(), storage.nbytes(), label)
         return _torch.non_owning(tensor)
 
     def undo(self) -> None:
@@ -377,12 +382,17 @@ class TapeDriver:
         self.lock = threading.RLock()
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
+        self._brought: dict[int, int] = {}
 
     def begin(self) -> int:
         return 0
 
+    def bring(self, args: Sequence[Any]) -> None:
+        storages = [arg.untyped_storage() for arg in args if isinstance(arg, torch.Tensor)]
+        self._brought.update((storage.data_ptr(), storage.nbytes()) for storage in storages)
+
     def end(self, stream: int) -> None:
-        pass
+        self._brought.clear()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -410,7 +420,9 @@ class TapeDriver:
                 tape.check_generator()
                 if tape.refusal is not None:
                     raise tape.refusal
-                graph = TapeGraph(tape, draws_random=not torch.equal(states[-1], generators[-1].get_state()))
+                graph = TapeGraph(
+                    tape, draws_random=not torch.equal(states[-1], generators[-1].get_state()), brought=self._brought
+                )
             except Exception as error:
                 raise _failure(error) from error
             finally:
