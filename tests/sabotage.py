@@ -456,7 +456,7 @@ FAULTS = (
     Fault(
         "tape-reads-freed-memory",
         "drivers/tape.py",
-        "memory.check()",
+        "memory.check(self._brought)",
         "pass",
         "test_driver_contract.py::test_freed_memory_is_not_read",
     ),
