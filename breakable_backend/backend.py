@@ -127,10 +127,9 @@ class Backend:
         device = _capture_device(lowered)
         if choice == "cuda" or (choice == "auto" and device.type == "cuda"):
             require_cuda()
-            choice, device = (
-                "cuda",
-                device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device()),
-            )
+            choice = "cuda"
+            if device.type != "cuda":
+                device = torch.device("cuda", torch.cuda.current_device())
         elif choice == "auto":
             self._say(
                 f"breakable_cg found no CUDA tensor in the graph and uses the tape driver on {device}, which shows what "

@@ -79,6 +79,8 @@ class AddressSet:
     entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
     guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     """Weak references whose death takes the set with it."""
+    storages: frozenset[int] = frozenset()
+    """Where the storages of the static inputs lie."""
     last_call: int = 0
 
 
@@ -171,11 +173,11 @@ class Executor:
     def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
         key = self._read_key(args)
         addresses = self.sets.get(key.addresses)
+        if self._may_overlap and self._overlap(args, addresses):
+            return self._plain(args, "arguments share memory, and one is written")
         entry = addresses.entries.get(key.shapes) if addresses is not None else None
         if entry is None:
             entry = self._admit(key, args)
-        if self._may_overlap and self._overlap(args):
-            return self._plain(args, "arguments share memory, and one is written")
         entry.calls += 1
         entry.last_call = self.statistics.calls
         if entry.replay is not None:
@@ -223,6 +225,7 @@ class Executor:
                 self.statistics.evictions += 1
             addresses = self.sets[key.addresses] = AddressSet()
             addresses.guards = self._guards(key.addresses, args)
+            addresses.storages = self._static_storages(args)
         addresses.last_call = now
         limit = self.options.max_recordings
         if len(addresses.entries) >= limit:
@@ -235,19 +238,24 @@ class Executor:
         entry = addresses.entries[key.shapes] = Entry(key)
         return entry
 
-    def _overlap(self, args: Sequence[Any]) -> bool:
+    def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
         """Whether an argument that is not static lies in the storage of another.
 
         Dynamo guards on that only where it was so when it compiled. A bridge would not see what is written through the
         other argument.
         """
-        storages = {args[v.index].untyped_storage().data_ptr() for v in self.program.inputs if v.kind == "static"}
+        fixed = addresses.storages if addresses is not None else self._static_storages(args)
+        free: set[int] = set()
         for index in self._may_overlap:
             storage = args[index].untyped_storage().data_ptr()
-            if storage in storages and args[index].numel():
+            if (storage in fixed or storage in free) and args[index].numel():
                 return True
-            storages.add(storage)
+            free.add(storage)
         return False
+
+    def _static_storages(self, args: Sequence[Any]) -> frozenset[int]:
+        static = (args[value.index] for value in self.program.inputs if value.kind == "static")
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in static)
 
     def _touch(self, entry: Entry) -> None:
         addresses = self.sets.get(entry.key.addresses)
