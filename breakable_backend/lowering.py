@@ -131,7 +131,7 @@ def lower(
     annotate_functions(gm, eager_ops)
     try:
         function = _torch.trace_inference(gm, example_inputs, inference, training, _marked_ops(gm, eager_ops))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if isinstance(error, _torch.DynamoError) or traced:
             raise
         raise CannotLower(f"AOTAutograd does not take it: {str(error).strip().splitlines()[0]}") from error
