@@ -13,7 +13,7 @@ from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.marking import EagerOps, annotate_functions, is_marked, tensors_of, written_arguments
+from breakable_backend.marking import EagerOps, annotate_functions, bodies, is_marked, tensors_of, written_arguments
 
 AMBIENT_KEY = "breakable_cg_ambient"
 
@@ -216,13 +216,6 @@ def out_of_place_views(module: fx.GraphModule) -> None:
         if isinstance(node.target, _torch.OpOverload) and torch.Tag.inplace_view in node.target.tags:
             node.target = _torch.out_of_place(node.target) or node.target
     module.recompile()
-
-
-def bodies(node: fx.Node) -> list[fx.GraphModule]:
-    """The graphs that a higher-order op is called with."""
-    attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]
-    found = [getattr(node.graph.owning_module, str(attribute.target), None) for attribute in attributes]
-    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def _caller_autocast() -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:

@@ -163,12 +163,17 @@ def effective_ops(node: fx.Node) -> Iterator[Any]:
     for argument in pytree.tree_leaves((node.args, node.kwargs)):
         if isinstance(argument, _torch.OpOverload | _torch.HigherOrderOperator):
             yield argument
-        elif isinstance(argument, fx.Node) and argument.op == "get_attr":
-            body = getattr(node.graph.owning_module, str(argument.target), None)
-            if isinstance(body, fx.GraphModule):
-                for inner in body.graph.nodes:
-                    if inner.op == "call_function":
-                        yield from effective_ops(inner)
+    for body in bodies(node):
+        for inner in body.graph.nodes:
+            if inner.op == "call_function":
+                yield from effective_ops(inner)
+
+
+def bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order op is called with."""
+    attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]
+    found = [getattr(node.graph.owning_module, str(attribute.target), None) for attribute in attributes]
+    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
