@@ -110,15 +110,16 @@ class _Writer:
         self.slots |= {self.args, self.stream}
 
     def source(self) -> str:
-        lines = [f"def replay({self.args}, {self.stream}):"]
-        if self.recording.arguments:
-            lines.append(f"    {', '.join(self.recording.arguments)}, = {self.args}")
-        lines.append(f"    {self.args}.clear()")
         statements = list(self._statements())
         returned, uses = self._text(list(self.recording.returned))
         statements.append(_Statement((f"return {returned}",), uses))
-        lines += [f"    {line}" for line in _with_deletions(statements, set(self.recording.arguments))]
-        return "\n".join(lines) + "\n"
+        used = frozenset[str]().union(*(statement.uses for statement in statements))
+        lines = [
+            *(f"{name} = {self.args}[{index}]" for index, name in enumerate(self.recording.arguments) if name in used),
+            f"{self.args}.clear()",
+            *_with_deletions(statements),
+        ]
+        return "\n    ".join([f"def replay({self.args}, {self.stream}):", *lines]) + "\n"
 
     def _statements(self) -> Iterator[_Statement]:
         for name, spec in self.recording.specs.items():
@@ -252,15 +253,12 @@ class _Writer:
         return next(c for c in candidates if c not in self.names and c not in self.slots and c != "replay")
 
 
-def _with_deletions(statements: Sequence[_Statement], live: set[str]) -> Iterator[str]:
+def _with_deletions(statements: Sequence[_Statement]) -> Iterator[str]:
     """The statements' lines, with each name deleted where it is used last, so that memory goes as early as in eager."""
     last: dict[str, int] = {}
     for position, statement in enumerate(statements):
         for name in (*statement.uses, *((statement.defines,) if statement.defines else ())):
             last[name] = position
-    unused = [name for name in live if name not in last]
-    if unused:
-        yield f"del {', '.join(sorted(unused))}"
     for position, statement in enumerate(statements):
         yield from statement.lines
         names = {*statement.uses, *((statement.defines,) if statement.defines else ())}

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend import executor as module
+from breakable_backend._torch import address_check
 from breakable_backend.active import in_call
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
@@ -277,6 +278,15 @@ def test_key_reads_addresses(make: Make) -> None:
     assert executor._read_key([*args[:2], make.ones(3), make.ones(3)]) == key
 
 
+def test_address_check(device: torch.device) -> None:
+    """All the addresses have to be the same; what else the list holds does not matter."""
+    a, b, c = (torch.ones(3, device=device) for _ in range(3))
+    check = address_check({0: a.data_ptr(), 2: b.data_ptr()})
+    assert check([a, 7, b]) and check([a, c, b, c]) and check([a[:1], None, b.view(3, 1)])
+    assert not check([c, 7, b]) and not check([a, 7, c]) and not check([b, 7, a]) and not check([a, 7, b[1:]])
+    assert address_check({})([a, 7])
+
+
 def test_keys_are_recorded_each(make: Make) -> None:
     """Each key has its own recording, and all are replayed in any order."""
     executor = make(lambda x, n: (x + n).sin(), make.ones(3), 5, mode="symbolic")
@@ -327,6 +337,16 @@ def test_use_keeps_a_key(make: Make) -> None:
     executor = make(lambda x, n: (x + n).sin(), make.ones(3), 5, mode="symbolic", max_recordings=2)
     for n in (5, 6):
         ways(executor, *([make.ones(3), n] for _ in range(2)))
+    ways(executor, *([make.ones(3), 5] for _ in range(20)))
+    assert ways(executor, [make.ones(3), 7]) == ["warm-up"]
+    assert [entry.key.shapes[0] for entry in entries(executor)] == [5, 7]
+
+
+def test_new_key_is_younger_than_the_last_replay(make: Make) -> None:
+    """A key that was recorded and never replayed is not younger for ever than one that replays again and again."""
+    executor = make(lambda x, n: (x + n).sin(), make.ones(3), 5, mode="symbolic", max_recordings=2)
+    ways(executor, *([make.ones(3), 5] for _ in range(3)))
+    ways(executor, *([make.ones(3), 6] for _ in range(2)))
     ways(executor, *([make.ones(3), 5] for _ in range(20)))
     assert ways(executor, [make.ones(3), 7]) == ["warm-up"]
     assert [entry.key.shapes[0] for entry in entries(executor)] == [5, 7]
@@ -470,13 +490,15 @@ def test_reset_during_a_call(make: Make) -> None:
 
 
 def test_executor_that_is_dropped(make: Make) -> None:
-    """What an executor recorded goes with it."""
+    """What an executor recorded goes with it, and the pool with its last recording."""
     executor = make(sines, make.ones(3))
     ways(executor, *([make.ones(3)] for _ in range(3)))
+    assert make.driver.pool_bytes() > 0
     make.made.clear()
     del executor
     gc.collect()
     assert make.driver.live_blocks() == 0
+    assert make.driver.pool_bytes() == 0
 
 
 # --- scope ------------------------------------------------------------------------------------------------------------------

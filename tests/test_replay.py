@@ -333,9 +333,8 @@ def test_source(tape: Maker) -> None:
         emit(one_of_each(tape)).source,
         """\
 def replay(args, stream):
-    x, w, = args
+    x = args[0]
     args.clear()
-    del w
     if not isinstance(x, Tensor) or x.shape != x_shape or x.stride() != x_stride or x.dtype is not x_dtype or x.device != x_device:
         check_argument('x', x_spec, x)
     if x.data_ptr() != x_bridge_address:
@@ -366,7 +365,7 @@ def test_source_of_written_input(tape: Maker) -> None:
         emit(written_input(tape)).source,
         """\
 def replay(args, stream):
-    x, = args
+    x = args[0]
     args.clear()
     if x.data_ptr() != x_bridge_address:
         x_bridge.copy_(x)
@@ -386,7 +385,9 @@ def test_source_of_several_bridges(tape: Maker) -> None:
         emit(several_bridges(tape)).source,
         """\
 def replay(args, stream):
-    x, y, z, = args
+    x = args[0]
+    y = args[1]
+    z = args[2]
     args.clear()
     copied.copies += load_all((x_bridge, y_bridge, z_bridge,), (x, y, z,))
     del x, y, z

@@ -25,6 +25,9 @@ Measures, all under ``torch.no_grad()``, with inputs at changing addresses:
 - pool and reserved: memory of private pools, and growth of what the allocator holds;
 - difference: the largest from eager, over five inputs. Ours must be the same bit for bit.
 
+``--rounds 3`` takes all rows three times, one round after the other, and shows medians over the rounds: on a shared
+machine the host's speed changes within minutes.
+
 What a contender needs is imported before the clock starts, as far as it can be named. A run that is cut short has
 written what it has; ``--resume`` with the same ``--json`` measures the rest.
 """
@@ -43,10 +46,11 @@ import tempfile
 import time
 import traceback
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -136,6 +140,8 @@ class Row:
     log: str = ""
     """The end of what a failed process wrote to its standard error."""
     environment: dict[str, str] = field(default_factory=dict)
+    rounds: int = 1
+    """How many rows this one is the median of."""
 
     @property
     def failed(self) -> bool:
@@ -716,6 +722,37 @@ def run_child(model: str, contender: str, options: argparse.Namespace) -> Row:
     return row
 
 
+def medians(rows: Sequence[Row]) -> list[Row]:
+    """One row for each model and contender. A row that failed counts only where none did not."""
+    pairs: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: bool(row.error)):
+        same = pairs.setdefault((row.model, row.contender), [])
+        if not (same and row.error):
+            same.append(row)
+    return [_median(same) for same in pairs.values()]
+
+
+def _median(rows: list[Row]) -> Row:
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    measures: dict[str, Any] = {}
+    for measure in fields(Row):
+        values = [getattr(row, measure.name) for row in rows]
+        if measure.name.endswith(("_us", "_s")) and None not in values:
+            measures[measure.name] = median(values)
+    totals = [row.total_us for row in rows if row.total_us is not None]
+    spread = f"total {min(totals):,.0f} to {max(totals):,.0f} in {len(rows)} rounds"
+    return replace(
+        first,
+        **measures,
+        bitwise=all(row.bitwise for row in rows),
+        max_abs_diff=max((row.max_abs_diff for row in rows if row.max_abs_diff is not None), default=None),
+        notes=[*first.notes, spread],
+        rounds=len(rows),
+    )
+
+
 @dataclass(frozen=True)
 class Goal:
     """A ratio that should be at most, or at least, so much."""
@@ -741,7 +778,7 @@ class Goal:
 
 def goals(rows: Sequence[Row], models: Sequence[str]) -> list[Goal]:
     """What the project set itself, for the models that were measured."""
-    found = {(row.model, row.contender): row for row in rows if not row.error}
+    found = {(row.model, row.contender): row for row in medians(rows) if not row.error}
 
     def value(model: str, contender: str, measure: str) -> float | None:
         row = found.get((model, contender))
@@ -816,7 +853,7 @@ Shown = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 def tables(rows: Sequence[Row], options: argparse.Namespace) -> list[Shown]:
     """One table for each model, and the goals."""
-    in_order = sorted(rows, key=lambda row: [*CONTENDERS].index(row.contender))
+    in_order = sorted(medians(rows), key=lambda row: [*CONTENDERS].index(row.contender))
     stand_in = "A tiny stand-in for: " if options.smoke else ""
     shown: list[Shown] = [
         (stand_in + MODELS[model], COLUMNS, [cells(row) for row in in_order if row.model == model])
@@ -849,12 +886,12 @@ def driver_version() -> str:
         return "unknown"
 
 
-def read(path: Path) -> dict[tuple[str, str], Row]:
+def read(path: Path) -> list[Row]:
     """The rows that an earlier run measured, and that did not fail."""
     if not path.exists():
-        return {}
+        return []
     rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    return {(row.model, row.contender): row for row in rows if not row.error}
+    return [row for row in rows if not row.error]
 
 
 def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
@@ -880,6 +917,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, metavar="CONTENDER", help=f"of {', '.join(CONTENDERS)}"
     )
+    parser.add_argument("--rounds", type=int, default=1, help="take each row so often, and show medians (1)")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each process (150)")
@@ -906,9 +944,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     options.driver = "none" if options.smoke else driver_version()
-    known = read(options.json) if options.resume and options.json else {}
+    rows = read(options.json) if options.resume and options.json else []
+    known = Counter((row.model, row.contender) for row in rows)
     pairs = [(m, c) for m in BY_IMPORTANCE for c in CONTENDERS if m in options.models and c in options.contenders]
-    rows: list[Row] = list(known.values())
     options.models = [m for m in MODELS if m in options.models or any(row.model == m for row in rows)]  # what is shown
     end = time.monotonic() + options.budget
 
@@ -919,7 +957,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # One at a time, as they share the GPU; a smoke test measures nothing, so there it does not matter.
     with ThreadPoolExecutor(max_workers=2 if options.smoke else 1) as pool:
-        for row in pool.map(run, [pair for pair in pairs if pair not in known]):
+        missing = [pair for number in range(options.rounds) for pair in pairs if known[pair] <= number]
+        for row in pool.map(run, missing):
             rows.append(row)
             numbers = f"{row.total_us:,.0f} us" if row.total_us is not None and not row.error else row.error
             print(f"{row.model:10} {row.contender:16} {numbers}", file=sys.stderr, flush=True)
