@@ -76,8 +76,6 @@ class Entry:
 class AddressSet:
     """The keys that share a set of static addresses, least recently used first."""
 
-    holds: Callable[[list[Any]], bool]
-    """Whether arguments are at these addresses."""
     entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
     guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     """Weak references whose death takes the set with it."""
@@ -117,8 +115,6 @@ class Executor:
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
         self._writes = writes_inputs(lowered.module)
-        self._last: tuple[AddressSet, Entry] | None = None
-        """What the last call replayed: most calls are like the one before."""
         self._cut()
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
         weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False
@@ -175,21 +171,18 @@ class Executor:
                 run_deferred(driver)
 
     def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
-        addresses, entry = self._last or (None, None)
-        if addresses is None or entry is None or not self._is_call_of(addresses, entry, args):
-            key = self._read_key(args)
-            addresses = self.sets.get(key.addresses)
-            entry = addresses.entries.get(key.shapes) if addresses is not None else None
+        key = self._read_key(args)
+        addresses = self.sets.get(key.addresses)
         if self._may_overlap and self._overlap(args, addresses):
             return self._plain(args, "arguments share memory, and one is written")
-        if addresses is None or entry is None:
-            addresses, entry = self._admit(args)
+        entry = addresses.entries.get(key.shapes) if addresses is not None else None
+        if entry is None:
+            entry = self._admit(key, args)
         entry.calls += 1
-        entry.last_call = addresses.last_call = self.statistics.calls
+        entry.last_call = self.statistics.calls
         if entry.replay is not None:
-            if self._last is None or self._last[1] is not entry:
-                self._becomes_last(addresses, entry)
             entry.replays += 1
+            self._touch(entry)
             driver.bring(args)
             return entry.replay.function(args, stream)
         if entry.refused:
@@ -217,40 +210,33 @@ class Executor:
 
     # keys
 
-    def _is_call_of(self, addresses: AddressSet, entry: Entry, args: list[Any]) -> bool:
-        """Whether ``entry`` is what these arguments replay, in a tenth of the time that it takes to read a key."""
-        return entry.replay is not None and addresses.holds(args) and self._read_key.shapes(args) == entry.key.shapes
-
-    def _admit(self, args: Sequence[Any]) -> tuple[AddressSet, Entry]:
+    def _admit(self, key: Key, args: Sequence[Any]) -> Entry:
         """A place for a key that is new; a refused one if there is no room. May change how keys are read."""
-        self._last = None
-        self._change_mind(args)
-        key = self._read_key(args)
+        if self._changed_mind(args):
+            key = self._read_key(args)
         now = self.statistics.calls
         addresses = self.sets.get(key.addresses)
         if addresses is None:
-            addresses = AddressSet(self._read_key.address_check(key))
             if len(self.sets) >= MAX_ADDRESS_SETS:
                 oldest = next(iter(self.sets))
                 if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
-                    return addresses, Entry(
-                        key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use"
-                    )
+                    return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
                 self._drop_set(oldest)
                 self.statistics.evictions += 1
-            self.sets[key.addresses] = addresses
+            addresses = self.sets[key.addresses] = AddressSet()
             addresses.guards = self._guards(key.addresses, args)
             addresses.storages = self._static_storages(args)
+        addresses.last_call = now
         limit = self.options.max_recordings
         if len(addresses.entries) >= limit:
             shapes, oldest_entry = next(iter(addresses.entries.items()))
             if now - oldest_entry.last_call < IDLE_FACTOR * limit:
-                return addresses, Entry(key, refused=f"more than max_recordings={limit} keys in use")
+                return Entry(key, refused=f"more than max_recordings={limit} keys in use")
             del addresses.entries[shapes]
             _release([oldest_entry], self.statistics, self.driver)
             self.statistics.evictions += 1
         entry = addresses.entries[key.shapes] = Entry(key)
-        return addresses, entry
+        return entry
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
         """Whether an argument that is not static lies in the storage of another.
@@ -271,10 +257,14 @@ class Executor:
         static = (args[value.index] for value in self.program.inputs if value.kind == "static")
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in static)
 
-    def _becomes_last(self, addresses: AddressSet, entry: Entry) -> None:
-        self._last = addresses, entry
-        addresses.entries.move_to_end(entry.key.shapes)
-        self.sets.move_to_end(entry.key.addresses)
+    def _touch(self, entry: Entry) -> None:
+        addresses = self.sets.get(entry.key.addresses)
+        if addresses is not None:
+            addresses.last_call = self.statistics.calls
+            if len(addresses.entries) > 1:
+                addresses.entries.move_to_end(entry.key.shapes)
+            if len(self.sets) > 1:
+                self.sets.move_to_end(entry.key.addresses)
 
     def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
         me = weakref.ref(self)
@@ -290,8 +280,8 @@ class Executor:
 
         return [weakref.ref(args[v.index], died) for v in self.program.inputs if v.kind == "static"]
 
-    def _change_mind(self, args: Sequence[Any]) -> None:
-        """Count what varies from key to key; where that is too much, give up keying it, and forget all keys."""
+    def _changed_mind(self, args: Sequence[Any]) -> bool:
+        """Count what varies from key to key; where that is too much, give up keying it. True if keys are now others."""
         keyed, scalars = self._keyed(), frozenset[str]()
         if self.options.scalars == "key":
             scalars = frozenset(value.name for value in self.program.inputs if value.kind == "scalar")
@@ -306,6 +296,7 @@ class Executor:
         if changed:
             self._drop_all()
             self._cut()
+        return changed
 
     def _count(self, name: str, value: Any, limit: int, give_up: Callable[[str], None]) -> bool:
         values = self.seen.setdefault(name, set())
@@ -451,20 +442,14 @@ class _KeyReader:
         )
 
     def __call__(self, args: Sequence[Any]) -> Key:
-        return Key(tuple([args[index].data_ptr() for index in self.addressed]), self.shapes(args))
-
-    def shapes(self, args: Sequence[Any]) -> ShapeKey:
-        """All of a key but the addresses."""
+        data_ptr = torch.Tensor.data_ptr
+        addresses = tuple([data_ptr(args[index]) for index in self.addressed])
         shapes: ShapeKey = tuple([args[index] for index in self.numbers])
         if self.open_layouts:
             shapes += tuple((args[i].shape, args[i].stride(), args[i].dtype, args[i].device) for i in self.open_layouts)
         if self.scalars:
             shapes += tuple(_scalar_bytes(args[index]) for index in self.scalars)
-        return shapes
-
-    def address_check(self, key: Key) -> Callable[[list[Any]], bool]:
-        """A function of arguments that says whether they have the addresses of ``key``."""
-        return _torch.address_check(dict(zip(self.addressed, key.addresses, strict=True)))
+        return Key(addresses, shapes)
 
 
 def _is_open(tensor: torch.Tensor) -> bool:

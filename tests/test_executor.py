@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend import executor as module
-from breakable_backend._torch import address_check
 from breakable_backend.active import in_call
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
@@ -276,15 +275,6 @@ def test_key_reads_addresses(make: Make) -> None:
     key = executor._read_key(args)
     assert key.addresses == (args[0].data_ptr(), args[1].data_ptr())
     assert executor._read_key([*args[:2], make.ones(3), make.ones(3)]) == key
-
-
-def test_address_check(device: torch.device) -> None:
-    """All the addresses have to be the same; what else the list holds does not matter."""
-    a, b, c = (torch.ones(3, device=device) for _ in range(3))
-    check = address_check({0: a.data_ptr(), 2: b.data_ptr()})
-    assert check([a, 7, b]) and check([a, c, b, c]) and check([a[:1], None, b.view(3, 1)])
-    assert not check([c, 7, b]) and not check([a, 7, c]) and not check([b, 7, a]) and not check([a, 7, b[1:]])
-    assert address_check({})([a, 7])
 
 
 def test_keys_are_recorded_each(make: Make) -> None:
