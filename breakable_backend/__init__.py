@@ -6,12 +6,17 @@ straight line of launches and eager calls.
 
 from breakable_backend.backend import breakable_cg as breakable_cg
 from breakable_backend.backend import reset as reset
+from breakable_backend.capture import BreakableCUDAGraph as BreakableCUDAGraph
+from breakable_backend.capture import break_graph as break_graph
+from breakable_backend.capture import capture as capture
+from breakable_backend.capture import is_capturing as is_capturing
 from breakable_backend.errors import BreakableError as BreakableError
 from breakable_backend.errors import CaptureError as CaptureError
 from breakable_backend.errors import EagerOutputError as EagerOutputError
 from breakable_backend.errors import OptionsError as OptionsError
 from breakable_backend.errors import PartitionError as PartitionError
 from breakable_backend.errors import ReplayError as ReplayError
+from breakable_backend.functions import eager_on_graph as eager_on_graph
 from breakable_backend.marking import eager_region as eager_region
 from breakable_backend.marking import mark_eager as mark_eager
 from breakable_backend.marking import unmark_eager as unmark_eager
@@ -19,6 +24,7 @@ from breakable_backend.report import Report as Report
 from breakable_backend.report import explain as explain
 
 __all__ = [
+    "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
     "EagerOutputError",
@@ -26,9 +32,13 @@ __all__ = [
     "PartitionError",
     "ReplayError",
     "Report",
+    "break_graph",
     "breakable_cg",
+    "capture",
+    "eager_on_graph",
     "eager_region",
     "explain",
+    "is_capturing",
     "mark_eager",
     "reset",
     "unmark_eager",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
@@ -146,6 +147,11 @@ class Executor:
         """
         self.statistics.calls += 1
         driver = self.driver
+        if (handler := door.get()) is not None:
+            self.statistics.plain["called inside capture"] += 1
+            values = list(args)
+            args.clear()
+            return run_plain(self.program, values, handler)
         if not self.capturable:
             return self._plain(args, "nothing to capture")
         if driver.is_capturing():

@@ -7,7 +7,7 @@ capture was measured on an H200 (torch 2.11).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -254,11 +254,11 @@ def explicit_generator(node: fx.Node, scope: Scope) -> str:
     return ""
 
 
-_READS_HOST = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::_assert_scalar")
+READS_HOST = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::_assert_scalar")
 
 
 def host_read(node: fx.Node, scope: Scope) -> str:
-    return "reads a value on the host" if schema_name(node) in _READS_HOST else ""
+    return "reads a value on the host" if schema_name(node) in READS_HOST else ""
 
 
 def data_dependent(node: fx.Node, scope: Scope) -> str:
@@ -268,11 +268,11 @@ def data_dependent(node: fx.Node, scope: Scope) -> str:
     return ""
 
 
-_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index", "aten::_unsafe_index_put")
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index", "aten::_unsafe_index_put")
 
 
 def boolean_index(node: fx.Node, scope: Scope) -> str:
-    if schema_name(node) in _INDEXING and len(node.args) > 1:
+    if schema_name(node) in INDEXING and len(node.args) > 1:
         for index in pytree.tree_leaves(node.args[1]):
             if isinstance(index, fx.Node) and any(
                 tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_of(index.meta.get("val"))
@@ -317,7 +317,7 @@ def off_device(node: fx.Node, scope: Scope) -> str:
     return ""
 
 
-_WAITS_FOR_HOST = frozenset(
+WAITS_FOR_HOST = frozenset(
     f"aten::{name}"
     for name in (
         "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_ldl_factor_ex linalg_lstsq "
@@ -329,7 +329,7 @@ _WAITS_FOR_HOST = frozenset(
 
 
 def waits_for_host(node: fx.Node, scope: Scope) -> str:
-    return "waits for the host on CUDA" if schema_name(node) in _WAITS_FOR_HOST else ""
+    return "waits for the host on CUDA" if schema_name(node) in WAITS_FOR_HOST else ""
 
 
 def moves_storage(node: fx.Node, scope: Scope) -> str:
@@ -379,3 +379,72 @@ def schema_name(node: fx.Node) -> str:
 def label(node: fx.Node) -> str:
     """What a node calls, as reports show it."""
     return schema_name(node) or getattr(node.target, "__name__", str(node.target))
+
+
+# --- ops that run now -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LiveReason:
+    """Why an op that is about to run inside ``capture`` is not captured."""
+
+    rule: str
+    text: str
+    op: str
+    refused: bool = False
+    """Whether it cannot be an eager step either: its result has another shape, or is another number, at each replay."""
+
+
+def live_reason(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:
+    """Why ``op``, called with real tensors, cannot be captured on ``device``; None if it can be."""
+    if not isinstance(op, _torch.OpOverload):
+        return LiveReason("higher_order", "decides on the host what to run", str(op))
+    name = str(op._schema.name)
+
+    def eager(rule: str, text: str) -> LiveReason:
+        return LiveReason(rule, text, name)
+
+    if why := is_marked(op, EagerOps()):
+        return eager("marked", why)
+    tensors = tensors_of((args, kwargs))
+    if all(tensor.device != device for tensor in tensors) and not _goes_to(op, args, kwargs, device):
+        return None  # arithmetic of the host, which happens once
+    if name in READS_HOST:
+        return LiveReason("host_read", "reads a value on the host", name, refused=True)
+    if name in WAITS_FOR_HOST:
+        dynamic = torch.Tag.dynamic_output_shape in op.tags or name == "aten::nonzero"
+        return LiveReason("waits_for_host", "waits for the host", name, refused=dynamic)
+    if name in INDEXING:
+        masks = [i for i in tensors_of(args[1]) if i.dtype in (torch.bool, torch.uint8)]
+        return (
+            LiveReason("boolean_index", "indexes with a mask, which waits for the host", name, True) if masks else None
+        )
+    if torch.Tag.dynamic_output_shape in op.tags:
+        return LiveReason("data_dependent", "makes a shape that depends on values", name, refused=True)
+    if name in ("aten::_to_copy", "aten::copy_"):
+        return _live_copy(op, args, kwargs, device)
+    if kwargs.get("generator") is not None:
+        return eager("explicit_generator", "draws from a generator of its own")
+    return None
+
+
+def _goes_to(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> bool:
+    return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == device.type
+
+
+def _live_copy(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:
+    name = str(op._schema.name)
+    if name == "aten::copy_":
+        source, target = args[1].device, args[0].device
+        pinned = (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)) and all(
+            tensor.device == device or tensor.is_pinned() for tensor in args[:2]
+        )
+    else:
+        source = args[0].device
+        target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else source
+        pinned = False
+    if source.type == target.type or pinned or (name == "aten::copy_" and args[1].dim() == 0 and source.type == "cpu"):
+        return None
+    if target.type != device.type:
+        return LiveReason("host_read", "copies to the host, which waits for the device", name, refused=True)
+    return LiveReason("off_device", "copies from the host, which waits for the device", name)

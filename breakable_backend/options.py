@@ -15,12 +15,13 @@ ENVIRONMENT_PREFIX = "BREAKABLE_CG_"
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "driver": ("auto", "cuda", "tape"),
+    "debug": (None, "eager"),
     "auto_break": (True, False),
     "outputs": ("fresh", "static"),
     "scalars": ("key", "device"),
     "inner": ("eager",),
 }
-_NOT_YET = {"inner": ("inductor",)}
+_NOT_YET = {"inner": ("inductor",), "debug": ("compare",)}
 _SMALLEST = {"max_recordings": 1, "min_kernels": 1}
 
 
@@ -37,6 +38,9 @@ class Options:
 
     driver: str = "auto"
     """``"auto"``: CUDA if the inputs are there, else the tape, which shows semantics and not speed."""
+
+    debug: str | None = None
+    """``"eager"``: every op runs eagerly, through the same record and replay path."""
 
     eager_ops: tuple[Any, ...] = ()
     """Ops that run eagerly in this function: names, overloads, or torch functions."""
@@ -91,6 +95,8 @@ def _from_text(name: str, text: str) -> Any:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if name in _SMALLEST:
         return int(text) if text.strip().lstrip("-").isdigit() else text
+    if name == "debug" and text.strip().lower() in ("", "none"):
+        return None
     if name == "auto_break":
         return {"1": True, "true": True, "0": False, "false": False}.get(text.strip().lower(), text)
     return text.strip()

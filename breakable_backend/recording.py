@@ -19,11 +19,12 @@ import sympy
 import torch
 from torch import fx
 
-from breakable_backend import _torch
+from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
+from breakable_backend.functions import Mark
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.program import (
@@ -235,8 +236,10 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
             symbols[symbol] = int(number)
 
 
-def run_plain(program: Program, args: Sequence[Any]) -> list[Any]:
+def run_plain(program: Program, args: Sequence[Any], handler: active.BreakHandler | None = None) -> list[Any]:
     """Run every segment as eager would, with no capture and no bridge: the first call, and whatever is not recorded.
+
+    Under a ``handler``, which is somebody's capture by the second door, eager segments become eager steps of that.
 
     Raises:
         EagerOutputError: a marked op returned something else than its fake implementation said.
@@ -248,12 +251,30 @@ def run_plain(program: Program, args: Sequence[Any]) -> list[Any]:
             results = segment.module(*(slots[name] for name in segment.inputs))
             slots.update(zip(segment.outputs, results, strict=True))
         else:
-            _run_calls(
-                binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None), slots, segment.outputs
-            )
+            calls = binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None)
+            if handler is None:
+                _run_calls(calls, slots, segment.outputs)
+            else:
+                first, inputs = segment.reasons[0], [slots[name] for name in segment.inputs]
+                body = _SegmentBody(segment, tuple(calls))
+                results = handler.call(Mark(body, first.op, first.source), tuple(inputs), {})
+                slots.update(zip(segment.outputs, results, strict=True))
         for name in dead:
             del slots[name]
     return list(program.epilogue.module(*(slots[name] for name in program.epilogue.inputs)))
+
+
+@dataclass(frozen=True)
+class _SegmentBody:
+    """An eager segment as a function of its inputs."""
+
+    segment: EagerSegment
+    calls: tuple[Call, ...]
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        slots = dict(zip(self.segment.inputs, inputs, strict=True))
+        _run_calls(self.calls, slots, self.segment.outputs)
+        return tuple(slots[name] for name in self.segment.outputs)
 
 
 def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[str]) -> None:

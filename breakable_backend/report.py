@@ -13,9 +13,11 @@ from rich.table import Table
 
 from breakable_backend import _torch
 from breakable_backend.backend import EagerGraph, breakable_cg, eager_graphs_of, executors_of
+from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.lowering import NEEDS_GRADIENTS
 from breakable_backend.program import Reason
+from breakable_backend.recording import EagerStep
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,14 @@ def explain(compiled: Any = None) -> Report:
     (1, 2)
 
     Args:
-        compiled: what ``torch.compile`` returned; None for all functions of this backend.
+        compiled: what ``torch.compile`` returned, or a :class:`BreakableCUDAGraph`; None for all functions of this
+            backend.
 
     Returns:
         a frozen snapshot. It is empty before the first call, which is when Dynamo compiles.
     """
+    if isinstance(compiled, BreakableCUDAGraph):
+        return Report((_captured(compiled),), (), {}, ())
     executors = list(breakable_cg.executors) if compiled is None else executors_of(compiled)
     executors.sort(key=lambda executor: int(executor.name.split()[-1]))
     return Report(
@@ -172,6 +177,29 @@ def _program(executor: Executor) -> ProgramReport:
         notes=tuple(executor.notes),
         lowering_seconds=statistics.lowering_seconds,
         recordings=recordings,
+    )
+
+
+def _captured(graph: BreakableCUDAGraph) -> ProgramReport:
+    recording, tally = graph.recording, graph.tally
+    eager = [step for step in recording.steps if isinstance(step, EagerStep)] if recording else []
+    driver = graph.driver
+    return ProgramReport(
+        name="captured graph" if recording else "graph that holds nothing",
+        driver=f"{driver.name} on {driver.device}" if driver else "no driver yet",
+        num_graph_segments=len(recording.graphs) if recording else 0,
+        num_eager_segments=len(eager),
+        reasons=tuple(reason for step in eager for reason in step.reasons),
+        text=graph.source,
+        calls=graph.replays + (recording is not None),
+        captures=len(recording.graphs) if recording else 0,
+        replays=graph.replays,
+        copies=tally.copies if tally else 0,
+        evictions=0,
+        plain_calls={},
+        notes=(),
+        lowering_seconds=0.0,
+        recordings=(),
     )
 
 

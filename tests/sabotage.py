@@ -55,6 +55,92 @@ class Fault:
 
 
 FAULTS = (
+    # --- the second door ---
+    Fault(
+        "capture-keeps-no-inputs",
+        "capture.py",
+        "        elif key not in self.parameters:\n            self.held[key] = tensor.untyped_storage()",
+        "        elif key not in self.parameters:\n            pass",
+        "test_capture.py::test_inputs_are_kept[cpu]",
+    ),
+    Fault(
+        "capture-hands-out-kept-results",
+        "results.py",
+        "and _torch.storage_key(leaf) not in known:",
+        "and False:",
+        "test_capture.py::test_function_that_keeps_its_result[cpu]",
+    ),
+    Fault(
+        "capture-clones-aliases-apart",
+        "results.py",
+        "by_storage.setdefault(_torch.storage_key(leaf), [])",
+        "by_storage.setdefault(id(leaf), [])",
+        "test_capture.py::test_aliases_among_results[cpu]",
+    ),
+    Fault(
+        "capture-copies-arguments",
+        "capture.py",
+        "known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))",
+        "known |= set()",
+        "test_capture.py::test_result_that_is_an_input[cpu]",
+    ),
+    Fault(
+        "segment-not-launched-at-its-end",
+        "capture.py",
+        "        graph.replay(self.stream)",
+        "        pass",
+        "test_capture.py::test_real_data_while_capturing[cpu]",
+    ),
+    Fault(
+        "plain-results-unchecked",
+        "results.py",
+        "if not (self.host_only or _is_same(value, leaf.value)):",
+        "if False:",
+        "test_capture.py::test_result_that_cannot_be_written_back[cpu-plain]",
+    ),
+    Fault(
+        "lost-alias-unchecked",
+        "results.py",
+        "elif leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():",
+        "elif False:",
+        "test_capture.py::test_result_that_cannot_be_written_back[cpu-alias lost]",
+    ),
+    Fault(
+        "capture-forgets-autocast",
+        "capture.py",
+        "return Ambient(autocast, grad) if autocast or grad else None",
+        "return None",
+        "test_capture.py::test_autocast[cpu]",
+    ),
+    Fault(
+        "capture-owns-parameters",
+        "capture.py",
+        "        elif isinstance(tensor, nn.Parameter):\n            self.parameters[key] = tensor",
+        "        elif False:\n            pass",
+        "test_capture.py::test_dropped_model[cpu]",
+    ),
+    Fault(
+        "marked-in-marked-breaks-again",
+        "capture.py",
+        "token = active.handler.set(None)",
+        "token = active.handler.set(self)",
+        "test_capture.py::test_is_capturing[cpu]",
+    ),
+    Fault(
+        "failed-capture-keeps-its-graphs",
+        "capture.py",
+        "                self.driver.release(graphs, [*self.steps, self.constants, self.held])",
+        "                pass",
+        "test_capture.py::test_error_in_an_eager_function[cuda]",
+        gpu=True,
+    ),
+    Fault(
+        "compiled-call-inside-capture-keeps-its-breaks",
+        "executor.py",
+        "if (handler := door.get()) is not None:",
+        "if (handler := door.get()) is not None and False:",
+        "test_capture.py::test_compiled_function_inside[cpu]",
+    ),
     # --- replay: generated source ---
     Fault(
         "emitted-skips-a-load",

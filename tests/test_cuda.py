@@ -259,7 +259,7 @@ def test_random_offset_of_a_recording_is_ordered() -> None:
     x = torch.randn(64, device=CUDA)
     ours(x)
     driver = executors_of(ours)[0].driver
-    with torch.cuda.stream(driver._stream):  # type: ignore[attr-defined]
+    with torch.cuda.stream(driver.stream):  # type: ignore[attr-defined]
         torch.cuda._sleep(20_000_000)
     torch.manual_seed(7)
     torch.rand(3, device=CUDA)

@@ -12,6 +12,7 @@ import breakable_backend
 from breakable_backend.options import Options
 
 EXPORTS = [
+    "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
     "EagerOutputError",
@@ -19,9 +20,13 @@ EXPORTS = [
     "PartitionError",
     "ReplayError",
     "Report",
+    "break_graph",
     "breakable_cg",
+    "capture",
+    "eager_on_graph",
     "eager_region",
     "explain",
+    "is_capturing",
     "mark_eager",
     "reset",
     "unmark_eager",

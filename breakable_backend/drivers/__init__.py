@@ -34,6 +34,22 @@ class CapturedGraph(Protocol):
         """Launch on ``stream``, which must be the current one (a raw handle from :meth:`CaptureDriver.begin`)."""
 
 
+class CaptureSession(Protocol):
+    """Segments captured one after the other in the middle of the caller's own code."""
+
+    def begin(self) -> None:
+        """Capture from here on. Raises CaptureError where a capture is active already."""
+
+    def touch(self) -> None:
+        """An op is about to run: its stream belongs to this capture, and is joined when the segment ends."""
+
+    def end(self) -> CapturedGraph:
+        """The segment since :meth:`begin`; raises and repairs like :meth:`CaptureDriver.capture`."""
+
+    def abandon(self) -> bool:
+        """Drop the segment since :meth:`begin`, whose code raised; whether that had spoilt the capture itself."""
+
+
 class CaptureDriver(Protocol):
     """Captures and replays on one device, in one memory pool."""
 
@@ -67,6 +83,9 @@ class CaptureDriver(Protocol):
                 process is repaired: no capture is active, the random state is as before, no storage was written, and
                 the next capture works.
         """
+
+    def session(self) -> AbstractContextManager[CaptureSession]:
+        """For captures that begin and end in the middle of a ``with`` block. Within :meth:`recording`."""
 
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream."""

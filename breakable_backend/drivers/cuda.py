@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -94,12 +94,15 @@ class CudaDriver:
 
     name = "cuda"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pool: Any = None, capture_error_mode: str = "thread_local") -> None:
+        self.capture_error_mode = capture_error_mode
+        self._given_pool = pool
+        """A pool of the caller's, from ``torch.cuda.graph_pool_handle()``; it is used until a capture fails in it."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.lock = threading.RLock()
         self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
-        self._stream = torch.cuda.Stream(self.device)
+        self.stream = torch.cuda.Stream(self.device)
         """Where captures happen. One only: the allocator never gives a block of one stream to another."""
         self._pool: Any = None
         self._keeper: torch.cuda.CUDAGraph | None = None
@@ -152,7 +155,7 @@ class CudaDriver:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
                 torch.cuda.current_blas_handle()
             if self._pool is None:
                 self._open_pool()
@@ -165,37 +168,50 @@ class CudaDriver:
 
     def capture(self, body: Callable[[], T]) -> tuple[CudaGraph, T]:
         """Run ``body`` under a capture on the driver's own stream."""
-        if torch.cuda.is_current_stream_capturing():
-            raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
-        assert self._pool is not None, "capture outside recording()"
-        graph = torch.cuda.CUDAGraph()
-        with self._on_capture_stream():
-            # thread_local: other threads may allocate, query events and pin memory meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with self.session() as session:
+            session.begin()
             try:
                 result = body()
             except BaseException as error:
-                self._abandon(graph)
+                session.abandon()
                 if isinstance(error, Exception):
                     raise CaptureError(_first_line(error)) from error
                 raise
-            try:
-                _end(graph)
-            except Exception as error:
-                self._repair(graph)
-                raise CaptureError(_first_line(error)) from error
+            return session.end(), result
+
+    @contextmanager
+    def session(self) -> Iterator[CudaSession]:
+        """Captures segment after segment."""
+        assert self._pool is not None, "capture outside recording()"
+        yield CudaSession(self)
+
+    def begin_capture(self) -> torch.cuda.CUDAGraph:
+        """A graph that captures the current stream into the pool."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may allocate, query events and pin memory meanwhile.
+        graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
+        return graph
+
+    def end_capture(self, graph: torch.cuda.CUDAGraph) -> CudaGraph:
+        """What was captured; after an error the process is repaired."""
+        try:
+            _end(graph)
+        except Exception as error:
+            self._repair(graph)
+            raise CaptureError(_first_line(error)) from error
         captured = CudaGraph(graph, torch.cuda.default_generators[self._index])
         self._live.add(captured)
-        return captured, result
+        return captured
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture whose body raised."""
+    def abandon_capture(self, graph: torch.cuda.CUDAGraph) -> bool:
+        """End a capture whose body raised; whether it could not even be ended."""
         try:
             _end(graph)
         except Exception:  # noqa: BLE001 - what made the capture invalid is on its way to the caller already
             self._repair(graph)
-        else:
-            graph.reset()
+            return True
+        graph.reset()
+        return False
 
     def _repair(self, graph: torch.cuda.CUDAGraph) -> None:
         """Make the process as it was after ``capture_end`` failed.
@@ -210,16 +226,16 @@ class CudaDriver:
         self._open_pool()
 
     def _open_pool(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
         self._keeper = torch.cuda.CUDAGraph()
-        with self._on_capture_stream():
+        with self.on_capture_stream():
             byte = torch.zeros(1, device=self.device)
             self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             byte.zero_()
             self._keeper.capture_end()
 
     @contextmanager
-    def _on_capture_stream(self) -> Iterator[None]:
+    def on_capture_stream(self) -> Iterator[None]:
         """The capture stream as the current one, ordered on the GPU behind the caller's stream, and that behind it.
 
         ``capture_begin`` resets the random offset, which all graphs of a generator share, by a kernel that it launches on
@@ -227,12 +243,12 @@ class CudaDriver:
         """
         with torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
-            self._stream.wait_stream(caller)
+            self.stream.wait_stream(caller)
             try:
-                with torch.cuda.stream(self._stream):
+                with torch.cuda.stream(self.stream):
                     yield
             finally:
-                caller.wait_stream(self._stream)
+                caller.wait_stream(self.stream)
 
     # release
 
@@ -277,6 +293,67 @@ class CudaDriver:
         if self._pool is None:
             return []
         return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
+
+
+_one_capture = threading.RLock()
+"""The allocator routes by stream, but which capture a thread is in is torch's to know once per process."""
+
+
+class CudaSession:
+    """Captures on the driver's stream, which is the current one between ``begin`` and ``end``."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self.driver = driver
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stack = ExitStack()
+        self._sides: dict[int, torch.cuda.Stream] = {}
+        """Streams that ops of this segment ran on, other than the driver's."""
+
+    def begin(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
+        with ExitStack() as stack:
+            stack.enter_context(_one_capture)
+            stack.enter_context(self.driver.on_capture_stream())
+            self._graph = self.driver.begin_capture()
+            self._stack = stack.pop_all()
+        for side in self._sides.values():
+            side.wait_stream(self.driver.stream)  # forked before a break, and not yet joined by the caller
+
+    def touch(self) -> None:
+        stream = torch.cuda.current_stream(self.driver.device)
+        if stream != self.driver.stream:
+            self._sides[stream.cuda_stream] = stream
+
+    def end(self) -> CudaGraph:
+        current = torch.cuda.current_stream(self.driver.device)
+        if current != self.driver.stream:
+            self.abandon()
+            raise CaptureError(
+                f"a segment ends while {current} is the current stream",
+                fix="leave `with torch.cuda.stream(...)` before the break, or put the break outside",
+            )
+        graph = self._taken()
+        with self._stack:
+            for side in self._sides.values():
+                if _captures(side):
+                    self.driver.stream.wait_stream(side)
+            return self.driver.end_capture(graph)
+
+    def abandon(self) -> bool:
+        graph = self._taken()
+        with self._stack, torch.cuda.stream(self.driver.stream):  # a capture ends on the stream that it began on
+            return self.driver.abandon_capture(graph)
+
+    def _taken(self) -> torch.cuda.CUDAGraph:
+        assert self._graph is not None, "ended without a beginning"
+        graph, self._graph = self._graph, None
+        return graph
+
+
+def _captures(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _end(graph: torch.cuda.CUDAGraph) -> None:

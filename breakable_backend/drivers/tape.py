@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -185,13 +185,32 @@ class TapeGraph:
         self._ops, self._outside, self.made = [], [], {}
 
 
-class _Tape(_torch.TorchDispatchMode):
-    """Runs what is dispatched under it, and keeps what is needed to undo it and to do it again."""
+class _Taping(_torch.TorchDispatchMode):
+    """Hands ops to a tape; without one, they run as they are."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, device: torch.device, generator: torch.Generator) -> None:
+    def __init__(self, tape: _Tape | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.tape is None:
+            return func(*args, **(kwargs or {}))
+        return self.tape.dispatch(func, types, args, kwargs or {})
+
+
+class _Tape:
+    """Runs the ops that it is handed, and keeps what is needed to undo them and to do them again."""
+
+    def __init__(self, device: torch.device, generator: torch.Generator) -> None:
         self.device = device
         self.generator = generator
         self.ops: list[_Op] = []
@@ -206,27 +225,24 @@ class _Tape(_torch.TorchDispatchMode):
         self.refusal = CaptureError(f"{what}, which no captured graph can do", fix=FIX)
         return self.refusal
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def dispatch(self, func: Any, types: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
             return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
         if self.refusal is not None:
             raise self.refusal
-        kwargs = kwargs or {}
         if isinstance(func, _torch.HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
         kernel = _torch.kernel_made_of_ops(func, args, self.device.type, active.autocast.get())
         if kernel is not None:
             # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
-            with self, _HostReads(self):
+            with _Taping(self), _HostReads(self):
                 return kernel(*args, **kwargs)
         return self._run(func, args, kwargs, _torch.pytree.tree_leaves(_torch.written_values(func, args, kwargs)))
 
     def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.name() == "triton_kernel_wrapper_mutation":
             return self._run(func, args, kwargs, _torch.pytree.tree_leaves((args, kwargs)))
-        with self, _HostReads(self):
+        with _Taping(self), _HostReads(self):
             if func is _torch.invoke_subgraph:
                 return args[0](*args[2:])
             if func.name() in HIGHER_ORDER_OF_OPS:
@@ -326,14 +342,14 @@ class _Tape(_torch.TorchDispatchMode):
 class _HostReads(TorchFunctionMode):
     """Refuses the host reads that dispatch nothing on a CPU tensor."""
 
-    def __init__(self, tape: _Tape) -> None:
+    def __init__(self, tape: _Tape | None = None) -> None:
         super().__init__()
         self.tape = tape
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in HOST_READING_METHODS and args[0].device == self.tape.device:
+        if self.tape is not None and func in HOST_READING_METHODS and args[0].device == self.tape.device:
             raise self.tape.refuse(f"Tensor.{func.__name__} {HOST_READ}")
         return func(*args, **(kwargs or {}))
 
@@ -405,36 +421,29 @@ class TapeDriver:
                 gc.enable()
 
     def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
-        if _active.get() is not None:
-            raise CaptureError("a capture was begun inside a capture", fix="end the outer one first")
-        generators = [torch.default_generator]
-        if self.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self.device.index])
-        with self.lock:
-            tape = _Tape(self.device, generators[-1])
-            states = [generator.get_state() for generator in generators]
-            token = _active.set(self)
+        with self.session() as session:
+            session.begin()
             try:
-                with _HostReads(tape), tape:
-                    result = body()
-                tape.check_generator()
-                if tape.refusal is not None:
-                    raise tape.refusal
-                graph = TapeGraph(
-                    tape, draws_random=not torch.equal(states[-1], generators[-1].get_state()), brought=self._brought
-                )
-            except Exception as error:
-                raise _failure(error) from error
-            finally:
-                _active.reset(token)
-                tape.undo()
-                for generator, state in zip(generators, states, strict=True):
-                    generator.set_state(state)
-        self._graphs.add(graph)
-        return graph, result
+                result = body()
+            except BaseException as error:
+                session.abandon()
+                if isinstance(error, Exception):
+                    raise _failure(error) from error
+                raise
+            return session.end(), result
+
+    @contextmanager
+    def session(self) -> Iterator[TapeSession]:
+        session = TapeSession(self)
+        with session.host_reads, session.taping:
+            yield session
 
     def is_capturing(self) -> bool:
         return _active.get() not in (None, self)
+
+    def adopt(self, graph: TapeGraph) -> None:
+        """Count what ``graph`` owns as the pool's."""
+        self._graphs.add(graph)
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
         for graph in graphs:
@@ -451,3 +460,63 @@ class TapeDriver:
 
     def _made(self) -> dict[int, torch.UntypedStorage]:
         return {key: storage for graph in self._graphs for key, storage in graph.made.items()}
+
+
+class TapeSession:
+    """Captures segment after segment. The modes stay, whatever the caller enters on top of them between two segments."""
+
+    def __init__(self, driver: TapeDriver) -> None:
+        self.driver = driver
+        self.taping, self.host_reads = _Taping(), _HostReads()
+        self._generators = [torch.default_generator]
+        if driver.device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[driver.device.index])
+        self._states: list[torch.Tensor] = []
+        self._tape: _Tape | None = None
+        self._token: Token[TapeDriver | None] | None = None
+
+    def begin(self) -> None:
+        if _active.get() is not None:
+            raise CaptureError("a capture was begun inside a capture", fix="end the outer one first")
+        self.driver.lock.acquire()
+        self._token = _active.set(self.driver)
+        self._states = [generator.get_state() for generator in self._generators]
+        self._tape = self.taping.tape = self.host_reads.tape = _Tape(self.driver.device, self._generators[-1])
+
+    def end(self) -> CapturedGraph:
+        tape = self._tape
+        assert tape is not None, "ended without a beginning"
+        self.taping.tape = self.host_reads.tape = None
+        try:
+            tape.check_generator()
+            if tape.refusal is not None:
+                raise tape.refusal
+            drew = not torch.equal(self._states[-1], self._generators[-1].get_state())
+            graph = TapeGraph(tape, draws_random=drew, brought=self.driver._brought)
+        except Exception as error:
+            raise _failure(error) from error
+        finally:
+            self._undo()
+        self.driver.adopt(graph)
+        return graph
+
+    def abandon(self) -> bool:
+        spoilt = self._tape is not None and self._tape.refusal is not None
+        self._undo()
+        return spoilt
+
+    def touch(self) -> None:
+        """There are no streams."""
+
+    def _undo(self) -> None:
+        tape, token = self._tape, self._token
+        assert tape is not None, "ended without a beginning"
+        assert token is not None
+        self._tape = self._token = self.taping.tape = self.host_reads.tape = None
+        _active.reset(token)
+        try:
+            tape.undo()
+            for generator, state in zip(self._generators, self._states, strict=True):
+                generator.set_state(state)
+        finally:
+            self.driver.lock.release()
