@@ -21,6 +21,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
+from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import PartitionError
 from breakable_backend.executor import Executor, scope_for
@@ -28,6 +29,12 @@ from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lo
 from breakable_backend.marking import EagerOps, Scope, tensors_of
 from breakable_backend.options import Options
 from breakable_backend.program import source_line
+
+_DRIVERS: Mapping[str, Callable[[torch.device], CaptureDriver]] = {
+    "cuda": CudaDriver,
+    "tape": TapeDriver,
+    "eager": EagerDriver,
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Backend:
         name = f"graph {next(self._numbers)}"
 
         def compile_lowered(lowered: Lowered) -> Executor:
-            driver = self._driver(chosen.driver, lowered)
+            driver = self._driver(chosen, lowered)
             scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
             executor = Executor(lowered, scope, chosen, driver, name)
             executor.statistics.lowering_seconds = time.perf_counter() - started
@@ -123,25 +130,26 @@ class Backend:
             executor.reset()
         self.uncaptured.clear()
 
-    def _driver(self, choice: str, lowered: Lowered) -> CaptureDriver:
-        device = _capture_device(lowered)
-        if choice == "cuda" or (choice == "auto" and device.type == "cuda"):
+    def _driver(self, options: Options, lowered: Lowered) -> CaptureDriver:
+        kind, device = options.driver, _capture_device(lowered)
+        debug = options.debug == "eager"
+        if kind == "cuda" or (kind == "auto" and device.type == "cuda" and not debug):
             require_cuda()
-            choice = "cuda"
+            kind = "cuda"
             if device.type != "cuda":
                 device = torch.device("cuda", torch.cuda.current_device())
-        elif choice == "auto":
-            self._say(
-                f"breakable_cg found no CUDA tensor in the graph and uses the tape driver on {device}, which shows what "
-                "would be captured, not how fast. Say options={'driver': 'tape'} to choose that."
-            )
-            choice = "tape"
+        elif kind == "auto":
+            kind = "tape"
+            if not debug:
+                self._say(
+                    f"breakable_cg found no CUDA tensor in the graph and uses the tape driver on {device}, which shows "
+                    "what would be captured, not how fast. Say options={'driver': 'tape'} to choose that."
+                )
+        kind = "eager" if debug else kind
         with self._lock:
-            key = (choice, device)
-            if key not in self._drivers:
-                driver: CaptureDriver = CudaDriver(device) if choice == "cuda" else TapeDriver(device)
-                self._drivers[key] = driver
-            return self._drivers[key]
+            if (kind, device) not in self._drivers:
+                self._drivers[kind, device] = _DRIVERS[kind](device)
+            return self._drivers[kind, device]
 
     def _say(self, text: str) -> None:
         """Warn once in the life of this backend."""

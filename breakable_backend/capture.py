@@ -91,15 +91,15 @@ class BreakableCUDAGraph:
     Args:
         pool: what :meth:`pool` of another graph returned, to share its memory; or a handle from
             ``torch.cuda.graph_pool_handle()``.
-        driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"``,
-            ``"tape"``.
+        driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
+            ``"tape"``; by default what ``BREAKABLE_CG_DRIVER`` says, else ``"auto"``.
 
     Raises:
         OptionsError: no such driver, or no GPU for it.
     """
 
-    def __init__(self, pool: Any = None, driver: str = "auto") -> None:
-        self._choice = Options.parse({"driver": driver}, {}).driver
+    def __init__(self, pool: Any = None, driver: str | None = None) -> None:
+        self._choice = Options.parse({} if driver is None else {"driver": driver}).driver
         self._given_pool = pool
         self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
         self._captured: _Captured | None = None
@@ -452,6 +452,12 @@ class _Door:
         finally:
             active.handler.reset(token)
         try:
+            if mark is not None and any(tensor.requires_grad for tensor in tensors_on(self.driver.device, result)):
+                raise CaptureError(
+                    f"the result of {name} needs gradients, which do not pass a break",
+                    where=reason.source,
+                    fix="capture under torch.no_grad(), or compile with torch.compile, where they pass",
+                )
             known = {key for key, (ref, _) in self.made.items() if _torch.live_storage(ref) is not None}
             known |= {*self.held, *self.parameters}
             known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))

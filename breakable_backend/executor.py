@@ -108,6 +108,7 @@ class Executor:
         self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
         self.statistics = Statistics()
         self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
+        self.debug = options.debug == "eager"
         self.scope = scope
         self.bridged: set[str] = set()
         """Inputs written by captured segments that came at too many addresses to key them."""
@@ -151,7 +152,7 @@ class Executor:
             self.statistics.plain["called inside capture"] += 1
             values = list(args)
             args.clear()
-            return run_plain(self.program, values, handler)
+            return run_plain(self.program, values, handler, debug=self.debug)
         if not self.capturable:
             return self._plain(args, "nothing to capture")
         if driver.is_capturing():
@@ -203,7 +204,7 @@ class Executor:
         self.statistics.plain[why] += 1
         values = list(args)
         args.clear()
-        return run_plain(self.program, values)
+        return run_plain(self.program, values, debug=self.debug)
 
     def _refuse_foreign_capture(self) -> None:
         if self.program.reasons:
@@ -331,6 +332,7 @@ class Executor:
             keyed=self._keyed(),
             device_scalars=self.options.scalars == "device",
             fresh_outputs=self.options.outputs == "fresh",
+            debug=self.debug,
         )
         program, values = self.program, list(args)
         args.clear()

@@ -10,9 +10,10 @@ inputs too, belong to the caller and are in no constant, not even as a view.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -22,6 +23,7 @@ from torch import fx
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
+from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
 from breakable_backend.functions import Mark
@@ -173,15 +175,21 @@ class Binding:
     values: Mapping[str, Any]
     """Arguments, constants of the traced code and sizes, by name."""
     symbols: Mapping[sympy.Symbol, int]
+    debug: bool = False
+    """Whether every step logs itself, and notes the user's line on what it raises."""
 
     @classmethod
-    def of(cls, program: Program, args: Sequence[Any]) -> Binding:
+    def of(cls, program: Program, args: Sequence[Any], debug: bool = False) -> Binding:
         values = {value.name: value.value if value.index < 0 else args[value.index] for value in program.inputs}
         symbols: dict[sympy.Symbol, int] = {}
         for value in program.inputs:
             _bind(value, values[value.name], symbols)
         sizes = {name: _torch.evaluate(size, symbols) for name, size in program.sizes.items()}
-        return cls(program, values | sizes, symbols)
+        return cls(program, values | sizes, symbols, debug)
+
+    def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:
+        """A captured segment as a function of its inputs."""
+        return watched_segment(segment.module, f"segment {position}") if self.debug else segment.module
 
     def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
         """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for direct functions."""
@@ -206,7 +214,7 @@ class Binding:
         assert isinstance(producer, fx.Node)
         value = node.meta.get("val")
         checked = isinstance(value, torch.Tensor) and is_opaque(producer) and self._known(value)
-        return Call(
+        call = Call(
             result=node.name,
             function=function,
             args=tuple(args),
@@ -216,6 +224,9 @@ class Binding:
             spec=TensorSpec.of(value, self.symbols) if checked and value is not None else None,
             ambient=ambient_of(node),
         )
+        if self.debug and not is_view_call(call):
+            return replace(call, function=watched(function, f"eager {call.label}", call.source))
+        return call
 
     def _known(self, value: torch.Tensor) -> bool:
         return all(
@@ -236,7 +247,9 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
             symbols[symbol] = int(number)
 
 
-def run_plain(program: Program, args: Sequence[Any], handler: active.BreakHandler | None = None) -> list[Any]:
+def run_plain(
+    program: Program, args: Sequence[Any], handler: active.BreakHandler | None = None, *, debug: bool = False
+) -> list[Any]:
     """Run every segment as eager would, with no capture and no bridge: the first call, and whatever is not recorded.
 
     Under a ``handler``, which is somebody's capture by the second door, eager segments become eager steps of that.
@@ -244,11 +257,11 @@ def run_plain(program: Program, args: Sequence[Any], handler: active.BreakHandle
     Raises:
         EagerOutputError: a marked op returned something else than its fake implementation said.
     """
-    binding = Binding.of(program, args)
+    binding = Binding.of(program, args, debug)
     slots = dict(binding.values)
-    for segment, dead in zip(program.segments, last_uses(program), strict=True):
+    for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
         if isinstance(segment, GraphSegment):
-            results = segment.module(*(slots[name] for name in segment.inputs))
+            results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
             slots.update(zip(segment.outputs, results, strict=True))
         else:
             calls = binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None)
@@ -296,6 +309,8 @@ class Plan:
     device_scalars: bool = False
     """Whether host scalars have a bridge on the device instead of being in the key."""
     fresh_outputs: bool = True
+    debug: bool = False
+    """See :class:`Binding`."""
 
 
 @dataclass
@@ -321,7 +336,7 @@ def record(
         CaptureError: a segment cannot be captured, and ``auto_break`` is off.
         Exception: whatever an eager step raised, unchanged.
     """
-    recorder = _Recorder(Binding.of(program, args), driver, plan, stream, auto_break)
+    recorder = _Recorder(Binding.of(program, args, plan.debug), driver, plan, stream, auto_break)
     try:
         with driver.recording():
             for position, segment in enumerate(program.segments):
@@ -375,7 +390,7 @@ class _Recorder:
         )
         inputs = [self._inside(name) for name in segment.inputs]
         try:
-            graph, results = self.driver.capture(lambda: segment.module(*inputs))
+            graph, results = self.driver.capture(functools.partial(self.binding.captured(position, segment), *inputs))
         except CaptureError as error:
             for copy in loads:
                 self._unbridge(copy.value.name)

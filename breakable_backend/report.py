@@ -64,6 +64,8 @@ class ProgramReport:
     notes: tuple[str, ...]
     lowering_seconds: float
     recordings: tuple[RecordingReport, ...]
+    debug: str | None
+    """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Report:
             yield "nothing was compiled by breakable_cg yet: it compiles at the first call"
         for program in self.programs:
             yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
+            if program.debug == "eager":
+                yield "  debug mode: every op runs eagerly; nothing is captured"
             yield (
                 f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
                 f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"
@@ -177,6 +181,7 @@ def _program(executor: Executor) -> ProgramReport:
         notes=tuple(executor.notes),
         lowering_seconds=statistics.lowering_seconds,
         recordings=recordings,
+        debug=executor.options.debug,
     )
 
 
@@ -200,6 +205,7 @@ def _captured(graph: BreakableCUDAGraph) -> ProgramReport:
         notes=(),
         lowering_seconds=0.0,
         recordings=(),
+        debug=graph.debug,
     )
 
 

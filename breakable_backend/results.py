@@ -201,7 +201,7 @@ class Parts:
         found = list(fields(result))
         if [path for path, _ in found] != [leaf.path for leaf in self.leaves]:
             paths = ", ".join(path or "the result" for path, _ in found)
-            raise self._error(
+            raise self._failure(
                 "", f"has the fields {paths}", ", ".join(leaf.path or "the result" for leaf in self.leaves)
             )
         for leaf, (path, value) in zip(self.leaves, found, strict=True):
@@ -214,16 +214,18 @@ class Parts:
     def _check_leaf(self, leaf: _Leaf, path: str, value: Any) -> None:
         if leaf.spec is None:
             if not (self.host_only or _is_same(value, leaf.value)):
-                raise self._error(path, f"is {value!r}", repr(leaf.value))
+                raise self._failure(path, f"is {value!r}", repr(leaf.value))
             return
         if not leaf.spec.accepts(value):
             is_tensor = isinstance(value, torch.Tensor)
-            raise self._error(path, f"is {TensorSpec.of(value) if is_tensor else type(value).__name__}", str(leaf.spec))
+            raise self._failure(
+                path, f"is {TensorSpec.of(value) if is_tensor else type(value).__name__}", str(leaf.spec)
+            )
         if isinstance(leaf.value, torch.Tensor):
             if not (self.host_only or torch.equal(value, leaf.value)):
-                raise self._error(path, "has other values on the host", "frozen there")
+                raise self._failure(path, "has other values on the host", "frozen there")
         elif leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
-            raise self._error(path, "is new memory", "memory that it was given, or that the capture knew")
+            raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
 
     def _check_group(self, group: tuple[int, ...], span: _Span, found: Sequence[tuple[str, Any]]) -> None:
         base = found[span.first][1]
@@ -234,9 +236,9 @@ class Parts:
                 _torch.storage_key(value) != _torch.storage_key(base)
                 or apart != self.leaves[position].offset - self.leaves[span.first].offset
             ):
-                raise self._error(path, "lies elsewhere", f"a view of the same memory as {found[span.first][0]}")
+                raise self._failure(path, "lies elsewhere", f"a view of the same memory as {found[span.first][0]}")
 
-    def _error(self, path: str, got: str, wanted: str) -> EagerOutputError:
+    def _failure(self, path: str, got: str, wanted: str) -> EagerOutputError:
         where = f"field {path} of its result " if path else "its result "
         return EagerOutputError(
             f"{self.name}: {where}{got}, but was {wanted} when it was captured",

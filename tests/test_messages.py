@@ -63,7 +63,7 @@ def message(
 
 # --- options ------------------------------------------------------------------------------------------------------------------
 
-ALL_OPTIONS = "driver, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, inner"
+ALL_OPTIONS = "driver, debug, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, inner"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from breakable_backend.options import Options
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "driver": ("auto", "cuda", "tape"),
+    "debug": (None, "eager"),
     "eager_ops": ([], ["aten::sort"], ("aten::sort",), {"aten::sort"}),
     "auto_break": (True, False),
     "outputs": ("fresh", "static"),
@@ -42,6 +43,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("min_kernels", True),
     ("min_kernels", -1),
     ("inner", "nvfuser"),
+    ("debug", True),
+    ("debug", "everything"),
 ]
 
 
@@ -71,8 +74,9 @@ def test_refused(name: str, value: Any) -> None:
 
 def test_not_yet() -> None:
     """A value that is to come is told from one that will never be."""
-    with pytest.raises(OptionsError, match="does not exist yet"):
-        Options.parse({"inner": "inductor"}, {})
+    for name, value in (("inner", "inductor"), ("debug", "compare")):
+        with pytest.raises(OptionsError, match="does not exist yet"):
+            Options.parse({name: value}, {})
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ EXPORTS = [
 
 OPTIONS = [
     "driver",
+    "debug",
     "eager_ops",
     "auto_break",
     "outputs",

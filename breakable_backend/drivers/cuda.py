@@ -121,19 +121,27 @@ class CudaDriver:
     def begin(self) -> int:
         """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
         stream = _torch.current_raw_stream(self._index)
+        if stream != self._last_stream:
+            self._change_stream(stream)
+        return stream
+
+    def _change_stream(self, stream: int) -> None:
+        """With one stream, which is the rule, there are no events; from the second on each call's end has one."""
+        if len(self._streams) == 1 and self._last_stream is not None:
+            self._done.record(self._streams[self._last_stream])
         if stream not in self._streams:
             self._streams[stream] = torch.cuda.current_stream(self.device)
-        if stream != self._last_stream and self._last_stream is not None:
+        if self._last_stream is not None:
             self._streams[stream].wait_event(self._done)
-        return stream
 
     def bring(self, args: Sequence[Any]) -> None:
         """Nothing to do: a graph reads whatever is at its addresses."""
 
     def end(self, stream: int) -> None:
         """Mark on ``stream`` where this call's use of the pool ends."""
-        self._done.record(self._streams[stream])
         self._last_stream = stream
+        if len(self._streams) > 1:
+            self._done.record(self._streams[stream])
         if self._to_release and not torch.cuda.is_current_stream_capturing():
             self._give_back()
 
@@ -264,6 +272,8 @@ class CudaDriver:
     def _give_back(self) -> None:
         if self._last_stream is not None:
             # Bridges go back to the allocator with their owner, and a replay on another stream may still read them.
+            if len(self._streams) == 1:
+                self._done.record(self._streams[self._last_stream])
             self._done.synchronize()
         while self._to_release:
             graphs, owner = self._to_release.pop()

@@ -1,0 +1,181 @@
+"""Nothing is captured: a replay runs the segment's Python again, so that debuggers and error lines work in it.
+
+All around a segment stays as it is with a capture: addresses, bridges, order, outputs. What is wrong here too is
+therefore wrong in that path, and what is right here is wrong in the capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend._torch import pytree
+from breakable_backend.drivers import CapturedGraph, CaptureSession
+from breakable_backend.errors import ReplayError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """What a capture would have baked into its kernels, and a caller may have changed since."""
+
+    device_type: str
+    autocast: torch.dtype | None
+    grad: bool
+    inference: bool
+
+    @classmethod
+    def current(cls, device_type: str) -> _Modes:
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        return cls(device_type, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        autocast = torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
+            yield
+
+
+class RerunGraph:
+    """A segment that runs again at each replay but the first, which stands for the run under the capture.
+
+    Later segments read results at their recorded address, so each run's new memory is copied there. Arguments are read
+    and written at their address, and not owned, as by a captured graph.
+    """
+
+    num_kernels = -1
+
+    def __init__(
+        self, body: Callable[[], Any], made: dict[int, torch.UntypedStorage], draws_random: bool, modes: _Modes
+    ) -> None:
+        self.draws_random = draws_random
+        self.made = made
+        """Memory that was made inside, by the first leaf of the result that lies in it."""
+        self._body: Callable[[], Any] | None = body
+        self._modes = modes
+        self._ran = True
+
+    def replay(self, stream: int) -> None:
+        if self._body is None:
+            raise ReplayError("a graph was replayed after its release", fix="capture it again")
+        if self._ran:
+            self._ran = False
+            return
+        with self._modes.enter():
+            leaves = pytree.tree_leaves(self._body())
+        for position, storage in self.made.items():
+            _move(leaves[position].untyped_storage(), storage)
+
+    def release(self) -> None:
+        """Drop the body and what the graph owns."""
+        self._body, self.made = None, {}
+
+
+class EagerDriver:
+    """Runs what others capture, on one device of any type. See :class:`breakable_backend.drivers.CaptureDriver`.
+
+    Unlike under a capture, the effects of a body have happened when :meth:`capture` returns, and the first replay does
+    nothing: the two together are one run. What a body raises comes out as it is.
+    """
+
+    name = "eager"
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        self.lock = threading.RLock()
+        self.deferred: deque[Callable[[], None]] = deque()
+        self._graphs: weakref.WeakSet[RerunGraph] = weakref.WeakSet()
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+
+    def begin(self) -> int:
+        if self._done is None:
+            return 0
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._done)
+        return stream.cuda_stream
+
+    def bring(self, args: Sequence[Any]) -> None:
+        """Nothing to do: a segment reads whatever is at its addresses."""
+
+    def end(self, stream: int) -> None:
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self.device))
+
+    def recording(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
+        """Run ``body``, and keep it for replays. Of a ``partial`` the arguments are kept by their address."""
+        args = body.args if isinstance(body, functools.partial) else ()
+        arguments = {_torch.storage_key(arg) for arg in args if isinstance(arg, torch.Tensor)}
+        state = self._random_state()
+        result = body()
+        made: dict[int, torch.UntypedStorage] = {}
+        for position, leaf in enumerate(pytree.tree_leaves(result)):
+            if isinstance(leaf, torch.Tensor) and (key := _torch.storage_key(leaf)) not in arguments:
+                arguments.add(key)
+                made[position] = leaf.untyped_storage()
+        drew = not torch.equal(state, self._random_state())
+        graph = RerunGraph(self._by_address(body), made, drew, _Modes.current(self.device.type))
+        self._graphs.add(graph)
+        return graph, result
+
+    def _by_address(self, body: Callable[[], T]) -> Callable[[], T]:
+        if not isinstance(body, functools.partial):
+            return body
+        return functools.partial(body.func, *(self._unowned(arg) for arg in body.args))
+
+    def _unowned(self, argument: Any) -> Any:
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if argument.device != self.device:
+            return argument.clone()  # a host number, whose value is part of the key
+        return _torch.non_owning(argument)
+
+    def _random_state(self) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return torch.cuda.get_rng_state(self.device)
+        return torch.get_rng_state()
+
+    def session(self) -> AbstractContextManager[CaptureSession]:
+        """There is none: the body of a ``with`` statement cannot be run again. The tape driver takes its place."""
+        raise NotImplementedError
+
+    def is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+        if self._done is not None and not self.is_capturing():
+            self._done.synchronize()  # the last call may have run on another stream than the memory is of
+        for graph in graphs:
+            assert isinstance(graph, RerunGraph), graph
+            graph.release()
+        if owner is not None:
+            owner.clear()
+
+    def pool_bytes(self) -> int:
+        return sum(storage.nbytes() for graph in self._graphs for storage in graph.made.values())
+
+    def live_blocks(self) -> int:
+        return sum(len(graph.made) for graph in self._graphs)
+
+
+def _move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
+    if source.nbytes() != target.nbytes():
+        raise ReplayError(
+            f"a segment made {source.nbytes()} bytes where it made {target.nbytes()} when it was recorded"
+        )
+    if source.data_ptr() != target.data_ptr():
+        target.copy_(source)
