@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sympy
 import torch
@@ -31,6 +31,8 @@ from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Op = OpOverload | HigherOrderOperator
 """What a node of a lowered graph can call, other than plain Python operators."""
@@ -211,6 +213,23 @@ def _unwrapped(function: Any) -> Iterator[Any]:
     while function is not None:
         yield function
         function = getattr(function, "_torchdynamo_orig_callable", None) or getattr(function, "__wrapped__", None)
+
+
+def constant_under_dynamo(function: F) -> F:
+    """Have Dynamo call ``function`` while it traces, and take what it returns as a constant."""
+    return cast(F, torch._dynamo.assume_constant_result(function))
+
+
+@contextmanager
+def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
+    """Let code that reads values run on fake tensors, though no graph will hold the numbers that it makes."""
+    modes = (getattr(tensor, "fake_mode", None) for tensor in tensors)
+    env = next((mode.shape_env for mode in modes if mode is not None), None)
+    if env is None:
+        yield
+    else:
+        with env.ignore_fresh_unbacked_symbols():
+            yield
 
 
 # --- symbols ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.traceback import annotate
 
-from breakable_backend import _torch
+from breakable_backend import _torch, functions
 from breakable_backend._torch import pytree
 from breakable_backend.errors import OptionsError
 from breakable_backend.program import Reason, source_line
@@ -126,8 +126,7 @@ class EagerOps:
             else:
                 raise OptionsError(
                     f"eager_ops: {getattr(op, '__qualname__', op)!r} is a Python function, and Dynamo traces through it",
-                    fix="make it one op with torch.library.custom_op and its tag torch.Tag.cudagraph_unsafe, "
-                    "or put its body under eager_region()",
+                    fix="mark it with @eager_on_graph, or put its body under eager_region()",
                 )
         return cls(frozenset(names), tuple(functions))
 
@@ -136,6 +135,8 @@ def is_marked(op: Any, eager_ops: EagerOps) -> str:
     """Why ``op`` (an overload) is marked; empty if it is not."""
     if not isinstance(op, _torch.OpOverload):
         return ""
+    if op is functions.OP:
+        return "marked by eager_on_graph"
     if torch.Tag.cudagraph_unsafe in op.tags:
         return "tagged cudagraph_unsafe"
     qualified = {op.name(), op_name(op), str(op._schema.name)}
@@ -378,7 +379,11 @@ def schema_name(node: fx.Node) -> str:
 
 def label(node: fx.Node) -> str:
     """What a node calls, as reports show it."""
-    return schema_name(node) or getattr(node.target, "__name__", str(node.target))
+    return (
+        functions.name_of(node.target, node.args)
+        or schema_name(node)
+        or getattr(node.target, "__name__", str(node.target))
+    )
 
 
 # --- ops that run now -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ A program holds no tensors but the constants of the traced code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -186,6 +187,9 @@ def verify(program: Program) -> None:
     assert set(program.epilogue.inputs) <= known, f"returns {set(program.epilogue.inputs) - known}, made by nothing"
 
 
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+
+
 def source_line(node: fx.Node) -> str:
     """The user's line that made ``node``, as ``file.py:12 in forward: code``; empty if unknown."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
@@ -193,6 +197,8 @@ def source_line(node: fx.Node) -> str:
         line = lines[position].strip()
         if line.startswith("File "):
             file, _, rest = line.removeprefix("File ").partition(", line ")
+            if file.strip('"').startswith(_PACKAGE):
+                continue  # what Dynamo traced of ours, on its way to a marked function
             number, _, function = rest.partition(", in ")
             code = lines[position + 1].strip() if position + 1 < len(lines) else ""
             return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")

@@ -55,6 +55,56 @@ class Fault:
 
 
 FAULTS = (
+    # --- marked functions in compiled code ---
+    Fault(
+        "unused-calls-of-marked-functions-go",
+        "functions.py",
+        "torch.fx.has_side_effect(OP)",
+        "OP",
+        "test_functions.py::test_one_node[aot_eager-cpu]",
+    ),
+    Fault(
+        "marked-functions-forget-autocast",
+        "functions.py",
+        "stack.enter_context(torch.autocast(device, dtype=dtype))",
+        "pass",
+        "test_functions.py::test_autocast[aot_eager-cpu]",
+    ),
+    Fault(
+        "marked-functions-lose-aliases",
+        "functions.py",
+        "owner = owners.get(_torch.storage_key(tensor))",
+        "owner = None",
+        "test_functions.py::test_aliases_of_arguments[eager-cpu]",
+    ),
+    Fault(
+        "results-of-marked-functions-unchecked",
+        "functions.py",
+        "            if got != want:",
+        "            if False:",
+        "test_functions.py::test_other_result_than_the_fake[aot_eager-cpu-shape]",
+    ),
+    Fault(
+        "structures-of-marked-functions-unchecked",
+        "functions.py",
+        "        if structure != wanted:",
+        "        if False:",
+        "test_functions.py::test_other_result_than_the_fake[eager-cpu-plain]",
+    ),
+    Fault(
+        "marked-functions-opaque-to-gradients",
+        "functions.py",
+        "return not (torch.is_grad_enabled() and value.requires_grad)",
+        "return True",
+        "test_functions.py::test_gradients[aot_eager-cpu]",
+    ),
+    Fault(
+        "fake-run-for-every-trace",
+        "functions.py",
+        "        if key not in self.specs:",
+        "        if True:",
+        "test_functions.py::test_shapes_from_the_function_itself[aot_eager-cpu]",
+    ),
     # --- the second door ---
     Fault(
         "capture-keeps-no-inputs",
