@@ -108,12 +108,16 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     uncompiled = torch.compiler.disable(functools.partial(_run_inline, function))
     get, writes = active.handler.get, bool(mark.mutates_args)
 
+    @_torch.constant_under_dynamo
+    def site_number(structure: Structure) -> int:
+        return _site(mark, structure)  # Dynamo passes no frozen dataclass to such a function (torch 2.11)
+
     @functools.wraps(function, updated=())
     def marked(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if writes or not _is_opaque_call((args, kwargs)):
                 return uncompiled(*args, **kwargs)
-            return _opaque(mark, args, kwargs)
+            return _opaque(site_number, args, kwargs)
         handler = get()
         if handler is None:
             return function(*args, **kwargs)
@@ -166,12 +170,12 @@ def _is_opaque_call(value: Any) -> bool:
     return False
 
 
-def _opaque(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _opaque(site_number: Callable[[Structure], int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors: list[torch.Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
     structure = _take_apart((args, kwargs), tensors, ints, floats)
-    site = _site(mark, structure)
+    site = site_number(structure)
     results = torch.ops.breakable_cg.call(site, tensors, ints, floats)
     return _put_together(_result(site), results, ints, floats, tensors)
 
@@ -227,9 +231,8 @@ def _put_together(structure: Structure, tensors: Any, ints: Any, floats: Any, ar
     return structure[1](**dict(zip(structure[2], items)))  # noqa: B905
 
 
-@_torch.constant_under_dynamo
 def _site(mark: Mark, structure: Structure) -> int:
-    """The number of the way in which ``mark`` is called here; Dynamo calls this while it traces."""
+    """The number of the way in which ``mark`` is called here, where Dynamo is tracing."""
     autocast = tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
@@ -302,10 +305,10 @@ class Site:
         known = self.specs.get(_layouts(tensors, ints, floats))
         wanted = known[0] if known is not None else self.result
         if structure != wanted:
-            raise self._differs(f"put together as {structure}", str(wanted))
+            raise self._failure(f"put together as {structure}", str(wanted))
         for got, want in zip(map(_spec, fresh), known[1] if known is not None else (), strict=known is not None):
             if got != want:
-                raise self._differs(_describe(got), _describe(want))
+                raise self._failure(_describe(got), _describe(want))
         return fresh
 
     def _call(self, function: Callable[..., Any], tensors: Any, ints: Any, floats: Any) -> Any:
@@ -364,7 +367,7 @@ class Site:
         failed.__cause__ = error
         return failed
 
-    def _differs(self, got: str, wanted: str) -> EagerOutputError:
+    def _failure(self, got: str, wanted: str) -> EagerOutputError:
         return EagerOutputError(
             f"{self.mark.name} returned {got}, but was compiled for {wanted}",
             where=self.mark.source,

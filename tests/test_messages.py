@@ -99,8 +99,7 @@ ALL_OPTIONS = "driver, debug, eager_ops, auto_break, outputs, scalars, max_recor
             {"eager_ops": [from_file(PLAIN)]},
             (
                 "eager_ops: 'f' is a Python function, and Dynamo traces through it\n"
-                "  make it one op with torch.library.custom_op and its tag torch.Tag.cudagraph_unsafe, "
-                "or put its body under eager_region()"
+                "  mark it with @eager_on_graph, or put its body under eager_region()"
             ),
         ),
     ],
