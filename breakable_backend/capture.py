@@ -103,6 +103,8 @@ class BreakableCUDAGraph:
         self._given_pool = pool
         self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
         self._captured: _Captured | None = None
+        self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
+        """Frees what was captured when the graph is dropped."""
         self._gone = ""
         self._busy = False
         self.debug: str | None = None
@@ -137,9 +139,10 @@ class BreakableCUDAGraph:
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again."""
-        captured, self._captured = self._captured, None
-        if captured is not None:
-            captured.release()
+        self._captured = None
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def pool(self) -> Pool:
         """The pool, for ``BreakableCUDAGraph(pool=...)``."""
@@ -179,17 +182,13 @@ class BreakableCUDAGraph:
 
     def _take(self, captured: _Captured) -> None:
         self._captured, self._gone, self.replays = captured, "", 0
-        weakref.finalize(self, _finalize, captured).atexit = False
+        self._release = weakref.finalize(self, captured.release)
+        self._release.atexit = False
 
     def _expire(self, what: str) -> None:
         self._gone = f"{what} died, which the graph reads; the graph was released"
         if not self._busy:
             self.reset()
-
-
-def _finalize(captured: _Captured) -> None:
-    if captured.recording is not None:
-        captured.release()
 
 
 def _driver(choice: str, pool: Any = None) -> CaptureDriver:

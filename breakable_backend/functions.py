@@ -131,7 +131,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
 def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise OptionsError(f"mutates_args takes a tuple of names, got {names!r}")
-    known = list(inspect.signature(function).parameters)
+    known = list(inspect.signature(function).parameters) if names else []  # builtins have no signature
     for name in names:
         if name not in known:
             raise OptionsError(f"mutates_args: there is no parameter {name!r}", fix=f"parameters: {', '.join(known)}")
@@ -357,7 +357,10 @@ class Site:
             active.autocast.reset(token)
 
     def _needs_fake(self, error: Exception) -> PartitionError:
-        signature = inspect.signature(self.mark.function)
+        try:
+            signature = str(inspect.signature(self.mark.function))
+        except ValueError:  # a builtin
+            signature = "(...)"
         failed = PartitionError(
             f"{self.mark.name} cannot run on fake tensors, which tell the shapes of its result: "
             f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",

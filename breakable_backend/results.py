@@ -16,7 +16,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import TensorSpec
-from breakable_backend.errors import EagerOutputError
+from breakable_backend.errors import CaptureError, EagerOutputError
 
 ALIGNMENT = 256
 """Bytes: where views of one storage are kept together, they keep the alignment that the allocator gave them."""
@@ -134,11 +134,21 @@ class Parts:
     def of(
         cls, result: Any, known: Iterable[int], device: torch.device, name: str, source: str, host_only: bool
     ) -> Parts:
-        """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases."""
+        """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases.
+
+        Raises:
+            CaptureError: a sparse tensor, which has no storage to write to.
+        """
         known = set(known)
         by_storage: dict[int, list[int]] = {}
         found = list(fields(result))
-        for position, (_, leaf) in enumerate(found):
+        for position, (path, leaf) in enumerate(found):
+            if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided:
+                raise CaptureError(
+                    f"{name}: {f'field {path} of its' if path else 'its'} result is a sparse tensor, which cannot be written back",
+                    where=source,
+                    fix="return its parts (indices, values), or a dense tensor",
+                )
             if isinstance(leaf, torch.Tensor) and leaf.device == device and _torch.storage_key(leaf) not in known:
                 by_storage.setdefault(_torch.storage_key(leaf), []).append(position)
         group_of = {position: number for number, group in enumerate(by_storage.values()) for position in group}

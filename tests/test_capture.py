@@ -728,6 +728,22 @@ def test_gradients_do_not_pass(make: MakeGraph, device: torch.device) -> None:
     replays_equal(graph, lambda x: bend(x + 1), x.detach(), y)
 
 
+def test_sparse_result(make: MakeGraph, device: torch.device) -> None:
+    """A sparse result has no memory to write to: an error that names the field and what to do."""
+    graph, x = make(), torch.randn(4, device=device)
+    with pytest.raises(CaptureError, match="field \\[0\\] of its result is a sparse tensor") as caught, capture(graph):
+        eager_on_graph(lambda x: [x.to_sparse()])(x + 1)
+    assert "eager_on_graph(lambda x: [x.to_sparse()])(x + 1)" in caught.value.where
+
+
+def test_builtin(make: MakeGraph, device: torch.device) -> None:
+    """A function of torch itself, which has no Python signature, can be marked."""
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = eager_on_graph(torch.sin)(x + 1) * 2
+    replays_equal(graph, lambda x: torch.sin(x + 1) * 2, x, y)
+
+
 def test_nested(make: MakeGraph, device: torch.device) -> None:
     """Captures do not nest, and the outer one is none the worse if its body catches that."""
     graph, inner, x = make(), make(), torch.randn(4, device=device)
