@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from torch import fx
+from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
@@ -173,13 +174,16 @@ def compiled_graphs(compiled: Any) -> list[Any]:
     return found
 
 
-def at_recompile_limit(compiled: Any) -> list[str]:
-    """The functions behind ``compiled`` that Dynamo will not compile again, as ``name (file:line)``."""
+def at_recompile_limit(compiled: Any = None) -> list[str]:
+    """The functions behind ``compiled`` that Dynamo will not compile again, as ``name (file:line)``; None: of all."""
     limit = torch._dynamo.config.recompile_limit
+    if compiled is None:
+        seen = (code for ref in input_codes.seen if (code := ref()) is not None)
+        found = [(code, _debug_get_cache_entry_list(code)) for code in seen]
+    else:
+        found = [(code, entries) for code, entries, _ in _compiled_code(compiled)]
     return [
-        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
-        for code, entries, _ in _compiled_code(compiled)
-        if len(entries) >= limit
+        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})" for code, entries in found if len(entries) >= limit
     ]
 
 

@@ -157,7 +157,7 @@ def explain(compiled: Any = None) -> Report:
         tuple(_program(executor) for executor in executors),
         tuple(breakable_cg.uncaptured.values() if compiled is None else eager_graphs_of(compiled)),
         _torch.dynamo_counters("graph_break"),
-        tuple(_torch.at_recompile_limit(compiled)) if compiled is not None else (),
+        tuple(_torch.at_recompile_limit(compiled)),
     )
 
 

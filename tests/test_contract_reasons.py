@@ -528,4 +528,6 @@ def test_recompile_limit(device: torch.device, options: dict[str, Any]) -> None:
         report = explain(compiled)
     assert len(report.programs) == 3  # the limit
     assert len(report.at_recompile_limit) == 1
+    with torch._dynamo.config.patch(recompile_limit=3):
+        assert explain().at_recompile_limit == report.at_recompile_limit
     assert "will not recompile" in str(report)
