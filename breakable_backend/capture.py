@@ -33,7 +33,7 @@ from breakable_backend.functions import Mark
 from breakable_backend.lowering import Ambient
 from breakable_backend.marking import live_reason
 from breakable_backend.options import Options
-from breakable_backend.program import Reason
+from breakable_backend.program import Op, Reason, described
 from breakable_backend.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
 from breakable_backend.replay import Replay, Tally, emit
 from breakable_backend.results import Parts, tensors_on
@@ -57,6 +57,8 @@ class _Captured:
     replay: Replay
     held: list[Any]
     """Storages that segments read, other than parameters', which are the model's."""
+    written: list[_torch.StorageWeakRef]
+    """Storages from outside that segments write."""
     watched: list[weakref.ref[Any]]
 
     def release(self) -> None:
@@ -152,6 +154,12 @@ class BreakableCUDAGraph:
     def recording(self) -> Recording | None:
         """The steps, once captured."""
         return self._captured.recording if self._captured is not None else None
+
+    @property
+    def written(self) -> list[torch.UntypedStorage]:
+        """Storages from outside that its segments write."""
+        refs = self._captured.written if self._captured is not None else []
+        return [storage for ref in refs if (storage := _torch.live_storage(ref)) is not None]
 
     @property
     def driver(self) -> CaptureDriver | None:
@@ -315,6 +323,10 @@ class _Door:
     held: dict[int, Any] = field(default_factory=dict)
     parameters: dict[int, Any] = field(default_factory=dict)
     """Held while capturing, and watched later."""
+    written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
+    """Storages from outside that segments write."""
+    ops: list[Op] = field(default_factory=list)
+    """What the segment under way has run."""
     failed: BaseException | None = None
     capturing: bool = False
 
@@ -362,7 +374,8 @@ class _Door:
 
     def _keep(self) -> None:
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants)
-        captured = _Captured(self.driver, recording, emit(recording), [self.held], [])
+        written = list(self.written.values())
+        captured = _Captured(self.driver, recording, emit(recording), [self.held], written, [])
         me = weakref.ref(self.graph)
         for parameter in self.parameters.values():
             what = f"a {type(parameter).__name__}"
@@ -387,8 +400,9 @@ class _Door:
         except CaptureError as error:
             self.failed = error
             raise CaptureError(error.what, where=error.where or user_line(), fix=error.fix or FIX) from error.__cause__
-        self.steps.append(GraphStep(graph, self.loads))
+        self.steps.append(GraphStep(graph, self.loads, ops=tuple(self.ops)))
         self.loads = ()
+        self.ops.clear()
         graph.replay(self.stream)
 
     def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -401,9 +415,15 @@ class _Door:
         self.session.touch()
         for tensor in tensors_on(self.driver.device, (args, kwargs)):
             self._reads(tensor)
+        if isinstance(func, _torch.OpOverload):
+            for tensor in tensors_on(self.driver.device, _torch.written_values(func, args, kwargs)):
+                if (key := _torch.storage_key(tensor)) not in self.made:
+                    self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
         result = func(*args, **kwargs)
         for tensor in tensors_on(self.driver.device, result):
             self._makes(tensor)
+        if not getattr(func, "is_view", False):
+            self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
         return result
 
     def _reads(self, tensor: torch.Tensor) -> None:
@@ -594,6 +614,10 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:
     while frame is not None:
         yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _op_label(func: Any) -> str:
+    return str(func._schema.name) if isinstance(func, _torch.OpOverload) else str(func.name())
 
 
 def _says(error: BaseException) -> str:

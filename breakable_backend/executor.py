@@ -39,6 +39,8 @@ MAX_SCALAR_VALUES = 4
 IDLE_FACTOR = 4
 """A recording is evicted for a new key only after this many times ``max_recordings`` calls without it. So a working set
 that is too large runs plainly in part, and does not record for ever."""
+MAX_DROPPED = 1024
+"""Keys whose recordings went that are remembered, so that the report can say why they were recorded again."""
 LOCK_TIMEOUT = 5.0
 """Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
 a compiled function would otherwise wait for ever."""
@@ -67,7 +69,10 @@ class Entry:
     replays: int = 0
     captures: int = 0
     record_copies: int = 0
+    warmup_seconds: float = 0.0
     record_seconds: float = 0.0
+    why: str = ""
+    """Why it was new: what told it from the keys before it."""
     last_call: int = 0
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
@@ -95,6 +100,8 @@ class Statistics:
     evictions: int = 0
     plain: Counter[str] = field(default_factory=Counter)
     """Plain calls, by why they were plain."""
+    recorded: Counter[str] = field(default_factory=Counter)
+    """Recordings, by why there was none."""
     finished_replays: int = 0
     finished_copies: int = 0
     """Replays and copies of recordings that are gone."""
@@ -116,6 +123,8 @@ class Executor:
         """Values of host scalars, and addresses of written inputs, so far."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
+        self.dropped: OrderedDict[Key, str] = OrderedDict()
+        """Why recordings went: of the last ``MAX_DROPPED`` keys."""
         self._writes = writes_inputs(lowered.module)
         self._cut()
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
@@ -196,7 +205,9 @@ class Executor:
             return self._plain(args, entry.refused)
         if entry.warm:
             return self._record(entry, args, stream, driver)
+        started = time.perf_counter()
         outputs = self._plain(args, "warm-up")
+        entry.warmup_seconds = time.perf_counter() - started
         entry.warm = True
         return outputs
 
@@ -228,7 +239,7 @@ class Executor:
                 oldest = next(iter(self.sets))
                 if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
                     return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
-                self._drop_set(oldest)
+                self._drop_set(oldest, "it was evicted for other addresses")
                 self.statistics.evictions += 1
             addresses = self.sets[key.addresses] = AddressSet()
             addresses.guards = self._guards(key.addresses, args)
@@ -240,10 +251,26 @@ class Executor:
             if now - oldest_entry.last_call < IDLE_FACTOR * limit:
                 return Entry(key, refused=f"more than max_recordings={limit} keys in use")
             del addresses.entries[shapes]
+            self._remember(oldest_entry, "it was evicted for other keys")
             _release([oldest_entry], self.statistics, self.driver)
             self.statistics.evictions += 1
-        entry = addresses.entries[key.shapes] = Entry(key)
+        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key))
         return entry
+
+    def _why_new(self, key: Key) -> str:
+        if key in self.dropped:
+            return self.dropped.pop(key)
+        if not self.statistics.recordings:
+            return "first of this program"
+        if any(key.addresses != addresses and key.shapes in known.entries for addresses, known in self.sets.items()):
+            return "static or written inputs at new addresses"
+        return "new numbers, layouts or host scalars"
+
+    def _remember(self, entry: Entry, why: str) -> None:
+        if entry.recording is not None:
+            self.dropped[entry.key] = why
+            if len(self.dropped) > MAX_DROPPED:
+                self.dropped.popitem(last=False)
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
         """Whether an argument that is not static lies in the storage of another.
@@ -278,7 +305,7 @@ class Executor:
 
         def drop() -> None:
             if (executor := me()) is not None:
-                executor._drop_set(addresses)
+                executor._drop_set(addresses, "a static input had died")
 
         def died(_: Any) -> None:
             if (executor := me()) is not None and not sys.is_finalizing():
@@ -301,7 +328,7 @@ class Executor:
                     value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
                 )
         if changed:
-            self._drop_all()
+            self._drop_all("keys are read otherwise since then")
             self._cut()
         return changed
 
@@ -343,6 +370,7 @@ class Executor:
         entry.record_copies = recorded.copies
         entry.captures = len(recording.graphs)
         self.statistics.recordings += 1
+        self.statistics.recorded[entry.why] += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
             entry.recording, entry.replay = recording, emit(recording)
@@ -372,19 +400,21 @@ class Executor:
         self.scope = replace(self.scope, forced=forced)
         self._cut()
         if self._keyed() != keyed:
-            self._drop_all()  # keys are read otherwise now, and what was recorded would not be found again
+            self._drop_all("keys are read otherwise since then")  # what was recorded would not be found again
 
     # release
 
-    def _drop_set(self, addresses: tuple[int, ...]) -> None:
+    def _drop_set(self, addresses: tuple[int, ...], why: str) -> None:
         dropped = self.sets.pop(addresses, None)
         if dropped is not None:
+            for entry in dropped.entries.values():
+                self._remember(entry, why)
             dropped.guards.clear()
             _release(list(dropped.entries.values()), self.statistics, self.driver)
 
-    def _drop_all(self) -> None:
+    def _drop_all(self, why: str = "reset was called") -> None:
         for addresses in list(self.sets):
-            self._drop_set(addresses)
+            self._drop_set(addresses, why)
 
     def reset(self) -> None:
         """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.

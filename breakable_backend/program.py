@@ -18,6 +18,7 @@ A program holds no tensors but the constants of the traced code.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,21 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.op}: {self.text}" if self.op else self.text
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, as people read of it."""
+
+    name: str
+    """Of the value that it makes."""
+    op: str
+    result: str
+    """What it makes, as ``f32[4, 8]``."""
+    module: str
+    """Path of the module that called it, as ``layers.3.attention``; empty if unknown."""
+    source: str
+    """The user's line, as ``file.py:12 in forward: code``."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,25 @@ def source_line(node: fx.Node) -> str:
             code = lines[position + 1].strip() if position + 1 < len(lines) else ""
             return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
     return ""
+
+
+_SUBSCRIPT = re.compile(r"\['?(\w+)'?\]")
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that ``node`` was traced in, as ``layers.3.attention``; empty if unknown."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    _, _, path = str(stack[-1][0]).partition("]")  # behind L['self'], the module that was compiled
+    return _SUBSCRIPT.sub(r".\1", path).replace("._modules.", ".").lstrip(".")
+
+
+def described(value: Any) -> str:
+    """:func:`describe` of one value or several."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(described, value))
+    return "" if value is None else describe(value)
 
 
 def outputs_of(module: fx.GraphModule) -> tuple[Any, ...]:

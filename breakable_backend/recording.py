@@ -33,6 +33,7 @@ from breakable_backend.program import (
     EagerSegment,
     GraphSegment,
     Input,
+    Op,
     Program,
     Reason,
     last_uses,
@@ -80,6 +81,9 @@ class GraphStep:
     graph: CapturedGraph
     loads: tuple[Copy, ...] = ()
     stores: tuple[Copy, ...] = ()
+    segment: GraphSegment | None = None
+    """What was captured, of a compiled function; a ``with`` block has the ops that it ran instead."""
+    ops: tuple[Op, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class EagerStep:
 
     calls: tuple[Call, ...]
     reasons: tuple[Reason, ...]
+    segment: EagerSegment | None = None
 
 
 Step = GraphStep | EagerStep
@@ -408,7 +413,7 @@ class _Recorder:
             and access.storage not in segment.outputs
             and self._is_input(access.storage)
         )
-        self.steps.append(GraphStep(graph, tuple(loads), stores))
+        self.steps.append(GraphStep(graph, tuple(loads), stores, segment))
         for name, result in zip(segment.outputs, results, strict=True):
             self.values[name] = self.constants[name] = result
             self.home[name] = Slot(name)
@@ -478,7 +483,7 @@ class _Recorder:
                 self.constants[call.result] = local[call.result]
             else:
                 kept.append(call)
-        self.steps.append(EagerStep(tuple(kept), segment.reasons))
+        self.steps.append(EagerStep(tuple(kept), segment.reasons, segment))
         for access in segment.writes:
             if self._is_input(access.storage):
                 self.loaded.discard(access.storage)

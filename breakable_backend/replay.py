@@ -76,9 +76,13 @@ class Replay:
         linecache.cache.pop(self.file, None)
 
 
-def emit(recording: Recording) -> Replay:
-    """Generate, compile and file the source of a recording."""
-    writer = _Writer(recording)
+Mark = Callable[[int], None]
+"""Called with the position of each step as it begins, and with the number of steps when the last one has ended."""
+
+
+def emit(recording: Recording, mark: Mark | None = None) -> Replay:
+    """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is."""
+    writer = _Writer(recording, mark)
     source = writer.source()
     file = f"<breakable_cg replay {next(_numbers)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -98,8 +102,8 @@ class _Statement:
 class _Writer:
     """Writes the function. Slots keep their names; helpers and constants take what names are left."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
+    def __init__(self, recording: Recording, mark: Mark | None) -> None:
+        self.recording, self.mark = recording, mark
         self.tally = Tally()
         self.names: dict[str, Any] = {}
         """Globals of the generated function."""
@@ -127,7 +131,8 @@ class _Writer:
             lines = (f"if {self._differs(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
             yield _Statement(lines, frozenset((name,)))
         graphs = 0
-        for step in self.recording.steps:
+        for position, step in enumerate(self.recording.steps):
+            yield from self._marked(position)
             if isinstance(step, GraphStep):
                 yield from self._loads(step.loads)
                 yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
@@ -144,8 +149,13 @@ class _Writer:
                     yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
                 for call in step.calls:
                     yield self._call(call)
+        yield from self._marked(len(self.recording.steps))
         for call in self.recording.epilogue:
             yield self._call(call)
+
+    def _marked(self, position: int) -> Iterator[_Statement]:
+        if self.mark is not None:
+            yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
 
     def _loads(self, loads: tuple[Copy, ...]) -> Iterator[_Statement]:
         values = [copy.value.name for copy in loads]
