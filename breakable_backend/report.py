@@ -1,23 +1,90 @@
-"""What was captured, what was not, why, and how often it ran."""
+"""What was captured, what was not, why, at which line, what it costs, and whether it pays.
+
+A report is a frozen snapshot: records of plain values, the same in a terminal, as JSON, as a graph and as a page.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
+import operator
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.backend import EagerGraph, breakable_cg, eager_graphs_of, executors_of
+from breakable_backend.buffers import Bridge
 from breakable_backend.capture import BreakableCUDAGraph
+from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.lowering import NEEDS_GRADIENTS
-from breakable_backend.program import Reason
-from breakable_backend.recording import EagerStep
+from breakable_backend.marking import label
+from breakable_backend.measure import Measured, measure_compiled, measure_graph
+from breakable_backend.page import page
+from breakable_backend.program import GraphSegment, Op, Reason, Segment, describe, described, module_path, source_line
+from breakable_backend.recording import Copy, EagerStep, GraphStep, Recording, Step
+
+SCHEMA = 1
+"""Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
+ROWS = 40
+"""Steps that a terminal shows of one program; the page shows all."""
+
+
+@dataclass(frozen=True)
+class BridgeReport:
+    """A copy between a bridge and the outside."""
+
+    value: str
+    direction: Literal["in", "out"]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A captured segment or an eager one, in its place; of a key that was recorded, with what came of it."""
+
+    position: int
+    kind: Literal["captured", "eager"]
+    ops: tuple[Op, ...]
+    reasons: tuple[Reason, ...]
+    """Why it is eager."""
+    kernels: tuple[str, ...]
+    """Names of the kernels in the captured graph, in order; empty before it is recorded."""
+    num_kernels: int
+    """-1 before it is recorded, and where the driver cannot tell."""
+    bridges: tuple[BridgeReport, ...]
+    host_us: float | None = None
+    """Host time, measured; None if it was not."""
+    gpu_us: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What it does, in a few words."""
+        names = [op.op for op in self.ops] or [reason.op for reason in self.reasons]
+        if self.kind == "eager":
+            return ", ".join(dict.fromkeys(reason.op for reason in self.reasons if reason.op)) or ", ".join(names[:1])
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}" if names else "nothing"
+
+    @property
+    def module(self) -> str:
+        """The path of the module that all its ops are in."""
+        paths = [op.module.split(".") for op in self.ops if op.module]
+        return ".".join(os.path.commonprefix(paths)) if paths else ""
+
+    @property
+    def source(self) -> str:
+        """The user's line: of its first reason, else of its first op."""
+        return next(filter(None, (*(r.source for r in self.reasons), *(op.source for op in self.ops))), "")
 
 
 @dataclass(frozen=True)
@@ -36,22 +103,33 @@ class RecordingReport:
     copies: int
     """Copies that were made, recording included; one is left out where the value is in place already."""
     bridge_bytes: int
+    held_bytes: int
+    """Bytes of pool memory that it holds between calls, bridges not counted."""
+    executable_bytes: int
+    """Device memory of its instantiated graphs; -1 where the driver cannot tell."""
+    warmup_seconds: float
     record_seconds: float
+    why: str
+    """Why the key was new when it came."""
     source: str
     """The generated replay function."""
     refused: str
     """Why this key is not recorded; empty if it may be."""
+    steps: tuple[StepReport, ...]
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """One graph that Dynamo made, and what became of it."""
+    """One graph that Dynamo made, or one captured ``with`` block, and what became of it."""
 
     name: str
     driver: str
     num_graph_segments: int
     num_eager_segments: int
     reasons: tuple[Reason, ...]
+    steps: tuple[StepReport, ...]
+    """The segments in order, before anything is recorded."""
     text: str
     """The program, printed."""
     calls: int
@@ -61,11 +139,21 @@ class ProgramReport:
     evictions: int
     plain_calls: Mapping[str, int]
     """Calls that ran plainly, by why."""
+    recorded: Mapping[str, int]
+    """Recordings, by why there was none for the key."""
     notes: tuple[str, ...]
     lowering_seconds: float
+    pool_bytes: int
+    """Device memory that the driver's pool holds reserved, for all programs that share it."""
     recordings: tuple[RecordingReport, ...]
     debug: str | None
     """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
+
+    @property
+    def main(self) -> RecordingReport | None:
+        """The recorded key that was called most."""
+        recorded = [recording for recording in self.recordings if recording.steps]
+        return max(recorded, key=lambda recording: recording.calls, default=None)
 
 
 @dataclass(frozen=True)
@@ -81,58 +169,38 @@ class Report:
     """Functions that Dynamo has compiled as often as it will; what the compiled versions do not fit runs uncompiled."""
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(_lines(self))
 
-    def _lines(self) -> Iterator[str]:
-        if not self.programs and not self.eager_graphs:
-            yield "nothing was compiled by breakable_cg yet: it compiles at the first call"
-        for program in self.programs:
-            yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
-            if program.debug == "eager":
-                yield "  debug mode: every op runs eagerly; nothing is captured"
-            yield (
-                f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
-                f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"
-            )
-            for why, count in program.plain_calls.items():
-                yield f"  ran plainly {count}x: {why}"
-            for note in program.notes:
-                yield f"  note: {note}"
-            if program.reasons:
-                counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
-                yield _table(
-                    ("eager", "times", "because", "at"),
-                    [(op, str(count), text, source) for (op, text, source), count in counted.items()],
-                )
-            if program.recordings:
-                yield _table(
-                    ("key", "graphs", "calls", "captures", "replays", "copies/call", "bridges", "recorded in"),
-                    [
-                        (
-                            recording.refused or recording.key,
-                            str(recording.num_graphs),
-                            str(recording.calls),
-                            str(recording.captures),
-                            str(recording.replays),
-                            str(recording.copies_per_call),
-                            f"{recording.bridge_bytes} B",
-                            f"{recording.record_seconds * 1e3:.1f} ms",
-                        )
-                        for recording in program.recordings
-                    ],
-                )
-        for graph in self.eager_graphs:
-            cure = "; call it under torch.no_grad() to have it captured" if graph.why == NEEDS_GRADIENTS else ""
-            yield f"{graph.name}: eager, because {graph.why}{cure}"
-            if graph.source:
-                yield f"  at {graph.source}"
-        for why, count in self.graph_breaks.items():
-            yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
-        for where in self.at_recompile_limit:
-            yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers, with the version of their schema.
+
+        Steps have their ``title``, ``module`` and ``source`` too, and what was measured its ``verdict``.
+        """
+        return {"schema": SCHEMA, **_plain(self)}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_dot(self) -> str:
+        """The programs as a graph for Graphviz: steps in order, bridges between them."""
+        return "\n".join(_dot(self)) + "\n"
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one page, which needs no network; returns its path."""
+        written = Path(path)
+        written.write_text(page(self.to_dict()), encoding="utf-8")
+        return written
 
 
-def explain(compiled: Any = None) -> Report:
+def explain(
+    compiled: Any = None,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    measure: bool = False,
+    eager: Callable[[], Any] | None = None,
+    **kwargs: Any,
+) -> Report:
     """What was captured of ``compiled``, or of everything that this backend compiled.
 
     >>> import torch
@@ -144,33 +212,65 @@ def explain(compiled: Any = None) -> Report:
 
     Args:
         compiled: what ``torch.compile`` returned, or a :class:`BreakableCUDAGraph`; None for all functions of this
-            backend.
+            backend. Or a function or module that is not compiled, with arguments: it is compiled with ``options`` and
+            called once, plainly, and nothing is captured. Compiling it alike later takes what was compiled here.
+        args: arguments for a call, before it is reported on.
+        options: as of ``torch.compile``, for what is not compiled yet.
+        measure: whether to time each step of each recording, and the whole against eager. With ``args`` that call is
+            timed, recorded first if need be, and eager is the uncompiled function. Without, what the bridges hold is
+            replayed, and eager is a plain call. Marked functions run some hundred times; the random state, and what
+            the graphs write of the caller's, is put back afterwards.
+        eager: what to compare with instead; for a :class:`BreakableCUDAGraph`, which has no other.
+        kwargs: keyword arguments for the call.
 
     Returns:
         a frozen snapshot. It is empty before the first call, which is when Dynamo compiles.
+
+    Raises:
+        OptionsError: nothing to measure, or an input that a replay needs is not kept by any bridge.
     """
     if isinstance(compiled, BreakableCUDAGraph):
-        return Report((_captured(compiled),), (), {}, ())
+        timed = measure_graph(compiled, eager) if measure else None
+        return Report((_captured(compiled, timed),), (), {}, ())
+    measured: Mapping[Entry, Measured] = {}
+    if compiled is not None and not _torch.is_compiled(compiled):
+        if not (args or kwargs):
+            raise OptionsError(
+                f"{getattr(compiled, '__qualname__', type(compiled).__name__)} is not compiled",
+                fix='explain what torch.compile(..., backend="breakable_cg") returned, or give arguments to try it with',
+            )
+        compiled = torch.compile(compiled, backend="breakable_cg", options=dict(options or {}))
+    if measure:
+        if compiled is None:
+            raise OptionsError("measure=True needs the function to measure", fix="explain(compiled, measure=True)")
+        measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
+    elif args or kwargs:
+        compiled(*args, **kwargs)
     executors = list(breakable_cg.executors) if compiled is None else executors_of(compiled)
     executors.sort(key=lambda executor: int(executor.name.split()[-1]))
     return Report(
-        tuple(_program(executor) for executor in executors),
+        tuple(_program(executor, measured) for executor in executors),
         tuple(breakable_cg.uncaptured.values() if compiled is None else eager_graphs_of(compiled)),
         _torch.dynamo_counters("graph_break"),
         tuple(_torch.at_recompile_limit(compiled)),
     )
 
 
-def _program(executor: Executor) -> ProgramReport:
+# --- from executors and graphs ------------------------------------------------------------------------------------------
+
+
+def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramReport:
     statistics = executor.statistics
     entries = [entry for addresses in executor.sets.values() for entry in addresses.entries.values()]
-    recordings = tuple(_recording(entry, position) for position, entry in enumerate(entries))
+    recordings = tuple(_recording(entry, position, measured.get(entry)) for position, entry in enumerate(entries))
+    segments = executor.program.segments
     return ProgramReport(
         name=executor.name,
         driver=f"{executor.driver.name} on {executor.driver.device}",
         num_graph_segments=len(executor.program.graph_segments),
         num_eager_segments=len(executor.program.eager_segments),
         reasons=executor.program.reasons,
+        steps=tuple(_segment(position, segment) for position, segment in enumerate(segments)),
         text=str(executor.program),
         calls=statistics.calls,
         captures=statistics.captures,
@@ -178,38 +278,16 @@ def _program(executor: Executor) -> ProgramReport:
         copies=statistics.finished_copies + sum(recording.copies for recording in recordings),
         evictions=statistics.evictions,
         plain_calls=dict(statistics.plain),
+        recorded=dict(statistics.recorded),
         notes=tuple(executor.notes),
         lowering_seconds=statistics.lowering_seconds,
+        pool_bytes=executor.driver.pool_bytes(),
         recordings=recordings,
         debug=executor.options.debug,
     )
 
 
-def _captured(graph: BreakableCUDAGraph) -> ProgramReport:
-    recording, tally = graph.recording, graph.tally
-    eager = [step for step in recording.steps if isinstance(step, EagerStep)] if recording else []
-    driver = graph.driver
-    return ProgramReport(
-        name="captured graph" if recording else "graph that holds nothing",
-        driver=f"{driver.name} on {driver.device}" if driver else "no driver yet",
-        num_graph_segments=len(recording.graphs) if recording else 0,
-        num_eager_segments=len(eager),
-        reasons=tuple(reason for step in eager for reason in step.reasons),
-        text=graph.source,
-        calls=graph.replays + (recording is not None),
-        captures=len(recording.graphs) if recording else 0,
-        replays=graph.replays,
-        copies=tally.copies if tally else 0,
-        evictions=0,
-        plain_calls={},
-        notes=(),
-        lowering_seconds=0.0,
-        recordings=(),
-        debug=graph.debug,
-    )
-
-
-def _recording(entry: Entry, position: int) -> RecordingReport:
+def _recording(entry: Entry, position: int, measured: Measured | None) -> RecordingReport:
     recording, replay = entry.recording, entry.replay
     numbers = ", ".join(str(part) for part in entry.key.shapes)
     return RecordingReport(
@@ -221,16 +299,267 @@ def _recording(entry: Entry, position: int) -> RecordingReport:
         copies_per_call=recording.num_copies if recording else 0,
         copies=entry.record_copies + (replay.tally.copies if replay else 0),
         bridge_bytes=recording.bridge_bytes if recording else 0,
+        held_bytes=recording.held_bytes if recording else 0,
+        executable_bytes=_executable_bytes(recording),
+        warmup_seconds=entry.warmup_seconds,
         record_seconds=entry.record_seconds,
+        why=entry.why,
         source=replay.source if replay else "",
         refused=entry.refused,
+        steps=_steps(recording, measured),
+        measured=measured,
     )
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramReport:
+    recording, driver = graph.recording, graph.driver
+    steps = _steps(recording, None)
+    eager = [step for step in steps if step.kind == "eager"]
+    copies = graph.tally.copies if graph.tally else 0
+    recordings = ()
+    if recording is not None:
+        recordings = (
+            RecordingReport(
+                key="0",
+                num_graphs=len(recording.graphs),
+                calls=graph.replays + 1,
+                captures=len(recording.graphs),
+                replays=graph.replays,
+                copies_per_call=recording.num_copies,
+                copies=copies,
+                bridge_bytes=recording.bridge_bytes,
+                held_bytes=recording.held_bytes,
+                executable_bytes=_executable_bytes(recording),
+                warmup_seconds=0.0,
+                record_seconds=graph.record_seconds,
+                why="captured",
+                source=graph.source,
+                refused="",
+                steps=_steps(recording, measured),
+                measured=measured,
+            ),
+        )
+    return ProgramReport(
+        name="captured graph" if recording else "graph that holds nothing",
+        driver=f"{driver.name} on {driver.device}" if driver else "no driver yet",
+        num_graph_segments=len(recording.graphs) if recording else 0,
+        num_eager_segments=len(eager),
+        reasons=tuple(reason for step in eager for reason in step.reasons),
+        steps=steps,
+        text=graph.source,
+        calls=graph.replays + (recording is not None),
+        captures=len(recording.graphs) if recording else 0,
+        replays=graph.replays,
+        copies=copies,
+        evictions=0,
+        plain_calls={},
+        recorded={"captured": 1} if recording else {},
+        notes=(),
+        lowering_seconds=0.0,
+        pool_bytes=driver.pool_bytes() if driver else 0,
+        recordings=recordings,
+        debug=graph.debug,
+    )
+
+
+def _steps(recording: Recording | None, measured: Measured | None) -> tuple[StepReport, ...]:
+    if recording is None:
+        return ()
+    found = (_step(recording, position, step) for position, step in enumerate(recording.steps))
+    if measured is None:
+        return tuple(found)
+    times = measured.steps
+    return tuple(
+        dataclasses.replace(step, host_us=time.host_us, gpu_us=time.gpu_us)
+        for step, time in zip(found, times, strict=True)
+    )
+
+
+def _step(recording: Recording, position: int, step: Step) -> StepReport:
+    if isinstance(step, EagerStep):
+        ops = ops_of(step.segment.module) if step.segment is not None else ()
+        return StepReport(position, "eager", ops, step.reasons, (), -1, ())
+    bridges = [
+        BridgeReport(copy.value.name, direction, _bridge_of(recording, copy).tensor.untyped_storage().nbytes())
+        for direction, copies in (("in", step.loads), ("out", step.stores))
+        for copy in copies
+    ]
+    ops = ops_of(step.segment.module) if step.segment is not None else step.ops
+    kernels = step.graph.kernels()
+    return StepReport(position, "captured", ops, (), kernels, step.graph.num_kernels, tuple(bridges))
+
+
+def _bridge_of(recording: Recording, copy: Copy) -> Bridge:
+    bridge = recording.constants[copy.bridge.name]
+    assert isinstance(bridge, Bridge)
+    return bridge
+
+
+def _segment(position: int, segment: Segment) -> StepReport:
+    captured = isinstance(segment, GraphSegment)
+    reasons = () if isinstance(segment, GraphSegment) else segment.reasons
+    return StepReport(position, "captured" if captured else "eager", ops_of(segment.module), reasons, (), -1, ())
+
+
+def _executable_bytes(recording: Recording | None) -> int:
+    if recording is None:
+        return 0
+    sizes = [graph.executable_bytes for graph in recording.graphs]
+    return -1 if -1 in sizes else sum(sizes)
+
+
+def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
+    """What a segment's module does, in order; views and the parts of results are left out."""
+    return tuple(
+        Op(node.name, label(node), described(node.meta.get("val")), module_path(node), source_line(node))
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem and not _is_view(node.target)
+    )
+
+
+def _is_view(target: Any) -> bool:
+    return isinstance(target, _torch.OpOverload) and target.is_view
+
+
+# --- the text -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(report: Report) -> Iterator[str]:
+    if not report.programs and not report.eager_graphs:
+        yield "nothing was compiled by breakable_cg yet: it compiles at the first call"
+    for program in report.programs:
+        yield from _program_lines(program)
+    for graph in report.eager_graphs:
+        cure = "; call it under torch.no_grad() to have it captured" if graph.why == NEEDS_GRADIENTS else ""
+        yield f"{graph.name}: eager, because {graph.why}{cure}"
+        if graph.source:
+            yield f"  at {graph.source}"
+    for why, count in report.graph_breaks.items():
+        yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
+    for where in report.at_recompile_limit:
+        yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
+
+
+DEBUG = {
+    "eager": "debug mode: every op runs eagerly; nothing is captured",
+    "compare": "debug mode: every replay is compared with eager, step by step",
+}
+
+
+def _program_lines(program: ProgramReport) -> Iterator[str]:
+    yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
+    if program.debug is not None:
+        yield f"  {DEBUG[program.debug]}"
+    yield (
+        f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
+        f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"
+    )
+    for why, count in program.plain_calls.items():
+        yield f"  ran plainly {count}x: {why}"
+    for why, count in program.recorded.items():
+        yield f"  recorded {count}x: {why}"
+    for note in program.notes:
+        yield f"  note: {note}"
+    if program.reasons:
+        counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
+        yield _table(
+            ("eager", "times", "because", "at"),
+            [(op, str(count), text, source) for (op, text, source), count in counted.items()],
+        )
+    if program.recordings:
+        yield _table(
+            ("key", "graphs", "calls", "captures", "replays", "copies/call", "bridges", "recorded in"),
+            [
+                (
+                    recording.refused or recording.key,
+                    str(recording.num_graphs),
+                    str(recording.calls),
+                    str(recording.captures),
+                    str(recording.replays),
+                    str(recording.copies_per_call),
+                    f"{recording.bridge_bytes} B",
+                    f"{recording.record_seconds * 1e3:.1f} ms",
+                )
+                for recording in program.recordings
+            ],
+        )
+    main = program.main
+    yield from _step_lines(main.steps if main is not None else program.steps)
+    for recording in program.recordings:
+        if recording.measured is not None:
+            yield f"  key {recording.key}: {recording.measured.verdict}"
+            yield from (f"    {line}" for line in recording.measured.lines())
+
+
+def _step_lines(steps: Sequence[StepReport]) -> Iterator[str]:
+    if not steps:
+        return
+    timed = any(step.host_us is not None for step in steps)
+    columns = ("step", "", "ops", "kernels", "bridges", *(("host us", "GPU us") if timed else ()), "module", "what", "at")
+    rows = []
+    for step in steps[:ROWS]:
+        bridges = ", ".join(f"{bridge.direction} {bridge.value} {bridge.bytes} B" for bridge in step.bridges)
+        times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
+        kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
+        rows.append(
+            (str(step.position), step.kind, str(len(step.ops)), kernels, bridges, *times, step.module, step.title, step.source)
+        )
+    yield _table(columns, rows)
+    if len(steps) > ROWS:
+        yield f"    … {len(steps) - ROWS} more steps: report.to_html(path) shows all"
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
     out = io.StringIO()
     Console(file=out, width=160, no_color=True).print(table)
     return "\n".join(f"    {line}".rstrip() for line in out.getvalue().splitlines())
+
+
+# --- other forms ----------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it; records with those of their properties that say something of themselves."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        names += [name for name in _SHOWN.get(type(value), ())]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+_SHOWN: Mapping[type, tuple[str, ...]] = {StepReport: ("title", "module", "source"), Measured: ("verdict", "busy")}
+
+
+def _dot(report: Report) -> Iterator[str]:
+    yield "digraph breakable_cg {"
+    yield "  node [shape=box, style=filled, fontname=monospace]; rankdir=TB;"
+    for number, program in enumerate(report.programs):
+        yield f"  subgraph cluster_{number} {{"
+        yield f"    label={_quoted(f'{program.name} ({program.driver})')};"
+        steps = program.main.steps if program.main is not None else program.steps
+        for step in steps:
+            because = "\n".join(dict.fromkeys(reason.text for reason in step.reasons))
+            size = f"{len(step.ops)} op{'s' * (len(step.ops) != 1)}" if step.kind == "captured" else because
+            text = "\n".join(line for line in (f"{step.position}: {step.title}", size, step.source) if line)
+            color = "#cfe8cf" if step.kind == "captured" else "#f6d5a8"
+            yield f'    p{number}_{step.position} [label={_quoted(text)}, fillcolor="{color}"];'
+        for before, after in zip(steps, steps[1:], strict=False):
+            bridges = ", ".join(f"{bridge.value} {bridge.bytes} B" for bridge in after.bridges)
+            yield f"    p{number}_{before.position} -> p{number}_{after.position} [label={_quoted(bridges)}];"
+        yield "  }"
+    yield "}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\\n", "\\l")
