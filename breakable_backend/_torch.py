@@ -432,6 +432,9 @@ def live_storage(ref: StorageWeakRef) -> torch.UntypedStorage | None:
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
+demangle: Callable[[str], str] = torch._C._demangle
+"""A C++ symbol as C++ spells it; what is none comes back as it is."""
+
 # A CPU build lacks these names; the CUDA driver is the only one to call them.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)

@@ -48,6 +48,7 @@ def watched_segment(module: fx.GraphModule, name: str) -> Callable[..., Any]:
         _log(name, results, first)
         return results
 
+    call.__wrapped__ = module  # type: ignore[attr-defined]
     return call
 
 

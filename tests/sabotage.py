@@ -668,6 +668,22 @@ FAULTS = (
         "test_cuda.py::test_host_scalars_are_keyed_then_eager",
         gpu=True,
     ),
+    # --- what tools see ---
+    Fault(
+        "fills-count-as-kernels",
+        "drivers/cuda.py",
+        'for node in self.nodes() if node.kind == "kernel")',
+        "for node in self.nodes())",
+        "test_cuda.py::test_nodes_that_are_no_kernels",
+        gpu=True,
+    ),
+    Fault(
+        "child-graphs-are-skipped",
+        "drivers/nodes.py",
+        "yield from _nodes(child)",
+        "del child",
+        "test_nodes.py::test_reads_nodes",
+    ),
 )
 
 

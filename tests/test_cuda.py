@@ -16,6 +16,7 @@ from torch.nn import functional
 import breakable_backend
 from breakable_backend import CaptureError, breakable_cg, explain, reset
 from breakable_backend.backend import executors_of
+from breakable_backend.drivers.cuda import CudaDriver
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -495,3 +496,64 @@ def test_reset_gives_memory_back() -> None:
         assert torch.equal(ours(x), want)
     breakable_backend.reset()
     assert driver.live_blocks() == 0
+
+
+def test_nodes_of_a_segment() -> None:
+    """A captured segment tells its kernels by name, and its copies and fills by kind; only kernels are counted."""
+    model = stack(64, 1)
+    ours = compiled(lambda x: model(x).sin().cumsum(0))
+    for _ in range(3):
+        ours(torch.randn(4, 64, device=CUDA))
+    (executor,) = executors_of(ours)
+    (addresses,) = executor.sets.values()
+    (entry,) = addresses.entries.values()
+    assert entry.recording is not None
+    before, after = entry.recording.graphs
+    assert before.num_kernels == len(before.kernels()) > 1  # a linear layer and gelu
+    assert any("Gelu" in name or "gelu" in name for name in before.kernels())
+    assert any("sin_kernel" in name for name in after.kernels())
+    assert not any("(" in name or name.startswith("void ") for name in before.kernels() + after.kernels())
+    assert before.dot().startswith("digraph")
+    assert executor.driver.executable_bytes() >= 0
+
+
+def test_nodes_that_are_no_kernels() -> None:
+    """Fills and copies are nodes, in the order of the capture, and no kernels."""
+    driver = CudaDriver(CUDA)
+    x, y = torch.randn(1024, device=CUDA), torch.empty(1024, device=CUDA)
+
+    def body() -> None:
+        y.zero_()
+        y.add_(1)
+        y.copy_(x)
+
+    with driver.lock:
+        stream = driver.begin()
+        with driver.recording():
+            graph, _ = driver.capture(body)
+        graph.replay(stream)
+        driver.end(stream)
+    assert torch.equal(y, x)
+    assert [node.kind for node in graph.nodes()] == ["memset", "kernel", "memcpy"]
+    assert graph.num_kernels == 1
+    driver.release([graph])
+    assert driver.live_blocks() == 0
+
+
+def test_executables_take_memory() -> None:
+    """Many instantiated graphs take device memory beside the pool; what the driver counts is what went missing."""
+    driver = CudaDriver(CUDA)
+    x = torch.zeros(16, device=CUDA)
+    torch.cuda.synchronize()
+    with driver.lock:
+        stream = driver.begin()
+        with driver.recording():
+            before = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            graphs = [driver.capture(lambda: [x.add_(1) for _ in range(64)])[0] for _ in range(64)]
+            after = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        driver.end(stream)
+    # 64 graphs of 64 nodes: well over a page of CUDA's, whatever its size
+    assert 0 < driver.executable_bytes() <= before - after
+    assert [graph.num_kernels for graph in graphs] == [64] * 64
+    driver.release(graphs)
+    assert driver.executable_bytes() == 0

@@ -151,3 +151,19 @@ def test_environment(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
             x = torch.ones(4, device=device)
             assert torch.equal(compiled(x), stepped(x))
     assert explain(compiled).programs[0].driver.startswith("eager")
+
+
+def test_names_its_ops(device: torch.device, debug: dict[str, Any]) -> None:
+    """A segment that is run and not captured tells the ops that it launches, views left out."""
+    compiled = torch.compile(stepped, backend="breakable_cg", options=debug)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(torch.ones(4, device=device))
+    (executor,) = executors_of(compiled)
+    ((entry,),) = (addresses.entries.values() for addresses in executor.sets.values())
+    assert entry.recording is not None
+    assert [graph.kernels() for graph in entry.recording.graphs] == [
+        ("aten.sin.default", "aten.add.Tensor"),
+        ("aten.mul.Tensor", "aten.cos.default", "aten.add.Tensor"),
+    ]
+    assert all("aten.add.Tensor" in graph.dot() for graph in entry.recording.graphs)

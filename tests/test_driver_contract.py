@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -803,6 +804,45 @@ def test_num_kernels(tape: Session) -> None:
 
 
 EMPTY = torch.empty(0)
+
+
+def test_tells_its_kernels(session: Session) -> None:
+    """A graph names what it launches, in order, and as many as it counts; released, it has nothing to tell."""
+    x = session.ramp(4)
+    graph, _ = session.capture(lambda: (x + 1).exp())
+    add, exp = graph.kernels()
+    assert "add" in add.lower() and "exp" in exp.lower()
+    assert graph.num_kernels == 2
+    assert graph.kernels() == (add, exp)
+    session.replay(graph)
+    session.driver.release([graph])
+    session.graphs.clear()
+    assert graph.kernels() == ()
+
+
+def test_draws_itself(session: Session) -> None:
+    """The picture of a graph is in the DOT language and has what it launches."""
+    x = session.ramp(4)
+    graph, _ = session.capture(lambda: (x + 1).exp())
+    picture = graph.dot()
+    assert re.match(r"(strict )?digraph \S+ *\{", picture)
+    assert all(name in picture for name in (("Self_add", "exp_kernel") if x.is_cuda else graph.kernels()))
+    assert picture.rstrip().endswith("}")
+    session.driver.release([graph])
+    session.graphs.clear()
+    assert re.match(r"digraph \w+ *\{", graph.dot())
+
+
+def test_executables_are_counted(session: Session) -> None:
+    """What graphs take beside the pool is never below nothing, and is nothing once they are released."""
+    x = session.ramp(4)
+    for _ in range(64):
+        session.capture(lambda: x + 1)
+    assert session.driver.executable_bytes() >= 0
+    session.driver.release(session.graphs)
+    session.graphs.clear()
+    assert session.driver.executable_bytes() == 0
+
 
 TAPE_REFUSES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "another device": (lambda x: x.to("meta"), r"aten\._to_copy\.default moves data between cpu and meta"),

@@ -25,6 +25,7 @@ LAYERS = {
     "buffers": 3,
     "debug": 3,
     "drivers": 3,
+    "drivers.nodes": 3,
     "drivers.cuda": 4,
     "drivers.eager": 4,
     "drivers.tape": 4,

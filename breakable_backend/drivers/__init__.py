@@ -27,8 +27,15 @@ class CapturedGraph(Protocol):
     draws_random: bool
     """Whether a replay advances the device's default generator."""
 
-    num_kernels: int
-    """How many launches a replay makes; -1 where the driver cannot tell."""
+    @property
+    def num_kernels(self) -> int:
+        """How many kernels a replay launches; -1 where the driver cannot tell. Read when it is asked for."""
+
+    def kernels(self) -> tuple[str, ...]:
+        """What a replay launches, by name and in order: kernels, or ops where there are none. None after a release."""
+
+    def dot(self) -> str:
+        """The graph in the DOT language."""
 
     def replay(self, stream: int) -> None:
         """Launch on ``stream``, which must be the current one (a raw handle from :meth:`CaptureDriver.begin`)."""
@@ -99,6 +106,9 @@ class CaptureDriver(Protocol):
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""
+
+    def executable_bytes(self) -> int:
+        """Bytes of device memory that the instantiated graphs take beside the pool, as far as the driver can tell."""
 
     def live_blocks(self) -> int:
         """Allocated blocks in the pool: 0 after everything was released."""

@@ -18,6 +18,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.errors import CaptureError, OptionsError, ReplayError
 
 try:
@@ -50,15 +51,35 @@ class CudaGraph:
     The first replay, which a recording makes at once, goes through torch and shows whether the graph draws random
     numbers: the generator moves. One that draws must always go that way, since torch sets its seed and offset first.
     Others are launched directly, which takes 1.9 us of host time instead of 4.7 (H200, torch 2.11).
+
+    torch keeps the ``cudaGraph_t``, in host memory, so that its nodes can be read later.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, generator: torch.Generator, executable_bytes: int = 0) -> None:
         self._graph: torch.cuda.CUDAGraph | None = graph
+        self.executable_bytes = executable_bytes
+        """Free memory of the device that instantiating took. CUDA takes it in pieces, so it is 0 for most graphs."""
         self._generator: torch.Generator | None = generator
         """Set until the first replay."""
         self._executable: Any = None
+        self._nodes: tuple[GraphNode, ...] | None = None
         self.draws_random = False
-        self.num_kernels = -1
+
+    @property
+    def num_kernels(self) -> int:
+        return len(self.kernels())
+
+    def kernels(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.nodes() if node.kind == "kernel")
+
+    def nodes(self) -> tuple[GraphNode, ...]:
+        """All nodes in the order of the capture, copies and fills too; read once. None after a release."""
+        if self._nodes is None and self._graph is not None:
+            self._nodes = nodes(self._graph.raw_cuda_graph())
+        return self._nodes or ()
+
+    def dot(self) -> str:
+        return dot(self._graph.raw_cuda_graph()) if self._graph is not None else dot_of_names(())
 
     def replay(self, stream: int) -> None:
         """Launch on ``stream``, the current one."""
@@ -85,6 +106,7 @@ class CudaGraph:
         """Destroy the executable. The pool gets the memory back."""
         if self._graph is not None:
             self._executable = None
+            self._nodes = None
             self._graph.reset()
             self._graph = None
 
@@ -195,7 +217,7 @@ class CudaDriver:
 
     def begin_capture(self) -> torch.cuda.CUDAGraph:
         """A graph that captures the current stream into the pool."""
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # thread_local: other threads may allocate, query events and pin memory meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
         return graph
@@ -204,10 +226,13 @@ class CudaDriver:
         """What was captured; after an error the process is repaired."""
         try:
             _end(graph)
+            free, _ = torch.cuda.mem_get_info(self._index)
+            graph.instantiate()
         except Exception as error:
             self._repair(graph)
             raise CaptureError(_first_line(error)) from error
-        captured = CudaGraph(graph, torch.cuda.default_generators[self._index])
+        taken = max(0, free - torch.cuda.mem_get_info(self._index)[0])
+        captured = CudaGraph(graph, torch.cuda.default_generators[self._index], taken)
         self._live.add(captured)
         return captured
 
@@ -294,6 +319,10 @@ class CudaDriver:
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""
         return sum(segment["total_size"] for segment in self._segments())
+
+    def executable_bytes(self) -> int:
+        """Free memory that instantiating the live graphs took."""
+        return sum(graph.executable_bytes for graph in self._live)
 
     def live_blocks(self) -> int:
         """Allocated blocks in the pool."""

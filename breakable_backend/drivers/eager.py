@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph, CaptureSession
+from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
 
 T = TypeVar("T")
@@ -64,6 +66,15 @@ class RerunGraph:
         self._body: Callable[[], Any] | None = body
         self._modes = modes
         self._ran = True
+
+    def kernels(self) -> tuple[str, ...]:
+        """The ops of a segment that launch something; of other code nothing is known."""
+        function = self._body.func if isinstance(self._body, functools.partial) else None
+        module = getattr(function, "__wrapped__", function)
+        return _launching(module) if isinstance(module, fx.GraphModule) else ()
+
+    def dot(self) -> str:
+        return dot_of_names(self.kernels())
 
     def replay(self, stream: int) -> None:
         if self._body is None:
@@ -168,8 +179,16 @@ class EagerDriver:
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for graph in self._graphs for storage in graph.made.values())
 
+    def executable_bytes(self) -> int:
+        return 0
+
     def live_blocks(self) -> int:
         return sum(len(graph.made) for graph in self._graphs)
+
+
+def _launching(module: fx.GraphModule) -> tuple[str, ...]:
+    targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    return tuple(str(op) for op in targets if isinstance(op, _torch.Op) and not getattr(op, "is_view", False))
 
 
 def _move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import CaptureError, ReplayError
 
 T = TypeVar("T")
@@ -168,6 +169,13 @@ class TapeGraph:
         self._ops = tape.ops
         self._outside = list(tape.outside.values())
         self._released = False
+
+    def kernels(self) -> tuple[str, ...]:
+        """The taped ops."""
+        return tuple(str(op.func) for op in self._ops)
+
+    def dot(self) -> str:
+        return dot_of_names(self.kernels())
 
     def replay(self, stream: int) -> None:
         if self._released:
@@ -454,6 +462,9 @@ class TapeDriver:
 
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._made().values())
+
+    def executable_bytes(self) -> int:
+        return 0
 
     def live_blocks(self) -> int:
         return len(self._made())

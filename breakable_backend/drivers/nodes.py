@@ -1,0 +1,106 @@
+"""What is in a CUDA graph: its nodes, the names of its kernels, and its picture; read through cuda-python, on request."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from breakable_backend import _torch
+from breakable_backend.errors import ReplayError
+
+try:
+    from cuda.bindings import driver as cuda
+except ImportError:  # pragma: no cover - a machine without CUDA
+    cuda = None
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One node of a CUDA graph."""
+
+    kind: str
+    """``kernel``, ``memcpy``, ``memset`` and so on, as CUDA names them."""
+    name: str
+    """The kernel's name, short; empty for other kinds."""
+
+
+def nodes(graph: int) -> tuple[GraphNode, ...]:
+    """The nodes of the ``cudaGraph_t`` at ``graph``, in the order of the capture, those of child graphs at their place.
+
+    Raises:
+        ReplayError: CUDA does not tell.
+    """
+    return tuple(_nodes(cuda.CUgraph(graph)))
+
+
+def dot(graph: int) -> str:
+    """The ``cudaGraph_t`` at ``graph`` as CUDA draws it, with all that it knows of each node.
+
+    Raises:
+        ReplayError: CUDA does not tell.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "graph.dot")
+        verbose = cuda.CUgraphDebugDot_flags.CU_GRAPH_DEBUG_DOT_FLAGS_VERBOSE
+        _ask(cuda.cuGraphDebugDotPrint(cuda.CUgraph(graph), str(path).encode(), int(verbose)), "cuGraphDebugDotPrint")
+        return path.read_text(encoding="utf-8", errors="replace")
+
+
+def dot_of_names(names: Sequence[str]) -> str:
+    """A chain of launches, for drivers that have no CUDA graph to draw."""
+    labels = [name.replace('"', '\\"') for name in names]
+    boxes = [f'  n{i} [label="{label}"];' for i, label in enumerate(labels)]
+    arrows = [f"  n{i} -> n{i + 1};" for i in range(len(names) - 1)]
+    return "\n".join(["digraph segment {", "  node [shape=box];", *boxes, *arrows, "}"]) + "\n"
+
+
+def short_name(symbol: str) -> str:
+    """A kernel's symbol as a person reads it: no return type, no argument lists, no namespaces that say nothing.
+
+    >>> short_name("_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_15CUDAFunctor_addIfEESt5arrayIPcLm3EEEEviT0_T1_")
+    'vectorized_elementwise_kernel<4, CUDAFunctor_add<float>, std::array<char*, 3ul>>'
+    """
+    text = _torch.demangle(symbol).removeprefix("void ").replace("(anonymous namespace)::", "")
+    inner = None
+    while inner != text:
+        inner, text = text, re.sub(r"\([^()]*\)", "", text)
+    return re.sub(r"> +(?=>)", ">", text.replace("at::native::", ""))
+
+
+def _nodes(graph: Any) -> Iterator[GraphNode]:
+    _, count = _ask(cuda.cuGraphGetNodes(graph), "cuGraphGetNodes")
+    if not count:
+        return
+    found, _ = _ask(cuda.cuGraphGetNodes(graph, count), "cuGraphGetNodes")
+    for node in found:
+        (kind,) = _ask(cuda.cuGraphNodeGetType(node), "cuGraphNodeGetType")
+        if kind == cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_GRAPH:
+            (child,) = _ask(cuda.cuGraphChildGraphNodeGetGraph(node), "cuGraphChildGraphNodeGetGraph")
+            yield from _nodes(child)
+        elif kind == cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL:
+            yield GraphNode("kernel", _kernel_name(node))
+        else:
+            yield GraphNode(kind.name.removeprefix("CU_GRAPH_NODE_TYPE_").lower(), "")
+
+
+def _kernel_name(node: Any) -> str:
+    """A kernel is a function of a context, or one of a library that is loaded in all of them: the node has one of the two."""
+    (params,) = _ask(cuda.cuGraphKernelNodeGetParams(node), "cuGraphKernelNodeGetParams")
+    for handle, name_of in ((params.func, cuda.cuFuncGetName), (params.kern, cuda.cuKernelGetName)):
+        if int(handle):
+            status, name = name_of(handle)
+            if not status:
+                return short_name(name.decode(errors="replace"))
+    return "unnamed kernel"
+
+
+def _ask(answer: tuple[Any, ...], call: str) -> tuple[Any, ...]:
+    """The answer without its status, which comes first."""
+    status, *values = answer
+    if status:
+        raise ReplayError(f"{call} failed: {getattr(status, 'name', status)}")
+    return tuple(values)
