@@ -174,6 +174,17 @@ def compiled_graphs(compiled: Any) -> list[Any]:
     return found
 
 
+def is_compiled(function: Any) -> bool:
+    """Whether ``function`` is what ``torch.compile`` returned, a module compiled in place, or a compiled module's method."""
+    own = getattr(function, "__dict__", {})
+    return (
+        hasattr(function, "_torchdynamo_orig_callable")
+        or "_orig_mod" in own.get("_modules", own)
+        or own.get("_compiled_call_impl") is not None
+        or bool(compiled_graphs(function))
+    )
+
+
 def at_recompile_limit(compiled: Any = None) -> list[str]:
     """The functions behind ``compiled`` that Dynamo will not compile again, as ``name (file:line)``; None: of all."""
     limit = torch._dynamo.config.recompile_limit
@@ -438,6 +449,11 @@ demangle: Callable[[str], str] = torch._C._demangle
 # A CPU build lacks these names; the CUDA driver is the only one to call them.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+
+
+def keep_gpu_busy(microseconds: float) -> None:
+    """Have the GPU spin on the current stream for about that long, so that what is launched meanwhile queues up."""
+    torch.cuda._sleep(int(microseconds * 2_000))  # cycles of a clock of about 2 GHz
 
 
 def release_pool(device: int, pool: tuple[int, int]) -> None:

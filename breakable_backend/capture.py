@@ -11,6 +11,7 @@ import operator
 import os
 import re
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -111,6 +112,7 @@ class BreakableCUDAGraph:
         self._busy = False
         self.debug: str | None = None
         self.replays = 0
+        self.record_seconds = 0.0
 
     def replay(self) -> None:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
@@ -131,13 +133,18 @@ class BreakableCUDAGraph:
             self._busy = True
             stream = driver.begin()
             try:
-                captured.replay.function([], stream)
+                self.run(stream)
                 self.replays += 1
             finally:
                 driver.end(stream)
                 self._busy = False
                 if self._gone:
                     self.reset()
+
+    def run(self, stream: int) -> None:
+        """What :meth:`replay` does between taking the pool and giving it back."""
+        assert self._captured is not None
+        self._captured.replay.function([], stream)
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again."""
@@ -329,6 +336,7 @@ class _Door:
     """What the segment under way has run."""
     failed: BaseException | None = None
     capturing: bool = False
+    started: float = field(default_factory=time.perf_counter)
 
     def open(self) -> None:
         with ExitStack() as stack:
@@ -386,6 +394,7 @@ class _Door:
 
             captured.watched.append(weakref.ref(parameter, died))
         self.graph._take(captured)
+        self.graph.record_seconds = time.perf_counter() - self.started
 
     # segments
 

@@ -56,7 +56,7 @@ class Key:
     shapes: ShapeKey
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One key: what was recorded for it, and how often it was called."""
 
@@ -123,6 +123,8 @@ class Executor:
         """Values of host scalars, and addresses of written inputs, so far."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
+        self.tap: Callable[[Entry, list[Any]], None] | None = None
+        """Shown what is replayed, before it is; measurements set it for a call."""
         self.dropped: OrderedDict[Key, str] = OrderedDict()
         """Why recordings went: of the last ``MAX_DROPPED`` keys."""
         self._writes = writes_inputs(lowered.module)
@@ -200,6 +202,8 @@ class Executor:
             entry.replays += 1
             self._touch(entry)
             driver.bring(args)
+            if self.tap is not None:
+                self.tap(entry, list(args))
             return entry.replay.function(args, stream)
         if entry.refused:
             return self._plain(args, entry.refused)

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend.buffers import Bridge
@@ -18,8 +19,9 @@ from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor
-from breakable_backend.recording import EagerStep, GraphStep, Recording, run_plain
-from breakable_backend.replay import emit
+from breakable_backend.partition import under_ambient
+from breakable_backend.recording import EagerStep, GraphStep, Recording
+from breakable_backend.replay import Tally, emit
 
 PAYS, LOSES = 1.05, 0.95
 """Eager's time over the replay's from which on a recording pays, and below which it does not."""
@@ -81,6 +83,8 @@ class Measured:
     """Costliest first."""
     advice: tuple[Advice, ...]
     """Most helpful first."""
+    note: str = ""
+    """What to keep in mind."""
 
     @property
     def busy(self) -> float | None:
@@ -98,7 +102,8 @@ class Measured:
             return f"measured: {times}; nothing to compare with"
         ratio = self.eager_us / self.total_us
         says = "pays" if ratio >= PAYS else "does not pay" if ratio < LOSES else "about even"
-        return f"{says}: {ratio:.2f} times as fast as {self.eager_how} ({self.eager_us:,.0f} us); {times}"
+        note = f" ({self.note})" if self.note else ""
+        return f"{says}: {ratio:.2f} times as fast as {self.eager_how} ({self.eager_us:,.0f} us); {times}{note}"
 
     def lines(self) -> Iterator[str]:
         """The costliest break, and what would help."""
@@ -134,8 +139,7 @@ def measure_compiled(
         ]
         _require(found)
         return {
-            entry: _measure_entry(executor, entry, _kept_arguments(executor, entry), eager)
-            for executor, entry in found
+            entry: _measure_entry(executor, entry, _kept_arguments(executor, entry), eager) for executor, entry in found
         }
     tapped: dict[Entry, tuple[Executor, list[Any]]] = {}
     for _ in range(3):  # plain, recording, replay
@@ -231,8 +235,9 @@ def _measure_entry(
     replay = entry.replay.function
     if eager is not None:
         reference = _Reference(eager, "what it is compared with")
-    plain = _Reference(lambda: run_plain(executor.program, args), "a plain call, op by op")
-    with _put_back(_written(executor, args)), torch.no_grad():
+    module = _uncaptured(executor)
+    plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
+    with _put_back(_written(executor, args)), _uncounted(entry.replay.tally), torch.no_grad():
         return _measure(
             executor.driver, entry.recording, lambda stream: replay(list(args), stream), args, reference or plain, plain
         )
@@ -248,7 +253,8 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     if recording is None or driver is None:
         raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
     reference = _Reference(eager, "what it is compared with") if eager is not None else None
-    with _put_back(graph.written):
+    assert graph.tally is not None
+    with _put_back(graph.written), _uncounted(graph.tally):
         return _measure(driver, recording, graph.run, (), reference, None)
 
 
@@ -282,7 +288,8 @@ def _measure(
         sorted(_advice(recording, steps, breaks, host_us, busy, per_op), key=lambda item: item.saves_us, reverse=True)
     )
     how = reference.how if reference is not None else ""
-    return Measured(eager_us, how, host_us, total_us, steps, breaks, advice)
+    note = "" if driver.name == "cuda" else f"the {driver.name} driver shows no speed"
+    return Measured(eager_us, how, host_us, total_us, steps, breaks, advice, note)
 
 
 @contextmanager
@@ -312,6 +319,25 @@ def _put_back(storages: Sequence[torch.UntypedStorage]) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _uncounted(tally: Tally) -> Iterator[None]:
+    """Leave the counts of replays as they are."""
+    copies = tally.copies
+    try:
+        yield
+    finally:
+        tally.copies = copies
+
+
+def _uncaptured(executor: Executor) -> fx.GraphModule:
+    """The whole graph as one module, with the ambient state of its eager steps: the least that eager could cost."""
+    module = executor.lowered.module
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    under_ambient(graph)
+    return fx.GraphModule(module, graph)
 
 
 def _wait(device: torch.device) -> Callable[[], None]:
@@ -411,8 +437,11 @@ def _advice(
     per_op: float | None,
 ) -> Iterator[Advice]:
     if busy >= BUSY:
-        yield Advice("the GPU is what a call waits for: faster kernels would help, fewer launches would not",
-                     f"it works {busy:.0%} of a call", 0.0)
+        yield Advice(
+            "the GPU is what a call waits for: faster kernels would help, fewer launches would not",
+            f"it works {busy:.0%} of a call",
+            0.0,
+        )
         return
     yield from _fewer_marks(recording, steps)
     yield from _given_buffers(recording)
@@ -421,7 +450,11 @@ def _advice(
         yield from _small_segments(recording, steps, per_op)
     if breaks and breaks[0].share >= 0.25:
         cost = breaks[0]
-        yield Advice(f"make {cost.op} cheaper, or capturable", f"step {cost.step} takes {cost.share:.0%} of the host time of a call", cost.host_us)
+        yield Advice(
+            f"make {cost.op} cheaper, or capturable",
+            f"step {cost.step} takes {cost.share:.0%} of the host time of a call",
+            cost.host_us,
+        )
 
 
 def _fewer_marks(recording: Recording, steps: Sequence[StepTime]) -> Iterator[Advice]:
@@ -434,12 +467,15 @@ def _fewer_marks(recording: Recording, steps: Sequence[StepTime]) -> Iterator[Ad
                 for op in ops:
                     found[op] = found.get(op, 0.0) + timed.host_us / len(ops)
     for op, us in found.items():
-        yield Advice(f"mark fewer: {op} is eager only because it is marked", f"its steps take {us:.1f} us of host time", us)
+        yield Advice(
+            f"mark fewer: {op} is eager only because it is marked", f"its steps take {us:.1f} us of host time", us
+        )
 
 
 def _given_buffers(recording: Recording) -> Iterator[Advice]:
     """Results of eager steps that are copied into bridges."""
-    made = {call.result: call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls}
+    eager = [step for step in recording.steps if isinstance(step, EagerStep)]
+    made = {call.result: step.reasons[0].op for step in eager for call in step.calls}
     copied = [
         (copy, recording.constants[copy.bridge.name])
         for step in recording.steps
@@ -450,7 +486,7 @@ def _given_buffers(recording: Recording) -> Iterator[Advice]:
     if copied:
         size = sum(bridge.tensor.untyped_storage().nbytes() for _, bridge in copied)
         us = sum(_copy_us(bridge) for _, bridge in copied)
-        label = made[copied[0][0].value.name].label or copied[0][0].value.name
+        label = made[copied[0][0].value.name]
         yield Advice(
             "let eager steps write into a tensor that they are given (mutates_args) instead of returning a new one",
             f"{len(copied)} result{'s' * (len(copied) != 1)}, {label}'s first, copied in each call: {size:,} B, {us:.1f} us of host time",

@@ -125,6 +125,14 @@ class Recording:
         bridges = [value for value in self.constants.values() if isinstance(value, Bridge)]
         return sum(bridge.tensor.untyped_storage().nbytes() for bridge in bridges)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it keeps between calls, bridges not counted."""
+        bridged = {_torch.storage_key(value.tensor) for value in self.constants.values() if isinstance(value, Bridge)}
+        tensors = [value for value in self.constants.values() if isinstance(value, torch.Tensor)]
+        held = {_torch.storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(size for key, size in held.items() if key not in bridged)
+
 
 # --- calls ----------------------------------------------------------------------------------------------------------------
 

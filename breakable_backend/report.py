@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import operator
 import os
@@ -31,8 +32,8 @@ from breakable_backend.lowering import NEEDS_GRADIENTS
 from breakable_backend.marking import label
 from breakable_backend.measure import Measured, measure_compiled, measure_graph
 from breakable_backend.page import page
-from breakable_backend.program import GraphSegment, Op, Reason, Segment, describe, described, module_path, source_line
-from breakable_backend.recording import Copy, EagerStep, GraphStep, Recording, Step
+from breakable_backend.program import GraphSegment, Op, Reason, Segment, described, module_path, source_line
+from breakable_backend.recording import Copy, EagerStep, Recording, Step
 
 SCHEMA = 1
 """Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
@@ -79,7 +80,8 @@ class StepReport:
     def module(self) -> str:
         """The path of the module that all its ops are in."""
         paths = [op.module.split(".") for op in self.ops if op.module]
-        return ".".join(os.path.commonprefix(paths)) if paths else ""
+        shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+        return ".".join(names[0] for names in shared)
 
     @property
     def source(self) -> str:
@@ -105,8 +107,6 @@ class RecordingReport:
     bridge_bytes: int
     held_bytes: int
     """Bytes of pool memory that it holds between calls, bridges not counted."""
-    executable_bytes: int
-    """Device memory of its instantiated graphs; -1 where the driver cannot tell."""
     warmup_seconds: float
     record_seconds: float
     why: str
@@ -145,6 +145,8 @@ class ProgramReport:
     lowering_seconds: float
     pool_bytes: int
     """Device memory that the driver's pool holds reserved, for all programs that share it."""
+    executable_bytes: int
+    """Device memory that the driver's instantiated graphs take, likewise."""
     recordings: tuple[RecordingReport, ...]
     debug: str | None
     """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
@@ -282,6 +284,7 @@ def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramR
         notes=tuple(executor.notes),
         lowering_seconds=statistics.lowering_seconds,
         pool_bytes=executor.driver.pool_bytes(),
+        executable_bytes=executor.driver.executable_bytes(),
         recordings=recordings,
         debug=executor.options.debug,
     )
@@ -300,7 +303,6 @@ def _recording(entry: Entry, position: int, measured: Measured | None) -> Record
         copies=entry.record_copies + (replay.tally.copies if replay else 0),
         bridge_bytes=recording.bridge_bytes if recording else 0,
         held_bytes=recording.held_bytes if recording else 0,
-        executable_bytes=_executable_bytes(recording),
         warmup_seconds=entry.warmup_seconds,
         record_seconds=entry.record_seconds,
         why=entry.why,
@@ -316,7 +318,7 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
     steps = _steps(recording, None)
     eager = [step for step in steps if step.kind == "eager"]
     copies = graph.tally.copies if graph.tally else 0
-    recordings = ()
+    recordings: tuple[RecordingReport, ...] = ()
     if recording is not None:
         recordings = (
             RecordingReport(
@@ -329,7 +331,6 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
                 copies=copies,
                 bridge_bytes=recording.bridge_bytes,
                 held_bytes=recording.held_bytes,
-                executable_bytes=_executable_bytes(recording),
                 warmup_seconds=0.0,
                 record_seconds=graph.record_seconds,
                 why="captured",
@@ -357,6 +358,7 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
         notes=(),
         lowering_seconds=0.0,
         pool_bytes=driver.pool_bytes() if driver else 0,
+        executable_bytes=driver.executable_bytes() if driver else 0,
         recordings=recordings,
         debug=graph.debug,
     )
@@ -377,35 +379,26 @@ def _steps(recording: Recording | None, measured: Measured | None) -> tuple[Step
 
 def _step(recording: Recording, position: int, step: Step) -> StepReport:
     if isinstance(step, EagerStep):
-        ops = ops_of(step.segment.module) if step.segment is not None else ()
+        called = tuple(Op(call.result, call.label, "", "", call.source) for call in step.calls if call.source)
+        ops = ops_of(step.segment.module) if step.segment is not None else called
         return StepReport(position, "eager", ops, step.reasons, (), -1, ())
-    bridges = [
-        BridgeReport(copy.value.name, direction, _bridge_of(recording, copy).tensor.untyped_storage().nbytes())
-        for direction, copies in (("in", step.loads), ("out", step.stores))
-        for copy in copies
-    ]
+    bridges = [_bridge(recording, copy, "in") for copy in step.loads]
+    bridges += [_bridge(recording, copy, "out") for copy in step.stores]
     ops = ops_of(step.segment.module) if step.segment is not None else step.ops
     kernels = step.graph.kernels()
     return StepReport(position, "captured", ops, (), kernels, step.graph.num_kernels, tuple(bridges))
 
 
-def _bridge_of(recording: Recording, copy: Copy) -> Bridge:
+def _bridge(recording: Recording, copy: Copy, direction: Literal["in", "out"]) -> BridgeReport:
     bridge = recording.constants[copy.bridge.name]
     assert isinstance(bridge, Bridge)
-    return bridge
+    return BridgeReport(copy.value.name, direction, bridge.tensor.untyped_storage().nbytes())
 
 
 def _segment(position: int, segment: Segment) -> StepReport:
     captured = isinstance(segment, GraphSegment)
     reasons = () if isinstance(segment, GraphSegment) else segment.reasons
     return StepReport(position, "captured" if captured else "eager", ops_of(segment.module), reasons, (), -1, ())
-
-
-def _executable_bytes(recording: Recording | None) -> int:
-    if recording is None:
-        return 0
-    sizes = [graph.executable_bytes for graph in recording.graphs]
-    return -1 if -1 in sizes else sum(sizes)
 
 
 def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
@@ -495,14 +488,35 @@ def _step_lines(steps: Sequence[StepReport]) -> Iterator[str]:
     if not steps:
         return
     timed = any(step.host_us is not None for step in steps)
-    columns = ("step", "", "ops", "kernels", "bridges", *(("host us", "GPU us") if timed else ()), "module", "what", "at")
+    columns = (
+        "step",
+        "",
+        "ops",
+        "kernels",
+        "bridges",
+        *(("host us", "GPU us") if timed else ()),
+        "module",
+        "what",
+        "at",
+    )
     rows = []
     for step in steps[:ROWS]:
         bridges = ", ".join(f"{bridge.direction} {bridge.value} {bridge.bytes} B" for bridge in step.bridges)
         times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
         kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
+        where = os.path.basename(step.source.partition(": ")[0])
         rows.append(
-            (str(step.position), step.kind, str(len(step.ops)), kernels, bridges, *times, step.module, step.title, step.source)
+            (
+                str(step.position),
+                step.kind,
+                str(len(step.ops)),
+                kernels,
+                bridges,
+                *times,
+                step.module,
+                step.title,
+                where,
+            )
         )
     yield _table(columns, rows)
     if len(steps) > ROWS:
@@ -554,7 +568,7 @@ def _dot(report: Report) -> Iterator[str]:
             text = "\n".join(line for line in (f"{step.position}: {step.title}", size, step.source) if line)
             color = "#cfe8cf" if step.kind == "captured" else "#f6d5a8"
             yield f'    p{number}_{step.position} [label={_quoted(text)}, fillcolor="{color}"];'
-        for before, after in zip(steps, steps[1:], strict=False):
+        for before, after in itertools.pairwise(steps):
             bridges = ", ".join(f"{bridge.value} {bridge.bytes} B" for bridge in after.bridges)
             yield f"    p{number}_{before.position} -> p{number}_{after.position} [label={_quoted(bridges)}];"
         yield "  }"

@@ -36,6 +36,8 @@ LAYERS = {
     "replay": 7,
     "capture": 8,
     "executor": 8,
+    "measure": 9,
+    "page": 9,
     "backend": 9,
     "report": 10,
     "__init__": 11,
