@@ -6,15 +6,13 @@ ends, so eager functions see real data. What comes of it is the same :class:`Rec
 
 from __future__ import annotations
 
-import linecache
 import operator
-import os
 import re
 import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -29,7 +27,7 @@ from breakable_backend.buffers import Bridge
 from breakable_backend.drivers import CaptureDriver, CaptureSession
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
 from breakable_backend.lowering import Ambient
 from breakable_backend.marking import live_reason
@@ -593,36 +591,6 @@ def _ambient() -> Ambient | None:
     )
     grad = torch.is_grad_enabled()
     return Ambient(autocast, grad) if autocast or grad else None
-
-
-_NOT_THE_USERS = tuple(
-    os.path.join(os.path.dirname(path), "") for path in (torch.__file__, _torch.__file__, linecache.__file__)
-)
-
-
-def user_line(trace: TracebackType | None = None) -> str:
-    """The innermost line that is the user's, as ``file.py:12 in forward: code``; of an error's traceback, or from here."""
-    frames = list(_frames(trace))
-    for file, line, function in frames:
-        if not file.startswith((*_NOT_THE_USERS, "<")):
-            text = linecache.getline(file, line).strip()
-            return f"{os.path.basename(file)}:{line} in {function}" + (f": {text}" if text else "")
-    return ""
-
-
-def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:
-    if trace is not None:
-        found = []
-        step: TracebackType | None = trace
-        while step is not None:
-            found.append((step.tb_frame.f_code.co_filename, step.tb_lineno, step.tb_frame.f_code.co_name))
-            step = step.tb_next
-        yield from reversed(found)
-        return
-    frame = sys._getframe(2)
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _op_label(func: Any) -> str:
