@@ -6,6 +6,8 @@ recording depends on: the addresses of static inputs, the numbers, the layouts t
 
 from __future__ import annotations
 
+import functools
+import logging
 import struct
 import sys
 import time
@@ -22,13 +24,18 @@ from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
+from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered, writes_inputs
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.partition import partition
+from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
 from breakable_backend.recording import Plan, Recording, record, run_plain
 from breakable_backend.replay import Replay, emit
+from breakable_backend.sources import show_program
+
+log = logging.getLogger(__name__)
 
 MAX_ADDRESS_SETS = 256
 """Sets of static addresses with recordings of their own: instances of a module, caches of requests."""
@@ -61,10 +68,16 @@ class Entry:
     key: Key
     recording: Recording | None = None
     replay: Replay | None = None
+    profiled: tuple[Replay, Marks] | None = None
+    """The same with a mark before each step; made when a profiler is first active."""
+    why: str = ""
+    """Why it was recorded although another key was, or this one was before."""
     warm: bool = False
     """Whether a plain call went through."""
     calls: int = 0
     replays: int = 0
+    number: int = -1
+    """Which recording of its program it is, from 0."""
     captures: int = 0
     record_copies: int = 0
     record_seconds: float = 0.0
@@ -116,6 +129,7 @@ class Executor:
         """Values of host scalars, and addresses of written inputs, so far."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
+        self.journal = Journal(log, name)
         self._writes = writes_inputs(lowered.module)
         self._cut()
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
@@ -127,6 +141,8 @@ class Executor:
         self.capturable = bool(self.program.graph_segments)
         self._may_overlap = tuple(v.index for v in self.program.inputs if v.kind == "tensor") if self._writes else ()
         self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
+        self.journal.program(self.program)
+        show_program(self.program, self.name)
 
     def _keyed(self) -> frozenset[str]:
         written = self.program.written_by_graphs()
@@ -149,7 +165,7 @@ class Executor:
         self.statistics.calls += 1
         driver = self.driver
         if (handler := door.get()) is not None:
-            self.statistics.plain["called inside capture"] += 1
+            self._count_plain("called inside capture")
             values = list(args)
             args.clear()
             return run_plain(self.program, values, handler, debug=self.debug)
@@ -163,7 +179,7 @@ class Executor:
         if _torch.dispatch_mode_active():
             return self._plain(args, "a dispatch mode is active")
         if not driver.lock.acquire(timeout=LOCK_TIMEOUT):
-            return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s")
+            return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
         token = in_call.set(True)
         try:
             stream = driver.begin()
@@ -181,7 +197,7 @@ class Executor:
         key = self._read_key(args)
         addresses = self.sets.get(key.addresses)
         if self._may_overlap and self._overlap(args, addresses):
-            return self._plain(args, "arguments share memory, and one is written")
+            return self._plain(args, "arguments share memory, and one is written", logging.WARNING)
         entry = addresses.entries.get(key.shapes) if addresses is not None else None
         if entry is None:
             entry = self._admit(key, args)
@@ -191,20 +207,36 @@ class Executor:
             entry.replays += 1
             self._touch(entry)
             driver.bring(args)
-            return entry.replay.function(args, stream)
+            return self._profiled(entry, args, stream) if active() else entry.replay.function(args, stream)
         if entry.refused:
-            return self._plain(args, entry.refused)
+            return self._plain(args, entry.refused, logging.WARNING)
         if entry.warm:
             return self._record(entry, args, stream, driver)
         outputs = self._plain(args, "warm-up")
         entry.warm = True
         return outputs
 
-    def _plain(self, args: list[Any], why: str) -> list[Any]:
-        self.statistics.plain[why] += 1
+    def _profiled(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
+        """The replay, with a name for each step in the profile."""
+        if entry.profiled is None:
+            assert entry.recording is not None
+            assert entry.replay is not None
+            marks = Marks(self.name, step_names(entry.recording))
+            name = f"{self.name} replay {entry.number} profiled"
+            entry.profiled = emit(entry.recording, name, marks, entry.replay.tally), marks
+        replay, marks = entry.profiled
+        return marks.run(replay.function, args, stream)
+
+    def _plain(self, args: list[Any], why: str, level: int = logging.INFO) -> list[Any]:
+        self._count_plain(why, level)
         values = list(args)
         args.clear()
-        return run_plain(self.program, values, debug=self.debug)
+        with span(f"{self.name}: plain, {why}"):
+            return run_plain(self.program, values, debug=self.debug)
+
+    def _count_plain(self, why: str, level: int = logging.INFO) -> None:
+        self.statistics.plain[why] += 1
+        self.journal.once(f"runs plainly: {why}", level)
 
     def _refuse_foreign_capture(self) -> None:
         if self.program.reasons:
@@ -228,7 +260,7 @@ class Executor:
                 oldest = next(iter(self.sets))
                 if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
                     return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
-                self._drop_set(oldest)
+                self._drop_set(oldest, f"evicted, for more than {MAX_ADDRESS_SETS} sets of static addresses")
                 self.statistics.evictions += 1
             addresses = self.sets[key.addresses] = AddressSet()
             addresses.guards = self._guards(key.addresses, args)
@@ -240,10 +272,17 @@ class Executor:
             if now - oldest_entry.last_call < IDLE_FACTOR * limit:
                 return Entry(key, refused=f"more than max_recordings={limit} keys in use")
             del addresses.entries[shapes]
-            _release([oldest_entry], self.statistics, self.driver)
+            self._let_go([oldest_entry], f"evicted, for more than max_recordings={limit} keys")
             self.statistics.evictions += 1
-        entry = addresses.entries[key.shapes] = Entry(key)
+        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key, addresses))
         return entry
+
+    def _why_new(self, key: Key, addresses: AddressSet) -> str:
+        if lost := self.journal.why_again(key):
+            return f"again, since the last was {lost}"
+        if not addresses.entries:
+            return "other addresses of static or written inputs"
+        return f"other sizes or scalars: {', '.join(map(str, key.shapes))}"
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
         """Whether an argument that is not static lies in the storage of another.
@@ -278,7 +317,7 @@ class Executor:
 
         def drop() -> None:
             if (executor := me()) is not None:
-                executor._drop_set(addresses)
+                executor._drop_set(addresses, "released, since a static input died")
 
         def died(_: Any) -> None:
             if (executor := me()) is not None and not sys.is_finalizing():
@@ -301,7 +340,7 @@ class Executor:
                     value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
                 )
         if changed:
-            self._drop_all()
+            self._drop_all("dropped, since keys are read otherwise now")
             self._cut()
         return changed
 
@@ -315,15 +354,17 @@ class Executor:
 
     def _give_bridge(self, name: str) -> None:
         self.bridged.add(name)
-        self.notes.append(
+        self._note(
             f"{name} is written by captured segments and came at more than {MAX_ADDRESSES} addresses: copied in and back"
         )
 
     def _give_up_scalar(self, name: str) -> None:
         self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {name})
-        self.notes.append(
-            f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly"
-        )
+        self._note(f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly")
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.journal.tell(text, logging.WARNING)
 
     # recording
 
@@ -337,15 +378,18 @@ class Executor:
         program, values = self.program, list(args)
         args.clear()
         started = time.perf_counter()
-        recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+        with span(f"{self.name}: record"):
+            recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
         recording, outputs, failed = recorded.recording, recorded.outputs, recorded.failed
         entry.record_seconds = time.perf_counter() - started
         entry.record_copies = recorded.copies
         entry.captures = len(recording.graphs)
+        entry.number = self.statistics.recordings
         self.statistics.recordings += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            entry.recording, entry.replay = recording, emit(recording)
+            entry.recording, entry.replay = recording, emit(recording, f"{self.name} replay {entry.number}")
+            self._tell_of(entry, recording, entry.replay)
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -354,6 +398,19 @@ class Executor:
         if failed:
             self._demote(program, failed)
         return outputs
+
+    def _tell_of(self, entry: Entry, recording: Recording, replay: Replay) -> None:
+        self.journal.recorded(
+            entry.number,
+            entry.why if entry.number else "the first",
+            lambda: step_names(recording),
+            replay.source,
+            graphs=entry.captures,
+            eager_steps=len(recording.steps) - entry.captures,
+            copies_per_call=recording.num_copies,
+            bridge_bytes=recording.bridge_bytes,
+            milliseconds=round(entry.record_seconds * 1e3, 1),
+        )
 
     def _alive(self, entry: Entry) -> bool:
         addresses = self.sets.get(entry.key.addresses)
@@ -365,6 +422,8 @@ class Executor:
             return
         forced = dict(self.scope.forced)
         for position, reason in failed.items():
+            at = f", at {reason.source}" if reason.source else ""
+            self.journal.once(f"segment {position} runs eagerly from now on: {reason}{at}", logging.WARNING)
             for node in program.segments[position].module.graph.nodes:
                 if node.op == "call_function":
                     forced[node.name] = reason
@@ -372,19 +431,27 @@ class Executor:
         self.scope = replace(self.scope, forced=forced)
         self._cut()
         if self._keyed() != keyed:
-            self._drop_all()  # keys are read otherwise now, and what was recorded would not be found again
+            # What was recorded would not be found again.
+            self._drop_all("dropped, since keys are read otherwise now")
 
     # release
 
-    def _drop_set(self, addresses: tuple[int, ...]) -> None:
+    def _drop_set(self, addresses: tuple[int, ...], why: str) -> None:
         dropped = self.sets.pop(addresses, None)
         if dropped is not None:
             dropped.guards.clear()
-            _release(list(dropped.entries.values()), self.statistics, self.driver)
+            self._let_go(list(dropped.entries.values()), why)
 
-    def _drop_all(self) -> None:
+    def _drop_all(self, why: str) -> None:
         for addresses in list(self.sets):
-            self._drop_set(addresses)
+            self._drop_set(addresses, why)
+
+    def _let_go(self, entries: Sequence[Entry], why: str) -> None:
+        for entry in entries:
+            if entry.recording is not None:
+                self.journal.gone(entry.key, why)
+                self.journal.tell(f"recording {entry.number} was {why}")
+        _release(entries, self.statistics, self.driver)
 
     def reset(self) -> None:
         """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
@@ -392,7 +459,7 @@ class Executor:
         Waits for a call that another thread is in; during a call of its own thread (from an eager step) it takes effect
         when that ends.
         """
-        self.driver.deferred.append(self._drop_all)
+        self.driver.deferred.append(functools.partial(self._drop_all, "released by reset"))
         if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
             self.driver.lock.release()
         run_deferred(self.driver)
@@ -413,14 +480,16 @@ def run_deferred(driver: CaptureDriver) -> None:
 def _release(entries: Sequence[Entry], statistics: Statistics, driver: CaptureDriver) -> None:
     """Free what was recorded for ``entries``."""
     for entry in entries:
-        recording, replay = entry.recording, entry.replay
-        entry.recording = entry.replay = None
+        recording, replay, profiled = entry.recording, entry.replay, entry.profiled
+        entry.recording = entry.replay = entry.profiled = None
+        if profiled is not None:
+            profiled[0].forget()
         if recording is not None and replay is not None:
             statistics.finished_replays += entry.replays
             statistics.finished_copies += entry.record_copies + replay.tally.copies
             replay.forget()
-            graphs, owner = recording.graphs, [recording, replay]
-            del recording, replay
+            graphs, owner = recording.graphs, [recording, replay, profiled]
+            del recording, replay, profiled
             driver.release(graphs, owner)
 
 

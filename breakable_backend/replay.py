@@ -31,6 +31,7 @@ from breakable_backend.recording import (
     perform,
     reject,
 )
+from breakable_backend.sources import show_replay
 
 _numbers = itertools.count()
 
@@ -76,12 +77,26 @@ class Replay:
         linecache.cache.pop(self.file, None)
 
 
-def emit(recording: Recording) -> Replay:
-    """Generate, compile and file the source of a recording."""
-    writer = _Writer(recording)
+def emit(
+    recording: Recording,
+    name: str = "replay",
+    mark: Callable[[int], None] | None = None,
+    tally: Tally | None = None,
+) -> Replay:
+    """Generate, compile and file the source of a recording.
+
+    Args:
+        recording: what to replay.
+        name: what it is called where depyf files it.
+        mark: called with the number of each step before it, and with the number of steps behind the last.
+        tally: counts on there, instead of from 0.
+    """
+    writer = _Writer(recording, mark, tally)
     source = writer.source()
-    file = f"<breakable_cg replay {next(_numbers)}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    file = show_replay(source, name)
+    if file is None:
+        file = f"<breakable_cg replay {next(_numbers)}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     exec(compile(source, file, "exec"), writer.names)
     # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
     function = writer.names.pop("replay")
@@ -98,9 +113,9 @@ class _Statement:
 class _Writer:
     """Writes the function. Slots keep their names; helpers and constants take what names are left."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-        self.tally = Tally()
+    def __init__(self, recording: Recording, mark: Callable[[int], None] | None, tally: Tally | None) -> None:
+        self.recording, self.mark = recording, mark
+        self.tally = tally or Tally()
         self.names: dict[str, Any] = {}
         """Globals of the generated function."""
         self.bound: dict[int, str] = {}
@@ -127,7 +142,8 @@ class _Writer:
             lines = (f"if {self._differs(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
             yield _Statement(lines, frozenset((name,)))
         graphs = 0
-        for step in self.recording.steps:
+        for position, step in enumerate(self.recording.steps):
+            yield from self._mark(position)
             if isinstance(step, GraphStep):
                 yield from self._loads(step.loads)
                 yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
@@ -144,8 +160,13 @@ class _Writer:
                     yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
                 for call in step.calls:
                     yield self._call(call)
+        yield from self._mark(len(self.recording.steps))
         for call in self.recording.epilogue:
             yield self._call(call)
+
+    def _mark(self, position: int) -> Iterator[_Statement]:
+        if self.mark is not None:
+            yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
 
     def _loads(self, loads: tuple[Copy, ...]) -> Iterator[_Statement]:
         values = [copy.value.name for copy in loads]
