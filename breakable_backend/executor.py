@@ -255,6 +255,7 @@ class Executor:
             key = self._read_key(args)
         now = self.statistics.calls
         addresses = self.sets.get(key.addresses)
+        new_set = addresses is None
         if addresses is None:
             if len(self.sets) >= MAX_ADDRESS_SETS:
                 oldest = next(iter(self.sets))
@@ -274,15 +275,15 @@ class Executor:
             del addresses.entries[shapes]
             self._let_go([oldest_entry], f"evicted, for more than max_recordings={limit} keys")
             self.statistics.evictions += 1
-        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key, addresses))
+        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key, new_set))
         return entry
 
-    def _why_new(self, key: Key, addresses: AddressSet) -> str:
+    def _why_new(self, key: Key, new_set: bool) -> str:
         if lost := self.journal.why_again(key):
             return f"again, since the last was {lost}"
-        if not addresses.entries:
+        if new_set:
             return "other addresses of static or written inputs"
-        return f"other sizes or scalars: {', '.join(map(str, key.shapes))}"
+        return f"other sizes or scalars: {', '.join(map(_shown, key.shapes))}"
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
         """Whether an argument that is not static lies in the storage of another.
@@ -527,6 +528,13 @@ class _KeyReader:
         if self.scalars:
             shapes += tuple(_scalar_bytes(args[index]) for index in self.scalars)
         return Key(addresses, shapes)
+
+
+def _shown(part: Any) -> str:
+    """A part of a key: a number, the shape of an open layout, or that there is a scalar."""
+    if not isinstance(part, tuple):
+        return str(part)
+    return str(list(part[0])) if isinstance(part[0], torch.Size) else f"a {part[0]} scalar"
 
 
 def _is_open(tensor: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ def model(x: Tensor) -> Tensor:
 
 def ranges(function: Callable[[], Any]) -> list[tuple[str, str]]:
     """The ranges of this package in a profile of ``function``, each with the range around it, in order of their begin."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         function()
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     ours = [event for event in events if event.name.startswith("breakable_cg")]
@@ -67,7 +67,7 @@ def test_eager_ops_lie_in_their_step(device: torch.device, options: dict[str, An
     compiled = torch.compile(model, backend="breakable_cg", options=options)
     for _ in range(3):
         call(compiled, device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         call(compiled, device)
     triples = [event for event in profile.events() if event.name == "silly::triple"]
     ours, eagers = sorted(triples, key=lambda event: event.time_range.start)
@@ -127,7 +127,7 @@ def test_an_error_ends_its_range(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an eager step raises arrives as it is, its ranges end, and those of the next call begin anew."""
-    compiled = torch.compile(lambda x: silly.fragile(x + 1) * 2, backend="breakable_cg", options=options)
+    compiled = torch.compile(lambda x: silly.fragile(x.sin() + 1).cos() * 2, backend="breakable_cg", options=options)
     x = torch.ones(4, device=device)
     error = KeyError("mine")
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_an_error_ends_its_range(
         def fails() -> None:
             raise error
 
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             monkeypatch.setitem(silly.hooks, "fragile", fails)
             with pytest.raises(KeyError) as caught:
                 compiled(x)
