@@ -76,7 +76,7 @@ class _Captured:
         if self.profiled is None:
             name = self.journal.name
             marks = Marks(name, step_names(self.recording))
-            self.profiled = emit(self.recording, f"{name} replay profiled", marks, self.replay.tally), marks
+            self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
         replay, marks = self.profiled
         marks.run(replay.function, [], stream)
 
@@ -402,7 +402,7 @@ class _Door:
     def _keep(self) -> None:
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants)
         journal = self.graph.journal
-        replay = emit(recording, f"{journal.name} replay")
+        replay = emit(recording, name=f"{journal.name} replay")
         captured = _Captured(self.driver, recording, replay, [self.held], [], journal)
         me = weakref.ref(self.graph)
         for parameter in self.parameters.values():

@@ -6,7 +6,6 @@ recording depends on: the addresses of static inputs, the numbers, the layouts t
 
 from __future__ import annotations
 
-import functools
 import logging
 import struct
 import sys
@@ -46,6 +45,8 @@ MAX_SCALAR_VALUES = 4
 IDLE_FACTOR = 4
 """A recording is evicted for a new key only after this many times ``max_recordings`` calls without it. So a working set
 that is too large runs plainly in part, and does not record for ever."""
+MAX_DROPPED = 1024
+"""Keys whose recordings went that are remembered, so that the report can say why they were recorded again."""
 LOCK_TIMEOUT = 5.0
 """Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
 a compiled function would otherwise wait for ever."""
@@ -61,7 +62,7 @@ class Key:
     shapes: ShapeKey
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One key: what was recorded for it, and how often it was called."""
 
@@ -70,17 +71,18 @@ class Entry:
     replay: Replay | None = None
     profiled: tuple[Replay, Marks] | None = None
     """The same with a mark before each step; made when a profiler is first active."""
-    why: str = ""
-    """Why it was recorded although another key was, or this one was before."""
+    number: int = -1
+    """Which recording of its program it is, from 0."""
     warm: bool = False
     """Whether a plain call went through."""
     calls: int = 0
     replays: int = 0
-    number: int = -1
-    """Which recording of its program it is, from 0."""
     captures: int = 0
     record_copies: int = 0
+    warmup_seconds: float = 0.0
     record_seconds: float = 0.0
+    why: str = ""
+    """Why it was new: what told it from the keys before it."""
     last_call: int = 0
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
@@ -108,6 +110,8 @@ class Statistics:
     evictions: int = 0
     plain: Counter[str] = field(default_factory=Counter)
     """Plain calls, by why they were plain."""
+    recorded: Counter[str] = field(default_factory=Counter)
+    """Recordings, by why there was none."""
     finished_replays: int = 0
     finished_copies: int = 0
     """Replays and copies of recordings that are gone."""
@@ -129,6 +133,10 @@ class Executor:
         """Values of host scalars, and addresses of written inputs, so far."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
+        self.tap: Callable[[Entry, list[Any]], None] | None = None
+        """Shown what is replayed, before it is; measurements set it for a call."""
+        self.dropped: OrderedDict[Key, str] = OrderedDict()
+        """Why recordings went: of the last ``MAX_DROPPED`` keys."""
         self.journal = Journal(log, name)
         self._writes = writes_inputs(lowered.module)
         self._cut()
@@ -207,12 +215,16 @@ class Executor:
             entry.replays += 1
             self._touch(entry)
             driver.bring(args)
+            if self.tap is not None:
+                self.tap(entry, list(args))
             return self._profiled(entry, args, stream) if active() else entry.replay.function(args, stream)
         if entry.refused:
             return self._plain(args, entry.refused, logging.WARNING)
         if entry.warm:
             return self._record(entry, args, stream, driver)
+        started = time.perf_counter()
         outputs = self._plain(args, "warm-up")
+        entry.warmup_seconds = time.perf_counter() - started
         entry.warm = True
         return outputs
 
@@ -223,7 +235,7 @@ class Executor:
             assert entry.replay is not None
             marks = Marks(self.name, step_names(entry.recording))
             name = f"{self.name} replay {entry.number} profiled"
-            entry.profiled = emit(entry.recording, name, marks, entry.replay.tally), marks
+            entry.profiled = emit(entry.recording, marks, name=name, tally=entry.replay.tally), marks
         replay, marks = entry.profiled
         return marks.run(replay.function, args, stream)
 
@@ -255,13 +267,12 @@ class Executor:
             key = self._read_key(args)
         now = self.statistics.calls
         addresses = self.sets.get(key.addresses)
-        new_set = addresses is None
         if addresses is None:
             if len(self.sets) >= MAX_ADDRESS_SETS:
                 oldest = next(iter(self.sets))
                 if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
                     return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
-                self._drop_set(oldest, f"evicted, for more than {MAX_ADDRESS_SETS} sets of static addresses")
+                self._drop_set(oldest, "it was evicted for other addresses")
                 self.statistics.evictions += 1
             addresses = self.sets[key.addresses] = AddressSet()
             addresses.guards = self._guards(key.addresses, args)
@@ -273,17 +284,27 @@ class Executor:
             if now - oldest_entry.last_call < IDLE_FACTOR * limit:
                 return Entry(key, refused=f"more than max_recordings={limit} keys in use")
             del addresses.entries[shapes]
-            self._let_go([oldest_entry], f"evicted, for more than max_recordings={limit} keys")
+            self._remember(oldest_entry, "it was evicted for other keys")
+            _release([oldest_entry], self.statistics, self.driver)
             self.statistics.evictions += 1
-        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key, new_set))
+        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key))
         return entry
 
-    def _why_new(self, key: Key, new_set: bool) -> str:
-        if lost := self.journal.why_again(key):
-            return f"again, since the last was {lost}"
-        if new_set:
-            return "other addresses of static or written inputs"
-        return f"other sizes or scalars: {', '.join(map(_shown, key.shapes))}"
+    def _why_new(self, key: Key) -> str:
+        if key in self.dropped:
+            return self.dropped.pop(key)
+        if not self.statistics.recordings:
+            return "first of this program"
+        if any(key.addresses != addresses and key.shapes in known.entries for addresses, known in self.sets.items()):
+            return "static or written inputs at new addresses"
+        return "new numbers, layouts or host scalars"
+
+    def _remember(self, entry: Entry, why: str) -> None:
+        if entry.recording is not None:
+            self.journal.tell(f"recording {entry.number} goes: {why}")
+            self.dropped[entry.key] = why
+            if len(self.dropped) > MAX_DROPPED:
+                self.dropped.popitem(last=False)
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
         """Whether an argument that is not static lies in the storage of another.
@@ -318,7 +339,7 @@ class Executor:
 
         def drop() -> None:
             if (executor := me()) is not None:
-                executor._drop_set(addresses, "released, since a static input died")
+                executor._drop_set(addresses, "a static input had died")
 
         def died(_: Any) -> None:
             if (executor := me()) is not None and not sys.is_finalizing():
@@ -341,7 +362,7 @@ class Executor:
                     value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
                 )
         if changed:
-            self._drop_all("dropped, since keys are read otherwise now")
+            self._drop_all("keys are read otherwise since then")
             self._cut()
         return changed
 
@@ -387,10 +408,12 @@ class Executor:
         entry.captures = len(recording.graphs)
         entry.number = self.statistics.recordings
         self.statistics.recordings += 1
+        self.statistics.recorded[entry.why] += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            entry.recording, entry.replay = recording, emit(recording, f"{self.name} replay {entry.number}")
-            self._tell_of(entry, recording, entry.replay)
+            replay = emit(recording, name=f"{self.name} replay {entry.number}")
+            entry.recording, entry.replay = recording, replay
+            self._tell_of(entry, recording, replay)
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -403,7 +426,7 @@ class Executor:
     def _tell_of(self, entry: Entry, recording: Recording, replay: Replay) -> None:
         self.journal.recorded(
             entry.number,
-            entry.why if entry.number else "the first",
+            entry.why,
             lambda: step_names(recording),
             replay.source,
             graphs=entry.captures,
@@ -432,27 +455,21 @@ class Executor:
         self.scope = replace(self.scope, forced=forced)
         self._cut()
         if self._keyed() != keyed:
-            # What was recorded would not be found again.
-            self._drop_all("dropped, since keys are read otherwise now")
+            self._drop_all("keys are read otherwise since then")  # what was recorded would not be found again
 
     # release
 
     def _drop_set(self, addresses: tuple[int, ...], why: str) -> None:
         dropped = self.sets.pop(addresses, None)
         if dropped is not None:
+            for entry in dropped.entries.values():
+                self._remember(entry, why)
             dropped.guards.clear()
-            self._let_go(list(dropped.entries.values()), why)
+            _release(list(dropped.entries.values()), self.statistics, self.driver)
 
-    def _drop_all(self, why: str) -> None:
+    def _drop_all(self, why: str = "reset was called") -> None:
         for addresses in list(self.sets):
             self._drop_set(addresses, why)
-
-    def _let_go(self, entries: Sequence[Entry], why: str) -> None:
-        for entry in entries:
-            if entry.recording is not None:
-                self.journal.gone(entry.key, why)
-                self.journal.tell(f"recording {entry.number} was {why}")
-        _release(entries, self.statistics, self.driver)
 
     def reset(self) -> None:
         """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
@@ -460,7 +477,7 @@ class Executor:
         Waits for a call that another thread is in; during a call of its own thread (from an eager step) it takes effect
         when that ends.
         """
-        self.driver.deferred.append(functools.partial(self._drop_all, "released by reset"))
+        self.driver.deferred.append(self._drop_all)
         if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
             self.driver.lock.release()
         run_deferred(self.driver)
@@ -528,13 +545,6 @@ class _KeyReader:
         if self.scalars:
             shapes += tuple(_scalar_bytes(args[index]) for index in self.scalars)
         return Key(addresses, shapes)
-
-
-def _shown(part: Any) -> str:
-    """A part of a key: a number, the shape of an open layout, or that there is a scalar."""
-    if not isinstance(part, tuple):
-        return str(part)
-    return str(list(part[0])) if isinstance(part[0], torch.Size) else f"a {part[0]} scalar"
 
 
 def _is_open(tensor: torch.Tensor) -> bool:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from breakable_backend import _torch
 from breakable_backend.program import Program, Reason
 from breakable_backend.sources import title
-
-KEPT = 1024
-"""Keys of which it is remembered why their recording went."""
 
 
 @dataclass
@@ -30,7 +27,6 @@ class Journal:
     compile_id: Any = field(default_factory=_torch.current_compile_id)
     """Where ``tlparse`` puts what is told after the compilation."""
     _said: set[str] = field(default_factory=set)
-    _gone: OrderedDict[Hashable, str] = field(default_factory=OrderedDict)
 
     def once(self, what: str, level: int = logging.INFO) -> None:
         """A line, if it was not told before."""
@@ -51,16 +47,6 @@ class Journal:
         )
         self.artifact("program", lambda: str(program))
         self.artifact("reasons", lambda: [vars(reason) for reason in program.reasons])
-
-    def gone(self, key: Hashable, why: str) -> None:
-        """A recording was dropped."""
-        self._gone[key] = why
-        if len(self._gone) > KEPT:
-            self._gone.popitem(last=False)
-
-    def why_again(self, key: Hashable) -> str:
-        """Why what was recorded for ``key`` went; empty if nothing was, or if it was asked before."""
-        return self._gone.pop(key, "")
 
     def recorded(self, number: int, why: str, steps: Callable[[], list[str]], source: str, **facts: Any) -> None:
         """A recording was made. What its ``steps`` are costs time to find out, and is asked for by a trace only."""

@@ -77,21 +77,20 @@ class Replay:
         linecache.cache.pop(self.file, None)
 
 
-def emit(
-    recording: Recording,
-    name: str = "replay",
-    mark: Callable[[int], None] | None = None,
-    tally: Tally | None = None,
-) -> Replay:
-    """Generate, compile and file the source of a recording.
+Mark = Callable[[int], None]
+"""Called with the position of each step as it begins, and with the number of steps when the last one has ended."""
+
+
+def emit(recording: Recording, mark: Mark | None = None, *, name: str = "replay", tally: Tally | None = None) -> Replay:
+    """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is.
 
     Args:
         recording: what to replay.
+        mark: see :data:`Mark`.
         name: what it is called where depyf files it.
-        mark: called with the number of each step before it, and with the number of steps behind the last.
-        tally: counts on there, instead of from 0.
+        tally: where to count on, instead of from 0.
     """
-    writer = _Writer(recording, mark, tally)
+    writer = _Writer(recording, mark, tally or Tally())
     source = writer.source()
     file = show_replay(source, name)
     if file is None:
@@ -113,9 +112,8 @@ class _Statement:
 class _Writer:
     """Writes the function. Slots keep their names; helpers and constants take what names are left."""
 
-    def __init__(self, recording: Recording, mark: Callable[[int], None] | None, tally: Tally | None) -> None:
-        self.recording, self.mark = recording, mark
-        self.tally = tally or Tally()
+    def __init__(self, recording: Recording, mark: Mark | None, tally: Tally) -> None:
+        self.recording, self.mark, self.tally = recording, mark, tally
         self.names: dict[str, Any] = {}
         """Globals of the generated function."""
         self.bound: dict[int, str] = {}
@@ -143,7 +141,7 @@ class _Writer:
             yield _Statement(lines, frozenset((name,)))
         graphs = 0
         for position, step in enumerate(self.recording.steps):
-            yield from self._mark(position)
+            yield from self._marked(position)
             if isinstance(step, GraphStep):
                 yield from self._loads(step.loads)
                 yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
@@ -160,11 +158,11 @@ class _Writer:
                     yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
                 for call in step.calls:
                     yield self._call(call)
-        yield from self._mark(len(self.recording.steps))
+        yield from self._marked(len(self.recording.steps))
         for call in self.recording.epilogue:
             yield self._call(call)
 
-    def _mark(self, position: int) -> Iterator[_Statement]:
+    def _marked(self, position: int) -> Iterator[_Statement]:
         if self.mark is not None:
             yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
 

@@ -140,20 +140,21 @@ def test_segment_runs_from_its_file(
     assert counts == hits  # mul, cos and add
 
 
-def test_error_in_a_file_names_the_users_line(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
-    """What raises in a segment that runs from its file is still traced to the user's line."""
+def test_error_in_a_file_names_the_users_line(tmp_path: Path) -> None:
+    """What raises in a segment that runs from its file is still traced to the user's line.
+
+    On the CPU: an index out of range leaves no CUDA context to go on with.
+    """
 
     def indexing(x: Tensor, at: Tensor) -> Tensor:
         return (x.sin() + 1).index_select(0, at)
 
-    if device.type == "cuda":
-        pytest.skip("an index out of range kills the CUDA context")
-    compiled = torch.compile(indexing, backend="breakable_cg", options={**options, "debug": "eager"})
+    compiled = torch.compile(indexing, backend="breakable_cg", options={"driver": "tape", "debug": "eager"})
     with depyf(tmp_path), torch.no_grad():
         for _ in range(3):
-            compiled(torch.ones(4, device=device), torch.tensor([1], device=device))
+            compiled(torch.ones(4), torch.tensor([1]))
         with pytest.raises(IndexError) as caught:
-            compiled(torch.ones(4, device=device), torch.tensor([9], device=device))
+            compiled(torch.ones(4), torch.tensor([9]))
     (note,) = caught.value.__notes__
     assert "in a compiled graph, at" in note and "index_select(0, at)" in note
 
