@@ -152,7 +152,11 @@ def show_replay(source: str, *name: object) -> str | None:
 
 def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:
     """Give ``forward`` the code that ``file`` defines. The names that it needs are in its own globals."""
+    try:
+        code = compile(text, str(file), "exec")
+    except SyntaxError:
+        return  # what fx prints for people is not always Python; then the file is there to be read
     forward = type(module).forward
     scope: dict[str, Any] = dict(forward.__globals__)
-    exec(compile(text, str(file), "exec"), scope)
+    exec(code, scope)
     forward.__code__ = scope[_class_name(module)].forward.__code__

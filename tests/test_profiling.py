@@ -109,6 +109,26 @@ def test_nothing_without_a_profiler(
     assert len(opened) == 5
 
 
+@pytest.mark.gpu
+def test_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``emit_nvtx``, which is how Nsight gets to know names, steps are ranges as under the profiler."""
+    opened = []
+    real = profiling.record_function
+    monkeypatch.setattr(profiling, "record_function", lambda name: opened.append(name) or real(name))
+    device = torch.device("cuda")
+    compiled = torch.compile(model, backend="breakable_cg", options={"driver": "cuda"})
+    for _ in range(3):
+        call(compiled, device)
+    with torch.autograd.profiler.emit_nvtx():
+        call(compiled, device)
+    assert [name.rpartition(": ")[2] for name in opened[1:]] == [
+        "step 0 captured, 2 kernels",
+        "step 1 eager silly::triple",
+        "step 2 captured, 3 kernels",
+        "outputs",
+    ]
+
+
 def test_one_tally(device: torch.device, options: dict[str, Any]) -> None:
     """Copies and replays under a profiler count like others."""
     compiled = torch.compile(model, backend="breakable_cg", options=options)

@@ -324,3 +324,11 @@ def test_names() -> None:
     """Names of files are words of letters and digits."""
     assert sources.file_name("graph 0", "replay", 2) == "breakable_cg_graph_0_replay_2.py"
     assert sources.file_name("a::b/c", suffix="dot") == "breakable_cg_a_b_c.dot"
+
+
+def test_text_that_is_no_python(tmp_path: Path) -> None:
+    """A module whose text does not compile runs as before; the file is there to be read."""
+    module = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
+    before = module.forward.__code__
+    sources._run_from(module, "class Linear(:", tmp_path / "file.py")
+    assert module.forward.__code__ is before
