@@ -49,7 +49,7 @@ class BreakableError(_torch.CompileTimeError):
 
 
 class OptionsError(BreakableError, ValueError):
-    """An unknown option, a value that is not allowed, a name that is no op, or a driver that this machine lacks.
+    """An unknown option, a value that is not allowed, a name that is no op, a driver that this machine lacks, or nothing to export.
 
     Raised when options are read (the first call of a compiled function) or when a mark is made.
     """

@@ -684,6 +684,62 @@ FAULTS = (
         "del child",
         "test_nodes.py::test_reads_nodes",
     ),
+    Fault(
+        "replays-run-from-no-file",
+        "replay.py",
+        "    file = show_replay(source, name)\n",
+        "    show_replay(source, name)\n    file = None\n",
+        "test_sources.py::test_replay_runs_from_its_file[cpu]",
+    ),
+    Fault(
+        "segments-run-from-no-file",
+        "sources.py",
+        "    forward.__code__ = scope[_class_name(module)].forward.__code__\n",
+        "",
+        "test_sources.py::test_segment_runs_from_its_file[cpu-eager-hits0]",
+    ),
+    Fault(
+        "files-are-overwritten",
+        "sources.py",
+        "while path.exists() and path.read_text",
+        "while number < 0 and path.read_text",
+        "test_export.py::test_again",
+    ),
+    Fault(
+        "every-replay-is-named",
+        "executor.py",
+        "return self._profiled(entry, args, stream) if active() else",
+        "return self._profiled(entry, args, stream) if True else",
+        "test_profiling.py::test_nothing_without_a_profiler[cpu]",
+    ),
+    Fault(
+        "an-error-leaves-its-range-open",
+        "profiling.py",
+        "            finally:\n                self._end()",
+        "            finally:\n                pass",
+        "test_profiling.py::test_an_error_ends_its_range[cpu]",
+    ),
+    Fault(
+        "profiled-replays-count-apart",
+        "executor.py",
+        "name=name, tally=entry.replay.tally), marks",
+        "name=name), marks",
+        "test_profiling.py::test_one_tally[cpu]",
+    ),
+    Fault(
+        "plain-calls-are-told-each",
+        "journal.py",
+        "if what not in self._said:",
+        "if True:",
+        "test_journal.py::test_limits_are_warned_of_once[cpu]",
+    ),
+    Fault(
+        "recordings-are-traced-nowhere",
+        "journal.py",
+        'self.artifact(f"recording {number}"',
+        '"".format(f"recording {number}"',
+        "test_journal.py::test_trace",
+    ),
 )
 
 
