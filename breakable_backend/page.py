@@ -70,7 +70,7 @@ def source_lines(source: str, steps: Sequence[Mapping[str, Any]]) -> Lines:
     """
     lines = source.splitlines()
     launches = [number for number, line in enumerate(lines) if _LAUNCH.match(line)]
-    if len(launches) != sum(step["kind"] == "captured" for step in steps):
+    if not steps or len(launches) != sum(step["kind"] == "captured" for step in steps):
         return []
     starts: list[int] = []
     end, following = 0, iter(launches)
@@ -85,7 +85,7 @@ def source_lines(source: str, steps: Sequence[Mapping[str, Any]]) -> Lines:
                 return []
             starts.append(start)
             end = start + sum(len(_reason(reason).splitlines()) for reason in step["reasons"])
-    if steps and steps[-1]["kind"] == "eager":
+    if steps[-1]["kind"] == "eager":
         end = _behind_calls(lines, end, {op["name"] for op in steps[-1]["ops"]})
     return list(zip(starts, [*starts[1:], end], strict=True))
 
