@@ -14,19 +14,21 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch, active
-from breakable_backend.buffers import Bridge
+from breakable_backend.buffers import Bridge, clone_exact
 from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.partition import under_ambient
 from breakable_backend.recording import EagerStep, GraphStep, Recording
-from breakable_backend.replay import Tally, emit
+from breakable_backend.replay import Mark, Tally, emit
 
 PAYS, LOSES = 1.05, 0.95
 """Eager's time over the replay's from which on a recording pays, and below which it does not."""
 BUSY = 0.9
 """Share of a call in which the GPU works, from which on launches are not what the call waits for."""
+OUTSIDE = 0.1
+"""Share of a call's host time from which on what goes on around the replay is worth a word."""
 LOOPS = 15
 BURST = 5
 """Calls issued to an idle GPU, so that none of their launches waits for room in the queue."""
@@ -139,32 +141,56 @@ def measure_compiled(
         ]
         _require(found)
         return {
-            entry: _measure_entry(executor, entry, _kept_arguments(executor, entry), eager) for executor, entry in found
+            entry: _measure_entry(executor, entry, _kept_arguments(executor, entry), None, _Reference.given(eager))
+            for executor, entry in found
         }
-    tapped: dict[Entry, tuple[Executor, list[Any]]] = {}
-    for _ in range(3):  # plain, recording, replay
-        tapped.clear()
-        with _tapped(executors_of(compiled), tapped):
-            compiled(*args, **kwargs)
+    tapped = _replayed(compiled, executors_of, args, kwargs)
     _require(tapped)
-    with _put_back([storage for executor, values in tapped.values() for storage in _written(executor, values)]):
-        force_eager = eager is None
 
-        def uncompiled() -> Any:
-            with torch.compiler.set_stance("force_eager"):
-                return compiled(*args, **kwargs)
+    def uncompiled() -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return compiled(*args, **kwargs)
 
-        reference = _Reference(eager or uncompiled, "eager" if force_eager else "what it is compared with")
-        return {
-            entry: _measure_entry(executor, entry, values, None, reference if len(tapped) == 1 else None)
-            for entry, (executor, values) in tapped.items()
-        }
+    whole = _Whole(lambda: compiled(*args, **kwargs), _Reference.given(eager) or _Reference(uncompiled, "eager"))
+    return {
+        entry: _measure_entry(executor, entry, values, whole if len(tapped) == 1 else None)
+        for entry, (executor, values) in tapped.items()
+    }
+
+
+def _replayed(
+    compiled: Any, executors_of: Callable[[Any], Sequence[Executor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Entry, tuple[Executor, list[Any]]]:
+    """What a call replays, with its arguments. A call that runs plainly, or records, is made again."""
+    for _ in range(3):
+        found: dict[Entry, tuple[Executor, list[Any]]] = {}
+        executors = executors_of(compiled)
+        calls = sum(executor.statistics.calls for executor in executors)
+        with _tapped(executors, found):
+            compiled(*args, **kwargs)
+        if found and sum(executor.statistics.calls for executor in executors) - calls == len(found):
+            break
+    return found
 
 
 @dataclass(frozen=True)
 class _Reference:
+    """What times are compared with."""
+
     call: Callable[[], Any]
     how: str
+
+    @classmethod
+    def given(cls, call: Callable[[], Any] | None) -> _Reference | None:
+        return cls(call, "what it is compared with") if call is not None else None
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A call from the outside, with Dynamo's guards and all, and what it is compared with."""
+
+    call: Callable[[], Any]
+    reference: _Reference
 
 
 def _require(found: Any) -> None:
@@ -227,20 +253,23 @@ def _measure_entry(
     executor: Executor,
     entry: Entry,
     args: Sequence[Any],
-    eager: Callable[[], Any] | None,
+    whole: _Whole | None,
     reference: _Reference | None = None,
 ) -> Measured:
     assert entry.recording is not None
     assert entry.replay is not None
-    replay = entry.replay.function
-    if eager is not None:
-        reference = _Reference(eager, "what it is compared with")
+    replay, driver = entry.replay.function, executor.driver
     module = _uncaptured(executor)
     plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
-    with _put_back(_written(executor, args)), _uncounted(entry.replay.tally), torch.no_grad():
-        return _measure(
-            executor.driver, entry.recording, lambda stream: replay(list(args), stream), args, reference or plain, plain
-        )
+    with _Bench(driver.device, _written(executor, args)) as bench, _uncounted(entry.replay.tally), torch.no_grad():
+        with _alone(driver) as stream:
+            times = bench.times(lambda: replay(list(args), stream))
+            steps = _timed_steps(bench, entry.recording, args, stream, times.host_us)
+        outside = 0.0
+        if whole is not None:
+            replayed, times, reference = times, bench.times(whole.call), whole.reference
+            outside = max(0.0, times.host_us - replayed.host_us)
+        return _judged(entry.recording, times, steps, bench, driver, reference or plain, plain, outside)
 
 
 def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) -> Measured:
@@ -249,47 +278,56 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     Raises:
         OptionsError: nothing was captured.
     """
-    recording, driver = graph.recording, graph.driver
-    if recording is None or driver is None:
+    recording, driver, tally = graph.recording, graph.driver, graph.tally
+    if recording is None or driver is None or tally is None:
         raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
-    reference = _Reference(eager, "what it is compared with") if eager is not None else None
-    assert graph.tally is not None
-    with _put_back(graph.written), _uncounted(graph.tally):
-        return _measure(driver, recording, graph.run, (), reference, None)
+    with _Bench(driver.device, graph.written) as bench, _uncounted(tally):
+        with _alone(driver) as stream:
+            times = bench.times(lambda: graph.run(stream))
+            steps = _timed_steps(bench, recording, (), stream, times.host_us)
+        return _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
 
 
-def _measure(
-    driver: CaptureDriver,
+def _judged(
     recording: Recording,
-    replay: Callable[[int], Any],
-    args: Sequence[Any],
+    times: _Times,
+    steps: tuple[StepTime, ...],
+    bench: _Bench,
+    driver: CaptureDriver,
     reference: _Reference | None,
     plain: _Reference | None,
+    outside: float = 0.0,
 ) -> Measured:
-    wait = _wait(driver.device)
-    with _alone(driver) as stream:
-        host_us, total_us = _timed(lambda: replay(stream), wait)
-        steps = _timed_steps(recording, args, stream, driver.device, host_us, wait)
-        if reference is not None:
-            token = active.in_call.set(False)
-            try:
-                _, eager_us = _timed(reference.call, wait)
-            finally:
-                active.in_call.reset(token)
-        else:
-            eager_us = None
-        per_op = None
-        if plain is not None:
-            ops = sum(_num_ops(step) for step in recording.steps)
-            per_op = _timed(plain.call, wait)[0] / max(ops, 1)
-    breaks = _breaks(recording, steps, host_us)
-    busy = sum(step.gpu_us for step in steps if step.gpu_us is not None) / total_us
-    advice = tuple(
-        sorted(_advice(recording, steps, breaks, host_us, busy, per_op), key=lambda item: item.saves_us, reverse=True)
+    """What the times of a recording mean, once it is known what to compare them with.
+
+    ``outside``: microseconds of host time that are spent around the replay.
+    """
+    eager_us = bench.times(reference.call).total_us if reference is not None else None
+    per_op = None
+    if plain is not None:
+        per_op = bench.times(plain.call).host_us / max(1, sum(map(_num_ops, recording.steps)))
+    breaks = _breaks(recording, steps, times.host_us)
+    busy = sum(step.gpu_us for step in steps if step.gpu_us is not None) / times.total_us
+    advice = list(_advice(recording, steps, breaks, busy, per_op))
+    if outside >= OUTSIDE * times.host_us and busy < BUSY:
+        advice.append(
+            Advice(
+                "skip Dynamo's guards, where you know that they hold: torch.compiler.set_stance(skip_guard_eval_unsafe=True)",
+                f"guards, wrappers and the key take {outside:.1f} of {times.host_us:.1f} us of host time",
+                outside,
+            )
+        )
+    advice.sort(key=lambda item: item.saves_us, reverse=True)
+    return Measured(
+        eager_us,
+        reference.how if reference is not None else "",
+        times.host_us,
+        times.total_us,
+        steps,
+        breaks,
+        tuple(advice),
+        "" if driver.name == "cuda" else f"the {driver.name} driver shows no speed",
     )
-    how = reference.how if reference is not None else ""
-    note = "" if driver.name == "cuda" else f"the {driver.name} driver shows no speed"
-    return Measured(eager_us, how, host_us, total_us, steps, breaks, advice, note)
 
 
 @contextmanager
@@ -305,20 +343,71 @@ def _alone(driver: CaptureDriver) -> Iterator[int]:
             active.in_call.reset(token)
 
 
-@contextmanager
-def _put_back(storages: Sequence[torch.UntypedStorage]) -> Iterator[None]:
-    """Restore ``storages`` and the random state, whatever happens inside."""
-    saved = [(storage, storage.clone()) for storage in storages]
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        for storage, before in saved:
+@dataclass(frozen=True)
+class _Times:
+    host_us: float
+    total_us: float
+
+
+class _Bench:
+    """Times calls that write ``storages``, and puts those back after each: a cache must not run over its end.
+
+    On leaving, the random state is as before too.
+    """
+
+    def __init__(self, device: torch.device, storages: Sequence[torch.UntypedStorage]) -> None:
+        self.device = device
+        self._saved = [(storage, storage.clone()) for storage in storages]
+        self._random: list[Any] = []
+
+    def __enter__(self) -> _Bench:
+        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.put_back()
+        torch.set_rng_state(self._random[0])
+        if self._random[1]:
+            torch.cuda.set_rng_state_all(self._random[1])
+
+    def wait(self) -> None:
+        """Until the GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def put_back(self) -> None:
+        """Restore what calls wrote."""
+        for storage, before in self._saved:
             storage.copy_(before)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        self.wait()
+
+    def times(self, call: Callable[[], Any]) -> _Times:
+        """Host and total time of a call: medians over loops, after one that does not count.
+
+        Where nothing has to be put back, calls come in bursts: the GPU then works off a queue, as in a loop of a user's.
+        """
+        burst = 1 if self._saved else BURST
+        self._loop(call, 1)
+        host, _ = self._median(call, burst)
+        _, total = self._median(call, 4 * burst) if burst > 1 else self._median(call, 1)
+        return _Times(host, total)
+
+    def _median(self, call: Callable[[], Any], burst: int) -> tuple[float, float]:
+        loops: list[tuple[float, float]] = []
+        deadline = time.perf_counter() + SECONDS
+        while len(loops) < LOOPS and (len(loops) < 3 or time.perf_counter() < deadline):
+            loops.append(self._loop(call, burst))
+        return median(host for host, _ in loops), median(total for _, total in loops)
+
+    def _loop(self, call: Callable[[], Any], burst: int) -> tuple[float, float]:
+        started = time.perf_counter_ns()
+        for _ in range(burst):
+            call()
+        issued = time.perf_counter_ns()
+        self.wait()
+        done = time.perf_counter_ns()
+        self.put_back()
+        return (issued - started) / burst / 1e3, (done - started) / burst / 1e3
 
 
 @contextmanager
@@ -340,74 +429,46 @@ def _uncaptured(executor: Executor) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _wait(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-
-
-def _timed(call: Callable[[], Any], wait: Callable[[], None]) -> tuple[float, float]:
-    """Host and total time of a call in microseconds: medians over loops."""
-    call()
-    wait()
-    host, total = [], []
-    deadline = time.perf_counter() + SECONDS
-    for loop in range(LOOPS):
-        started = time.perf_counter_ns()
-        for _ in range(BURST):
-            call()
-        issued = time.perf_counter_ns()
-        wait()
-        host.append((issued - started) / BURST)
-        if loop >= 2 and time.perf_counter() > deadline:
-            break
-    deadline = time.perf_counter() + SECONDS
-    for loop in range(LOOPS):
-        started = time.perf_counter_ns()
-        for _ in range(4 * BURST):
-            call()
-        wait()
-        total.append((time.perf_counter_ns() - started) / (4 * BURST))
-        if loop >= 2 and time.perf_counter() > deadline:
-            break
-    return median(host) / 1e3, median(total) / 1e3
-
-
 def _timed_steps(
-    recording: Recording,
-    args: Sequence[Any],
-    stream: int,
-    device: torch.device,
-    host_us: float,
-    wait: Callable[[], None],
+    bench: _Bench, recording: Recording, args: Sequence[Any], stream: int, host_us: float
 ) -> tuple[StepTime, ...]:
     """Times of each step. On the GPU they are taken while it works off a queue, so that it waits for nobody."""
     count = len(recording.steps)
-    stamps: list[int] = []
-    marked = emit(recording, lambda _: stamps.append(time.perf_counter_ns()))
+    stamps = [0] * (count + 1)
     host: list[list[float]] = []
-    try:
-        for _ in range(LOOPS):
-            stamps.clear()
-            marked.function(list(args), stream)
-            wait()
-            host.append([(after - before) / 1e3 for before, after in itertools.pairwise(stamps)])
-    finally:
-        marked.forget()
     gpu: list[list[float]] = []
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        marked = emit(recording, lambda position: events[position].record())
-        try:
-            for _ in range(LOOPS):
-                _torch.keep_gpu_busy(3 * host_us + 20 * count)
-                marked.function(list(args), stream)
-                wait()
-                gpu.append([before.elapsed_time(after) * 1e3 for before, after in itertools.pairwise(events)])
-        finally:
-            marked.forget()
+
+    def stamp(position: int) -> None:
+        stamps[position] = time.perf_counter_ns()
+
+    for _ in _replays(bench, recording, stamp, args, stream):
+        host.append([(after - before) / 1e3 for before, after in itertools.pairwise(stamps)])
+    if bench.device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in stamps]
+        ahead = 3 * host_us + 20 * count  # recording an event takes time too
+        for _ in _replays(bench, recording, lambda position: events[position].record(), args, stream, ahead):
+            gpu.append([before.elapsed_time(after) * 1e3 for before, after in itertools.pairwise(events)])
     return tuple(
         StepTime(median(loop[i] for loop in host), median(loop[i] for loop in gpu) if gpu else None)
         for i in range(count)
     )
+
+
+def _replays(
+    bench: _Bench, recording: Recording, mark: Mark, args: Sequence[Any], stream: int, ahead: float = 0.0
+) -> Iterator[None]:
+    """Replay with ``mark`` between the steps, again and again; ``ahead``: microseconds that the GPU starts later."""
+    marked = emit(recording, mark)
+    try:
+        for _ in range(LOOPS):
+            if ahead:
+                _torch.keep_gpu_busy(ahead)
+            marked.function(list(args), stream)
+            bench.wait()
+            bench.put_back()
+            yield
+    finally:
+        marked.forget()
 
 
 # --- what it means --------------------------------------------------------------------------------------------------------
@@ -432,7 +493,6 @@ def _advice(
     recording: Recording,
     steps: Sequence[StepTime],
     breaks: Sequence[BreakCost],
-    host_us: float,
     busy: float,
     per_op: float | None,
 ) -> Iterator[Advice]:
@@ -513,12 +573,8 @@ def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
 
 
 def _copy_us(bridge: Bridge) -> float:
-    source = bridge.tensor.clone()
-    wait = _wait(source.device)
-    kept = bridge.tensor.clone()
-    host, _ = _timed(lambda: bridge.load(source), wait)
-    bridge.load(kept)
-    return host
+    source = clone_exact(bridge.tensor)
+    return _Bench(source.device, ()).times(lambda: bridge.load(source)).host_us
 
 
 def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: float) -> Iterator[Advice]:

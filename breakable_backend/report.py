@@ -74,7 +74,7 @@ class StepReport:
         names = [op.op for op in self.ops] or [reason.op for reason in self.reasons]
         if self.kind == "eager":
             return ", ".join(dict.fromkeys(reason.op for reason in self.reasons if reason.op)) or ", ".join(names[:1])
-        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}" if names else "nothing"
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" if names else "nothing"
 
     @property
     def module(self) -> str:
@@ -520,7 +520,7 @@ def _step_lines(steps: Sequence[StepReport]) -> Iterator[str]:
         )
     yield _table(columns, rows)
     if len(steps) > ROWS:
-        yield f"    … {len(steps) - ROWS} more steps: report.to_html(path) shows all"
+        yield f"    ... {len(steps) - ROWS} more steps: report.to_html(path) shows all"
 
 
 def _us(value: float | None) -> str:
@@ -543,7 +543,7 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON has it; records with those of their properties that say something of themselves."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
-        names += [name for name in _SHOWN.get(type(value), ())]
+        names += _SHOWN.get(type(value), ())
         return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

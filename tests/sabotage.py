@@ -421,7 +421,7 @@ FAULTS = (
     Fault(
         "failed-warm-up-counts",
         "executor.py",
-        'outputs = self._plain(args, "warm-up")\n        entry.warm = True',
+        'outputs = self._plain(args, "warm-up")',
         'entry.warm = True\n        outputs = self._plain(args, "warm-up")',
         "test_contract_gaps.py::test_first_call_that_raises_is_no_warm_up[cpu]",
     ),

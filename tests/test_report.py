@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import linecache
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import silly
-from breakable_backend import Report, explain, reset
+from breakable_backend import BreakableCUDAGraph, Report, capture, explain, reset
 from test_partition import golden
 
 TAPE = {"driver": "tape"}
@@ -81,11 +83,19 @@ def f(x, y):
 graph 0: 3 captured, 3 eager (tape on cpu)
   calls 5, captures 3, replays 3, copies 16, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
+  recorded 1x: first of this program
     eager          times  because                  at
     silly::triple  1      tagged cudagraph_unsafe  model.py:3 in f: y = silly.triple(x.sin() + y)
     silly::triple  2      tagged cudagraph_unsafe  model.py:6 in f: return silly.triple(y).cos(), silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
-    0    3       5      3         3        4            48 B     0.0 ms""",
+    0    3       5      3         3        4            48 B     0.0 ms
+    step            ops  kernels  bridges                         module  what                     at
+    0     captured  2    2        in arg0_1 12 B, in arg1_1 12 B          aten::sin ... aten::add  model.py:3 in f
+    1     eager     1                                                     silly::triple            model.py:3 in f
+    2     captured  1    1        in triple 12 B                          aten::add                model.py:5 in f
+    3     eager     1                                                     silly::triple            model.py:6 in f
+    4     captured  1    1        in triple_1 12 B                        aten::cos                model.py:6 in f
+    5     eager     1                                                     silly::triple            model.py:6 in f""",
     )
 
 
@@ -107,6 +117,7 @@ def f(x):
 graph 0: 2 captured, 1 eager (tape on cpu)
   calls 4, captures 2, replays 2, copies 7, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
+  recorded 1x: first of this program
     eager          times  because                                                                                at
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:3 in f: y = silly.triple(x.sin() + 1)
     aten::add      1      1 op between eager breaks, fewer than min_kernels=2                                    model.py:4 in f: y = silly.triple(y + 1)
@@ -115,7 +126,13 @@ graph 0: 2 captured, 1 eager (tape on cpu)
                           which no captured graph can do
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:6 in f: y = silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
-    0    2       4      2         2        2            36 B     0.0 ms""",
+    0    2       4      2         2        2            36 B     0.0 ms
+    step            ops  kernels  bridges           module  what                      at
+    0     captured  2    2        in arg0_1 12 B            aten::sin ... aten::add   model.py:3 in f
+    1     eager     3                                       silly::triple, aten::add  model.py:3 in f
+    2     eager     3                                       aten::cos                 silly.py:0 in stubborn
+    3     eager     1                                       silly::triple             model.py:6 in f
+    4     captured  2    2        in triple_2 12 B          aten::sin ... aten::add   model.py:7 in f""",
     )
 
 
@@ -328,3 +345,201 @@ def test_what_can_be_explained(kind: str) -> None:
             compiled(torch.ones(3))
     (program,) = explain(compiled).programs
     assert program.replays == 1
+
+
+# --- the steps, and other forms -------------------------------------------------------------------------------------------------
+
+
+STEPS = """
+def f(x):
+    y = silly.triple(x.sin() + 1)
+    return y.cos() + 1
+"""
+
+
+def test_steps(device: torch.device, options: dict[str, Any]) -> None:
+    """Each step has its ops with the user's lines, its reasons, kernels, and bridges with their bytes."""
+    f = from_file(STEPS)
+    compiled = torch.compile(f, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        compiled(torch.ones(4, device=device))
+        before = explain(compiled).programs[0]
+        for _ in range(3):
+            compiled(torch.ones(4, device=device))
+    (program,) = explain(compiled).programs
+    assert [(step.kind, step.num_kernels, step.bridges) for step in before.steps] == [
+        ("captured", -1, ()),
+        ("eager", -1, ()),
+        ("captured", -1, ()),
+    ]
+    first, second, third = program.recordings[0].steps
+    assert [op.op for op in first.ops] == ["aten::sin", "aten::add"]
+    assert [op.source for op in first.ops] == ["model.py:3 in f: y = silly.triple(x.sin() + 1)"] * 2
+    assert first.title == "aten::sin ... aten::add"
+    assert len(first.kernels) == first.num_kernels == 2
+    assert [(bridge.direction, bridge.bytes) for bridge in first.bridges] == [("in", 16)]
+    assert (second.kind, second.title, second.reasons[0].text) == ("eager", "silly::triple", "tagged cudagraph_unsafe")
+    assert second.source == "model.py:3 in f: y = silly.triple(x.sin() + 1)"
+    assert [(bridge.value, bridge.bytes) for bridge in third.bridges] == [("triple", 16)]
+    assert program.recorded == {"first of this program": 1}
+    assert program.recordings[0].held_bytes > 0
+    assert program.recordings[0].warmup_seconds > 0
+
+
+def test_module_paths() -> None:
+    """A step knows the path of the module that all its ops are in, and its ops know theirs."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = silly.triple(layer(x))
+            return x
+
+    compiled = called(Block(), 3, torch.ones(2, 3))
+    steps = explain(compiled).programs[0].recordings[0].steps
+    assert [step.module for step in steps if step.kind == "captured"] == ["layers.0", "layers.1"]
+    assert [op.module for op in steps[0].ops] == ["layers.0.0", "layers.0.1"]
+
+
+def test_why_recorded_again() -> None:
+    """Recordings are counted by why there was none: new numbers, new addresses, a reset, an eviction, a death."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return (x * self.weight + n).sin()
+
+    first, second = Scale(), Scale()
+    for model in (first, second):
+        model.compile(backend="breakable_cg", options=TAPE, dynamic=True)
+    with torch.no_grad():
+        for n in (3, 3, 4, 4):
+            first(torch.ones(3), n)
+        for _ in range(2):
+            second(torch.ones(3), 3)
+        counts = dict(explain(first).programs[-1].recorded)
+        assert counts["first of this program"] == 1
+        assert counts["new numbers, layouts or host scalars"] == 1
+        assert counts["static or written inputs at new addresses"] == 1
+        reset(first)
+        for _ in range(2):
+            first(torch.ones(3), 4)
+        assert explain(first).programs[-1].recorded["reset was called"] == 1
+
+
+def test_before_anything_is_captured() -> None:
+    """A function that is not compiled is, once, and called plainly: its program is told, and nothing is captured."""
+    f = from_file(STEPS)
+    with torch.no_grad():
+        report = explain(f, torch.ones(3), options={**TAPE, "min_kernels": 1})
+        golden(
+            text(report),
+            """\
+graph 0: 2 captured, 1 eager (tape on cpu)
+  calls 1, captures 0, replays 0, copies 0, plain 1, evictions 0, lowered in 0.0 s
+  ran plainly 1x: warm-up
+    eager          times  because                  at
+    silly::triple  1      tagged cudagraph_unsafe  model.py:3 in f: y = silly.triple(x.sin() + 1)
+    key  graphs  calls  captures  replays  copies/call  bridges  recorded in
+    0    0       1      0         0        0            0 B      0.0 ms
+    step            ops  kernels  bridges  module  what                     at
+    0     captured  2                              aten::sin ... aten::add  model.py:3 in f
+    1     eager     1                              silly::triple            model.py:3 in f
+    2     captured  2                              aten::cos ... aten::add  model.py:4 in f""",
+        )
+        compiled = torch.compile(f, backend="breakable_cg", options={**TAPE, "min_kernels": 1})
+        compiled(torch.ones(3))
+    assert [program.name for program in explain(compiled).programs] == [report.programs[0].name]
+
+
+def test_dict_and_json() -> None:
+    """The report as plain values: all its fields, what steps say of themselves, and a version."""
+    report = explain(called(from_file(STEPS), 4, torch.ones(3)))
+    made = report.to_dict()
+    assert json.loads(report.to_json()) == made
+    assert made["schema"] == 1
+    (program,) = made["programs"]
+    assert set(program) == {field.name for field in dataclasses.fields(report.programs[0])}
+    (recording,) = program["recordings"]
+    assert [step["title"] for step in recording["steps"]] == [
+        "aten::sin ... aten::add",
+        "silly::triple",
+        "aten::cos ... aten::add",
+    ]
+    assert recording["steps"][1]["reasons"][0]["rule"] == "marked"
+    assert recording["steps"][2]["bridges"] == [{"value": "triple", "direction": "in", "bytes": 12}]
+    assert recording["measured"] is None
+
+
+def test_dot() -> None:
+    """The steps in order, with what crosses between them."""
+    golden(
+        re.sub(r"graph \d+ ", "graph 0 ", explain(called(from_file(STEPS), 4, torch.ones(3))).to_dot()),
+        """\
+digraph breakable_cg {
+  node [shape=box, style=filled, fontname=monospace]; rankdir=TB;
+  subgraph cluster_0 {
+    label="graph 0 (tape on cpu)";
+    p0_0 [label="0: aten::sin ... aten::add\\l2 ops\\lmodel.py:3 in f: y = silly.triple(x.sin() + 1)", fillcolor="#cfe8cf"];
+    p0_1 [label="1: silly::triple\\ltagged cudagraph_unsafe\\lmodel.py:3 in f: y = silly.triple(x.sin() + 1)", fillcolor="#f6d5a8"];
+    p0_2 [label="2: aten::cos ... aten::add\\l2 ops\\lmodel.py:4 in f: return y.cos() + 1", fillcolor="#cfe8cf"];
+    p0_0 -> p0_1 [label=""];
+    p0_1 -> p0_2 [label="triple 12 B"];
+  }
+}
+""",
+    )
+
+
+def test_captured_graph() -> None:
+    """What a ``with`` block ran is told like a compiled function, op by op."""
+    f, x = from_file(STEPS), torch.ones(3)
+    graph = BreakableCUDAGraph(driver="tape")
+    with torch.no_grad(), capture(graph):
+        f(x)
+    graph.replay()
+    golden(
+        text(explain(graph)),
+        """\
+captured graph: 2 captured, 1 eager (tape on cpu)
+  calls 2, captures 2, replays 1, copies 1, plain 0, evictions 0, lowered in 0.0 s
+  recorded 1x: captured
+    eager          times  because                  at
+    silly::triple  1      tagged cudagraph_unsafe  model.py:3 in f: y = silly.triple(x.sin() + 1)
+    key  graphs  calls  captures  replays  copies/call  bridges  recorded in
+    0    2       2      2         1        1            12 B     0.0 ms
+    step            ops  kernels  bridges             module  what                     at
+    0     captured  2    2                                    aten::sin ... aten::add  model.py:3 in f
+    1     eager     1                                         silly::triple            model.py:3 in f
+    2     captured  2    2        in triple_1_0 12 B          aten::cos ... aten::add  model.py:4 in f""",
+    )
+    (recording,) = explain(graph).programs[0].recordings
+    assert [op.op for op in recording.steps[0].ops] == ["aten::sin", "aten::add"]
+    assert recording.record_seconds > 0
+
+
+def test_many_steps() -> None:
+    """A terminal shows the first steps of a long program, and says where the others are."""
+
+    def f(x: Tensor) -> Tensor:
+        for _ in range(30):
+            x = silly.triple(x) + 1
+        return x
+
+    printed = str(explain(called(f, 3, torch.ones(3))))
+    assert "    ... 20 more steps: report.to_html(path) shows all" in printed
+
+
+def test_html(tmp_path: Path) -> None:
+    """The page is written where it is asked for."""
+    report = explain(called(from_file(STEPS), 4, torch.ones(3)))
+    path = report.to_html(tmp_path / "report.html")
+    assert path == tmp_path / "report.html"
+    assert "silly::triple" in path.read_text(encoding="utf-8")

@@ -1,0 +1,252 @@
+"""Measuring: what is timed, what is left as it was, what the times are taken to mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import silly
+from breakable_backend import (
+    BreakableCUDAGraph,
+    OptionsError,
+    capture,
+    eager_on_graph,
+    explain,
+    mark_eager,
+    unmark_eager,
+)
+from breakable_backend import measure as module
+from breakable_backend.measure import Advice, BreakCost, Measured, StepTime
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are not looked at here."""
+    monkeypatch.setattr(module, "LOOPS", 3)
+
+
+class Counting(nn.Module):
+    """Adds how often it was called; attention-like op in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.calls = nn.Linear(4, 4), nn.Buffer(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        y = silly.triple(self.up(x) + self.calls)
+        return (y + torch.rand_like(y)).relu() * 2
+
+
+def compiled_and_called(model: Any, options: dict[str, Any], *args: Tensor, calls: int = 4) -> Any:
+    compiled = torch.compile(model, backend="breakable_cg", options={**options, "min_kernels": 1})
+    for _ in range(calls):
+        compiled(*args)
+    return compiled
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_arguments", [False, True])
+def test_leaves_all_as_it_was(device: torch.device, options: dict[str, Any], with_arguments: bool) -> None:
+    """Each step is timed; buffers, random state and counts are as without it, but for the one call that arguments ask for."""
+    model, x = Counting().to(device), torch.randn(2, 4, device=device)
+    compiled = compiled_and_called(model, options, x)
+    calls = silly.calls["triple"]
+    before = explain(compiled).programs[0]
+    torch.manual_seed(5)
+    report = explain(compiled, *((x,) if with_arguments else ()), measure=True)
+    drawn = torch.rand(3, device=device)
+    torch.manual_seed(5)
+    if with_arguments:
+        torch.rand_like(x)
+    assert torch.equal(drawn, torch.rand(3, device=device))
+    assert model.calls == 4 + with_arguments
+    assert silly.calls["triple"] > calls + 10
+    (program,) = report.programs
+    (recording,) = program.recordings
+    assert recording.measured is not None
+    assert [step.kind for step in recording.steps] == ["captured", "eager", "captured"]
+    assert all(step.host_us is not None and step.host_us > 0 for step in recording.steps)
+    assert all((step.gpu_us is not None) == (device.type == "cuda") for step in recording.steps)
+    assert recording.measured.eager_how == ("eager" if with_arguments else "its ATen ops, run eagerly")
+    assert (recording.measured.busy is None) == (device.type == "cpu")
+    if not with_arguments:
+        assert (program.calls, program.copies, program.replays) == (before.calls, before.copies, before.replays)
+    assert recording.measured.verdict in str(report)
+    assert torch.equal(compiled(x).isnan(), torch.zeros(2, 4, device=device, dtype=torch.bool))
+    assert model.calls == 5 + with_arguments
+
+
+@torch.no_grad()
+def test_a_cache_does_not_run_over(device: torch.device, options: dict[str, Any]) -> None:
+    """State is put back after each call, not only at the end: a position may not leave its cache."""
+
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position, self.cache = nn.Buffer(torch.zeros(1, dtype=torch.long)), nn.Buffer(torch.zeros(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.index_copy_(0, self.position, x)
+            self.position.add_(1)
+            return silly.triple(self.cache.sum(0) + 1)
+
+    model = Cache().to(device)
+    compiled = compiled_and_called(model, options, torch.ones(1, 4, device=device))
+    explain(compiled, torch.ones(1, 4, device=device), measure=True)
+    assert model.position == 5
+
+
+@torch.no_grad()
+def test_records_first(device: torch.device, options: dict[str, Any]) -> None:
+    """With arguments the call is made until it is a replay, also for a function that is not compiled yet."""
+
+    def f(x: Tensor) -> Tensor:
+        return silly.triple(x.sin() + 1).cos() + 1
+
+    report = explain(f, torch.ones(3, device=device), options=options, measure=True)
+    (recording,) = report.programs[0].recordings
+    assert recording.measured is not None
+    assert recording.calls >= 3
+
+
+@torch.no_grad()
+def test_graph_breaks(options: dict[str, Any], device: torch.device) -> None:
+    """Of a function that Dynamo broke in two, each program is measured by itself."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin() + 1
+        torch._dynamo.graph_break()
+        return y.cos() * 2
+
+    report = explain(f, torch.ones(3, device=device), options=options, measure=True)
+    measured = [recording.measured for program in report.programs for recording in program.recordings]
+    assert [m.eager_how for m in measured if m is not None] == ["its ATen ops, run eagerly"] * 2
+
+
+@torch.no_grad()
+def test_captured_graph(device: torch.device, options: dict[str, Any]) -> None:
+    """A captured block is measured too, against what it is given, and what it writes is put back."""
+    x, count = torch.ones(3, device=device), torch.zeros(3, device=device)
+
+    @eager_on_graph
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    def body() -> Tensor:
+        count.add_(1)
+        return double(x.sin()) + 1
+
+    graph = BreakableCUDAGraph(driver=options["driver"])
+    with capture(graph):
+        body()
+    copies = explain(graph).programs[0].copies
+    (recording,) = explain(graph, measure=True, eager=body).programs[0].recordings
+    assert recording.measured is not None
+    assert recording.measured.eager_how == "what it is compared with"
+    alone = explain(graph, measure=True).programs[0]
+    (recording,) = alone.recordings
+    assert recording.measured is not None
+    assert recording.measured.verdict.startswith("measured: ")
+    assert (alone.replays, alone.copies) == (0, copies)
+    assert torch.equal(count, torch.ones(3, device=device))
+
+
+@torch.no_grad()
+def test_nothing_to_measure(options: dict[str, Any], device: torch.device) -> None:
+    """What cannot be measured is a typed error that says what to do."""
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options=options)
+    compiled(torch.ones(3, device=device))
+    with pytest.raises(OptionsError, match=r"no call was recorded\n.*call the function three times first"):
+        explain(compiled, measure=True)
+    with pytest.raises(OptionsError, match=r"needs the function to measure"):
+        explain(measure=True)
+    with pytest.raises(OptionsError, match="the graph holds nothing"):
+        explain(BreakableCUDAGraph(driver=options["driver"]), measure=True)
+    with pytest.raises(OptionsError, match="f is not compiled"):
+
+        def f() -> None: ...
+
+        explain(f)
+
+
+@torch.no_grad()
+def test_input_that_nobody_keeps(options: dict[str, Any], device: torch.device) -> None:
+    """An input that eager steps alone read is in no bridge: it has to be given."""
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return silly.triple(y) + (x.sin() + 1)
+
+    x, y = torch.ones(3, device=device), torch.ones(3, device=device)
+    compiled = compiled_and_called(f, options, x, y)
+    with pytest.raises(OptionsError, match="is not kept between calls"):
+        explain(compiled, measure=True)
+    assert explain(compiled, x, y, measure=True).programs[0].recordings[0].measured is not None
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------------
+
+
+def advice_of(compiled: Any) -> list[Advice]:
+    (program,) = explain(compiled, measure=True).programs
+    measured = program.recordings[0].measured
+    assert measured is not None
+    return list(measured.advice)
+
+
+@torch.no_grad()
+def test_advice(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks on torch's own ops, results and inputs that are copied: each advice rests on a number."""
+    monkeypatch.setattr(module, "BUSY", 2.0)  # whatever the GPU does
+    mark_eager("aten::sort")
+    try:
+        compiled = compiled_and_called(
+            lambda x: (x.sin() + 1).sort().values.cos() + 1, options, torch.ones(9, device=device)
+        )
+        advice = advice_of(compiled)
+    finally:
+        unmark_eager("aten::sort")
+    texts = [item.what.partition(":")[0] for item in advice]
+    assert "mark fewer" in texts
+    assert any("aten::sort's first, copied in each call: 36 B" in item.evidence for item in advice)
+    assert any(item.what.startswith("keep the input") and "36 B" in item.evidence for item in advice)
+    assert all(any(letter.isdigit() for letter in item.evidence) for item in advice)
+    assert advice == sorted(advice, key=lambda item: -item.saves_us)
+
+
+def test_no_advice_on_launches_where_the_gpu_is_busy() -> None:
+    """Where the GPU works all the time, fewer launches would not help, and the advice says so alone."""
+    from breakable_backend.recording import Recording
+
+    recording = Recording((), {}, (), (), (), {})
+    (advice,) = module._advice(recording, (), (BreakCost(1, "op", "", 90.0, 0.9),), 0.95, 1.0)
+    assert (advice.what, advice.evidence) == (
+        "the GPU is what a call waits for: faster kernels would help, fewer launches would not",
+        "it works 95% of a call",
+    )
+
+
+@pytest.mark.parametrize(
+    ("eager_us", "says"),
+    [(200.0, "pays: 2.00 times"), (103.0, "about even: 1.03 times"), (50.0, "does not pay: 0.50 times")],
+)
+def test_verdict(eager_us: float, says: str) -> None:
+    """The verdict is one line: whether it pays, against what, and what the GPU does meanwhile."""
+    measured = Measured(eager_us, "eager", 80.0, 100.0, (StepTime(80.0, 40.0),), (), ())
+    assert measured.verdict == (
+        f"{says} as fast as eager ({eager_us:.0f} us); 100 us a call, 80 to issue it, the GPU at work 40% of it"
+    )
+    assert measured.busy == 0.4
+
+
+def test_lines() -> None:
+    """The costliest break alone, with its line; then all advice."""
+    breaks = (BreakCost(3, "mylib::route", "model.py:3 in f", 40.0, 0.5), BreakCost(1, "aten::sort", "", 2.0, 0.02))
+    measured = Measured(None, "", 80.0, 100.0, (), breaks, (Advice("do less", "9 of 10", 1.0),))
+    assert list(measured.lines()) == [
+        "costliest break: step 3, mylib::route, 40.0 us of host time (50%) at model.py:3 in f",
+        "do less: 9 of 10",
+    ]
