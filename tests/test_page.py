@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -102,7 +103,9 @@ def test_asks_the_network_for_nothing(small: dict[str, Any]) -> None:
     """No address is in the page, nothing is loaded, and its policy forbids both to whatever is in it."""
     text = page(small)
     assert "default-src 'none'" in text
-    assert not re.search(r"https?:|//[a-z]|\b(src|href|srcset)\s*=|@import|url\(|fetch\(|XMLHttp|WebSocket|import\(", text)
+    assert not re.search(
+        r"https?:|//[a-z]|\b(src|href|srcset)\s*=|@import|url\(|fetch\(|XMLHttp|WebSocket|import\(", text
+    )
 
 
 HOSTILE = "</script><script>document.documentElement.dataset.error = 'out'</script><!-- <b> &lt; \u2028 ' \" ${1} \\"
@@ -159,9 +162,9 @@ def marked_lines(recording: Recording) -> tuple[str, list[tuple[int, int]]]:
     for line in replay.source.splitlines():
         if re.match(r"    mark\(\d+\)$", line):
             starts.append(len(lines))
-        elif line != "    del mark":
+        else:
             lines.append(line)
-    return "\n".join(lines) + "\n", list(zip(starts, starts[1:], strict=False))
+    return "\n".join(lines) + "\n", list(itertools.pairwise(starts))
 
 
 def several(x: Tensor, y: Tensor) -> Any:
@@ -255,7 +258,13 @@ def rendered(report: dict[str, Any], folder: Path, script: str = "", fragment: s
     text = page(report).replace("</body>", f"<script>{script}</script></body>")
     file.write_text(text, encoding="utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --window-size=1400,1000"
-    command = [BROWSER, *flags.split(), "--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    command = [
+        BROWSER,
+        *flags.split(),
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom",
+    ]
     done = subprocess.run([*command, f"{file.as_uri()}{fragment}"], capture_output=True, timeout=120, check=True)
     return done.stdout.decode()
 
@@ -354,7 +363,14 @@ def test_several_programs_and_keys(small: dict[str, Any], tmp_path: Path) -> Non
     (program,) = report["programs"]
     other = copy.deepcopy(program)
     other["name"], other["calls"] = "graph of little use", 1
-    never = {**program["recordings"][0], "key": "1: 7", "steps": [], "source": "", "refused": "too many keys", "measured": None}
+    never = {
+        **program["recordings"][0],
+        "key": "1: 7",
+        "steps": [],
+        "source": "",
+        "refused": "too many keys",
+        "measured": None,
+    }
     busiest = {**program["recordings"][0], "key": "2: 8", "calls": 99}
     program["recordings"] += [{**never, "calls": 1000}, busiest]
     program["debug"] = "eager"
@@ -365,7 +381,9 @@ def test_several_programs_and_keys(small: dict[str, Any], tmp_path: Path) -> Non
         "!$('#debug').hidden && $('#debug').textContent.startsWith('Debug mode')",
     )
     script += "$('#keys select').value = '1'; $('#keys select').dispatchEvent(new Event('change'));"
-    script += asserted("$('#verdict').textContent.includes('This key is not recorded: too many keys')", "steps.length == 3")
+    script += asserted(
+        "$('#verdict').textContent.includes('This key is not recorded: too many keys')", "steps.length == 3"
+    )
     script += "$('#programs button').click();"
     script += asserted("state.program == 0", "$('#keys').hidden", "$('#debug').hidden")
     assert "data-error" not in root(rendered(report, tmp_path, script))
