@@ -547,7 +547,7 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON has it; records with those of their properties that say something of themselves."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
-        names += _SHOWN.get(type(value), ())
+        names += SHOWN.get(type(value), ())
         return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -556,7 +556,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_SHOWN: Mapping[type, tuple[str, ...]] = {StepReport: ("title", "module", "source"), Measured: ("verdict", "busy")}
+SHOWN: Mapping[type, tuple[str, ...]] = {StepReport: ("title", "module", "source"), Measured: ("verdict", "busy")}
 
 
 def _dot(report: Report) -> Iterator[str]:

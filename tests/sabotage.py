@@ -740,6 +740,21 @@ FAULTS = (
         '"".format(f"recording {number}"',
         "test_journal.py::test_trace",
     ),
+    # --- the page ---
+    Fault(
+        "a-source-line-ends-the-data",
+        "page.py",
+        """.replace("<", "\\u003c")""",
+        "",
+        "test_page.py::test_data_cannot_break_out",
+    ),
+    Fault(
+        "loads-count-to-the-break-before-them",
+        "page.py",
+        "starts.append(_first_load(lines, launch))",
+        "starts.append(launch)",
+        "test_page.py::test_source_lines[several]",
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import linecache
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from breakable_backend import errors, executor
+from breakable_backend import errors, executor, measure, program, report
+from breakable_backend.backend import EagerGraph
 from breakable_backend.errors import BreakableError
 from breakable_backend.marking import RULES
 
@@ -97,6 +99,24 @@ def test_limits_page() -> None:
         name: value for name, value in vars(executor).items() if name.isupper() and isinstance(value, int | float)
     }
     assert {name: float(value) for name, value in rows.items()} == limits
+
+
+RECORDS = (
+    *(report.Report, report.ProgramReport, report.RecordingReport, report.StepReport, report.BridgeReport),
+    *(program.Op, program.Reason),
+    *(measure.Measured, measure.StepTime, measure.BreakCost, measure.Advice),
+    EagerGraph,
+)
+
+
+def test_report_page() -> None:
+    """Each record of a report has its heading, and each field its line, those that ``to_dict`` adds included."""
+    tables = dict(re.findall(r"^### `(\w+)`\n\n(.*?)(?=\n\n|\Z)", PAGES["report"], re.MULTILINE | re.DOTALL))
+    assert list(tables) == [record.__name__ for record in RECORDS]
+    for record in RECORDS:
+        cells = re.findall(r"^\| (`.*?) \|", tables[record.__name__], re.MULTILINE)
+        fields = {field.name for field in dataclasses.fields(record)} | set(report.SHOWN.get(record, ()))
+        assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == fields, record.__name__
 
 
 @pytest.mark.parametrize("name", PAGES)
