@@ -61,6 +61,11 @@ def vision(device: torch.device, options: dict[str, Any]) -> Report:
     return explain(torch.compile(likely, backend="breakable_cg", options=options), image, measure=True)
 
 
+def shapes(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the experts return, for a compiler that has no values to route by."""
+    return torch.empty_like(hidden_states)
+
+
 def mixture(device: torch.device, options: dict[str, Any]) -> Report:
     """A Mixtral on 16 tokens. Its experts loop over what the router chose: marked, not rewritten."""
     if device.type == "cuda":
@@ -85,7 +90,7 @@ def mixture(device: torch.device, options: dict[str, Any]) -> Report:
     model = MixtralForCausalLM(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     for module in model.modules():
         if isinstance(module, MixtralExperts):
-            module.forward = eager_on_graph(module.forward)
+            module.forward = eager_on_graph(fake=shapes)(module.forward)
     tokens = torch.randint(config.vocab_size, (1, 16), device=device)
     return explain(torch.compile(model, backend="breakable_cg", options=options), tokens, measure=True)
 

@@ -744,7 +744,7 @@ FAULTS = (
     Fault(
         "a-source-line-ends-the-data",
         "page.py",
-        """.replace("<", "\\u003c")""",
+        r""".replace("<", "\\u003c")""",
         "",
         "test_page.py::test_data_cannot_break_out",
     ),
