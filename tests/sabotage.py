@@ -688,7 +688,7 @@ FAULTS = (
     Fault(
         "a-source-line-ends-the-data",
         "page.py",
-        """.replace("<", "\\u003c")""",
+        r'.replace("<", "\\u003c")',
         "",
         "test_page.py::test_data_cannot_break_out",
     ),
@@ -697,7 +697,7 @@ FAULTS = (
         "page.py",
         "starts.append(_first_load(lines, launch))",
         "starts.append(launch)",
-        "test_page.py::test_source_lines[several]",
+        "test_page.py::test_source_lines[cpu-several]",
     ),
 )
 
