@@ -16,6 +16,7 @@ from breakable_backend.errors import EagerOutputError as EagerOutputError
 from breakable_backend.errors import OptionsError as OptionsError
 from breakable_backend.errors import PartitionError as PartitionError
 from breakable_backend.errors import ReplayError as ReplayError
+from breakable_backend.export import export as export
 from breakable_backend.functions import eager_on_graph as eager_on_graph
 from breakable_backend.marking import eager_region as eager_region
 from breakable_backend.marking import mark_eager as mark_eager
@@ -38,6 +39,7 @@ __all__ = [
     "eager_on_graph",
     "eager_region",
     "explain",
+    "export",
     "is_capturing",
     "mark_eager",
     "reset",

@@ -21,11 +21,13 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.utils import counters as _dynamo_counters
+from torch._dynamo.utils import get_metrics_context
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
 from torch._library.custom_ops import OPDEFS
+from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
@@ -245,6 +247,33 @@ def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
     else:
         with env.ignore_fresh_unbacked_symbols():
             yield
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+"""Whether a profiler, or ``emit_nvtx``, is active in this thread."""
+
+
+def current_compile_id() -> Any:
+    """Which compilation of Dynamo's is under way, for :func:`trace_artifact`; None outside of one."""
+    return CompileContext.current_compile_id()
+
+
+def recompile_reason() -> str | None:
+    """Why Dynamo compiles again what it compiled before; None for the first time, and outside of a compilation."""
+    return cast(str | None, get_metrics_context()._metrics.get("recompile_reason")) if current_compile_id() else None
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str], compile_id: Any) -> None:
+    """A file in the trace that ``TORCH_TRACE`` asks for; ``payload`` is not called where there is none."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        compile_id=compile_id,
+        expect_trace_id=False,
+    )
 
 
 # --- symbols ----------------------------------------------------------------------------------------------------------

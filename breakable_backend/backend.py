@@ -7,6 +7,7 @@ Reading order from here: ``lowering``, ``partition``, ``program``, ``recording``
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 import warnings
@@ -29,6 +30,9 @@ from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lo
 from breakable_backend.marking import EagerOps, Scope, tensors_of
 from breakable_backend.options import Options
 from breakable_backend.program import source_line
+from breakable_backend.sources import show_module
+
+log = logging.getLogger(__name__)
 
 _DRIVERS: Mapping[str, Callable[[torch.device], CaptureDriver]] = {
     "cuda": CudaDriver,
@@ -83,11 +87,17 @@ class Backend:
             PartitionError: with ``auto_break=False``, a node that cannot be captured.
         """
         started = time.perf_counter()
+        again = _torch.recompile_reason()
         chosen = Options.parse({**(options or {}), **({"mode": mode} if mode not in (None, "default") else {})})
         eager_ops = EagerOps.resolve(chosen.eager_ops)
         name = f"graph {next(self._numbers)}"
 
+        show_module(gm, name, "dynamo")
+        if again:
+            log.info("%s: compiled again, because Dynamo says: %s", name, again)
+
         def compile_lowered(lowered: Lowered) -> Executor:
+            show_module(lowered.module, name, "aten")
             driver = self._driver(chosen, lowered)
             scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
             executor = Executor(lowered, scope, chosen, driver, name)
@@ -110,6 +120,7 @@ class Backend:
         elif not options.auto_break:
             raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
         self.uncaptured[name] = EagerGraph(name, why, source)
+        log.info("%s: runs as Dynamo traced it, because %s%s", name, why, f", at {source}" if source else "")
 
         def eager(*args: Any) -> Any:
             return gm.forward(*args)

@@ -6,15 +6,15 @@ ends, so eager functions see real data. What comes of it is the same :class:`Rec
 
 from __future__ import annotations
 
-import linecache
+import itertools
+import logging
 import operator
-import os
 import re
 import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -29,15 +29,20 @@ from breakable_backend.buffers import Bridge
 from breakable_backend.drivers import CaptureDriver, CaptureSession
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
+from breakable_backend.journal import Journal
 from breakable_backend.lowering import Ambient
 from breakable_backend.marking import live_reason
 from breakable_backend.options import Options
+from breakable_backend.profiling import Marks, span, step_names
+from breakable_backend.profiling import active as profiling
 from breakable_backend.program import Op, Reason, described
 from breakable_backend.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
 from breakable_backend.replay import Replay, Tally, emit
 from breakable_backend.results import Parts, tensors_on
+
+log = logging.getLogger(__name__)
 
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
@@ -61,12 +66,28 @@ class _Captured:
     written: list[_torch.StorageWeakRef]
     """Storages from outside that segments write."""
     watched: list[weakref.ref[Any]]
+    journal: Journal
+    profiled: tuple[Replay, Marks] | None = None
+    """The replay with a mark before each step; made when a profiler is first active."""
+
+    def run(self, stream: int) -> None:
+        if not profiling():
+            self.replay.function([], stream)
+            return
+        if self.profiled is None:
+            name = self.journal.name
+            marks = Marks(name, step_names(self.recording))
+            self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
+        replay, marks = self.profiled
+        marks.run(replay.function, [], stream)
 
     def release(self) -> None:
         graphs = self.recording.graphs
         self.replay.forget()
-        owner = [self.recording, self.replay, self.held]
-        self.recording = self.replay = None  # type: ignore[assignment]
+        if self.profiled is not None:
+            self.profiled[0].forget()
+        owner = [self.recording, self.replay, self.profiled, self.held]
+        self.recording = self.replay = self.profiled = None  # type: ignore[assignment]
         self.held = []
         self.watched.clear()
         self.driver.release(graphs, owner)
@@ -113,6 +134,7 @@ class BreakableCUDAGraph:
         self.debug: str | None = None
         self.replays = 0
         self.record_seconds = 0.0
+        self.journal = Journal(log, f"capture {next(_numbers)}")
 
     def replay(self) -> None:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
@@ -144,7 +166,7 @@ class BreakableCUDAGraph:
     def run(self, stream: int) -> None:
         """What :meth:`replay` does between taking the pool and giving it back."""
         assert self._captured is not None
-        self._captured.replay.function([], stream)
+        self._captured.run(stream)
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again."""
@@ -152,6 +174,7 @@ class BreakableCUDAGraph:
         if self._release is not None:
             self._release()
             self._release = None
+            self.journal.tell(f"released{f': {self._gone}' if self._gone else ''}")
 
     def pool(self) -> Pool:
         """The pool, for ``BreakableCUDAGraph(pool=...)``."""
@@ -197,6 +220,16 @@ class BreakableCUDAGraph:
 
     def _take(self, captured: _Captured) -> None:
         self._captured, self._gone, self.replays = captured, "", 0
+        recording = captured.recording
+        self.journal.recorded(
+            0,
+            "captured",
+            lambda: step_names(recording),
+            captured.replay.source,
+            graphs=len(recording.graphs),
+            eager_steps=len(recording.steps) - len(recording.graphs),
+            bridge_bytes=recording.bridge_bytes,
+        )
         self._release = weakref.finalize(self, captured.release)
         self._release.atexit = False
 
@@ -204,6 +237,9 @@ class BreakableCUDAGraph:
         self._gone = f"{what} died, which the graph reads; the graph was released"
         if not self._busy:
             self.reset()
+
+
+_numbers = itertools.count()
 
 
 def _driver(choice: str, pool: Any = None) -> CaptureDriver:
@@ -341,6 +377,7 @@ class _Door:
     def open(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self.driver.lock)
+            stack.enter_context(span(f"{self.graph.journal.name}: capture"))
             self.stream = self.driver.begin()
             stack.callback(self.driver.end, self.stream)
             stack.enter_context(self.driver.recording())
@@ -383,7 +420,9 @@ class _Door:
     def _keep(self) -> None:
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants)
         written = list(self.written.values())
-        captured = _Captured(self.driver, recording, emit(recording), [self.held], written, [])
+        journal = self.graph.journal
+        replay = emit(recording, name=f"{journal.name} replay")
+        captured = _Captured(self.driver, recording, replay, [self.held], written, [], journal)
         me = weakref.ref(self.graph)
         for parameter in self.parameters.values():
             what = f"a {type(parameter).__name__}"
@@ -593,36 +632,6 @@ def _ambient() -> Ambient | None:
     )
     grad = torch.is_grad_enabled()
     return Ambient(autocast, grad) if autocast or grad else None
-
-
-_NOT_THE_USERS = tuple(
-    os.path.join(os.path.dirname(path), "") for path in (torch.__file__, _torch.__file__, linecache.__file__)
-)
-
-
-def user_line(trace: TracebackType | None = None) -> str:
-    """The innermost line that is the user's, as ``file.py:12 in forward: code``; of an error's traceback, or from here."""
-    frames = list(_frames(trace))
-    for file, line, function in frames:
-        if not file.startswith((*_NOT_THE_USERS, "<")):
-            text = linecache.getline(file, line).strip()
-            return f"{os.path.basename(file)}:{line} in {function}" + (f": {text}" if text else "")
-    return ""
-
-
-def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:
-    if trace is not None:
-        found = []
-        step: TracebackType | None = trace
-        while step is not None:
-            found.append((step.tb_frame.f_code.co_filename, step.tb_lineno, step.tb_frame.f_code.co_name))
-            step = step.tb_next
-        yield from reversed(found)
-        return
-    frame = sys._getframe(2)
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _op_label(func: Any) -> str:

@@ -15,6 +15,16 @@ An error raised by the user's own eager function is never wrapped: it reaches th
 
 from __future__ import annotations
 
+import linecache
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+import torch
+
 from breakable_backend import _torch
 
 
@@ -25,19 +35,21 @@ class BreakableError(_torch.CompileTimeError):
 
     Args:
         what: what went wrong, one sentence.
-        where: the user's source line, as ``file.py:12 in forward: code``; empty if there is none.
+        where: the user's source line, as ``file.py:12 in forward: code``; by default the innermost one that is running.
         fix: what to do about it; empty if there is nothing to do.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix = what, where or user_line(), fix
         super().__init__(
-            "\n".join(line for line in (what, f"  at {where}" if where else "", f"  {fix}" if fix else "") if line)
+            "\n".join(
+                line for line in (what, f"  at {self.where}" if self.where else "", f"  {fix}" if fix else "") if line
+            )
         )
 
 
 class OptionsError(BreakableError, ValueError):
-    """An unknown option, a value that is not allowed, a name that is no op, or a driver that this machine lacks.
+    """An unknown option, a value that is not allowed, a name that is no op, a driver that this machine lacks, or nothing to export.
 
     Raised when options are read (the first call of a compiled function) or when a mark is made.
     """
@@ -64,3 +76,35 @@ class EagerOutputError(ReplayError):
 
     The usual cause is a fake implementation (``register_fake``) that does not match the real one.
     """
+
+
+_LIBRARIES = tuple(
+    os.path.join(path, "")
+    for path in (os.path.dirname(torch.__file__), os.path.dirname(__file__), sysconfig.get_path("stdlib"))
+)
+_NOT_FILES = ("<breakable_cg", "<eval_with_key>", "<string>", "<frozen")
+
+
+def user_line(trace: TracebackType | None = None) -> str:
+    """The innermost line that is the user's, as ``file.py:12 in forward: code``; of a traceback, or of what runs now."""
+    for file, line, function in _frames(trace):
+        if not _is_library(file):
+            code = linecache.getline(file, line).strip()
+            return f"{os.path.basename(file)}:{line} in {function}" + (f": {code}" if code else "")
+    return ""
+
+
+def _is_library(file: str) -> bool:
+    installed = "site-packages" in file and not file.startswith(_LIBRARIES[:2])
+    return file.startswith(_NOT_FILES) or (file.startswith(_LIBRARIES) and not installed)
+
+
+def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:
+    if trace is not None:
+        for frame, line in reversed(list(traceback.walk_tb(trace))):
+            yield frame.f_code.co_filename, line, frame.f_code.co_name
+        return
+    running: FrameType | None = sys._getframe(1)
+    while running is not None:
+        yield running.f_code.co_filename, running.f_lineno, running.f_code.co_name
+        running = running.f_back

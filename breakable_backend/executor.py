@@ -6,6 +6,7 @@ recording depends on: the addresses of static inputs, the numbers, the layouts t
 
 from __future__ import annotations
 
+import logging
 import struct
 import sys
 import time
@@ -22,13 +23,18 @@ from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
+from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered, writes_inputs
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.partition import partition
+from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
 from breakable_backend.recording import Plan, Recording, record, run_plain
 from breakable_backend.replay import Replay, emit
+from breakable_backend.sources import show_program
+
+log = logging.getLogger(__name__)
 
 MAX_ADDRESS_SETS = 256
 """Sets of static addresses with recordings of their own: instances of a module, caches of requests."""
@@ -63,6 +69,10 @@ class Entry:
     key: Key
     recording: Recording | None = None
     replay: Replay | None = None
+    profiled: tuple[Replay, Marks] | None = None
+    """The same with a mark before each step; made when a profiler is first active."""
+    number: int = -1
+    """Which recording of its program it is, from 0."""
     warm: bool = False
     """Whether a plain call went through."""
     calls: int = 0
@@ -127,6 +137,7 @@ class Executor:
         """Shown what is replayed, before it is; measurements set it for a call."""
         self.dropped: OrderedDict[Key, str] = OrderedDict()
         """Why recordings went: of the last ``MAX_DROPPED`` keys."""
+        self.journal = Journal(log, name)
         self._writes = writes_inputs(lowered.module)
         self._cut()
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
@@ -138,6 +149,8 @@ class Executor:
         self.capturable = bool(self.program.graph_segments)
         self._may_overlap = tuple(v.index for v in self.program.inputs if v.kind == "tensor") if self._writes else ()
         self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
+        self.journal.program(self.program)
+        show_program(self.program, self.name)
 
     def _keyed(self) -> frozenset[str]:
         written = self.program.written_by_graphs()
@@ -160,7 +173,7 @@ class Executor:
         self.statistics.calls += 1
         driver = self.driver
         if (handler := door.get()) is not None:
-            self.statistics.plain["called inside capture"] += 1
+            self._count_plain("called inside capture")
             values = list(args)
             args.clear()
             return run_plain(self.program, values, handler, debug=self.debug)
@@ -174,7 +187,7 @@ class Executor:
         if _torch.dispatch_mode_active():
             return self._plain(args, "a dispatch mode is active")
         if not driver.lock.acquire(timeout=LOCK_TIMEOUT):
-            return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s")
+            return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
         token = in_call.set(True)
         try:
             stream = driver.begin()
@@ -192,7 +205,7 @@ class Executor:
         key = self._read_key(args)
         addresses = self.sets.get(key.addresses)
         if self._may_overlap and self._overlap(args, addresses):
-            return self._plain(args, "arguments share memory, and one is written")
+            return self._plain(args, "arguments share memory, and one is written", logging.WARNING)
         entry = addresses.entries.get(key.shapes) if addresses is not None else None
         if entry is None:
             entry = self._admit(key, args)
@@ -204,9 +217,9 @@ class Executor:
             driver.bring(args)
             if self.tap is not None:
                 self.tap(entry, list(args))
-            return entry.replay.function(args, stream)
+            return self._profiled(entry, args, stream) if active() else entry.replay.function(args, stream)
         if entry.refused:
-            return self._plain(args, entry.refused)
+            return self._plain(args, entry.refused, logging.WARNING)
         if entry.warm:
             return self._record(entry, args, stream, driver)
         started = time.perf_counter()
@@ -215,11 +228,27 @@ class Executor:
         entry.warm = True
         return outputs
 
-    def _plain(self, args: list[Any], why: str) -> list[Any]:
-        self.statistics.plain[why] += 1
+    def _profiled(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
+        """The replay, with a name for each step in the profile."""
+        if entry.profiled is None:
+            assert entry.recording is not None
+            assert entry.replay is not None
+            marks = Marks(self.name, step_names(entry.recording))
+            name = f"{self.name} replay {entry.number} profiled"
+            entry.profiled = emit(entry.recording, marks, name=name, tally=entry.replay.tally), marks
+        replay, marks = entry.profiled
+        return marks.run(replay.function, args, stream)
+
+    def _plain(self, args: list[Any], why: str, level: int = logging.INFO) -> list[Any]:
+        self._count_plain(why, level)
         values = list(args)
         args.clear()
-        return run_plain(self.program, values, debug=self.debug)
+        with span(f"{self.name}: plain, {why}"):
+            return run_plain(self.program, values, debug=self.debug)
+
+    def _count_plain(self, why: str, level: int = logging.INFO) -> None:
+        self.statistics.plain[why] += 1
+        self.journal.once(f"runs plainly: {why}", level)
 
     def _refuse_foreign_capture(self) -> None:
         if self.program.reasons:
@@ -272,6 +301,7 @@ class Executor:
 
     def _remember(self, entry: Entry, why: str) -> None:
         if entry.recording is not None:
+            self.journal.tell(f"recording {entry.number} goes: {why}")
             self.dropped[entry.key] = why
             if len(self.dropped) > MAX_DROPPED:
                 self.dropped.popitem(last=False)
@@ -346,15 +376,17 @@ class Executor:
 
     def _give_bridge(self, name: str) -> None:
         self.bridged.add(name)
-        self.notes.append(
+        self._note(
             f"{name} is written by captured segments and came at more than {MAX_ADDRESSES} addresses: copied in and back"
         )
 
     def _give_up_scalar(self, name: str) -> None:
         self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {name})
-        self.notes.append(
-            f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly"
-        )
+        self._note(f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly")
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.journal.tell(text, logging.WARNING)
 
     # recording
 
@@ -368,16 +400,20 @@ class Executor:
         program, values = self.program, list(args)
         args.clear()
         started = time.perf_counter()
-        recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+        with span(f"{self.name}: record"):
+            recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
         recording, outputs, failed = recorded.recording, recorded.outputs, recorded.failed
         entry.record_seconds = time.perf_counter() - started
         entry.record_copies = recorded.copies
         entry.captures = len(recording.graphs)
+        entry.number = self.statistics.recordings
         self.statistics.recordings += 1
         self.statistics.recorded[entry.why] += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            entry.recording, entry.replay = recording, emit(recording)
+            replay = emit(recording, name=f"{self.name} replay {entry.number}")
+            entry.recording, entry.replay = recording, replay
+            self._tell_of(entry, recording, replay)
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -386,6 +422,19 @@ class Executor:
         if failed:
             self._demote(program, failed)
         return outputs
+
+    def _tell_of(self, entry: Entry, recording: Recording, replay: Replay) -> None:
+        self.journal.recorded(
+            entry.number,
+            entry.why,
+            lambda: step_names(recording),
+            replay.source,
+            graphs=entry.captures,
+            eager_steps=len(recording.steps) - entry.captures,
+            copies_per_call=recording.num_copies,
+            bridge_bytes=recording.bridge_bytes,
+            milliseconds=round(entry.record_seconds * 1e3, 1),
+        )
 
     def _alive(self, entry: Entry) -> bool:
         addresses = self.sets.get(entry.key.addresses)
@@ -397,6 +446,8 @@ class Executor:
             return
         forced = dict(self.scope.forced)
         for position, reason in failed.items():
+            at = f", at {reason.source}" if reason.source else ""
+            self.journal.once(f"segment {position} runs eagerly from now on: {reason}{at}", logging.WARNING)
             for node in program.segments[position].module.graph.nodes:
                 if node.op == "call_function":
                     forced[node.name] = reason
@@ -447,14 +498,16 @@ def run_deferred(driver: CaptureDriver) -> None:
 def _release(entries: Sequence[Entry], statistics: Statistics, driver: CaptureDriver) -> None:
     """Free what was recorded for ``entries``."""
     for entry in entries:
-        recording, replay = entry.recording, entry.replay
-        entry.recording = entry.replay = None
+        recording, replay, profiled = entry.recording, entry.replay, entry.profiled
+        entry.recording = entry.replay = entry.profiled = None
+        if profiled is not None:
+            profiled[0].forget()
         if recording is not None and replay is not None:
             statistics.finished_replays += entry.replays
             statistics.finished_copies += entry.record_copies + replay.tally.copies
             replay.forget()
-            graphs, owner = recording.graphs, [recording, replay]
-            del recording, replay
+            graphs, owner = recording.graphs, [recording, replay, profiled]
+            del recording, replay, profiled
             driver.release(graphs, owner)
 
 

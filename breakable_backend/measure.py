@@ -21,7 +21,7 @@ from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.partition import under_ambient
 from breakable_backend.recording import EagerStep, GraphStep, Recording
-from breakable_backend.replay import Mark, Tally, emit
+from breakable_backend.replay import Mark, emit
 
 PAYS, LOSES = 1.05, 0.95
 """Eager's time over the replay's from which on a recording pays, and below which it does not."""
@@ -261,7 +261,8 @@ def _measure_entry(
     replay, driver = entry.replay.function, executor.driver
     module = _uncaptured(executor)
     plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
-    with _Bench(driver.device, _written(executor, args)) as bench, _uncounted(entry.replay.tally), torch.no_grad():
+    counted = (entry.replay.tally, executor.statistics, entry)
+    with _Bench(driver.device, _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
         with _alone(driver) as stream:
             times = bench.times(lambda: replay(list(args), stream))
             steps = _timed_steps(bench, entry.recording, args, stream, times.host_us)
@@ -411,13 +412,14 @@ class _Bench:
 
 
 @contextmanager
-def _uncounted(tally: Tally) -> Iterator[None]:
-    """Leave the counts of replays as they are."""
-    copies = tally.copies
+def _uncounted(*counters: Any) -> Iterator[None]:
+    """Leave the counts that are the attributes of ``counters`` as they are: measuring is no use."""
+    before = [{name: count for name, count in vars(counter).items() if type(count) is int} for counter in counters]
     try:
         yield
     finally:
-        tally.copies = copies
+        for counter, counts in zip(counters, before, strict=True):
+            vars(counter).update(counts)
 
 
 def _uncaptured(executor: Executor) -> fx.GraphModule:

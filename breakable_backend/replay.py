@@ -31,6 +31,7 @@ from breakable_backend.recording import (
     perform,
     reject,
 )
+from breakable_backend.sources import show_replay
 
 _numbers = itertools.count()
 
@@ -80,12 +81,21 @@ Mark = Callable[[int], None]
 """Called with the position of each step as it begins, and with the number of steps when the last one has ended."""
 
 
-def emit(recording: Recording, mark: Mark | None = None) -> Replay:
-    """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is."""
-    writer = _Writer(recording, mark)
+def emit(recording: Recording, mark: Mark | None = None, *, name: str = "replay", tally: Tally | None = None) -> Replay:
+    """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is.
+
+    Args:
+        recording: what to replay.
+        mark: see :data:`Mark`.
+        name: what it is called where depyf files it.
+        tally: where to count on, instead of from 0.
+    """
+    writer = _Writer(recording, mark, tally or Tally())
     source = writer.source()
-    file = f"<breakable_cg replay {next(_numbers)}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    file = show_replay(source, name)
+    if file is None:
+        file = f"<breakable_cg replay {next(_numbers)}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     exec(compile(source, file, "exec"), writer.names)
     # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
     function = writer.names.pop("replay")
@@ -102,9 +112,8 @@ class _Statement:
 class _Writer:
     """Writes the function. Slots keep their names; helpers and constants take what names are left."""
 
-    def __init__(self, recording: Recording, mark: Mark | None) -> None:
-        self.recording, self.mark = recording, mark
-        self.tally = Tally()
+    def __init__(self, recording: Recording, mark: Mark | None, tally: Tally) -> None:
+        self.recording, self.mark, self.tally = recording, mark, tally
         self.names: dict[str, Any] = {}
         """Globals of the generated function."""
         self.bound: dict[int, str] = {}

@@ -501,7 +501,11 @@ def _step_lines(steps: Sequence[StepReport]) -> Iterator[str]:
     )
     rows = []
     for step in steps[:ROWS]:
-        bridges = ", ".join(f"{bridge.direction} {bridge.value} {bridge.bytes} B" for bridge in step.bridges)
+        counts = Counter(bridge.direction for bridge in step.bridges)
+        size = sum(bridge.bytes for bridge in step.bridges)
+        bridges = ", ".join(f"{count} {direction}" for direction, count in counts.items()) + (
+            f", {size} B" if size else ""
+        )
         times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
         kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
         where = os.path.basename(step.source.partition(": ")[0])

@@ -24,6 +24,9 @@ LAYERS = {
     "marking": 3,
     "buffers": 3,
     "debug": 3,
+    "sources": 3,
+    "journal": 4,
+    "profiling": 7,
     "drivers": 3,
     "drivers.nodes": 3,
     "drivers.cuda": 4,
@@ -39,6 +42,7 @@ LAYERS = {
     "measure": 9,
     "page": 9,
     "backend": 9,
+    "export": 10,
     "report": 10,
     "__init__": 11,
 }

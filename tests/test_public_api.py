@@ -26,6 +26,7 @@ EXPORTS = [
     "eager_on_graph",
     "eager_region",
     "explain",
+    "export",
     "is_capturing",
     "mark_eager",
     "reset",

@@ -89,13 +89,13 @@ graph 0: 3 captured, 3 eager (tape on cpu)
     silly::triple  2      tagged cudagraph_unsafe  model.py:6 in f: return silly.triple(y).cos(), silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
     0    3       5      3         3        4            48 B     0.0 ms
-    step            ops  kernels  bridges                         module  what                     at
-    0     captured  2    2        in arg0_1 12 B, in arg1_1 12 B          aten::sin ... aten::add  model.py:3 in f
-    1     eager     1                                                     silly::triple            model.py:3 in f
-    2     captured  1    1        in triple 12 B                          aten::add                model.py:5 in f
-    3     eager     1                                                     silly::triple            model.py:6 in f
-    4     captured  1    1        in triple_1 12 B                        aten::cos                model.py:6 in f
-    5     eager     1                                                     silly::triple            model.py:6 in f""",
+    step            ops  kernels  bridges     module  what                     at
+    0     captured  2    2        2 in, 24 B          aten::sin ... aten::add  model.py:3 in f
+    1     eager     1                                 silly::triple            model.py:3 in f
+    2     captured  1    1        1 in, 12 B          aten::add                model.py:5 in f
+    3     eager     1                                 silly::triple            model.py:6 in f
+    4     captured  1    1        1 in, 12 B          aten::cos                model.py:6 in f
+    5     eager     1                                 silly::triple            model.py:6 in f""",
     )
 
 
@@ -127,12 +127,12 @@ graph 0: 2 captured, 1 eager (tape on cpu)
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:6 in f: y = silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
     0    2       4      2         2        2            36 B     0.0 ms
-    step            ops  kernels  bridges           module  what                      at
-    0     captured  2    2        in arg0_1 12 B            aten::sin ... aten::add   model.py:3 in f
-    1     eager     3                                       silly::triple, aten::add  model.py:3 in f
-    2     eager     3                                       aten::cos                 silly.py:0 in stubborn
-    3     eager     1                                       silly::triple             model.py:6 in f
-    4     captured  2    2        in triple_2 12 B          aten::sin ... aten::add   model.py:7 in f""",
+    step            ops  kernels  bridges     module  what                      at
+    0     captured  2    2        1 in, 12 B          aten::sin ... aten::add   model.py:3 in f
+    1     eager     3                                 silly::triple, aten::add  model.py:3 in f
+    2     eager     3                                 aten::cos                 silly.py:0 in stubborn
+    3     eager     1                                 silly::triple             model.py:6 in f
+    4     captured  2    2        1 in, 12 B          aten::sin ... aten::add   model.py:7 in f""",
     )
 
 
@@ -515,10 +515,10 @@ captured graph: 2 captured, 1 eager (tape on cpu)
     silly::triple  1      tagged cudagraph_unsafe  model.py:3 in f: y = silly.triple(x.sin() + 1)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
     0    2       2      2         1        1            12 B     0.0 ms
-    step            ops  kernels  bridges             module  what                     at
-    0     captured  2    2                                    aten::sin ... aten::add  model.py:3 in f
-    1     eager     1                                         silly::triple            model.py:3 in f
-    2     captured  2    2        in triple_1_0 12 B          aten::cos ... aten::add  model.py:4 in f""",
+    step            ops  kernels  bridges     module  what                     at
+    0     captured  2    2                            aten::sin ... aten::add  model.py:3 in f
+    1     eager     1                                 silly::triple            model.py:3 in f
+    2     captured  2    2        1 in, 12 B          aten::cos ... aten::add  model.py:4 in f""",
     )
     (recording,) = explain(graph).programs[0].recordings
     assert [op.op for op in recording.steps[0].ops] == ["aten::sin", "aten::add"]

@@ -9,9 +9,7 @@ a host read therefore fails here as it does on a GPU. Streams, pool reuse and ke
 from __future__ import annotations
 
 import gc
-import os
 import threading
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.nodes import dot_of_names
-from breakable_backend.errors import CaptureError, ReplayError
+from breakable_backend.errors import CaptureError, ReplayError, user_line
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -370,17 +368,9 @@ def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
         octets[dtype.itemsize - 1 :: dtype.itemsize] = 0x7F  # the sign, on a little-endian machine
 
 
-_NOT_THE_USERS = (
-    os.path.join(os.path.dirname(torch.__file__), ""),
-    os.path.join(os.path.dirname(_torch.__file__), ""),
-    "<",
-)
-
-
 def _failure(error: Exception) -> CaptureError:
     """What a capture raises for what came out of its body, with the innermost line that is the user's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
-    where = "".join(f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in frames[-1:])
+    where = user_line(error.__traceback__)
     if isinstance(error, CaptureError):
         return CaptureError(error.what, where=error.where or where, fix=error.fix)
     first_line = str(error).partition("\n")[0]
