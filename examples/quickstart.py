@@ -2,8 +2,7 @@
 
 Generates the same tokens twice, once eagerly and once compiled, and fails if a single bit of any logits differs. The
 weights are random and nothing is downloaded. Without a GPU the tape driver stands in for CUDA graphs: it captures
-and replays by the same rules, but shows nothing of the speed. ``quickstart.py report.html`` measures a decode step too,
-and writes the report there as a page.
+and replays by the same rules, but shows nothing of the speed.
 """
 
 from __future__ import annotations
@@ -103,8 +102,8 @@ def generate(model: Callable[..., object], prompt: Tensor, cache: StaticCache) -
     return logits, seconds[1:]  # the prompt is no decode step
 
 
-def main(page: str | None = None) -> int:
-    """Run both, compare, report; 0 if all is as it should be. With ``page``, write the measured report there."""
+def main() -> int:
+    """Run both, compare, report; 0 if all is as it should be."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = {} if device.type == "cuda" else {"driver": "tape"}
     torch.manual_seed(0)
@@ -123,11 +122,6 @@ def main(page: str | None = None) -> int:
     print(f"\n{config.num_hidden_layers} layers, {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} decoded, on {device}")
     print(f"eager    {median(eager_seconds) * 1e6:9.0f} us a token")
     print(f"compiled {median(compiled_seconds) * 1e6:9.0f} us a token{' (tape: not a speed)' if options else ''}")
-    if page is not None:
-        token, position = prompt.new_zeros(1, 1), torch.full((1, 1), PROMPT_TOKENS + NEW_TOKENS, device=device)
-        step = dict(input_ids=token, position_ids=position, past_key_values=compiled_cache)
-        with torch.no_grad():
-            print(f"the measured report is in {explain(compiled, measure=True, **step).to_html(page)}")
 
     wrong = []
     for run, logits in (("first", recorded), ("second", replayed)):
@@ -152,4 +146,4 @@ def main(page: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

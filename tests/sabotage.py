@@ -744,7 +744,7 @@ FAULTS = (
     Fault(
         "a-source-line-ends-the-data",
         "page.py",
-        r""".replace("<", "\\u003c")""",
+        r'.replace("<", "\\u003c")',
         "",
         "test_page.py::test_data_cannot_break_out",
     ),
@@ -753,7 +753,7 @@ FAULTS = (
         "page.py",
         "starts.append(_first_load(lines, launch))",
         "starts.append(launch)",
-        "test_page.py::test_source_lines[several]",
+        "test_page.py::test_source_lines[cpu-several]",
     ),
 )
 

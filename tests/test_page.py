@@ -108,7 +108,7 @@ def test_asks_the_network_for_nothing(small: dict[str, Any]) -> None:
     )
 
 
-HOSTILE = "</script><script>document.documentElement.dataset.error = 'out'</script><!-- <b> &lt; \u2028 ' \" ${1} \\"
+HOSTILE = "</script><script>document.documentElement.dataset.error = 'out'</script><!-- --><u class='planted'>u</u> &lt; \u2028 ' \" ${1} \\"
 
 
 def hostile(report: dict[str, Any]) -> dict[str, Any]:
@@ -199,13 +199,14 @@ def eager_first(x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [several, written, failed, eager_last, eager_first], ids=lambda f: f.__name__)
-def test_source_lines(function: Callable[..., Any]) -> None:
+def test_source_lines(function: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> None:
     """Each step of a generated replay is found where the replay itself has it."""
-    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "tape", "min_kernels": 1})
-    kept = [torch.ones(3) for _ in range(8)]  # new addresses: what is written gets a bridge, and a store
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "min_kernels": 1})
+    # new addresses: what is written gets a bridge, and a store
+    kept = [torch.ones(3, device=device) for _ in range(8)]
     with torch.no_grad():
         for x in kept:
-            compiled(x, torch.ones(3))
+            compiled(x, torch.ones(3, device=device))
     (program,) = explain(compiled).to_dict()["programs"]
     (executor,) = executors_of(compiled)
     checked = 0
@@ -320,6 +321,9 @@ def test_everything_reacts(small: dict[str, Any], tmp_path: Path) -> None:
             asserted(chosen % 2, "$('#step header').textContent.includes('Step 2')", "location.hash.endsWith('step=2')"),
             key % "ArrowUp",
             asserted(chosen % 1, "$('#step .body').textContent.includes('tagged cudagraph_unsafe')"),
+            asserted("!$('.tip').hidden && $('.tip').textContent.includes('1: silly::triple')"),
+            "timeline.dispatchEvent(new Event('blur'));",
+            asserted("$('.tip').hidden"),
             key % "ArrowLeft",
             asserted(chosen % 0),
             "document.querySelectorAll('.block[data-step]')[2].click();",
@@ -396,6 +400,7 @@ def test_hostile_data_stays_text(small: dict[str, Any], tmp_path: Path) -> None:
     """No text of the user's is read as HTML, wherever it is shown."""
     script = "document.querySelectorAll('.fold').forEach(fold => fold.click());"
     script += "document.querySelectorAll('#views button')[1].click();"
+    script += asserted("!$('.planted')")
     dom = rendered(hostile(small), tmp_path, script)
     assert "data-error" not in root(dom)
     assert without_data(dom).count("&lt;/script&gt;") > 10
