@@ -20,6 +20,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
+from breakable_backend.compare import Checker, Witness
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.lowering import Lowered, writes_inputs
@@ -27,7 +28,7 @@ from breakable_backend.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.partition import partition
 from breakable_backend.program import Program, Reason
-from breakable_backend.recording import Plan, Recording, record, run_plain
+from breakable_backend.recording import Plan, Recording, check_places, record, run_plain
 from breakable_backend.replay import Replay, emit
 
 MAX_ADDRESS_SETS = 256
@@ -328,11 +329,13 @@ class Executor:
     # recording
 
     def _record(self, entry: Entry, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
+        witness = Witness(driver.device) if self.options.debug == "compare" else None
         plan = Plan(
             keyed=self._keyed(),
             device_scalars=self.options.scalars == "device",
             fresh_outputs=self.options.outputs == "fresh",
             debug=self.debug,
+            observer=witness,
         )
         program, values = self.program, list(args)
         args.clear()
@@ -345,7 +348,11 @@ class Executor:
         self.statistics.recordings += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            entry.recording, entry.replay = recording, emit(recording)
+            entry.recording = recording
+            if witness is None:
+                entry.replay = _checked_once(entry, recording)
+            else:
+                entry.replay = _compared(Checker(recording, witness, self.options.tolerance, program))
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -396,6 +403,24 @@ class Executor:
         if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
             self.driver.lock.release()
         run_deferred(self.driver)
+
+
+def _checked_once(entry: Entry, recording: Recording) -> Replay:
+    """The replay of ``recording``. The first call looks whether all that it takes is in its place."""
+    replay = emit(recording)
+
+    def first(args: list[Any], stream: int) -> list[Any]:
+        check_places(recording, args)
+        entry.replay = replay
+        return replay.function(args, stream)
+
+    return replace(replay, function=first)
+
+
+def _compared(checker: Checker) -> Replay:
+    """A replay that compares each step with eager."""
+    replay = emit(checker.recording)
+    return replace(replay, function=checker.around(replay.function))
 
 
 def run_deferred(driver: CaptureDriver) -> None:
