@@ -278,9 +278,12 @@ class Checker:
             return
         self.truth = dict(Binding.of(self.program, args).values)
         written = {access.storage for segment in self.program.segments for access in segment.writes}
+        made = self._made_storages()
         for value in self.program.inputs:
             tensor = self.truth[value.name]
-            if _has_memory(tensor) and (value.kind != "static" or value.name in written):
+            if _has_memory(tensor) and _torch.storage_key(tensor) in made:
+                self.truth[value.name] = clone_exact(tensor)  # a result with outputs="static", which is about to change
+            elif _has_memory(tensor) and (value.kind != "static" or value.name in written):
                 self._add(value.name, tensor)
 
     def _finish(self, results: Sequence[Any]) -> None:
@@ -328,6 +331,7 @@ class Checker:
         stale = self._stale(position)
         before = self._random()
         ran = self._run(position, before)
+        ran.trace.draws_random |= graph.draws_random
         graph.replay(stream)
         wrong = self._first_wrong(position, ran)
         if wrong is None and self.program is None and stale:
@@ -344,7 +348,7 @@ class Checker:
     def _take_back(self, ran: _Ran, random: Sequence[torch.Tensor]) -> None:
         """The segment that went wrong did not run, as with an error of the user's."""
         ran.undo.restore()
-        self._set_random(random)
+        self._set_random(random, ran.trace)
 
     def _segment(self, position: int) -> GraphSegment | EagerSegment | None:
         return self.program.segments[position] if self.program is not None else None
@@ -367,7 +371,7 @@ class Checker:
             after = self._random()
         finally:
             undo.restore()
-            self._set_random(random)
+            self._set_random(random, watch.trace)
         return _Ran(watch.trace, undo, list(outputs or ()), written, after)
 
     def _written(self, position: int, undo: Undo) -> Iterator[_Written]:
@@ -440,7 +444,8 @@ class Checker:
             if _torch.storage_key(value.tensor) not in written:
                 if (apart := difference(value.tensor, value.snapshot, self.tolerance)) is not None:
                     yield _Wrong(end, f"{value.name}, which the segment does not write,", value.label, value.source, apart)
-        for got, want in zip(self._random(), ran.random, strict=True):
+        for generator, want in self._of_generators(ran.random, ran.trace):
+            got = generator.get_state()
             if (apart := difference(got, want)) is not None:
                 yield _Wrong(end, "the state of the random generator", "", "", apart)
 
@@ -654,8 +659,16 @@ class Checker:
     def _random(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]
 
-    def _set_random(self, states: Sequence[torch.Tensor]) -> None:
+    def _of_generators(
+        self, states: Sequence[torch.Tensor], trace: Trace
+    ) -> Iterator[tuple[torch.Generator, torch.Tensor]]:
+        """Generators that ``trace`` may have drawn from, with their states; other threads draw from that of the host."""
         for generator, state in zip(self._generators(), states, strict=True):
+            if trace.draws_random or generator.device.type == "cuda":
+                yield generator, state
+
+    def _set_random(self, states: Sequence[torch.Tensor], trace: Trace) -> None:
+        for generator, state in self._of_generators(states, trace):
             generator.set_state(state)
 
 

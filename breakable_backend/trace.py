@@ -72,6 +72,7 @@ class Trace:
 
     ops: list[Issued] = field(default_factory=list)
     roots: list[Root] = field(default_factory=list)
+    draws_random: bool = False
 
     def addresses(self) -> set[int]:
         """Where the storages from outside lie that it takes."""
@@ -205,6 +206,7 @@ class Watch:
             for tensor in written:
                 if _torch.storage_key(tensor) not in self.made:
                     self.undo.save(tensor)
+        self.trace.draws_random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         result = func(*args, **kwargs)
         self._note(func, (args, kwargs), result, written)
         return result
