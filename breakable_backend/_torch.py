@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -284,6 +284,10 @@ class Geometry(NamedTuple):
         place = int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
         return cls(tensor.dtype, tensor.device, *place, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
 
+    def is_like(self, other: Geometry) -> bool:
+        """Whether the two are the same, made under inference mode or not."""
+        return self == other._replace(inference=self.inference)
+
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Such a tensor on ``storage``."""
         with torch.inference_mode(self.inference), torch.no_grad():
@@ -295,6 +299,11 @@ class Geometry(NamedTuple):
             if self.neg:
                 result = negated_view(result)
         return result
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's storage begins."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def non_owning(tensor: torch.Tensor) -> torch.Tensor:
@@ -312,7 +321,7 @@ def twin_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """Another storage over the same memory, which it keeps alive. So one can tell who holds on to which of the two."""
     with torch.inference_mode(False), torch.no_grad():
         octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        return from_dlpack(to_dlpack(octets)).untyped_storage()
+        return from_dlpack(torch._C._to_dlpack(octets)).untyped_storage()
 
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:

@@ -460,7 +460,8 @@ class _Door:
 
     def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an op, and write it down for compare mode."""
-        self.watch.label, self.watch.source = str(getattr(func, "_schema", func)).partition("(")[0], user_line()
+        self.watch.label = func._schema.name if isinstance(func, _torch.OpOverload) else func.name()
+        self.watch.source = user_line()
         return self.script.issue(self.watch, func, args, kwargs)
 
     def _reads(self, tensor: torch.Tensor) -> None:

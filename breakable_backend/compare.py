@@ -123,6 +123,8 @@ class _Twins:
         self.device = device
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.originals: dict[int, torch.UntypedStorage] = {}
+        self.tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Twins with their originals, by the twin's id."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
@@ -134,10 +136,14 @@ class _Twins:
             twin = _torch.twin_storage(storage)
             self.storages[key] = storage, twin
             self.originals[int(twin._cdata)] = storage
-        return Geometry.of(tensor).on(self.storages[key][1])
+        made = Geometry.of(tensor).on(self.storages[key][1])
+        self.tensors[id(made)] = made, tensor
+        return made
 
     def back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A result: on the argument's own storage, where it lies in a twin."""
+        """A result: the argument itself, or on the argument's own storage, where it is, or lies in, a twin."""
+        if id(tensor) in self.tensors:
+            return self.tensors[id(tensor)][1]
         if tensor.layout is not torch.strided or _torch.storage_key(tensor) not in self.originals:
             return tensor
         return Geometry.of(tensor).on(self.originals[_torch.storage_key(tensor)])
@@ -146,6 +152,7 @@ class _Twins:
         """Drop the twins, and say which of them somebody still holds."""
         found = [Kept(_torch.StorageWeakRef(twin), storage, name, source) for storage, twin in self.storages.values()]
         self.storages.clear()
+        self.tensors.clear()
         return [kept for kept in found if kept.alive]
 
 
@@ -377,9 +384,11 @@ class Checker:
     def _written(self, position: int, undo: Undo) -> Iterator[_Written]:
         """What was written of others' memory, and where a launch of the segment leaves it."""
         segment = self._segment(position)
-        names = {_torch.storage_key(t): n for n in (segment.inputs if segment else ()) if _has_memory(t := self.truth[n])}
-        for key, (storage, _, geometry, op) in undo.saved.items():
-            name = names.get(key, "")
+        names = {
+            _torch.address_of(t): n for n in (segment.inputs if segment else ()) if _has_memory(t := self.truth[n])
+        }
+        for address, (storage, _, geometry, op) in undo.saved.items():
+            name = names.get(address, "")
             writer, source = (op.label, op.source) if op is not None else ("", "")
             if name in self.bridged and name not in self.moved:
                 yield _Written(self.bridged[name], clone_exact(self.truth[name]), name, writer, source)
@@ -401,7 +410,8 @@ class Checker:
         found = []
         for name, bridge in self.bridged.items():
             read = name in segment.inputs if segment else bridge.untyped_storage().data_ptr() in reads
-            if read and name not in self.moved and _has_memory(truth := self.truth.get(name)):
+            truth = self.truth.get(name)
+            if read and name not in self.moved and isinstance(truth, torch.Tensor):
                 apart = difference(bridge, truth.to(self.device), self.tolerance)
                 if apart is not None:
                     value = self.values.get(name)
@@ -419,7 +429,7 @@ class Checker:
         end = change.position if change is not None and change.kind == "path" else len(ran.trace.ops)
         for was, root in zip(recorded.roots, ran.trace.roots, strict=False):
             got, want = was.tensor(), root.tensor()
-            if root.made_by >= end or was.geometry != root.geometry or got is None or want is None:
+            if root.made_by >= end or got is None or want is None or not was.geometry.is_like(root.geometry):
                 continue
             if (apart := difference(got, want, self.tolerance)) is not None:
                 op = ran.trace.ops[root.written_by]
@@ -435,15 +445,16 @@ class Checker:
     def _wrong_outside(self, position: int, ran: _Ran) -> Iterator[_Wrong]:
         """What the segment wrote, and what it had to leave alone."""
         end = len(ran.trace.ops)
-        written = {_torch.storage_key(memory.where) for memory in ran.written}
+        written = {_torch.address_of(memory.where) for memory in ran.written}
         for memory in ran.written:
             if (apart := difference(memory.where, memory.after, self.tolerance)) is not None:
                 at = next((i for i, op in enumerate(ran.trace.ops) if op.label == memory.label), end)
                 yield _Wrong(at, memory.name, memory.label, memory.source, apart)
         for value in self.values.values():
-            if _torch.storage_key(value.tensor) not in written:
-                if (apart := difference(value.tensor, value.snapshot, self.tolerance)) is not None:
-                    yield _Wrong(end, f"{value.name}, which the segment does not write,", value.label, value.source, apart)
+            apart = difference(value.tensor, value.snapshot, self.tolerance)
+            if apart is not None and _torch.address_of(value.tensor) not in written:
+                name = f"{value.name} (which the segment does not write)"
+                yield _Wrong(end, name, value.label, value.source, apart)
         for generator, want in self._of_generators(ran.random, ran.trace):
             got = generator.get_state()
             if (apart := difference(got, want)) is not None:
@@ -455,10 +466,11 @@ class Checker:
         for memory in ran.written:
             if memory.name in self.bridged and memory.name not in self.moved:
                 self._wrote_bridge(memory)
-        written = {_torch.storage_key(memory.where) for memory in ran.written}
-        self.moved |= {name for name, bridge in self.bridged.items() if self.program is None and _torch.storage_key(bridge) in written}
+        written = {_torch.address_of(memory.where) for memory in ran.written}
+        if segment is None:
+            self.moved |= {name for name, bridge in self.bridged.items() if _torch.address_of(bridge) in written}
         for value in self.values.values():
-            if _torch.storage_key(value.tensor) in written:
+            if _torch.address_of(value.tensor) in written:
                 value.look()
         if segment is None:
             for number, root in enumerate(self.witness.traces[position].roots):
@@ -588,12 +600,12 @@ class Checker:
         if stale:
             return self._stale_cause(stale[0], wrong)
         self._take_back(ran, random)
+        change = first_change(self.witness.traces[position], ran.trace)
+        if change is not None:
+            return self._change_cause(change, ran.trace, wrong)
         again = self._run(position, random)
         if (unsteady := _first_unlike(ran, again, wrong)) is not None:
             return unsteady
-        change = first_change(self.witness.traces[position], ran.trace)
-        if change is not None:
-            return self._change_cause(change, wrong)
         if self.device.type == "cuda" and self._agrees_synchronised(position, ran, graph, stream):
             why = "launched again after all streams had come to rest, the segment agrees with eager"
             return "race between streams", why, wrong
@@ -610,16 +622,20 @@ class Checker:
             why += f": {changer}{where} wrote it, and does not declare so"
         return "stale bridge", why, wrong
 
-    def _change_cause(self, change: Change, wrong: _Wrong) -> tuple[str, str, _Wrong]:
+    def _change_cause(self, change: Change, trace: Trace, wrong: _Wrong) -> tuple[str, str, _Wrong]:
+        """For ops that are not those that were captured."""
         op = change.op
         blamed = replace(wrong, label=op.label, source=op.source)
-        if change.kind == "path":
-            was = change.was.op if change.was is not None else "nothing more"
-            return "frozen scalar", f"its Python took another path: {op.op} now, {was} when it was captured", blamed
         if change.kind == "number":
             assert change.was is not None
             pair = next((a, b) for a, b in zip(op.numbers, change.was.numbers, strict=False) if a != b)
             return "frozen scalar", f"{op.op} takes {pair[0]} now, and took {pair[1]} when it was captured", blamed
+        if change.kind == "path":
+            if _stays(trace, change.position):
+                why = f"{op.label} makes memory that it stores away, and took what it had stored when it was captured"
+                return "an op that keeps its buffers", why, blamed
+            was = change.was.op if change.was is not None else "nothing more"
+            return "frozen scalar", f"its Python took another path: {op.op} now, {was} when it was captured", blamed
         if any(memory.written or memory.key in self.witness.given.storages for memory in op.outside):
             why = f"{op.op} takes memory that {op.label} has stored away, and took other memory when it was captured"
             return "an op that keeps its buffers", why, blamed
@@ -690,7 +706,10 @@ def kept_error(kept: Kept, position: int) -> DivergenceError:
 
 def _changed(kept: Kept) -> bool:
     assert kept.before is not None
-    mine, theirs = (Geometry(torch.uint8, s.device, 0, (s.nbytes(),), (1,), False, False, False).on(s) for s in (kept.memory, kept.before))
+    mine, theirs = (
+        Geometry(torch.uint8, s.device, 0, (s.nbytes(),), (1,), False, False, False).on(s)
+        for s in (kept.memory, kept.before)
+    )
     return difference(mine, theirs) is not None
 
 
@@ -713,6 +732,15 @@ def _first_unlike(ran: _Ran, again: _Ran, wrong: _Wrong) -> tuple[str, str, _Wro
             blamed = _Wrong(0, one.name, one.label, one.source, apart)
             return "a nondeterministic op", f"run twice on the same inputs, {one.label} differs from itself", blamed
     return None
+
+
+def _stays(trace: Trace, position: int) -> bool:
+    """Whether somebody holds what an op made, now that its segment has run."""
+    roots = [root for root in trace.roots if root.made_by == position]
+    for root in roots:
+        root.storage = None
+    gc.collect()
+    return any(_torch.live_storage(root.ref) is not None for root in roots)
 
 
 def _has_memory(value: Any) -> bool:

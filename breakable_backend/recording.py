@@ -419,6 +419,9 @@ class _Recorder:
         """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
         self.steps: list[Step] = []
         self.addresses: dict[str, int] = {}
+        static = {value.name for value in binding.program.inputs if value.kind == "static"}
+        self.fixed = plan.keyed | static
+        """Inputs that captured segments use at their address."""
         self.failed: dict[int, Reason] = {}
         self.copies = 0
         for value in binding.program.inputs:
@@ -442,7 +445,11 @@ class _Recorder:
         )
         inputs = [self._inside(name) for name in segment.inputs]
         observer = self.plan.observer
-        body = self.binding.captured(position, segment) if observer is None else observer.captured(position, segment.module)
+        body = (
+            self.binding.captured(position, segment)
+            if observer is None
+            else observer.captured(position, segment.module)
+        )
         try:
             graph, results = self.driver.capture(functools.partial(body, *inputs))
         except CaptureError as error:
@@ -453,7 +460,7 @@ class _Recorder:
         self.addresses.update(
             (name, value.data_ptr())
             for name, value in zip(segment.inputs, inputs, strict=True)
-            if self._is_input(name) and name not in self.outside and isinstance(value, torch.Tensor)
+            if name in self.fixed and isinstance(value, torch.Tensor)
         )
         stores = tuple(
             Copy(Slot(_bridge_name(access.storage)), Slot(access.storage))

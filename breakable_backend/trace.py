@@ -128,19 +128,20 @@ class Undo:
 
     def __init__(self) -> None:
         self.saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, Geometry, Issued | None]] = {}
+        """By address: one memory may have several storages."""
 
     def save(self, tensor: torch.Tensor) -> None:
         """The storage of ``tensor`` is about to be written."""
-        key = _torch.storage_key(tensor)
-        if key not in self.saved:
+        address = _torch.address_of(tensor)
+        if address and address not in self.saved:
             storage = tensor.untyped_storage()
-            self.saved[key] = (storage, storage.clone(), Geometry.of(tensor), None)
+            self.saved[address] = (storage, storage.clone(), Geometry.of(tensor), None)
 
     def wrote(self, tensor: torch.Tensor, op: Issued) -> None:
         """Who was first to write it."""
-        key = _torch.storage_key(tensor)
-        storage, before, geometry, first = self.saved[key]
-        self.saved[key] = (storage, before, geometry, first or op)
+        if (address := _torch.address_of(tensor)) in self.saved:
+            storage, before, geometry, first = self.saved[address]
+            self.saved[address] = (storage, before, geometry, first or op)
 
     def restore(self) -> None:
         """Put everything back. Latest first: two storages may lie over the same memory."""
@@ -176,9 +177,7 @@ class Watch:
     def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op, or the ops that it is made of."""
         if isinstance(func, _torch.OpOverload):
-            kernel = _torch.kernel_made_of_ops(
-                func, args, self.device.type, active.autocast.get(), watching=True
-            )
+            kernel = _torch.kernel_made_of_ops(func, args, self.device.type, active.autocast.get(), watching=True)
             if kernel is not None:
                 for tensor in self._on_device((args, kwargs)):
                     self.given.add(tensor.untyped_storage())
@@ -255,7 +254,7 @@ class Watch:
         if there is not None and there.nbytes() == storage.nbytes():
             storage.copy_(there)
         else:
-            storage.fill_(0)
+            storage.fill_(0)  # type: ignore[attr-defined]
 
     def _outside(self, taken: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> tuple[Memory, ...]:
         ours = self.made.keys() | self.inputs
@@ -393,9 +392,11 @@ class Script:
                 if key not in inputs and key not in self.made:
                     self.made[key] = (len(self.made), _torch.StorageWeakRef(leaf.untyped_storage()))
                     fresh[key] = (position, self.made[key][0])
-        given = pytree.tree_map_only(torch.Tensor, lambda tensor: self._place(watch, tensor, owned), (args, kwargs))
+        taken, named = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: self._place(watch, tensor, owned), (args, kwargs)
+        )
         self.lines.append(
-            _Line(func, *given, tuple(fresh.values()), watch.label, watch.source, torch.is_grad_enabled())
+            _Line(func, taken, named, tuple(fresh.values()), watch.label, watch.source, torch.is_grad_enabled())
         )
 
     def _place(self, watch: Watch, tensor: torch.Tensor, owned: frozenset[int]) -> Any:

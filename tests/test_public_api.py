@@ -15,6 +15,7 @@ EXPORTS = [
     "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
+    "DivergenceError",
     "EagerOutputError",
     "OptionsError",
     "PartitionError",
@@ -35,6 +36,7 @@ EXPORTS = [
 OPTIONS = [
     "driver",
     "debug",
+    "tolerance",
     "eager_ops",
     "auto_break",
     "outputs",
