@@ -45,8 +45,8 @@ from breakable_backend.recording import (
     Slot,
     Step,
     check_places,
-    misplaced,
     places_of,
+    refuse_place,
 )
 from breakable_backend.replay import Replay, Tally, emit
 from breakable_backend.results import Parts, tensors_on
@@ -74,7 +74,7 @@ class _Outside:
         tensor = self.ref()
         if tensor is not None and (address := tensor.untyped_storage().data_ptr()) != self.address:
             what = f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
-            raise misplaced(what, freed=address == 0, where=self.source)
+            refuse_place(what, freed=address == 0, where=self.source)
 
 
 @dataclass

@@ -38,6 +38,7 @@ from breakable_backend.recording import (
 )
 from breakable_backend.trace import Change, Given, Script, Trace, Undo, Watch, first_change, run_module
 
+KEEPS = "an op that keeps its buffers"
 Run = Callable[[Watch], Any]
 """A segment's ops, eagerly."""
 
@@ -52,6 +53,7 @@ class Kept:
     ref: _torch.StorageWeakRef
     """The storage that the function was given: a twin of the recording's own, over the same memory."""
     memory: torch.UntypedStorage
+    geometry: Geometry
     label: str
     source: str
     before: torch.UntypedStorage | None = None
@@ -60,6 +62,12 @@ class Kept:
     @property
     def alive(self) -> bool:
         return _torch.live_storage(self.ref) is not None
+
+    def changed(self) -> Difference | None:
+        """What is in it now, against what was in it then."""
+        if self.before is None:
+            return None
+        return difference(self.geometry.on(self.memory), self.geometry.on(self.before))
 
 
 @dataclass
@@ -111,7 +119,7 @@ class Witness:
 
 def _is_users(call: Call) -> bool:
     """Whether a call runs code that may store an argument away."""
-    if not call.source or is_view_call(call):
+    if is_view_call(call):
         return False
     return not (isinstance(call.function, _torch.OpOverload) and call.function.namespace in ("aten", "prims", "prim"))
 
@@ -121,7 +129,7 @@ class _Twins:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, Geometry]] = {}
         self.originals: dict[int, torch.UntypedStorage] = {}
         self.tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Twins with their originals, by the twin's id."""
@@ -134,7 +142,7 @@ class _Twins:
         if key not in self.storages:
             storage = tensor.untyped_storage()
             twin = _torch.twin_storage(storage)
-            self.storages[key] = storage, twin
+            self.storages[key] = storage, twin, Geometry.of(tensor)
             self.originals[int(twin._cdata)] = storage
         made = Geometry.of(tensor).on(self.storages[key][1])
         self.tensors[id(made)] = made, tensor
@@ -150,7 +158,10 @@ class _Twins:
 
     def kept(self, name: str, source: str) -> list[Kept]:
         """Drop the twins, and say which of them somebody still holds."""
-        found = [Kept(_torch.StorageWeakRef(twin), storage, name, source) for storage, twin in self.storages.values()]
+        found = [
+            Kept(_torch.StorageWeakRef(twin), storage, geometry, name, source)
+            for storage, twin, geometry in self.storages.values()
+        ]
         self.storages.clear()
         self.tensors.clear()
         return [kept for kept in found if kept.alive]
@@ -311,7 +322,7 @@ class Checker:
         """What was compared, or copied back, is so still."""
         for value in self.values.values():
             if (apart := difference(value.tensor, value.snapshot, self.tolerance)) is not None:
-                raise self._error(
+                raise self._failure(
                     "stale bridge" if value.name in self.bridged else "unknown",
                     _Wrong(0, value.name, value.label, value.source, apart),
                     position,
@@ -326,7 +337,7 @@ class Checker:
                 continue
             if (apart := difference(got, want, self.tolerance)) is not None:
                 name, source = (leaf.name, source_line(leaf)) if isinstance(leaf, fx.Node) else (str(leaf), "")
-                raise self._error(
+                raise self._failure(
                     "unknown", _Wrong(0, name, name, source, apart), -1, "all steps agreed, and the result does not"
                 )
 
@@ -346,10 +357,10 @@ class Checker:
         if wrong is not None:
             cause, why, blamed = self._cause(position, ran, wrong, stale, before, graph, stream)
             self._take_back(ran, before)
-            raise self._error(cause, blamed, position, why)
-        if (kept := self._overwritten()) is not None:
+            raise self._failure(cause, blamed, position, why)
+        if (overwritten := self._overwritten()) is not None:
             self._take_back(ran, before)
-            raise kept_error(kept, position)
+            raise self._failure(KEEPS, overwritten, position, f"{overwritten.label} has kept it since an earlier call")
         self._accept(position, ran)
 
     def _take_back(self, ran: _Ran, random: Sequence[torch.Tensor]) -> None:
@@ -498,8 +509,10 @@ class Checker:
     # eager steps
 
     def _watched(self, position: int, call: Call) -> Call:
-        function = self.witness.attend(call.function, call.label, call.source) if _is_users(call) else call.function
-        quiet = not call.source or is_view_call(call) or call.function is operator.getitem
+        takes_apart = self.program is None and not call.source  # the result of a user's function, or an argument
+        quiet = takes_apart or is_view_call(call)
+        attended = _is_users(call) and not quiet
+        function = self.witness.attend(call.function, call.label, call.source) if attended else call.function
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if quiet:
@@ -515,7 +528,7 @@ class Checker:
                 self._add(call.result, result, user.label, user.source)
             return result
 
-        user = call if call.source else self._user_call(position, call)
+        user = self._user_call(position, call) if takes_apart else call
         return replace(call, function=watched)
 
     def _user_call(self, position: int, call: Call) -> Call:
@@ -532,7 +545,7 @@ class Checker:
         torch.cuda.synchronize(self.device)
         for tensor, seen in early:
             if (apart := difference(seen, tensor)) is not None:
-                raise self._error(
+                raise self._failure(
                     "race between streams",
                     _Wrong(0, call.result, call.label, call.source, apart),
                     position,
@@ -577,12 +590,15 @@ class Checker:
         bridges = (value.tensor for value in self.recorded.constants.values() if isinstance(value, Bridge))
         return {int(storage._cdata) for storage in storages} | set(map(_torch.storage_key, bridges))
 
-    def _overwritten(self) -> Kept | None:
+    def _overwritten(self) -> _Wrong | None:
         """An argument that a function has kept since an earlier call, and in which something else is now."""
-        changed = [kept for kept in self.witness.kept if kept.before is not None and kept.alive and _changed(kept)]
+        changed = [(kept, apart) for kept in self.witness.kept if kept.alive and (apart := kept.changed()) is not None]
         if changed:
             gc.collect()  # what only garbage holds is not kept
-        return next((kept for kept in changed if kept.alive), None)
+        for kept, apart in changed:
+            if kept.alive:
+                return _Wrong(0, f"an argument of {kept.label}", kept.label, kept.source, apart)
+        return None
 
     # causes
 
@@ -616,7 +632,7 @@ class Checker:
         where = f" at {source}" if source else ""
         if own:
             why = f"{stale.name} was overwritten by another call of {changer}{where}, which returned the same memory again"
-            return "an op that keeps its buffers", why, replace(wrong, label=changer, source=source)
+            return KEEPS, why, replace(wrong, label=changer, source=source)
         why = f"the bridge of {stale.name} does not hold what {stale.name} is now"
         if changer:
             why += f": {changer}{where} wrote it, and does not declare so"
@@ -633,12 +649,12 @@ class Checker:
         if change.kind == "path":
             if _stays(trace, change.position):
                 why = f"{op.label} makes memory that it stores away, and took what it had stored when it was captured"
-                return "an op that keeps its buffers", why, blamed
+                return KEEPS, why, blamed
             was = change.was.op if change.was is not None else "nothing more"
             return "frozen scalar", f"its Python took another path: {op.op} now, {was} when it was captured", blamed
         if any(memory.written or memory.key in self.witness.given.storages for memory in op.outside):
             why = f"{op.op} takes memory that {op.label} has stored away, and took other memory when it was captured"
-            return "an op that keeps its buffers", why, blamed
+            return KEEPS, why, blamed
         return "address moved", f"{op.op} reads a tensor that lies elsewhere than when it was captured", blamed
 
     def _agrees_synchronised(self, position: int, ran: _Ran, graph: CapturedGraph, stream: int) -> bool:
@@ -647,7 +663,7 @@ class Checker:
         torch.cuda.synchronize(self.device)
         return self._first_wrong(position, ran) is None
 
-    def _error(self, cause: str, wrong: _Wrong, position: int, why: str) -> DivergenceError:
+    def _failure(self, cause: str, wrong: _Wrong, position: int, why: str) -> DivergenceError:
         step = self.recorded.steps[position] if position >= 0 else None
         kind = {GraphStep: "captured", EagerStep: "eager"}.get(type(step), "result")
         at = f"step {position} ({kind})" if position >= 0 else "the result"
@@ -688,37 +704,12 @@ class Checker:
             generator.set_state(state)
 
 
-def kept_error(kept: Kept, position: int) -> DivergenceError:
-    """For an argument that was stored away, and is overwritten."""
-    cause = "an op that keeps its buffers"
-    return DivergenceError(
-        f"step {position} (captured): an argument that {kept.label} has kept since an earlier call was overwritten; this "
-        f"looks like {cause}: in eager it would still hold what it held then",
-        where=kept.source,
-        fix=CAUSES[cause],
-        cause=cause,
-        step=position,
-        kind="captured",
-        op=kept.label,
-        value=f"an argument of {kept.label}",
-    )
-
-
-def _changed(kept: Kept) -> bool:
-    assert kept.before is not None
-    mine, theirs = (
-        Geometry(torch.uint8, s.device, 0, (s.nbytes(),), (1,), False, False, False).on(s)
-        for s in (kept.memory, kept.before)
-    )
-    return difference(mine, theirs) is not None
-
-
 def _first_unlike(ran: _Ran, again: _Ran, wrong: _Wrong) -> tuple[str, str, _Wrong] | None:
     """What two eager runs on the same inputs do not agree on."""
     change = first_change(ran.trace, again.trace)
     if change is not None:
         blamed = replace(wrong, label=change.op.label, source=change.op.source)
-        cause = "an op that keeps its buffers" if change.kind == "memory" else "frozen scalar"
+        cause = KEEPS if change.kind == "memory" else "frozen scalar"
         what = "other memory" if change.kind == "memory" else "other numbers"
         return cause, f"run twice on the same inputs, {change.op.label} takes {what} the second time", blamed
     for first, second in zip(ran.trace.roots, again.trace.roots, strict=True):

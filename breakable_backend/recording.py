@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import sympy
 import torch
@@ -179,13 +179,13 @@ def check_places(recording: Recording, args: Sequence[Any]) -> None:
         value = slots[name]
         tensor = value.tensor if isinstance(value, Bridge) else value
         if tensor.data_ptr() != address:
-            raise misplaced(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", tensor.data_ptr() == 0)
+            refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", tensor.data_ptr() == 0)
 
 
-def misplaced(what: str, freed: bool = False, where: str = "") -> DivergenceError:
-    """The error for memory that a captured segment would look for in vain."""
+def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:
+    """Raise for memory that a captured segment would look for in vain."""
     fate = "was freed" if freed else "is not where it was when they were captured"
-    return DivergenceError(
+    raise DivergenceError(
         f"captured segments take {what} at its address, and it {fate}: this looks like address moved",
         where=where,
         fix=CAUSES["address moved"],
