@@ -36,6 +36,7 @@ from breakable_backend.recording import (
     check_places,
     is_view_call,
 )
+from breakable_backend.results import fields, replaced
 from breakable_backend.trace import Change, Given, Script, Trace, Undo, Watch, first_change, run_module
 
 KEEPS = "an op that keeps its buffers"
@@ -105,7 +106,7 @@ class Witness:
         def attended(*args: Any, **kwargs: Any) -> Any:
             twins = _Twins(self.device)
             args, kwargs = pytree.tree_map_only(torch.Tensor, twins.of, (args, kwargs))
-            result = pytree.tree_map_only(torch.Tensor, twins.back, function(*args, **kwargs))
+            result = twins.returned(function(*args, **kwargs))
             del args, kwargs
             self.kept += twins.kept(name, source)
             return result
@@ -148,13 +149,19 @@ class _Twins:
         self.tensors[id(made)] = made, tensor
         return made
 
-    def back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A result: the argument itself, or on the argument's own storage, where it is, or lies in, a twin."""
-        if id(tensor) in self.tensors:
-            return self.tensors[id(tensor)][1]
-        if tensor.layout is not torch.strided or _torch.storage_key(tensor) not in self.originals:
-            return tensor
-        return Geometry.of(tensor).on(self.originals[_torch.storage_key(tensor)])
+    def returned(self, result: Any) -> Any:
+        """A result: with the arguments themselves, and on their own storages, where there are twins in it."""
+        if not any(self._is_twin(leaf) for _, leaf in fields(result)):
+            return result
+        return replaced(result, lambda leaf: self._original(leaf) if self._is_twin(leaf) else leaf)
+
+    def _is_twin(self, leaf: Any) -> bool:
+        return _has_memory(leaf) and _torch.storage_key(leaf) in self.originals
+
+    def _original(self, twin: torch.Tensor) -> torch.Tensor:
+        if id(twin) in self.tensors:
+            return self.tensors[id(twin)][1]
+        return Geometry.of(twin).on(self.originals[_torch.storage_key(twin)])
 
     def kept(self, name: str, source: str) -> list[Kept]:
         """Drop the twins, and say which of them somebody still holds."""
@@ -333,9 +340,7 @@ class Checker:
         epilogue = program.epilogue
         wanted = epilogue.module(*(self.truth[name] for name in epilogue.inputs))
         for got, want, leaf in zip(results, wanted, outputs_of(epilogue.module), strict=True):
-            if not (_has_memory(got) and _has_memory(want)):
-                continue
-            if (apart := difference(got, want, self.tolerance)) is not None:
+            if (apart := _result_difference(got, want, self.tolerance)) is not None:
                 name, source = (leaf.name, source_line(leaf)) if isinstance(leaf, fx.Node) else (str(leaf), "")
                 raise self._failure(
                     "unknown", _Wrong(0, name, name, source, apart), -1, "all steps agreed, and the result does not"
@@ -348,8 +353,7 @@ class Checker:
         self._settle(position)
         stale = self._stale(position)
         before = self._random()
-        ran = self._run(position, before)
-        ran.trace.draws_random |= graph.draws_random
+        ran = self._run(position, graph, before)
         graph.replay(stream)
         wrong = self._first_wrong(position, ran)
         if wrong is None and self.program is None and stale:
@@ -378,11 +382,12 @@ class Checker:
         module, inputs = segment.module, [self.truth[name] for name in segment.inputs]
         return lambda watch: run_module(module, inputs, watch), inputs
 
-    def _run(self, position: int, random: Sequence[torch.Tensor]) -> _Ran:
+    def _run(self, position: int, graph: CapturedGraph, random: Sequence[torch.Tensor]) -> _Ran:
         """Run a segment eagerly, note what comes of it, and undo it."""
         run, inputs = self._runner(position)
         undo = Undo()
         watch = Watch(self.device, self.witness.given, inputs, undo, self.witness.traces.get(position))
+        watch.trace.draws_random = graph.draws_random
         try:
             outputs = pytree.tree_map_only(torch.Tensor, clone_exact, run(watch))
             written = list(self._written(position, undo))
@@ -521,7 +526,7 @@ class Checker:
                 self._settle(position)
                 given = {_torch.storage_key(t): (t, clone_exact(t)) for t in _tensors((args, kwargs))}
                 result = function(*args, **kwargs)
-                self._compare_synchronised(position, call, result)
+                self._compare_synchronised(position, call, (args, kwargs, result))
                 self._eager_ran(position, call, result, given)
             self.truth[call.result] = result
             if _has_memory(result) and (not is_view_call(call) or call.function is operator.getitem):
@@ -537,20 +542,20 @@ class Checker:
         assert isinstance(step, EagerStep)
         return next((other for other in step.calls if other.source), call)
 
-    def _compare_synchronised(self, position: int, call: Call, result: Any) -> None:
-        """A result that is another once all streams have come to rest was read too early, as it would be by a segment."""
+    def _compare_synchronised(self, position: int, call: Call, touched: Any) -> None:
+        """What is another value once all streams have come to rest was read too early, as it would be by a segment."""
         if self.device.type != "cuda":
             return
-        early = [(tensor, clone_exact(tensor)) for tensor in _tensors(result)]
+        early = [(tensor, clone_exact(tensor)) for tensor in _tensors(touched)]
         torch.cuda.synchronize(self.device)
         for tensor, seen in early:
             if (apart := difference(seen, tensor)) is not None:
                 raise self._failure(
                     "race between streams",
-                    _Wrong(0, call.result, call.label, call.source, apart),
+                    _Wrong(0, f"what {call.label} made or wrote", call.label, call.source, apart),
                     position,
-                    "read again after all streams had come to rest, the result was another: it is made on a stream that "
-                    "the current one does not wait for",
+                    "read again after all streams had come to rest, it is another value: it is made on a stream that the "
+                    "current one does not wait for",
                 )
 
     def _eager_ran(self, position: int, call: Call, result: Any, given: Mapping[int, Any]) -> None:
@@ -619,7 +624,7 @@ class Checker:
         change = first_change(self.witness.traces[position], ran.trace)
         if change is not None:
             return self._change_cause(change, ran.trace, wrong)
-        again = self._run(position, random)
+        again = self._run(position, graph, random)
         if (unsteady := _first_unlike(ran, again, wrong)) is not None:
             return unsteady
         if self.device.type == "cuda" and self._agrees_synchronised(position, ran, graph, stream):
@@ -732,6 +737,12 @@ def _stays(trace: Trace, position: int) -> bool:
         root.storage = None
     gc.collect()
     return any(_torch.live_storage(root.ref) is not None for root in roots)
+
+
+def _result_difference(got: Any, want: Any, tolerance: Tolerance) -> Difference | None:
+    if type(got) in (int, float, bool) and type(want) is type(got):
+        got, want = torch.tensor(got), torch.tensor(want)
+    return difference(got, want, tolerance) if _has_memory(got) and _has_memory(want) else None
 
 
 def _has_memory(value: Any) -> bool:

@@ -582,6 +582,34 @@ def test_wrong_result(device: torch.device, compared: dict[str, Any], monkeypatc
     assert "return z.cos() * 2" in error.where
 
 
+def test_wrong_number(device: torch.device, compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number among the results is looked at too."""
+    plant(monkeypatch, lambda recording: dataclasses.replace(recording, returned=(*recording.returned[:-1], 99)))
+    compiled = torch.compile(lambda x, n: (x.sin() + 1, n + 1), backend="breakable_cg", options=compared, dynamic=True)
+    x = torch.ones(4, device=device)
+    with torch.no_grad(), pytest.raises(DivergenceError, match="is 99 instead of 6"):
+        for _ in range(3):
+            compiled(x, 5)
+
+
+@pytest.mark.gpu
+def test_frozen_host_scalar() -> None:
+    """A 0-d tensor on the host, which kernels take by value, and that a fault has left out of the key."""
+    compiled = torch.compile(
+        lambda x, s: (x.sin() * s).cos(), backend="breakable_cg", options={"debug": "compare", "min_kernels": 1}
+    )
+    x = torch.ones(4, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(x, torch.tensor(2.0))
+        (executor,) = executors_of(compiled)
+        key = next(entries_of(executor)).key
+        executor._read_key = lambda args: key  # type: ignore[assignment, misc]
+        with pytest.raises(DivergenceError, match=r"takes 3\.0 now, and took 2\.0 when") as caught:
+            compiled(x, torch.tensor(3.0))
+    assert (caught.value.cause, caught.value.op) == ("frozen scalar", "aten::mul")
+
+
 def test_after_a_divergence(device: torch.device, compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Line 8: steps that were right stay done, the wrong one did not run, random state is as before it, and it goes on."""
     compiled = torch.compile(drawing, backend="breakable_cg", options=compared)
@@ -664,6 +692,33 @@ def test_capture_equals_eager(device: torch.device, graph: BreakableCUDAGraph) -
             wanted = body(x, theirs)
         for got, want in zip((*results, total), (*wanted, theirs), strict=True):
             assert torch.equal(got, want)
+
+
+@dataclasses.dataclass
+class Pair:
+    """A result that pytree does not know."""
+
+    new: Tensor
+    same: Tensor
+
+
+def test_capture_with_arguments_in_a_result(device: torch.device, graph: BreakableCUDAGraph) -> None:
+    """An argument that comes back, in whatever structure, is itself, and is not kept by anybody."""
+
+    @eager_on_graph
+    def pair(x: Tensor, y: Tensor) -> Pair:
+        return Pair(y * 2, x[1:])
+
+    x, y = torch.ones(4, device=device), torch.ones(4, device=device)
+    with torch.no_grad(), capture(graph, debug="compare"):
+        inner = x + 1
+        result = pair(inner, y)
+        total = result.new + result.same.sum()
+    assert result.same.untyped_storage().data_ptr() == inner.untyped_storage().data_ptr()
+    for number in range(3):
+        x.fill_(number)
+        graph.replay()
+        assert torch.equal(total, y * 2 + 3 * (number + 1))
 
 
 def test_capture_finds_what_a_segment_makes_wrong(
