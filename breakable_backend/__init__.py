@@ -12,6 +12,7 @@ from breakable_backend.capture import capture as capture
 from breakable_backend.capture import is_capturing as is_capturing
 from breakable_backend.errors import BreakableError as BreakableError
 from breakable_backend.errors import CaptureError as CaptureError
+from breakable_backend.errors import DivergenceError as DivergenceError
 from breakable_backend.errors import EagerOutputError as EagerOutputError
 from breakable_backend.errors import OptionsError as OptionsError
 from breakable_backend.errors import PartitionError as PartitionError
@@ -28,6 +29,7 @@ __all__ = [
     "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
+    "DivergenceError",
     "EagerOutputError",
     "OptionsError",
     "PartitionError",

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import sympy
 import torch
@@ -33,7 +33,9 @@ from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+from torch.utils.dlpack import from_dlpack
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +50,7 @@ __all__ = [
     "OpOverloadPacket",
     "StorageWeakRef",
     "pytree",
+    "without_modes",
 ]
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -303,19 +306,62 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+class Geometry(NamedTuple):
+    """How a tensor lies in its storage."""
+
+    dtype: torch.dtype
+    device: torch.device
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    conj: bool
+    neg: bool
+    inference: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Geometry:
+        """Read off a tensor with strides, which is not kept."""
+        place = int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+        return cls(tensor.dtype, tensor.device, *place, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
+
+    def is_like(self, other: Geometry) -> bool:
+        """Whether the two are the same, made under inference mode or not."""
+        return self == other._replace(inference=self.inference)
+
+    def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """Such a tensor on ``storage``."""
+        with torch.inference_mode(self.inference), torch.no_grad():
+            result = torch.empty(0, dtype=self.dtype, device=self.device).set_(
+                storage, self.offset, self.shape, self.stride
+            )
+            if self.conj:
+                result = result.conj()
+            if self.neg:
+                result = negated_view(result)
+        return result
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's storage begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def non_owning(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor at the same address, of the same geometry, that does not keep the memory alive."""
     storage = tensor.untyped_storage()
-    alias = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        result = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-            alias, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
-        if tensor.is_conj():
-            result = result.conj()
-        if tensor.is_neg():
-            result = negated_view(result)
-    return result
+    return Geometry.of(tensor).on(storage_at(storage.data_ptr(), storage.nbytes(), tensor.device))
+
+
+def storage_at(address: int, num_bytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage over memory that it does not own."""
+    return cast(torch.UntypedStorage, torch._C._construct_storage_from_data_pointer(address, device, num_bytes))
+
+
+def twin_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Another storage over the same memory, which it keeps alive. So one can tell who holds on to which of the two."""
+    with torch.inference_mode(False), torch.no_grad():
+        octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return from_dlpack(torch._C._to_dlpack(octets)).untyped_storage()
 
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -422,20 +468,20 @@ _WRITES_STATISTICS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten
 
 
 def kernel_made_of_ops(
-    op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str] = ()
+    op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str] = (), *, watching: bool = False
 ) -> Callable[..., Any] | None:
     """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
 
     Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
     Composites are taken apart above the modes, except under inference mode. Python for a GPU is not trusted to call ops
     only: what it launches by itself, as with Triton, no mode would see. ``autocast``: device types that Python for an op
-    sees an autocast of; a mode runs with none.
+    sees an autocast of; a mode runs with none. ``watching``: the caller runs the kernel whatever it launches.
     """
     name, key = op.name(), device_type.upper()
     kinds = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     kind = next((kind for kind in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(name, kind)), None)
     registered = f"{op.namespace}/{name.partition('::')[2]}/{kind}" in torch.library._impls
-    in_python = registered and op.namespace != "aten" and device_type == "cpu"
+    in_python = registered and op.namespace != "aten" and (device_type == "cpu" or watching)
     if kind != "CompositeImplicitAutograd" and not in_python:
         return None
     # A redispatch takes no number for a tensor, as a call does. Such a call has a number for its result: a constant.

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch import nn
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge
+from breakable_backend.compare import Checker, Witness
+from breakable_backend.difference import Tolerance
 from breakable_backend.drivers import CaptureDriver, CaptureSession
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
@@ -38,7 +40,18 @@ from breakable_backend.options import Options
 from breakable_backend.profiling import Marks, span, step_names
 from breakable_backend.profiling import active as profiling
 from breakable_backend.program import Op, Reason, described
-from breakable_backend.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
+from breakable_backend.recording import (
+    Call,
+    Copy,
+    EagerStep,
+    GraphStep,
+    Recording,
+    Slot,
+    Step,
+    check_places,
+    places_of,
+    refuse_place,
+)
 from breakable_backend.replay import Replay, Tally, emit
 from breakable_backend.results import Parts, tensors_on
 
@@ -52,6 +65,22 @@ class Pool:
     """Where captured memory lives. Graphs that share one are replayed one after the other, on whatever streams."""
 
     driver: CaptureDriver
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """A tensor that segments read at its address."""
+
+    ref: weakref.ref[torch.Tensor]
+    address: int
+    source: str
+
+    def check(self) -> None:
+        """Raise if it has other memory now. One that is gone can tell nothing; the graph holds its memory."""
+        tensor = self.ref()
+        if tensor is not None and (address := tensor.untyped_storage().data_ptr()) != self.address:
+            what = f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
+            refuse_place(what, freed=address == 0, where=self.source)
 
 
 @dataclass
@@ -71,7 +100,7 @@ class _Captured:
     """The replay with a mark before each step; made when a profiler is first active."""
 
     def run(self, stream: int) -> None:
-        if not profiling():
+        if self.compared or not profiling():
             self.replay.function([], stream)
             return
         if self.profiled is None:
@@ -80,6 +109,17 @@ class _Captured:
             self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
         replay, marks = self.profiled
         marks.run(replay.function, [], stream)
+
+    outside: tuple[_Outside, ...] = ()
+    """Tensors from outside that segments read."""
+    compared: bool = False
+    """Whether replays are compared with eager."""
+
+    def check(self) -> None:
+        """Raise if what segments read is not where it was when they were captured."""
+        check_places(self.recording, ())
+        for tensor in self.outside:
+            tensor.check()
 
     def release(self) -> None:
         graphs = self.recording.graphs
@@ -264,7 +304,9 @@ class capture:
         graph: what to capture into; what it held before is released.
         stream: where to capture, instead of a stream of the graph's own; of CUDA.
         capture_error_mode: as in ``torch.cuda.graph``.
-        debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one at each replay.
+        debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one at each replay. ``"compare"``: each
+            replay of a segment is compared with its ops, issued one by one.
+        tolerance: how far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; bit for bit by default.
 
     Raises:
         CaptureError: a capture is active already; or, at the line of the body that is to blame, what can be neither
@@ -278,13 +320,15 @@ class capture:
         capture_error_mode: str = "thread_local",
         *,
         debug: str | None = None,
+        tolerance: tuple[float, float] | None = None,
     ) -> None:
         if capture_error_mode not in ("global", "thread_local", "relaxed"):
             raise OptionsError(
                 f"capture_error_mode does not take {capture_error_mode!r}", fix="global, thread_local or relaxed"
             )
         self.graph, self.stream, self.mode = graph, stream, capture_error_mode
-        self.debug = Options.parse({"debug": debug} if debug is not None else {}).debug
+        said = {"debug": debug, "tolerance": tolerance}
+        self.options = Options.parse({name: value for name, value in said.items() if value is not None})
         self._door: _Door | None = None
 
     def __enter__(self) -> BreakableCUDAGraph:
@@ -292,7 +336,7 @@ class capture:
             raise CaptureError("a capture was begun inside a capture", where=user_line(), fix="captures do not nest")
         self.graph.reset()
         driver = self.graph._made_driver()
-        if self.debug == "eager":
+        if self.options.debug == "eager":
             driver = TapeDriver(driver.device)
         if isinstance(driver, CudaDriver):
             driver.capture_error_mode = self.mode
@@ -300,8 +344,9 @@ class capture:
                 driver.stream = self.stream
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        self.graph.debug = self.debug
-        self._door = _Door(self.graph, driver)
+        self.graph.debug = self.options.debug
+        witness = Witness(driver.device) if self.options.debug == "compare" else None
+        self._door = _Door(self.graph, driver, witness, self.options.tolerance)
         self._door.open()
         return self.graph
 
@@ -357,6 +402,8 @@ class _Door:
 
     graph: BreakableCUDAGraph
     driver: CaptureDriver
+    witness: Witness | None = None
+    tolerance: Tolerance = None
     steps: list[Step] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     loads: tuple[Copy, ...] = ()
@@ -370,6 +417,8 @@ class _Door:
     """Storages from outside that segments write."""
     ops: list[Op] = field(default_factory=list)
     """What the segment under way has run."""
+    outside: dict[int, _Outside] = field(default_factory=dict)
+    """Tensors whose memory is held or watched, by the key of their storage."""
     failed: BaseException | None = None
     capturing: bool = False
     started: float = field(default_factory=time.perf_counter)
@@ -410,7 +459,7 @@ class _Door:
                 graphs = [step.graph for step in self.steps if isinstance(step, GraphStep)]
                 self.driver.release(graphs, [*self.steps, self.constants, self.held])
                 self.steps.clear()
-            self.constants, self.held, self.parameters = {}, {}, {}
+            self.constants, self.held, self.parameters, self.outside = {}, {}, {}, {}
         if error is None and self.failed is not None:
             raise CaptureError(
                 f"nothing was captured, since an error was caught inside: {_says(self.failed)}",
@@ -418,11 +467,15 @@ class _Door:
             ) from self.failed
 
     def _keep(self) -> None:
-        recording = Recording((), {}, tuple(self.steps), (), (), self.constants)
-        written = list(self.written.values())
-        journal = self.graph.journal
-        replay = emit(recording, name=f"{journal.name} replay")
-        captured = _Captured(self.driver, recording, replay, [self.held], written, [], journal)
+        written, journal = list(self.written.values()), self.graph.journal
+        bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
+        recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges))
+        checker = Checker(recording, self.witness, self.tolerance) if self.witness is not None else None
+        replay = emit(recording if checker is None else checker.recording, name=f"{journal.name} replay")
+        outside = tuple(self.outside.values())
+        captured = _Captured(self.driver, recording, replay, [self.held], written, [], journal, outside=outside)
+        captured.compared = checker is not None
+        captured.replay = _checked_once(captured) if checker is None else _compared(captured, checker)
         me = weakref.ref(self.graph)
         for parameter in self.parameters.values():
             what = f"a {type(parameter).__name__}"
@@ -440,6 +493,8 @@ class _Door:
     def _begin(self) -> None:
         self.session.begin()
         self.capturing = True
+        if self.witness is not None:
+            self.watch, self.script = self.witness.begin(len(self.steps))
 
     def _end(self) -> None:
         self.capturing = False
@@ -467,15 +522,24 @@ class _Door:
             for tensor in tensors_on(self.driver.device, _torch.written_values(func, args, kwargs)):
                 if (key := _torch.storage_key(tensor)) not in self.made:
                     self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if self.witness is None else self._issue(func, args, kwargs)
         for tensor in tensors_on(self.driver.device, result):
             self._makes(tensor)
         if not getattr(func, "is_view", False):
             self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
         return result
 
+    def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op, and write it down for compare mode."""
+        self.watch.label = func._schema.name if isinstance(func, _torch.OpOverload) else func.name()
+        self.watch.source = user_line()
+        return self.script.issue(self.watch, func, args, kwargs)
+
     def _reads(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
+        if key not in self.made and key not in self.outside:
+            address = tensor.untyped_storage().data_ptr()
+            self.outside[key] = _Outside(weakref.ref(tensor), address, user_line())
         if key in self.made:
             if self.made[key][1] != len(self.steps):
                 self.held[key] = tensor.untyped_storage()  # it crosses a break: nobody else may have its memory
@@ -512,7 +576,10 @@ class _Door:
         try:
             if mark is not None and mark.barrier is not None:
                 mark.barrier()
-            result = ((mark.capture_stub if mark is not None else None) or function)(*args, **kwargs)
+            run = (mark.capture_stub if mark is not None else None) or function
+            if self.witness is not None:
+                run = self.witness.attend(run, name, reason.source)
+            result = run(*args, **kwargs)
         except BaseException as error:
             self.failed = error
             raise
@@ -587,6 +654,29 @@ class _Door:
             tensor = isinstance(leaf, torch.Tensor)
             self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
         return Slot(name)
+
+
+def _checked_once(captured: _Captured) -> Replay:
+    """The graph's replay. The first call looks whether all that it reads is in its place."""
+    replay = captured.replay
+
+    def first(args: list[Any], stream: int) -> list[Any]:
+        captured.check()
+        captured.replay = replay
+        return replay.function(args, stream)
+
+    return replace(replay, function=first)
+
+
+def _compared(captured: _Captured, checker: Checker) -> Replay:
+    """The graph's replay, with each step compared."""
+    compared = checker.around(captured.replay.function)
+
+    def checked(args: list[Any], stream: int) -> list[Any]:
+        captured.check()
+        return compared(args, stream)
+
+    return replace(captured.replay, function=checked)
 
 
 @dataclass(frozen=True)

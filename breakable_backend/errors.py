@@ -7,7 +7,8 @@
     ├── PartitionError            a graph that cannot be cut into segments as asked
     ├── CaptureError              a segment, or a call, that cannot be captured
     └── ReplayError               a call that does not fit what was recorded
-        └── EagerOutputError      an eager step returned something else than it was recorded with
+        ├── EagerOutputError      an eager step returned something else than it was recorded with
+        └── DivergenceError       a replay that went another way than eager, or that would
 
 Each message says what went wrong, where (the user's own source line, when there is one) and what to do about it.
 An error raised by the user's own eager function is never wrapped: it reaches the caller as the same object.
@@ -22,6 +23,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 
@@ -108,3 +110,52 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:
     while running is not None:
         yield running.f_code.co_filename, running.f_lineno, running.f_code.co_name
         running = running.f_back
+
+
+class DivergenceError(ReplayError):
+    """A replay that went another way than eager, found by ``debug="compare"``; or memory that is not where it was.
+
+    The second is checked at the first replay of every recording, in all modes. Parameters are keyword-only but for the
+    first; each is an attribute, for tools.
+
+    Args:
+        what: which value differs, by how much, and what that looks like.
+        where: the user's line that made the value.
+        fix: what to do about the cause.
+        cause: one of :data:`CAUSES`.
+        step: position of the step in the recording; -1 for a result, after all steps.
+        kind: ``"captured"``, ``"eager"`` or ``"result"``.
+        op: the op that made the first wrong value, or that is to blame for it.
+        value: the name of the value in the program; of a value inside a segment, what op made it.
+        difference: how far off, None where memory was found in the wrong place before anything ran.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        fix: str = "",
+        cause: str = "unknown",
+        step: int = -1,
+        kind: str = "result",
+        op: str = "",
+        value: str = "",
+        difference: Any = None,
+    ) -> None:
+        assert cause in CAUSES, cause
+        self.cause, self.step, self.kind, self.op, self.value = cause, step, kind, op, value
+        self.difference = difference
+        super().__init__(what, where=where, fix=fix)
+
+
+CAUSES = {
+    "stale bridge": "declare what the op writes (mutates_args); if nothing writes it, this is a bug of this package",
+    "address moved": "keep the tensor, and write new values into it in place (copy_), or pass it as an argument",
+    "frozen scalar": "pass the number as an argument of the compiled function, or let the op run eagerly: mark_eager",
+    "race between streams": "join the side stream before the function returns: current_stream().wait_stream(side)",
+    "an op that keeps its buffers": "have it store a clone() of what it gets, and return new memory at each call",
+    "a nondeterministic op": "make it deterministic, or compare with a tolerance: options={'tolerance': (rtol, atol)}",
+    "unknown": "replay with debug='eager': what is right there is wrong in the capture, the rest in the path around it",
+}
+"""What a divergence can look like, each with its remedy."""

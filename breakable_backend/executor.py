@@ -21,6 +21,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
+from breakable_backend.compare import Checker, Witness
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.journal import Journal
@@ -30,7 +31,7 @@ from breakable_backend.options import Options
 from breakable_backend.partition import partition
 from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
-from breakable_backend.recording import Plan, Recording, record, run_plain
+from breakable_backend.recording import Plan, Recording, check_places, record, run_plain
 from breakable_backend.replay import Replay, emit
 from breakable_backend.sources import show_program
 
@@ -230,6 +231,8 @@ class Executor:
 
     def _profiled(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
         """The replay, with a name for each step in the profile."""
+        if self.options.debug == "compare" and entry.replay is not None:
+            return entry.replay.function(args, stream)  # what is compared is another function, and slow anyway
         if entry.profiled is None:
             assert entry.recording is not None
             assert entry.replay is not None
@@ -391,11 +394,13 @@ class Executor:
     # recording
 
     def _record(self, entry: Entry, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
+        witness = Witness(driver.device) if self.options.debug == "compare" else None
         plan = Plan(
             keyed=self._keyed(),
             device_scalars=self.options.scalars == "device",
             fresh_outputs=self.options.outputs == "fresh",
             debug=self.debug,
+            observer=witness,
         )
         program, values = self.program, list(args)
         args.clear()
@@ -411,9 +416,12 @@ class Executor:
         self.statistics.recorded[entry.why] += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            replay = emit(recording, name=f"{self.name} replay {entry.number}")
-            entry.recording, entry.replay = recording, replay
-            self._tell_of(entry, recording, replay)
+            entry.recording, name = recording, f"{self.name} replay {entry.number}"
+            if witness is None:
+                entry.replay = _checked_once(entry, recording, name)
+            else:
+                entry.replay = _compared(Checker(recording, witness, self.options.tolerance, program), name)
+            self._tell_of(entry, recording, entry.replay)
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -481,6 +489,24 @@ class Executor:
         if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
             self.driver.lock.release()
         run_deferred(self.driver)
+
+
+def _checked_once(entry: Entry, recording: Recording, name: str) -> Replay:
+    """The replay of ``recording``. The first call looks whether all that it takes is in its place."""
+    replay = emit(recording, name=name)
+
+    def first(args: list[Any], stream: int) -> list[Any]:
+        check_places(recording, args)
+        entry.replay = replay
+        return replay.function(args, stream)
+
+    return replace(replay, function=first)
+
+
+def _compared(checker: Checker, name: str) -> Replay:
+    """A replay that compares each step with eager."""
+    replay = emit(checker.recording, name=name)
+    return replace(replay, function=checker.around(replay.function))
 
 
 def run_deferred(driver: CaptureDriver) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ ENVIRONMENT_PREFIX = "BREAKABLE_CG_"
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "driver": ("auto", "cuda", "tape"),
-    "debug": (None, "eager"),
+    "debug": (None, "eager", "compare"),
     "auto_break": (True, False),
     "outputs": ("fresh", "static"),
     "scalars": ("key", "device"),
     "inner": ("eager",),
 }
-_NOT_YET = {"inner": ("inductor",), "debug": ("compare",)}
+_NOT_YET = {"inner": ("inductor",)}
 _SMALLEST = {"max_recordings": 1, "min_kernels": 1}
 
 
@@ -40,7 +41,11 @@ class Options:
     """``"auto"``: CUDA if the inputs are there, else the tape, which shows semantics and not speed."""
 
     debug: str | None = None
-    """``"eager"``: every op runs eagerly, through the same record and replay path."""
+    """``"eager"``: every op runs eagerly, through the same record and replay path. ``"compare"``: every replay is
+    compared with eager, step by step."""
+
+    tolerance: tuple[float, float] | None = None
+    """How far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; None: bit for bit, with NaN equal to NaN."""
 
     eager_ops: tuple[Any, ...] = ()
     """Ops that run eagerly in this function: names, overloads, or torch functions."""
@@ -97,12 +102,26 @@ def _from_text(name: str, text: str) -> Any:
         return int(text) if text.strip().lstrip("-").isdigit() else text
     if name == "debug" and text.strip().lower() in ("", "none"):
         return None
+    if name == "tolerance":
+        return _numbers(text)
     if name == "auto_break":
         return {"1": True, "true": True, "0": False, "false": False}.get(text.strip().lower(), text)
     return text.strip()
 
 
+def _numbers(text: str) -> Any:
+    """``"1e-3, 1e-5"`` as numbers; what is none stays text, which is refused by name."""
+    if text.strip().lower() in ("", "none"):
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
+
+
 def _checked(name: str, value: Any) -> Any:
+    if name == "tolerance":
+        return _tolerance(value)
     if name == "eager_ops":
         if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
             raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}")
@@ -119,3 +138,14 @@ def _checked(name: str, value: Any) -> Any:
             f"option {name!r} does not take {value!r}", fix=f"allowed: {', '.join(repr(choice) for choice in allowed)}"
         )
     return value
+
+
+def _tolerance(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(numbers) != 2 or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
+        raise OptionsError(
+            f"option 'tolerance' does not take {value!r}", fix="give (rtol, atol), two numbers of at least 0, or None"
+        )
+    return float(numbers[0]), float(numbers[1])

@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import sympy
 import torch
@@ -25,7 +25,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
-from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
+from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.functions import OP, Mark, direct
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
@@ -110,6 +110,8 @@ class Recording:
     epilogue: tuple[Call, ...]
     returned: tuple[Any, ...]
     constants: Mapping[str, Any] = field(repr=False)
+    addresses: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Where captured segments expect static inputs, bridges and what else they take, by slot."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -171,6 +173,39 @@ def check_argument(name: str, spec: TensorSpec, value: Any) -> None:
             f"argument {name} is {got}, but was recorded as {spec}",
             fix="Dynamo's guards recompile for such calls: do not filter them out (guard_filter_fn)",
         )
+
+
+def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
+    """Where the tensors and bridges among ``constants`` lie."""
+    tensors = {name: value.tensor if isinstance(value, Bridge) else value for name, value in constants.items()}
+    return {
+        name: tensor.data_ptr()
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    }
+
+
+def check_places(recording: Recording, args: Sequence[Any]) -> None:
+    """Raise if what captured segments take is not where it was when they were captured."""
+    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
+    for name, address in recording.addresses.items():
+        value = slots[name]
+        tensor = value.tensor if isinstance(value, Bridge) else value
+        if tensor.data_ptr() != address:
+            refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", tensor.data_ptr() == 0)
+
+
+def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:
+    """Raise for memory that a captured segment would look for in vain."""
+    fate = "was freed" if freed else "is not where it was when they were captured"
+    raise DivergenceError(
+        f"captured segments take {what} at its address, and it {fate}: this looks like address moved",
+        where=where,
+        fix=CAUSES["address moved"],
+        cause="address moved",
+        kind="captured",
+        value=what,
+    )
 
 
 def _fill(tree: Any, slots: Mapping[str, Any]) -> Any:
@@ -318,6 +353,16 @@ def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[s
 # --- recording ------------------------------------------------------------------------------------------------------------
 
 
+class Observer(Protocol):
+    """Sees how a recording is made. See :class:`breakable_backend.compare.Witness`."""
+
+    def captured(self, position: int, module: fx.GraphModule) -> Callable[..., Any]:
+        """What is captured in place of a segment's module."""
+
+    def call(self, call: Call) -> Call:
+        """What is made in place of an eager call; the recording keeps the call itself."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How arguments enter captured segments, beyond what the program says."""
@@ -329,6 +374,7 @@ class Plan:
     fresh_outputs: bool = True
     debug: bool = False
     """See :class:`Binding`."""
+    observer: Observer | None = None
 
 
 @dataclass
@@ -385,6 +431,10 @@ class _Recorder:
         self.intact: dict[str, Slot] = {}
         """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
         self.steps: list[Step] = []
+        self.addresses: dict[str, int] = {}
+        static = {value.name for value in binding.program.inputs if value.kind == "static"}
+        self.fixed = plan.keyed | static
+        """Inputs that captured segments use at their address."""
         self.failed: dict[int, Reason] = {}
         self.copies = 0
         for value in binding.program.inputs:
@@ -407,13 +457,24 @@ class _Recorder:
             [self.values[copy.bridge.name] for copy in loads], [self.values[copy.value.name] for copy in loads]
         )
         inputs = [self._inside(name) for name in segment.inputs]
+        observer = self.plan.observer
+        body = (
+            self.binding.captured(position, segment)
+            if observer is None
+            else observer.captured(position, segment.module)
+        )
         try:
-            graph, results = self.driver.capture(functools.partial(self.binding.captured(position, segment), *inputs))
+            graph, results = self.driver.capture(functools.partial(body, *inputs))
         except CaptureError as error:
             for copy in loads:
                 self._unbridge(copy.value.name)
             self._capture_failed(position, segment, error)
             return
+        self.addresses.update(
+            (name, value.data_ptr())
+            for name, value in zip(segment.inputs, inputs, strict=True)
+            if name in self.fixed and isinstance(value, torch.Tensor)
+        )
         stores = tuple(
             Copy(Slot(_bridge_name(access.storage)), Slot(access.storage))
             for access in segment.writes
@@ -485,8 +546,9 @@ class _Recorder:
         calls = self.binding.calls(segment, {name: self.home[name] for name in segment.inputs}, self.driver.device.type)
         local = dict(self.values)
         kept = []
+        observer = self.plan.observer
         for call in calls:
-            local[call.result] = perform(call, local)
+            local[call.result] = perform(call if observer is None else observer.call(call), local)
             if self._is_constant_view(call):
                 self.constants[call.result] = local[call.result]
             else:
@@ -559,6 +621,7 @@ class _Recorder:
             epilogue=tuple(calls),
             returned=tuple(returned),
             constants=self.constants,
+            addresses=self.addresses | places_of(self.constants),
         )
         return Recorded(recording, list(_fill(tuple(returned), local)), self.failed, self.copies)
 

@@ -16,6 +16,7 @@ PRIVATE_TORCH = "_torch"
 # The table of docs/design.md. A new module gets its line there and here.
 LAYERS = {
     "_torch": 0,
+    "difference": 1,
     "errors": 1,
     "options": 2,
     "program": 2,
@@ -35,7 +36,9 @@ LAYERS = {
     "lowering": 4,
     "results": 4,
     "partition": 5,
+    "trace": 5,
     "recording": 6,
+    "compare": 7,
     "replay": 7,
     "capture": 8,
     "executor": 8,

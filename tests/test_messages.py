@@ -19,6 +19,7 @@ import silly
 from breakable_backend import (
     BreakableError,
     CaptureError,
+    DivergenceError,
     EagerOutputError,
     OptionsError,
     PartitionError,
@@ -72,7 +73,7 @@ def message(
 
 # --- options ------------------------------------------------------------------------------------------------------------------
 
-ALL_OPTIONS = "driver, debug, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, inner"
+ALL_OPTIONS = "driver, debug, tolerance, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, inner"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,10 @@ ALL_OPTIONS = "driver, debug, eager_ops, auto_break, outputs, scalars, max_recor
         ({"auto_break": 1}, "option 'auto_break' does not take 1\n  allowed: True, False"),
         ({"outputs": "mine"}, "option 'outputs' does not take 'mine'\n  allowed: 'fresh', 'static'"),
         ({"scalars": None}, "option 'scalars' does not take None\n  allowed: 'key', 'device'"),
+        (
+            {"tolerance": 0.1},
+            "option 'tolerance' does not take 0.1\n  give (rtol, atol), two numbers of at least 0, or None",
+        ),
         ({"inner": "nothing"}, "option 'inner' does not take 'nothing'\n  allowed: 'eager'"),
         ({"inner": "inductor"}, "option inner='inductor' does not exist yet\n  use inner='eager'"),
         ({"min_kernels": 0}, "option 'min_kernels' takes an integer of at least 1, got 0"),
@@ -538,12 +543,20 @@ def test_tree() -> None:
         CaptureError: (BreakableError,),
         ReplayError: (BreakableError,),
     }
-    assert EagerOutputError.__bases__ == (ReplayError,)
+    assert EagerOutputError.__bases__ == DivergenceError.__bases__ == (ReplayError,)
 
 
 def test_every_raise_is_typed() -> None:
     """The package raises its own errors only, or passes on what it was given."""
-    own = {"OptionsError", "PartitionError", "CaptureError", "ReplayError", "EagerOutputError", "CannotLower"}
+    own = {
+        "OptionsError",
+        "PartitionError",
+        "CaptureError",
+        "ReplayError",
+        "EagerOutputError",
+        "DivergenceError",
+        "CannotLower",
+    }
     root = Path(breakable_backend.__file__).parent
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

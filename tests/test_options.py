@@ -12,9 +12,12 @@ import torch
 from breakable_backend.errors import OptionsError
 from breakable_backend.options import Options
 
+NAN = float("nan")
+
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "driver": ("auto", "cuda", "tape"),
-    "debug": (None, "eager"),
+    "debug": (None, "eager", "compare"),
+    "tolerance": (None, (1e-3, 1e-5), (0.0, 0.0)),
     "eager_ops": ([], ["aten::sort"], ("aten::sort",), {"aten::sort"}),
     "auto_break": (True, False),
     "outputs": ("fresh", "static"),
@@ -44,6 +47,12 @@ REFUSED: list[tuple[str, Any]] = [
     ("min_kernels", -1),
     ("inner", "nvfuser"),
     ("debug", True),
+    ("tolerance", 1e-3),
+    ("tolerance", (1e-3,)),
+    ("tolerance", (1e-3, -1.0)),
+    ("tolerance", (NAN, 0.0)),
+    ("tolerance", (True, 0.0)),
+    ("tolerance", "1e-3,1e-5"),
     ("debug", "everything"),
 ]
 
@@ -74,9 +83,8 @@ def test_refused(name: str, value: Any) -> None:
 
 def test_not_yet() -> None:
     """A value that is to come is told from one that will never be."""
-    for name, value in (("inner", "inductor"), ("debug", "compare")):
-        with pytest.raises(OptionsError, match="does not exist yet"):
-            Options.parse({name: value}, {})
+    with pytest.raises(OptionsError, match="does not exist yet"):
+        Options.parse({"inner": "inductor"}, {})
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,9 @@ def test_error_is_a_value_error() -> None:
         ({"BREAKABLE_CG_MAX_RECORDINGS": "8"}, {"max_recordings": 8}),
         ({"BREAKABLE_CG_MIN_KERNELS": " 3 "}, {"min_kernels": 3}),
         ({"BREAKABLE_CG_INNER": "eager"}, {"inner": "eager"}),
+        ({"BREAKABLE_CG_DEBUG": "compare"}, {"debug": "compare"}),
+        ({"BREAKABLE_CG_TOLERANCE": "1e-3, 1e-5"}, {"tolerance": (1e-3, 1e-5)}),
+        ({"BREAKABLE_CG_TOLERANCE": "none"}, {"tolerance": None}),
         ({"OTHER": "1", "breakable_cg_driver": "cuda"}, {}),
     ],
 )
@@ -127,6 +138,8 @@ def test_environment(environment: Mapping[str, str], expected: dict[str, Any]) -
         {"BREAKABLE_CG_MIN_KERNELS": "-1"},
         {"BREAKABLE_CG_MAX_RECORDINGS": "1.5"},
         {"BREAKABLE_CG_NOPE": "1"},
+        {"BREAKABLE_CG_TOLERANCE": "little"},
+        {"BREAKABLE_CG_TOLERANCE": "1e-3"},
     ],
 )
 def test_environment_is_checked(environment: Mapping[str, str]) -> None:

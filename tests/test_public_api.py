@@ -15,6 +15,7 @@ EXPORTS = [
     "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
+    "DivergenceError",
     "EagerOutputError",
     "OptionsError",
     "PartitionError",
@@ -36,6 +37,7 @@ EXPORTS = [
 OPTIONS = [
     "driver",
     "debug",
+    "tolerance",
     "eager_ops",
     "auto_break",
     "outputs",
