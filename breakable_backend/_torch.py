@@ -480,11 +480,6 @@ current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRa
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 
 
-def keep_gpu_busy(microseconds: float) -> None:
-    """Have the GPU spin on the current stream for about that long, so that what is launched meanwhile queues up."""
-    torch.cuda._sleep(int(microseconds * 2_000))  # cycles of a clock of about 2 GHz
-
-
 def release_pool(device: int, pool: tuple[int, int]) -> None:
     """Give up one use of ``pool``: that of a graph whose ``capture_end`` failed, which will never give it up itself."""
     torch._C._cuda_releasePool(device, pool)

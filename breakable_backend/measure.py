@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from breakable_backend import _torch, active
+from breakable_backend import active
 from breakable_backend.buffers import Bridge, clone_exact
 from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.drivers import CaptureDriver
@@ -43,7 +44,7 @@ class StepTime:
     host_us: float
     """Until the step was issued, the copies into its bridges included."""
     gpu_us: float | None
-    """What the GPU was at work with it, while the host was ahead; None without a GPU."""
+    """What the GPU spends on it in kernels and copies; None without a GPU, or where no profiler can tell."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def _measure_entry(
     with _Bench(driver.device, _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
         with _alone(driver) as stream:
             times = bench.times(lambda: replay(list(args), stream))
-            steps = _timed_steps(bench, entry.recording, args, stream, times.host_us)
+            steps = _timed_steps(bench, entry.recording, args, stream)
         outside = 0.0
         if whole is not None:
             replayed, times, reference = times, bench.times(whole.call), whole.reference
@@ -285,7 +286,7 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     with _Bench(driver.device, graph.written) as bench, _uncounted(tally):
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))
-            steps = _timed_steps(bench, recording, (), stream, times.host_us)
+            steps = _timed_steps(bench, recording, (), stream)
         return _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
 
 
@@ -431,40 +432,67 @@ def _uncaptured(executor: Executor) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _timed_steps(
-    bench: _Bench, recording: Recording, args: Sequence[Any], stream: int, host_us: float
-) -> tuple[StepTime, ...]:
-    """Times of each step. On the GPU they are taken while it works off a queue, so that it waits for nobody."""
-    count = len(recording.steps)
-    stamps = [0] * (count + 1)
-    host: list[list[float]] = []
-    gpu: list[list[float]] = []
+def _timed_steps(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> tuple[StepTime, ...]:
+    stamps = [0] * (len(recording.steps) + 1)
 
     def stamp(position: int) -> None:
         stamps[position] = time.perf_counter_ns()
 
-    for _ in _replays(bench, recording, stamp, args, stream):
-        host.append([(after - before) / 1e3 for before, after in itertools.pairwise(stamps)])
-    if bench.device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in stamps]
-        ahead = 3 * host_us + 20 * count  # recording an event takes time too
-        for _ in _replays(bench, recording, lambda position: events[position].record(), args, stream, ahead):
-            gpu.append([before.elapsed_time(after) * 1e3 for before, after in itertools.pairwise(events)])
+    loops = [
+        [(after - before) / 1e3 for before, after in itertools.pairwise(stamps)]
+        for _ in _replays(bench, recording, stamp, args, stream)
+    ]
+    gpu = _gpu_times(bench, recording, args, stream)
     return tuple(
-        StepTime(median(loop[i] for loop in host), median(loop[i] for loop in gpu) if gpu else None)
-        for i in range(count)
+        StepTime(median(loop[i] for loop in loops), gpu[i] if gpu is not None else None)
+        for i in range(len(recording.steps))
     )
 
 
-def _replays(
-    bench: _Bench, recording: Recording, mark: Mark, args: Sequence[Any], stream: int, ahead: float = 0.0
-) -> Iterator[None]:
-    """Replay with ``mark`` between the steps, again and again; ``ahead``: microseconds that the GPU starts later."""
+def _gpu_times(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> list[float] | None:
+    """Time in kernels and copies, by step: what a profiler sees while each step waits for the one before.
+
+    Time between events would count the GPU's waiting for a host that waits for it.
+    """
+    if bench.device.type != "cuda":
+        return None
+    steps = range(len(recording.steps))
+    window = ExitStack()
+
+    def mark(position: int) -> None:
+        bench.wait()
+        window.close()
+        if position in steps:
+            window.enter_context(torch.profiler.record_function(f"{_WINDOW}{position}"))
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        loops = sum(1 for _ in _replays(bench, recording, mark, args, stream))
+    windows, work = [], []
+    for event in profile.events():
+        on_gpu = event.device_type == torch.profiler.DeviceType.CUDA
+        if event.name.startswith(_WINDOW) and not on_gpu:
+            windows.append((event.time_range.start, event.time_range.end, int(event.name.removeprefix(_WINDOW))))
+        elif on_gpu and not event.is_user_annotation:
+            work.append((event.time_range.start, event.time_range.elapsed_us()))
+    windows.sort()
+    spent = [0.0] * len(steps)
+    starts = [start for start, _, _ in windows]
+    for start, us in work:
+        at = bisect.bisect_right(starts, start) - 1
+        if at >= 0 and start <= windows[at][1]:
+            spent[windows[at][2]] += us
+    return [us / loops for us in spent] if work else None
+
+
+_WINDOW = "breakable_cg measures step "
+
+
+def _replays(bench: _Bench, recording: Recording, mark: Mark, args: Sequence[Any], stream: int) -> Iterator[None]:
+    """Replay with ``mark`` between the steps, again and again."""
     marked = emit(recording, mark)
     try:
         for _ in range(LOOPS):
-            if ahead:
-                _torch.keep_gpu_busy(ahead)
             marked.function(list(args), stream)
             bench.wait()
             bench.put_back()

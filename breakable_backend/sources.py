@@ -93,8 +93,7 @@ def whole(program: Program) -> fx.GraphModule:
 
     It takes the inputs of the program, and behind them its sizes, which are functions of those.
     """
-    graph, modules = fx.Graph(), dict[str, fx.GraphModule]()
-    root = fx.GraphModule({}, fx.Graph())
+    graph, root = fx.Graph(), fx.GraphModule({}, fx.Graph())
     values: dict[str, fx.Node] = {}
     named = [(value.name, value.value) for value in program.inputs if value.index >= 0]
     for name, value in (*named, *program.sizes.items()):
@@ -106,7 +105,6 @@ def whole(program: Program) -> fx.GraphModule:
             values[constant.name] = graph.get_attr(constant.name)
     for position, segment in enumerate(program.segments):
         name = segment_name(position, segment)
-        modules[name] = segment.module
         root.add_module(name, segment.module)
         results = graph.call_module(name, tuple(values[taken] for taken in segment.inputs))
         for index, made in enumerate(segment.outputs):
