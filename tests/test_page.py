@@ -247,7 +247,7 @@ def test_source_without_its_steps() -> None:
 # --- in a browser -----------------------------------------------------------------------------------------------------------
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = os.environ.get("BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+BROWSER = os.environ.get("CHROME_BIN") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 browser = pytest.mark.skipif(BROWSER is None, reason=f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
 
