@@ -271,11 +271,19 @@ def non_owning(tensor: torch.Tensor) -> torch.Tensor:
         result = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
             alias, tensor.storage_offset(), tensor.shape, tensor.stride()
         )
-        if tensor.is_conj():
-            result = result.conj()
-        if tensor.is_neg():
-            result = negated_view(result)
-    return result
+        return with_lazy_bits(result, lazy_bits(tensor))
+
+
+def lazy_bits(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """Whether reading ``tensor`` conjugates, and negates, what is in memory."""
+    return tensor.is_conj(), tensor.is_neg()
+
+
+def with_lazy_bits(tensor: torch.Tensor, bits: tuple[bool, bool]) -> torch.Tensor:
+    """A view of ``tensor``, which has neither bit, with ``bits``."""
+    conjugated, negated = bits
+    tensor = tensor.conj() if conjugated else tensor
+    return negated_view(tensor) if negated else tensor
 
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -300,6 +308,11 @@ def without_alias_check() -> Iterator[None]:
             yield
     else:
         yield
+
+
+def dispatch_modes() -> list[Any]:
+    """The ``TorchDispatchMode`` objects that this thread runs under, outermost first."""
+    return list(_get_current_dispatch_mode_stack())
 
 
 def dispatch_mode_active() -> bool:

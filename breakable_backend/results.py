@@ -106,6 +106,8 @@ class _Leaf:
     """Which fresh storage the tensor lies in; -1 for one that stays where it is."""
     offset: int = 0
     """Bytes from the group's first."""
+    bits: tuple[bool, bool] = (False, False)
+    """Whether a tensor is lazily conjugated, and negated."""
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,15 @@ class Parts:
         """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases.
 
         Raises:
-            CaptureError: a sparse tensor, which has no storage to write to.
+            CaptureError: a sparse tensor or a wrapper of tensors, which has no storage to write to.
         """
         known = set(known)
         by_storage: dict[int, list[int]] = {}
         found = list(fields(result))
         for position, (path, leaf) in enumerate(found):
-            if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided:
+            if isinstance(leaf, torch.Tensor) and (why := _why_not_written(leaf)):
                 raise CaptureError(
-                    f"{name}: {f'field {path} of its' if path else 'its'} result is a sparse tensor, which cannot be written back",
+                    f"{name}: {f'field {path} of its' if path else 'its'} result is {why}, which cannot be written back",
                     where=source,
                     fix="return its parts (indices, values), or a dense tensor",
                 )
@@ -162,7 +164,7 @@ class Parts:
             value: Any = leaf.data_ptr() if leaf.device == device else leaf.clone()
             span = spans[group] if group >= 0 else None
             offset = _byte_offset(leaf) - span.start if span is not None else 0
-            leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset))
+            leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
         return cls(name, source, tuple(leaves), tuple(map(tuple, by_storage.values())), spans, host_only)
 
     @property
@@ -193,10 +195,12 @@ class Parts:
                 return value
             place = places[leaf.group]
             if self.spans[leaf.group] is None:
-                return place
+                return place if type(value) in (torch.Tensor, torch.nn.Parameter) else place.as_subclass(type(value))
             view = torch.empty(0, dtype=value.dtype, device=value.device)
             offset = leaf.offset // value.element_size()
-            return view.set_(place.untyped_storage(), offset, value.shape, value.stride())
+            return _torch.with_lazy_bits(
+                view.set_(place.untyped_storage(), offset, value.shape, value.stride()), leaf.bits
+            )
 
         return replaced(result, change)
 
@@ -234,8 +238,12 @@ class Parts:
         if isinstance(leaf.value, torch.Tensor):
             if not (self.host_only or torch.equal(value, leaf.value)):
                 raise self._failure(path, "has other values on the host", "frozen there")
-        elif leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
+            return
+        if leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
             raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
+        is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # all others are copied by value
+        if is_view and _torch.lazy_bits(value) != leaf.bits:
+            raise self._failure(path, "is lazily conjugated or negated otherwise", "as a view of the same memory")
 
     def _check_group(self, group: tuple[int, ...], span: _Span, found: Sequence[tuple[str, Any]]) -> None:
         base = found[span.first][1]
@@ -255,6 +263,15 @@ class Parts:
             where=self.source,
             fix="return the same structure at each call, or capture again; host_only=True allows other plain values",
         )
+
+
+def _why_not_written(tensor: torch.Tensor) -> str:
+    """What a tensor without memory of its own is; empty for one with memory."""
+    if tensor.layout is not torch.strided:
+        return "a sparse tensor"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a tensor of the class {type(tensor).__name__}, which wraps others"
+    return ""
 
 
 def _is_same(value: Any, recorded: Any) -> bool:
