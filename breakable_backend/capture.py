@@ -171,11 +171,12 @@ class BreakableCUDAGraph:
 
     def _begin_use(self, use: str, error: type[BreakableError]) -> None:
         if self._use:
-            raise error(
+            what, fix = (
                 f"the graph is being {self._use} already",
-                where=user_line(),
-                fix="an eager step can neither replay nor capture its own graph",
+                "an eager step neither replays nor captures its own graph",
             )
+            twice = error(what, where=user_line(), fix=fix)
+            raise twice
         self._use = use
 
     def _end_use(self) -> None:
@@ -344,7 +345,7 @@ class _Watcher(_torch.TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
+        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes."""
         return True
 
     def __torch_dispatch__(

@@ -24,6 +24,7 @@ from breakable_backend import (
     EagerOutputError,
     OptionsError,
     ReplayError,
+    _torch,
     break_graph,
     capture,
     eager_on_graph,
@@ -639,9 +640,29 @@ def test_compiled_function_inside(make: MakeGraph, device: torch.device, options
         y = compiled(x + 1) - 1
     replays_equal(graph, lambda x: body(x + 1) - 1, x, y)
     compiled_ran = any(program.plain_calls.get("called inside capture") for program in explain(compiled).programs)
-    # Uncompiled, as under torch 2.11, the region says nothing and the tag still does.
-    assert shape_of(graph) == ("GEGEG" if compiled_ran else "GEG")
-    assert compiled_ran or torch.__version__ < "2.12"
+    # A Dynamo that runs nothing compiled under a dispatch mode leaves the function as it is: each op of the region is
+    # an eager step then.
+    assert shape_of(graph) == ("GEGEG" if compiled_ran else "GEGEGEG")
+    assert compiled_ran or not hasattr(_torch.TorchDispatchMode, "ignore_compile_internals")
+
+
+def test_region(make: MakeGraph, device: torch.device) -> None:
+    """Under ``eager_region`` each op that launches something is an eager step, and a host read is an error as elsewhere."""
+
+    def body(x: Tensor) -> Tensor:
+        x = x + 1
+        with eager_region():
+            x = x.sin().view(2, 2).cos()
+        return x.view(4) * 2
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = body(x)
+    assert shape_of(graph) == "GEGEG"
+    assert [reason.text for reason in explain(graph).programs[0].reasons] == ["inside eager_region"] * 2
+    replays_equal(graph, body, x, y)
+    with pytest.raises(CaptureError, match="reads a value"), capture(graph), eager_region():
+        x.sum().item()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------------
