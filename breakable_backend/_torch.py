@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import sympy
@@ -208,8 +209,13 @@ def _compiled_code(compiled: Any) -> Iterator[tuple[Any, list[Any], dict[str, An
         seen.add(code)
         entries = _debug_get_cache_entry_list(code)
         yield code, entries, scope
-        for name in (name for entry in entries for name in entry.code.co_names if name.startswith("__resume_at")):
-            pending.append((scope[name].__code__, scope[name].__globals__))
+        for made in (entry.code for entry in entries):
+            # What goes on after a break is a global function. One with a closure is made at each call: of a constant
+            # (torch 2.11), or by a global function that holds its code.
+            resumed = [scope[name] for name in made.co_names if name.startswith("__resume_at")]
+            cells = [cell.cell_contents for function in resumed for cell in function.__closure__ or ()]
+            codes = [*made.co_consts, *(function.__code__ for function in resumed), *cells]
+            pending += [(code, scope) for code in codes if isinstance(code, CodeType)]
 
 
 def _unwrapped(function: Any) -> Iterator[Any]:
