@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import breakable_backend
 from breakable_backend import BreakableCUDAGraph, capture, explain
 from breakable_backend.backend import executors_of
+from breakable_backend.drivers import CaptureDriver
 from breakable_backend.program import GraphSegment
 from breakable_backend.recording import GraphStep
 from checks import assert_same, snapshot
@@ -165,3 +166,48 @@ def replays_equal(
         want = body(x.clone())
         graph.replay()
         assert torch.equal(result, want)
+
+
+class Opened:
+    """A function that went through a door, and runs again on new values of its inputs."""
+
+    def __init__(self, door: str, function: Callable[..., Any], inputs: tuple[Any, ...], kind: str) -> None:
+        self.inputs = inputs
+        self.function: Callable[..., Any] | None = None
+        self.graph: BreakableCUDAGraph | None = None
+        if door == "compile":
+            options = {"driver": kind, "min_kernels": 1}
+            self.function = torch.compile(function, backend="breakable_cg", options=options)
+            self.result = self.function(*inputs)
+            self.function(*inputs)  # records
+        else:
+            self.graph = BreakableCUDAGraph(driver=kind)
+            with capture(self.graph, debug="eager" if door == "debug" else None):
+                self.result = function(*inputs)
+
+    def __call__(self, *values: Any) -> Any:
+        """The result for new values: of a call with them, or of a replay after they were written in place."""
+        if self.function is not None:
+            return self.function(*values)
+        assert self.graph is not None
+        written(self.inputs, values)
+        self.graph.replay()
+        return self.result
+
+    def free(self) -> list[CaptureDriver]:
+        """Free everything; returns the drivers that captured it."""
+        if self.function is not None:
+            drivers = [executor.driver for executor in executors_of(self.function)]
+            breakable_backend.reset(self.function)
+        else:
+            assert self.graph is not None
+            drivers = [self.graph.driver]
+            self.result = None
+            self.graph.reset()
+        return [driver for driver in drivers if driver is not None]
+
+
+def close(*opened: Opened) -> None:
+    """Free everything; no block of a pool may be left."""
+    drivers = [driver for one in opened for driver in one.free()]
+    assert [driver.live_blocks() for driver in drivers] == [0] * len(drivers)

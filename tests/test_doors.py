@@ -6,6 +6,7 @@ What makes no sense at a door is in ``NOT_AT``, with the reason; docs/semantics.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 
 import doors
 from breakable_backend import break_graph, eager_on_graph
-from doors import Case, seen
+from checks import assert_same
+from doors import Case, Opened, close, seen, vectors
 
 # --- marked functions ---------------------------------------------------------------------------------------------------
 
@@ -402,3 +404,109 @@ def test_refused_when_compiled(name: str, device: torch.device, kind: str) -> No
     function, inputs = CASES[name].build(), CASES[name].inputs(0, device)
     with pytest.raises(Exception, match=r"cannot hold|share memory"):
         torch.compile(function, backend="breakable_cg", options={"driver": kind})(*inputs)
+
+
+# --- over a life ------------------------------------------------------------------------------------------------------------
+
+
+class Mine(Exception):
+    pass
+
+
+def failing(errors: list[Exception]) -> Callable[[Tensor], Tensor]:
+    """Raises the error that is in the list, once."""
+
+    @eager_on_graph(fake=lambda x: torch.empty_like(x))
+    def fails(x: Tensor) -> Tensor:
+        if errors:
+            raise errors.pop()
+        return bend(x)
+
+    return lambda x: fails(x + 1) * 2
+
+
+def test_error(door: str, device: torch.device, kind: str) -> None:
+    """Line 8: what an eager function raises, first or later, comes out as the same object, and then all is right."""
+    errors: list[Exception] = []
+    model, error = failing(errors), Mine("first")
+    errors.append(error)
+    with pytest.raises(Mine) as caught:
+        Opened(door, model, vectors(0, device), kind)
+    assert caught.value is error
+    opened = Opened(door, model, vectors(0, device), kind)
+    for number in range(1, 5):
+        errors.append(error := Mine(str(number)))
+        with pytest.raises(Mine) as caught:
+            opened(*vectors(number, device))
+        assert caught.value is error
+        assert_same(opened(*vectors(number, device)), model(*vectors(number, device)))
+    close(opened)
+
+
+def test_autocast_around(door: str, device: torch.device, kind: str) -> None:
+    """Line 7: opened and run under autocast, captured and eager parts have their casts."""
+    model = cast()
+    with torch.autocast(device.type, torch.bfloat16):
+        opened = Opened(door, model, matrices(0, device), kind)
+        for number in range(1, 4):
+            seen.clear()
+            got, saw = opened(*matrices(number, device)), list(seen)
+            seen.clear()
+            assert_same(got, model(*matrices(number, device)))
+            assert saw == seen == [torch.bfloat16] * 2
+    close(opened)
+
+
+@pytest.mark.parametrize("inner", ["compile", "capture"])
+def test_reentrance(door: str, inner: str, device: torch.device, kind: str) -> None:
+    """Line 11: an eager function may itself run what went through either door."""
+    within = Opened(inner, crossing, vectors(0, device), kind)
+
+    @eager_on_graph(fake=lambda x: torch.empty_like(x))
+    def runs(x: Tensor) -> Tensor:
+        return within(x) + 0
+
+    opened = Opened(door, lambda x: runs(x + 1) * 2, vectors(0, device), kind)
+    for number in range(1, 5):
+        x = vectors(number, device)[0]
+        assert_same(opened(x), crossing(x + 1) * 2)
+    close(opened, within)
+
+
+def test_pool_reuse(door: str, device: torch.device, kind: str) -> None:
+    """Line 3: recordings of several sizes, run in turns and while the allocator churns, never see each other's memory."""
+
+    def model(x: Tensor) -> Tensor:
+        early = x.exp()
+        late = marked(early.sin() + 1).cos()
+        return marked(late + early) * 3 + early.sum()
+
+    def values(size: int, number: int) -> Tensor:
+        return torch.linspace(-number, 1, size, device=device)
+
+    sizes = [64, 32, 128, 48]
+    opened = [Opened(door, model, (values(size, 0),), kind) for size in sizes]
+    for number in range(1, 4):
+        for size, one in [*zip(sizes, opened, strict=True)][:: 1 if number % 2 else -1]:
+            doors.churn(device)
+            assert_same(one(values(size, number)), model(values(size, number)))
+    opened.pop(1).free()
+    sizes.pop(1)
+    for size, one in zip(sizes, opened, strict=True):
+        doors.churn(device)
+        assert_same(one(values(size, 7)), model(values(size, 7)))
+    close(*opened)
+
+
+def test_memory_returned(door: str, device: torch.device, kind: str) -> None:
+    """Line 10: rounds of opening, running and closing leave no memory behind."""
+    used = []
+    for number in range(6):
+        opened = Opened(door, crossing, vectors(0, device), kind)
+        opened(*vectors(number, device))
+        close(opened)
+        del opened
+        torch.compiler.reset()
+        gc.collect()
+        used.append(torch.cuda.memory_allocated() if device.type == "cuda" else len(gc.get_objects()) // 5000)
+    assert used[3:] == [used[2]] * 3
