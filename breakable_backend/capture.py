@@ -124,7 +124,8 @@ class BreakableCUDAGraph:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
 
         Raises:
-            ReplayError: nothing was captured, or what it reads is gone; or it is being replayed already.
+            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; or a CUDA graph
+                capture that is not ours is active.
             EagerOutputError: an eager function returned what cannot take the place of its result at capture.
         """
         if (handler := active.handler.get()) is not None:
@@ -134,33 +135,35 @@ class BreakableCUDAGraph:
         if captured is None:
             raise self._failure()
         driver = captured.driver
+        if driver.is_capturing():
+            raise ReplayError(
+                "a graph was replayed inside somebody else's capture, which would freeze its eager steps",
+                where=user_line(),
+                fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
+            )
         with driver.lock:
             self._begin_use("replayed", ReplayError)
             try:
-                if self._captured is not captured:  # another thread reset it, or captured anew
-                    raise self._failure()
-                stream = driver.begin()
-                try:
-                    self._run(captured, stream)
-                finally:
-                    driver.end(stream)
+                # Before the lock was ours, another thread may have reset it, or captured anew.
+                changed = self._captured is not captured
+                if not changed:
+                    self._run(captured, driver)
             finally:
                 self._end_use()
+        if changed:
+            self.replay()
 
-    def _run(self, captured: _Captured, stream: int) -> None:
-        if not captured.breaks:
-            captured.replay.function([], stream)
-        elif captured.driver.is_capturing():
-            raise ReplayError(
-                "a graph with eager steps was replayed inside somebody else's capture, which cannot hold them",
-                fix="replay it outside, or use `with capture(graph)` there, where it becomes an eager step",
-            )
-        elif Modes.current() == captured.modes:
-            captured.replay.function([], stream)
-        else:
-            with captured.modes.enter():
+    def _run(self, captured: _Captured, driver: CaptureDriver) -> None:
+        stream = driver.begin()
+        try:
+            if captured.breaks and Modes.current() != captured.modes:
+                with captured.modes.enter():
+                    captured.replay.function([], stream)
+            else:
                 captured.replay.function([], stream)
-        self.replays += 1
+            self.replays += 1
+        finally:
+            driver.end(stream)
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""

@@ -5,7 +5,9 @@ Lines of the contract (docs/design.md) that hold at this door: 2, 3, 5, 6 and 8 
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
+import functools
 import gc
 import math
 import threading
@@ -17,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import breakable_backend
 import silly
 from breakable_backend import (
     BreakableCUDAGraph,
@@ -336,6 +339,46 @@ def test_region(make: MakeGraph, device: torch.device) -> None:
     replays_equal(graph, body, x, y)
     with pytest.raises(CaptureError, match="reads a value"), capture(graph), eager_region():
         x.sum().item()
+
+
+def test_marked_for_the_prototype_too(make: MakeGraph, device: torch.device) -> None:
+    """A function marked for PyTorch's prototype, which calls it as it is outside of its own capture, can be marked here too."""
+    in_prototype = contextvars.ContextVar("in_prototype", default=False)
+    breaks = []
+
+    def no_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Stands for the prototype's decorator."""
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if in_prototype.get():
+                breaks.append(function)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    x = torch.randn(4, device=device)
+    both = eager_on_graph(no_graph(bend))
+    for function in (both, no_graph(marked_bend)):
+        graph = make()
+        with capture(graph):
+            y = function(x + 1) * 2
+        assert shape_of(graph) == "GEG"
+        replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
+        assert breaks == []
+        in_prototype.set(True)
+        assert torch.equal(function(x), bend(x))  # outside of our capture it is the prototype's
+        in_prototype.set(False)
+        assert len(breaks) == 1
+        breaks.clear()
+    with pytest.raises(CaptureError, match="reads a value"), capture(make()):
+        no_graph(bend)(x + 1)  # marked for the prototype alone: no mark here, and an error instead of a frozen branch
+
+
+def test_names_of_the_prototype() -> None:
+    """No name here is one of the prototype's functions: what looks the same would mean less there."""
+    theirs = {"breakable_graph", "no_graph", "force_no_graph", "is_in_breakable_graph"}
+    assert not theirs & set(dir(breakable_backend))
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------------
