@@ -114,6 +114,26 @@ class Holder:
         self.scores = scores
 
 
+def test_function_that_keeps_its_result(make: MakeGraph, device: torch.device) -> None:
+    """The captured code never writes into memory that the function keeps."""
+    kept = torch.zeros(4, device=device)
+
+    @eager_on_graph
+    def through_a_buffer(x: Tensor) -> Tensor:
+        kept.copy_(x)
+        return kept
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = through_a_buffer(x + 1).mul_(5)
+    assert torch.equal(kept, x + 1)
+    for _ in range(2):
+        x.add_(1)
+        graph.replay()
+        assert torch.equal(kept, x + 1)
+        assert torch.equal(y, (x + 1) * 5)
+
+
 BAD_RESULTS: dict[str, tuple[Callable[[int, Tensor], Any], str]] = {
     "shape": (lambda n, x: x[: 4 - n] * 2, r"result is float32\[3\]"),
     "dtype": (lambda n, x: x.half() if n else x * 1, r"result is float16\[4\]"),
