@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,24 @@ def _children(value: Any) -> Mapping[str, Any] | None:
     leaves, spec = pytree.tree_flatten(value)
     if not spec.is_leaf():
         return {f"<{number}>": leaf for number, leaf in enumerate(leaves)}
+    return {f".{name}": item for name, item in _attributes(value).items() if _holds_tensors(item)} or None
+
+
+def _attributes(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object, as far as they are looked at."""
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(value, torch.nn.Module) and not callable(value):
-        tensors = {f".{name}": item for name, item in attributes.items() if isinstance(item, torch.Tensor)}
-        return tensors or None
-    return None
+    skipped = isinstance(value, (torch.Tensor, torch.nn.Module, type, *PLAIN)) or callable(value)
+    return attributes if isinstance(attributes, dict) and not skipped else {}
+
+
+def _holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Whether there are tensors in ``value``, no deeper than ``depth`` containers and objects."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0:
+        return False
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(_holds_tensors(item, depth - 1) for item in (*inside, *_attributes(value).values()))
 
 
 def _with_children(value: Any, made: Sequence[Any]) -> Any:
@@ -89,7 +103,7 @@ def _with_children(value: Any, made: Sequence[Any]) -> Any:
     if not spec.is_leaf():
         return pytree.tree_unflatten(list(made), spec)
     twin = copy.copy(value)
-    names = [name for name, item in vars(value).items() if isinstance(item, torch.Tensor)]
+    names = [name for name, item in _attributes(value).items() if _holds_tensors(item)]
     twin.__dict__.update(zip(names, made, strict=True))
     return twin
 
@@ -139,17 +153,17 @@ class Parts:
         """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases.
 
         Raises:
-            CaptureError: a sparse tensor or a wrapper of tensors, which has no storage to write to.
+            CaptureError: a sparse tensor, a wrapper of tensors, or a container that is not looked into.
         """
         known = set(known)
         by_storage: dict[int, list[int]] = {}
         found = list(fields(result))
         for position, (path, leaf) in enumerate(found):
-            if isinstance(leaf, torch.Tensor) and (why := _why_not_written(leaf)):
+            if why := _why_not_written(leaf):
                 raise CaptureError(
                     f"{name}: {f'field {path} of its' if path else 'its'} result is {why}, which cannot be written back",
                     where=source,
-                    fix="return its parts (indices, values), or a dense tensor",
+                    fix="return dense tensors, in tuples, lists, dicts, dataclasses or attributes of objects",
                 )
             if isinstance(leaf, torch.Tensor) and leaf.device == device and _torch.storage_key(leaf) not in known:
                 by_storage.setdefault(_torch.storage_key(leaf), []).append(position)
@@ -265,12 +279,16 @@ class Parts:
         )
 
 
-def _why_not_written(tensor: torch.Tensor) -> str:
-    """What a tensor without memory of its own is; empty for one with memory."""
-    if tensor.layout is not torch.strided:
+def _why_not_written(leaf: Any) -> str:
+    """What a leaf is that captured code could use and that no replay would renew; empty for all others."""
+    if not isinstance(leaf, torch.Tensor):
+        inside = () if isinstance(leaf, (torch.nn.Module, type, *PLAIN)) else gc.get_referents(leaf)
+        holds = any(_holds_tensors(item, 1) for item in inside)
+        return f"a {type(leaf).__name__} with tensors in it" if holds else ""
+    if leaf.layout is not torch.strided:
         return "a sparse tensor"
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"a tensor of the class {type(tensor).__name__}, which wraps others"
+    if type(leaf).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a tensor of the class {type(leaf).__name__}, which wraps others"
     return ""
 
 

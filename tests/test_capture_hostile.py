@@ -519,6 +519,58 @@ def test_object_that_a_function_changes(make: MakeGraph, device: torch.device) -
     replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
 
 
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+HIDING: dict[str, Callable[[Tensor], Any]] = {
+    "set": lambda x: {x * 2},
+    "slots": lambda x: [Slotted(x * 2)],
+    "iterator": lambda x: iter([x * 2]),
+    "generator": lambda x: (x * number for number in range(2)),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_containers_that_are_not_looked_into(make: MakeGraph, device: torch.device, name: str) -> None:
+    """Tensors in a result that no replay could renew are an error, and never stale."""
+    graph, x = make(), torch.randn(4, device=device)
+    with pytest.raises(CaptureError, match="with tensors in it, which cannot be written back"), capture(graph):
+        eager_on_graph(HIDING[name])(x + 1)
+
+
+def test_objects_in_objects(make: MakeGraph, device: torch.device) -> None:
+    """Tensors in the attributes of an object are results, also inside containers and other objects; no object is written."""
+
+    class Layer:
+        def __init__(self, keys: Tensor) -> None:
+            self.keys, self.others = keys, {"values": [keys * 3]}
+
+    class Cache:
+        def __init__(self, x: Tensor) -> None:
+            self.layers, self.length, self.me = [Layer(x * 2), Layer(x * 5)], 4, self
+
+    made = []
+
+    @eager_on_graph
+    def prefill(x: Tensor) -> Cache:
+        made.append(Cache(x))
+        return made[-1]
+
+    def body(cache: Cache) -> Tensor:
+        return cache.layers[0].keys + cache.layers[1].others["values"][0] * cache.length
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = body(prefill(x + 1))
+    kept = made[0].layers[0].keys.clone()
+    replays_equal(graph, lambda x: body(Cache(x + 1)), x, y)
+    assert torch.equal(made[0].layers[0].keys, kept)
+
+
 def test_names_of_arguments(make: MakeGraph, device: torch.device) -> None:
     """Keyword arguments may have any name: keywords of Python, names with spaces, names that the replay uses itself."""
     graph, x = make(), torch.randn(4, device=device)
