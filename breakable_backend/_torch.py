@@ -280,6 +280,11 @@ def non_owning(tensor: torch.Tensor) -> torch.Tensor:
         return with_lazy_bits(result, lazy_bits(tensor))
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for many, or for a derivative, under ``torch.func.vmap`` and its like."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def lazy_bits(tensor: torch.Tensor) -> tuple[bool, bool]:
     """Whether reading ``tensor`` conjugates, and negates, what is in memory."""
     return tensor.is_conj(), tensor.is_neg()

@@ -38,7 +38,7 @@ from breakable_backend.options import Options
 from breakable_backend.program import Reason
 from breakable_backend.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
 from breakable_backend.replay import Replay, Tally, emit
-from breakable_backend.results import Parts, tensors_on
+from breakable_backend.results import Parts, fields, tensors_on
 
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
@@ -495,6 +495,12 @@ class _Door:
         """Run a marked function as an eager step."""
         if not self.capturing:
             return mark.function(*args, **kwargs)
+        if any(isinstance(leaf, torch.Tensor) and _torch.is_transformed(leaf) for _, leaf in fields((args, kwargs))):
+            raise CaptureError(
+                f"{mark.name} was called under a transform of torch.func, inside a capture",
+                where=user_line(),
+                fix="call it outside of vmap and its like, on tensors",
+            )
         reason = Reason("marked", "marked by eager_on_graph", mark.name, user_line())
         return self._break(mark.function, mark.name, reason, args, kwargs, mark)
 

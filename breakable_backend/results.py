@@ -281,6 +281,8 @@ class Parts:
 
 def _why_not_written(leaf: Any) -> str:
     """What a leaf is that captured code could use and that no replay would renew; empty for all others."""
+    if isinstance(leaf, Iterator):
+        return f"a {type(leaf).__name__}"
     if not isinstance(leaf, torch.Tensor):
         inside = () if isinstance(leaf, (torch.nn.Module, type, *PLAIN)) else gc.get_referents(leaf)
         holds = any(_holds_tensors(item, 1) for item in inside)

@@ -538,8 +538,45 @@ HIDING: dict[str, Callable[[Tensor], Any]] = {
 def test_containers_that_are_not_looked_into(make: MakeGraph, device: torch.device, name: str) -> None:
     """Tensors in a result that no replay could renew are an error, and never stale."""
     graph, x = make(), torch.randn(4, device=device)
-    with pytest.raises(CaptureError, match="with tensors in it, which cannot be written back"), capture(graph):
+    with (
+        pytest.raises(CaptureError, match=r"is a \w+( with tensors in it)?, which cannot be written back"),
+        capture(graph),
+    ):
         eager_on_graph(HIDING[name])(x + 1)
+
+
+def test_transforms(make: MakeGraph, device: torch.device) -> None:
+    """Under ``vmap`` a segment is captured as ever; a marked function, which would see no real tensor, is an error."""
+    graph, x = make(), torch.randn(4, 3, device=device)
+    with capture(graph):
+        y = marked_bend(torch.func.vmap(lambda row: row.sin() * 2)(x))
+    replays_equal(graph, lambda x: bend(x.sin() * 2), x, y)
+    with pytest.raises(CaptureError, match="bend was called under a transform") as caught, capture(graph):
+        torch.func.vmap(lambda row: marked_bend(row + 1))(x)
+    assert "lambda row" in caught.value.where
+
+
+def test_backward_in_a_segment(make: MakeGraph, device: torch.device) -> None:
+    """Without a break in between, forward and backward passes can be captured."""
+    linear = nn.Linear(4, 4).to(device)
+    for parameter in linear.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    twin = copy.deepcopy(linear)
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            model.zero_grad(set_to_none=False)
+            model(x).pow(2).sum().backward()
+        return x * 1
+
+    graph, x = make(), torch.randn(3, 4, device=device)
+    step(linear, x)  # the threads of autograd have their cuBLAS handles then
+    with capture(graph):
+        y = step(linear, x)
+    for _ in range(3):
+        replays_equal(graph, lambda x: step(twin, x), x, y, times=1)
+        for mine, theirs in zip(linear.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
 
 
 def test_objects_in_objects(make: MakeGraph, device: torch.device) -> None:
