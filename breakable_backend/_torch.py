@@ -321,6 +321,10 @@ def without_alias_check() -> Iterator[None]:
         yield
 
 
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on, for whatever device."""
+
+
 def dispatch_modes() -> list[Any]:
     """The ``TorchDispatchMode`` objects that this thread runs under, outermost first."""
     return list(_get_current_dispatch_mode_stack())

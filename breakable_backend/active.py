@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from breakable_backend import _torch
+
 in_call: ContextVar[bool] = ContextVar("breakable_backend.in_call", default=False)
 """True while a compiled function of this package runs. A call made then (by an eager step) runs plainly: it would write
 the bridges, and take the pool, that the outer call still needs."""
@@ -53,6 +55,12 @@ class Modes:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
         )
+
+    def are_current(self) -> bool:
+        """Whether they are on in this thread, now; quick, for each replay asks."""
+        if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
+            return False
+        return Modes.current() == self if self.autocast else not _torch.any_autocast_enabled()
 
     @contextmanager
     def enter(self) -> Iterator[None]:

@@ -124,8 +124,8 @@ class BreakableCUDAGraph:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
 
         Raises:
-            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; or a CUDA graph
-                capture that is not ours is active.
+            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; or it has
+                eager steps, and a CUDA graph capture that is not ours is active.
             EagerOutputError: an eager function returned what cannot take the place of its result at capture.
         """
         if (handler := active.handler.get()) is not None:
@@ -135,9 +135,9 @@ class BreakableCUDAGraph:
         if captured is None:
             raise self._failure()
         driver = captured.driver
-        if driver.is_capturing():
+        if captured.breaks and driver.is_capturing():
             raise ReplayError(
-                "a graph was replayed inside somebody else's capture, which would freeze its eager steps",
+                "a graph with eager steps was replayed inside somebody else's capture, which would freeze them",
                 where=user_line(),
                 fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
             )
@@ -156,11 +156,11 @@ class BreakableCUDAGraph:
     def _run(self, captured: _Captured, driver: CaptureDriver) -> None:
         stream = driver.begin()
         try:
-            if captured.breaks and Modes.current() != captured.modes:
+            if not captured.breaks or captured.modes.are_current():
+                captured.replay.function([], stream)
+            else:
                 with captured.modes.enter():
                     captured.replay.function([], stream)
-            else:
-                captured.replay.function([], stream)
             self.replays += 1
         finally:
             driver.end(stream)
