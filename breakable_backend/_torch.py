@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import CodeType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import sympy
@@ -224,8 +225,13 @@ def _compiled_code(compiled: Any) -> Iterator[tuple[Any, list[Any], dict[str, An
         seen.add(code)
         entries = _debug_get_cache_entry_list(code)
         yield code, entries, scope
-        for name in (name for entry in entries for name in entry.code.co_names if name.startswith("__resume_at")):
-            pending.append((scope[name].__code__, scope[name].__globals__))
+        for made in (entry.code for entry in entries):
+            # What goes on after a break is a global function. One with a closure is made at each call: of a constant
+            # (torch 2.11), or by a global function that holds its code.
+            resumed = [scope[name] for name in made.co_names if name.startswith("__resume_at")]
+            cells = [cell.cell_contents for function in resumed for cell in function.__closure__ or ()]
+            codes = [*made.co_consts, *(function.__code__ for function in resumed), *cells]
+            pending += [(code, scope) for code in codes if isinstance(code, CodeType)]
 
 
 def _unwrapped(function: Any) -> Iterator[Any]:
@@ -334,11 +340,7 @@ class Geometry(NamedTuple):
             result = torch.empty(0, dtype=self.dtype, device=self.device).set_(
                 storage, self.offset, self.shape, self.stride
             )
-            if self.conj:
-                result = result.conj()
-            if self.neg:
-                result = negated_view(result)
-        return result
+            return with_lazy_bits(result, (self.conj, self.neg))
 
 
 def address_of(tensor: torch.Tensor) -> int:
@@ -364,6 +366,23 @@ def twin_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         return from_dlpack(torch._C._to_dlpack(octets)).untyped_storage()
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for many, or for a derivative, under ``torch.func.vmap`` and its like."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def lazy_bits(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """Whether reading ``tensor`` conjugates, and negates, what is in memory."""
+    return tensor.is_conj(), tensor.is_neg()
+
+
+def with_lazy_bits(tensor: torch.Tensor, bits: tuple[bool, bool]) -> torch.Tensor:
+    """A view of ``tensor``, which has neither bit, with ``bits``."""
+    conjugated, negated = bits
+    tensor = tensor.conj() if conjugated else tensor
+    return negated_view(tensor) if negated else tensor
+
+
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:
     """A view with every value negated when it is read."""
     return torch._neg_view(tensor)
@@ -386,6 +405,15 @@ def without_alias_check() -> Iterator[None]:
             yield
     else:
         yield
+
+
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on, for whatever device."""
+
+
+def dispatch_modes() -> list[Any]:
+    """The ``TorchDispatchMode`` objects that this thread runs under, outermost first."""
+    return list(_get_current_dispatch_mode_stack())
 
 
 def dispatch_mode_active() -> bool:

@@ -7,10 +7,12 @@ ends, so eager functions see real data. What comes of it is the same :class:`Rec
 from __future__ import annotations
 
 import itertools
+import keyword
 import logging
 import operator
 import re
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -25,16 +27,16 @@ from torch import nn
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
+from breakable_backend.active import Modes
 from breakable_backend.buffers import Bridge
 from breakable_backend.compare import Checker, Witness
 from breakable_backend.difference import Tolerance
-from breakable_backend.drivers import CaptureDriver, CaptureSession
+from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
 from breakable_backend.journal import Journal
-from breakable_backend.lowering import Ambient
 from breakable_backend.marking import live_reason
 from breakable_backend.options import Options
 from breakable_backend.profiling import Marks, span, step_names
@@ -53,7 +55,7 @@ from breakable_backend.recording import (
     refuse_place,
 )
 from breakable_backend.replay import Replay, Tally, emit
-from breakable_backend.results import Parts, tensors_on
+from breakable_backend.results import Parts, fields, tensors_on
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +93,33 @@ class _Captured:
     recording: Recording
     replay: Replay
     held: list[Any]
-    """Storages that segments read, other than parameters', which are the model's."""
+    """Storages that segments read."""
     written: list[_torch.StorageWeakRef]
     """Storages from outside that segments write."""
     watched: list[weakref.ref[Any]]
+    """The parameters among what they read: they are the model's, and their storages go with them."""
+    outside: tuple[_Outside, ...]
+    """Tensors from outside that segments read."""
+    modes: Modes
+    """What a replay runs in, but for eager steps that say otherwise."""
     journal: Journal
+    compared: bool = False
+    """Whether replays are compared with eager."""
     profiled: tuple[Replay, Marks] | None = None
     """The replay with a mark before each step; made when a profiler is first active."""
 
+    def __post_init__(self) -> None:
+        self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
+
     def run(self, stream: int) -> None:
+        """Replay, between the driver's ``begin`` and ``end``."""
+        if not self.breaks or self.modes.are_current():
+            self._launch(stream)
+        else:
+            with self.modes.enter():
+                self._launch(stream)
+
+    def _launch(self, stream: int) -> None:
         if self.compared or not profiling():
             self.replay.function([], stream)
             return
@@ -109,11 +129,6 @@ class _Captured:
             self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
         replay, marks = self.profiled
         marks.run(replay.function, [], stream)
-
-    outside: tuple[_Outside, ...] = ()
-    """Tensors from outside that segments read."""
-    compared: bool = False
-    """Whether replays are compared with eager."""
 
     def check(self) -> None:
         """Raise if what segments read is not where it was when they were captured."""
@@ -170,7 +185,9 @@ class BreakableCUDAGraph:
         self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
         """Frees what was captured when the graph is dropped."""
         self._gone = ""
-        self._busy = False
+        """Why there is nothing, or will be nothing as soon as it is not in use any more."""
+        self._use = ""
+        """What is being done with it: "captured" or "replayed". Written under the driver's lock."""
         self.debug: str | None = None
         self.replays = 0
         self.record_seconds = 0.0
@@ -180,28 +197,42 @@ class BreakableCUDAGraph:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
 
         Raises:
-            ReplayError: nothing was captured, or what it reads is gone; or it is being replayed already.
+            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; or it has
+                eager steps, and a CUDA graph capture that is not ours is active.
             EagerOutputError: an eager function returned what cannot take the place of its result at capture.
         """
+        if (handler := active.handler.get()) is not None:
+            handler.call(Mark(self.replay, "BreakableCUDAGraph.replay", ""), (), {})
+            return
         captured = self._captured
         if captured is None:
-            raise ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
+            raise self._failure()
         driver = captured.driver
+        if captured.breaks and driver.is_capturing():
+            raise ReplayError(
+                "a graph with eager steps was replayed inside somebody else's capture, which would freeze them",
+                where=user_line(),
+                fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
+            )
         with driver.lock:
-            if self._busy:
-                raise ReplayError(
-                    "the graph is being replayed already", fix="an eager step cannot replay its own graph"
-                )
-            self._busy = True
-            stream = driver.begin()
+            self._begin_use("replayed", ReplayError)
             try:
-                self.run(stream)
-                self.replays += 1
+                # Before the lock was ours, another thread may have reset it, or captured anew.
+                changed = self._captured is not captured
+                if not changed:
+                    self._run(captured, driver)
             finally:
-                driver.end(stream)
-                self._busy = False
-                if self._gone:
-                    self.reset()
+                self._end_use()
+        if changed:
+            self.replay()
+
+    def _run(self, captured: _Captured, driver: CaptureDriver) -> None:
+        stream = driver.begin()
+        try:
+            captured.run(stream)
+            self.replays += 1
+        finally:
+            driver.end(stream)
 
     def run(self, stream: int) -> None:
         """What :meth:`replay` does between taking the pool and giving it back."""
@@ -209,12 +240,46 @@ class BreakableCUDAGraph:
         self._captured.run(stream)
 
     def reset(self) -> None:
-        """Free graphs and buffers; the graph can be captured again."""
+        """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
+        self._expire("nothing was captured: the graph was reset")
+
+    def _failure(self) -> ReplayError:
+        return ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
+
+    def _begin_use(self, use: str, error: type[BreakableError]) -> None:
+        if self._use:
+            what, fix = (
+                f"the graph is being {self._use} already",
+                "an eager step neither replays nor captures its own graph",
+            )
+            twice = error(what, where=user_line(), fix=fix)
+            raise twice
+        self._use = use
+
+    def _end_use(self) -> None:
+        self._use = ""
+        if self._gone:
+            self._free()
+
+    def _free(self) -> None:
         self._captured = None
         if self._release is not None:
             self._release()
             self._release = None
             self.journal.tell(f"released{f': {self._gone}' if self._gone else ''}")
+
+    def _expire(self, why: str) -> None:
+        # Other threads do the same in this order, and _end_use in the opposite one: somebody frees it.
+        self._gone = why
+        if not self._use:
+            self._free()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CaptureError(
+            "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses",
+            where=user_line(),
+            fix="make a new one, and capture into that",
+        )
 
     def pool(self) -> Pool:
         """The pool, for ``BreakableCUDAGraph(pool=...)``."""
@@ -273,11 +338,6 @@ class BreakableCUDAGraph:
         self._release = weakref.finalize(self, captured.release)
         self._release.atexit = False
 
-    def _expire(self, what: str) -> None:
-        self._gone = f"{what} died, which the graph reads; the graph was released"
-        if not self._busy:
-            self.reset()
-
 
 _numbers = itertools.count()
 
@@ -334,7 +394,9 @@ class capture:
     def __enter__(self) -> BreakableCUDAGraph:
         if active.handler.get() is not None:
             raise CaptureError("a capture was begun inside a capture", where=user_line(), fix="captures do not nest")
-        self.graph.reset()
+        if any(isinstance(mode, _Watcher) and mode.door.capturing for mode in _torch.dispatch_modes()):
+            error = _other_context(user_line())
+            raise error
         driver = self.graph._made_driver()
         if self.options.debug == "eager":
             driver = TapeDriver(driver.device)
@@ -385,7 +447,7 @@ class _Watcher(_torch.TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
+        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes."""
         return True
 
     def __torch_dispatch__(
@@ -422,11 +484,16 @@ class _Door:
     failed: BaseException | None = None
     capturing: bool = False
     started: float = field(default_factory=time.perf_counter)
+    thread: int = field(default_factory=threading.get_ident)
 
     def open(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self.driver.lock)
             stack.enter_context(span(f"{self.graph.journal.name}: capture"))
+            self.graph._begin_use("captured", CaptureError)
+            stack.callback(self.graph._end_use)
+            self.graph._free()
+            self.modes = replace(Modes.current(), autocast=(), grad=False)
             self.stream = self.driver.begin()
             stack.callback(self.driver.end, self.stream)
             stack.enter_context(self.driver.recording())
@@ -447,11 +514,11 @@ class _Door:
                     kept = True
                 elif self.capturing:
                     self.capturing = False
-                    if (
-                        self.session.abandon()
-                        and isinstance(error, Exception)
-                        and not isinstance(error, BreakableError)
-                    ):
+                    spoilt = self.session.abandon()
+                    if isinstance(error, CaptureError) and not error.where:
+                        error = _placed(error, user_line(error.__traceback__))
+                        raise error
+                    if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
                         where = user_line(error.__traceback__)
                         raise CaptureError(_says(error), where=where, fix=FIX) from error
         finally:
@@ -473,8 +540,9 @@ class _Door:
         checker = Checker(recording, self.witness, self.tolerance) if self.witness is not None else None
         replay = emit(recording if checker is None else checker.recording, name=f"{journal.name} replay")
         outside = tuple(self.outside.values())
-        captured = _Captured(self.driver, recording, replay, [self.held], written, [], journal, outside=outside)
-        captured.compared = checker is not None
+        captured = _Captured(
+            self.driver, recording, replay, [self.held], written, [], outside, self.modes, journal, checker is not None
+        )
         captured.replay = _checked_once(captured) if checker is None else _compared(captured, checker)
         me = weakref.ref(self.graph)
         for parameter in self.parameters.values():
@@ -482,7 +550,7 @@ class _Door:
 
             def died(_: Any, what: str = what) -> None:
                 if (graph := me()) is not None and not sys.is_finalizing():
-                    graph._expire(what)
+                    graph._expire(f"{what} died, which the graph reads; the graph was released")
 
             captured.watched.append(weakref.ref(parameter, died))
         self.graph._take(captured)
@@ -502,7 +570,8 @@ class _Door:
             graph = self.session.end()
         except CaptureError as error:
             self.failed = error
-            raise CaptureError(error.what, where=error.where or user_line(), fix=error.fix or FIX) from error.__cause__
+            placed = _placed(error, error.where or user_line())
+            raise placed from error.__cause__
         self.steps.append(GraphStep(graph, self.loads, ops=tuple(self.ops)))
         self.loads = ()
         self.ops.clear()
@@ -511,6 +580,9 @@ class _Door:
     def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.capturing:
             return func(*args, **kwargs)
+        if active.handler.get() is not self and threading.get_ident() == self.thread:
+            self.failed = _other_context(user_line())  # autograd's threads have no context, and belong to the body
+            raise self.failed
         if found := live_reason(func, args, kwargs, self.driver.device):
             if found.refused:
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
@@ -543,14 +615,14 @@ class _Door:
         if key in self.made:
             if self.made[key][1] != len(self.steps):
                 self.held[key] = tensor.untyped_storage()  # it crosses a break: nobody else may have its memory
-        elif isinstance(tensor, nn.Parameter):
-            self.parameters[key] = tensor
-        elif key not in self.parameters:
+        else:
             self.held[key] = tensor.untyped_storage()
+            if isinstance(tensor, nn.Parameter):
+                self.parameters[key] = tensor
 
     def _makes(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
-        if key not in self.made and key not in self.held and key not in self.parameters:
+        if key not in self.made and key not in self.held:
             self.made[key] = (_torch.StorageWeakRef(tensor.untyped_storage()), len(self.steps))
 
     # breaks
@@ -559,6 +631,12 @@ class _Door:
         """Run a marked function as an eager step."""
         if not self.capturing:
             return mark.function(*args, **kwargs)
+        if any(isinstance(leaf, torch.Tensor) and _torch.is_transformed(leaf) for _, leaf in fields((args, kwargs))):
+            raise CaptureError(
+                f"{mark.name} was called under a transform of torch.func, inside a capture",
+                where=user_line(),
+                fix="call it outside of vmap and its like, on tensors",
+            )
         reason = Reason("marked", "marked by eager_on_graph", mark.name, user_line())
         return self._break(mark.function, mark.name, reason, args, kwargs, mark)
 
@@ -572,6 +650,10 @@ class _Door:
         mark: Mark | None = None,
     ) -> Any:
         self._end()
+        # Before the call, which may change the containers and objects that it is given.
+        given = pytree.tree_flatten((args, dict(kwargs)))
+        known = {key for key, (ref, _) in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
+        known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
         token = active.handler.set(None)
         try:
             if mark is not None and mark.barrier is not None:
@@ -586,19 +668,20 @@ class _Door:
         finally:
             active.handler.reset(token)
         try:
-            if mark is not None and any(tensor.requires_grad for tensor in tensors_on(self.driver.device, result)):
+            if (
+                mark is not None
+                and torch.is_grad_enabled()
+                and any(tensor.requires_grad for tensor in tensors_on(self.driver.device, result))
+            ):
                 raise CaptureError(
                     f"the result of {name} needs gradients, which do not pass a break",
                     where=reason.source,
                     fix="capture under torch.no_grad(), or compile with torch.compile, where they pass",
                 )
-            known = {key for key, (ref, _) in self.made.items() if _torch.live_storage(ref) is not None}
-            known |= {*self.held, *self.parameters}
-            known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
             parts = Parts.of(
                 result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
             )
-            returned = self._note(function, name, reason, args, kwargs, parts, result)
+            returned = self._note(function, name, reason, given, parts, result)
             self._begin()
         except BaseException as error:
             self.failed = error
@@ -610,22 +693,23 @@ class _Door:
         function: Callable[..., Any],
         name: str,
         reason: Reason,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        flat: tuple[list[Any], pytree.TreeSpec],
         parts: Parts,
         result: Any,
     ) -> Any:
         """Write the eager step down; returns the result as captured code may use it: on bridges."""
         base = re.sub(r"\W+", "_", re.split(r"::|\.", name)[-1]).strip("_") + f"_{len(self.steps)}"
         calls: list[Call] = []
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves, spec = flat
         slots = [self._argument(leaf, f"{base}_argument_{number}", calls) for number, leaf in enumerate(leaves)]
         given: tuple[Any, ...] = pytree.tree_unflatten(slots, spec)
-        if _is_plain((args, dict(kwargs))):
-            calls.append(Call(base, function, tuple(given[0]), given[1], name, reason.source, ambient=_ambient()))
+        modes = Modes.current()
+        ambient = modes if modes != self.modes else None
+        if _is_plain(given) and all(map(_is_name, given[1])):
+            calls.append(Call(base, function, tuple(given[0]), given[1], name, reason.source, ambient=ambient))
         else:
             packed = _Packed(function, spec)
-            calls.append(Call(base, packed, tuple(slots), {}, name, reason.source, ambient=_ambient()))
+            calls.append(Call(base, packed, tuple(slots), {}, name, reason.source, ambient=ambient))
         fresh = parts.fresh(result)
         if not parts.is_trivial:
             calls.append(Call(f"{base}_parts", parts.check, (Slot(base),), {}, "check"))
@@ -705,6 +789,10 @@ class _Alive:
         return value
 
 
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text)
+
+
 def _is_plain(tree: Any) -> bool:
     if type(tree) in (tuple, list):
         return all(map(_is_plain, tree))
@@ -713,15 +801,17 @@ def _is_plain(tree: Any) -> bool:
     return bool(pytree.tree_structure(tree).is_leaf())
 
 
-def _ambient() -> Ambient | None:
-    """Autocast and grad mode here, where they are not what a replay runs in."""
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
+def _placed(error: CaptureError, where: str) -> CaptureError:
+    """A driver's error, with the user's line, and with what to do at this door."""
+    return CaptureError(error.what, where=where, fix=FIX if error.fix in ("", tape.FIX) else error.fix)
+
+
+def _other_context(where: str) -> CaptureError:
+    return CaptureError(
+        "code of another context (a task of asyncio?) ran while a capture was under way in this thread",
+        where=where,
+        fix="do not await inside of a capture",
     )
-    grad = torch.is_grad_enabled()
-    return Ambient(autocast, grad) if autocast or grad else None
 
 
 def _op_label(func: Any) -> str:

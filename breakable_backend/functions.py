@@ -227,7 +227,7 @@ def _put_together(structure: Structure, tensors: Any, ints: Any, floats: Any, ar
     if kind == "dict":
         return dict(zip(structure[1], items))  # noqa: B905 - Dynamo traces this
     if kind == "named":
-        return structure[1](*items)
+        return tuple.__new__(structure[1], items)  # calling it needs a guard, and a result's class has no source
     return structure[1](**dict(zip(structure[2], items)))  # noqa: B905
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.fx.traceback import annotate
+from torch.fx.traceback import annotate, get_current_meta
 
 from breakable_backend import _torch, functions
 from breakable_backend._torch import pytree
@@ -68,8 +68,8 @@ def eager_region() -> AbstractContextManager[None]:
     ...         y = x.sort().values
     ...     return y + 1
 
-    Every ATen op that the block is traced to runs on its own at each call. Outside ``torch.compile`` the block runs
-    as if it were not marked.
+    Every ATen op that the block is traced to runs on its own at each call; under ``capture`` each op of the block is an
+    eager step. Elsewhere the block runs as if it were not marked.
     """
     return annotate({REGION_KEY: True})
 
@@ -401,7 +401,16 @@ class LiveReason:
 
 
 def live_reason(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:
-    """Why ``op``, called with real tensors, cannot be captured on ``device``; None if it can be."""
+    """Why ``op``, called with real tensors, is not captured on ``device``; None if it can be."""
+    found = _live_rule(op, args, kwargs, device)
+    if found is None and REGION_KEY in get_current_meta().get("custom", {}) and not op.is_view:
+        on_device = any(tensor.device == device for tensor in tensors_of((args, kwargs)))
+        if on_device or _goes_to(op, args, kwargs, device):
+            return LiveReason("region", "inside eager_region", str(op._schema.name))
+    return found
+
+
+def _live_rule(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:
     if not isinstance(op, _torch.OpOverload):
         return LiveReason("higher_order", "decides on the host what to run", str(op))
     name = str(op._schema.name)

@@ -30,6 +30,8 @@ BUSY = 0.9
 """Share of a call in which the GPU works, from which on launches are not what the call waits for."""
 OUTSIDE = 0.1
 """Share of a call's host time from which on what goes on around the replay is worth a word."""
+SMALL = 8
+"""Ops: longer segments are no small ones."""
 LOOPS = 15
 BURST = 5
 """Calls issued to an idle GPU, so that none of their launches waits for room in the queue."""
@@ -612,7 +614,10 @@ def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: flo
     losing = [
         (timed.host_us - per_op * _num_ops(step), step.segment.num_kernels)
         for step, timed in zip(recording.steps, steps, strict=True)
-        if isinstance(step, GraphStep) and step.segment is not None and timed.host_us > per_op * _num_ops(step)
+        if isinstance(step, GraphStep)
+        and step.segment is not None
+        and step.segment.num_kernels <= SMALL
+        and timed.host_us > per_op * _num_ops(step)
     ]
     if losing:
         saved, largest = sum(gain for gain, _ in losing), max(kernels for _, kernels in losing)

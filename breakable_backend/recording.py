@@ -71,7 +71,7 @@ class Call:
     source: str = ""
     spec: TensorSpec | None = None
     """What the result must look like; None if it is no tensor, or of a size known only at run time."""
-    ambient: Ambient | None = None
+    ambient: Ambient | active.Modes | None = None
 
 
 @dataclass(frozen=True)

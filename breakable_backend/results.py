@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,24 @@ def _children(value: Any) -> Mapping[str, Any] | None:
     leaves, spec = pytree.tree_flatten(value)
     if not spec.is_leaf():
         return {f"<{number}>": leaf for number, leaf in enumerate(leaves)}
+    return {f".{name}": item for name, item in _attributes(value).items() if _holds_tensors(item)} or None
+
+
+def _attributes(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object, as far as they are looked at."""
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(value, torch.nn.Module) and not callable(value):
-        tensors = {f".{name}": item for name, item in attributes.items() if isinstance(item, torch.Tensor)}
-        return tensors or None
-    return None
+    skipped = isinstance(value, (torch.Tensor, torch.nn.Module, type, *PLAIN)) or callable(value)
+    return attributes if isinstance(attributes, dict) and not skipped else {}
+
+
+def _holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Whether there are tensors in ``value``, no deeper than ``depth`` containers and objects."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0:
+        return False
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(_holds_tensors(item, depth - 1) for item in (*inside, *_attributes(value).values()))
 
 
 def _with_children(value: Any, made: Sequence[Any]) -> Any:
@@ -89,7 +103,7 @@ def _with_children(value: Any, made: Sequence[Any]) -> Any:
     if not spec.is_leaf():
         return pytree.tree_unflatten(list(made), spec)
     twin = copy.copy(value)
-    names = [name for name, item in vars(value).items() if isinstance(item, torch.Tensor)]
+    names = [name for name, item in _attributes(value).items() if _holds_tensors(item)]
     twin.__dict__.update(zip(names, made, strict=True))
     return twin
 
@@ -106,6 +120,8 @@ class _Leaf:
     """Which fresh storage the tensor lies in; -1 for one that stays where it is."""
     offset: int = 0
     """Bytes from the group's first."""
+    bits: tuple[bool, bool] = (False, False)
+    """Whether a tensor is lazily conjugated, and negated."""
 
 
 @dataclass(frozen=True)
@@ -137,17 +153,17 @@ class Parts:
         """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases.
 
         Raises:
-            CaptureError: a sparse tensor, which has no storage to write to.
+            CaptureError: a sparse tensor, a wrapper of tensors, or a container that is not looked into.
         """
         known = set(known)
         by_storage: dict[int, list[int]] = {}
         found = list(fields(result))
         for position, (path, leaf) in enumerate(found):
-            if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided:
+            if why := _why_not_written(leaf):
                 raise CaptureError(
-                    f"{name}: {f'field {path} of its' if path else 'its'} result is a sparse tensor, which cannot be written back",
+                    f"{name}: {f'field {path} of its' if path else 'its'} result is {why}, which cannot be written back",
                     where=source,
-                    fix="return its parts (indices, values), or a dense tensor",
+                    fix="return dense tensors, in tuples, lists, dicts, dataclasses or attributes of objects",
                 )
             if isinstance(leaf, torch.Tensor) and leaf.device == device and _torch.storage_key(leaf) not in known:
                 by_storage.setdefault(_torch.storage_key(leaf), []).append(position)
@@ -162,7 +178,7 @@ class Parts:
             value: Any = leaf.data_ptr() if leaf.device == device else leaf.clone()
             span = spans[group] if group >= 0 else None
             offset = _byte_offset(leaf) - span.start if span is not None else 0
-            leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset))
+            leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
         return cls(name, source, tuple(leaves), tuple(map(tuple, by_storage.values())), spans, host_only)
 
     @property
@@ -193,10 +209,12 @@ class Parts:
                 return value
             place = places[leaf.group]
             if self.spans[leaf.group] is None:
-                return place
+                return place if type(value) in (torch.Tensor, torch.nn.Parameter) else place.as_subclass(type(value))
             view = torch.empty(0, dtype=value.dtype, device=value.device)
             offset = leaf.offset // value.element_size()
-            return view.set_(place.untyped_storage(), offset, value.shape, value.stride())
+            return _torch.with_lazy_bits(
+                view.set_(place.untyped_storage(), offset, value.shape, value.stride()), leaf.bits
+            )
 
         return replaced(result, change)
 
@@ -234,8 +252,12 @@ class Parts:
         if isinstance(leaf.value, torch.Tensor):
             if not (self.host_only or torch.equal(value, leaf.value)):
                 raise self._failure(path, "has other values on the host", "frozen there")
-        elif leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
+            return
+        if leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
             raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
+        is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # all others are copied by value
+        if is_view and _torch.lazy_bits(value) != leaf.bits:
+            raise self._failure(path, "is lazily conjugated or negated otherwise", "as a view of the same memory")
 
     def _check_group(self, group: tuple[int, ...], span: _Span, found: Sequence[tuple[str, Any]]) -> None:
         base = found[span.first][1]
@@ -255,6 +277,21 @@ class Parts:
             where=self.source,
             fix="return the same structure at each call, or capture again; host_only=True allows other plain values",
         )
+
+
+def _why_not_written(leaf: Any) -> str:
+    """What a leaf is that captured code could use and that no replay would renew; empty for all others."""
+    if isinstance(leaf, Iterator):
+        return f"a {type(leaf).__name__}"
+    if not isinstance(leaf, torch.Tensor):
+        inside = () if isinstance(leaf, (torch.nn.Module, type, *PLAIN)) else gc.get_referents(leaf)
+        holds = any(_holds_tensors(item, 1) for item in inside)
+        return f"a {type(leaf).__name__} with tensors in it" if holds else ""
+    if leaf.layout is not torch.strided:
+        return "a sparse tensor"
+    if type(leaf).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a tensor of the class {type(leaf).__name__}, which wraps others"
+    return ""
 
 
 def _is_same(value: Any, recorded: Any) -> bool:

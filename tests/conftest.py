@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import breakable_backend
+from breakable_backend import BreakableCUDAGraph
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
@@ -64,3 +65,27 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def options(device: torch.device) -> dict[str, Any]:
     """The options for :func:`torch.compile` on ``device``."""
     return {"driver": "cuda" if device.type == "cuda" else "tape"}
+
+
+@pytest.fixture
+def kind(device: torch.device) -> str:
+    """The name of the driver for ``device``."""
+    return "cuda" if device.type == "cuda" else "tape"
+
+
+@pytest.fixture
+def make(kind: str) -> Iterator[Callable[..., BreakableCUDAGraph]]:
+    """Makes graphs for ``capture``, and checks at the end that no block of their pools is left."""
+    made: list[BreakableCUDAGraph] = []
+
+    def graph(**arguments: Any) -> BreakableCUDAGraph:
+        made.append(BreakableCUDAGraph(driver=kind, **arguments))
+        return made[-1]
+
+    yield graph
+    drivers = [graph._driver for graph in made if graph._driver is not None]
+    for graph in made:
+        graph.reset()
+    gc.collect()
+    assert [driver.live_blocks() for driver in drivers] == [0] * len(drivers)
+    assert [driver.pool_bytes() for driver in drivers] == [0] * len(drivers)

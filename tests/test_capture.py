@@ -5,7 +5,9 @@ Lines of the contract (docs/design.md) that hold at this door: 2, 3, 5, 6 and 8 
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
+import functools
 import gc
 import math
 import threading
@@ -17,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import breakable_backend
 import silly
 from breakable_backend import (
     BreakableCUDAGraph,
@@ -24,6 +27,7 @@ from breakable_backend import (
     EagerOutputError,
     OptionsError,
     ReplayError,
+    _torch,
     break_graph,
     capture,
     eager_on_graph,
@@ -33,7 +37,8 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
-from breakable_backend.recording import EagerStep, GraphStep
+from breakable_backend.recording import EagerStep
+from doors import replays_equal, shape_of
 
 MakeGraph = Callable[..., BreakableCUDAGraph]
 
@@ -43,46 +48,6 @@ def no_grad() -> Iterator[None]:
     """Captures for inference, but where a test says otherwise."""
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def kind(device: torch.device) -> str:
-    return "cuda" if device.type == "cuda" else "tape"
-
-
-@pytest.fixture
-def make(kind: str) -> Iterator[MakeGraph]:
-    """Makes graphs, and checks at the end that no block of their pools is left."""
-    made: list[BreakableCUDAGraph] = []
-
-    def graph(**arguments: Any) -> BreakableCUDAGraph:
-        made.append(BreakableCUDAGraph(driver=kind, **arguments))
-        return made[-1]
-
-    yield graph
-    drivers = [graph._driver for graph in made if graph._driver is not None]
-    for graph in made:
-        graph.reset()
-    gc.collect()
-    assert [driver.live_blocks() for driver in drivers] == [0] * len(drivers)
-    assert [driver.pool_bytes() for driver in drivers] == [0] * len(drivers)
-
-
-def shape_of(graph: BreakableCUDAGraph) -> str:
-    """The steps as letters: ``GEG`` is a segment, an eager step, a segment."""
-    assert graph.recording is not None
-    return "".join("G" if isinstance(step, GraphStep) else "E" for step in graph.recording.steps)
-
-
-def replays_equal(
-    graph: BreakableCUDAGraph, body: Callable[[Tensor], Any], x: Tensor, result: Any, times: int = 3
-) -> None:
-    """After new values in ``x``, ``graph.replay()`` brings ``result`` to what ``body`` gives, bit for bit."""
-    for _ in range(times):
-        x.copy_(torch.randn_like(x))
-        want = body(x.clone())
-        graph.replay()
-        assert torch.equal(result, want)
 
 
 def bend(x: Tensor) -> Tensor:
@@ -105,137 +70,7 @@ def test_no_break(make: MakeGraph, device: torch.device) -> None:
     assert shape_of(graph) == "G"
     replays_equal(graph, lambda x: x.sin() + 1, x, y)
     assert repr(graph) == "BreakableCUDAGraph(1 segments, 0 eager steps, 3 replays)"
-
-
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_one_break(make: MakeGraph, device: torch.device, where: str) -> None:
-    """A break is an eager step between two segments, wherever it stands, and the function runs once a replay."""
-    calls = []
-
-    @eager_on_graph
-    def counted(x: Tensor) -> Tensor:
-        calls.append(x.sum().item())
-        return bend(x)
-
-    bodies = {
-        "first": lambda x: counted(x) + 1,
-        "middle": lambda x: counted(x + 1) - 1,
-        "last": lambda x: counted(x + 1),
-    }
-    body = bodies[where]
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = body(x)
-    assert len(calls) == 1  # the body of the with statement ran once, on real data
-    assert torch.equal(y, body(x))
-    assert shape_of(graph) == "GEG"
-    for number in range(3):
-        x.copy_(torch.full_like(x, number - 1.5))
-        calls.clear()
-        graph.replay()
-        assert len(calls) == 1
-        assert torch.equal(y, body(x))
-
-
-def test_breaks_in_a_chain(make: MakeGraph, device: torch.device) -> None:
-    """Several breaks, of which two stand side by side, keep their order."""
-
-    def body(x: Tensor) -> Tensor:
-        x = marked_bend(x.cos())
-        x = marked_bend(marked_bend(x + 1))
-        return marked_bend(x * 3) - 1
-
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = body(x)
-    assert shape_of(graph) == "GEGEGEGEG"  # 4 marked calls
-    replays_equal(graph, body, x, y)
-
-
-def test_real_data_while_capturing(make: MakeGraph, device: torch.device) -> None:
-    """An eager function sees what eager would show it, at capture already."""
-    seen: list[float] = []
-
-    @eager_on_graph
-    def look(x: Tensor) -> None:
-        seen.append(x.sum().item())
-
-    graph, x = make(), torch.ones(4, device=device)
-    with capture(graph):
-        look(x + 1)
-        y = (x + 1) * 2
-        look(y)
-    assert seen == [8.0, 16.0]
-    x.fill_(0)
-    graph.replay()
-    assert seen == [8.0, 16.0, 4.0, 8.0]
-
-
-def test_order_of_mutation(make: MakeGraph, device: torch.device) -> None:
-    """Line 2: in-place writes of segments and of eager functions happen in program order, at every replay."""
-
-    @eager_on_graph
-    def append(cache: Tensor, x: Tensor) -> None:
-        cache[int(cache[0].item()) + 1] = x.sum()
-        cache[0] += 1
-
-    def body(cache: Tensor, x: Tensor) -> Tensor:
-        cache.mul_(2)
-        cache[0] /= 2
-        append(cache, x)
-        append(cache, x + cache[1])
-        return cache * 1
-
-    graph, x, cache = make(), torch.ones(2, device=device), torch.zeros(12, device=device)
-    mirror = cache.clone()
-    with capture(graph):
-        y = body(cache, x)
-    body(mirror, x)
-    assert torch.equal(cache, mirror)
-    for number in range(3):
-        x.fill_(number)
-        graph.replay()
-        want = body(mirror, x)
-        assert torch.equal(cache, mirror) and torch.equal(y, want)
-
-
-def test_random_numbers(make: MakeGraph, device: torch.device) -> None:
-    """Line 6: from the same seed the same numbers as in eager, in segments and in eager functions."""
-
-    @eager_on_graph
-    def noisy(x: Tensor) -> Tensor:
-        return bend(x) + torch.rand_like(x)
-
-    def body(x: Tensor) -> Tensor:
-        return noisy(x + torch.rand_like(x)) + torch.rand_like(x)
-
-    graph, x = make(), torch.randn(4, device=device)
-    torch.manual_seed(1)
-    with capture(graph):
-        y = body(x)
-    after = torch.rand(3, device=device)
-    torch.manual_seed(1)
-    assert torch.equal(y, body(x))
-    assert torch.equal(after, torch.rand(3, device=device))
-    for seed in (2, 3):
-        torch.manual_seed(seed)
-        graph.replay()
-        after = torch.rand(3, device=device)
-        torch.manual_seed(seed)
-        assert torch.equal(y, body(x))
-        assert torch.equal(after, torch.rand(3, device=device))
-
-
-def test_bare_break(make: MakeGraph, device: torch.device) -> None:
-    """``break_graph`` splits a segment; outside a capture it does nothing."""
-    break_graph()
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = x + 1
-        break_graph()
-        y = y * 2
-    assert shape_of(graph) == "GEG"
-    replays_equal(graph, lambda x: (x + 1) * 2, x, y)
+    break_graph()  # outside of a capture it does nothing
 
 
 def test_is_capturing(make: MakeGraph, device: torch.device) -> None:
@@ -277,91 +112,6 @@ class Pair(NamedTuple):
 class Holder:
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores
-
-
-RESULTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
-    "tensor": (lambda x: x * 2, lambda r: r),
-    "tuple": (lambda x: (x * 2, x + 1), lambda r: r[0] - r[1]),
-    "list": (lambda x: [x * 2, [x + 1]], lambda r: r[0] - r[1][0]),
-    "dict": (lambda x: {"a": x * 2, "b": {"c": x + 1}}, lambda r: r["a"] - r["b"]["c"]),
-    "named tuple": (lambda x: Pair(x * 2, x + 1), lambda r: r.first - r.second),
-    "dataclass": (lambda x: Routed(x * 2, x.argsort(), 3), lambda r: r.weights[r.experts] * r.count),
-    "object": (lambda x: Holder(x * 2), lambda r: r.scores - 1),
-    "half a tensor": (lambda x: torch.stack([x, x * 2])[1], lambda r: r - 1),
-    "expanded": (lambda x: (x * 2)[:1].expand(4), lambda r: r + 1),
-    "other dtypes": (lambda x: (x.half(), x > 0, x.long()), lambda r: r[0].float() * r[1] + r[2]),
-    "empty": (lambda x: (x[:0] * 2, x * 2), lambda r: r[1] + r[0].sum()),
-}
-
-
-@pytest.mark.parametrize("name", RESULTS)
-def test_structures(make: MakeGraph, device: torch.device, name: str) -> None:
-    """Results in any structure are written back at each replay."""
-    function, use = RESULTS[name]
-    marked = eager_on_graph(function)
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = use(marked(x + 1))
-    assert shape_of(graph) == "GEG"
-    assert torch.equal(y, use(function(x + 1)))
-    replays_equal(graph, lambda x: use(function(x + 1)), x, y)
-
-
-def test_aliases_among_results(make: MakeGraph, device: torch.device) -> None:
-    """Results that share memory share it for the captured code too: a write through one is seen through the others."""
-
-    @eager_on_graph
-    def halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        whole = bend(x)
-        return whole, whole[2:], whole.view(torch.int32)
-
-    def body(x: Tensor) -> Tensor:
-        whole, tail, bits = halves(x)
-        tail.mul_(3)
-        return whole + bits % 2
-
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = body(x)
-    assert torch.equal(y, body(x))
-    replays_equal(graph, body, x, y)
-
-
-def test_result_that_is_an_argument(make: MakeGraph, device: torch.device) -> None:
-    """Line 5: a result that is, or views, an argument is that argument's alias."""
-
-    @eager_on_graph
-    def touch(x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.sum() > 0:
-            x.neg_()
-        return x, x[1:]
-
-    def body(x: Tensor) -> Tensor:
-        inner = x + 1
-        same, view = touch(inner)
-        view.mul_(2)
-        assert same is inner
-        return inner - same * 3
-
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = body(x)
-    replays_equal(graph, body, x, y)
-
-
-def test_result_that_is_an_input(make: MakeGraph, device: torch.device) -> None:
-    """A result that is a tensor from outside is that tensor: what captured code writes there, the caller sees."""
-
-    @eager_on_graph
-    def same(x: Tensor) -> Tensor:
-        return x
-
-    graph, x, cache = make(), torch.ones(4, device=device), torch.zeros(4, device=device)
-    with capture(graph):
-        same(cache).add_(x)
-    for _ in range(2):
-        graph.replay()
-    assert torch.equal(cache, torch.full_like(cache, 3))
 
 
 def test_function_that_keeps_its_result(make: MakeGraph, device: torch.device) -> None:
@@ -482,20 +232,6 @@ def test_methods(make: MakeGraph, device: torch.device) -> None:
     assert torch.equal(Router.route.run_eager(router, x, scale=1.0, extra={"bias": x}), bend(router.gate(x)) + x)
 
 
-def test_marked_inside_marked(make: MakeGraph, device: torch.device) -> None:
-    """A marked function that another one calls runs inline in its break."""
-
-    @eager_on_graph
-    def outer(x: Tensor) -> Tensor:
-        return marked_bend(x) + 1
-
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = outer(x + 1)
-    assert shape_of(graph) == "GEG"
-    replays_equal(graph, lambda x: bend(x + 1) + 1, x, y)
-
-
 def test_enable(device: torch.device) -> None:
     """``enable=False`` returns the function itself; outside a capture a marked function is the function."""
     assert eager_on_graph(enable=False)(bend) is bend
@@ -504,45 +240,6 @@ def test_enable(device: torch.device) -> None:
     assert marked_bend.__name__ == "bend"
     with pytest.raises(OptionsError, match="marks functions"):
         eager_on_graph(3)  # type: ignore[type-var]
-
-
-def test_stub_and_barrier(make: MakeGraph, device: torch.device) -> None:
-    """While capturing, the barrier comes first and the stub runs in the function's place; a replay runs the function."""
-    log = []
-
-    @eager_on_graph(capture_stub=lambda x: log.append("stub") or x * 0, barrier=lambda: log.append("barrier"))
-    def slow(x: Tensor) -> Tensor:
-        log.append("body")
-        return bend(x)
-
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = slow(x + 1) + 1
-    assert log == ["barrier", "stub"]
-    assert torch.equal(y, torch.ones_like(y))
-    replays_equal(graph, lambda x: bend(x + 1) + 1, x, y, times=1)
-    assert log == ["barrier", "stub", "body"]
-
-
-def test_autocast(make: MakeGraph, device: torch.device) -> None:
-    """Line 7: an eager function runs under the autocast of its place, at replay too."""
-    dtypes = []
-    weight = torch.randn(4, 4, device=device)
-
-    @eager_on_graph
-    def project(x: Tensor) -> Tensor:
-        y = x @ weight
-        dtypes.append(y.dtype)
-        return y.float()
-
-    graph, x = make(), torch.randn(4, 4, device=device)
-    with capture(graph):
-        a = project(x)
-        with torch.autocast(device.type, torch.bfloat16):
-            b = project(x)
-    graph.replay()
-    assert dtypes == [torch.float32, torch.bfloat16] * 2
-    assert not torch.equal(a, b)
 
 
 # --- marked ops and rules -----------------------------------------------------------------------------------------------
@@ -639,9 +336,69 @@ def test_compiled_function_inside(make: MakeGraph, device: torch.device, options
         y = compiled(x + 1) - 1
     replays_equal(graph, lambda x: body(x + 1) - 1, x, y)
     compiled_ran = any(program.plain_calls.get("called inside capture") for program in explain(compiled).programs)
-    # Uncompiled, as under torch 2.11, the region says nothing and the tag still does.
-    assert shape_of(graph) == ("GEGEG" if compiled_ran else "GEG")
-    assert compiled_ran or torch.__version__ < "2.12"
+    # A Dynamo that runs nothing compiled under a dispatch mode leaves the function as it is: each op of the region is
+    # an eager step then.
+    assert shape_of(graph) == ("GEGEG" if compiled_ran else "GEGEGEG")
+    assert compiled_ran or not hasattr(_torch.TorchDispatchMode, "ignore_compile_internals")
+
+
+def test_region(make: MakeGraph, device: torch.device) -> None:
+    """Under ``eager_region`` each op that launches something is an eager step, and a host read is an error as elsewhere."""
+
+    def body(x: Tensor) -> Tensor:
+        x = x + 1
+        with eager_region():
+            x = x.sin().view(2, 2).cos()
+        return x.view(4) * 2
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = body(x)
+    assert shape_of(graph) == "GEGEG"
+    assert [reason.text for reason in explain(graph).programs[0].reasons] == ["inside eager_region"] * 2
+    replays_equal(graph, body, x, y)
+    with pytest.raises(CaptureError, match="reads a value"), capture(graph), eager_region():
+        x.sum().item()
+
+
+def test_marked_for_the_prototype_too(make: MakeGraph, device: torch.device) -> None:
+    """A function marked for PyTorch's prototype, which calls it as it is outside of its own capture, can be marked here too."""
+    in_prototype = contextvars.ContextVar("in_prototype", default=False)
+    breaks = []
+
+    def no_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Stands for the prototype's decorator."""
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if in_prototype.get():
+                breaks.append(function)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    x = torch.randn(4, device=device)
+    both = eager_on_graph(no_graph(bend))
+    for function in (both, no_graph(marked_bend)):
+        graph = make()
+        with capture(graph):
+            y = function(x + 1) * 2
+        assert shape_of(graph) == "GEG"
+        replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
+        assert breaks == []
+        in_prototype.set(True)
+        assert torch.equal(function(x), bend(x))  # outside of our capture it is the prototype's
+        in_prototype.set(False)
+        assert len(breaks) == 1
+        breaks.clear()
+    with pytest.raises(CaptureError, match="reads a value"), capture(make()):
+        no_graph(bend)(x + 1)  # marked for the prototype alone: no mark here, and an error instead of a frozen branch
+
+
+def test_names_of_the_prototype() -> None:
+    """No name here is one of the prototype's functions: what looks the same would mean less there."""
+    theirs = {"breakable_graph", "no_graph", "force_no_graph", "is_in_breakable_graph"}
+    assert not theirs & set(dir(breakable_backend))
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------------
@@ -944,17 +701,6 @@ def test_threads(make: MakeGraph, device: torch.device) -> None:
 
 
 # --- the everything-eager debug mode ----------------------------------------------------------------------------------------
-
-
-def test_debug_eager(make: MakeGraph, device: torch.device) -> None:
-    """With ``debug="eager"`` the same steps are there, and ops are issued one by one."""
-    graph, x = make(), torch.randn(4, device=device)
-    with capture(graph, debug="eager"):
-        y = marked_bend(x + 1) * 2
-    assert shape_of(graph) == "GEG"
-    replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
-    assert graph.debug == "eager"
-    assert "debug" in str(explain(graph))
 
 
 # --- report -----------------------------------------------------------------------------------------------------------------

@@ -521,6 +521,104 @@ def test_training_is_said_once(unsaid: None) -> None:
     ]
 
 
+# --- the second door ------------------------------------------------------------------------------------------------------------
+
+DOOR: dict[str, tuple[str, str]] = {
+    "in a capture": (
+        "with capture(graph):\n        pass",
+        "a capture was begun inside a capture\n  at model.py:7 in f: with capture(graph):\n  captures do not nest",
+    ),
+    "in use": (
+        "eager_on_graph(lambda: capture(graph).__enter__())()",
+        (
+            "the graph is being captured already\n"
+            "  at model.py:7 in <lambda>: eager_on_graph(lambda: capture(graph).__enter__())()\n"
+            "  an eager step neither replays nor captures its own graph"
+        ),
+    ),
+    "another context": (
+        "contextvars.Context().run(torch.sin, x)",
+        (
+            "code of another context (a task of asyncio?) ran while a capture was under way in this thread\n"
+            "  at model.py:7 in f: contextvars.Context().run(torch.sin, x)\n"
+            "  do not await inside of a capture"
+        ),
+    ),
+    "copied": (
+        "copy.copy(graph)",
+        (
+            "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses\n"
+            "  at model.py:7 in f: copy.copy(graph)\n"
+            "  make a new one, and capture into that"
+        ),
+    ),
+    "transform": (
+        "torch.func.vmap(eager_on_graph(lambda x: x + 1))(x)",
+        (
+            "f.<locals>.<lambda> was called under a transform of torch.func, inside a capture\n"
+            "  at model.py:7 in f: torch.func.vmap(eager_on_graph(lambda x: x + 1))(x)\n"
+            "  call it outside of vmap and its like, on tensors"
+        ),
+    ),
+    "set": (
+        "eager_on_graph(lambda x: [{x + 1}])(x)",
+        (
+            "f.<locals>.<lambda>: field [0] of its result is a set with tensors in it, which cannot be written back\n"
+            "  at model.py:7 in f: eager_on_graph(lambda x: [{x + 1}])(x)\n"
+            "  return dense tensors, in tuples, lists, dicts, dataclasses or attributes of objects"
+        ),
+    ),
+    "method": (
+        "x.tolist()",
+        (
+            "Tensor.tolist reads values on the host, which no captured graph can do\n"
+            "  at model.py:7 in f: x.tolist()\n"
+            "  let it run between two segments: put it into a function marked with @eager_on_graph"
+        ),
+    ),
+    "host read": (
+        "x.sum().item()",
+        (
+            "aten::_local_scalar_dense reads a value on the host, inside a capture\n"
+            "  at model.py:7 in f: x.sum().item()\n"
+            "  let it run between two segments: put it into a function marked with @eager_on_graph"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOOR)
+def test_capture_door(name: str) -> None:
+    """What a body under ``capture`` may not do is an error with its line."""
+    code, text = DOOR[name]
+    f = from_file(f"\nimport contextvars, copy\nfrom breakable_backend import *\n\n\ndef f(graph, x):\n    {code}\n")
+    graph = breakable_backend.BreakableCUDAGraph(driver="tape")
+    with torch.no_grad(), pytest.raises(CaptureError) as caught, breakable_backend.capture(graph):
+        f(graph, torch.ones(2))
+    assert str(caught.value) == text
+
+
+def test_replay_door() -> None:
+    """A graph that cannot be replayed says why."""
+    graph, x = breakable_backend.BreakableCUDAGraph(driver="tape"), torch.ones(2)
+    fix = "\n  capture first: with capture(graph): ..."
+    for _ in range(2):
+        with pytest.raises(ReplayError) as caught:
+            graph.replay()
+        assert str(caught.value) == "nothing was captured" + fix
+    weight = torch.nn.Parameter(torch.ones(2))
+    with torch.no_grad(), breakable_backend.capture(graph):
+        x * weight
+    del weight
+    with pytest.raises(ReplayError) as caught:
+        graph.replay()
+    assert str(caught.value) == "a Parameter died, which the graph reads; the graph was released" + fix
+    graph.reset()
+    with pytest.raises(ReplayError) as caught:
+        graph.replay()
+    assert str(caught.value) == "nothing was captured: the graph was reset" + fix
+
+
 # --- all of them --------------------------------------------------------------------------------------------------------------
 
 

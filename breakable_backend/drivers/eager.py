@@ -10,9 +10,8 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -20,32 +19,12 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
+from breakable_backend.active import Modes
 from breakable_backend.drivers import CapturedGraph, CaptureSession
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Modes:
-    """What a capture would have baked into its kernels, and a caller may have changed since."""
-
-    device_type: str
-    autocast: torch.dtype | None
-    grad: bool
-    inference: bool
-
-    @classmethod
-    def current(cls, device_type: str) -> _Modes:
-        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return cls(device_type, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        autocast = torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
-        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
-            yield
 
 
 class RerunGraph:
@@ -58,7 +37,7 @@ class RerunGraph:
     num_kernels = -1
 
     def __init__(
-        self, body: Callable[[], Any], made: dict[int, torch.UntypedStorage], draws_random: bool, modes: _Modes
+        self, body: Callable[[], Any], made: dict[int, torch.UntypedStorage], draws_random: bool, modes: Modes
     ) -> None:
         self.draws_random = draws_random
         self.made = made
@@ -139,7 +118,7 @@ class EagerDriver:
                 arguments.add(key)
                 made[position] = leaf.untyped_storage()
         drew = not torch.equal(state, self._random_state())
-        graph = RerunGraph(self._by_address(body), made, drew, _Modes.current(self.device.type))
+        graph = RerunGraph(self._by_address(body), made, drew, Modes.current())
         self._graphs.add(graph)
         return graph, result
 

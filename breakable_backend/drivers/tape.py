@@ -202,7 +202,7 @@ class _Taping(_torch.TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
+        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes."""
         return True
 
     def __torch_dispatch__(

@@ -1,0 +1,683 @@
+"""The second door under hostile use: a graph in use is reset, captured, copied; modes, threads and tasks; odd values."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.testing._internal.two_tensor
+from torch import Tensor, nn
+
+import breakable_backend
+from breakable_backend import (
+    BreakableCUDAGraph,
+    CaptureError,
+    EagerOutputError,
+    ReplayError,
+    capture,
+    eager_on_graph,
+    is_capturing,
+)
+from doors import replays_equal, shape_of
+
+MakeGraph = Callable[..., BreakableCUDAGraph]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def bend(x: Tensor) -> Tensor:
+    return x * 2 if x.sum() > 0 else x - 1
+
+
+marked_bend = eager_on_graph(bend)
+
+
+# --- a graph in use -------------------------------------------------------------------------------------------------------
+
+
+def test_reset_by_an_eager_step(make: MakeGraph, device: torch.device) -> None:
+    """A reset during a replay frees the graph when the replay ends, which is right; one during the capture does nothing."""
+    graph, x = make(), torch.randn(4, device=device)
+    resetting = True
+
+    @eager_on_graph
+    def resets(x: Tensor) -> Tensor:
+        if resetting:
+            graph.reset()
+        return bend(x)
+
+    with capture(graph):
+        y = resets(x + 1) * 3
+    x.add_(2)
+    graph.replay()
+    assert torch.equal(y, bend(x + 1) * 3)
+    assert graph.recording is None
+    with pytest.raises(ReplayError, match="the graph was reset"):
+        graph.replay()
+    resetting = False
+    with capture(graph):
+        y = resets(x + 1) * 3
+    replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
+
+
+def test_reset_by_another_thread(make: MakeGraph, device: torch.device) -> None:
+    """Another thread's reset does not wait for the replay, and takes effect when that ends."""
+    graph, x = make(), torch.randn(4, device=device)
+    threads: list[threading.Thread] = []
+
+    @eager_on_graph
+    def slow(x: Tensor) -> Tensor:
+        for thread in threads:
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive()
+        return bend(x)
+
+    with capture(graph):
+        y = slow(x + 1) * 3
+    threads.append(threading.Thread(target=graph.reset))
+    graph.replay()
+    assert torch.equal(y, bend(x + 1) * 3)
+    assert graph.recording is None
+
+
+def test_captured_while_in_use(make: MakeGraph, device: torch.device) -> None:
+    """A graph is not captured by an eager step of its own, at its capture or its replay; other use of it goes on."""
+    graph, x = make(), torch.randn(4, device=device)
+    capturing = True
+
+    @eager_on_graph
+    def captures(x: Tensor) -> Tensor:
+        if capturing:
+            with capture(graph):
+                return x * 2
+        return bend(x)
+
+    with pytest.raises(CaptureError, match="being captured already"), capture(graph):
+        captures(x + 1)
+    capturing = False
+    with capture(graph):
+        y = captures(x + 1) * 3
+    capturing = True
+    with pytest.raises(CaptureError, match="being replayed already"):
+        graph.replay()
+    capturing = False
+    replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
+
+
+def test_captured_by_two_threads(make: MakeGraph, device: torch.device) -> None:
+    """Two threads that capture the same graph do so one after the other: the last has it, and nothing of the first stays."""
+    graph, x = make(), torch.randn(4, device=device)
+    inside, outside = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with torch.no_grad(), capture(graph):
+                inside.set()
+                outside.wait(10 if number == 0 else 0)
+                marked_bend(x + number)
+        except BaseException as error:  # noqa: BLE001 - the main thread asserts that there are none
+            errors.append(error)
+
+    first, second = (threading.Thread(target=work, args=(number,)) for number in range(2))
+    first.start()
+    inside.wait(10)
+    second.start()
+    outside.set()
+    first.join(30)
+    second.join(30)
+    assert errors == []
+    assert shape_of(graph) == "GEG"
+
+
+def test_replay_inside_a_capture(make: MakeGraph, device: torch.device) -> None:
+    """A graph that the body of another capture replays is an eager step of that, its own eager steps included."""
+    inner, graph, x = make(), make(), torch.randn(4, device=device)
+    with capture(inner):
+        y = marked_bend(x + 1)
+
+    with capture(graph):
+        before = x * 3
+        inner.replay()
+        z = before + y
+
+    assert shape_of(graph) == "GEG"
+    replays_equal(graph, lambda x: x * 3 + bend(x + 1), x, z)
+
+
+@pytest.mark.gpu
+def test_replay_inside_a_foreign_capture() -> None:
+    """Inside ``torch.cuda.graph`` a graph with eager steps is refused: they would be frozen in silence."""
+    graph, x, outer = BreakableCUDAGraph(), torch.randn(4, device="cuda"), torch.cuda.CUDAGraph()
+    with capture(graph):
+        y = marked_bend(x + 1)
+    with torch.cuda.graph(outer):
+        with pytest.raises(ReplayError, match="somebody else's capture"):
+            graph.replay()
+        z = x + 1
+    outer.replay()
+    assert torch.equal(z, x + 1)
+    replays_equal(graph, lambda x: bend(x + 1), x, y)
+    del y, z
+    graph.reset()
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies(make: MakeGraph, device: torch.device, copying: Callable[[Any], Any]) -> None:
+    """A graph is not copied: two owners of one memory would be one too many."""
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = marked_bend(x + 1)
+    with pytest.raises(CaptureError, match="copied or pickled"):
+        copying(graph)
+    replays_equal(graph, lambda x: bend(x + 1), x, y)
+
+
+def test_dropped_while_capturing(kind: str, device: torch.device) -> None:
+    """A graph that nobody but the capture holds lives until that ends, and goes then with all it has."""
+    x, ref = torch.randn(4, device=device), None
+    manager = capture(BreakableCUDAGraph(driver=kind))
+    ref = weakref.ref(manager.graph)
+    with manager as graph:
+        y = marked_bend(x + 1)
+    driver = graph.driver
+    assert driver is not None
+    del manager, graph, y
+    gc.collect()
+    assert ref() is None
+    assert driver.live_blocks() == 0
+
+
+def test_graph_held_by_its_own_function(kind: str, device: torch.device) -> None:
+    """A cycle through an eager function does not keep a graph, nor the module that it is in."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.graph = nn.Linear(4, 4), BreakableCUDAGraph(driver=kind)
+
+        @eager_on_graph
+        def route(self, x: Tensor) -> Tensor:
+            return bend(x) if self.graph is not None else x
+
+        def record(self, x: Tensor) -> Tensor:
+            with capture(self.graph):
+                return self.route(self.linear(x)) * 2
+
+    model, x = Model().to(device), torch.randn(4, device=device)
+    y = model.record(x)
+    model.graph.replay()
+    driver, ref = model.graph.driver, weakref.ref(model)
+    del model, y
+    gc.collect()
+    assert ref() is None
+    assert driver is not None
+    assert driver.live_blocks() == 0
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------------
+
+
+def test_modes_of_the_capture(make: MakeGraph, device: torch.device) -> None:
+    """Line 7: an eager function runs under the modes of its place at capture, whatever is on around a replay."""
+    graph, x, seen = make(), torch.randn(4, 4, device=device), []
+
+    @eager_on_graph
+    def look(x: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), (x @ x).dtype))
+        return x + 1
+
+    with capture(graph):
+        y = look(x)
+        with torch.enable_grad():
+            y = look(y)
+        with torch.inference_mode():
+            y = look(y)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = look(y)
+            with torch.autocast(device.type, enabled=False):
+                y = look(y)
+    at_capture = list(seen)
+    assert len(set(at_capture)) == 4
+    others = [torch.enable_grad(), torch.inference_mode(), torch.autocast(device.type, torch.float16), torch.no_grad()]
+    for other in others:
+        seen.clear()
+        with other:
+            graph.replay()
+        assert seen == at_capture
+        assert not y.requires_grad
+
+
+def test_parameters_in_an_eager_function(make: MakeGraph, device: torch.device) -> None:
+    """Captured under no_grad and replayed without it, the graph's memory does not become part of autograd."""
+    linear = nn.Linear(4, 4).to(device)
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = eager_on_graph(lambda x: linear(x))(x + 1) * 2
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        with torch.enable_grad():
+            graph.replay()
+        assert torch.equal(y, linear(x + 1) * 2)
+
+
+def test_parameter_as_a_result(make: MakeGraph, device: torch.device) -> None:
+    """Under no_grad nothing needs gradients: a function may return a parameter."""
+    weight = nn.Parameter(torch.randn(4, device=device))
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = eager_on_graph(lambda: weight)() * x
+    replays_equal(graph, lambda x: weight * x, x, y)
+
+
+def test_inference_mode(make: MakeGraph, device: torch.device) -> None:
+    """Captured in inference mode, an eager function may write its arguments at replays outside of it."""
+    graph = make()
+
+    def body(x: Tensor, write: Callable[[Tensor], Any] = lambda x: x.add_(1).sum()) -> Tensor:
+        y = x * 2
+        return y + write(y)
+
+    with torch.inference_mode():
+        x = torch.randn(4, device=device)
+        with capture(graph):
+            y = body(x, eager_on_graph(lambda x: x.add_(1).sum()))
+    for number in range(3):
+        with torch.inference_mode():
+            x.fill_(number)
+        graph.replay()
+        assert torch.equal(y, body(x.clone()))
+
+
+# --- threads, tasks, generators -----------------------------------------------------------------------------------------------
+
+
+def test_tasks(make: MakeGraph, device: torch.device) -> None:
+    """A task that runs while another one's capture waits is told so: its ops would be captured. Afterwards all is well."""
+
+    async def captures(graph: BreakableCUDAGraph) -> None:
+        x = torch.randn(4, device=device)
+        with torch.no_grad(), capture(graph):
+            y = x + 1
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            marked_bend(y)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(*(captures(make()) for _ in range(2)), return_exceptions=True)
+
+    found = asyncio.run(both())
+    assert all(isinstance(error, CaptureError) for error in found), found
+    assert "another context" in str(found[1])
+    assert not is_capturing()
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = marked_bend(x + 1)
+    replays_equal(graph, lambda x: bend(x + 1), x, y)
+
+
+def test_generators(make: MakeGraph, device: torch.device) -> None:
+    """A capture may span a generator's yields; a generator that is closed inside of one leaves nothing behind."""
+    graph, x = make(), torch.randn(4, device=device)
+
+    def steps(x: Tensor) -> Iterator[Tensor]:
+        with capture(graph):
+            y = x + 1
+            yield y
+            yield marked_bend(y)
+
+    *_, y = steps(x)
+    assert shape_of(graph) == "GEG"
+    replays_equal(graph, lambda x: bend(x + 1), x, y)
+    del y
+    running = steps(x)
+    next(running)
+    assert is_capturing()
+    running.close()
+    assert not is_capturing()
+    assert graph.recording is None
+
+
+def test_body_that_starts_a_thread(make: MakeGraph, device: torch.device) -> None:
+    """Another thread's marked functions and host work are its own, though the body waits for it."""
+    graph, x, found = make(), torch.randn(4, device=device), []
+    other = torch.arange(4.0)
+
+    def work() -> None:
+        found.append(bend(other).sum().item())
+
+    with capture(graph):
+        y = x + 1
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(10)
+        y = y * 2
+    assert found == [12.0]
+    assert shape_of(graph) == "G"
+    replays_equal(graph, lambda x: (x + 1) * 2, x, y)
+
+
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_exits(make: MakeGraph, device: torch.device, kind_of_error: type[BaseException]) -> None:
+    """What ends a program goes through, in a segment and in an eager function, and leaves no capture behind."""
+    graph, x = make(), torch.randn(4, device=device)
+
+    def leave(x: Tensor) -> None:
+        raise kind_of_error
+
+    for function in (leave, eager_on_graph(leave)):
+        with pytest.raises(kind_of_error), capture(graph):
+            function(x + 1)
+        assert not is_capturing()
+    with pytest.raises(kind_of_error), capture(graph):
+        eager_on_graph(barrier=lambda: leave(x))(bend)(x + 1)
+    with capture(graph):
+        y = marked_bend(x + 1)
+    replays_equal(graph, lambda x: bend(x + 1), x, y)
+
+
+def run_alone(code: str) -> None:
+    """Run ``code`` in a process of its own, which has to end well and say nothing."""
+    paths = [str(Path(breakable_backend.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+ENDS = {
+    "graph": "graph.replay()",
+    "replay in a thread": "threading.Thread(target=lambda: time.sleep(0.1) or graph.replay()).start()",
+    "open capture": "open_one = capture(graph); open_one.__enter__(); z = x + 1",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_interpreter_exit(end: str, kind: str, device: torch.device) -> None:
+    """A process that ends with a live graph, or in the middle of a capture, ends cleanly."""
+    code = f"""
+import threading, time, torch
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph
+torch.set_grad_enabled(False)
+model, x = torch.nn.Linear(4, 4).to("{device}"), torch.randn(4, device="{device}")
+graph = BreakableCUDAGraph(driver="{kind}")
+with capture(graph):
+    y = eager_on_graph(lambda x: model(x))(model(x)) + 1
+{ENDS[end]}
+"""
+    run_alone(code)
+
+
+def test_fork() -> None:
+    """A forked process replays, and captures, on the tape; a CUDA context does not survive a fork."""
+    run_alone(
+        """
+import os, torch
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph
+torch.set_grad_enabled(False)
+graph, x = BreakableCUDAGraph(driver="tape"), torch.ones(4)
+def bend(x): return x * 2 if x.sum() > 0 else x - 1
+def body(x): return eager_on_graph(bend)(x + 1) * 2
+with capture(graph):
+    y = body(x)
+child = os.fork()
+if child == 0:
+    x.fill_(3)
+    graph.replay()
+    same = torch.equal(y, bend(x + 1) * 2)
+    with capture(graph):
+        y = body(x)
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+x.fill_(-3)
+graph.replay()
+assert torch.equal(y, bend(x + 1) * 2)
+"""
+    )
+
+
+# --- odd values ---------------------------------------------------------------------------------------------------------------
+
+
+def test_lazy_views(make: MakeGraph, device: torch.device) -> None:
+    """Results of one memory are conjugated and negated as they were at capture, or it is an error; arguments always are."""
+    graph, x = make(), torch.randn(4, dtype=torch.complex64, device=device)
+    conjugate, seen = True, []
+
+    @eager_on_graph
+    def both(x: Tensor, view: Tensor) -> tuple[Tensor, ...]:
+        seen.append((view.is_conj(), view.is_neg()))
+        y = x * 2
+        return y, y.conj() if conjugate else y, y.conj().imag
+
+    def body(x: Tensor) -> Tensor:
+        y, z, part = both(x + 1, (x + 1).conj().imag)
+        return y + z * 1j + part
+
+    with capture(graph):
+        y = body(x)
+    assert torch.equal(y, body(x))
+    replays_equal(graph, body, x, y)
+    assert seen == [(False, True)] * len(seen)
+    conjugate = False
+    with pytest.raises(EagerOutputError, match=r"field \[1\] of its result is lazily conjugated or negated otherwise"):
+        graph.replay()
+
+
+def test_containers_are_as_they_were(make: MakeGraph, device: torch.device) -> None:
+    """A list or dict that a function is given is made anew at each replay, of what was in it before the call at capture."""
+    graph, x, log = make(), torch.randn(4, device=device), ["first"]
+    lengths = []
+
+    @eager_on_graph
+    def appends(x: Tensor, log: list[Any]) -> Tensor:
+        log.append(x)
+        lengths.append(len(log))
+        return x * len(log)
+
+    with capture(graph):
+        y = appends(x + 1, log)
+    assert len(log) == 2  # the body ran for real
+    replays_equal(graph, lambda x: (x + 1) * 2, x, y)
+    assert lengths == [2] * 4
+
+
+def test_object_that_a_function_changes(make: MakeGraph, device: torch.device) -> None:
+    """New memory in an argument's attribute is a result like any other."""
+
+    class State:
+        hidden = torch.zeros(4, device=device)
+
+    graph, x, state = make(), torch.randn(4, device=device), State()
+    state.hidden = x
+
+    @eager_on_graph
+    def step(x: Tensor, state: State) -> State:
+        state.hidden = bend(x)
+        return state
+
+    with capture(graph):
+        y = step(x + 1, state).hidden * 2
+    replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+HIDING: dict[str, Callable[[Tensor], Any]] = {
+    "set": lambda x: {x * 2},
+    "slots": lambda x: [Slotted(x * 2)],
+    "iterator": lambda x: iter([x * 2]),
+    "generator": lambda x: (x * number for number in range(2)),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_containers_that_are_not_looked_into(make: MakeGraph, device: torch.device, name: str) -> None:
+    """Tensors in a result that no replay could renew are an error, and never stale."""
+    graph, x = make(), torch.randn(4, device=device)
+    with (
+        pytest.raises(CaptureError, match=r"is a \w+( with tensors in it)?, which cannot be written back"),
+        capture(graph),
+    ):
+        eager_on_graph(HIDING[name])(x + 1)
+
+
+def test_transforms(make: MakeGraph, device: torch.device) -> None:
+    """Under ``vmap`` a segment is captured as ever; a marked function, which would see no real tensor, is an error."""
+    graph, x = make(), torch.randn(4, 3, device=device)
+    with capture(graph):
+        y = marked_bend(torch.func.vmap(lambda row: row.sin() * 2)(x))
+    replays_equal(graph, lambda x: bend(x.sin() * 2), x, y)
+    with pytest.raises(CaptureError, match="bend was called under a transform") as caught, capture(graph):
+        torch.func.vmap(lambda row: marked_bend(row + 1))(x)
+    assert "lambda row" in caught.value.where
+
+
+def test_backward_in_a_segment(make: MakeGraph, device: torch.device) -> None:
+    """Without a break in between, forward and backward passes can be captured."""
+    linear = nn.Linear(4, 4).to(device)
+    for parameter in linear.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    twin = copy.deepcopy(linear)
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            model.zero_grad(set_to_none=False)
+            model(x).pow(2).sum().backward()
+        return x * 1
+
+    graph, x = make(), torch.randn(3, 4, device=device)
+    step(linear, x)  # the threads of autograd have their cuBLAS handles then
+    with capture(graph):
+        y = step(linear, x)
+    for _ in range(3):
+        replays_equal(graph, lambda x: step(twin, x), x, y, times=1)
+        for mine, theirs in zip(linear.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+def test_objects_in_objects(make: MakeGraph, device: torch.device) -> None:
+    """Tensors in the attributes of an object are results, also inside containers and other objects; no object is written."""
+
+    class Layer:
+        def __init__(self, keys: Tensor) -> None:
+            self.keys, self.others = keys, {"values": [keys * 3]}
+
+    class Cache:
+        def __init__(self, x: Tensor) -> None:
+            self.layers, self.length, self.me = [Layer(x * 2), Layer(x * 5)], 4, self
+
+    made = []
+
+    @eager_on_graph
+    def prefill(x: Tensor) -> Cache:
+        made.append(Cache(x))
+        return made[-1]
+
+    def body(cache: Cache) -> Tensor:
+        return cache.layers[0].keys + cache.layers[1].others["values"][0] * cache.length
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = body(prefill(x + 1))
+    kept = made[0].layers[0].keys.clone()
+    replays_equal(graph, lambda x: body(Cache(x + 1)), x, y)
+    assert torch.equal(made[0].layers[0].keys, kept)
+
+
+def test_names_of_arguments(make: MakeGraph, device: torch.device) -> None:
+    """Keyword arguments may have any name: keywords of Python, names with spaces, names that the replay uses itself."""
+    graph, x = make(), torch.randn(4, device=device)
+    add = eager_on_graph(lambda *args, **named: sum(args) + sum(named.values()))
+
+    def body(x: Tensor, add: Callable[..., Tensor]) -> Tensor:
+        return add(x, x + 1, **{"class": x * 2, "a b": x, "stream": x, "args": x}) + 1
+
+    with capture(graph):
+        y = body(x, add)
+    replays_equal(graph, lambda x: body(x, add.run_eager), x, y)  # type: ignore[attr-defined]
+
+
+def test_subclasses(make: MakeGraph, device: torch.device) -> None:
+    """A result of a subclass of Tensor keeps its class; one that wraps other tensors is an error that names it."""
+
+    class Named(Tensor):
+        pass
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = eager_on_graph(lambda x: (x * 2).as_subclass(Named))(x + 1)
+        assert type(y) is Named
+        y = (y + 1).as_subclass(Tensor)
+    replays_equal(graph, lambda x: (x + 1) * 2 + 1, x, y)
+    wrapper = torch.testing._internal.two_tensor.TwoTensor
+    with pytest.raises(CaptureError, match="a tensor of the class TwoTensor, which wraps others"), capture(graph):
+        eager_on_graph(lambda x: wrapper(x * 2, x * 3))(x + 1)
+
+
+HOST_METHODS: dict[str, Callable[[Tensor], Any]] = {
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.cpu().numpy(),
+    "repr": lambda x: repr(x),
+    "format": lambda x: f"{x[0]:.2f}",
+    "index": lambda x: range(9)[x.argmax()],
+}
+
+
+@pytest.mark.parametrize("name", HOST_METHODS)
+def test_host_reads_by_methods(make: MakeGraph, device: torch.device, name: str) -> None:
+    """Methods that copy to the host are an error with the user's line, and with what to do at this door."""
+    graph, x = make(), torch.randn(4, device=device)
+    with pytest.raises(CaptureError) as caught, capture(graph):
+        HOST_METHODS[name](x + 1)
+    assert "test_capture_hostile.py" in caught.value.where
+    assert "lambda x: " in caught.value.where
+    assert "@eager_on_graph" in caught.value.fix
+
+
+def test_seed_in_the_body() -> None:
+    """A seed that is set inside of a segment is an error with a line: a replay would not set it again."""
+    graph = BreakableCUDAGraph(driver="tape")
+    with pytest.raises(CaptureError, match="state of the random generator") as caught, capture(graph):
+        torch.manual_seed(7)
+        torch.rand(4)
+    assert "torch.rand(4)" in caught.value.where
+
+
+def test_parameter_that_moves(make: MakeGraph, device: torch.device) -> None:
+    """A parameter that gets other memory (``param.data = ...``) leaves the graph with the old one, which it keeps."""
+    linear = nn.Linear(4, 4).to(device)
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = linear(x) + 1
+    old = copy.deepcopy(linear)
+    linear.weight.data = torch.zeros_like(linear.weight)
+    churn = [torch.full((4, 4), torch.nan, device=device) for _ in range(50)]
+    replays_equal(graph, lambda x: old(x) + 1, x, y)
+    del churn
+    with capture(graph):
+        y = linear(x) + 1
+    replays_equal(graph, lambda x: linear(x) + 1, x, y)
