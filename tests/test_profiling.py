@@ -15,6 +15,7 @@ import silly
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain, profiling, reset
 from breakable_backend.backend import executors_of
 from breakable_backend.executor import Entry
+from test_debug_eager import MODELS
 
 
 def model(x: Tensor) -> Tensor:
@@ -228,3 +229,29 @@ def test_released_with_the_rest(device: torch.device, options: dict[str, Any], d
     gc.collect()
     assert made() is None
     assert driver.live_blocks() == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_eager(device: torch.device, options: dict[str, Any], name: str) -> None:
+    """Mutation, random draws and aliases are as in eager under a profiler, which comes and goes between the calls."""
+    function = MODELS[name]
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    mine = torch.empty(4, device=device)  # one tensor for all calls: the address of a written input is in the key
+
+    def call_both(number: int) -> None:
+        theirs = mine.fill_(number / 3).clone()
+        torch.manual_seed(number)
+        got = compiled(mine)
+        torch.manual_seed(number)
+        want = function(theirs)
+        leaves = torch.utils._pytree.tree_leaves
+        for a, b in zip(leaves((got, mine)), leaves((want, theirs)), strict=True):
+            assert torch.equal(a, b), number
+
+    with torch.no_grad():
+        for number in range(8):
+            if number % 2:
+                ranges(lambda: call_both(number))
+            else:
+                call_both(number)
+    assert explain(compiled).programs[0].replays == 6
