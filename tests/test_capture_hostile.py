@@ -30,22 +30,13 @@ from breakable_backend import (
     eager_on_graph,
     is_capturing,
 )
-from doors import replays_equal, shape_of
-
-MakeGraph = Callable[..., BreakableCUDAGraph]
+from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
 
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def bend(x: Tensor) -> Tensor:
-    return x * 2 if x.sum() > 0 else x - 1
-
-
-marked_bend = eager_on_graph(bend)
 
 
 # --- a graph in use -------------------------------------------------------------------------------------------------------
