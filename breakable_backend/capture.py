@@ -653,7 +653,8 @@ class _Door:
         # Before the call, which may change the containers and objects that it is given.
         given = pytree.tree_flatten((args, dict(kwargs)))
         known = {key for key, (ref, _) in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
-        known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
+        taken = tensors_on(self.driver.device, (args, kwargs))  # alive until their keys are compared
+        known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
         try:
             if mark is not None and mark.barrier is not None:
@@ -681,6 +682,7 @@ class _Door:
             parts = Parts.of(
                 result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
             )
+            del taken
             returned = self._note(function, name, reason, given, parts, result)
             self._begin()
         except BaseException as error:

@@ -30,23 +30,32 @@ def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf.device == device and leaf.layout is torch.strided]
 
 
-def fields(value: Any, path: str = "", seen: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """The leaves of a result, each with the path that leads to it (``[0].scores``)."""
+def fields(value: Any, path: str = "", met: dict[int, Any] | None = None) -> Iterator[tuple[str, Any]]:
+    """The leaves of a result, each with the path that leads to it first (``[0].scores``)."""
+    met = {} if met is None else met
     children = _children(value)
-    if children is None or id(value) in seen:
+    if children is None:
         yield path, value
-        return
-    for step, child in children.items():
-        yield from fields(child, path + step, (*seen, id(value)))
+    elif isinstance(value, tuple) or id(value) not in met:
+        met[id(value)] = value
+        for step, child in children.items():
+            yield from fields(child, path + step, met)
 
 
-def replaced(value: Any, change: Callable[[Any], Any], seen: tuple[int, ...] = ()) -> Any:
-    """``value`` with its leaves changed, in the order of :func:`fields`; objects are copied, and never written."""
+def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    """``value`` with its leaves changed, in the order of :func:`fields`; what can be written is copied, once each."""
+    met = {} if met is None else met
     children = _children(value)
-    if children is None or id(value) in seen:
+    if children is None:
         return change(value)
-    made = [replaced(child, change, (*seen, id(value))) for child in children.values()]
-    return _with_children(value, made)
+    if isinstance(value, tuple):
+        items = [replaced(child, change, met) for child in children.values()]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if id(value) not in met:
+        twin = copy.copy(value)
+        met[id(value)] = value, twin  # before its children, which may lead back here
+        met[id(value)] = value, _filled(twin, [replaced(child, change, met) for child in children.values()])
+    return met[id(value)][1]
 
 
 def _children(value: Any) -> Mapping[str, Any] | None:
@@ -84,27 +93,23 @@ def _holds_tensors(value: Any, depth: int = 4) -> bool:
     return any(_holds_tensors(item, depth - 1) for item in (*inside, *_attributes(value).values()))
 
 
-def _with_children(value: Any, made: Sequence[Any]) -> Any:
-    twin: Any
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        twin = copy.copy(value)
-        for field, item in zip(dataclasses.fields(value), made, strict=True):
+def _filled(twin: Any, items: Sequence[Any]) -> Any:
+    """A copy, with other children than it was copied with."""
+    if dataclasses.is_dataclass(twin):
+        for field, item in zip(dataclasses.fields(twin), items, strict=True):
             object.__setattr__(twin, field.name, item)
         return twin
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*made)
-    if isinstance(value, list | tuple):
-        return type(value)(made)
-    if isinstance(value, dict):
-        twin = copy.copy(value)
-        twin.update(zip(value, made, strict=True))
+    if isinstance(twin, list):
+        twin[:] = items
         return twin
-    spec = pytree.tree_structure(value)
+    if isinstance(twin, dict):
+        twin.update(zip(list(twin), items, strict=True))
+        return twin
+    spec = pytree.tree_structure(twin)
     if not spec.is_leaf():
-        return pytree.tree_unflatten(list(made), spec)
-    twin = copy.copy(value)
-    names = [name for name, item in _attributes(value).items() if _holds_tensors(item)]
-    twin.__dict__.update(zip(names, made, strict=True))
+        return pytree.tree_unflatten(list(items), spec)
+    names = [name for name, item in _attributes(twin).items() if _holds_tensors(item)]
+    twin.__dict__.update(zip(names, items, strict=True))
     return twin
 
 

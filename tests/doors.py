@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import breakable_backend
-from breakable_backend import BreakableCUDAGraph, capture, explain
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.program import GraphSegment
@@ -20,9 +20,19 @@ from breakable_backend.recording import GraphStep
 from checks import assert_same, snapshot
 
 Inputs = Callable[[int, torch.device], tuple[Any, ...]]
+MakeGraph = Callable[..., BreakableCUDAGraph]
+"""The fixture ``make``."""
 CALLS = 5
 seen: list[Any] = []
 """What eager functions of the cases say they saw; the same at both doors and in eager."""
+
+
+def bend(x: Tensor) -> Tensor:
+    """What no graph can hold: Python that looks at values."""
+    return x * 2 if x.sum() > 0 else x - 1
+
+
+marked_bend = eager_on_graph(bend)
 
 
 def vectors(number: int, device: torch.device) -> tuple[Any, ...]:

@@ -215,7 +215,7 @@ FAULTS = (
     Fault(
         "capture-copies-arguments",
         "capture.py",
-        "known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))",
+        "known |= set(map(_torch.storage_key, taken))",
         "known |= set()",
         "test_doors.py::test_equals_eager[capture-cpu-result that is an input]",
     ),
@@ -314,8 +314,9 @@ FAULTS = (
     Fault(
         "arguments-read-after-the-call",
         "capture.py",
-        "known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))",
-        "known = type('', (), {'__iter__': lambda _: iter(map(_torch.storage_key, tensors_on(self.driver.device, args)))})()",
+        "            parts = Parts.of(",
+        "            known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))\n"
+        "            parts = Parts.of(",
         "test_capture_hostile.py::test_object_that_a_function_changes[cpu]",
     ),
     Fault(

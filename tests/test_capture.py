@@ -6,14 +6,13 @@ Lines of the contract (docs/design.md) that hold at this door: 2, 3, 5, 6 and 8 
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 import functools
 import gc
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +37,7 @@ from breakable_backend import (
     unmark_eager,
 )
 from breakable_backend.recording import EagerStep
-from doors import replays_equal, shape_of
-
-MakeGraph = Callable[..., BreakableCUDAGraph]
+from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +45,6 @@ def no_grad() -> Iterator[None]:
     """Captures for inference, but where a test says otherwise."""
     with torch.no_grad():
         yield
-
-
-def bend(x: Tensor) -> Tensor:
-    """What no graph can hold: Python that looks at values."""
-    return x * 2 if x.sum() > 0 else x - 1
-
-
-marked_bend = eager_on_graph(bend)
 
 
 # --- segments and breaks ----------------------------------------------------------------------------------------------
@@ -95,23 +84,6 @@ def test_is_capturing(make: MakeGraph, device: torch.device) -> None:
 
 
 # --- what a marked function takes and returns ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Routed:
-    weights: Tensor
-    experts: Tensor
-    count: int
-
-
-class Pair(NamedTuple):
-    first: Tensor
-    second: Tensor
-
-
-class Holder:
-    def __init__(self, scores: Tensor) -> None:
-        self.scores = scores
 
 
 def test_function_that_keeps_its_result(make: MakeGraph, device: torch.device) -> None:

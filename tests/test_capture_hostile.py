@@ -30,22 +30,13 @@ from breakable_backend import (
     eager_on_graph,
     is_capturing,
 )
-from doors import replays_equal, shape_of
-
-MakeGraph = Callable[..., BreakableCUDAGraph]
+from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
 
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def bend(x: Tensor) -> Tensor:
-    return x * 2 if x.sum() > 0 else x - 1
-
-
-marked_bend = eager_on_graph(bend)
 
 
 # --- a graph in use -------------------------------------------------------------------------------------------------------
@@ -589,6 +580,7 @@ def test_objects_in_objects(make: MakeGraph, device: torch.device) -> None:
     class Cache:
         def __init__(self, x: Tensor) -> None:
             self.layers, self.length, self.me = [Layer(x * 2), Layer(x * 5)], 4, self
+            self.again, self.sum = list(self.layers), x.sum()
 
     made = []
 
@@ -598,7 +590,9 @@ def test_objects_in_objects(make: MakeGraph, device: torch.device) -> None:
         return made[-1]
 
     def body(cache: Cache) -> Tensor:
-        return cache.layers[0].keys + cache.layers[1].others["values"][0] * cache.length
+        again = cache.me.me.again[1]
+        assert again is cache.layers[1]
+        return cache.layers[0].keys + again.others["values"][0] * cache.length + cache.me.sum
 
     graph, x = make(), torch.randn(4, device=device)
     with capture(graph):
@@ -606,6 +600,28 @@ def test_objects_in_objects(make: MakeGraph, device: torch.device) -> None:
     kept = made[0].layers[0].keys.clone()
     replays_equal(graph, lambda x: body(Cache(x + 1)), x, y)
     assert torch.equal(made[0].layers[0].keys, kept)
+
+
+def test_objects_that_know_each_other(make: MakeGraph, device: torch.device) -> None:
+    """Each object is looked at once, however many ways lead there."""
+
+    class Request:
+        def __init__(self, x: Tensor, others: list[Request]) -> None:
+            self.state, self.others = x, others
+
+    graph, x = make(), torch.randn(4, device=device)
+    others: list[Request] = []
+    others += [Request(x * number, others) for number in range(30)]
+
+    @eager_on_graph
+    def step(x: Tensor, request: Request) -> Request:
+        for number, other in enumerate(request.others):
+            other.state = x * number
+        return request.others[3]
+
+    with capture(graph):
+        y = step(x + 1, others[0]).others[7].state * 2
+    replays_equal(graph, lambda x: (x + 1) * 14, x, y)
 
 
 def test_names_of_arguments(make: MakeGraph, device: torch.device) -> None:
