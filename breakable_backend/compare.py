@@ -225,6 +225,8 @@ class _Wrong:
     label: str
     source: str
     difference: Difference
+    how: str = "made by"
+    """What the op has to do with it."""
 
 
 @dataclass(eq=False)
@@ -357,7 +359,7 @@ class Checker:
         graph.replay(stream)
         wrong = self._first_wrong(position, ran)
         if wrong is None and self.program is None and stale:
-            wrong = stale[0]  # eagerly the ops read the same bridge
+            wrong = next(iter(stale.values()))  # eagerly the ops read the same bridge
         if wrong is not None:
             cause, why, blamed = self._cause(position, ran, wrong, stale, before, graph, stream)
             self._take_back(ran, before)
@@ -414,8 +416,8 @@ class Checker:
                 ).on(storage)
                 yield _Written(flat, flat.clone(), name or f"the memory that {writer} writes", writer, source)
 
-    def _stale(self, position: int) -> list[_Wrong]:
-        """Bridges that this segment reads and that do not hold what eager would read."""
+    def _stale(self, position: int) -> dict[str, _Wrong]:
+        """Bridges that this segment reads and that do not hold what eager would read, by the name of the value."""
         step, segment = self.recorded.steps[position], self._segment(position)
         assert isinstance(step, GraphStep)
         for copy in step.loads:
@@ -423,16 +425,32 @@ class Checker:
             self.bridged[copy.value.name] = bridge
         trace = self.witness.traces.get(position)
         reads = trace.addresses() if trace is not None else set()
-        found = []
+        found = {}
         for name, bridge in self.bridged.items():
             read = name in segment.inputs if segment else bridge.untyped_storage().data_ptr() in reads
             truth = self.truth.get(name)
             if read and name not in self.moved and isinstance(truth, torch.Tensor):
                 apart = difference(bridge, truth.to(self.device), self.tolerance)
                 if apart is not None:
-                    value = self.values.get(name)
-                    found.append(_Wrong(0, name, *((value.label, value.source) if value else ("", "")), apart))
+                    reader, source = self._first_reader(position, name)
+                    found[name] = _Wrong(0, f"the bridge of {name}", reader, source, apart, "first read by")
         return found
+
+    def _first_reader(self, position: int, name: str) -> tuple[str, str]:
+        """The first op of a segment that takes ``name``, or a view of it."""
+        segment = self._segment(position)
+        if segment is None:
+            address = _torch.address_of(self.bridged[name])
+            ops = self.witness.traces[position].ops
+            return next((op.label, op.source) for op in ops if any(m.address == address for m in op.outside))
+        views = {node for node in segment.module.graph.find_nodes(op="placeholder") if node.name == name}
+        for node in segment.module.graph.nodes:
+            if node.op != "call_function" or views.isdisjoint(node.all_input_nodes):
+                continue
+            if not (isinstance(node.target, _torch.OpOverload) and node.target.is_view):
+                return _maker(node)
+            views.add(node)
+        return "", ""
 
     def _first_wrong(self, position: int, ran: _Ran) -> _Wrong | None:
         found = [*self._wrong_inside(position, ran), *self._wrong_outside(position, ran)]
@@ -612,14 +630,14 @@ class Checker:
         position: int,
         ran: _Ran,
         wrong: _Wrong,
-        stale: Sequence[_Wrong],
+        stale: Mapping[str, _Wrong],
         random: Sequence[torch.Tensor],
         graph: CapturedGraph,
         stream: int,
     ) -> tuple[str, str, _Wrong]:
         """What the difference looks like, what tells so, and the op to blame."""
         if stale:
-            return self._stale_cause(stale[0], wrong)
+            return self._stale_cause(*next(iter(stale.items())))
         self._take_back(ran, random)
         change = first_change(self.witness.traces[position], ran.trace)
         if change is not None:
@@ -632,16 +650,16 @@ class Checker:
             return "race between streams", why, wrong
         return "unknown", f"it is none of: {', '.join(cause for cause in CAUSES if cause != 'unknown')}", wrong
 
-    def _stale_cause(self, stale: _Wrong, wrong: _Wrong) -> tuple[str, str, _Wrong]:
-        changer, source, own = self.undeclared.get(stale.name, ("", "", False))
+    def _stale_cause(self, name: str, stale: _Wrong) -> tuple[str, str, _Wrong]:
+        changer, source, own = self.undeclared.get(name, ("", "", False))
         where = f" at {source}" if source else ""
         if own:
-            why = f"{stale.name} was overwritten by another call of {changer}{where}, which returned the same memory again"
-            return KEEPS, why, replace(wrong, label=changer, source=source)
-        why = f"the bridge of {stale.name} does not hold what {stale.name} is now"
+            why = f"{name} was overwritten by another call of {changer}{where}, which returned the same memory again"
+            return KEEPS, why, replace(stale, label=changer, source=source, how="of a result of")
+        why = f"it does not hold what {name} is now"
         if changer:
             why += f": {changer}{where} wrote it, and does not declare so"
-        return "stale bridge", why, wrong
+        return "stale bridge", why, stale
 
     def _change_cause(self, change: Change, trace: Trace, wrong: _Wrong) -> tuple[str, str, _Wrong]:
         """For ops that are not those that were captured."""
@@ -672,7 +690,7 @@ class Checker:
         step = self.recorded.steps[position] if position >= 0 else None
         kind = {GraphStep: "captured", EagerStep: "eager"}.get(type(step), "result")
         at = f"step {position} ({kind})" if position >= 0 else "the result"
-        made = f", made by {wrong.label}," if wrong.label and wrong.label not in wrong.name else ""
+        made = f", {wrong.how} {wrong.label}," if wrong.label and wrong.label not in wrong.name else ""
         return DivergenceError(
             f"{at}: {wrong.name}{made} is not as in eager: {wrong.difference}; this looks like {cause}: {why}",
             where=wrong.source,
