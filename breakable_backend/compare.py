@@ -284,7 +284,7 @@ class Checker:
         return replace(step, calls=tuple(self._watched(position, call) for call in step.calls))
 
     def around(self, function: Callable[[list[Any], int], list[Any]]) -> Callable[[list[Any], int], list[Any]]:
-        """A replay from its start to its end."""
+        """The function that was emitted for :attr:`recording`, with what is compared at its start and its end."""
 
         def compared(args: list[Any], stream: int) -> list[Any]:
             try:
