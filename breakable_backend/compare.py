@@ -268,6 +268,8 @@ class Checker:
         """Bridges that were loaded in this call, by the name of the value."""
         self.undeclared: dict[str, tuple[str, str, bool]] = {}
         """Values that an eager step changed without saying so: what did, its line, and whether it is its own buffer."""
+        self.late: dict[int, _Wrong] = {}
+        """What eager steps left unfinished on other streams, by the key of its storage."""
         self._remember_kept()
 
     @property
@@ -318,7 +320,7 @@ class Checker:
             self._compare_results(self.program, results)
 
     def _clear(self) -> None:
-        for held in (self.values, self.truth, self.moved, self.bridged, self.undeclared):
+        for held in (self.values, self.truth, self.moved, self.bridged, self.undeclared, self.late):
             held.clear()
         self.witness.given.prune()
         self._remember_kept()
@@ -351,6 +353,7 @@ class Checker:
 
     def launch(self, position: int, graph: CapturedGraph, stream: int) -> None:
         """Launch a segment between its loads and its stores, and compare it with eager."""
+        self._refuse_late(position)
         self._settle(position)
         stale = self._stale(position)
         before = self._random()
@@ -543,7 +546,7 @@ class Checker:
                 self._settle(position)
                 given = {_torch.storage_key(t): (t, clone_exact(t)) for t in _tensors((args, kwargs))}
                 result = function(*args, **kwargs)
-                self._compare_synchronised(position, call, (args, kwargs, result))
+                self._synchronise(call, given, result)
                 self._eager_ran(position, call, result, given)
             self.truth[call.result] = result
             if _has_memory(result) and (not is_view_call(call) or call.function is operator.getitem):
@@ -559,21 +562,36 @@ class Checker:
         assert isinstance(step, EagerStep)
         return next((other for other in step.calls if other.source), call)
 
-    def _compare_synchronised(self, position: int, call: Call, touched: Any) -> None:
-        """What is another value once all streams have come to rest was read too early, as it would be by a segment."""
+    def _synchronise(self, call: Call, given: Mapping[int, Any], result: Any) -> None:
+        """Note what is another value once all streams have come to rest: whoever reads it before that reads too early.
+
+        A later eager step that takes it is thought to wait for it, as the second half of an asynchronous call does.
+        """
         if self.device.type != "cuda":
             return
-        early = [(tensor, clone_exact(tensor)) for tensor in _tensors(touched)]
+        for key in given:
+            self.late.pop(key, None)
+        early = [
+            (tensor, clone_exact(tensor)) for tensor in _tensors((result, [tensor for tensor, _ in given.values()]))
+        ]
         torch.cuda.synchronize(self.device)
         for tensor, seen in early:
             if (apart := difference(seen, tensor)) is not None:
-                raise self._failure(
-                    "race between streams",
-                    _Wrong(0, f"what {call.label} made or wrote", call.label, call.source, apart),
-                    position,
-                    "read again after all streams had come to rest, it is another value: it is made on a stream that the "
-                    "current one does not wait for",
-                )
+                what = f"what {call.label} made or wrote"
+                self.late[_torch.storage_key(tensor)] = _Wrong(0, what, call.label, call.source, apart)
+
+    def _refuse_late(self, position: int) -> None:
+        """Raise if a segment takes what an eager step still works on, on a stream that nobody has waited for."""
+        step, segment = self.recorded.steps[position], self._segment(position)
+        assert isinstance(step, GraphStep)
+        names = {copy.value.name for copy in step.loads} | set(segment.inputs if segment is not None else ())
+        for name in names:
+            tensor = self.truth.get(name)
+            if not isinstance(tensor, torch.Tensor) or not _has_memory(tensor):
+                continue
+            if (wrong := self.late.get(_torch.storage_key(tensor))) is not None:
+                why = "read again after all streams had come to rest, it was another value: the segment does not wait for the "
+                raise self._failure("race between streams", wrong, position, why + "stream that it is made on")
 
     def _eager_ran(self, position: int, call: Call, result: Any, given: Mapping[int, Any]) -> None:
         """Take over what an eager step changed; eager would see that too."""
