@@ -412,9 +412,7 @@ class _Door:
         checker = Checker(recording, self.witness, self.tolerance) if self.witness is not None else None
         replay = emit(recording if checker is None else checker.recording)
         captured = _Captured(self.driver, recording, replay, [self.held], [], tuple(self.outside.values()))
-        if checker is not None:
-            replay = replace(replay, function=checker.around(replay.function))
-        captured.replay = _checked(captured, replay, once=checker is None)
+        captured.replay = _checked_once(captured) if checker is None else _compared(captured, checker)
         me = weakref.ref(self.graph)
         for parameter in self.parameters.values():
             what = f"a {type(parameter).__name__}"
@@ -587,16 +585,27 @@ class _Door:
         return Slot(name)
 
 
-def _checked(captured: _Captured, replay: Replay, once: bool) -> Replay:
-    """``replay``, looking first whether all that segments read is in its place: once, or at each call."""
+def _checked_once(captured: _Captured) -> Replay:
+    """The graph's replay. The first call looks whether all that it reads is in its place."""
+    replay = captured.replay
+
+    def first(args: list[Any], stream: int) -> list[Any]:
+        captured.check()
+        captured.replay = replay
+        return replay.function(args, stream)
+
+    return replace(replay, function=first)
+
+
+def _compared(captured: _Captured, checker: Checker) -> Replay:
+    """The graph's replay, with each step compared."""
+    compared = checker.around(captured.replay.function)
 
     def checked(args: list[Any], stream: int) -> list[Any]:
         captured.check()
-        if once:
-            captured.replay = replay
-        return replay.function(args, stream)
+        return compared(args, stream)
 
-    return replace(replay, function=checked)
+    return replace(captured.replay, function=checked)
 
 
 @dataclass(frozen=True)

@@ -231,11 +231,13 @@ class _Wrong:
 
 @dataclass(eq=False)
 class _Compared:
-    """A graph that is compared at each launch, which is all that the generated replay knows of it."""
+    """A graph that is compared at each launch."""
 
     checker: Checker
     position: int
     graph: CapturedGraph
+    draws_random: bool = False
+    num_kernels: int = -1
 
     def replay(self, stream: int) -> None:
         self.checker.launch(self.position, self.graph, stream)
@@ -280,8 +282,7 @@ class Checker:
     def _compared(self, position: int) -> Step:
         step = self.recorded.steps[position]
         if isinstance(step, GraphStep):
-            graph: Any = _Compared(self, position, step.graph)
-            return replace(step, graph=graph)
+            return replace(step, graph=_Compared(self, position, step.graph))
         return replace(step, calls=tuple(self._watched(position, call) for call in step.calls))
 
     def around(self, function: Callable[[list[Any], int], list[Any]]) -> Callable[[list[Any], int], list[Any]]:

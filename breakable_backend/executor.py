@@ -348,13 +348,11 @@ class Executor:
         self.statistics.recordings += 1
         self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            checker = Checker(recording, witness, self.options.tolerance, program) if witness is not None else None
-            replay = emit(recording if checker is None else checker.recording)
             entry.recording = recording
-            if checker is None:
-                entry.replay = _checked_once(entry, recording, replay)
+            if witness is None:
+                entry.replay = _checked_once(entry, recording)
             else:
-                entry.replay = replace(replay, function=checker.around(replay.function))
+                entry.replay = _compared(Checker(recording, witness, self.options.tolerance, program))
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -407,8 +405,9 @@ class Executor:
         run_deferred(self.driver)
 
 
-def _checked_once(entry: Entry, recording: Recording, replay: Replay) -> Replay:
-    """``replay``, for the first call to look whether all that it takes is in its place; the others are ``replay``'s own."""
+def _checked_once(entry: Entry, recording: Recording) -> Replay:
+    """The replay of ``recording``. The first call looks whether all that it takes is in its place."""
+    replay = emit(recording)
 
     def first(args: list[Any], stream: int) -> list[Any]:
         check_places(recording, args)
@@ -416,6 +415,12 @@ def _checked_once(entry: Entry, recording: Recording, replay: Replay) -> Replay:
         return replay.function(args, stream)
 
     return replace(replay, function=first)
+
+
+def _compared(checker: Checker) -> Replay:
+    """A replay that compares each step with eager."""
+    replay = emit(checker.recording)
+    return replace(replay, function=checker.around(replay.function))
 
 
 def run_deferred(driver: CaptureDriver) -> None:

@@ -123,8 +123,8 @@ FAULTS = (
     Fault(
         "first-replay-of-a-capture-unchecked",
         "capture.py",
-        "        captured.check()\n",
-        "",
+        "        captured.check()\n        captured.replay = replay\n",
+        "        captured.replay = replay\n",
         "test_compare.py::test_first_replay_of_a_capture[cpu-moved]",
     ),
     Fault(
