@@ -225,6 +225,8 @@ class _Wrong:
     label: str
     source: str
     difference: Difference
+    how: str = "made by"
+    """What the op has to do with it."""
 
 
 @dataclass(eq=False)
@@ -277,6 +279,8 @@ class Checker:
         """Bridges that were loaded in this call, by the name of the value."""
         self.undeclared: dict[str, tuple[str, str, bool]] = {}
         """Values that an eager step changed without saying so: what did, its line, and whether it is its own buffer."""
+        self.late: dict[int, _Wrong] = {}
+        """What eager steps left unfinished on other streams, by the key of its storage."""
         self._remember_kept()
 
     @property
@@ -291,7 +295,7 @@ class Checker:
         return replace(step, calls=tuple(self._watched(position, call) for call in step.calls))
 
     def around(self, function: Callable[[list[Any], int], list[Any]]) -> Callable[[list[Any], int], list[Any]]:
-        """A replay from its start to its end."""
+        """The function that was emitted for :attr:`recording`, with what is compared at its start and its end."""
 
         def compared(args: list[Any], stream: int) -> list[Any]:
             try:
@@ -326,7 +330,7 @@ class Checker:
             self._compare_results(self.program, results)
 
     def _clear(self) -> None:
-        for held in (self.values, self.truth, self.moved, self.bridged, self.undeclared):
+        for held in (self.values, self.truth, self.moved, self.bridged, self.undeclared, self.late):
             held.clear()
         self.witness.given.prune()
         self._remember_kept()
@@ -359,6 +363,7 @@ class Checker:
 
     def launch(self, position: int, graph: CapturedGraph, stream: int) -> None:
         """Launch a segment between its loads and its stores, and compare it with eager."""
+        self._refuse_late(position)
         self._settle(position)
         stale = self._stale(position)
         before = self._random()
@@ -366,7 +371,7 @@ class Checker:
         graph.replay(stream)
         wrong = self._first_wrong(position, ran)
         if wrong is None and self.program is None and stale:
-            wrong = stale[0]  # eagerly the ops read the same bridge
+            wrong = next(iter(stale.values()))  # eagerly the ops read the same bridge
         if wrong is not None:
             cause, why, blamed = self._cause(position, ran, wrong, stale, before, graph, stream)
             self._take_back(ran, before)
@@ -423,8 +428,8 @@ class Checker:
                 ).on(storage)
                 yield _Written(flat, flat.clone(), name or f"the memory that {writer} writes", writer, source)
 
-    def _stale(self, position: int) -> list[_Wrong]:
-        """Bridges that this segment reads and that do not hold what eager would read."""
+    def _stale(self, position: int) -> dict[str, _Wrong]:
+        """Bridges that this segment reads and that do not hold what eager would read, by the name of the value."""
         step, segment = self.recorded.steps[position], self._segment(position)
         assert isinstance(step, GraphStep)
         for copy in step.loads:
@@ -432,16 +437,32 @@ class Checker:
             self.bridged[copy.value.name] = bridge
         trace = self.witness.traces.get(position)
         reads = trace.addresses() if trace is not None else set()
-        found = []
+        found = {}
         for name, bridge in self.bridged.items():
             read = name in segment.inputs if segment else bridge.untyped_storage().data_ptr() in reads
             truth = self.truth.get(name)
             if read and name not in self.moved and isinstance(truth, torch.Tensor):
                 apart = difference(bridge, truth.to(self.device), self.tolerance)
                 if apart is not None:
-                    value = self.values.get(name)
-                    found.append(_Wrong(0, name, *((value.label, value.source) if value else ("", "")), apart))
+                    reader, source = self._first_reader(position, name)
+                    found[name] = _Wrong(0, f"the bridge of {name}", reader, source, apart, "first read by")
         return found
+
+    def _first_reader(self, position: int, name: str) -> tuple[str, str]:
+        """The first op of a segment that takes ``name``, or a view of it."""
+        segment = self._segment(position)
+        if segment is None:
+            address = _torch.address_of(self.bridged[name])
+            ops = self.witness.traces[position].ops
+            return next((op.label, op.source) for op in ops if any(m.address == address for m in op.outside))
+        views = {node for node in segment.module.graph.find_nodes(op="placeholder") if node.name == name}
+        for node in segment.module.graph.nodes:
+            if node.op != "call_function" or views.isdisjoint(node.all_input_nodes):
+                continue
+            if not (isinstance(node.target, _torch.OpOverload) and node.target.is_view):
+                return _maker(node)
+            views.add(node)
+        return "", ""
 
     def _first_wrong(self, position: int, ran: _Ran) -> _Wrong | None:
         found = [*self._wrong_inside(position, ran), *self._wrong_outside(position, ran)]
@@ -535,7 +556,7 @@ class Checker:
                 self._settle(position)
                 given = {_torch.storage_key(t): (t, clone_exact(t)) for t in _tensors((args, kwargs))}
                 result = function(*args, **kwargs)
-                self._compare_synchronised(position, call, (args, kwargs, result))
+                self._synchronise(call, given, result)
                 self._eager_ran(position, call, result, given)
             self.truth[call.result] = result
             if _has_memory(result) and (not is_view_call(call) or call.function is operator.getitem):
@@ -551,21 +572,36 @@ class Checker:
         assert isinstance(step, EagerStep)
         return next((other for other in step.calls if other.source), call)
 
-    def _compare_synchronised(self, position: int, call: Call, touched: Any) -> None:
-        """What is another value once all streams have come to rest was read too early, as it would be by a segment."""
+    def _synchronise(self, call: Call, given: Mapping[int, Any], result: Any) -> None:
+        """Note what is another value once all streams have come to rest: whoever reads it before that reads too early.
+
+        A later eager step that takes it is thought to wait for it, as the second half of an asynchronous call does.
+        """
         if self.device.type != "cuda":
             return
-        early = [(tensor, clone_exact(tensor)) for tensor in _tensors(touched)]
+        for key in given:
+            self.late.pop(key, None)
+        early = [
+            (tensor, clone_exact(tensor)) for tensor in _tensors((result, [tensor for tensor, _ in given.values()]))
+        ]
         torch.cuda.synchronize(self.device)
         for tensor, seen in early:
             if (apart := difference(seen, tensor)) is not None:
-                raise self._failure(
-                    "race between streams",
-                    _Wrong(0, f"what {call.label} made or wrote", call.label, call.source, apart),
-                    position,
-                    "read again after all streams had come to rest, it is another value: it is made on a stream that the "
-                    "current one does not wait for",
-                )
+                what = f"what {call.label} made or wrote"
+                self.late[_torch.storage_key(tensor)] = _Wrong(0, what, call.label, call.source, apart)
+
+    def _refuse_late(self, position: int) -> None:
+        """Raise if a segment takes what an eager step still works on, on a stream that nobody has waited for."""
+        step, segment = self.recorded.steps[position], self._segment(position)
+        assert isinstance(step, GraphStep)
+        names = {copy.value.name for copy in step.loads} | set(segment.inputs if segment is not None else ())
+        for name in names:
+            tensor = self.truth.get(name)
+            if not isinstance(tensor, torch.Tensor) or not _has_memory(tensor):
+                continue
+            if (wrong := self.late.get(_torch.storage_key(tensor))) is not None:
+                why = "read again after all streams had come to rest, it was another value: the segment does not wait for the "
+                raise self._failure("race between streams", wrong, position, why + "stream that it is made on")
 
     def _eager_ran(self, position: int, call: Call, result: Any, given: Mapping[int, Any]) -> None:
         """Take over what an eager step changed; eager would see that too."""
@@ -621,14 +657,14 @@ class Checker:
         position: int,
         ran: _Ran,
         wrong: _Wrong,
-        stale: Sequence[_Wrong],
+        stale: Mapping[str, _Wrong],
         random: Sequence[torch.Tensor],
         graph: CapturedGraph,
         stream: int,
     ) -> tuple[str, str, _Wrong]:
         """What the difference looks like, what tells so, and the op to blame."""
         if stale:
-            return self._stale_cause(stale[0], wrong)
+            return self._stale_cause(*next(iter(stale.items())))
         self._take_back(ran, random)
         change = first_change(self.witness.traces[position], ran.trace)
         if change is not None:
@@ -641,16 +677,16 @@ class Checker:
             return "race between streams", why, wrong
         return "unknown", f"it is none of: {', '.join(cause for cause in CAUSES if cause != 'unknown')}", wrong
 
-    def _stale_cause(self, stale: _Wrong, wrong: _Wrong) -> tuple[str, str, _Wrong]:
-        changer, source, own = self.undeclared.get(stale.name, ("", "", False))
+    def _stale_cause(self, name: str, stale: _Wrong) -> tuple[str, str, _Wrong]:
+        changer, source, own = self.undeclared.get(name, ("", "", False))
         where = f" at {source}" if source else ""
         if own:
-            why = f"{stale.name} was overwritten by another call of {changer}{where}, which returned the same memory again"
-            return KEEPS, why, replace(wrong, label=changer, source=source)
-        why = f"the bridge of {stale.name} does not hold what {stale.name} is now"
+            why = f"{name} was overwritten by another call of {changer}{where}, which returned the same memory again"
+            return KEEPS, why, replace(stale, label=changer, source=source, how="of a result of")
+        why = f"it does not hold what {name} is now"
         if changer:
             why += f": {changer}{where} wrote it, and does not declare so"
-        return "stale bridge", why, wrong
+        return "stale bridge", why, stale
 
     def _change_cause(self, change: Change, trace: Trace, wrong: _Wrong) -> tuple[str, str, _Wrong]:
         """For ops that are not those that were captured."""
@@ -681,7 +717,7 @@ class Checker:
         step = self.recorded.steps[position] if position >= 0 else None
         kind = {GraphStep: "captured", EagerStep: "eager"}.get(type(step), "result")
         at = f"step {position} ({kind})" if position >= 0 else "the result"
-        made = f", made by {wrong.label}," if wrong.label and wrong.label not in wrong.name else ""
+        made = f", {wrong.how} {wrong.label}," if wrong.label and wrong.label not in wrong.name else ""
         return DivergenceError(
             f"{at}: {wrong.name}{made} is not as in eager: {wrong.difference}; this looks like {cause}: {why}",
             where=wrong.source,

@@ -190,6 +190,13 @@ FAULTS = (
         "            pass",
         "test_compare.py::test_wrong_result[cpu]",
     ),
+    Fault(
+        "races-unseen",
+        "compare.py",
+        "        self._refuse_late(position)\n",
+        "",
+        "test_compare.py::test_late_values[cpu-False]",
+    ),
     # --- the second door ---
     Fault(
         "capture-keeps-no-inputs",
