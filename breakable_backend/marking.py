@@ -135,7 +135,7 @@ def is_marked(op: Any, eager_ops: EagerOps) -> str:
     """Why ``op`` (an overload) is marked; empty if it is not."""
     if not isinstance(op, _torch.OpOverload):
         return ""
-    if op is functions.OP:
+    if functions.is_call(op):
         return "marked by eager_on_graph"
     if torch.Tag.cudagraph_unsafe in op.tags:
         return "tagged cudagraph_unsafe"
