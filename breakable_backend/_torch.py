@@ -244,16 +244,8 @@ def fresh_int(tensor: Any) -> Any:
     return tensor.fake_mode.shape_env.create_unbacked_symint()
 
 
-@constant_under_dynamo
-def is_pytree_node(kind: type) -> bool:
-    """Whether somebody registered a class with pytree."""
-    return kind in pytree.SUPPORTED_NODES
-
-
-@constant_under_dynamo
-def pytree_node(kind: type) -> Any:
-    """How a registered class is taken apart and put together: ``flatten_fn``, ``unflatten_fn``."""
-    return pytree.SUPPORTED_NODES[kind]
+PYTREE_NODES: Mapping[type, Any] = pytree.SUPPORTED_NODES
+"""How classes that are registered with pytree are taken apart and put together: ``flatten_fn``, ``unflatten_fn``."""
 
 
 @contextmanager

@@ -437,11 +437,11 @@ class Site:
             try:
                 with _torch.ignore_fresh_symbols(tensors), self._ambient():
                     expected = self._ask(needs, tensors, ints, floats)
-            except _torch.DynamoError:
-                raise
             except PartitionError as error:
                 self.error = error
                 return
+            except _torch.DynamoError:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
                 self.error = self._needs_fake(error)
                 return

@@ -30,8 +30,8 @@ def children(value: Any) -> list[Any] | None:
         return list(value.values()) if all([isinstance(key, (str, int)) for key in value]) else None  # noqa: C419 - Dynamo traces it
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, part.name) for part in dataclasses.fields(value)]
-    if _torch.is_pytree_node(type(value)):
-        return list(_torch.pytree_node(type(value)).flatten_fn(value)[0])
+    if type(value) in _torch.PYTREE_NODES:
+        return list(_torch.PYTREE_NODES[type(value)].flatten_fn(value)[0])
     return None
 
 
@@ -85,8 +85,8 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple([part.name for part in dataclasses.fields(value)])
         return ("data", type(value), names, tuple([take_apart(getattr(value, n), tensors, ints, floats) for n in names]))
-    if _torch.is_pytree_node(type(value)):
-        children, context = _torch.pytree_node(type(value)).flatten_fn(value)
+    if type(value) in _torch.PYTREE_NODES:
+        children, context = _torch.PYTREE_NODES[type(value)].flatten_fn(value)
         return ("node", type(value), context, tuple([take_apart(item, tensors, ints, floats) for item in children]))
     return ("plain", value)
 
@@ -116,7 +116,7 @@ def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
     if kind == "named":
         return structure[1](*items)
     if kind == "node":
-        return _torch.pytree_node(structure[1]).unflatten_fn(items, structure[2])
+        return _torch.PYTREE_NODES[structure[1]].unflatten_fn(items, structure[2])
     return structure[1](**dict(zip(structure[2], items)))  # noqa: B905
 
 
