@@ -268,6 +268,11 @@ def below_autograd(op: OpOverload, keys: Any, *args: Any) -> Any:
     return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which has no types."""
+    return function.apply(*args)
+
+
 @contextmanager
 def above_autograd() -> Iterator[None]:
     """Have autograd see ops, also in the kernel of an op that autograd called."""

@@ -1,10 +1,8 @@
-"""Gradients of functions that nothing traces: a tape for each call, a user's own backward, a second run in place of a tape."""
+"""Marked functions with gradients of their own: a second run in place of a tape, a backward that the user wrote."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,56 +10,8 @@ from typing import Any
 import torch
 from torch.utils import checkpoint
 
-from breakable_backend.structure import Geometry, Structure, modules_in, put_together, take_apart
-
-Member = tuple[torch.Tensor, Geometry | None]
-"""A tensor that a function returned, and where its gradient lies in that of the root; None: it is the root's."""
-
-
-class Tape(bytearray):
-    """What one call of a function has to keep until its backward.
-
-    It is the memory of a tensor, its *handle*, which compiled code saves for the backward as it saves any other. So it
-    lives as long as that: a call has a tape of its own, and one that is never run backward leaves nothing behind.
-    """
-
-    leaves: list[torch.Tensor]
-    members: list[list[Member]]
-
-    @classmethod
-    def handle(cls, leaves: list[torch.Tensor], members: list[list[Member]]) -> torch.Tensor:
-        """The only owner of a new tape."""
-        number = next(_numbers)
-        tape = cls(number.to_bytes(8, "little"))
-        tape.leaves, tape.members = leaves, members
-        _tapes[number] = tape
-        return torch.frombuffer(tape, dtype=torch.int64)
-
-    def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Gradients of the leaves; None where nothing depends on one."""
-        outputs, given = [], []
-        for members, grad in zip(self.members, grads, strict=True):
-            for tensor, where in members if grad is not None else ():
-                assert grad is not None
-                outputs.append(tensor)
-                flat = grad if where is None else grad.contiguous()
-                given.append(flat if where is None else flat.as_strided(*where[:2], flat.storage_offset() + where[2]))
-        if not outputs:
-            return [None] * len(self.leaves)
-        # Whether the caller retains its graph, nobody tells; the handle ends this one.
-        return list(torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True))
-
-
-_numbers = itertools.count(1)
-_tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
-
-
-def tape_of(handle: torch.Tensor) -> Tape:
-    """The tape behind a handle, or behind a copy of one while that lives."""
-    return _tapes[int(handle.item())]
-
-
-# --- what a user asks for -------------------------------------------------------------------------------------------------
+from breakable_backend import _torch
+from breakable_backend.structure import Structure, modules_in, put_together, take_apart
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +51,7 @@ def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) ->
             return function(*args, **kwargs)
         results: list[Any] = []
         given = _Given(function, backward, args, kwargs, structure, results)
-        made = _Declared.apply(given, *tensors)
+        made = _torch.apply_function(_Declared, given, *tensors)
         numbers, returned = results
         return put_together(returned, _reader(made, numbers))
 

@@ -26,7 +26,6 @@ from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CaptureError, EagerOutputError, ReplayError
-from breakable_backend.functions import Mark, direct, is_call
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.program import (
@@ -39,6 +38,7 @@ from breakable_backend.program import (
     outputs_of,
     source_line,
 )
+from breakable_backend.sites import Mark, direct, is_call
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +39,9 @@ def children(value: Any) -> list[Any] | None:
 
 def foreign(value: Any) -> str:
     """The type of what no structure can hold in ``value``; empty if there is none."""
-    if value is None or isinstance(value, (torch.Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat, torch.nn.Module)):
+    if value is None or isinstance(
+        value, (torch.Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat, torch.nn.Module)
+    ):
         return ""
     items = children(value)
     if items is None:
@@ -84,7 +88,12 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
         return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple([part.name for part in dataclasses.fields(value)])
-        return ("data", type(value), names, tuple([take_apart(getattr(value, n), tensors, ints, floats) for n in names]))
+        return (
+            "data",
+            type(value),
+            names,
+            tuple([take_apart(getattr(value, n), tensors, ints, floats) for n in names]),
+        )
     if type(value) in _torch.PYTREE_NODES:
         children, context = _torch.PYTREE_NODES[type(value)].flatten_fn(value)
         return ("node", type(value), context, tuple([take_apart(item, tensors, ints, floats) for item in children]))
@@ -156,7 +165,7 @@ def view_leaf(kind: str, number: int, base: Geometry, where: Geometry, detached:
     dense = tuple(where[0][position] for position in order)
     back = tuple(order.index(position) for position in range(len(order)))
     plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == _steps(dense)
-    inside = 0 <= where[2] - base[2] and where[2] - base[2] + extent(where) <= extent(base)
+    inside = where[2] - base[2] >= 0 and where[2] - base[2] + extent(where) <= extent(base)
     if not (plain and inside):
         return ("view", kind, number, detached, None, where)
     return ("view", kind, number, detached, (where[2] - base[2], extent(where), dense, back), where)
@@ -183,3 +192,232 @@ def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
         if back != tuple(range(len(back))):
             made = made.permute(back)
     return made.detach() if detached else made
+
+
+# --- results ------------------------------------------------------------------------------------------------------------
+
+Member = tuple[torch.Tensor, Geometry | None]
+"""A tensor that a function returned, and where its gradient lies in that of its root; None: it is the root's."""
+
+
+class Unholdable(Exception):
+    """What compiled code cannot hold of a result, and what to do."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result, taken apart."""
+
+    structure: Structure
+    roots: list[torch.Tensor]
+    """Of each fresh storage one tensor that owns it; what else lies in it is made again from that."""
+    members: list[list[Member]]
+    """For each root, the tensors that autograd knows, where it is recording."""
+    ints: list[Any]
+
+
+def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool) -> Result:
+    """Take a result apart: aliases of arguments told from fresh memory, of which there is one root for each storage.
+
+    Args:
+        holder: all that holds the result, so that what the function kept is seen.
+        arguments: the tensors that the function was called with.
+        recording: whether autograd was recording, so that results know what they need.
+        exact: whether what needs no gradient is said of each of several results that share memory.
+
+    Raises:
+        Unholdable: what compiled code cannot hold.
+    """
+    result = holder[0]
+    other = foreign(result) or next((type(module).__name__ for module in modules_in(result)), "")
+    if other:
+        raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
+    tensors: list[torch.Tensor] = []
+    ints: list[Any] = []
+    floats: list[Any] = []
+    structure = take_apart(result, tensors, ints, floats)
+    if not all(isinstance(value, float) for value in floats):
+        raise Unholdable("a float that depends on values", "return it as a tensor, or in whole numbers as an int")
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
+    del result
+    taker = _Taker(tensors, arguments, _references(tensors), recording, exact)
+    taker.take()
+
+    def leaf(structure: Structure) -> Structure:
+        if structure[0] == "tensor":
+            return taker.places[structure[1]]
+        if structure[0] == "int":
+            return ("int", structure[1], len(taker.roots))
+        return ("plain", floats[structure[1]]) if structure[0] == "float" else structure
+
+    return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
+
+
+class _Taker:
+    """Sorts the tensors of a result by the memory that they lie in."""
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        arguments: Sequence[torch.Tensor],
+        references: Mapping[int, int],
+        recording: bool,
+        exact: bool,
+    ) -> None:
+        self.tensors, self.arguments, self.references = tensors, arguments, references
+        self.recording, self.exact = recording, exact
+        self.places: list[Structure] = [()] * len(tensors)
+        """The leaf for each tensor."""
+        self.roots: list[torch.Tensor] = []
+        self.members: list[list[Member]] = []
+
+    def take(self) -> None:
+        owners: dict[int, int] = {}
+        for number, argument in enumerate(self.arguments):
+            owners.setdefault(_torch.storage_key(argument), number)
+        groups: dict[int, list[int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            key = _torch.storage_key(tensor)
+            if key not in owners:
+                groups.setdefault(key, []).append(number)
+            elif self.recording and not _is_view(tensor):
+                groups[-1 - number] = [number]  # a copy: traced code could not make a view with that gradient
+            else:
+                self.places[number] = self._alias(tensor, owners[key])
+        for key, group in groups.items():
+            self._take_group(group, copied=key < 0)
+
+    def _alias(self, tensor: torch.Tensor, owner: int) -> Structure:
+        """The leaf for a result that lies in the memory of an argument."""
+        for number, argument in enumerate(self.arguments):
+            if _torch.storage_key(argument) == _torch.storage_key(tensor) and _looks(argument) == _looks(tensor):
+                return ("argument", number, self._is_detached(tensor, argument.requires_grad))
+        base = self.arguments[owner]
+        if _bits(base) != _bits(tensor):
+            raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
+        detached = self._is_detached(tensor, base.requires_grad)
+        return view_leaf("argument", owner, geometry(base), geometry(tensor), detached)
+
+    def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
+        return self.recording and base_needs and not tensor.requires_grad
+
+    def _take_group(self, group: list[int], copied: bool) -> None:
+        """Find a tensor that owns the memory of some results, and say how each is made again from it."""
+        tensors = [self.tensors[number] for number in group]
+        first, number = tensors[0], len(self.roots)
+        wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
+        if all(_looks(tensor) == _looks(first) for tensor in tensors):
+            root = first.detach() if self.recording else first
+            leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
+            members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
+        else:
+            if any(_bits(tensor) != _bits(first) for tensor in tensors):
+                raise Unholdable("tensors of several dtypes that share memory", "return clones")
+            where = _span(tensors)
+            root = first.detach().as_strided(*where)
+            leaves = [
+                view_leaf("root", number, where, geometry(t), self._is_detached(t, self.exact and bool(wanting)))
+                for t in tensors
+            ]
+            members = _shares([(tensor, _apart(geometry(tensor), where[2])) for tensor in wanting], where[0][0])
+        if root.is_conj() or root.is_neg():
+            root = root.resolve_conj().resolve_neg()
+        elif copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording)):
+            root = copy_of(root)
+        self.roots.append(root)
+        self.members.append(members)
+        for place, leaf in zip(group, leaves, strict=True):
+            self.places[place] = leaf
+
+
+def _span(tensors: Sequence[torch.Tensor]) -> Geometry:
+    """The geometry of a flat tensor that several lie in."""
+    wheres = [geometry(tensor) for tensor in tensors]
+    start = min(where[2] for where in wheres)
+    return (max(where[2] + extent(where) for where in wheres) - start,), (1,), start
+
+
+def _shares(wanting: list[Member], length: int) -> list[Member]:
+    """Which of several results that share memory take the gradient of which part of it: each part once."""
+    for tensor, where in wanting:
+        assert where is not None
+        if tensor.numel() == extent(where) == length:
+            return [(tensor, where)]
+    spans = sorted((where[2], where[2] + extent(where)) for _, where in wanting if where is not None)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise Unholdable("tensors that overlap in part and need gradients", "return clones")
+    return wanting
+
+
+_CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named tuples, dataclasses or pytree nodes"
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """New memory of the same geometry."""
+    where = geometry(tensor)
+    flat = tensor.detach().as_strided((extent(where),), (1,), where[2]).clone()
+    return flat.as_strided(where[0], where[1], 0)
+
+
+def _apart(where: Geometry, start: int) -> Geometry:
+    return where[0], where[1], where[2] - start
+
+
+def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, bool, bool]:
+    """How the memory of a tensor is to be read."""
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), _bits(tensor)
+
+
+_VIEWS = frozenset(
+    f"{name}Backward{number}"
+    for name in (
+        "Alias AsStrided Diagonal Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose "
+        "Unbind Unfold Unsafe Unsqueeze View ViewAsReal ViewAsComplex"
+    ).split()
+    for number in (0, 1, 2)
+)
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    """Whether, for autograd too, a tensor in the memory of an argument is a view of it: traced code can make it again."""
+    step = tensor.grad_fn
+    while step is not None and step.name() in _VIEWS:
+        step = step.next_functions[0][0]
+    return step is None or step.name() == "torch::autograd::AccumulateGrad"
+
+
+def _references(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """How often Python refers to each of some tensors, by identity."""
+    return {id(tensor): sys.getrefcount(tensor) for tensor in tensors}
+
+
+_ALONE = _references([torch.empty(0)]).popitem()[1]
+"""What :func:`_references` counts for a tensor that only the list holds."""
+
+
+def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recording: bool) -> bool:
+    """Whether somebody else than the result holds its memory: the function, which may write it in a later call.
+
+    A false alarm costs a copy. Autograd holds memory too, so while it records only Python is asked.
+    """
+    for tensor in group:
+        if references[id(tensor)] > _ALONE + 2 * sum(other is tensor for other in group) - 1:
+            return True
+    if recording:
+        return False
+    holders = {id(tensor) for tensor in group}
+    bases = [base for tensor in group if (base := _torch.base_of_view(tensor)) is not None and id(base) not in holders]
+    for base in {id(base): base for base in bases}.values():
+        holders.add(id(base))
+        if sys.getrefcount(base) > _ALONE + 1 + sum(other is base for other in bases):
+            return True
+    return _torch.owners_of_storage(group[0]) > len(holders)

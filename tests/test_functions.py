@@ -591,7 +591,9 @@ class Box:
         self.inner, self.label = inner, label
 
 
-torch.utils._pytree.register_pytree_node(Box, lambda box: ([box.inner], box.label), lambda items, label: Box(items[0], label))
+torch.utils._pytree.register_pytree_node(
+    Box, lambda box: ([box.inner], box.label), lambda items, label: Box(items[0], label)
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import EagerOutputError, OptionsError, PartitionError, eager_on_graph
-from breakable_backend import gradients as tapes
+from breakable_backend import EagerOutputError, OptionsError, PartitionError, eager_on_graph, tapes
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
@@ -52,7 +51,9 @@ def close(a: Any, b: Any) -> bool:
 
 
 def same_gradients(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(a.grad is not None and b.grad is not None and close(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+    return all(
+        a.grad is not None and b.grad is not None and close(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @eager_on_graph(fake=lambda x, w: torch.empty_like(x))
@@ -416,12 +417,14 @@ def test_backward_of_ones_own(compile_with: Function, device: torch.device) -> N
     """With ``backward`` gradients are what that says, in eager code too: from the arguments and result of that very call."""
 
     def gradients(context: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        x, parts = context.args
+        x, _parts = context.args
         result, _ = context.result
         assert context.kwargs == {"scale": 3.0}
         return grad * result * 10, {"w": grad * x, "n": None}, None
 
-    @eager_on_graph(backward=gradients, fake=lambda x, parts, scale: (torch.empty_like(x), x.new_empty((), dtype=torch.long)))
+    @eager_on_graph(
+        backward=gradients, fake=lambda x, parts, scale: (torch.empty_like(x), x.new_empty((), dtype=torch.long))
+    )
     def foreign(x: Tensor, parts: dict[str, Tensor], *, scale: float) -> tuple[Tensor, Tensor]:
         runs.append(torch.is_grad_enabled())
         array = x.detach().cpu().numpy() * scale  # nothing that autograd could follow
