@@ -11,6 +11,7 @@ import torch
 from torch.utils import checkpoint
 
 from breakable_backend import _torch
+from breakable_backend.errors import EagerOutputError
 from breakable_backend.structure import Structure, modules_in, put_together, take_apart
 
 
@@ -42,6 +43,8 @@ class Context:
 def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, whose gradients ``backward(context, *grads)`` computes."""
 
+    name = getattr(function, "__qualname__", type(function).__name__)
+
     @functools.wraps(function, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors: list[torch.Tensor] = []
@@ -50,7 +53,7 @@ def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) ->
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return function(*args, **kwargs)
         results: list[Any] = []
-        given = _Given(function, backward, args, kwargs, structure, results)
+        given = _Given(name, function, backward, args, kwargs, structure, results)
         made = _torch.apply_function(_Declared, given, *tensors)
         numbers, returned = results
         return put_together(returned, _reader(made, numbers))
@@ -60,6 +63,7 @@ def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) ->
 
 @dataclass(frozen=True)
 class _Given:
+    name: str
     function: Callable[..., Any]
     backward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -79,14 +83,14 @@ class _Declared(torch.autograd.Function):
         returned = take_apart(result, made, numbers, numbers)
         given.results.extend((numbers, returned))
         ctx.save_for_backward(*tensors, *made)
-        ctx.given = (given.backward, given.structure, _others(given), returned, numbers, len(tensors))
+        ctx.given = (given.name, given.backward, given.structure, _others(given), returned, numbers, len(tensors))
         ctx.set_materialize_grads(False)
         return tuple(made)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        backward, structure, others, returned, numbers, count = ctx.given
+        name, backward, structure, others, returned, numbers, count = ctx.given
         saved = ctx.saved_tensors
         args, kwargs = put_together(structure, _reader(saved[:count], *others))
         result = put_together(returned, _reader(saved[count:], numbers))
@@ -95,7 +99,10 @@ class _Declared(torch.autograd.Function):
         arguments = [*structure[-1][0][-1], *structure[-1][1][-1]]
         per_argument = got if isinstance(got, tuple) else (got,)
         if len(per_argument) != len(arguments):
-            raise ValueError(f"backward returned {len(per_argument)} gradients for {len(arguments)} arguments")
+            raise EagerOutputError(
+                f"the backward of {name} returned {len(per_argument)} gradients for {len(arguments)} arguments",
+                fix="return one, or None, for each argument of the call",
+            )
         gradients: list[Any] = [None] * count
         for argument, gradient in zip(arguments, per_argument, strict=True):
             _spread(argument, gradient, gradients)

@@ -227,10 +227,10 @@ class Site:
     def _check(self, taken: Result, known: Expected | None) -> None:
         wanted = known if known is not None else self.expected
         if taken.structure != wanted.result:
-            raise self._failure(f"put together as {taken.structure}", str(wanted.result))
+            raise self._mismatch(f"put together as {taken.structure}", str(wanted.result))
         for root, want in zip(taken.roots, known.specs if known is not None else (), strict=known is not None):
             if (got := Spec.of(root)) != want:
-                raise self._failure(str(got), str(want))
+                raise self._mismatch(str(got), str(want))
 
     def _function(self, *args: Any, **kwargs: Any) -> Any:
         return run_inline(self.mark.function, *args, **kwargs)
@@ -298,7 +298,7 @@ class Site:
                     "pass that tensor or module as an argument, or compute under torch.no_grad()",
                 )
         except Unholdable as error:
-            raise kind(f"{self.mark.name} returns {error.what}", where=self.mark.source, fix=error.fix) from None
+            raise self._failure(error.what, error.fix, kind) from None
         return taken
 
     @contextmanager
@@ -329,12 +329,12 @@ class Site:
         failed.__cause__ = error
         return failed
 
-    def _failure(self, got: str, wanted: str) -> EagerOutputError:
-        return EagerOutputError(
-            f"{self.mark.name} returned {got}, but was compiled for {wanted}",
-            where=self.mark.source,
-            fix="return the same structure and plain values at each call, and the layouts that fake= tells",
-        )
+    def _mismatch(self, got: str, wanted: str) -> BreakableError:
+        fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
+        return self._failure(f"{got}, but was compiled for {wanted}", fix, EagerOutputError)
+
+    def _failure(self, what: str, fix: str, kind: type[BreakableError]) -> BreakableError:
+        return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)
 
 
 _swapping = threading.RLock()

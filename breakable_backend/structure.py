@@ -163,7 +163,7 @@ def view_leaf(kind: str, number: int, base: Geometry, where: Geometry, detached:
     """The leaf for a tensor at ``where`` that is made again from one at ``base``, without ``as_strided`` if that can be."""
     order = sorted(range(len(where[0])), key=lambda position: (-where[1][position], position))
     dense = tuple(where[0][position] for position in order)
-    back = tuple(order.index(position) for position in range(len(order)))
+    back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
     plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == _steps(dense)
     inside = where[2] - base[2] >= 0 and where[2] - base[2] + extent(where) <= extent(base)
     if not (plain and inside):
@@ -189,7 +189,7 @@ def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
     else:
         start, length, dense, back = steps
         made = base.view(-1).narrow(0, start, length).view(dense)
-        if back != tuple(range(len(back))):
+        if back is not None:
             made = made.permute(back)
     return made.detach() if detached else made
 
