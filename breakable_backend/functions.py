@@ -105,7 +105,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     function = mark.function
     why = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
     uncompiled = torch.compiler.disable(functools.partial(run_inline, function), reason=why)
-    get = active.handler.get
+    get, is_compiling = active.handler.get, torch.compiler.is_dynamo_compiling
 
     @_torch.constant_under_dynamo
     def site_number(structure: Structure) -> int:
@@ -122,7 +122,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
 
     @functools.wraps(function, updated=())
     def marked(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_compiling():
             why, call = _plan(site_number, args, kwargs)
             if why:
                 refuse(why)

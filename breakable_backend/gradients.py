@@ -42,7 +42,6 @@ class Context:
 
 def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, whose gradients ``backward(context, *grads)`` computes."""
-
     name = getattr(function, "__qualname__", type(function).__name__)
 
     @functools.wraps(function, updated=())

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,10 @@ class Spec:
         return f"{str(self.dtype).removeprefix('torch.')}{shape} with stride {stride} on {self.device}"
 
 
+_SYMBOLIC = Spec((), (), torch.float32, torch.device("cpu"))
+"""In place of a layout with symbols in it."""
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a call returns, as the run on fake tensors told."""
@@ -131,17 +135,17 @@ class Site:
 
     def fake(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
         """What the op returns, as fake tensors."""
-        self.learn(needs, tensors, ints, floats)
+        expected = self.learn(needs, tensors, ints, floats)
         if self.error is not None:
             return []
-        made = [spec.empty() for spec in self.expected.specs]
-        if self.expected.num_ints:
-            made.append(torch.empty(self.expected.num_ints, dtype=torch.int64, device="cpu"))
+        made = [spec.empty() for spec in expected.specs]
+        if expected.num_ints:
+            made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))
         if needs:
             made.append(torch.empty(1, dtype=torch.int64, device="cpu"))
         return made
 
-    def learn(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
+    def learn(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
         """Run the function on fake tensors, unless that was done for these layouts."""
         if needs:
             wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
@@ -153,17 +157,18 @@ class Site:
                     expected = self._ask(needs, tensors, ints, floats)
             except PartitionError as error:
                 self.error = error
-                return
+                return Expected()
             except _torch.DynamoError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
                 self.error = self._needs_fake(error)
-                return
-            if key is None:
-                self.expected = expected
-                return
+                return Expected()
+            if key is None:  # a site outlives the symbols in the layouts
+                self.expected = replace(expected, specs=(_SYMBOLIC,) * len(expected.specs))
+                return expected
             self.known[key] = expected
         self.expected = self.known[key]
+        return self.expected
 
     def _ask(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
         given = [tensor.detach() for tensor in tensors]
@@ -204,21 +209,30 @@ class Site:
             ints: its ints.
             floats: its floats.
             traced: whether what runs before and after was compiled: it may use memory again that a tape still reads.
-            own: whether the tensors of modules are known to be the modules' own.
+            own: whether the caller sees to autocast and grad mode, and passes modules' own tensors: a replay does.
 
         Raises:
             EagerOutputError: the result is not what the run on fake tensors said.
         """
+        if own and not needs:
+            modules = {address: self._module(address) for address in self.modules}
+            given, holder = tensors, [self._call(self._function, tensors, ints, floats, modules)]
+            taken = self._take(holder, given, False, EagerOutputError)
+        else:
+            with (
+                self._ambient(),
+                self._modules(needs, traced, tensors, own) as (given, modules),
+                _torch.above_autograd(),
+            ):
+                holder = [self._call(self._function, given, ints, floats, modules)]
+                taken = self._take(holder, given, bool(needs), EagerOutputError)
         key = _layouts(needs, tensors, ints, floats)
-        with self._ambient(), self._modules(needs, traced, tensors, own) as (given, modules), _torch.above_autograd():
-            holder = [self._call(self._function, given, ints, floats, modules)]
-            taken = self._take(holder, given, bool(needs), EagerOutputError)
         self._check(taken, self.known.get(key) if key is not None else None)
         made = taken.roots
         if traced:
             made = [copy_of(root) for root in made]
         if taken.ints:
-            made = [*made, torch.tensor(taken.ints, dtype=torch.int64)]
+            made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
         if needs:
             leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
             made = [*made, Tape.handle(leaves, taken.members)]
