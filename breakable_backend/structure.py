@@ -311,7 +311,7 @@ class _Taker:
         tensors = [self.tensors[number] for number in group]
         first, number = tensors[0], len(self.roots)
         wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
-        if all(_looks(tensor) == _looks(first) for tensor in tensors):
+        if len(tensors) == 1 or all(_looks(tensor) == _looks(first) for tensor in tensors):
             root = first.detach() if self.recording else first
             leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
             members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
