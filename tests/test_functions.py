@@ -536,12 +536,12 @@ def test_what_a_function_keeps(compile_with: Callable[..., Any], device: torch.d
     kept = torch.zeros(4, device=device)
     views = {"whole": kept, "part": kept[1:]}
 
-    @eager_on_graph(fake=lambda x, name: torch.empty_like(x if name == "whole" else x[1:]))
+    @eager_on_graph(fake=lambda x, name: torch.empty_like(x if name in ("whole", "detached") else x[1:]))
     def accumulate(x: Tensor, name: str) -> Tensor:
         kept.add_(x)
-        return views[name] if name != "new" else kept[1:]
+        return views[name] if name in views else kept.detach() if name == "detached" else kept[1:]
 
-    for name in ("whole", "part", "new"):
+    for name in ("whole", "part", "new", "detached"):
         kept.zero_()
         compiled = compile_with(lambda x, name=name: accumulate(x + 1, name), fullgraph=True)
         results = [compiled(torch.ones(4, device=device)) for _ in range(4)]
