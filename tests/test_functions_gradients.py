@@ -135,8 +135,10 @@ def test_memory_that_compiled_code_uses_again(compile_with: Function, device: to
 
     def whole(x: Tensor, n: Tensor) -> Tensor:
         a, b = holds(x * 2 + 1, n + 1)
-        c, d = holds(a * 2 + 1, n + 1)
-        return c * 3 + d * 5 + b
+        c, d = holds(x.cos(), n + 1)
+        for _ in range(3):
+            a, b = (a * 2 + b).sin(), (b - a).cos()
+        return a + b + c * 3 + d * 5
 
     compiled = compile_with(whole)
     n = torch.tensor([2, 1, 0, -1], device=device)
