@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +254,10 @@ def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recordi
             return taker.places[structure[1]]
         if structure[0] == "int":
             return ("int", structure[1], len(taker.roots))
-        return ("plain", floats[structure[1]]) if structure[0] == "float" else structure
+        if structure[0] == "float":
+            value = floats[structure[1]]
+            return ("plain", math.nan if value != value else value)  # so that it equals itself
+        return structure
 
     return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import os
+import shutil
 import timeit
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,8 +38,10 @@ def no_grad() -> Iterator[None]:
 
 
 @pytest.fixture(params=BACKENDS)
-def compile_with(request: pytest.FixtureRequest, options: dict[str, Any]) -> Callable[..., Any]:
+def compile_with(request: pytest.FixtureRequest, device: torch.device, options: dict[str, Any]) -> Callable[..., Any]:
     """Compiles with each backend."""
+    if request.param == "inductor" and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("Inductor needs a C++ compiler for the CPU: neither $CXX nor g++ is there")
     ours = {"options": options} if request.param == "breakable_cg" else {}
     return lambda function, **kwargs: torch.compile(function, backend=request.param, **ours, **kwargs)
 

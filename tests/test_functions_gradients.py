@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import shutil
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +23,10 @@ Function = Callable[..., Any]
 
 
 @pytest.fixture(params=BACKENDS)
-def compile_with(request: pytest.FixtureRequest, options: dict[str, Any]) -> Function:
+def compile_with(request: pytest.FixtureRequest, device: torch.device, options: dict[str, Any]) -> Function:
     """Compiles whole with each backend."""
+    if request.param == "inductor" and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("Inductor needs a C++ compiler for the CPU: neither $CXX nor g++ is there")
     ours = {"options": options} if request.param == "breakable_cg" else {}
     return lambda function: torch.compile(function, backend=request.param, fullgraph=True, **ours)
 
