@@ -28,7 +28,7 @@ from breakable_backend.structure import (
     put_together,
     take_result,
 )
-from breakable_backend.tapes import Tape, tape_of
+from breakable_backend.tapes import Tape, reaches_others, tape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +314,8 @@ class Site:
     ) -> Result:
         try:
             taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
-            if not recording and self.grad and any(root.requires_grad for root in taken.roots):
+            leaves = [tensor for tensor in arguments if tensor.requires_grad] if recording else []
+            if self._loses_gradients(taken, leaves, recording):
                 raise Unholdable(
                     "a tensor that needs gradients of what the function closes over, which compiled code cannot give",
                     "pass that tensor or module as an argument, or compute under torch.no_grad()",
@@ -322,6 +323,12 @@ class Site:
         except Unholdable as error:
             raise self._failure(error.what, error.fix, kind) from None
         return taken
+
+    def _loses_gradients(self, taken: Result, leaves: list[torch.Tensor], recording: bool) -> bool:
+        """Whether a result needs gradients of what is no argument; a run on fake tensors would have failed on that."""
+        if recording:
+            return self.mark.fake is not None and reaches_others(taken.members, leaves)
+        return self.grad and any(root.requires_grad for root in taken.roots)
 
     @contextmanager
     def _ambient(self) -> Iterator[None]:

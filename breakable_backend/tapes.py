@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -54,3 +55,20 @@ _tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
 def tape_of(handle: torch.Tensor) -> Tape:
     """The tape behind a handle, or behind a copy of one while that lives."""
     return _tapes[int(handle.item())]
+
+
+def reaches_others(members: Sequence[Sequence[Member]], leaves: Sequence[torch.Tensor]) -> bool:
+    """Whether results need gradients of tensors that are not among the leaves."""
+    known = {id(leaf) for leaf in leaves}
+    pending: list[Any] = [tensor.grad_fn for group in members for tensor, _ in group]
+    seen: set[Any] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False

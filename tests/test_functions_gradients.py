@@ -345,6 +345,8 @@ def test_closures_are_refused(options: dict[str, Any], device: torch.device) -> 
     with pytest.raises(EagerOutputError, match="needs gradients of what the function closes over") as caught:
         compiled(torch.ones(4, device=device))
     assert "pass that tensor or module as an argument" in caught.value.fix
+    with pytest.raises(EagerOutputError, match="needs gradients of what the function closes over"):
+        compiled(torch.ones(4, device=device, requires_grad=True))
     with torch.no_grad():
         assert torch.equal(compiled(torch.ones(4, device=device)), torch.full((4,), 4.0, device=device))
 
