@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -21,6 +21,7 @@ from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters as _dynamo_counters
 from torch._dynamo.utils import get_metrics_context
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
@@ -30,8 +31,11 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_su
 from torch._library.custom_ops import OPDEFS
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -246,6 +250,26 @@ def constant_under_dynamo(function: F) -> F:
     return cast(F, torch._dynamo.assume_constant_result(function))
 
 
+def refuses_graph_breaks() -> bool:
+    """Whether Dynamo, which is tracing the caller, was told ``fullgraph=True``."""
+    transaction = InstructionTranslator.current_tx()
+    return bool(transaction.one_graph or transaction.error_on_graph_break)
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a compiler is tracing the op that takes ``tensor``: nothing is computed."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def fresh_int(tensor: Any) -> Any:
+    """An int that is known only at run time, in the fake implementation of an op that takes ``tensor``."""
+    return tensor.fake_mode.shape_env.create_unbacked_symint()
+
+
+PYTREE_NODES: Mapping[type, Any] = pytree.SUPPORTED_NODES
+"""How classes that are registered with pytree are taken apart and put together: ``flatten_fn``, ``unflatten_fn``."""
+
+
 @contextmanager
 def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
     """Let code that reads values run on fake tensors, though no graph will hold the numbers that it makes."""
@@ -283,6 +307,46 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str], compile
         compile_id=compile_id,
         expect_trace_id=False,
     )
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def below_autograd(op: OpOverload, keys: Any, *args: Any) -> Any:
+    """Call ``op`` as an autograd kernel does that is done with its part; ``keys`` is what it was given."""
+    return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which has no types."""
+    return function.apply(*args)
+
+
+@contextmanager
+def above_autograd() -> Iterator[None]:
+    """Have autograd see ops, also in the kernel of an op that autograd called."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        yield
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether gradients of ``tensor`` pass somebody's hooks."""
+    return bool(tensor._backward_hooks)
+
+
+def owners_of_storage(tensor: torch.Tensor) -> int:
+    """How many tensors lie in the storage of ``tensor``, views and detached ones that C++ keeps included."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1  # one for the object that was asked
+
+
+def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that autograd takes ``tensor`` for a view of."""
+    return tensor._base
+
+
+def swapped(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+    """A module with other parameters and buffers, for the time of a ``with`` statement."""
+    return _reparametrize_module(module, dict(tensors))
 
 
 # --- symbols ----------------------------------------------------------------------------------------------------------

@@ -6,42 +6,23 @@ the backend, it is one opaque node, which Dynamo does not look into.
 
 from __future__ import annotations
 
-import dataclasses
+import ctypes
 import functools
 import inspect
-import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.errors import EagerOutputError, OptionsError, PartitionError
+from breakable_backend.errors import OptionsError, PartitionError
+from breakable_backend.gradients import recomputed, with_backward
+from breakable_backend.sites import Mark as Mark
+from breakable_backend.sites import Site, numbers, run_inline, sites, writing_op
+from breakable_backend.structure import Structure, foreign, leaves_of, put_together, take_apart, view_of, with_leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
-Structure = tuple[Any, ...]
-"""A nest of tuples: what kind of container, and its children; or a leaf."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """A marked function, and what its user said of it."""
-
-    function: Callable[..., Any]
-    name: str
-    """As it stands in reports: the qualified name."""
-    source: str
-    """Where it is defined, as ``file.py:12``."""
-    mutates_args: tuple[str, ...] = ()
-    fake: Callable[..., Any] | None = None
-    host_only: bool = False
-    capture_stub: Callable[..., Any] | None = None
-    barrier: Callable[[], None] | None = None
-    sites: dict[Any, Site] = field(default_factory=dict, repr=False)
-    """Ways in which compiled code calls it."""
 
 
 @overload
@@ -55,6 +36,8 @@ def eager_on_graph(
     host_only: bool = False,
     capture_stub: Callable[..., Any] | None = None,
     barrier: Callable[[], None] | None = None,
+    recompute: bool = False,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]: ...
 def eager_on_graph(function: Any = None, /, *, enable: bool = True, **said: Any) -> Any:  # noqa: D417 - see overloads
     """Have a Python function run eagerly between captured segments, at every call and on real tensors.
@@ -75,18 +58,31 @@ def eager_on_graph(function: Any = None, /, *, enable: bool = True, **said: Any)
         host_only: whether its plain results may change between replays of a ``capture``: nothing captured uses them.
         capture_stub: called instead of the function while capturing, with the same arguments.
         barrier: called before it runs while capturing, such as a barrier of ranks.
+        recompute: whether it runs again in backward, from the same random state and autocast, so that nothing which it
+            computes on the way is kept until then.
+        backward: what computes its gradients, for a body that autograd cannot follow; see below.
 
-    Under ``torch.compile``, whatever the backend, a call is one opaque node, with ``fullgraph=True`` too, if arguments and
+    Under ``torch.compile``, whatever the backend, a call is one opaque node, with ``fullgraph=True`` too. Arguments and
     results are tensors and plain values (int, float, bool, str, None) in lists, tuples, dicts with string keys, named
-    tuples or dataclasses. A call with other arguments (a module, as ``self``), one that needs gradients, and one of a
-    function with ``mutates_args`` is a graph break of Dynamo's: it runs as it is, and fullgraph refuses it.
+    tuples, dataclasses and classes registered with pytree; arguments may be modules, as ``self`` of a method. A call with
+    other arguments, and one that writes a tensor which needs gradients, is a graph break of Dynamo's, and a
+    :class:`PartitionError` under fullgraph. An int that it returns is known at run time only; other plain values have to be
+    the same at each call.
 
-    A tensor argument that the function stores away is overwritten by a later replay: store a ``clone()``.
+    Gradients flow to tensor arguments and to parameters of modules among the arguments. They do not flow to what the
+    function closes over: under compilation that is an error. With ``backward`` the body runs without autograd, and
+    ``backward(context, *grads)`` is called with ``context.args``, ``context.kwargs`` and ``context.result`` of that very
+    call, and a gradient (or None) for each item of a result that is a tuple, or for the result. As with
+    ``torch.library.register_autograd``, it returns one gradient (or None) for each argument: in the shape of a container,
+    and by name of parameter for a module.
+
+    A tensor argument that the function stores away is overwritten by a later replay: store a ``clone()``. A tensor that it
+    keeps and returns reaches compiled code as a copy.
 
     Raises:
-        OptionsError: not a function, or ``mutates_args`` names no parameter of it.
+        OptionsError: not a function, ``mutates_args`` names no parameter of it, or both of ``recompute`` and ``backward``.
         PartitionError: from the compiled call, a function that cannot run on fake tensors and has no ``fake``, or whose
-            result no graph can hold.
+            arguments or result no graph can hold.
         EagerOutputError: from the compiled call, a result other than the one on fake tensors.
     """
     if function is None:
@@ -104,20 +100,34 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     _check_names(function, said.get("mutates_args", ()))
     code = getattr(function, "__code__", None)
     source = f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}" if code is not None else ""
-    mark = Mark(function, getattr(function, "__qualname__", type(function).__name__), source, **said)
-    uncompiled = torch.compiler.disable(functools.partial(_run_inline, function))
-    get, writes = active.handler.get, bool(mark.mutates_args)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    mark = Mark(_with_gradients(function, said), name, source, original=function, **said)
+    function = mark.function
+    why = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
+    uncompiled = torch.compiler.disable(functools.partial(run_inline, function), reason=why)
+    get, is_compiling = active.handler.get, torch.compiler.is_dynamo_compiling
 
     @_torch.constant_under_dynamo
     def site_number(structure: Structure) -> int:
         return _site(mark, structure)  # Dynamo passes no frozen dataclass to such a function (torch 2.11)
 
+    @_torch.constant_under_dynamo
+    def refuse(why: str) -> None:
+        if _torch.refuses_graph_breaks():
+            raise PartitionError(
+                f"{name} cannot be one node: {why}",
+                where=source,
+                fix="pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True",
+            )
+
     @functools.wraps(function, updated=())
     def marked(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            if writes or not _is_opaque_call((args, kwargs)):
+        if is_compiling():
+            why, call = _plan(site_number, args, kwargs)
+            if why:
+                refuse(why)
                 return uncompiled(*args, **kwargs)
-            return _opaque(site_number, args, kwargs)
+            return _opaque(call)
         handler = get()
         if handler is None:
             return function(*args, **kwargs)
@@ -126,6 +136,15 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     marked.run_eager = function  # type: ignore[attr-defined]
     marked.mark = mark  # type: ignore[attr-defined]
     return marked
+
+
+def _with_gradients(function: Callable[..., Any], said: Mapping[str, Any]) -> Callable[..., Any]:
+    recompute, backward = said.get("recompute", False), said.get("backward")
+    if recompute and backward is not None:
+        raise OptionsError("recompute and backward exclude each other", fix="let backward compute again what it needs")
+    if backward is not None:
+        return with_backward(function, backward)
+    return recomputed(function) if recompute else function
 
 
 def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
@@ -137,317 +156,132 @@ def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
             raise OptionsError(f"mutates_args: there is no parameter {name!r}", fix=f"parameters: {', '.join(known)}")
 
 
-def _run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Marked functions that ``function`` calls are part of its break."""
-    token = active.handler.set(None)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        active.handler.reset(token)
-
-
 # --- one opaque node ----------------------------------------------------------------------------------------------------
-# Dynamo traces the functions of this part, down to the call of the op. Its `site` says which function, and how its
-# arguments are put together from tensors and numbers.
-
-PLAIN = (bool, str, type(None))
+# Dynamo traces `_opaque` and what it calls, down to the call of the op.
 
 
-def _is_opaque_call(value: Any) -> bool:
-    """Whether a value consists of what an op can take; no tensor in it may need gradients here."""
-    if isinstance(value, torch.Tensor):
-        return not (torch.is_grad_enabled() and value.requires_grad)
-    if value is None or isinstance(value, (bool, str, int, float)):
-        return True
-    if type(value) in (list, tuple):
-        return all([_is_opaque_call(item) for item in value])  # noqa: C419 - Dynamo traces it
-    if type(value) is dict:
-        return all([isinstance(key, str) and _is_opaque_call(item) for key, item in value.items()])  # noqa: C419
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return all([_is_opaque_call(item) for item in value])  # noqa: C419 - Dynamo traces it
-    if dataclasses.is_dataclass(value):
-        return all([_is_opaque_call(getattr(value, part.name)) for part in dataclasses.fields(value)])  # noqa: C419 - Dynamo traces it
-    return False
-
-
-def _opaque(site_number: Callable[[Structure], int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors: list[torch.Tensor] = []
+def _plan(site_number: Callable[[Structure], int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """Why a call cannot be one node, empty if it can; and what the op is called with."""
+    other = foreign((args, kwargs))
+    if other:
+        return f"an argument is, or holds, a {other}", None
+    given: list[torch.Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
-    structure = _take_apart((args, kwargs), tensors, ints, floats)
-    site = site_number(structure)
-    results = torch.ops.breakable_cg.call(site, tensors, ints, floats)
-    return _put_together(_result(site), results, ints, floats, tensors)
+    site = site_number(take_apart((args, kwargs), given, ints, floats))
+    order, num_written = _order(site)
+    tensors = [given[place] for place in order]
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors[:num_written]]):  # noqa: C419 - traced
+        return "it writes a tensor that needs gradients", None
+    return "", (site, num_written, tensors, ints, floats)
 
 
-def _take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return ("tensor", len(tensors) - 1)
-    if value is None or isinstance(value, (bool, str)):
-        return ("plain", value)
-    if isinstance(value, int):
-        ints.append(value)
-        return ("int", len(ints) - 1)
-    if isinstance(value, float):
-        floats.append(value)
-        return ("float", len(floats) - 1)
-    if type(value) is list:
-        return ("list", tuple([_take_apart(item, tensors, ints, floats) for item in value]))
-    if type(value) is tuple:
-        return ("tuple", tuple([_take_apart(item, tensors, ints, floats) for item in value]))
-    if type(value) is dict:
-        items = tuple([_take_apart(item, tensors, ints, floats) for item in value.values()])
-        return ("dict", tuple(value.keys()), items)
-    if isinstance(value, tuple):
-        return ("named", type(value), tuple([_take_apart(item, tensors, ints, floats) for item in value]))
-    names = tuple([part.name for part in dataclasses.fields(value)])
-    return ("data", type(value), names, tuple([_take_apart(getattr(value, n), tensors, ints, floats) for n in names]))
+def _opaque(call: Any) -> Any:
+    site, num_written, tensors, ints, floats = call
+    if num_written == 0:
+        made = torch.ops.breakable_cg.call(site, [], False, tensors, ints, floats)
+    else:
+        needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+        torch.ops.breakable_cg.shapes(site, needs if any(needs) else [], tensors, ints, floats)
+        op = getattr(torch.ops.breakable_cg, _writer(site))
+        made = op(site, [], False, *tensors[:num_written], tensors[num_written:], ints, floats)
+        made = [made] if isinstance(made, torch.Tensor) else made
+    structure = _result(site)
 
+    def leaf(place: Structure) -> Any:
+        kind = place[0]
+        if kind == "plain":
+            return place[1]
+        if kind == "int":
+            return torch.ops.breakable_cg.number(site, made[place[2]], place[1])
+        if kind == "view":
+            return view_of((tensors if place[1] == "argument" else made)[place[2]], place)
+        tensor = (tensors if kind == "argument" else made)[place[1]]
+        return tensor.detach() if place[2] else tensor
 
-def _put_together(structure: Structure, tensors: Any, ints: Any, floats: Any, arguments: Any) -> Any:
-    kind = structure[0]
-    if kind == "tensor":
-        return tensors[structure[1]]
-    if kind == "argument":
-        return arguments[structure[1]]
-    if kind == "view":
-        return arguments[structure[1]].as_strided(structure[2], structure[3], structure[4])
-    if kind == "plain":
-        return structure[1]
-    if kind == "int":
-        return ints[structure[1]]
-    if kind == "float":
-        return floats[structure[1]]
-    items = [_put_together(item, tensors, ints, floats, arguments) for item in structure[-1]]
-    if kind == "list":
-        return items
-    if kind == "tuple":
-        return tuple(items)
-    if kind == "dict":
-        return dict(zip(structure[1], items))  # noqa: B905 - Dynamo traces this
-    if kind == "named":
-        return tuple.__new__(structure[1], items)  # calling it needs a guard, and a result's class has no source
-    return structure[1](**dict(zip(structure[2], items)))  # noqa: B905
+    return put_together(structure, leaf)
 
 
 def _site(mark: Mark, structure: Structure) -> int:
-    """The number of the way in which ``mark`` is called here, where Dynamo is tracing."""
+    """A number for the call of ``mark`` that Dynamo is tracing."""
     autocast = tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
-    key = structure, autocast, torch.is_grad_enabled()
-    if key not in mark.sites:
-        mark.sites[key] = Site(next(_numbers), mark, structure, autocast, torch.is_grad_enabled())
-        _sites[mark.sites[key].number] = mark.sites[key]
-    return mark.sites[key].number
+    modules: dict[int, weakref.ref[torch.nn.Module]] = {}
+    number = next(numbers)
+    for leaf in leaves_of(structure):
+        if leaf[0] == "module":
+            # Dynamo guards on the module's identity and holds it while it traces.
+            module = ctypes.cast(leaf[1], ctypes.py_object).value
+            modules[leaf[1]] = weakref.ref(module, lambda _: mark.sites.pop(number, None))
+    written = _written(mark, structure)
+    rest = [place for place in _places(structure) if place not in written]
+    order = (*written, *rest)
+    arguments = with_leaves(structure, lambda leaf: _moved(leaf, order))
+    try:
+        known = mark.known.setdefault((arguments, autocast, torch.is_grad_enabled()), {})
+    except TypeError:  # somebody's pytree node with a context that cannot be hashed
+        known = {}
+    site = Site(number, mark, arguments, order, len(written), autocast, torch.is_grad_enabled(), modules, known)
+    mark.sites[number] = sites[number] = site
+    return number
+
+
+def _places(structure: Structure) -> list[int]:
+    """The positions of the tensors in ``structure``."""
+    found: list[int] = []
+    for leaf in leaves_of(structure):
+        if leaf[0] == "tensor":
+            found.append(leaf[1])
+        elif leaf[0] == "module":
+            found.extend(leaf[3])
+    return found
+
+
+def _written(mark: Mark, structure: Structure) -> list[int]:
+    """The positions of the tensors that ``mark`` says it writes; of a module, its buffers."""
+    if not mark.mutates_args:
+        return []
+    args, kwargs = structure[-1]
+    bound = inspect.signature(mark.body).bind(*args[-1], **dict(zip(kwargs[1], kwargs[-1], strict=True))).arguments
+    found: list[int] = []
+    for name in mark.mutates_args:
+        for leaf in leaves_of(bound[name]) if name in bound else ():
+            if leaf[0] == "tensor":
+                found.append(leaf[1])
+            elif leaf[0] == "module":
+                found.extend(leaf[3][leaf[4] :])
+    return list(dict.fromkeys(found))
+
+
+def _moved(leaf: Structure, order: Sequence[int]) -> Structure:
+    if leaf[0] == "tensor":
+        return ("tensor", order.index(leaf[1]))
+    if leaf[0] == "module":
+        return (*leaf[:3], tuple(order.index(place) for place in leaf[3]), leaf[4])
+    return leaf
+
+
+@_torch.constant_under_dynamo
+def _order(number: int) -> tuple[tuple[int, ...], int]:
+    """The order in which the op takes the tensors of a call, and how many of them, the first, it writes."""
+    return sites[number].order, sites[number].num_written
 
 
 @_torch.constant_under_dynamo
 def _result(number: int) -> Structure:
     """How the result of a call that was just traced is put together."""
-    site = _sites[number]
+    site = sites[number]
     if site.error is not None:
         raise site.error
-    return site.result
+    return site.expected.result
 
 
-Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
-
-
-@dataclass(eq=False)
-class Site:
-    """One way in which compiled code calls a marked function. The mark owns it."""
-
-    number: int
-    mark: Mark
-    arguments: Structure
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    grad: bool
-    result: Structure = ("plain", None)
-    error: PartitionError | None = None
-    specs: dict[Any, tuple[Structure, list[Spec]]] = field(default_factory=dict)
-    """Results by the layouts of the arguments, from runs on fake tensors."""
-
-    def fake(self, tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
-        """Run the function on fake tensors, unless that was done for these layouts."""
-        key = _layouts(tensors, ints, floats)
-        if key not in self.specs:
-            try:
-                with _torch.ignore_fresh_symbols(tensors):
-                    result = self._call(self.mark.fake or self.mark.function, tensors, ints, floats)
-                    self.result, fresh = self._of_result(result, tensors)
-            except _torch.DynamoError:
-                raise
-            except PartitionError as error:
-                self.error = error
-                return []
-            except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
-                self.error = self._needs_fake(error)
-                return []
-            if key is None:
-                return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fresh]
-            self.specs[key] = self.result, list(map(_spec, fresh))
-        self.result, specs = self.specs[key]
-        return [
-            torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in specs
-        ]
-
-    def run(self, tensors: list[Any], ints: list[int], floats: list[float]) -> list[torch.Tensor]:
-        """Call the function on real tensors, once.
-
-        Raises:
-            EagerOutputError: the result is not what the run on fake tensors said.
-        """
-        with self._ambient():
-            result = self._call(functools.partial(_run_inline, self.mark.function), tensors, ints, floats)
-        structure, fresh = self._of_result(result, tensors)
-        known = self.specs.get(_layouts(tensors, ints, floats))
-        wanted = known[0] if known is not None else self.result
-        if structure != wanted:
-            raise self._failure(f"put together as {structure}", str(wanted))
-        for got, want in zip(map(_spec, fresh), known[1] if known is not None else (), strict=known is not None):
-            if got != want:
-                raise self._failure(_describe(got), _describe(want))
-        return fresh
-
-    def _call(self, function: Callable[..., Any], tensors: Any, ints: Any, floats: Any) -> Any:
-        args, kwargs = _put_together(self.arguments, tensors, ints, floats, ())
-        return function(*args, **kwargs)
-
-    def _of_result(self, result: Any, arguments: Sequence[torch.Tensor]) -> tuple[Structure, list[torch.Tensor]]:
-        """How a result is put together, with aliases of arguments told from new memory."""
-        if not _is_result(result):
-            raise PartitionError(
-                f"{self.mark.name} returns what compiled code cannot hold: {type(result).__name__}",
-                where=self.mark.source,
-                fix="return tensors and plain values, in lists, tuples, dicts, named tuples or dataclasses",
-            )
-        tensors: list[torch.Tensor] = []
-        numbers: list[Any] = []
-        structure = _take_apart(result, tensors, numbers, numbers)
-        owners = {_torch.storage_key(argument): number for number, argument in reversed(list(enumerate(arguments)))}
-        fresh: list[torch.Tensor] = []
-        leaves: list[Structure] = []
-        for tensor in tensors:
-            owner = owners.get(_torch.storage_key(tensor))
-            if owner is None:
-                if any(_torch.storage_key(tensor) == _torch.storage_key(other) for other in fresh):
-                    raise PartitionError(
-                        f"{self.mark.name} returns tensors that share memory",
-                        where=self.mark.source,
-                        fix="return one of them and make the views outside, or return clones",
-                    )
-                leaves.append(("tensor", len(fresh)))
-                fresh.append(tensor)
-            else:
-                leaves.append(_alias(tensor, owner, arguments))
-        return _with_leaves(structure, leaves, numbers), fresh
-
-    @contextmanager
-    def _ambient(self) -> Iterator[None]:
-        token = active.autocast.set(tuple(device for device, _ in self.autocast))
-        try:
-            with ExitStack() as stack:
-                for device, dtype in self.autocast:
-                    stack.enter_context(torch.autocast(device, dtype=dtype))
-                stack.enter_context(torch.set_grad_enabled(self.grad))
-                yield
-        finally:
-            active.autocast.reset(token)
-
-    def _needs_fake(self, error: Exception) -> PartitionError:
-        try:
-            signature = str(inspect.signature(self.mark.function))
-        except ValueError:  # a builtin
-            signature = "(...)"
-        failed = PartitionError(
-            f"{self.mark.name} cannot run on fake tensors, which tell the shapes of its result: "
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
-            where=self.mark.source,
-            fix=f"give the shapes: @eager_on_graph(fake=shapes), def shapes{signature}: return torch.empty_like(...)",
-        )
-        failed.__cause__ = error
-        return failed
-
-    def _failure(self, got: str, wanted: str) -> EagerOutputError:
-        return EagerOutputError(
-            f"{self.mark.name} returned {got}, but was compiled for {wanted}",
-            where=self.mark.source,
-            fix="return the same structure and plain values at each call, and the layouts that fake= tells",
-        )
-
-
-def _is_result(value: Any) -> bool:
-    with torch.no_grad():
-        return _is_opaque_call(value)
-
-
-def _alias(tensor: torch.Tensor, owner: int, arguments: Sequence[torch.Tensor]) -> Structure:
-    for number, argument in enumerate(arguments):
-        same_memory = _torch.storage_key(argument) == _torch.storage_key(tensor)
-        if same_memory and _spec(argument) == _spec(tensor) and argument.storage_offset() == tensor.storage_offset():
-            return ("argument", number)
-    return ("view", owner, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
-
-
-def _with_leaves(structure: Structure, leaves: Sequence[Structure], numbers: Sequence[Any]) -> Structure:
-    kind = structure[0]
-    if kind == "tensor":
-        return leaves[structure[1]]
-    if kind in ("int", "float"):
-        return ("plain", numbers[structure[1]])
-    if kind == "plain":
-        return structure
-    return (*structure[:-1], tuple(_with_leaves(item, leaves, numbers) for item in structure[-1]))
-
-
-def _spec(tensor: torch.Tensor) -> Spec:
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
-
-
-def _describe(spec: Spec) -> str:
-    shape, stride, dtype, device = spec
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)} with stride {list(stride)} on {device}"
-
-
-def _layouts(tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]) -> Any:
-    """What results are looked up by; None where a size or number is symbolic."""
-    specs = tuple(map(_spec, tensors))
-    numbers = [*ints, *floats, *(size for shape, stride, _, _ in specs for size in (*shape, *stride))]
-    return (specs, *ints, *floats) if all(type(number) in (int, float) for number in numbers) else None
-
-
-_numbers = itertools.count()
-_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
-"""Sites by their number, which is what a graph can hold."""
-
-_library = torch.library.Library("breakable_cg", "FRAGMENT")
-_library.define(
-    "call(int site, Tensor[] tensors, SymInt[] ints, float[] floats) -> Tensor[]",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-OP = torch.ops.breakable_cg.call.default
-"""The one op that all marked functions are in compiled graphs."""
-torch.fx.has_side_effect(OP)  # two equal calls are two, and one whose result is unused is one
-
-
-@torch.library.impl(_library, "call", "CompositeExplicitAutograd")
-def _run(site: int, tensors: list[Any], ints: list[int], floats: list[float]) -> list[torch.Tensor]:
-    return _sites[site].run(tensors, ints, floats)
-
-
-@torch.library.register_fake("breakable_cg::call", lib=_library)  # type: ignore[untyped-decorator]
-def _fake(site: int, tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
-    return _sites[site].fake(tensors, ints, floats)
-
-
-def direct(site: int) -> Callable[..., Any]:
-    """What a call of :data:`OP` runs, without the dispatcher: takes all of its arguments but the site."""
-    return _sites[site].run
-
-
-def name_of(op: Any, args: Sequence[Any]) -> str:
-    """The name of the marked function that a call of :data:`OP` runs; empty for other ops."""
-    site = _sites.get(args[0]) if op is OP and args else None
-    return site.mark.name if site is not None else ""
+@_torch.constant_under_dynamo
+def _writer(number: int) -> str:
+    """The name of the op for a call that writes arguments and was just run on fake tensors."""
+    site = sites[number]
+    if site.error is not None:
+        raise site.error
+    expected = site.expected
+    return writing_op(site.num_written, len(expected.specs) + bool(expected.num_ints))

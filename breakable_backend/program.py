@@ -289,6 +289,7 @@ def _lines(program: Program) -> Iterator[str]:
 
 def _call(node: fx.Node) -> str:
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    arguments = [str(argument) for argument in node.args] + [f"{key}={value}" for key, value in node.kwargs.items()]
+    args = node.args[1:] if getattr(node.target, "namespace", "") == "breakable_cg" else node.args  # less a number
+    arguments = [str(argument) for argument in args] + [f"{key}={value}" for key, value in node.kwargs.items()]
     name = str(node.target) if hasattr(node.target, "namespace") else target
     return f"{name}({', '.join(arguments)})"

@@ -26,7 +26,6 @@ from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
-from breakable_backend.functions import OP, Mark, direct
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.program import (
@@ -40,6 +39,7 @@ from breakable_backend.program import (
     outputs_of,
     source_line,
 )
+from breakable_backend.sites import Mark, direct, is_call
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
 
@@ -257,10 +257,10 @@ class Binding:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
         function: Any = node.target
         if device_type is not None and isinstance(function, _torch.OpOverload):
-            if function is OP:
+            if is_call(function):
                 site, args = args[0], args[1:]
                 assert isinstance(site, int)
-                function = direct(site)
+                function = direct(function, site)
             else:
                 function = _torch.python_implementation(function, device_type) or function
         producer = node.args[0] if node.target is operator.getitem else node

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
+import os
+import shutil
 import timeit
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import EagerOutputError, OptionsError, PartitionError, eager_on_graph, explain, is_capturing
+from breakable_backend import (
+    BreakableCUDAGraph,
+    EagerOutputError,
+    OptionsError,
+    PartitionError,
+    capture,
+    eager_on_graph,
+    explain,
+    is_capturing,
+)
+from breakable_backend.drivers import CaptureDriver
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 
@@ -23,8 +38,10 @@ def no_grad() -> Iterator[None]:
 
 
 @pytest.fixture(params=BACKENDS)
-def compile_with(request: pytest.FixtureRequest, options: dict[str, Any]) -> Callable[..., Any]:
+def compile_with(request: pytest.FixtureRequest, device: torch.device, options: dict[str, Any]) -> Callable[..., Any]:
     """Compiles with each backend."""
+    if request.param == "inductor" and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("Inductor needs a C++ compiler for the CPU: neither $CXX nor g++ is there")
     ours = {"options": options} if request.param == "breakable_cg" else {}
     return lambda function, **kwargs: torch.compile(function, backend=request.param, **ours, **kwargs)
 
@@ -230,45 +247,129 @@ def test_aliases_of_arguments(compile_with: Callable[..., Any], device: torch.de
         assert close(compiled(x), model(x))
 
 
-def test_method_of_a_module(compile_with: Callable[..., Any], device: torch.device) -> None:
-    """A module as an argument makes a graph break: right for each instance, and refused by fullgraph."""
+class Layer(nn.Module):
+    """A method that looks at values and uses a parameter, a buffer and an attribute of its module."""
 
-    class Layer(nn.Module):
-        def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 4), scale
+        self.register_buffer("bias", torch.full((4,), scale))
+
+    @eager_on_graph(fake=lambda self, x: torch.empty_like(x))
+    def route(self, x: Tensor) -> Tensor:
+        runs.append(self.scale)
+        return self.linear(x) * self.scale + self.bias if x.sum() > 0 else x - self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.route(x + 1) * 2
+
+
+def test_method_of_a_module(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A module among the arguments is no obstacle, and each instance is itself, with what its parameters are now."""
+    layers = nn.ModuleList(Layer(scale) for scale in (1.0, 2.0, 3.0)).to(device)
+    compiled = [compile_with(layer, fullgraph=True) for layer in layers]
+    for number in range(4):
+        x = torch.full((4,), number - 1.5, device=device)
+        for mine, layer in zip(compiled, layers, strict=True):
+            runs.clear()
+            got = mine(x)
+            assert runs == [layer.scale]
+            assert close(got, layer(x))
+            layer.linear.weight.mul_(1.5)
+
+
+def test_modules_are_captured_around(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A model of layers with marked methods is one program, whose eager steps are those methods."""
+    model = nn.Sequential(*(Layer(scale) for scale in (1.0, 2.0, 3.0))).to(device)
+    compiled = compile_ours(model, fullgraph=True)
+    for _ in range(4):
+        x = torch.rand(4, device=device)
+        assert torch.equal(compiled(x), model(x))
+    (program,) = explain(compiled).programs
+    assert program.num_eager_segments == 3
+    assert program.replays == 2
+    assert {reason.text for reason in program.reasons} >= {"marked by eager_on_graph"}
+
+
+def test_buffer_that_traced_code_wrote(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A module's method sees what the code before it wrote to a buffer, whatever a backend makes of that write."""
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
             super().__init__()
-            self.linear, self.scale = nn.Linear(4, 4), scale
+            self.register_buffer("count", torch.zeros(2))
 
         @eager_on_graph
-        def route(self, x: Tensor) -> Tensor:
-            return self.linear(x) * self.scale if x.sum() > 0 else x - self.scale
+        def read(self, x: Tensor) -> Tensor:
+            return x + self.count
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.route(x + 1) * 2
+            self.count.add_(1)
+            return self.read(x * 2) * 2
 
-    layers = nn.ModuleList(Layer(scale) for scale in (1.0, 2.0, 3.0)).to(device)
-    compiled = [compile_with(layer) for layer in layers]
-    for _ in range(3):
+    ours, theirs = Counter().to(device), Counter().to(device)
+    compiled = compile_with(ours, fullgraph=True)
+    for _ in range(4):
+        x = torch.rand(2, device=device)
+        assert close(compiled(x), theirs(x))
+        assert torch.equal(ours.count, theirs.count)
+
+
+def test_fake_run_leaves_a_module_alone(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """What the run on fake tensors writes to ``self`` does not reach the module."""
+
+    class Keeper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.last, self.calls = nn.Linear(4, 4), None, 0
+
+        @eager_on_graph
+        def keep(self, x: Tensor) -> Tensor:
+            self.last, self.calls = x.clone(), self.calls + 1
+            return self.linear(x) * 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.keep(x.sin()) + 1
+
+    model = Keeper().to(device)
+    compiled = compile_ours(model, fullgraph=True)
+    for number in range(3):
         x = torch.randn(4, device=device)
-        for mine, layer in zip(compiled, layers, strict=True):
-            assert close(mine(x), layer(x))
+        compiled(x)
+        assert model.calls == number + 1
+        assert torch.equal(model.last, x.sin())
+
+
+def test_sites_go_with_their_module(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """Compiled code keeps no module alive that only a marked method took."""
+    model = Layer(1.0).to(device)
+    gone = weakref.ref(model)
+    compile_ours(model, fullgraph=True)(torch.ones(4, device=device))
+    assert any(site.modules for site in Layer.route.mark.sites.values())
+    del model
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        compile_with(layers[0], fullgraph=True)(torch.randn(4, device=device))
+    gc.collect()
+    assert gone() is None
+    assert not any(site.modules for site in Layer.route.mark.sites.values())
+
+
+@eager_on_graph(mutates_args=("cache",), fake=lambda cache, x: torch.empty_like(cache[1:]))
+def append(cache: Tensor, x: Tensor) -> Tensor:
+    """Writes a cache, at a place that is read from it."""
+    runs.append(cache.data_ptr())
+    cache[int(cache[0].item()) + 1] = x.sum()
+    cache[0] += 1
+    return cache[1:] * 2
 
 
 def test_argument_that_is_written(compile_with: Callable[..., Any], device: torch.device) -> None:
-    """What a function writes with ``mutates_args`` the caller sees, once a call."""
-
-    @eager_on_graph(mutates_args=("cache",))
-    def append(cache: Tensor, x: Tensor) -> Tensor:
-        cache[int(cache[0].item()) + 1] = x.sum()
-        cache[0] += 1
-        return cache[1:] * 2
+    """What a function writes with ``mutates_args`` the caller sees, once a call, in program order."""
 
     def model(cache: Tensor, x: Tensor) -> Tensor:
-        return append(cache, x + 1) + cache.sum()
+        before = cache.sum()
+        return append(cache, x + 1) + cache.sum() - before
 
-    compiled = compile_with(model)
+    compiled = compile_with(model, fullgraph=True)
     cache, mirror = torch.zeros(8, device=device), torch.zeros(8, device=device)
     for number in range(4):
         x = torch.full((2,), float(number), device=device)
@@ -276,31 +377,315 @@ def test_argument_that_is_written(compile_with: Callable[..., Any], device: torc
         assert torch.equal(cache, mirror)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:breakable_cg runs graphs that need gradients")
-def test_gradients(compile_with: Callable[..., Any], device: torch.device) -> None:
-    """Gradients flow through a marked function, also with two forward passes pending."""
+def test_no_clone_of_what_is_written(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """With this backend the function is given the caller's own memory."""
+    compiled = compile_ours(lambda cache, x: append(cache, x.sin() + 1).cos() + 1, fullgraph=True)
+    cache = torch.zeros(8, device=device)
+    for _ in range(4):
+        compiled(cache, torch.ones(2, device=device))
+    assert [run for run in runs if run] == [cache.data_ptr()] * 4
+    (program,) = explain(compiled).programs
+    assert (program.num_graph_segments, program.num_eager_segments, program.replays) == (2, 1, 2)
+    assert "writes arg1_1@1" in program.text
+
+
+@eager_on_graph(mutates_args=("caches", "counts"))
+def write_many(caches: list[Tensor], x: Tensor, counts: dict[str, Tensor] | None = None) -> tuple[Tensor, Any]:
+    for number, cache in enumerate(caches):
+        cache.add_(x * (number + 1))
+    if counts is not None:
+        counts["n"] += 1
+    return x * 2, {"sum": x + caches[0], "first": caches[0], "n": len(caches)}
+
+
+@eager_on_graph(mutates_args=("x",))
+def zero(x: Tensor) -> None:
+    x.zero_()
+
+
+def test_several_that_are_written(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """Lists and dicts of tensors may be written; intermediates too; and there may be no result, or several."""
+
+    def model(a: Tensor, b: Tensor, n: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        y = x + 1
+        out, more = write_many([a, y], x * 2, counts={"n": n})
+        more["first"].mul_(2)
+        z = y * 1
+        zero(y)
+        return out + more["sum"], z, y + n
+
+    compiled = compile_with(model, fullgraph=True)
+    ours, theirs = ([torch.ones(3, device=device) for _ in range(3)] for _ in range(2))
+    for _ in range(4):
+        x = torch.randn(3, device=device)
+        got, want = compiled(*ours, x), model(*theirs, x)
+        assert all(map(close, got, want))
+        assert all(map(close, ours, theirs))
+
+
+def test_buffers_that_are_written(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """``mutates_args`` may name a module: its buffers."""
+
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("cache", torch.zeros(8, 4))
+            self.register_buffer("length", torch.zeros((), dtype=torch.long))
+
+        @eager_on_graph(mutates_args=("self",), fake=lambda self, x: torch.empty_like(x))
+        def append(self, x: Tensor) -> Tensor:
+            self.cache[self.length] = self.linear(x)
+            self.length += 1
+            return self.cache.sum(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.mul_(0.5)
+            y = self.append(x.sin()) * 2
+            return y + self.cache.sum(0) + self.length
+
+    ours = Cache().to(device)
+    theirs = copy.deepcopy(ours)
+    compiled = compile_with(ours, fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(4, device=device)
+        assert close(compiled(x), theirs(x))
+        assert close(ours.cache, theirs.cache)
+        assert torch.equal(ours.length, theirs.length)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """An int is the one of this call: not that of the run on fake tensors, nor of an earlier call."""
 
     @eager_on_graph
-    def branch(x: Tensor) -> Tensor:
-        return x * x if x.sum() > 0 else x * 3
+    def count(x: Tensor) -> tuple[int, Tensor, int]:
+        return (x > 0).sum().item(), x * 2, -x.shape[0]  # type: ignore[return-value]
 
     def model(x: Tensor) -> Tensor:
-        return branch(x * 2).sin()
+        number, y, length = count(x.sin())
+        return y * number + torch.arange(4, device=x.device) * length
 
-    compiled = compile_with(model)
-    with torch.enable_grad():
-        for _ in range(2):
-            x = [torch.randn(4, device=device, requires_grad=True) for _ in range(2)]
-            y = [tensor.detach().clone().requires_grad_() for tensor in x]
-            got = [compiled(tensor) for tensor in x]
-            want = [model(tensor) for tensor in y]
-            for g, w in zip(reversed(got), reversed(want), strict=True):
-                g.sum().backward()
-                w.sum().backward()
-            for a, b in zip(x, y, strict=True):
-                assert a.grad is not None
-                assert b.grad is not None
-                assert close(a.grad, b.grad)
+    compiled = compile_with(model, fullgraph=True)
+    for _ in range(5):
+        x = torch.randn(4, device=device)
+        assert close(compiled(x), model(x))
+
+
+def test_number_as_a_size(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """What uses such a number runs eagerly, with a reason, and what does not is captured."""
+
+    @eager_on_graph(fake=lambda x: 1)
+    def count(x: Tensor) -> int:
+        return max(1, int((x > 0).sum().item()))
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        n = count(x.sin() + 0.1)
+        return torch.ones(n, device=x.device) * 3, (x.cos() + 1).exp() * 2
+
+    compiled = compile_ours(model, fullgraph=True)
+    for number in range(5):
+        x = torch.randn(6, device=device) + number % 2
+        assert all(map(torch.equal, compiled(x), model(x)))
+    (program,) = explain(compiled).programs
+    assert program.replays == 3
+    assert program.num_graph_segments >= 1
+    assert "has a size or number that is known only at run time" in {reason.text for reason in program.reasons}
+    assert {reason.op for reason in program.reasons} >= {"test_number_as_a_size.<locals>.count"}
+
+
+def test_results_that_share_memory(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """Results that are views of each other, or the same tensor, are so for the caller."""
+
+    @eager_on_graph
+    def shared(x: Tensor) -> Any:
+        y = x.repeat(4, 1) * 2
+        return y, y[0], [y, y.t()], y[1:3, ::2], y[3]
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        y, row, (again, turned), part, last = shared(x + 1)
+        row.add_(1)
+        turned[1].mul_(3)
+        part.add_(10)
+        return y * 1, again + last, turned.clone()
+
+    compiled = compile_with(model, fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(4, device=device)
+        assert all(map(close, compiled(x), model(x)))
+
+
+def test_shared_results_for_the_caller(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A caller who is given such results can write one and read it in the other; captured code around stays captured."""
+
+    @eager_on_graph
+    def shared(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        return y, y[1]
+
+    compiled = compile_ours(lambda x: (*shared(x.sin() + 1), (x.cos() + 1) * 2), fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(3, 3, device=device)
+        y, row, _ = compiled(x)
+        assert torch.equal(y, (x.sin() + 1) * 2)
+        row.zero_()
+        assert not y[1].any()
+    assert explain(compiled).programs[0].num_graph_segments >= 1
+
+
+def test_what_a_function_keeps(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A caller is never given a tensor that the function goes on writing: neither itself nor a view of it."""
+    kept = torch.zeros(4, device=device)
+    views = {"whole": kept, "part": kept[1:]}
+
+    @eager_on_graph(fake=lambda x, name: torch.empty_like(x if name in ("whole", "detached") else x[1:]))
+    def accumulate(x: Tensor, name: str) -> Tensor:
+        kept.add_(x)
+        return views[name] if name in views else kept.detach() if name == "detached" else kept[1:]
+
+    for name in ("whole", "part", "new", "detached"):
+        kept.zero_()
+        compiled = compile_with(lambda x, name=name: accumulate(x + 1, name), fullgraph=True)
+        results = [compiled(torch.ones(4, device=device)) for _ in range(4)]
+        assert [float(result[0]) for result in results] == [2, 4, 6, 8], name
+
+
+def test_what_a_function_keeps_under_capture(driver: CaptureDriver) -> None:
+    """The second door gives no such tensor either."""
+    kept = torch.zeros(4, device=driver.device)
+
+    @eager_on_graph
+    def accumulate(x: Tensor) -> Tensor:
+        return kept.add_(x)
+
+    graph = BreakableCUDAGraph(driver="tape" if driver.device.type == "cpu" else "cuda")
+    with capture(graph):
+        y = accumulate(torch.ones(4, device=driver.device))
+        z = y + 1
+    kept.zero_()
+    assert torch.equal(y, torch.ones_like(y))
+    graph.replay()
+    kept.zero_()
+    assert torch.equal(z, torch.full_like(z, 2))
+    graph.reset()
+
+
+def test_fresh_results_are_not_copied(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A result that nobody else holds is the caller's as it is, also where it is a view."""
+    made: list[int] = []
+
+    @eager_on_graph(fake=lambda x: (torch.empty_like(x), torch.empty_like(x.t()).t()[1:]))
+    def fresh(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = x * 2, (x * 3)[1:]
+        made[:] = [y.data_ptr(), z.data_ptr()]
+        return y, z
+
+    compiled = compile_ours(lambda x: fresh(x.sin() + 1), fullgraph=True)
+    for _ in range(4):
+        y, z = compiled(torch.randn(4, 4, device=device))
+        assert made == [y.data_ptr(), z.data_ptr()]
+
+
+class Box:
+    """A class that pytree knows only after it is told."""
+
+    def __init__(self, inner: Tensor, label: str) -> None:
+        self.inner, self.label = inner, label
+
+
+torch.utils._pytree.register_pytree_node(
+    Box, lambda box: ([box.inner], box.label), lambda items, label: Box(items[0], label)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: Tensor
+    y: Tensor | None = None
+
+
+torch.utils._pytree.register_dataclass(Point)
+
+
+@eager_on_graph
+def boxed(box: Box, point: Point) -> tuple[Box, Point]:
+    runs.append((box.label, type(point).__name__))
+    return Box(box.inner * 2 + point.x, box.label + "!"), Point(box.inner - 1)
+
+
+def test_pytree_nodes(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """Classes that pytree knows are taken apart and put together on both sides."""
+
+    def model(x: Tensor) -> Tensor:
+        box, point = boxed(Box(x + 1, "a"), Point(x * 2))
+        assert box.label == "a!"
+        assert point.y is None
+        return box.inner + point.x * 3
+
+    compiled = compile_with(model, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(4, device=device)
+        assert close(compiled(x), model(x))
+        assert runs[-1] == ("a", "Point")
+
+
+class Opaque:
+    """What nobody can take apart."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("name", ["argument", "result"])
+def test_other_objects(compile_ours: Callable[..., Any], device: torch.device, name: str) -> None:
+    """An argument of any other kind is an error under fullgraph, else a graph break that the report shows."""
+
+    @eager_on_graph
+    def unwrap(thing: Opaque, x: Tensor) -> Tensor:
+        return thing.tensor + x
+
+    @eager_on_graph
+    def wrap(x: Tensor) -> Opaque:
+        return Opaque(x)
+
+    thing = Opaque(torch.ones(4, device=device))
+
+    def model(x: Tensor) -> Tensor:
+        return unwrap(thing, x.sin()) * 2 if name == "argument" else wrap(x.sin()).tensor * 2
+
+    x = torch.randn(4, device=device)
+    with pytest.raises(PartitionError, match="Opaque") as caught:
+        compile_ours(model, fullgraph=True)(x)
+    assert "test_functions.py" in caught.value.where
+    if name == "argument":
+        compiled = compile_ours(model)
+        for _ in range(3):
+            assert torch.equal(compiled(x), model(x))
+        assert any("marked by eager_on_graph" in why for why in explain(compiled).graph_breaks)
+
+
+def test_one_mark_everywhere(compile_with: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> None:
+    """A function that is marked once works uncompiled, captured by hand, and compiled with each backend."""
+
+    def model(x: Tensor) -> Tensor:
+        return (bend(x.sin() + 1) * 3).cos() + 1
+
+    want = []
+    compiled = compile_with(model, fullgraph=True)
+    static = torch.zeros(4, device=device)
+    graph = BreakableCUDAGraph(driver=options["driver"])
+    with capture(graph):
+        captured = model(static)
+    for number in range(4):
+        x = torch.full((4,), number - 1.5, device=device)
+        static.copy_(x)
+        want = model(x)
+        graph.replay()
+        assert torch.equal(captured, want)
+        assert close(compiled(x), want)
+    graph.reset()
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------------
@@ -323,7 +708,8 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], str]] = {
     "shape": (lambda x: x * 2, lambda x: x[:2] * 2, r"returned float32\[2\] .* compiled for float32\[4\]"),
     "dtype": (lambda x: x * 2, lambda x: x.half(), r"returned float16\[4\]"),
     "structure": (lambda x: (x * 2,), lambda x: [x * 2], "put together as"),
-    "plain": (lambda x: (x * 2, 1), lambda x: (x * 2, 2), "put together as"),
+    "plain": (lambda x: (x * 2, True), lambda x: (x * 2, False), "put together as"),
+    "float": (lambda x: (x * 2, 1.0), lambda x: (x * 2, 2.0), "put together as"),
     "alias": (lambda x: x * 2, lambda x: x, "put together as"),
 }
 

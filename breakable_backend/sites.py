@@ -1,0 +1,590 @@
+"""Calls of marked functions in compiled code: what they return, told by a run on fake tensors, and the ops that they are."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import operator
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch, active
+from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError
+from breakable_backend.structure import (
+    Result,
+    Structure,
+    Unholdable,
+    copy_of,
+    leaves_of,
+    put_together,
+    take_result,
+)
+from breakable_backend.tapes import Tape, reaches_others, tape_of
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A marked function, and what its user said of it."""
+
+    function: Callable[..., Any]
+    name: str
+    """As it stands in reports: the qualified name."""
+    source: str
+    """Where it is defined, as ``file.py:12``."""
+    mutates_args: tuple[str, ...] = ()
+    fake: Callable[..., Any] | None = None
+    host_only: bool = False
+    capture_stub: Callable[..., Any] | None = None
+    barrier: Callable[[], None] | None = None
+    recompute: bool = False
+    backward: Callable[..., Any] | None = None
+    original: Callable[..., Any] | None = None
+    """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
+    sites: dict[int, Site] = field(default_factory=dict, repr=False)
+    """The calls of it in compiled code."""
+    known: dict[Any, dict[Any, Expected]] = field(default_factory=dict, repr=False)
+    """What they return, by structure of the arguments, and by their layouts."""
+
+    @property
+    def body(self) -> Callable[..., Any]:
+        return self.original or self.function
+
+
+def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Marked functions that ``function`` calls are part of its break."""
+    token = active.handler.set(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        active.handler.reset(token)
+
+
+# --- a call -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor that an op returns looks like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor looks so."""
+        return (
+            tensor.shape == self.shape
+            and tensor.stride() == self.stride
+            and tensor.dtype is self.dtype
+            and tensor.device == self.device
+        )
+
+    def empty(self) -> torch.Tensor:
+        """A new tensor that looks so."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        shape, stride = list(self.shape), list(self.stride)
+        return f"{str(self.dtype).removeprefix('torch.')}{shape} with stride {stride} on {self.device}"
+
+
+_SYMBOLIC = Spec((), (), torch.float32, torch.device("cpu"))
+"""In place of a layout with symbols in it."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a call returns, as the run on fake tensors told."""
+
+    result: Structure = ("plain", None)
+    specs: tuple[Spec, ...] = ()
+    """Of the roots: the tensors that own the memory of the fresh results."""
+    differentiable: tuple[bool, ...] = ()
+    num_ints: int = 0
+
+
+@dataclass(eq=False)
+class Site:
+    """A call of a marked function in compiled code. The mark owns it, and graphs know its number."""
+
+    number: int
+    mark: Mark
+    arguments: Structure
+    order: tuple[int, ...]
+    num_written: int
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    grad: bool
+    modules: dict[int, weakref.ref[torch.nn.Module]]
+    known: dict[Any, Expected]
+    """What calls like this one return, by the layouts of the arguments. Sites that differ in nothing share it."""
+    expected: Expected = Expected()
+    gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
+    """Dimensions, dtype and device of the gradients that the backward computes."""
+    error: PartitionError | None = None
+
+    @property
+    def declared(self) -> bool:
+        """Whether the run on fake tensors is not the function's own, so that it cannot tell what needs gradients."""
+        return self.mark.fake is not None or self.mark.backward is not None
+
+    # on fake tensors
+
+    def fake(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
+        """What the op returns, as fake tensors."""
+        expected = self.learn(needs, tensors, ints, floats)
+        if self.error is not None:
+            return []
+        made = [spec.empty() for spec in expected.specs]
+        if expected.num_ints:
+            made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))
+        if needs:
+            made.append(torch.empty(1, dtype=torch.int64, device="cpu"))
+        return made
+
+    def learn(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
+        """Run the function on fake tensors, unless that was done for these layouts."""
+        if needs:
+            wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+            self.gradients = tuple((tensor.dim(), tensor.dtype, tensor.device) for tensor in wanting)
+        key = _layouts(needs, tensors, ints, floats)
+        if key is None or key not in self.known:
+            try:
+                with _torch.ignore_fresh_symbols(tensors), self._ambient():
+                    expected = self._ask(needs, tensors, ints, floats)
+            except PartitionError as error:
+                self.error = error
+                return Expected()
+            except _torch.DynamoError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
+                self.error = self._needs_fake(error)
+                return Expected()
+            if key is None:  # a site outlives the symbols in the layouts
+                self.expected = replace(expected, specs=(_SYMBOLIC,) * len(expected.specs))
+                return expected
+            self.known[key] = expected
+        self.expected = self.known[key]
+        return self.expected
+
+    def _ask(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
+        given = [tensor.detach() for tensor in tensors]
+        modules = {}
+        with _torch.above_autograd():
+            for tensor, need in zip(given, needs, strict=False):
+                tensor.requires_grad_(need)
+            for leaf in leaves_of(self.arguments):
+                if leaf[0] == "module":
+                    modules[leaf[1]] = _twin(
+                        self._module(leaf[1]), dict(zip(leaf[2], (given[p] for p in leaf[3]), strict=True))
+                    )
+            holder = [self._call(self.mark.fake or self.mark.body, given, ints, floats, modules)]
+            taken = self._take(holder, given, bool(needs), PartitionError)
+        if self.declared:
+            differentiable = tuple(root.is_floating_point() or root.is_complex() for root in taken.roots)
+        else:
+            differentiable = tuple(map(bool, taken.members))
+        return Expected(taken.structure, tuple(map(Spec.of, taken.roots)), differentiable, len(taken.ints))
+
+    # on real ones
+
+    def run(
+        self,
+        needs: list[bool],
+        traced: bool,
+        tensors: list[Any],
+        ints: list[int],
+        floats: list[float],
+        *,
+        own: bool = False,
+    ) -> list[torch.Tensor]:
+        """Call the function on real tensors, once.
+
+        Args:
+            needs: which tensors need gradients; empty: none, and there will be no backward.
+            tensors: all tensors that the call takes, the written ones first.
+            ints: its ints.
+            floats: its floats.
+            traced: whether what runs before and after was compiled: it may use memory again that a tape still reads.
+            own: whether the caller sees to autocast and grad mode, and passes modules' own tensors: a replay does.
+
+        Raises:
+            EagerOutputError: the result is not what the run on fake tensors said.
+        """
+        if own and not needs:
+            modules = {address: self._module(address) for address in self.modules}
+            given, holder = tensors, [self._call(self._function, tensors, ints, floats, modules)]
+            taken = self._take(holder, given, False, EagerOutputError)
+        else:
+            with (
+                self._ambient(),
+                self._modules(needs, traced, tensors, own) as (given, modules),
+                _torch.above_autograd(),
+            ):
+                holder = [self._call(self._function, given, ints, floats, modules)]
+                taken = self._take(holder, given, bool(needs), EagerOutputError)
+        self._check(taken)
+        made = taken.roots
+        if traced:
+            made = [copy_of(root) for root in made]
+        if taken.ints:
+            made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
+        if needs:
+            leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
+            made = [*made, Tape.handle(leaves, taken.members)]
+        return made
+
+    def _check(self, taken: Result) -> None:
+        if taken.structure != self.expected.result:
+            raise self._mismatch(f"put together as {taken.structure}", str(self.expected.result))
+        for root, want in zip(taken.roots, self.expected.specs, strict=True):
+            if want is not _SYMBOLIC and not want.fits(root):
+                raise self._mismatch(str(Spec.of(root)), str(want))
+
+    def _function(self, *args: Any, **kwargs: Any) -> Any:
+        return run_inline(self.mark.function, *args, **kwargs)
+
+    def _module(self, address: int) -> torch.nn.Module:
+        module = self.modules[address]()
+        assert module is not None, "Dynamo guards on the module"
+        return module
+
+    @contextmanager
+    def _modules(
+        self, needs: list[bool], traced: bool, tensors: list[Any], own: bool
+    ) -> Iterator[tuple[list[Any], dict[int, Any]]]:
+        """The tensors and modules to call the function with."""
+        given = list(tensors)
+        if needs:
+            parts = {place for leaf in leaves_of(self.arguments) if leaf[0] == "module" for place in leaf[3]}
+            for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
+                copied = traced and place >= self.num_written and place not in parts
+                given[place] = (copy_of(tensor) if copied else tensor).detach().requires_grad_(need)
+        modules = {address: self._module(address) for address in self.modules}
+        with ExitStack() as stack:
+            if needs or not own:
+                for leaf in leaves_of(self.arguments):
+                    if leaf[0] == "module":
+                        self._settle(leaf, modules[leaf[1]], tensors, given, bool(needs), stack)
+            yield given, modules
+
+    def _settle(
+        self, leaf: Structure, module: Any, tensors: list[Any], given: list[Any], recording: bool, stack: ExitStack
+    ) -> None:
+        """Have a module use the tensors that the op was given: its own, unless a compiler put others in their place."""
+        other = {}
+        for name, place in zip(leaf[2], leaf[3], strict=True):
+            mine = operator.attrgetter(name)(module)
+            same = mine.data_ptr() == tensors[place].data_ptr() and mine.shape == tensors[place].shape
+            if same and not (recording and _torch.has_hooks(mine)):
+                given[place] = mine
+            else:
+                other[name] = given[place]
+        if other:
+            stack.enter_context(_swapping)
+            stack.enter_context(_torch.swapped(module, other))
+
+    # either
+
+    def _call(self, function: Callable[..., Any], tensors: Any, ints: Any, floats: Any, modules: Any) -> Any:
+        places = {"tensor": tensors, "int": ints, "float": floats, "module": modules}
+
+        def leaf(structure: Structure) -> Any:
+            kind, place = structure[0], structure[1]
+            return place if kind == "plain" else places[kind][place]
+
+        args, kwargs = put_together(self.arguments, leaf)
+        return function(*args, **kwargs)
+
+    def _take(
+        self, holder: list[Any], arguments: Sequence[torch.Tensor], recording: bool, kind: type[BreakableError]
+    ) -> Result:
+        try:
+            taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
+            leaves = [tensor for tensor in arguments if tensor.requires_grad] if recording else []
+            if self._loses_gradients(taken, leaves, recording):
+                raise Unholdable(
+                    "a tensor that needs gradients of what the function closes over, which compiled code cannot give",
+                    "pass that tensor or module as an argument, or compute under torch.no_grad()",
+                )
+        except Unholdable as error:
+            raise self._failure(error.what, error.fix, kind) from None
+        return taken
+
+    def _loses_gradients(self, taken: Result, leaves: list[torch.Tensor], recording: bool) -> bool:
+        """Whether a result needs gradients of what is no argument; a run on fake tensors would have failed on that."""
+        if recording:
+            return self.mark.fake is not None and reaches_others(taken.members, leaves)
+        return self.grad and any(root.requires_grad for root in taken.roots)
+
+    @contextmanager
+    def _ambient(self) -> Iterator[None]:
+        token = active.autocast.set(tuple(device for device, _ in self.autocast))
+        try:
+            with ExitStack() as stack:
+                for device, dtype in self.autocast:
+                    stack.enter_context(torch.autocast(device, dtype=dtype))
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+                yield
+        finally:
+            active.autocast.reset(token)
+
+    # errors
+
+    def _needs_fake(self, error: Exception) -> PartitionError:
+        try:
+            signature = str(inspect.signature(self.mark.body))
+        except ValueError:  # a builtin
+            signature = "(...)"
+        failed = PartitionError(
+            f"{self.mark.name} cannot run on fake tensors, which tell the shapes of its result: "
+            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            where=self.mark.source,
+            fix=f"give the shapes: @eager_on_graph(fake=shapes), def shapes{signature}: return torch.empty_like(...)",
+        )
+        failed.__cause__ = error
+        return failed
+
+    def _mismatch(self, got: str, wanted: str) -> BreakableError:
+        fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
+        return self._failure(f"{got}, but was compiled for {wanted}", fix, EagerOutputError)
+
+    def _failure(self, what: str, fix: str, kind: type[BreakableError]) -> BreakableError:
+        return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)
+
+
+_swapping = threading.RLock()
+"""Held while a module has tensors that are not its own."""
+
+
+def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A copy of a module, its submodules included, with other parameters and buffers; what it holds besides is shared."""
+    twins: dict[int, torch.nn.Module] = {}
+
+    def copied(original: torch.nn.Module) -> torch.nn.Module:
+        if id(original) not in twins:
+            made = twins[id(original)] = copy.copy(original)
+            for name in ("_parameters", "_buffers"):
+                made.__dict__[name] = {
+                    key: other.get(id(value), value) for key, value in original.__dict__[name].items()
+                }
+            made.__dict__["_modules"] = {
+                name: child and copied(child) for name, child in original.__dict__["_modules"].items()
+            }
+        return twins[id(original)]
+
+    other = {id(operator.attrgetter(name)(module)): tensor for name, tensor in tensors.items()}
+    return copied(module)
+
+
+def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]) -> Any:
+    """What results are looked up by; None where a size or number is symbolic."""
+    specs = tuple(map(Spec.of, tensors))
+    numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
+    if not all(type(number) in (int, float) for number in numbers):
+        return None
+    return (tuple(needs), specs, *ints, *floats)
+
+
+# --- the ops ------------------------------------------------------------------------------------------------------------
+
+numbers = itertools.count(int.from_bytes(os.urandom(4), "little") << 24)
+"""No number comes again in another process, so that code which Inductor keeps on disk is never found for another site."""
+sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+"""Sites by their number, which is what a graph can hold."""
+
+_REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
+_library = torch.library.Library("breakable_cg", "FRAGMENT")
+_library.define(f"shapes(int site, bool[] needs, {_REST}) -> ()")
+_library.define("number(int site, Tensor numbers, int position) -> SymInt")
+_library.define(
+    "backward(int site, Tensor handle, Tensor?[] grads, SymInt[] sizes) -> Tensor[]",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_calls: set[Any] = set()
+"""The ops that run marked functions."""
+
+
+class _Node(torch.autograd.Function):
+    """A call that will run backward. Its tape is per call, behind a handle that is saved like any tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Any, keys: Any, number: int, num_written: int, ints: Any, floats: Any, *tensors: torch.Tensor
+    ) -> Any:
+        needs = [tensor.requires_grad for tensor in tensors]
+        ctx.traced = any(map(_torch.is_traced, tensors))
+        written, rest = tensors[:num_written], list(tensors[num_written:])
+        made = _torch.below_autograd(op, keys, number, needs, ctx.traced, *written, rest, ints, floats)
+        *results, handle = [made] if isinstance(made, torch.Tensor) else made
+        site = sites[number]
+        members = site.expected.differentiable if _torch.is_traced(handle) else tape_of(handle).members
+        ctx.mark_non_differentiable(*(result for result, some in zip(results, members, strict=False) if not some))
+        ctx.save_for_backward(handle)
+        ctx.set_materialize_grads(False)
+        ctx.site, ctx.needs, ctx.num_roots = number, needs, len(members)
+        ctx.sizes = [size for tensor, need in zip(tensors, needs, strict=True) if need for size in tensor.shape]
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (handle,) = ctx.saved_tensors
+        given = list(grads[: ctx.num_roots])
+        made: Sequence[Any] = ()
+        if any(grad is not None for grad in given):
+            if _torch.is_traced(handle):
+                made = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
+            else:
+                made = tape_of(handle).backward(given)
+        gradients = iter(made or [None] * sum(ctx.needs))
+        return *(None,) * 6, *(next(gradients) if need else None for need in ctx.needs)
+
+
+def _define(name: str, num_written: int, num_results: int | None) -> Any:
+    """An op that runs marked functions, and writes the first of their tensors. Without a number of results it returns a list.
+
+    AOTAutograd functionalises no op that writes and returns a list.
+    """
+    written = "".join(f"Tensor(a{number}!) written_{number}, " for number in range(num_written))
+    returns = "Tensor[]" if num_results is None else f"({', '.join(['Tensor'] * num_results)})"
+    schema = f"{name}(int site, bool[] needs, bool traced, {written}{_REST}) -> {returns}"
+    _library.define(schema.replace("-> (Tensor)", "-> Tensor"), tags=(torch.Tag.cudagraph_unsafe,))
+    op = getattr(torch.ops.breakable_cg, name).default
+
+    def packed(made: list[torch.Tensor]) -> Any:
+        if num_results is None:
+            return made
+        return tuple(made) if num_results > 1 else made[0] if made else None
+
+    def run(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
+        tensors = [*rest[:num_written], *rest[num_written]]
+        return packed(sites[site].run(needs, traced, tensors, *rest[num_written + 1 :]))
+
+    def fake(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
+        tensors = [*rest[:num_written], *rest[num_written]]
+        made = sites[site].fake(needs, tensors, *rest[num_written + 1 :])
+        return packed(made)
+
+    def differentiate(keys: Any, site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
+        tensors = [*rest[:num_written], *rest[num_written]]
+        if needs or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return _torch.below_autograd(op, keys, site, needs, traced, *rest)
+        taping = op if num_results is None else _overload(writing_op(num_written, num_results + 1))
+        return packed(
+            list(_torch.apply_function(_Node, taping, keys, site, num_written, *rest[num_written + 1 :], *tensors))
+        )
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, differentiate, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"breakable_cg::{name}", fake, lib=_library)
+    torch.fx.has_side_effect(op)  # two equal calls are two, and one whose result is unused is one
+    _calls.add(op)
+    return op
+
+
+def _overload(name: str) -> Any:
+    return getattr(torch.ops.breakable_cg, name).default
+
+
+OP = _define("call", 0, None)
+"""The op that marked functions are in compiled graphs, unless they write arguments."""
+
+
+def writing_op(num_written: int, num_results: int) -> str:
+    """The name of the op for functions that write so many tensors and return so many."""
+    name = f"call_{num_written}_{num_results}"
+    with _defining:
+        if not any(op._schema.name == f"breakable_cg::{name}" for op in _calls):
+            _define(name, num_written, num_results)
+    return name
+
+
+_defining = threading.RLock()
+
+
+@torch.library.impl(_library, "shapes", "CompositeExplicitAutograd")
+def _shapes(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
+    """Tells compiled code nothing; the call reads what its fake found."""
+
+
+@torch.library.register_fake("breakable_cg::shapes", lib=_library)  # type: ignore[untyped-decorator]
+def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
+    sites[site].learn(needs, tensors, ints, floats)
+
+
+@torch.library.impl(_library, "number", "CompositeExplicitAutograd")
+def _number(site: int, numbers: torch.Tensor, position: int) -> int:
+    return int(numbers[position].item())
+
+
+@torch.library.register_fake("breakable_cg::number", lib=_library)  # type: ignore[untyped-decorator]
+def _number_fake(site: int, numbers: torch.Tensor, position: int) -> Any:
+    return _torch.fresh_int(numbers)
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int]) -> list[torch.Tensor]:
+    tape = tape_of(handle)
+    with _torch.above_autograd():
+        made = tape.backward(grads)
+    taken = {_torch.storage_key(grad) for grad in grads if grad is not None}
+    results = []
+    for gradient, leaf in zip(made, tape.leaves, strict=True):
+        result = (
+            torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
+        )
+        if _torch.storage_key(result) in taken or _torch.owners_of_storage(result) > 1:
+            result = result.clone(memory_format=torch.contiguous_format)  # an op may not return memory that others have
+        taken.add(_torch.storage_key(result))
+        results.append(result)
+    return results
+
+
+@torch.library.register_fake("breakable_cg::backward", lib=_library)  # type: ignore[untyped-decorator]
+def _backward_fake(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[Any]) -> list[torch.Tensor]:
+    left = iter(sizes)
+    return [
+        torch.empty(tuple(itertools.islice(left, dim)), dtype=dtype, device=device)
+        for dim, dtype, device in sites[site].gradients
+    ]
+
+
+def is_call(op: Any) -> bool:
+    """Whether an op runs marked functions."""
+    return op in _calls
+
+
+def direct(op: Any, site: int) -> Callable[..., Any]:
+    """What a call of ``op`` runs, without the dispatcher: takes all of its arguments but the site."""
+    run = functools.partial(sites[site].run, own=True)
+    if op is OP:
+        return run
+    num_written = sites[site].num_written
+    num_results = len(op._schema.returns)
+
+    def writing(needs: list[bool], traced: bool, *rest: Any) -> Any:
+        made = run(needs, traced, [*rest[:num_written], *rest[num_written]], *rest[num_written + 1 :])
+        return tuple(made) if num_results > 1 else made[0] if made else None
+
+    return writing
+
+
+def name_of(op: Any, args: Sequence[Any]) -> str:
+    """The name of the marked function that a call in a graph runs, or whose number it reads; empty for other ops."""
+    ours = op in _calls or op is torch.ops.breakable_cg.number.default
+    site = sites.get(args[0]) if ours and args else None
+    return site.mark.name if site is not None else ""

@@ -1,0 +1,427 @@
+"""How arguments and results are put together from tensors, numbers and plain values.
+
+A structure is a nest of tuples: what kind of container, and its children; or a leaf, which says where its value is.
+Dynamo traces most of these functions: containers are gone from what it compiles, and only tensors and numbers are left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+
+Structure = tuple[Any, ...]
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, strides, and how many elements into its storage a tensor begins."""
+
+LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
+
+
+def children(value: Any) -> list[Any] | None:
+    """What a container holds; None for a leaf, and for what no structure can hold."""
+    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        return list(value)
+    if type(value) is dict:
+        return list(value.values()) if all([isinstance(key, (str, int)) for key in value]) else None  # noqa: C419 - Dynamo traces it
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, part.name) for part in dataclasses.fields(value)]
+    if type(value) in _torch.PYTREE_NODES:
+        return list(_torch.PYTREE_NODES[type(value)].flatten_fn(value)[0])
+    return None
+
+
+def foreign(value: Any) -> str:
+    """The type of what no structure can hold in ``value``; empty if there is none."""
+    if value is None or isinstance(
+        value, (torch.Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat, torch.nn.Module)
+    ):
+        return ""
+    items = children(value)
+    if items is None:
+        return type(value).__name__
+    for item in items:
+        inner = foreign(item)
+        if inner:
+            return inner
+    return ""
+
+
+def modules_in(value: Any) -> Iterator[torch.nn.Module]:
+    """The modules in ``value``."""
+    if isinstance(value, torch.nn.Module):
+        yield value
+    elif not isinstance(value, torch.Tensor):
+        for item in children(value) or ():
+            yield from modules_in(item)
+
+
+def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
+    """The structure of ``value``, whose tensors and numbers go to the lists; of a module, its parameters and buffers."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return ("tensor", len(tensors) - 1)
+    if value is None or isinstance(value, (bool, str)):
+        return ("plain", value)
+    if isinstance(value, (int, torch.SymInt)):
+        ints.append(value)
+        return ("int", len(ints) - 1)
+    if isinstance(value, (float, torch.SymFloat)):
+        floats.append(value)
+        return ("float", len(floats) - 1)
+    if isinstance(value, torch.nn.Module):
+        return _take_module(value, tensors)
+    if type(value) is list:
+        return ("list", tuple([take_apart(item, tensors, ints, floats) for item in value]))
+    if type(value) is tuple:
+        return ("tuple", tuple([take_apart(item, tensors, ints, floats) for item in value]))
+    if type(value) is dict:
+        items = tuple([take_apart(item, tensors, ints, floats) for item in value.values()])
+        return ("dict", tuple(value.keys()), items)
+    if isinstance(value, tuple):
+        return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = tuple([part.name for part in dataclasses.fields(value)])
+        return (
+            "data",
+            type(value),
+            names,
+            tuple([take_apart(getattr(value, n), tensors, ints, floats) for n in names]),
+        )
+    if type(value) in _torch.PYTREE_NODES:
+        children, context = _torch.PYTREE_NODES[type(value)].flatten_fn(value)
+        return ("node", type(value), context, tuple([take_apart(item, tensors, ints, floats) for item in children]))
+    return ("plain", value)
+
+
+def _take_module(module: torch.nn.Module, tensors: list[Any]) -> Structure:
+    names, places = [], []
+    parameters = list(module.named_parameters())
+    for name, tensor in parameters + list(module.named_buffers()):
+        names.append(name)
+        places.append(len(tensors))
+        tensors.append(tensor)
+    return ("module", id(module), tuple(names), tuple(places), len(parameters))
+
+
+def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
+    """The value that a structure describes, with ``leaf`` called for its leaves."""
+    kind = structure[0]
+    if kind in LEAVES:
+        return leaf(structure)
+    items = [put_together(item, leaf) for item in structure[-1]]
+    if kind == "list":
+        return items
+    if kind == "tuple":
+        return tuple(items)
+    if kind == "dict":
+        return dict(zip(structure[1], items))  # noqa: B905 - Dynamo traces this
+    if kind == "named":
+        return tuple.__new__(structure[1], items)  # calling it needs a guard, and a result's class has no source
+    if kind == "node":
+        return _torch.PYTREE_NODES[structure[1]].unflatten_fn(items, structure[2])
+    return structure[1](**dict(zip(structure[2], items)))  # noqa: B905
+
+
+def with_leaves(structure: Structure, leaf: Callable[[Structure], Structure]) -> Structure:
+    """The same structure with other leaves."""
+    if structure[0] in LEAVES:
+        return leaf(structure)
+    return (*structure[:-1], tuple(with_leaves(item, leaf) for item in structure[-1]))
+
+
+def leaves_of(structure: Structure) -> Iterator[Structure]:
+    """The leaves, in order."""
+    if structure[0] in LEAVES:
+        yield structure
+    else:
+        for item in structure[-1]:
+            yield from leaves_of(item)
+
+
+# --- views --------------------------------------------------------------------------------------------------------------
+
+
+def geometry(tensor: torch.Tensor) -> Geometry:
+    """The geometry of a tensor. A size that is symbolic becomes the number that it is: a structure is a constant."""
+    return tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), int(tensor.storage_offset())
+
+
+def extent(where: Geometry) -> int:
+    """How many elements of its storage a tensor spans."""
+    shape, stride, _ = where
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+
+
+def view_leaf(kind: str, number: int, base: Geometry, where: Geometry, detached: bool) -> Structure:
+    """The leaf for a tensor at ``where`` that is made again from one at ``base``, without ``as_strided`` if that can be."""
+    order = sorted(range(len(where[0])), key=lambda position: (-where[1][position], position))
+    dense = tuple(where[0][position] for position in order)
+    back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
+    plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == _steps(dense)
+    inside = where[2] - base[2] >= 0 and where[2] - base[2] + extent(where) <= extent(base)
+    if not (plain and inside):
+        return ("view", kind, number, detached, None, where)
+    return ("view", kind, number, detached, (where[2] - base[2], extent(where), dense, back), where)
+
+
+def _steps(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = [max(size, 1) for size in shape]
+    return tuple(itertools.accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1] if sizes else ()
+
+
+def _is_contiguous(where: Geometry) -> bool:
+    pairs = zip(where[0], where[1], _steps(where[0]), strict=True)
+    return all(size == 1 or step == wanted for size, step, wanted in pairs) or 0 in where[0]
+
+
+def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
+    """What a leaf of :func:`view_leaf` stands for. Dynamo traces it."""
+    _, _, _, detached, steps, where = leaf
+    if steps is None:
+        made = base.as_strided(where[0], where[1], where[2])
+    else:
+        start, length, dense, back = steps
+        made = base.view(-1).narrow(0, start, length).view(dense)
+        if back is not None:
+            made = made.permute(back)
+    return made.detach() if detached else made
+
+
+# --- results ------------------------------------------------------------------------------------------------------------
+
+Member = tuple[torch.Tensor, Geometry | None]
+"""A tensor that a function returned, and where its gradient lies in that of its root; None: it is the root's."""
+
+
+class Unholdable(Exception):
+    """What compiled code cannot hold of a result, and what to do."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result, taken apart."""
+
+    structure: Structure
+    roots: list[torch.Tensor]
+    """Of each fresh storage one tensor that owns it; what else lies in it is made again from that."""
+    members: list[list[Member]]
+    """For each root, the tensors that autograd knows, where it is recording."""
+    ints: list[Any]
+
+
+def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool) -> Result:
+    """Take a result apart: aliases of arguments told from fresh memory, of which there is one root for each storage.
+
+    Args:
+        holder: all that holds the result, so that what the function kept is seen.
+        arguments: the tensors that the function was called with.
+        recording: whether autograd was recording, so that results know what they need.
+        exact: whether what needs no gradient is said of each of several results that share memory.
+
+    Raises:
+        Unholdable: what compiled code cannot hold.
+    """
+    result = holder[0]
+    other = foreign(result) or next((type(module).__name__ for module in modules_in(result)), "")
+    if other:
+        raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
+    tensors: list[torch.Tensor] = []
+    ints: list[Any] = []
+    floats: list[Any] = []
+    structure = take_apart(result, tensors, ints, floats)
+    if not all(isinstance(value, float) for value in floats):
+        raise Unholdable("a float that depends on values", "return it as a tensor, or in whole numbers as an int")
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
+    del result
+    taker = _Taker(tensors, arguments, _references(tensors), recording, exact)
+    taker.take()
+
+    def leaf(structure: Structure) -> Structure:
+        if structure[0] == "tensor":
+            return taker.places[structure[1]]
+        if structure[0] == "int":
+            return ("int", structure[1], len(taker.roots))
+        if structure[0] == "float":
+            value = floats[structure[1]]
+            return ("plain", math.nan if value != value else value)  # so that it equals itself
+        return structure
+
+    return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
+
+
+class _Taker:
+    """Sorts the tensors of a result by the memory that they lie in."""
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        arguments: Sequence[torch.Tensor],
+        references: Mapping[int, int],
+        recording: bool,
+        exact: bool,
+    ) -> None:
+        self.tensors, self.arguments, self.references = tensors, arguments, references
+        self.recording, self.exact = recording, exact
+        self.places: list[Structure] = [()] * len(tensors)
+        """The leaf for each tensor."""
+        self.roots: list[torch.Tensor] = []
+        self.members: list[list[Member]] = []
+
+    def take(self) -> None:
+        owners: dict[int, int] = {}
+        for number, argument in enumerate(self.arguments):
+            owners.setdefault(_torch.storage_key(argument), number)
+        groups: dict[int, list[int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            key = _torch.storage_key(tensor)
+            if key not in owners:
+                groups.setdefault(key, []).append(number)
+            elif self.recording and not _is_view(tensor):
+                groups[-1 - number] = [number]  # a copy: traced code could not make a view with that gradient
+            else:
+                self.places[number] = self._alias(tensor, owners[key])
+        for key, group in groups.items():
+            self._take_group(group, copied=key < 0)
+
+    def _alias(self, tensor: torch.Tensor, owner: int) -> Structure:
+        """The leaf for a result that lies in the memory of an argument."""
+        for number, argument in enumerate(self.arguments):
+            if _torch.storage_key(argument) == _torch.storage_key(tensor) and _looks(argument) == _looks(tensor):
+                return ("argument", number, self._is_detached(tensor, argument.requires_grad))
+        base = self.arguments[owner]
+        if _bits(base) != _bits(tensor):
+            raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
+        detached = self._is_detached(tensor, base.requires_grad)
+        return view_leaf("argument", owner, geometry(base), geometry(tensor), detached)
+
+    def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
+        return self.recording and base_needs and not tensor.requires_grad
+
+    def _take_group(self, group: list[int], copied: bool) -> None:
+        """Find a tensor that owns the memory of some results, and say how each is made again from it."""
+        tensors = [self.tensors[number] for number in group]
+        first, number = tensors[0], len(self.roots)
+        wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
+        if len(tensors) == 1 or all(_looks(tensor) == _looks(first) for tensor in tensors):
+            root = first.detach() if self.recording else first
+            leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
+            members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
+        else:
+            if any(_bits(tensor) != _bits(first) for tensor in tensors):
+                raise Unholdable("tensors of several dtypes that share memory", "return clones")
+            where = _span(tensors)
+            root = first.detach().as_strided(*where)
+            leaves = [
+                view_leaf("root", number, where, geometry(t), self._is_detached(t, self.exact and bool(wanting)))
+                for t in tensors
+            ]
+            members = _shares([(tensor, _apart(geometry(tensor), where[2])) for tensor in wanting], where[0][0])
+        if root.is_conj() or root.is_neg():
+            root = root.resolve_conj().resolve_neg()
+        elif copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording)):
+            root = copy_of(root)
+        self.roots.append(root)
+        self.members.append(members)
+        for place, leaf in zip(group, leaves, strict=True):
+            self.places[place] = leaf
+
+
+def _span(tensors: Sequence[torch.Tensor]) -> Geometry:
+    """The geometry of a flat tensor that several lie in."""
+    wheres = [geometry(tensor) for tensor in tensors]
+    start = min(where[2] for where in wheres)
+    return (max(where[2] + extent(where) for where in wheres) - start,), (1,), start
+
+
+def _shares(wanting: list[Member], length: int) -> list[Member]:
+    """Which of several results that share memory take the gradient of which part of it: each part once."""
+    for tensor, where in wanting:
+        assert where is not None
+        if tensor.numel() == extent(where) == length:
+            return [(tensor, where)]
+    spans = sorted((where[2], where[2] + extent(where)) for _, where in wanting if where is not None)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise Unholdable("tensors that overlap in part and need gradients", "return clones")
+    return wanting
+
+
+_CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named tuples, dataclasses or pytree nodes"
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """New memory of the same geometry."""
+    where = geometry(tensor)
+    flat = tensor.detach().as_strided((extent(where),), (1,), where[2]).clone()
+    return flat.as_strided(where[0], where[1], 0)
+
+
+def _apart(where: Geometry, start: int) -> Geometry:
+    return where[0], where[1], where[2] - start
+
+
+def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, bool, bool]:
+    """How the memory of a tensor is to be read."""
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), _bits(tensor)
+
+
+_VIEWS = frozenset(
+    f"{name}Backward{number}"
+    for name in (
+        "Alias AsStrided Diagonal Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose "
+        "Unbind Unfold Unsafe Unsqueeze View ViewAsReal ViewAsComplex"
+    ).split()
+    for number in (0, 1, 2)
+)
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    """Whether, for autograd too, a tensor in the memory of an argument is a view of it: traced code can make it again."""
+    step = tensor.grad_fn
+    while step is not None and step.name() in _VIEWS:
+        step = step.next_functions[0][0]
+    return step is None or step.name() == "torch::autograd::AccumulateGrad"
+
+
+def _references(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """How often Python refers to each of some tensors, by identity."""
+    return {id(tensor): sys.getrefcount(tensor) for tensor in tensors}
+
+
+_ALONE = _references([torch.empty(0)]).popitem()[1]
+"""What :func:`_references` counts for a tensor that only the list holds."""
+
+
+def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recording: bool) -> bool:
+    """Whether somebody else than the result holds its memory: the function, which may write it in a later call.
+
+    A false alarm costs a copy. Autograd holds memory too, so while it records only Python is asked.
+    """
+    for tensor in group:
+        if references[id(tensor)] > _ALONE + 2 * sum(other is tensor for other in group) - 1:
+            return True
+    if recording:
+        return False
+    holders = {id(tensor) for tensor in group}
+    bases = [base for tensor in group if (base := _torch.base_of_view(tensor)) is not None and id(base) not in holders]
+    for base in {id(base): base for base in bases}.values():
+        holders.add(id(base))
+        if sys.getrefcount(base) > _ALONE + 1 + sum(other is base for other in bases):
+            return True
+    return _torch.owners_of_storage(group[0]) > len(holders)

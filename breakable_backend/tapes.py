@@ -1,0 +1,74 @@
+"""What calls of marked functions keep for their backward: a tape for each call."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+Member = tuple[torch.Tensor, Geometry | None]
+"""A tensor that a function returned, and where its gradient lies in that of the root; None: it is the root's."""
+
+
+class Tape(bytearray):
+    """What one call of a function has to keep until its backward.
+
+    It is the memory of a tensor, its *handle*, which compiled code saves for the backward as it saves any other. So it
+    lives as long as that: a call has a tape of its own, and one that is never run backward leaves nothing behind.
+    """
+
+    leaves: list[torch.Tensor]
+    members: list[list[Member]]
+
+    @classmethod
+    def handle(cls, leaves: list[torch.Tensor], members: list[list[Member]]) -> torch.Tensor:
+        """The only owner of a new tape."""
+        number = next(_numbers)
+        tape = cls(number.to_bytes(8, "little"))
+        tape.leaves, tape.members = leaves, members
+        _tapes[number] = tape
+        return torch.frombuffer(tape, dtype=torch.int64)
+
+    def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradients of the leaves; None where nothing depends on one."""
+        outputs, given = [], []
+        for members, grad in zip(self.members, grads, strict=True):
+            for tensor, where in members if grad is not None else ():
+                assert grad is not None
+                outputs.append(tensor)
+                flat = grad if where is None else grad.contiguous()
+                given.append(flat if where is None else flat.as_strided(*where[:2], flat.storage_offset() + where[2]))
+        if not outputs:
+            return [None] * len(self.leaves)
+        # Whether the caller retains its graph, nobody tells; the handle ends this one.
+        return list(torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True))
+
+
+_numbers = itertools.count(1)
+_tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
+
+
+def tape_of(handle: torch.Tensor) -> Tape:
+    """The tape behind a handle, or behind a copy of one while that lives."""
+    return _tapes[int(handle.item())]
+
+
+def reaches_others(members: Sequence[Sequence[Member]], leaves: Sequence[torch.Tensor]) -> bool:
+    """Whether results need gradients of tensors that are not among the leaves."""
+    known = {id(leaf) for leaf in leaves}
+    pending: list[Any] = [tensor.grad_fn for group in members for tensor, _ in group]
+    seen: set[Any] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
