@@ -515,7 +515,7 @@ class _Door:
                 elif self.capturing:
                     self.capturing = False
                     spoilt = self.session.abandon()
-                    if isinstance(error, CaptureError) and not error.where:
+                    if isinstance(error, CaptureError) and not error.blamed:
                         error = _placed(error, user_line(error.__traceback__))
                         raise error
                     if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
@@ -570,7 +570,7 @@ class _Door:
             graph = self.session.end()
         except CaptureError as error:
             self.failed = error
-            placed = _placed(error, error.where or user_line())
+            placed = _placed(error, error.blamed or user_line())
             raise placed from error.__cause__
         self.steps.append(GraphStep(graph, self.loads, ops=tuple(self.ops)))
         self.loads = ()

@@ -43,6 +43,8 @@ class BreakableError(_torch.CompileTimeError):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where or user_line(), fix
+        self.blamed = where
+        """The line that is to blame; empty where ``where`` is only what was running."""
         super().__init__(
             "\n".join(
                 line for line in (what, f"  at {self.where}" if self.where else "", f"  {fix}" if fix else "") if line

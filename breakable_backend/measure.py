@@ -134,6 +134,11 @@ def measure_compiled(
     Raises:
         OptionsError: nothing was recorded, or an input is kept by no bridge.
     """
+    debugged = next((executor for executor in executors_of(compiled) if executor.options.debug is not None), None)
+    if debugged is not None:
+        raise OptionsError(
+            f"{debugged.name} is in debug mode, where times mean nothing", fix="measure without options={'debug': ...}"
+        )
     if not (args or kwargs):
         found = [
             (executor, entry)
@@ -285,6 +290,8 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     recording, driver, tally = graph.recording, graph.driver, graph.tally
     if recording is None or driver is None or tally is None:
         raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
+    if graph.debug is not None:
+        raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
     with _Bench(driver.device, graph.written) as bench, _uncounted(tally):
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))

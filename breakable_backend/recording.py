@@ -528,7 +528,7 @@ class _Recorder:
 
     def _capture_failed(self, position: int, segment: GraphSegment, error: CaptureError) -> None:
         first = next((node for node in segment.module.graph.nodes if node.op == "call_function"), None)
-        where = error.where or (source_line(first) if first is not None else "")
+        where = error.blamed or (source_line(first) if first is not None else "")
         if not self.auto_break:
             raise CaptureError(
                 error.what, where=where, fix=error.fix or "let it run eagerly: auto_break=True"

@@ -398,7 +398,7 @@ FAULTS = (
     Fault(
         "replay-in-the-modes-of-the-caller",
         "capture.py",
-        "if not captured.breaks or captured.modes.are_current():",
+        "if not self.breaks or self.modes.are_current():",
         "if True:",
         "test_capture_hostile.py::test_modes_of_the_capture[cpu]",
     ),

@@ -24,6 +24,7 @@ import breakable_backend
 from breakable_backend import (
     BreakableCUDAGraph,
     CaptureError,
+    DivergenceError,
     EagerOutputError,
     ReplayError,
     capture,
@@ -684,11 +685,15 @@ def test_seed_in_the_body() -> None:
 
 
 def test_parameter_that_moves(make: MakeGraph, device: torch.device) -> None:
-    """A parameter that gets other memory (``param.data = ...``) leaves the graph with the old one, which it keeps."""
+    """A parameter that gets other memory (``param.data = ...``) leaves the graph with the old one, which it keeps.
+
+    The first replay notices; later ones look no more.
+    """
     linear = nn.Linear(4, 4).to(device)
     graph, x = make(), torch.randn(4, device=device)
     with capture(graph):
         y = linear(x) + 1
+    graph.replay()
     old = copy.deepcopy(linear)
     linear.weight.data = torch.zeros_like(linear.weight)
     churn = [torch.full((4, 4), torch.nan, device=device) for _ in range(50)]
@@ -697,3 +702,8 @@ def test_parameter_that_moves(make: MakeGraph, device: torch.device) -> None:
     with capture(graph):
         y = linear(x) + 1
     replays_equal(graph, lambda x: linear(x) + 1, x, y)
+    with capture(graph):
+        y = linear(x) + 1
+    linear.weight.data = torch.ones_like(linear.weight)
+    with pytest.raises(DivergenceError, match="address moved"):
+        graph.replay()

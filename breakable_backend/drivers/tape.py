@@ -372,7 +372,7 @@ def _failure(error: Exception) -> CaptureError:
     """What a capture raises for what came out of its body, with the innermost line that is the user's."""
     where = user_line(error.__traceback__)
     if isinstance(error, CaptureError):
-        return CaptureError(error.what, where=error.where or where, fix=error.fix)
+        return CaptureError(error.what, where=error.blamed or where, fix=error.fix)
     first_line = str(error).partition("\n")[0]
     return CaptureError(f"the captured code raised {type(error).__name__}: {first_line}", where=where, fix=FIX)
 
