@@ -59,6 +59,7 @@ from breakable_backend.results import Parts, fields, tensors_on
 
 log = logging.getLogger(__name__)
 
+RESET = "nothing was captured: the graph was reset"
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
 
@@ -241,7 +242,7 @@ class BreakableCUDAGraph:
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
-        self._expire("nothing was captured: the graph was reset")
+        self._expire(RESET)
 
     def _failure(self) -> ReplayError:
         return ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
@@ -266,7 +267,7 @@ class BreakableCUDAGraph:
         if self._release is not None:
             self._release()
             self._release = None
-            self.journal.tell(f"released{f': {self._gone}' if self._gone else ''}")
+            self.journal.tell(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
 
     def _expire(self, why: str) -> None:
         # Other threads do the same in this order, and _end_use in the opposite one: somebody frees it.

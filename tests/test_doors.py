@@ -71,7 +71,7 @@ def chain(x: Tensor) -> Tensor:
 
 
 def ordered() -> Callable[[Tensor, Tensor], Tensor]:
-    @eager_on_graph(mutates_args=("cache",))
+    @eager_on_graph(mutates_args=("cache",), fake=lambda cache, x: None)
     def append(cache: Tensor, x: Tensor) -> None:
         cache[int(cache[0].item()) + 1] = x.sum()
         cache[0] += 1
@@ -290,9 +290,11 @@ CASES: dict[str, Case] = {
     "unused result": Case(of(unused), "GEG", "GEG"),
     "result that is dropped": Case(of(dropped), "GEGEG", "GEGEG"),
     "value that crosses a break": Case(of(crossing), "GEG", "GEG"),
-    "order of mutation": Case(ordered, "GEGEG", "G|G|G", caches, in_place=True),
+    "order of mutation": Case(ordered, "GEGEG", "GEGEG", caches, in_place=True),
     "random numbers": Case(drawing, "GEG", "GEG"),
     **{f"result: {name}": Case(through(*pair), "GEG", "GEG") for name, pair in RESULTS.items()},
+    # The int is one that is known only at run time, and what uses it runs eagerly.
+    "result: dataclass": Case(through(*RESULTS["dataclass"]), "GEG", "GEGE"),
     "results that share memory": Case(through(shared, write_shared), "GEG", "GEG"),
     "result that is written": Case(written_result, "GEGEGEG", "GEGEGEG"),
     "result that is an argument": Case(returned_argument, "GEG", "GEG"),
@@ -320,7 +322,7 @@ ELSEWHERE = {
     "host reads outside of marked functions": "test_capture.py::test_host_read",
     "results that are the caller's to keep": "test_contract_aliases.py::test_",
     "sizes that vary": "test_functions.py::test_dynamic_shapes",
-    "gradients": "test_functions.py::test_gradients",
+    "gradients": "test_functions_gradients.py::test_two_forward_passes",
 }
 """What is tested at one door, since it makes no sense at the other."""
 
@@ -330,13 +332,9 @@ NOT_AT: dict[tuple[str, str], str] = {
         "compile",
     ): "Traced code cannot make an object that it knows nothing of: it is refused with an error.",
     (
-        "results that share memory",
-        "compile",
-    ): "An op may not return aliases, and a view of one would need a name: it is refused with an error.",
-    (
         "results of one memory, conjugated",
         "compile",
-    ): "An op may not return aliases, and a view of one would need a name: it is refused with an error.",
+    ): "Views of one memory with several dtypes cannot be made again in traced code: they are refused with an error.",
     ("side streams", "compile"): "Stream operations in traced code make the whole program eager.",
     ("break on a side stream", "compile"): "Stream operations in traced code make the whole program eager.",
     ("nested captures", "compile"): "A compiled function that an eager step calls runs plainly, and records nothing.",
