@@ -30,6 +30,8 @@ BUSY = 0.9
 """Share of a call in which the GPU works, from which on launches are not what the call waits for."""
 OUTSIDE = 0.1
 """Share of a call's host time from which on what goes on around the replay is worth a word."""
+DEAR = 0.25
+"""Share of a call's host time from which on an op that breaks it is worth a word."""
 SMALL = 8
 """Ops: longer segments are no small ones."""
 LOOPS = 15
@@ -547,13 +549,12 @@ def _advice(
     yield from _in_place_inputs(recording)
     if per_op is not None:
         yield from _small_segments(recording, steps, per_op)
-    if breaks and breaks[0].share >= 0.25:
-        cost = breaks[0]
-        yield Advice(
-            f"make {cost.op} cheaper, or capturable",
-            f"step {cost.step} takes {cost.share:.0%} of the host time of a call",
-            cost.host_us,
-        )
+    for op in dict.fromkeys(cost.op for cost in breaks):
+        costs = [cost for cost in breaks if cost.op == op]
+        share, us = sum(cost.share for cost in costs), sum(cost.host_us for cost in costs)
+        if share >= DEAR:
+            steps_take = f"its {len(costs)} steps take" if len(costs) > 1 else f"step {costs[0].step} takes"
+            yield Advice(f"make {op} cheaper, or capturable", f"{steps_take} {min(share, 1):.0%} of the host time", us)
 
 
 def _fewer_marks(recording: Recording, steps: Sequence[StepTime]) -> Iterator[Advice]:

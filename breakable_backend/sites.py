@@ -84,13 +84,17 @@ class Spec:
     def of(cls, tensor: torch.Tensor) -> Spec:
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
+    def without_symbols(self) -> Spec:
+        """The same with ``ANY`` for each symbol, which a site outlives."""
+        return replace(self, shape=_numbers_of(self.shape), stride=_numbers_of(self.stride))
+
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor looks so."""
         return (
-            tensor.shape == self.shape
-            and tensor.stride() == self.stride
-            and tensor.dtype is self.dtype
+            tensor.dtype is self.dtype
             and tensor.device == self.device
+            and _match(self.shape, tensor.shape)
+            and _match(self.stride, tensor.stride())
         )
 
     def empty(self) -> torch.Tensor:
@@ -98,12 +102,22 @@ class Spec:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
     def __str__(self) -> str:
-        shape, stride = list(self.shape), list(self.stride)
-        return f"{str(self.dtype).removeprefix('torch.')}{shape} with stride {stride} on {self.device}"
+        shape, stride = (", ".join("?" if size == ANY else str(size) for size in s) for s in (self.shape, self.stride))
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] with stride [{stride}] on {self.device}"
 
 
-_SYMBOLIC = Spec((), (), torch.float32, torch.device("cpu"))
-"""In place of a layout with symbols in it."""
+ANY = -1
+"""In place of a size that is a symbol."""
+
+
+def _numbers_of(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(size if type(size) is int else ANY for size in sizes)
+
+
+def _match(wanted: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
+    return wanted == sizes or (
+        len(wanted) == len(sizes) and all(want in (ANY, size) for want, size in zip(wanted, sizes, strict=True))
+    )
 
 
 @dataclass(frozen=True)
@@ -173,8 +187,8 @@ class Site:
             except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
                 self.error = self._needs_fake(error)
                 return Expected()
-            if key is None:  # a site outlives the symbols in the layouts
-                self.expected = replace(expected, specs=(_SYMBOLIC,) * len(expected.specs))
+            if key is None:
+                self.expected = replace(expected, specs=tuple(spec.without_symbols() for spec in expected.specs))
                 return expected
             self.known[key] = expected
         self.expected = self.known[key]
@@ -251,7 +265,7 @@ class Site:
         if taken.structure != self.expected.result:
             raise self._mismatch(f"put together as {taken.structure}", str(self.expected.result))
         for root, want in zip(taken.roots, self.expected.specs, strict=True):
-            if want is not _SYMBOLIC and not want.fits(root):
+            if not want.fits(root):
                 raise self._mismatch(str(Spec.of(root)), str(want))
 
     def _function(self, *args: Any, **kwargs: Any) -> Any:

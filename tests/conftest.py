@@ -41,6 +41,7 @@ def clean() -> Iterator[None]:
     yield
     torch.set_grad_enabled(grad)
     torch.compiler.reset()
+    torch._dynamo.pgo.reset_code_state()  # torch 2.11 keeps what it learned of sizes: the next test's would be dynamic
     breakable_backend.reset()
 
 

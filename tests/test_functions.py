@@ -729,6 +729,20 @@ def test_other_result_than_the_fake(compile_with: Callable[..., Any], device: to
     assert "lambda" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("real", "text"),
+    [(lambda x: x.half(), r"returned float16\[6"), (lambda x: x[None] * 2, r"returned float32\[1, 6")],
+    ids=["dtype", "rank"],
+)
+def test_other_result_of_dynamic_shape(
+    compile_with: Callable[..., Any], device: torch.device, real: Callable[[Tensor], Tensor], text: str
+) -> None:
+    """Where sizes are symbols, dtype, device, rank and the other sizes are looked at all the same."""
+    marked = eager_on_graph(fake=lambda x: x * 2)(real)
+    with pytest.raises(EagerOutputError, match=text):
+        compile_with(lambda x: marked(x + 1) * 2, dynamic=True)(torch.ones(6, device=device))
+
+
 def test_error_of_the_function(compile_with: Callable[..., Any], device: torch.device) -> None:
     """What the function raises reaches the caller as the same object, and the next call is right."""
     error: Exception | None = None
