@@ -3,6 +3,7 @@
     PYTHONPATH=. python examples/benchmarks/doors.py
 
 - no break: 30 small kernels; ``graph.replay()`` against ``torch.cuda.CUDAGraph.replay()``: host time. Goal: at most 1.05;
+- the same with ``torch.profiler`` active, when segments have names in the profile; without one a call reads one flag;
 - 16 breaks: the transformer of ``replay.py``; captured by hand (the floor), by ``capture``, by ``torch.compile``.
 
 Host: microseconds to issue a call, in loops of 5 calls that start with an idle GPU. Total: until the GPU is done, in
@@ -72,7 +73,10 @@ def no_break(device: torch.device) -> None:
         kept = [body()]
     with capture(ours):
         kept.append(body())
-    compare("no break", "CUDAGraph.replay", **{"CUDAGraph.replay": plain.replay, "graph.replay": ours.replay})
+    contenders: dict[str, Call] = {"CUDAGraph.replay": plain.replay, "graph.replay": ours.replay}
+    compare("no break", "CUDAGraph.replay", **contenders)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        compare("no break, profiled", "CUDAGraph.replay", **contenders)
 
 
 def breaks(device: torch.device) -> None:
