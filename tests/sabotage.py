@@ -419,7 +419,7 @@ FAULTS = (
     Fault(
         "replay-inside-a-capture-is-captured",
         "capture.py",
-        "if (handler := active.handler.get()) is not None:",
+        "if (handler := _handler()) is not None:",
         "if (handler := active.handler.get()) is not None and False:",
         "test_capture_hostile.py::test_replay_inside_a_capture[cpu]",
     ),
