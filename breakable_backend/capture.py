@@ -25,7 +25,7 @@ from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
 from breakable_backend.buffers import Bridge
-from breakable_backend.compare import Checker, Witness
+from breakable_backend.compare import Checker
 from breakable_backend.difference import Tolerance
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
@@ -48,6 +48,7 @@ from breakable_backend.recording import (
     places_of,
 )
 from breakable_backend.results import Parts, fields, tensors_on
+from breakable_backend.witness import Witness
 
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 

@@ -58,7 +58,7 @@ FAULTS = (
     # --- marked functions in compiled code ---
     Fault(
         "unused-calls-of-marked-functions-go",
-        "sites.py",
+        "ops.py",
         "    torch.fx.has_side_effect(op)  #",
         "    op  #",
         "test_functions.py::test_one_node[aot_eager-cpu]",
@@ -157,7 +157,7 @@ FAULTS = (
     ),
     Fault(
         "kept-arguments-unseen",
-        "compare.py",
+        "witness.py",
         "            self.kept += twins.kept(name, source)",
         "            twins.kept(name, source)",
         "test_compare.py::test_argument_kept_while_recording[cpu]",
@@ -213,7 +213,7 @@ FAULTS = (
     ),
     Fault(
         "writes-of-marked-functions-undeclared",
-        "sites.py",
+        "ops.py",
         'f"Tensor(a{number}!) written_{number}, "',
         'f"Tensor written_{number}, "',
         "test_functions.py::test_no_clone_of_what_is_written[cpu]",
@@ -276,7 +276,7 @@ FAULTS = (
     ),
     Fault(
         "every-result-needs-gradients",
-        "sites.py",
+        "ops.py",
         "ctx.mark_non_differentiable(*(",
         "list((",
         "test_functions_gradients.py::test_what_needs_none[eager-cpu]",
