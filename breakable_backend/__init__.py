@@ -6,7 +6,6 @@ straight line of launches and eager calls.
 
 from breakable_backend.backend import breakable_cg as breakable_cg
 from breakable_backend.backend import reset as reset
-from breakable_backend.capture import BreakableCUDAGraph as BreakableCUDAGraph
 from breakable_backend.capture import break_graph as break_graph
 from breakable_backend.capture import capture as capture
 from breakable_backend.capture import is_capturing as is_capturing
@@ -19,6 +18,7 @@ from breakable_backend.errors import PartitionError as PartitionError
 from breakable_backend.errors import ReplayError as ReplayError
 from breakable_backend.export import export as export
 from breakable_backend.functions import eager_on_graph as eager_on_graph
+from breakable_backend.graph import BreakableCUDAGraph as BreakableCUDAGraph
 from breakable_backend.marking import eager_region as eager_region
 from breakable_backend.marking import mark_eager as mark_eager
 from breakable_backend.marking import unmark_eager as unmark_eager

@@ -6,21 +6,17 @@ ends, so eager functions see real data. What comes of it is the same :class:`Rec
 
 from __future__ import annotations
 
-import itertools
 import keyword
-import logging
 import operator
 import re
-import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,18 +25,17 @@ from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
 from breakable_backend.buffers import Bridge
-from breakable_backend.compare import Checker, Witness
+from breakable_backend.compare import Checker
 from breakable_backend.difference import Tolerance
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
-from breakable_backend.drivers.cuda import CudaDriver, require_cuda
+from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
-from breakable_backend.journal import Journal
+from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside
 from breakable_backend.marking import live_reason
 from breakable_backend.options import Options
-from breakable_backend.profiling import Marks, span, step_names
-from breakable_backend.profiling import active as profiling
+from breakable_backend.profiling import span
 from breakable_backend.program import Op, Reason, described
 from breakable_backend.recording import (
     Call,
@@ -50,318 +45,12 @@ from breakable_backend.recording import (
     Recording,
     Slot,
     Step,
-    check_places,
     places_of,
-    refuse_place,
 )
-from breakable_backend.replay import Replay, Tally, emit
 from breakable_backend.results import Parts, fields, tensors_on
+from breakable_backend.witness import Witness
 
-log = logging.getLogger(__name__)
-
-_handler = active.handler.get
-RESET = "nothing was captured: the graph was reset"
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Where captured memory lives. Graphs that share one are replayed one after the other, on whatever streams."""
-
-    driver: CaptureDriver
-
-
-@dataclass(frozen=True)
-class _Outside:
-    """A tensor that segments read at its address."""
-
-    ref: weakref.ref[torch.Tensor]
-    address: int
-    source: str
-
-    def check(self) -> None:
-        """Raise if it has other memory now. One that is gone can tell nothing; the graph holds its memory."""
-        tensor = self.ref()
-        if tensor is not None and (address := tensor.untyped_storage().data_ptr()) != self.address:
-            what = f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
-            refuse_place(what, freed=address == 0, where=self.source)
-
-
-@dataclass
-class _Captured:
-    """What a graph owns."""
-
-    driver: CaptureDriver
-    recording: Recording
-    replay: Replay
-    held: list[Any]
-    """Storages that segments read."""
-    written: list[_torch.StorageWeakRef]
-    """Storages from outside that segments write."""
-    watched: list[weakref.ref[Any]]
-    """The parameters among what they read: they are the model's, and their storages go with them."""
-    outside: tuple[_Outside, ...]
-    """Tensors from outside that segments read."""
-    modes: Modes
-    """What a replay runs in, but for eager steps that say otherwise."""
-    journal: Journal
-    compared: bool = False
-    """Whether replays are compared with eager."""
-    profiled: tuple[Replay, Marks] | None = None
-    """The replay with a mark before each step; made when a profiler is first active."""
-    only: Callable[[int], None] | None = None
-    """The launch that is all of a replay, where there is no break; set by the first replay."""
-
-    def __post_init__(self) -> None:
-        self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
-
-    def run(self, stream: int) -> None:
-        """Replay, between the driver's ``begin`` and ``end``."""
-        if self.breaks and not self.modes.are_current():
-            with self.modes.enter():
-                self.run(stream)
-        elif self.compared or not profiling():
-            self.replay.function([], stream)
-        else:
-            self._run_profiled(stream)
-
-    def _run_profiled(self, stream: int) -> None:
-        if self.profiled is None:
-            name = self.journal.name
-            marks = Marks(name, step_names(self.recording))
-            self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
-        replay, marks = self.profiled
-        marks.run(replay.function, [], stream)
-
-    def check(self) -> None:
-        """Raise if what segments read is not where it was when they were captured."""
-        check_places(self.recording, ())
-        for tensor in self.outside:
-            tensor.check()
-
-    def release(self) -> None:
-        graphs = self.recording.graphs
-        self.replay.forget()
-        if self.profiled is not None:
-            self.profiled[0].forget()
-        owner = [self.recording, self.replay, self.profiled, self.only, self.held]
-        self.recording = self.replay = self.profiled = self.only = None  # type: ignore[assignment]
-        self.held = []
-        self.watched.clear()
-        self.driver.release(graphs, owner)
-
-
-class BreakableCUDAGraph:
-    """A captured piece of code, with eager steps in it.
-
-    >>> @eager_on_graph
-    ... def double_if_positive(x):
-    ...     return x * 2 if x.sum() > 0 else x + 0
-    >>> x = torch.ones(3)
-    >>> graph = BreakableCUDAGraph(driver="tape")
-    >>> with capture(graph):
-    ...     y = double_if_positive(x + 1) - 1
-    >>> y
-    tensor([3., 3., 3.])
-    >>> _ = x.fill_(-5)
-    >>> graph.replay(); y
-    tensor([-5., -5., -5.])
-
-    It owns the memory of its segments, the bridges of its eager steps, and every tensor from outside that its segments
-    read, but for parameters: when one of those dies, the graph releases all it has.
-
-    Args:
-        pool: what :meth:`pool` of another graph returned, to share its memory; or a handle from
-            ``torch.cuda.graph_pool_handle()``.
-        driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
-            ``"tape"``; by default what ``BREAKABLE_CG_DRIVER`` says, else ``"auto"``.
-
-    Raises:
-        OptionsError: no such driver, or no GPU for it.
-    """
-
-    def __init__(self, pool: Any = None, driver: str | None = None) -> None:
-        self._choice = Options.parse({} if driver is None else {"driver": driver}).driver
-        self._given_pool = pool
-        self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
-        self._captured: _Captured | None = None
-        self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
-        """Frees what was captured when the graph is dropped."""
-        self._gone = ""
-        """Why there is nothing, or will be nothing as soon as it is not in use any more."""
-        self._use = ""
-        """What is being done with it: "captured" or "replayed". Written under the driver's lock."""
-        self.debug: str | None = None
-        self.replays = 0
-        self.record_seconds = 0.0
-        self.journal = Journal(log, f"capture {next(_numbers)}")
-
-    def replay(self) -> None:
-        """Run it again on the current stream: what is at the addresses of the inputs now is read.
-
-        Raises:
-            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; or it has
-                eager steps, and a CUDA graph capture that is not ours is active.
-            EagerOutputError: an eager function returned what cannot take the place of its result at capture.
-        """
-        if (handler := _handler()) is not None:
-            handler.call(Mark(self.replay, "BreakableCUDAGraph.replay", ""), (), {})
-            return
-        captured = self._captured
-        if captured is None:
-            raise self._failure()
-        driver, only = captured.driver, captured.only
-        if captured.breaks and driver.is_capturing():
-            raise ReplayError(
-                "a graph with eager steps was replayed inside somebody else's capture, which would freeze them",
-                where=user_line(),
-                fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
-            )
-        # In one piece, without _begin_use, _end_use and `with driver.lock` (0.07 us): a launch takes 5 us in all.
-        driver.lock.acquire()
-        try:
-            if self._captured is captured and not self._use:
-                self._use = "replayed"
-                stream = driver.begin()
-                try:
-                    if only is not None and not profiling():
-                        only(stream)
-                    else:
-                        captured.run(stream)
-                    self.replays += 1
-                finally:
-                    driver.end(stream)
-                    self._use = ""
-                    if self._gone:
-                        self._free()
-                return
-            if self._use:
-                self._refuse_use(ReplayError)
-        finally:
-            driver.lock.release()
-        self.replay()  # before the lock was ours, another thread has reset it, or captured anew
-
-    def run(self, stream: int) -> None:
-        """What :meth:`replay` does between taking the pool and giving it back."""
-        assert self._captured is not None
-        self._captured.run(stream)
-
-    def reset(self) -> None:
-        """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
-        self._expire(RESET)
-
-    def _failure(self) -> ReplayError:
-        return ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
-
-    def _begin_use(self, use: str, error: type[BreakableError]) -> None:
-        if self._use:
-            self._refuse_use(error)
-        self._use = use
-
-    def _refuse_use(self, error: type[BreakableError]) -> NoReturn:
-        twice = error(
-            f"the graph is being {self._use} already",
-            where=user_line(),
-            fix="an eager step neither replays nor captures its own graph",
-        )
-        raise twice
-
-    def _end_use(self) -> None:
-        self._use = ""
-        if self._gone:
-            self._free()
-
-    def _free(self) -> None:
-        self._captured = None
-        if self._release is not None:
-            self._release()
-            self._release = None
-            self.journal.tell(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
-
-    def _expire(self, why: str) -> None:
-        # Other threads do the same in this order, and _end_use in the opposite one: somebody frees it.
-        self._gone = why
-        if not self._use:
-            self._free()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CaptureError(
-            "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses",
-            where=user_line(),
-            fix="make a new one, and capture into that",
-        )
-
-    def pool(self) -> Pool:
-        """The pool, for ``BreakableCUDAGraph(pool=...)``."""
-        return Pool(self._made_driver())
-
-    @property
-    def recording(self) -> Recording | None:
-        """The steps, once captured."""
-        return self._captured.recording if self._captured is not None else None
-
-    @property
-    def written(self) -> list[torch.UntypedStorage]:
-        """Storages from outside that its segments write."""
-        refs = self._captured.written if self._captured is not None else []
-        return [storage for ref in refs if (storage := _torch.live_storage(ref)) is not None]
-
-    @property
-    def driver(self) -> CaptureDriver | None:
-        """What captured it, or will; None before that is known."""
-        return self._captured.driver if self._captured is not None else self._driver
-
-    @property
-    def tally(self) -> Tally | None:
-        """What replays counted; None before a capture."""
-        return self._captured.replay.tally if self._captured is not None else None
-
-    @property
-    def source(self) -> str:
-        """The generated replay, as Python; empty before a capture."""
-        return self._captured.replay.source if self._captured is not None else ""
-
-    def __repr__(self) -> str:
-        recording = self.recording
-        if recording is None:
-            return "BreakableCUDAGraph(nothing captured)"
-        breaks = sum(isinstance(step, EagerStep) for step in recording.steps)
-        return f"BreakableCUDAGraph({len(recording.graphs)} segments, {breaks} eager steps, {self.replays} replays)"
-
-    def _made_driver(self) -> CaptureDriver:
-        if self._driver is None:
-            self._driver = _driver(self._choice, self._given_pool)
-        return self._driver
-
-    def _take(self, captured: _Captured) -> None:
-        self._captured, self._gone, self.replays = captured, "", 0
-        recording = captured.recording
-        self.journal.recorded(
-            0,
-            "captured",
-            lambda: step_names(recording),
-            captured.replay.source,
-            graphs=len(recording.graphs),
-            eager_steps=len(recording.steps) - len(recording.graphs),
-            bridge_bytes=recording.bridge_bytes,
-        )
-        self._release = weakref.finalize(self, captured.release)
-        self._release.atexit = False
-
-
-_numbers = itertools.count()
-
-
-def _driver(choice: str, pool: Any = None) -> CaptureDriver:
-    if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()):
-        require_cuda()
-        return CudaDriver(torch.device("cuda", torch.cuda.current_device()), pool)
-    if choice == "auto":
-        warnings.warn(
-            "there is no GPU: the tape driver shows what would be captured, not how fast; driver='tape' chooses that",
-            stacklevel=4,
-        )
-    return TapeDriver(torch.device("cpu"))
 
 
 class capture:
@@ -489,7 +178,7 @@ class _Door:
     """Storages from outside that segments write."""
     ops: list[Op] = field(default_factory=list)
     """What the segment under way has run."""
-    outside: dict[int, _Outside] = field(default_factory=dict)
+    outside: dict[int, Outside] = field(default_factory=dict)
     """Tensors whose memory is held or watched, by the key of their storage."""
     failed: BaseException | None = None
     capturing: bool = False
@@ -544,26 +233,19 @@ class _Door:
             ) from self.failed
 
     def _keep(self) -> None:
-        written, journal = list(self.written.values()), self.graph.journal
         bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges))
-        checker = Checker(recording, self.witness, self.tolerance) if self.witness is not None else None
-        replay = emit(recording if checker is None else checker.recording, name=f"{journal.name} replay")
-        outside = tuple(self.outside.values())
-        captured = _Captured(
-            self.driver, recording, replay, [self.held], written, [], outside, self.modes, journal, checker is not None
+        captured = Captured(
+            self.driver,
+            recording,
+            held=[self.held],
+            written=list(self.written.values()),
+            outside=tuple(self.outside.values()),
+            modes=self.modes,
+            journal=self.graph.journal,
+            checker=Checker(recording, self.witness, self.tolerance) if self.witness is not None else None,
         )
-        captured.replay = _checked_once(captured) if checker is None else _compared(captured, checker)
-        me = weakref.ref(self.graph)
-        for parameter in self.parameters.values():
-            what = f"a {type(parameter).__name__}"
-
-            def died(_: Any, what: str = what) -> None:
-                if (graph := me()) is not None and not sys.is_finalizing():
-                    graph._expire(f"{what} died, which the graph reads; the graph was released")
-
-            captured.watched.append(weakref.ref(parameter, died))
-        self.graph._take(captured)
+        self.graph._take(captured, list(self.parameters.values()))
         self.graph.record_seconds = time.perf_counter() - self.started
 
     # segments
@@ -621,7 +303,7 @@ class _Door:
         key = _torch.storage_key(tensor)
         if key not in self.made and key not in self.outside:
             address = tensor.untyped_storage().data_ptr()
-            self.outside[key] = _Outside(weakref.ref(tensor), address, user_line())
+            self.outside[key] = Outside(weakref.ref(tensor), address, user_line())
         if key in self.made:
             if self.made[key][1] != len(self.steps):
                 self.held[key] = tensor.untyped_storage()  # it crosses a break: nobody else may have its memory
@@ -750,33 +432,6 @@ class _Door:
             tensor = isinstance(leaf, torch.Tensor)
             self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
         return Slot(name)
-
-
-def _checked_once(captured: _Captured) -> Replay:
-    """The graph's replay. The first call looks whether all that it reads is in its place."""
-    replay = captured.replay
-
-    def first(args: list[Any], stream: int) -> list[Any]:
-        captured.check()
-        captured.replay = replay
-        if not captured.breaks:
-            (step,) = captured.recording.steps
-            assert isinstance(step, GraphStep), step
-            captured.only = step.graph.replay
-        return replay.function(args, stream)
-
-    return replace(replay, function=first)
-
-
-def _compared(captured: _Captured, checker: Checker) -> Replay:
-    """The graph's replay, with each step compared."""
-    compared = checker.around(captured.replay.function)
-
-    def checked(args: list[Any], stream: int) -> list[Any]:
-        captured.check()
-        return compared(args, stream)
-
-    return replace(captured.replay, function=checked)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Before a captured segment is launched, the same ops run eagerly, on the very ten
 they make is kept, what they wrote and drew is undone; then the segment is launched, and must have come to the same. An
 eager step runs once, as ever, on inputs that were compared by then: its result is what eager has from there on.
 
-A :class:`Witness` sees how a recording is made; a :class:`Checker` goes with its replays.
+A :class:`Witness` saw how the recording was made; a :class:`Checker` goes with its replays.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import gc
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend._torch import Geometry, pytree
+from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, clone_exact
 from breakable_backend.difference import Difference, Tolerance, difference
 from breakable_backend.drivers import CapturedGraph
@@ -36,145 +36,12 @@ from breakable_backend.recording import (
     check_places,
     is_view_call,
 )
-from breakable_backend.results import fields, replaced
-from breakable_backend.trace import Change, Given, Script, Trace, Undo, Watch, first_change, run_module
+from breakable_backend.trace import Change, Trace, Undo, Watch, first_change, has_memory, run_module
+from breakable_backend.witness import Witness, is_users
 
 KEEPS = "an op that keeps its buffers"
 Run = Callable[[Watch], Any]
 """A segment's ops, eagerly."""
-
-
-# --- while recording ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Kept:
-    """An argument that a function did not let go of when it returned."""
-
-    ref: _torch.StorageWeakRef
-    """The storage that the function was given: a twin of the recording's own, over the same memory."""
-    memory: torch.UntypedStorage
-    geometry: Geometry
-    label: str
-    source: str
-    before: torch.UntypedStorage | None = None
-    """What was in it when the call that gave it ended."""
-
-    @property
-    def alive(self) -> bool:
-        return _torch.live_storage(self.ref) is not None
-
-    def changed(self) -> Difference | None:
-        """What is in it now, against what was in it then."""
-        if self.before is None:
-            return None
-        return difference(self.geometry.on(self.memory), self.geometry.on(self.before))
-
-
-@dataclass
-class Witness:
-    """What was seen while a recording was made."""
-
-    device: torch.device
-    traces: dict[int, Trace] = field(default_factory=dict)
-    """By the position of the step."""
-    scripts: dict[int, Script] = field(default_factory=dict)
-    """Of the second door, whose code cannot be run again."""
-    given: Given = field(default_factory=Given)
-    kept: list[Kept] = field(default_factory=list)
-
-    def captured(self, position: int, module: fx.GraphModule) -> Callable[..., Any]:
-        """A segment's module as a function to capture."""
-
-        def body(*inputs: Any) -> Any:
-            watch = Watch(self.device, self.given, inputs)
-            results = run_module(module, inputs, watch)
-            self.traces[position] = watch.trace
-            return results
-
-        return body
-
-    def begin(self, position: int) -> tuple[Watch, Script]:
-        """A segment of the second door begins: what its ops are issued through."""
-        watch, script = Watch(self.device, self.given), Script()
-        self.traces[position], self.scripts[position] = watch.trace, script
-        return watch, script
-
-    def attend(self, function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:
-        """``function``, with an eye on what it keeps."""
-
-        def attended(*args: Any, **kwargs: Any) -> Any:
-            twins = _Twins(self.device)
-            args, kwargs = pytree.tree_map_only(torch.Tensor, twins.of, (args, kwargs))
-            result = twins.returned(function(*args, **kwargs))
-            del args, kwargs
-            self.kept += twins.kept(name, source)
-            return result
-
-        return attended
-
-    def call(self, call: Call) -> Call:
-        """A call of an eager step, attended if it is one of the user's code."""
-        return replace(call, function=self.attend(call.function, call.label, call.source)) if _is_users(call) else call
-
-
-def _is_users(call: Call) -> bool:
-    """Whether a call runs code that may store an argument away."""
-    if is_view_call(call):
-        return False
-    return not (isinstance(call.function, _torch.OpOverload) and call.function.namespace in ("aten", "prims", "prim"))
-
-
-class _Twins:
-    """Other storages over the memory of arguments, by which one can tell what a function keeps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, Geometry]] = {}
-        self.originals: dict[int, torch.UntypedStorage] = {}
-        self.tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Twins with their originals, by the twin's id."""
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
-        if not plain or tensor.device != self.device or tensor.untyped_storage().nbytes() == 0:
-            return tensor
-        key = _torch.storage_key(tensor)
-        if key not in self.storages:
-            storage = tensor.untyped_storage()
-            twin = _torch.twin_storage(storage)
-            self.storages[key] = storage, twin, Geometry.of(tensor)
-            self.originals[int(twin._cdata)] = storage
-        made = Geometry.of(tensor).on(self.storages[key][1])
-        self.tensors[id(made)] = made, tensor
-        return made
-
-    def returned(self, result: Any) -> Any:
-        """A result: with the arguments themselves, and on their own storages, where there are twins in it."""
-        if not any(self._is_twin(leaf) for _, leaf in fields(result)):
-            return result
-        return replaced(result, lambda leaf: self._original(leaf) if self._is_twin(leaf) else leaf)
-
-    def _is_twin(self, leaf: Any) -> bool:
-        return _has_memory(leaf) and _torch.storage_key(leaf) in self.originals
-
-    def _original(self, twin: torch.Tensor) -> torch.Tensor:
-        if id(twin) in self.tensors:
-            return self.tensors[id(twin)][1]
-        return Geometry.of(twin).on(self.originals[_torch.storage_key(twin)])
-
-    def kept(self, name: str, source: str) -> list[Kept]:
-        """Drop the twins, and say which of them somebody still holds."""
-        found = [
-            Kept(_torch.StorageWeakRef(twin), storage, geometry, name, source)
-            for storage, twin, geometry in self.storages.values()
-        ]
-        self.storages.clear()
-        self.tensors.clear()
-        return [kept for kept in found if kept.alive]
-
-
-# --- while replaying ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -319,9 +186,9 @@ class Checker:
         made = self._made_storages()
         for value in self.program.inputs:
             tensor = self.truth[value.name]
-            if _has_memory(tensor) and _torch.storage_key(tensor) in made:
+            if has_memory(tensor) and _torch.storage_key(tensor) in made:
                 self.truth[value.name] = clone_exact(tensor)  # a result with outputs="static", which is about to change
-            elif _has_memory(tensor) and (value.kind != "static" or value.name in written):
+            elif has_memory(tensor) and (value.kind != "static" or value.name in written):
                 self._add(value.name, tensor)
 
     def _finish(self, results: Sequence[Any]) -> None:
@@ -414,9 +281,7 @@ class Checker:
     def _written(self, position: int, undo: Undo) -> Iterator[_Written]:
         """What was written of others' memory, and where a launch of the segment leaves it."""
         segment = self._segment(position)
-        names = {
-            _torch.address_of(t): n for n in (segment.inputs if segment else ()) if _has_memory(t := self.truth[n])
-        }
+        names = {_torch.address_of(t): n for n in (segment.inputs if segment else ()) if has_memory(t := self.truth[n])}
         for address, (storage, _, geometry, op) in undo.saved.items():
             name = names.get(address, "")
             writer, source = (op.label, op.source) if op is not None else ("", "")
@@ -485,7 +350,7 @@ class Checker:
             return
         for name, leaf, want in zip(segment.outputs, outputs_of(segment.module), ran.outputs, strict=True):
             got = self.recorded.constants[name]
-            if _has_memory(got) and (apart := difference(got, want, self.tolerance)) is not None:
+            if has_memory(got) and (apart := difference(got, want, self.tolerance)) is not None:
                 yield _Wrong(len(ran.trace.ops), name, *_maker(leaf), apart)
 
     def _wrong_outside(self, position: int, ran: _Ran) -> Iterator[_Wrong]:
@@ -527,7 +392,7 @@ class Checker:
         assert isinstance(segment, GraphSegment)
         for name, leaf in zip(segment.outputs, outputs_of(segment.module), strict=True):
             self.truth[name] = tensor = self.recorded.constants[name]
-            if _has_memory(tensor):
+            if has_memory(tensor):
                 self._add(name, tensor, *_maker(leaf))
 
     def _wrote_bridge(self, memory: _Written) -> None:
@@ -546,7 +411,7 @@ class Checker:
     def _watched(self, position: int, call: Call) -> Call:
         takes_apart = self.program is None and not call.source  # the result of a user's function, or an argument
         quiet = takes_apart or is_view_call(call)
-        attended = _is_users(call) and not quiet
+        attended = is_users(call) and not quiet
         function = self.witness.attend(call.function, call.label, call.source) if attended else call.function
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -559,7 +424,7 @@ class Checker:
                 self._synchronise(call, given, result)
                 self._eager_ran(position, call, result, given)
             self.truth[call.result] = result
-            if _has_memory(result) and (not is_view_call(call) or call.function is operator.getitem):
+            if has_memory(result) and (not is_view_call(call) or call.function is operator.getitem):
                 self._add(call.result, result, user.label, user.source)
             return result
 
@@ -597,7 +462,7 @@ class Checker:
         names = {copy.value.name for copy in step.loads} | set(segment.inputs if segment is not None else ())
         for name in names:
             tensor = self.truth.get(name)
-            if not isinstance(tensor, torch.Tensor) or not _has_memory(tensor):
+            if not isinstance(tensor, torch.Tensor) or not has_memory(tensor):
                 continue
             if (wrong := self.late.get(_torch.storage_key(tensor))) is not None:
                 why = "read again after all streams had come to rest, it was another value: the segment does not wait for the "
@@ -787,15 +652,11 @@ def _stays(trace: Trace, position: int) -> bool:
 def _result_difference(got: Any, want: Any, tolerance: Tolerance) -> Difference | None:
     if type(got) in (int, float, bool) and type(want) is type(got):
         got, want = torch.tensor(got), torch.tensor(want)
-    return difference(got, want, tolerance) if _has_memory(got) and _has_memory(want) else None
-
-
-def _has_memory(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+    return difference(got, want, tolerance) if has_memory(got) and has_memory(want) else None
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if _has_memory(leaf)]
+    return [leaf for leaf in pytree.tree_leaves(tree) if has_memory(leaf)]
 
 
 def _maker(leaf: Any) -> tuple[str, str]:

@@ -21,7 +21,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
-from breakable_backend.compare import Checker, Witness
+from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.journal import Journal
@@ -34,6 +34,7 @@ from breakable_backend.program import Program, Reason
 from breakable_backend.recording import Plan, Recording, check_places, record, run_plain
 from breakable_backend.replay import Replay, emit
 from breakable_backend.sources import show_program
+from breakable_backend.witness import Witness
 
 log = logging.getLogger(__name__)
 

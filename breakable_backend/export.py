@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from breakable_backend.backend import EagerGraph, eager_graphs_of, executors_of
-from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Executor
+from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.profiling import step_names
 from breakable_backend.recording import GraphStep, Recording
 from breakable_backend.sources import file_name, module_text, place, segment_name, segment_text, whole_text

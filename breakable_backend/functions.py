@@ -18,8 +18,9 @@ import torch
 from breakable_backend import _torch, active
 from breakable_backend.errors import OptionsError, PartitionError
 from breakable_backend.gradients import recomputed, with_backward
+from breakable_backend.ops import writing_op
 from breakable_backend.sites import Mark as Mark
-from breakable_backend.sites import Site, numbers, run_inline, sites, writing_op
+from breakable_backend.sites import Site, numbers, run_inline, sites
 from breakable_backend.structure import Structure, foreign, leaves_of, put_together, take_apart, view_of, with_leaves
 
 F = TypeVar("F", bound=Callable[..., Any])

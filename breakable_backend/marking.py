@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.traceback import annotate, get_current_meta
 
-from breakable_backend import _torch, sites
+from breakable_backend import _torch, ops
 from breakable_backend._torch import pytree
 from breakable_backend.errors import OptionsError
 from breakable_backend.program import Reason, source_line
@@ -135,7 +135,7 @@ def is_marked(op: Any, eager_ops: EagerOps) -> str:
     """Why ``op`` (an overload) is marked; empty if it is not."""
     if not isinstance(op, _torch.OpOverload):
         return ""
-    if sites.is_call(op):
+    if ops.is_call(op):
         return "marked by eager_on_graph"
     if torch.Tag.cudagraph_unsafe in op.tags:
         return "tagged cudagraph_unsafe"
@@ -380,7 +380,7 @@ def schema_name(node: fx.Node) -> str:
 def label(node: fx.Node) -> str:
     """What a node calls, as reports show it."""
     return (
-        sites.name_of(node.target, node.args) or schema_name(node) or getattr(node.target, "__name__", str(node.target))
+        ops.name_of(node.target, node.args) or schema_name(node) or getattr(node.target, "__name__", str(node.target))
     )
 
 

@@ -16,10 +16,10 @@ from torch import fx
 
 from breakable_backend import active
 from breakable_backend.buffers import Bridge, clone_exact
-from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor
+from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.partition import under_ambient
 from breakable_backend.recording import EagerStep, GraphStep, Recording
 from breakable_backend.replay import Mark, emit

@@ -28,6 +28,7 @@ from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
+from breakable_backend.ops import direct, is_call
 from breakable_backend.program import (
     EagerSegment,
     GraphSegment,
@@ -39,7 +40,7 @@ from breakable_backend.program import (
     outputs_of,
     source_line,
 )
-from breakable_backend.sites import Mark, direct, is_call
+from breakable_backend.sites import Mark
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
 
@@ -354,7 +355,7 @@ def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[s
 
 
 class Observer(Protocol):
-    """Sees how a recording is made. See :class:`breakable_backend.compare.Witness`."""
+    """Sees how a recording is made. See :class:`breakable_backend.witness.Witness`."""
 
     def captured(self, position: int, module: fx.GraphModule) -> Callable[..., Any]:
         """What is captured in place of a segment's module."""

@@ -25,9 +25,9 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.backend import EagerGraph, breakable_cg, eager_graphs_of, executors_of
 from breakable_backend.buffers import Bridge
-from breakable_backend.capture import BreakableCUDAGraph
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor
+from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.lowering import NEEDS_GRADIENTS
 from breakable_backend.marking import label
 from breakable_backend.measure import Measured, measure_compiled, measure_graph

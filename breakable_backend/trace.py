@@ -395,10 +395,10 @@ class Script:
     def _write(
         self, watch: Watch, func: Any, args: Any, kwargs: Any, result: Any, owned: frozenset[int] = frozenset()
     ) -> None:
-        inputs = {_torch.storage_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if _has_memory(leaf)}
+        inputs = {_torch.storage_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if has_memory(leaf)}
         fresh: dict[int, tuple[int, int]] = {}
         for position, leaf in enumerate(pytree.tree_leaves(result)):
-            if _has_memory(leaf) and leaf.device == watch.device:
+            if has_memory(leaf) and leaf.device == watch.device:
                 key = _torch.storage_key(leaf)
                 if key not in inputs and key not in self.made:
                     self.made[key] = (len(self.made), _torch.StorageWeakRef(leaf.untyped_storage()))
@@ -433,5 +433,6 @@ class Script:
                     storages[number] = leaves[position].untyped_storage()
 
 
-def _has_memory(leaf: Any) -> bool:
+def has_memory(leaf: Any) -> bool:
+    """Whether ``leaf`` is a tensor in a storage of its own or another's: a strided one."""
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided

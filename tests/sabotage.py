@@ -58,7 +58,7 @@ FAULTS = (
     # --- marked functions in compiled code ---
     Fault(
         "unused-calls-of-marked-functions-go",
-        "sites.py",
+        "ops.py",
         "    torch.fx.has_side_effect(op)  #",
         "    op  #",
         "test_functions.py::test_one_node[aot_eager-cpu]",
@@ -115,7 +115,7 @@ FAULTS = (
     ),
     Fault(
         "first-replay-of-a-capture-unchecked",
-        "capture.py",
+        "graph.py",
         "        captured.check()\n        captured.replay = replay\n",
         "        captured.replay = replay\n",
         "test_compare.py::test_first_replay_of_a_capture[cpu-moved]",
@@ -157,7 +157,7 @@ FAULTS = (
     ),
     Fault(
         "kept-arguments-unseen",
-        "compare.py",
+        "witness.py",
         "            self.kept += twins.kept(name, source)",
         "            twins.kept(name, source)",
         "test_compare.py::test_argument_kept_while_recording[cpu]",
@@ -213,7 +213,7 @@ FAULTS = (
     ),
     Fault(
         "writes-of-marked-functions-undeclared",
-        "sites.py",
+        "ops.py",
         'f"Tensor(a{number}!) written_{number}, "',
         'f"Tensor written_{number}, "',
         "test_functions.py::test_no_clone_of_what_is_written[cpu]",
@@ -276,7 +276,7 @@ FAULTS = (
     ),
     Fault(
         "every-result-needs-gradients",
-        "sites.py",
+        "ops.py",
         "ctx.mark_non_differentiable(*(",
         "list((",
         "test_functions_gradients.py::test_what_needs_none[eager-cpu]",
@@ -397,28 +397,28 @@ FAULTS = (
     ),
     Fault(
         "replay-in-the-modes-of-the-caller",
-        "capture.py",
+        "graph.py",
         "if self.breaks and not self.modes.are_current():",
         "if False:",
         "test_capture_hostile.py::test_modes_of_the_capture[cpu]",
     ),
     Fault(
         "graph-freed-while-it-is-replayed",
-        "capture.py",
+        "graph.py",
         "        if not self._use:\n            self._free()",
         "        if True:\n            self._free()",
         "test_capture_hostile.py::test_reset_by_an_eager_step[cpu]",
     ),
     Fault(
         "graph-captured-while-it-is-replayed",
-        "capture.py",
+        "graph.py",
         "        if self._use:\n            self._refuse_use(error)\n",
         "",
         "test_capture_hostile.py::test_captured_while_in_use[cpu]",
     ),
     Fault(
         "replay-inside-a-capture-is-captured",
-        "capture.py",
+        "graph.py",
         "if (handler := _handler()) is not None:",
         "if (handler := active.handler.get()) is not None and False:",
         "test_capture_hostile.py::test_replay_inside_a_capture[cpu]",
