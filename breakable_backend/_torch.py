@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType
@@ -22,8 +23,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import counters as _dynamo_counters
-from torch._dynamo.utils import get_metrics_context
+from torch._dynamo.utils import get_metrics_context, graph_break_reasons
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
@@ -166,9 +166,18 @@ def is_static(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_dynamo_static_input_type", None) is not None
 
 
-def dynamo_counters(name: str) -> dict[str, int]:
-    """A copy of one of Dynamo's process-wide tables of counts, such as ``"graph_break"``."""
-    return dict(_dynamo_counters[name])
+def graph_breaks() -> dict[str, int]:
+    """Dynamo's graph breaks since its last reset: how many, by reason. The user's line is in the reason's first line."""
+    found: Counter[str] = Counter()
+    for broken in graph_break_reasons:
+        first, newline, rest = broken.reason.strip().partition("\n")
+        if first.startswith("generic_jump"):
+            first = "a branch that depends on values of a tensor"
+        if broken.user_stack:
+            frame = broken.user_stack[-1]
+            first += f", at {frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
+        found[first + newline + rest] += 1
+    return dict(found)
 
 
 def compiled_graphs(compiled: Any) -> list[Any]:

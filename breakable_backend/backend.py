@@ -196,7 +196,8 @@ def reset(compiled: Any = None) -> None:
 
 def eager_graphs_of(compiled: Any) -> list[EagerGraph]:
     """The graphs behind ``compiled`` that run as Dynamo traced them."""
-    return [graph.uncaptured for graph in _torch.compiled_graphs(compiled) if hasattr(graph, "uncaptured")]
+    found = (getattr(graph, "uncaptured", None) for graph in _torch.compiled_graphs(compiled))
+    return list(dict.fromkeys(graph for graph in found if isinstance(graph, EagerGraph)))
 
 
 def executors_of(compiled: Any) -> list[Executor]:

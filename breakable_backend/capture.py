@@ -81,6 +81,11 @@ class capture:
         debug: str | None = None,
         tolerance: tuple[float, float] | None = None,
     ) -> None:
+        if not isinstance(graph, BreakableCUDAGraph):
+            raise OptionsError(
+                f"capture takes a BreakableCUDAGraph, got {type(graph).__name__}",
+                fix="graph = BreakableCUDAGraph(), then: with capture(graph): ...",
+            )
         if capture_error_mode not in ("global", "thread_local", "relaxed"):
             raise OptionsError(
                 f"capture_error_mode does not take {capture_error_mode!r}", fix="global, thread_local or relaxed"

@@ -7,6 +7,7 @@ the backend, it is one opaque node, which Dynamo does not look into.
 from __future__ import annotations
 
 import ctypes
+import difflib
 import functools
 import inspect
 import weakref
@@ -98,6 +99,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
         return type(function)(_mark(function.__func__, enable=enable, said=said))
     if not callable(function) or isinstance(function, type):
         raise OptionsError(f"eager_on_graph marks functions, not {function!r}")
+    _check_said(said)
     _check_names(function, said.get("mutates_args", ()))
     code = getattr(function, "__code__", None)
     source = f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}" if code is not None else ""
@@ -146,6 +148,22 @@ def _with_gradients(function: Callable[..., Any], said: Mapping[str, Any]) -> Ca
     if backward is not None:
         return with_backward(function, backward)
     return recomputed(function) if recompute else function
+
+
+_CALLED = ("fake", "capture_stub", "barrier", "backward")
+_SAID = ("mutates_args", "host_only", "recompute", *_CALLED)
+
+
+def _check_said(said: Mapping[str, Any]) -> None:
+    for name, value in said.items():
+        if name not in _SAID:
+            near = difflib.get_close_matches(name, _SAID, 1)
+            raise OptionsError(
+                f"eager_on_graph takes no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                fix=f"it takes: enable, {', '.join(_SAID)}",
+            )
+        if name in _CALLED and value is not None and not callable(value):
+            raise OptionsError(f"{name} takes a function, got {value!r}")
 
 
 def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:

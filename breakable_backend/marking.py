@@ -7,6 +7,7 @@ capture was measured on an H200 (torch 2.11).
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ def op_name(op: Any) -> str:
         return qualified
     raise OptionsError(
         f"{getattr(op, '__qualname__', repr(op))} is not an op",
-        fix="pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned",
+        fix="pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned"
+        + ("; for a function, put @eager_on_graph above it" if inspect.isfunction(op) else ""),
     )
 
 

@@ -231,11 +231,15 @@ def explain(
     Raises:
         OptionsError: nothing to measure, or an input that a replay needs is not kept by any bridge.
     """
+    if options is not None and (compiled is None or not _is_plain(compiled)):
+        raise OptionsError(
+            "options are for what is not compiled yet", fix="give them to torch.compile, or explain the plain function"
+        )
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
         return Report((_captured(compiled, timed),), (), {}, ())
     measured: Mapping[Entry, Measured] = {}
-    if compiled is not None and not _torch.is_compiled(compiled):
+    if compiled is not None and _is_plain(compiled):
         if not (args or kwargs):
             raise OptionsError(
                 f"{getattr(compiled, '__qualname__', type(compiled).__name__)} is not compiled",
@@ -253,9 +257,14 @@ def explain(
     return Report(
         tuple(_program(executor, measured) for executor in executors),
         tuple(breakable_cg.uncaptured.values() if compiled is None else eager_graphs_of(compiled)),
-        _torch.dynamo_counters("graph_break"),
+        _torch.graph_breaks(),
         tuple(_torch.at_recompile_limit(compiled)),
     )
+
+
+def _is_plain(function: Any) -> bool:
+    """Whether it is neither compiled nor captured."""
+    return not isinstance(function, BreakableCUDAGraph) and not _torch.is_compiled(function)
 
 
 # --- from executors and graphs ------------------------------------------------------------------------------------------
@@ -536,7 +545,8 @@ def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     for row in rows:
         table.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=160, no_color=True).print(table)
+    # Lines of code stand in cells: without markup and emoji, which would take [mask] and :x: out of them.
+    Console(file=out, width=160, no_color=True, markup=False, emoji=False).print(table)
     return "\n".join(f"    {line}".rstrip() for line in out.getvalue().splitlines())
 
 

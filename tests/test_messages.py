@@ -158,6 +158,40 @@ def test_marks(mark: Callable[[Any], Any]) -> None:
     assert text_of(caught.value) == (
         "None is not an op\n  pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned"
     )
+    with pytest.raises(OptionsError, match="for a function, put @eager_on_graph above it"):
+        mark(test_marks)
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (
+            {"mutate_args": ("x",)},
+            (
+                "eager_on_graph takes no 'mutate_args'; did you mean 'mutates_args'?\n"
+                "  it takes: enable, mutates_args, host_only, recompute, fake, capture_stub, barrier, backward"
+            ),
+        ),
+        ({"fake": 3}, "fake takes a function, got 3"),
+        ({"barrier": "all"}, "barrier takes a function, got 'all'"),
+        ({"mutates_args": "x"}, "mutates_args takes a tuple of names, got 'x'"),
+        ({"mutates_args": ("y",)}, "mutates_args: there is no parameter 'y'\n  parameters: x"),
+    ],
+)
+def test_marks_of_functions(said: dict[str, Any], text: str) -> None:
+    """What ``eager_on_graph`` does not take is told where the mark is made."""
+    with pytest.raises(OptionsError) as caught:
+        breakable_backend.eager_on_graph(**said)(lambda x: x)
+    assert text_of(caught.value) == text
+
+
+def test_no_graph_to_capture_into() -> None:
+    """Another object than a graph, such as torch's own, is told before anything is captured."""
+    with pytest.raises(OptionsError) as caught:
+        breakable_backend.capture(object())  # type: ignore[arg-type]
+    assert text_of(caught.value) == (
+        "capture takes a BreakableCUDAGraph, got object\n  graph = BreakableCUDAGraph(), then: with capture(graph): ..."
+    )
 
 
 # --- machines -----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import linecache
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import silly
-from breakable_backend import BreakableCUDAGraph, Report, capture, explain, reset
+from breakable_backend import BreakableCUDAGraph, OptionsError, Report, capture, explain, reset
 from test_partition import golden
 
 TAPE = {"driver": "tape"}
-
-
-@pytest.fixture(autouse=True)
-def no_counts() -> Iterator[None]:
-    """Dynamo counts graph breaks for the whole process: start from none."""
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.utils.counters.clear()
 
 
 def from_file(source: str, **names: Any) -> Callable[..., Any]:
@@ -194,8 +186,6 @@ def f(x):
         text(explain(compiled)),
         """\
 graph 0: eager, because it needs gradients; call it under torch.no_grad() to have it captured
-  at model.py:4 in f: return y.cos()
-graph 0: eager, because it needs gradients; call it under torch.no_grad() to have it captured
   at model.py:4 in f: return y.cos()""",
     )
     assert "needs gradients" in str(explain())
@@ -213,7 +203,45 @@ def f(x):
     )
     printed = text(explain(called(f, 3, torch.ones(3))))
     assert re.findall(r"^graph \d+", printed, re.MULTILINE) == ["graph 0", "graph 1"]
-    assert "Dynamo broke the graph 1x: Call to `torch._dynamo.graph_break()`" in printed
+    where = "model.py:4 in f: torch._dynamo.graph_break()"
+    assert f"Dynamo broke the graph 1x: Call to `torch._dynamo.graph_break()`, at {where}" in printed
+
+
+def test_text_of_a_branch() -> None:
+    """A branch on a tensor's value is a graph break that Dynamo does not count: the report has it, and its line."""
+    f = from_file(
+        """
+def f(x):
+    y = x.sin() + 1
+    if y.sum() > 0:
+        y = y * 2
+    return y.cos() + 1
+"""
+    )
+    printed = text(explain(called(f, 3, torch.ones(3))))
+    why = "a branch that depends on values of a tensor, at model.py:4 in f: if y.sum() > 0:"
+    assert f"Dynamo broke the graph 1x: {why}" in printed
+
+
+def test_text_of_brackets() -> None:
+    """Code is shown as it is, also where it looks like markup or the name of an emoji."""
+    f = from_file(
+        """
+def f(x, heart=3):
+    x[:heart:][x > 1] = 1
+    return x.sin() + 1
+"""
+    )
+    printed = text(explain(called(f, 3, torch.ones(3))))
+    assert "model.py:3 in f: x[:heart:][x > 1] = 1" in printed
+
+
+def test_options_of_what_is_compiled() -> None:
+    """Options for what has its own already are refused; they would be ignored."""
+    compiled = torch.compile(torch.sin, backend="breakable_cg", options=TAPE)
+    for what in (compiled, BreakableCUDAGraph(driver="tape"), None):
+        with pytest.raises(OptionsError, match="options are for what is not compiled yet"):
+            explain(what, options=TAPE)
 
 
 def test_text_at_the_recompile_limit() -> None:
