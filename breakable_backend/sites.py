@@ -39,7 +39,7 @@ class Mark:
     name: str
     """As it stands in reports: the qualified name."""
     source: str
-    """Where it is defined, as ``file.py:12``."""
+    """Where it is defined, as ``file.py:12 in name: code``."""
     mutates_args: tuple[str, ...] = ()
     fake: Callable[..., Any] | None = None
     host_only: bool = False
