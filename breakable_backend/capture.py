@@ -234,6 +234,7 @@ class _Door:
         if error is None and self.failed is not None:
             raise CaptureError(
                 f"nothing was captured, since an error was caught inside: {_says(self.failed)}",
+                where=user_line(self.failed.__traceback__),
                 fix="catch it outside of the capture",
             ) from self.failed
 
@@ -400,7 +401,10 @@ class _Door:
         base = re.sub(r"\W+", "_", re.split(r"::|\.", name)[-1]).strip("_") + f"_{len(self.steps)}"
         calls: list[Call] = []
         leaves, spec = flat
-        slots = [self._argument(leaf, f"{base}_argument_{number}", calls) for number, leaf in enumerate(leaves)]
+        slots = [
+            self._argument(leaf, f"{base}_argument_{number}", calls, reason.source)
+            for number, leaf in enumerate(leaves)
+        ]
         given: tuple[Any, ...] = pytree.tree_unflatten(slots, spec)
         modes = Modes.current()
         ambient = modes if modes != self.modes else None
@@ -427,12 +431,12 @@ class _Door:
         self.loads = tuple(loads)
         return parts.on(result, bridges)
 
-    def _argument(self, leaf: Any, name: str, calls: list[Call]) -> Any:
+    def _argument(self, leaf: Any, name: str, calls: list[Call], source: str) -> Any:
         """What stands for an argument in the recorded call: parameters and modules weakly, all else as it is."""
         if leaf is None or type(leaf) in (int, float, bool, str):
             return leaf
         if isinstance(leaf, nn.Module | nn.Parameter):
-            calls.append(Call(name, _Alive(weakref.ref(leaf), type(leaf).__name__), (), {}, "alive"))
+            calls.append(Call(name, _Alive(weakref.ref(leaf), type(leaf).__name__, source), (), {}, "alive"))
         else:
             tensor = isinstance(leaf, torch.Tensor)
             self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
@@ -457,11 +461,15 @@ class _Alive:
 
     ref: weakref.ref[Any]
     kind: str
+    source: str
+    """Where the eager function was called with it."""
 
     def __call__(self) -> Any:
         value = self.ref()
         if value is None:
-            raise ReplayError(f"a {self.kind} that an eager function takes is gone", fix="keep the model alive")
+            raise ReplayError(
+                f"a {self.kind} that an eager function takes is gone", where=self.source, fix="keep the model alive"
+            )
         return value
 
 

@@ -93,9 +93,19 @@ def user_line(trace: TracebackType | None = None) -> str:
     """The innermost line that is the user's, as ``file.py:12 in forward: code``; of a traceback, or of what runs now."""
     for file, line, function in _frames(trace):
         if not _is_library(file):
-            code = linecache.getline(file, line).strip()
-            return f"{os.path.basename(file)}:{line} in {function}" + (f": {code}" if code else "")
+            return _line(file, line, function)
     return ""
+
+
+def defined_at(function: Any) -> str:
+    """Where a Python function begins, in the same form; empty for other callables."""
+    code = getattr(function, "__code__", None)
+    return _line(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
+
+
+def _line(file: str, line: int, function: str) -> str:
+    code = linecache.getline(file, line).strip()
+    return f"{os.path.basename(file)}:{line} in {function}" + (f": {code}" if code else "")
 
 
 def _is_library(file: str) -> bool:

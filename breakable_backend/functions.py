@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.errors import OptionsError, PartitionError
+from breakable_backend.errors import OptionsError, PartitionError, defined_at
 from breakable_backend.gradients import recomputed, with_backward
 from breakable_backend.ops import writing_op
 from breakable_backend.sites import Mark as Mark
@@ -101,8 +101,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
         raise OptionsError(f"eager_on_graph marks functions, not {function!r}")
     _check_said(said)
     _check_names(function, said.get("mutates_args", ()))
-    code = getattr(function, "__code__", None)
-    source = f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}" if code is not None else ""
+    source = defined_at(function)
     name = getattr(function, "__qualname__", type(function).__name__)
     mark = Mark(_with_gradients(function, said), name, source, original=function, **said)
     function = mark.function

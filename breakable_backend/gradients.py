@@ -11,7 +11,7 @@ import torch
 from torch.utils import checkpoint
 
 from breakable_backend import _torch
-from breakable_backend.errors import EagerOutputError
+from breakable_backend.errors import EagerOutputError, defined_at
 from breakable_backend.structure import Structure, modules_in, put_together, take_apart
 
 
@@ -100,6 +100,7 @@ class _Declared(torch.autograd.Function):
         if len(per_argument) != len(arguments):
             raise EagerOutputError(
                 f"the backward of {name} returned {len(per_argument)} gradients for {len(arguments)} arguments",
+                where=defined_at(backward),
                 fix="return one, or None, for each argument of the call",
             )
         gradients: list[Any] = [None] * count

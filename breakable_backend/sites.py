@@ -38,7 +38,7 @@ class Mark:
     name: str
     """As it stands in reports: the qualified name."""
     source: str
-    """Where it is defined, as ``file.py:12``."""
+    """Where it is defined, as ``file.py:12 in name: code``."""
     mutates_args: tuple[str, ...] = ()
     fake: Callable[..., Any] | None = None
     host_only: bool = False
@@ -160,7 +160,7 @@ class Site:
         """What the op returns, as fake tensors."""
         expected = self.learn(needs, tensors, ints, floats)
         if self.error is not None:
-            return []
+            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # autograd wants its handle
         made = [spec.empty() for spec in expected.specs]
         if expected.num_ints:
             made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))

@@ -19,7 +19,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
-from breakable_backend.errors import CaptureError, OptionsError, ReplayError
+from breakable_backend.errors import CaptureError, OptionsError, ReplayError, user_line
 
 try:
     from cuda.bindings import runtime as cudart
@@ -205,7 +205,7 @@ class CudaDriver:
             except BaseException as error:
                 session.abandon()
                 if isinstance(error, Exception):
-                    raise CaptureError(_first_line(error)) from error
+                    raise CaptureError(_first_line(error), where=user_line(error.__traceback__)) from error
                 raise
             return session.end(), result
 

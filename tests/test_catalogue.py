@@ -1,0 +1,527 @@
+"""The catalogue of errors: whatever the package raises shows the user's own line, and has its row in ``docs/errors.md``.
+
+The places that make an error are found in the source of the package. Each has a case here: a file of a user's, ``model.py``,
+that runs into it. The line that the error has to show ends in ``# here``. What only a GPU can bring about is planted.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import breakable_backend
+import silly
+from breakable_backend import BreakableError, _torch, errors
+from breakable_backend.drivers import cuda, nodes, tape
+from breakable_backend.drivers.eager import EagerDriver
+from breakable_backend.structure import Unholdable
+
+ROOT = Path(breakable_backend.__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
+OWN = {
+    name
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, BreakableError) and value is not BreakableError
+}
+
+
+# --- the places -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """An expression in the package that makes an error."""
+
+    name: str
+    """File and the longest piece of text that is in all its errors; the function, where there is none."""
+    piece: str
+    kind: str
+    """The class; empty where the caller chooses it."""
+    lines: range
+
+    @property
+    def file(self) -> str:
+        return self.name.partition(": ")[0]
+
+
+def pieces(text: ast.expr) -> Iterator[str]:
+    """The literal pieces of a text that is put together."""
+    match text:
+        case ast.Constant(value=str(piece)):
+            yield piece
+        case ast.JoinedStr(values=parts) | ast.BoolOp(values=parts):
+            for part in parts:
+                yield from pieces(part)
+        case ast.BinOp(left=part):
+            yield from pieces(part)
+
+
+def chosen(function: ast.FunctionDef) -> set[str]:
+    """Parameters that are a class of errors."""
+    return {
+        argument.arg
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+        if argument.annotation is not None and ast.unparse(argument.annotation) == "type[BreakableError]"
+    }
+
+
+def places_in(source: str, file: str) -> Iterator[Place]:
+    """Where an error is made: by the name of its class, or of a parameter that is one; or as what becomes one."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    seen: set[tuple[int, int]] = set()
+    for function in sorted(functions, key=lambda node: -node.lineno):  # the innermost first
+        for node in ast.walk(function):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
+                continue
+            if node.func.id not in OWN | {"Unholdable"} | chosen(function) or (node.lineno, node.col_offset) in seen:
+                continue
+            seen.add((node.lineno, node.col_offset))
+            piece = max(pieces(node.args[0]), key=len, default="").strip(" ,:.")
+            assert node.end_lineno is not None
+            kind = node.func.id if node.func.id in OWN else ""
+            yield Place(f"{file}: {piece or function.name}", piece, kind, range(node.lineno, node.end_lineno + 1))
+
+
+PLACES = [
+    place
+    for path in sorted(ROOT.rglob("*.py"))
+    for place in places_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+]
+
+
+# --- the cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a user comes to an error."""
+
+    code: str
+    """``model.py``."""
+    plant: Callable[[pytest.MonkeyPatch], Any] = lambda patch: None
+    """Makes this machine another one; what it returns is ``planted`` in the code."""
+
+
+PRELUDE = """\
+from breakable_backend import *
+
+TAPE = {"driver": "tape", "min_kernels": 1}
+MASKS = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+x = torch.ones(3)
+graph = BreakableCUDAGraph(driver="tape")
+def plain(x): return x.sin() + 1
+def fails(): raise KeyError("mine")
+def compile(function, **options): return torch.compile(function, backend="breakable_cg", options={**TAPE, **options})
+def call_as_one_node(marked, dynamic=None): torch.compile(lambda x: marked(x + 1), backend="breakable_cg", fullgraph=True, dynamic=dynamic, options=TAPE)(x)
+def leaf(): return torch.ones(3, requires_grad=True)
+"""
+"""What every ``model.py`` begins with."""
+
+
+def machine(*, hip: str | None = None, gpu: bool = True) -> Callable[[pytest.MonkeyPatch], None]:
+    """What the module of the CUDA driver sees; cuda-python is missing."""
+    seen = SimpleNamespace(version=SimpleNamespace(hip=hip), cuda=SimpleNamespace(is_available=lambda: gpu))
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(cuda, "torch", seen)
+        patch.setattr(cuda, "cudart", None)
+
+    return plant
+
+
+def refused_launch(patch: pytest.MonkeyPatch) -> cuda.CudaGraph:
+    """A graph of CUDA's whose launch fails."""
+    told = lambda status: (0, b"invalid resource handle")  # noqa: E731
+    bindings = SimpleNamespace(cudaGraphLaunch=lambda graph, stream: (400,), cudaGetErrorString=told)
+    patch.setattr(cuda, "cudart", bindings)
+    graph = cuda.CudaGraph.__new__(cuda.CudaGraph)
+    graph._executable = object()
+    return graph
+
+
+def unreadable(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """Reads the nodes of a graph that CUDA does not give."""
+    patch.setattr(nodes, "cuda", SimpleNamespace(CUgraph=int, cuGraphGetNodes=lambda graph, count=0: (700, [], 0)))
+    return nodes.nodes
+
+
+def cuda_driver(patch: pytest.MonkeyPatch) -> Any:
+    """A driver for CUDA in whose sessions nothing is captured."""
+    driver: Any = cuda.CudaDriver.__new__(cuda.CudaDriver)
+    driver.device, driver.stream, driver._pool = torch.device("cuda", 0), "the driver's stream", object()
+    patch.setattr(driver, "abandon_capture", lambda graph: False, raising=False)
+    patch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
+    patch.setattr(torch.cuda, "current_stream", lambda device: "another stream")
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    patch.setattr(cuda.CudaSession, "begin", lambda session: setattr(session, "_graph", object()))
+    return driver
+
+
+def failing_end(patch: pytest.MonkeyPatch) -> Any:
+    """A driver for CUDA that cannot end a capture."""
+    driver = cuda_driver(patch)
+    patch.setattr(driver, "_repair", lambda graph: None, raising=False)
+
+    def invalidated(graph: Any) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    patch.setattr(cuda, "_end", invalidated)
+    return driver
+
+
+def capturing_stream(patch: pytest.MonkeyPatch) -> Any:
+    """A session for CUDA, where a capture is active."""
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    return cuda.CudaSession(SimpleNamespace())  # type: ignore[arg-type]
+
+
+def growing_op(patch: pytest.MonkeyPatch) -> Any:
+    """An op with a kernel that the tape does not look into, which makes more memory each time."""
+    sizes = iter([2, 3])
+    patch.setattr(_torch, "kernel_made_of_ops", lambda *args: None)
+    patch.setitem(silly.hooks, "visit", lambda x: torch.ones(next(sizes)))
+    return silly.visit
+
+
+def foreign_capture(patch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Begins what looks like somebody else's capture."""
+    return lambda: patch.setattr(tape.TapeDriver, "is_capturing", lambda driver: True)
+
+
+def in_body(code: str) -> str:
+    """``code`` under a capture."""
+    return f"with capture(graph):\n    {code}"
+
+
+def returns(result: str, **said: str) -> str:
+    """A marked function with such a result, in compiled code."""
+    marked = ", ".join(f"{name}={value}" for name, value in said.items())
+    return f"call_as_one_node(eager_on_graph({marked})(lambda x: ({result})))  # here"
+
+
+CASES: dict[str, Case] = {
+    # options, marks and machines
+    "options.py: unknown option": Case("compile(plain, output=1)(x)  # here"),
+    "options.py: does not take": Case("compile(plain, outputs='mine')(x)  # here"),
+    "options.py: option 'tolerance' does not take": Case("compile(plain, tolerance=0.1)(x)  # here"),
+    "options.py: option 'eager_ops' takes a list of ops, got": Case("compile(plain, eager_ops='aten::sin')(x)  # here"),
+    "options.py: takes an integer of at least": Case("compile(plain, max_recordings='8')(x)  # here"),
+    "options.py: does not exist yet": Case("compile(plain, inner='inductor')(x)  # here"),
+    "marking.py: is not a registered op": Case("mark_eager('aten::softmx')  # here"),
+    "marking.py: is not an op": Case("mark_eager(None)  # here"),
+    "marking.py: is a Python function, and Dynamo traces through it": Case(
+        "compile(plain, eager_ops=[plain])(x)  # here"
+    ),
+    "drivers/cuda.py: breakable_cg does not support ROCm builds of torch": Case(
+        "compile(plain, driver='cuda')(x)  # here", machine(hip="6.2")
+    ),
+    "drivers/cuda.py: driver='cuda' needs a CUDA GPU, and torch sees none": Case(
+        "compile(plain, driver='cuda')(x)  # here", machine(gpu=False)
+    ),
+    "drivers/cuda.py: driver='cuda' needs cuda-python, which cannot be imported": Case(
+        "compile(plain, driver='cuda')(x)  # here", machine()
+    ),
+    "functions.py: eager_on_graph marks functions, not": Case("eager_on_graph(3)  # here"),
+    "functions.py: recompute and backward exclude each other": Case(
+        "eager_on_graph(recompute=True, backward=plain)(plain)  # here"
+    ),
+    "functions.py: mutates_args takes a tuple of names, got": Case("eager_on_graph(mutates_args='x')(plain)  # here"),
+    "functions.py: mutates_args: there is no parameter": Case("eager_on_graph(mutates_args=('y',))(plain)  # here"),
+    # reports
+    "export.py: is not a directory": Case("open(folder / 'a', 'w').close()\nexport(graph, folder / 'a')  # here"),
+    "export.py: export: nothing was compiled by breakable_cg yet": Case("export(compile(plain), folder)  # here"),
+    "export.py: export: nothing was captured": Case("export(graph, folder)  # here"),
+    "report.py: is not compiled": Case("explain(plain)  # here"),
+    "report.py: measure=True needs the function to measure": Case("explain(measure=True)  # here"),
+    "measure.py: is in debug mode, where times mean nothing": Case(
+        "f = compile(plain, debug='eager')\nf(x), f(x), f(x)\nexplain(f, measure=True)  # here"
+    ),
+    "measure.py: there is nothing to measure: no call was recorded": Case(
+        "f = compile(plain)\nf(x)\nexplain(f, measure=True)  # here"
+    ),
+    "measure.py: is not kept between calls, so there is nothing to replay": Case(
+        "f = compile(lambda x, y: silly.triple(y) + (x.sin() + 1))\n"
+        "for _ in range(3): f(x, x + 1)\n"
+        "explain(f, measure=True)  # here"
+    ),
+    "measure.py: there is nothing to measure: the graph holds nothing": Case("explain(graph, measure=True)  # here"),
+    "measure.py: the graph is in debug mode, where times mean nothing": Case(
+        "with capture(graph, debug='eager'): x + 1\nexplain(graph, measure=True)  # here"
+    ),
+    # compiling
+    "backend.py: cannot be captured": Case(
+        "def overlaps(x, y):\n    x.add_(1)\n    return y * 2  # here\n\n"
+        "compile(overlaps, auto_break=False)(x[:2], x[1:])"
+    ),
+    "executor.py: cannot be captured": Case(
+        "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"
+    ),
+    "functions.py: cannot be one node": Case(
+        "@eager_on_graph  # here\ndef unwrap(thing): return x + 1\n\nthing = object()\ncall_as_one_node(lambda x: unwrap(thing))"
+    ),
+    "sites.py: cannot run on fake tensors, which tell the shapes of its result": Case(
+        returns("x * 2 if x.sum() > 0 else x")
+    ),
+    "sites.py: returned": Case(returns("x[:2] * 2", fake="lambda x: x * 2")),
+    "sites.py: a tensor that needs gradients of what the function closes over, which compiled code cannot give": Case(
+        "with torch.enable_grad():\n    weight = leaf()\n    "
+        + returns("x * weight", fake="lambda x: torch.empty_like(x)")
+    ),
+    "structure.py: what compiled code cannot hold": Case(returns("object()")),
+    "structure.py: a float that depends on values": Case(
+        "call_as_one_node(eager_on_graph(lambda x: x.shape[0] / 3), dynamic=True)  # here"
+    ),
+    "structure.py: a sparse tensor, which compiled code cannot hold": Case(returns("x.to_sparse()")),
+    "structure.py: a view of an argument as another dtype": Case(returns("x.view(torch.int32)")),
+    "structure.py: tensors of several dtypes that share memory": Case(returns("(y := x * 2, y.view(torch.int32))")),
+    "structure.py: tensors that overlap in part and need gradients": Case(
+        "with torch.enable_grad():\n    x = leaf()\n    " + returns("(lambda x: [x[:2], x[1:]])(x * 2)")
+    ),
+    # capturing
+    "recording.py: _capture_failed": Case(
+        "def item(x):\n    return x * x.max().item()  # here\n\n"
+        "op = torch.library.custom_op('catalogue::item', item, mutates_args=(), schema='(Tensor x) -> Tensor')\n"
+        "op.register_fake(torch.empty_like)\n"
+        "f = compile(lambda x: op(x + 1) * 2, auto_break=False)\n"
+        "f(x), f(x)"
+    ),
+    "executor.py: was called inside another CUDA graph capture, but has an eager step": Case(
+        "def f(x):\n    return silly.triple(x + 1)  # here\n\nf = compile(f)\nf(x), planted(), f(x)", foreign_capture
+    ),
+    "capture.py: capture_error_mode does not take": Case("capture(graph, capture_error_mode='mine')  # here"),
+    "capture.py: a capture was begun inside a capture": Case(in_body("with capture(graph): pass  # here")),
+    "capture.py: another CUDA graph capture is active": Case(
+        "planted()\nwith capture(graph):  # here\n    pass", foreign_capture
+    ),
+    "capture.py: the graph is being": Case(in_body("eager_on_graph(lambda: capture(graph).__enter__())()  # here")),
+    "capture.py: code of another context (a task of asyncio?) ran while a capture was under way in this thread": Case(
+        "import contextvars\n" + in_body("contextvars.Context().run(torch.sin, x)  # here")
+    ),
+    "capture.py: a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses": Case(
+        "import copy\ncopy.deepcopy(graph)  # here"
+    ),
+    "capture.py: inside a capture": Case(in_body("x.sum().item()  # here")),
+    "capture.py: was called under a transform of torch.func, inside a capture": Case(
+        in_body("torch.func.vmap(eager_on_graph(plain))(x)  # here")
+    ),
+    "capture.py: needs gradients, which do not pass a break": Case(
+        "with torch.enable_grad(), capture(graph):\n    y = eager_on_graph(lambda x: x * leaf())(x)  # here"
+    ),
+    "capture.py: nothing was captured, since an error was caught inside": Case(
+        "@eager_on_graph\ndef fails():\n    raise KeyError('mine')  # here\n\n"
+        + in_body("try: fails()\n    except KeyError: pass")
+    ),
+    "capture.py: close": Case(
+        in_body("try: x.tolist()\n    except CaptureError: pass\n    raise KeyError('mine')  # here")
+    ),
+    "capture.py: _placed": Case(in_body("x.tolist()  # here")),
+    "results.py: which cannot be written back": Case(in_body("eager_on_graph(lambda x: {x + 1})(x)  # here")),
+    "drivers/tape.py: which no captured graph can do": Case(in_body("x.tolist()  # here")),
+    "drivers/tape.py: the captured code raised": Case(
+        "def fails(): raise KeyError('mine')  # here\nTapeDriver(x.device).capture(fails)"
+    ),
+    "drivers/tape.py: _failure": Case("TapeDriver(x.device).capture(lambda: x.tolist())  # here"),
+    "drivers/tape.py: a capture was begun inside a capture": Case(
+        "driver = TapeDriver(x.device)\ndriver.capture(lambda: driver.capture(fails))  # here"
+    ),
+    "drivers/cuda.py: capture": Case(
+        "def fails(): raise RuntimeError('CUDA error')  # here\nplanted.capture(fails)", cuda_driver
+    ),
+    "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
+    "drivers/cuda.py: a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
+    "drivers/cuda.py: is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),
+    # replaying
+    "capture.py: nothing was captured": Case("graph.replay()  # here"),
+    "capture.py: a graph with eager steps was replayed inside somebody else's capture, which would freeze them": Case(
+        in_body("eager_on_graph(plain)(x)") + "\nplanted()\ngraph.replay()  # here", foreign_capture
+    ),
+    "capture.py: that an eager function takes is gone": Case(
+        "model = torch.nn.Linear(3, 3)\n"
+        + in_body("eager_on_graph(lambda model, x: x + 1)(model, x)  # here")
+        + "\ndel model\ngraph.replay()"
+    ),
+    "recording.py: but was recorded as": Case(
+        "def f(x): return x.sin() + 1  # here\n"
+        "f = compile(f, guard_filter_fn=lambda guards: [False for _ in guards])\n"
+        "f(x), f(x), f(x), f(torch.ones(4))"
+    ),
+    "recording.py: this looks like address moved": Case(
+        "weight = torch.nn.Parameter(x.clone())\n"
+        + in_body("y = x * weight  # here")
+        + "\nweight.data = torch.ones(3)\ngraph.replay()"
+    ),
+    "recording.py: but was compiled for": Case(
+        "def lies(x):\n    return silly.liar(x.sin() + 1) * 2  # here\n\ncompile(lies)(torch.ones(2, 3))"
+    ),
+    "results.py: when it was captured": Case(
+        "sizes = iter([2, 3])\n"
+        + in_body("eager_on_graph(lambda: torch.ones(next(sizes)))()  # here")
+        + "\ngraph.replay()"
+    ),
+    "gradients.py: the backward of": Case(
+        "def backward(context, grad): return grad, grad  # here\n"
+        "with torch.enable_grad(): eager_on_graph(backward=backward)(lambda x: x * 2)(leaf()).sum().backward()"
+    ),
+    "compare.py: is not as in eager": Case(
+        "shift = torch.library.custom_op('catalogue::shift', lambda x: x.add_(1) + 1, mutates_args=(), schema='(Tensor x) -> Tensor')\n"
+        "shift.register_fake(torch.empty_like)\n"
+        "def shifted(x):\n    y = x.relu() + 1\n    z = shift(x)\n    return x * 2 + y + z  # here\n\n"
+        "f = compile(shifted, debug='compare', eager_ops=['catalogue::shift'])\n"
+        "for _ in range(3): f(torch.ones(1))"
+    ),
+    "drivers/tape.py: bytes where it made": Case(
+        "made, _ = TapeDriver(x.device).capture(lambda: planted(x))\nmade.replay(0)  # here", growing_op
+    ),
+    "drivers/tape.py: after the capture, which reads it at its address": Case(
+        "made, _ = TapeDriver(x.device).capture(lambda: x + 1)\nx.data = torch.ones(5)\nmade.replay(0)  # here"
+    ),
+    "drivers/tape.py: a graph was replayed after its release": Case(
+        "driver = TapeDriver(x.device)\nmade, _ = driver.capture(lambda: x + 1)\ndriver.release([made])\nmade.replay(0)  # here"
+    ),
+    "drivers/eager.py: a graph was replayed after its release": Case(
+        "driver = EagerDriver(x.device)\nmade, _ = driver.capture(lambda: x + 1)\ndriver.release([made])\nmade.replay(0)  # here"
+    ),
+    "drivers/eager.py: bytes where it made": Case(
+        "sizes = iter([2, 3])\nmade, _ = EagerDriver(x.device).capture(lambda: torch.ones(next(sizes)))\n"
+        "made.replay(0), made.replay(0)  # here"
+    ),
+    "drivers/cuda.py: cudaGraphLaunch failed": Case("planted.replay(0)  # here", refused_launch),
+    "drivers/nodes.py: failed": Case("planted(1)  # here", unreadable),
+}
+
+
+# --- the tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[str, int]]:
+    """Where each error was made, by its ``id``. Below ``__init__``, which must see the stack as it is."""
+    found: dict[int, tuple[str, int]] = {}
+    kept = []
+
+    def new(kind: Any, /, *args: Any, **said: Any) -> Any:
+        frame = sys._getframe(1)
+        error = Exception.__new__(kind, *args)
+        kept.append(error)  # no other may get its id
+        found[id(error)] = (frame.f_code.co_filename, frame.f_lineno)
+        return error
+
+    for kind in (BreakableError, Unholdable):
+        monkeypatch.setattr(kind, "__new__", new)
+    return found
+
+
+def line_of(where: str, source: str) -> str:
+    """The line of ``model.py`` that ``where`` tells."""
+    told = re.match(r"model\.py:(\d+) in [\w<>]+: (.+)", where)
+    assert told, where
+    line = source.splitlines()[int(told[1]) - 1].strip()
+    assert line == told[2]
+    return line
+
+
+def run_into(case: Case, patch: pytest.MonkeyPatch, folder: Path) -> tuple[BreakableError, str]:
+    """The error that a ``model.py`` runs into, and its source."""
+    source = PRELUDE + case.code
+    linecache.cache["model.py"] = (len(source), None, source.splitlines(True), "model.py")
+    names = {"TapeDriver": tape.TapeDriver, "EagerDriver": EagerDriver, "folder": folder, "planted": case.plant(patch)}
+    scope = {"torch": torch, "silly": silly, "__name__": "model", **names}
+    with torch.no_grad(), pytest.raises(BreakableError) as caught:
+        exec(compile(source, "model.py", "exec"), scope)
+    return caught.value, source
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_every_error_shows_the_users_line(
+    place: Place, made: dict[int, tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever is raised was made at the place that the case is for, says its text, and shows the line to look at."""
+    error, source = run_into(CASES[place.name], monkeypatch, tmp_path)
+    chain: list[BaseException | None] = [error]
+    while (last := chain[-1]) is not None:
+        chain.append(last.__cause__ or last.__context__)
+    makers = [made[id(link)] for link in chain if id(link) in made]
+    assert any(Path(file) == ROOT / place.file and line in place.lines for file, line in makers), makers
+    assert place.kind in ("", type(error).__name__)
+    assert place.piece in error.what
+    assert line_of(error.where, source).endswith("# here"), str(error)
+    assert str(error).startswith(f"{error.what}\n  at {error.where}")
+
+
+def test_every_error_has_a_case() -> None:
+    """No place is without a case, and no case without its place; no two places have one name."""
+    assert sorted(place.name for place in PLACES) == sorted(CASES)
+
+
+def test_finds_places() -> None:
+    """A place is found by the class, by a parameter that is a class, and in a function within another."""
+    source = """
+def a(kind: type[BreakableError]):
+    def b():
+        return CaptureError(f"it {x}, so" + y, fix="z")
+    raise kind(f"{x} is wrong: {b}")
+
+def c():
+    raise OptionsError(str(x))
+"""
+    found = [(place.name, place.piece, place.kind, place.lines[0]) for place in places_in(source, "f.py")]
+    assert found == [
+        ("f.py: c", "", "OptionsError", 8),
+        ("f.py: so", "so", "CaptureError", 4),
+        ("f.py: is wrong", "is wrong", "", 5),
+    ]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------------
+
+
+def rows() -> dict[str, list[list[str]]]:
+    """The tables of ``docs/errors.md`` that say ``text | cause | cure``, by the class of their section."""
+    found: dict[str, list[list[str]]] = {}
+    for section in re.split(r"^## ", (DOCS / "errors.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        name = section.partition("\n")[0].strip("`")
+        for table in re.findall(r"^\| text \| cause \| cure \|\n\|.*\n((?:\|.*\n)+)", section, re.MULTILINE):
+            lines = [re.split(r" \| ", line.strip("| \n")) for line in table.splitlines()]
+            found.setdefault(name, []).extend(lines)
+    return found
+
+
+REPEATS = {
+    "recording.py: _capture_failed": "which no captured graph can do",
+    "capture.py: close": "CUDA error",
+    "capture.py: _placed": "which no captured graph can do",
+    "drivers/tape.py: _failure": "which no captured graph can do",
+    "drivers/cuda.py: capture": "CUDA error",
+    "drivers/cuda.py: end_capture": "CUDA error",
+}
+"""Places with no text of their own: they say what another error, or CUDA, has said. A row has this in its place."""
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_every_error_is_on_the_page(place: Place) -> None:
+    """Each error has a row with cause and cure under its class; under any, where the caller chooses that."""
+    tables = rows()
+    candidates = tables[place.kind] if place.kind else [row for table in tables.values() for row in table]
+    found = [row for row in candidates if (place.piece or REPEATS[place.name]) in row[0]]
+    assert found, f"{place.kind}: {place.name}"
+    for row in found:
+        assert len(row) == 3, row
+        assert all(cell.strip() for cell in row), row
+
+
+def test_the_page_tells_no_other() -> None:
+    """No row is left of an error that is gone."""
+    known = [(place.kind, place.piece or REPEATS[place.name]) for place in PLACES]
+    for kind, table in rows().items():
+        for row in table:
+            assert any(piece in row[0] and made in ("", kind) for made, piece in known), row
