@@ -187,10 +187,17 @@ def reset(compiled: Any = None) -> None:
 
     Args:
         compiled: what ``torch.compile`` returned; None for all functions of this backend.
+
+    >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
+    >>> _ = [compiled(torch.zeros(2)) for _ in range(3)]
+    >>> reset(compiled)
+    >>> compiled(torch.zeros(2))
+    tensor([1., 1.])
     """
     if compiled is None:
         breakable_cg.reset()
-    for executor in executors_of(compiled) if compiled is not None else ():
+        return
+    for executor in executors_of(compiled):
         executor.reset()
 
 
