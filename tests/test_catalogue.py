@@ -71,7 +71,7 @@ def chosen(function: ast.FunctionDef) -> set[str]:
     return {
         argument.arg
         for argument in (*function.args.args, *function.args.kwonlyargs)
-        if argument.annotation is not None and ast.unparse(argument.annotation) == "type[BreakableError]"
+        if argument.annotation is not None and re.fullmatch(r"type\[\w+Error\]", ast.unparse(argument.annotation))
     }
 
 
@@ -81,14 +81,15 @@ def places_in(source: str, file: str) -> Iterator[Place]:
     seen: set[tuple[int, int]] = set()
     for function in sorted(functions, key=lambda node: -node.lineno):  # the innermost first
         for node in ast.walk(function):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
+            if not (isinstance(node, ast.Call) and node.args) or (node.lineno, node.col_offset) in seen:
                 continue
-            if node.func.id not in OWN | {"Unholdable"} | chosen(function) or (node.lineno, node.col_offset) in seen:
+            made = ast.unparse(node.func).rpartition(".")[2]
+            if made not in OWN | {"Unholdable"} | chosen(function):
                 continue
             seen.add((node.lineno, node.col_offset))
             piece = max(pieces(node.args[0]), key=len, default="").strip(" ,:.")
             assert node.end_lineno is not None
-            kind = node.func.id if node.func.id in OWN else ""
+            kind = made if made in OWN else ""
             yield Place(f"{file}: {piece or function.name}", piece, kind, range(node.lineno, node.end_lineno + 1))
 
 
@@ -472,7 +473,7 @@ def a(kind: type[BreakableError]):
     raise kind(f"{x} is wrong: {b}")
 
 def c():
-    raise OptionsError(str(x))
+    raise errors.OptionsError(str(x))
 """
     found = [(place.name, place.piece, place.kind, place.lines[0]) for place in places_in(source, "f.py")]
     assert found == [
@@ -480,6 +481,16 @@ def c():
         ("f.py: so", "so", "CaptureError", 4),
         ("f.py: is wrong", "is wrong", "", 5),
     ]
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CUDA's own error shows the line inside of the op that did what no capture can do, as the tape does."""
+    code = CASES["recording.py: _capture_failed"].code.replace("catalogue::item", "catalogue::item_on_cuda")
+    error, source = run_into(Case('x, TAPE["driver"] = x.cuda(), "cuda"\n' + code), monkeypatch, tmp_path)
+    assert isinstance(error, breakable_backend.CaptureError)
+    assert "capturing" in error.what
+    assert line_of(error.where, source).endswith("# here"), str(error)
 
 
 # --- the page -------------------------------------------------------------------------------------------------------------
