@@ -55,6 +55,49 @@ class Fault:
 
 
 FAULTS = (
+    # --- errors ---
+    Fault(
+        "errors-without-a-line",
+        "errors.py",
+        "where or user_line(), fix",
+        "where, fix",
+        "test_catalogue.py::test_every_error_shows_the_users_line[unknown option]",
+    ),
+    Fault(
+        "errors-show-a-line-of-the-package",
+        "errors.py",
+        "(os.path.dirname(torch.__file__), os.path.dirname(__file__), ",
+        "(os.path.dirname(torch.__file__), os.path.dirname(torch.__file__), ",
+        "test_catalogue.py::test_every_error_shows_the_users_line[is not an op]",
+    ),
+    Fault(
+        "an-error-that-the-catalogue-lacks",
+        "export.py",
+        'raise OptionsError("export: nothing was captured", ',
+        'raise OptionsError("export: there is nothing", ',
+        "test_catalogue.py::test_every_error_has_a_case",
+    ),
+    Fault(
+        "no-shapes-and-gradients",
+        "sites.py",
+        '            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []',
+        "            return []",
+        "test_functions_gradients.py::test_no_shapes_where_gradients_are_needed[cpu]",
+    ),
+    Fault(
+        "cuda-forgets-the-line-that-failed",
+        "drivers/cuda.py",
+        ", where=user_line(error.__traceback__)",
+        "",
+        "test_catalogue.py::test_every_error_shows_the_users_line[drivers/cuda.py: capture]",
+    ),
+    Fault(
+        "a-swallowed-error-has-no-line",
+        "capture.py",
+        "                where=user_line(self.failed.__traceback__),\n",
+        "",
+        "test_catalogue.py::test_every_error_shows_the_users_line[nothing was captured, since an error was caught inside]",
+    ),
     # --- marked functions in compiled code ---
     Fault(
         "unused-calls-of-marked-functions-go",

@@ -333,6 +333,19 @@ def test_writing_what_needs_gradients(options: dict[str, Any], device: torch.dev
     assert same_gradients([x], [y])
 
 
+def test_no_shapes_where_gradients_are_needed(options: dict[str, Any], device: torch.device) -> None:
+    """A function that cannot run on fake tensors is told as such, whatever its arguments need."""
+
+    @eager_on_graph
+    def undecided(x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x + 1
+
+    compiled = torch.compile(lambda x: undecided(x + 1), backend="breakable_cg", fullgraph=True, options=options)
+    with pytest.raises(PartitionError, match="undecided cannot run on fake tensors") as caught:
+        compiled(torch.ones(4, device=device, requires_grad=True))
+    assert caught.value.where.endswith(" in undecided: @eager_on_graph")
+
+
 def test_closures_are_refused(options: dict[str, Any], device: torch.device) -> None:
     """Gradients of what a function closes over would be lost: an error says what to do."""
     weight = torch.ones(4, device=device, requires_grad=True)
