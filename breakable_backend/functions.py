@@ -100,7 +100,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
         raise OptionsError(f"eager_on_graph marks functions, not {function!r}")
     _check_said(said)
     _check_names(function, said.get("mutates_args", ()))
-    code = getattr(function, "__code__", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     source = f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}" if code is not None else ""
     name = getattr(function, "__qualname__", type(function).__name__)
     mark = Mark(_with_gradients(function, said), name, source, original=function, **said)
