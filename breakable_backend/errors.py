@@ -16,6 +16,7 @@ An error raised by the user's own eager function is never wrapped: it reaches th
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
 import sys
@@ -98,8 +99,8 @@ def user_line(trace: TracebackType | None = None) -> str:
 
 
 def defined_at(function: Any) -> str:
-    """Where a Python function begins, in the same form; empty for other callables."""
-    code = getattr(function, "__code__", None)
+    """Where a Python function begins, in the same form, beneath its decorators; empty for other callables."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
     return _line(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 
 

@@ -149,13 +149,21 @@ def measure_compiled(
             for entry in addresses.entries.values()
             if entry.recording is not None
         ]
-        _require(found)
+        if not found:
+            raise OptionsError(
+                "there is nothing to measure: no call was recorded",
+                fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
+            )
         return {
             entry: _measure_entry(executor, entry, _kept_arguments(executor, entry), None, _Reference.given(eager))
             for executor, entry in found
         }
     tapped = _replayed(compiled, executors_of, args, kwargs)
-    _require(tapped)
+    if not tapped:
+        raise OptionsError(
+            "there is nothing to measure: the call replays nothing",
+            fix="call explain under torch.no_grad()" if torch.is_grad_enabled() else "explain(compiled) says why",
+        )
 
     def uncompiled() -> Any:
         with torch.compiler.set_stance("force_eager"):
@@ -201,14 +209,6 @@ class _Whole:
 
     call: Callable[[], Any]
     reference: _Reference
-
-
-def _require(found: Any) -> None:
-    if not found:
-        raise OptionsError(
-            "there is nothing to measure: no call was recorded",
-            fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
-        )
 
 
 @contextmanager

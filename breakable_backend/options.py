@@ -85,13 +85,13 @@ class Options:
                 values[name] = _from_text(name, text) if name in names else text
         values.update(given or {})
         for name, value in values.items():
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                raise OptionsError(
-                    f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                    fix=f"options are: {', '.join(names)}",
-                )
-            values[name] = _checked(name, value)
+            try:
+                values[name] = _checked(name, value)
+            except OptionsError as error:
+                if name in (given or {}):
+                    raise
+                said = f"{ENVIRONMENT_PREFIX}{name.upper()} in the environment"
+                raise OptionsError(f"{error.what} (from {said})", fix=error.fix) from None
         return cls(**values)
 
 
@@ -120,6 +120,13 @@ def _numbers(text: str) -> Any:
 
 
 def _checked(name: str, value: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(Options)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise OptionsError(
+            f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            fix=f"options are: {', '.join(names)}",
+        )
     if name == "tolerance":
         return _tolerance(value)
     if name == "eager_ops":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import os
 import shutil
@@ -689,6 +690,18 @@ def test_one_mark_everywhere(compile_with: Callable[..., Any], device: torch.dev
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------------
+
+
+def test_source_of_a_wrapped_function() -> None:
+    """A function that was decorated before stands where the function itself does, not its wrapper."""
+
+    def plain(x: Tensor) -> Tensor:
+        return x + 1
+
+    wrapped = functools.wraps(plain)(lambda *args: plain(*args))
+    line = plain.__code__.co_firstlineno
+    for function in (plain, wrapped, eager_on_graph(plain)):
+        assert eager_on_graph(function).mark.source == f"test_functions.py:{line}"  # type: ignore[attr-defined]
 
 
 def test_no_shapes(compile_ours: Callable[..., Any], device: torch.device) -> None:

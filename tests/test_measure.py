@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -166,6 +167,15 @@ def test_nothing_to_measure(options: dict[str, Any], device: torch.device) -> No
         explain(measure=True)
     with pytest.raises(OptionsError, match="the graph holds nothing"):
         explain(BreakableCUDAGraph(driver=options["driver"]), measure=True)
+    weight = torch.ones(3, device=device, requires_grad=True)
+    training = torch.compile(lambda x: (x * weight).sin(), backend="breakable_cg", options=options)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # it is given once, to whichever test comes first
+        with pytest.raises(OptionsError, match=r"the call replays nothing\n.*\n.*under torch.no_grad\(\)"):
+            explain(training, torch.ones(3, device=device), measure=True)
+    eager = torch.compile(lambda x: x + 1, backend="breakable_cg", options={**options, "min_kernels": 2})
+    with torch.no_grad(), pytest.raises(OptionsError, match=r"the call replays nothing\n.*\n.*says why"):
+        explain(eager, torch.ones(3, device=device), measure=True)
     with pytest.raises(OptionsError, match="f is not compiled"):
 
         def f() -> None: ...

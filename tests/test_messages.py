@@ -138,10 +138,17 @@ def test_mode() -> None:
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong value in the environment reads like a wrong option."""
+    """A wrong value or name in the environment reads like a wrong option, and says where it is from."""
     monkeypatch.setenv("BREAKABLE_CG_OUTPUTS", "mine")
-    text = message(OptionsError, from_file(PLAIN), torch.ones(3))
-    assert text == "option 'outputs' does not take 'mine'\n  allowed: 'fresh', 'static'"
+    assert message(OptionsError, from_file(PLAIN), torch.ones(3)) == (
+        "option 'outputs' does not take 'mine' (from BREAKABLE_CG_OUTPUTS in the environment)\n"
+        "  allowed: 'fresh', 'static'"
+    )
+    monkeypatch.delenv("BREAKABLE_CG_OUTPUTS")
+    monkeypatch.setenv("BREAKABLE_CG_OUTPUT", "static")
+    assert message(OptionsError, from_file(PLAIN), torch.ones(3)).startswith(
+        "unknown option 'output'; did you mean 'outputs'? (from BREAKABLE_CG_OUTPUT in the environment)"
+    )
 
 
 @pytest.mark.parametrize("mark", [mark_eager, unmark_eager])
