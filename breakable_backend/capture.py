@@ -26,7 +26,6 @@ from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
 from breakable_backend.buffers import Bridge
 from breakable_backend.compare import Checker
-from breakable_backend.difference import Tolerance
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
@@ -48,6 +47,7 @@ from breakable_backend.recording import (
     places_of,
 )
 from breakable_backend.results import Parts, fields, tensors_on
+from breakable_backend.trace import Watching
 from breakable_backend.witness import Witness
 
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
@@ -55,6 +55,14 @@ FIX = "let it run between two segments: put it into a function marked with @eage
 
 class capture:
     """Capture the body of a ``with`` statement into ``graph``. The body runs once, for real.
+
+    >>> from breakable_backend import BreakableCUDAGraph, capture
+    >>> x, graph = torch.zeros(2), BreakableCUDAGraph(driver="tape")
+    >>> with capture(graph):
+    ...     y = x + 1
+    >>> _ = x.fill_(4)
+    >>> graph.replay(); y
+    tensor([5., 5.])
 
     Tensors made inside are the graph's own, and valid until its next replay. Inputs are read at their address at each
     replay. Marked functions, marked ops and what no capture can hold run eagerly, between segments, on real data.
@@ -105,9 +113,7 @@ class capture:
                 driver.stream = self.stream
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        self.graph.debug = self.options.debug
-        witness = Witness(driver.device) if self.options.debug == "compare" else None
-        self._door = _Door(self.graph, driver, witness, self.options.tolerance)
+        self._door = _Door(self.graph, driver, self.options)
         self._door.open()
         return self.graph
 
@@ -120,12 +126,30 @@ class capture:
 
 
 def is_capturing() -> bool:
-    """Whether this code is being captured by :class:`capture`; False in an eager function, which is not."""
+    """Whether this code is being captured by :class:`capture`; False in an eager function, which is not.
+
+    >>> from breakable_backend import BreakableCUDAGraph, capture, is_capturing
+    >>> with capture(BreakableCUDAGraph(driver="tape")):
+    ...     inside = is_capturing()
+    >>> inside, is_capturing()
+    (True, False)
+    """
     return active.handler.get() is not None
 
 
 def break_graph() -> None:
-    """End the segment here, and begin another: what comes after is launched by a graph of its own."""
+    """End the segment here, and begin another: what comes after is launched by a graph of its own.
+
+    Outside of a capture it does nothing.
+
+    >>> from breakable_backend import BreakableCUDAGraph, break_graph, capture
+    >>> with capture(BreakableCUDAGraph(driver="tape")) as graph:
+    ...     y = torch.ones(2) + 1
+    ...     break_graph()
+    ...     z = y * 2
+    >>> graph
+    BreakableCUDAGraph(2 segments, 1 eager steps, 0 replays)
+    """
     handler = active.handler.get()
     if handler is not None:
         handler.call(Mark(_nothing, "break_graph", ""), (), {})
@@ -135,26 +159,12 @@ def _nothing() -> None:
     pass
 
 
-class _Watcher(_torch.TorchDispatchMode):
-    """Sees every op of the body, below autograd, in program order."""
-
-    supports_higher_order_operators = True
+class _Watcher(Watching):
+    """Sees every op of the body."""
 
     def __init__(self, door: _Door) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(door.op)
         self.door = door
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes."""
-        return True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
-            return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
-        return self.door.op(func, args, kwargs or {})
 
 
 @dataclass
@@ -163,8 +173,7 @@ class _Door:
 
     graph: BreakableCUDAGraph
     driver: CaptureDriver
-    witness: Witness | None = None
-    tolerance: Tolerance = None
+    options: Options
     steps: list[Step] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     loads: tuple[Copy, ...] = ()
@@ -185,6 +194,9 @@ class _Door:
     started: float = field(default_factory=time.perf_counter)
     thread: int = field(default_factory=threading.get_ident)
 
+    def __post_init__(self) -> None:
+        self.witness = Witness(self.driver.device) if self.options.debug == "compare" else None
+
     def open(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self.driver.lock)
@@ -192,6 +204,7 @@ class _Door:
             self.graph._begin_use("captured", CaptureError)
             stack.callback(self.graph._end_use)
             self.graph._free()
+            self.graph.debug = self.options.debug
             self.modes = replace(Modes.current(), autocast=(), grad=False)
             self.stream = self.driver.begin()
             stack.callback(self.driver.end, self.stream)
@@ -243,7 +256,7 @@ class _Door:
             outside=tuple(self.outside.values()),
             modes=self.modes,
             journal=self.graph.journal,
-            checker=Checker(recording, self.witness, self.tolerance) if self.witness is not None else None,
+            checker=Checker(recording, self.witness, self.options.tolerance) if self.witness is not None else None,
         )
         self.graph._take(captured, list(self.parameters.values()))
         self.graph.record_seconds = time.perf_counter() - self.started
@@ -295,7 +308,7 @@ class _Door:
 
     def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an op, and write it down for compare mode."""
-        self.watch.label = func._schema.name if isinstance(func, _torch.OpOverload) else func.name()
+        self.watch.label = _op_label(func)
         self.watch.source = user_line()
         return self.script.issue(self.watch, func, args, kwargs)
 

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,9 +56,8 @@ a compiled function would otherwise wait for ever."""
 ShapeKey = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Key:
-    """What a recording depends on."""
+class Key(NamedTuple):
+    """What a recording depends on. A named tuple, since each call makes one, and a frozen dataclass takes longer."""
 
     addresses: tuple[int, ...]
     shapes: ShapeKey
@@ -215,7 +214,8 @@ class Executor:
         entry.last_call = self.statistics.calls
         if entry.replay is not None:
             entry.replays += 1
-            self._touch(entry)
+            assert addresses is not None
+            self._touch(entry, addresses)
             driver.bring(args)
             if self.tap is not None:
                 self.tap(entry, list(args))
@@ -237,6 +237,7 @@ class Executor:
         if entry.profiled is None:
             assert entry.recording is not None
             assert entry.replay is not None
+            check_places(entry.recording, args)  # this may be the first replay
             marks = Marks(self.name, step_names(entry.recording))
             name = f"{self.name} replay {entry.number} profiled"
             entry.profiled = emit(entry.recording, marks, name=name, tally=entry.replay.tally), marks
@@ -329,14 +330,12 @@ class Executor:
         static = (args[value.index] for value in self.program.inputs if value.kind == "static")
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in static)
 
-    def _touch(self, entry: Entry) -> None:
-        addresses = self.sets.get(entry.key.addresses)
-        if addresses is not None:
-            addresses.last_call = self.statistics.calls
-            if len(addresses.entries) > 1:
-                addresses.entries.move_to_end(entry.key.shapes)
-            if len(self.sets) > 1:
-                self.sets.move_to_end(entry.key.addresses)
+    def _touch(self, entry: Entry, addresses: AddressSet) -> None:
+        addresses.last_call = self.statistics.calls
+        if len(addresses.entries) > 1:
+            addresses.entries.move_to_end(entry.key.shapes)
+        if len(self.sets) > 1:
+            self.sets.move_to_end(entry.key.addresses)
 
     def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
         me = weakref.ref(self)

@@ -105,6 +105,7 @@ class Captured:
 
     def _run_profiled(self, stream: int) -> None:
         if self.profiled is None:
+            self.check()  # this may be the first replay
             name = self.journal.name
             marks = Marks(name, step_names(self.recording))
             self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
@@ -132,6 +133,7 @@ class Captured:
 class BreakableCUDAGraph:
     """A captured piece of code, with eager steps in it.
 
+    >>> from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph
     >>> @eager_on_graph
     ... def double_if_positive(x):
     ...     return x * 2 if x.sum() > 0 else x + 0
@@ -196,22 +198,25 @@ class BreakableCUDAGraph:
                 fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
             )
         with driver.lock:
-            # Before the lock was ours, another thread may have reset it, or captured anew.
-            changed = self._captured is not captured
-            if not changed:
-                # In one piece, without _begin_use and _end_use: a graph without a break costs the host 5 us here.
-                if self._use:
-                    self._refuse_use(ReplayError)
-                self._use = "replayed"
-                stream = driver.begin()
-                try:
-                    captured.run(stream)
-                    self.replays += 1
-                finally:
-                    driver.end(stream)
-                    self._use = ""
-                    if self._gone:
-                        self._free()
+            # In one piece, without _begin_use and _end_use: a graph without a break costs the host 5 us here.
+            if self._use:
+                self._refuse_use(ReplayError)
+            # Before the look at what there is: from here on nobody frees it.
+            self._use = "replayed"
+            try:
+                # Before the lock was ours, another thread may have reset it, or captured anew.
+                changed = self._captured is not captured or bool(self._gone)
+                if not changed:
+                    stream = driver.begin()
+                    try:
+                        captured.run(stream)
+                        self.replays += 1
+                    finally:
+                        driver.end(stream)
+            finally:
+                self._use = ""
+                if self._gone:
+                    self._free()
         if changed:
             self.replay()
 
@@ -219,6 +224,12 @@ class BreakableCUDAGraph:
         """What :meth:`replay` does between taking the pool and giving it back."""
         assert self._captured is not None
         self._captured.run(stream)
+
+    @property
+    def modes(self) -> Modes:
+        """What a replay runs in, but for eager steps that say otherwise."""
+        assert self._captured is not None
+        return self._captured.modes
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
@@ -247,13 +258,14 @@ class BreakableCUDAGraph:
 
     def _free(self) -> None:
         self._captured = None
-        if self._release is not None:
-            self._release()
-            self._release = None
+        release, self._release = self._release, None  # two threads may come here at once
+        if release is not None:
+            release()
             self.journal.tell(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
 
     def _expire(self, why: str) -> None:
-        # Other threads do the same in this order, and _end_use in the opposite one: somebody frees it.
+        # Whoever uses it says so first and looks for a reason then; we do it the other way round. So somebody frees it,
+        # and nobody while it is in use.
         self._gone = why
         if not self._use:
             self._free()

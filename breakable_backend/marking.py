@@ -54,6 +54,8 @@ def mark_eager(op: OpT) -> OpT:
 def unmark_eager(op: Any) -> None:
     """Undo :func:`mark_eager`, for what is compiled from now on; nothing happens if ``op`` is not marked.
 
+    >>> unmark_eager(mark_eager(torch.ops.aten.sort))
+
     Raises:
         OptionsError: there is no such op.
     """

@@ -297,7 +297,8 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     with _Bench(driver.device, graph.written) as bench, _uncounted(tally):
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))
-            steps = _timed_steps(bench, recording, (), stream)
+            with graph.modes.enter():
+                steps = _timed_steps(bench, recording, (), stream)
         return _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
 
 

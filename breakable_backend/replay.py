@@ -244,9 +244,10 @@ class _Writer:
                 items.append(f"{key!r}: {text}")
                 uses |= used
             return f"{{{', '.join(items)}}}", uses
-        if value is None or isinstance(value, bool | int | str):
+        # Of these types themselves: an enum's member, or numpy's float, prints as what is no source.
+        if value is None or type(value) in (bool, int, str):
             return repr(value), frozenset()
-        if isinstance(value, float) and value == value and abs(value) != float("inf"):
+        if type(value) is float and value == value and abs(value) != float("inf"):
             return repr(value), frozenset()
         assert not any(isinstance(leaf, Slot) for leaf in pytree.tree_leaves(value)), value
         return self._bind(str(value), value), frozenset()

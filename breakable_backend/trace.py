@@ -7,7 +7,7 @@ what a capture has frozen. A trace owns no memory, unless it is asked to.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,7 +172,7 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See every op inside."""
-        with _Watching(self):
+        with Watching(self.issue):
             yield
 
     def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,14 +282,14 @@ class Watch:
         ]
 
 
-class _Watching(_torch.TorchDispatchMode):
-    """Hands ops to a watch."""
+class Watching(_torch.TorchDispatchMode):
+    """Hands each op to ``issue``, below autograd and in program order."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, issue: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.watch = watch
+        self._issue = issue
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -301,7 +301,7 @@ class _Watching(_torch.TorchDispatchMode):
     ) -> Any:
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
             return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
-        return self.watch.issue(func, args, kwargs or {})
+        return self._issue(func, args, kwargs or {})
 
 
 # --- code that can be watched -------------------------------------------------------------------------------------------

@@ -121,6 +121,20 @@ FAULTS = (
         "test_compare.py::test_first_replay_of_a_capture[cpu-moved]",
     ),
     Fault(
+        "first-replay-under-a-profiler-unchecked",
+        "executor.py",
+        "            check_places(entry.recording, args)  # this may be the first replay\n",
+        "",
+        "test_compare.py::test_first_replay_under_a_profiler[cpu-compile]",
+    ),
+    Fault(
+        "steps-timed-in-the-modes-of-the-caller",
+        "measure.py",
+        "with graph.modes.enter():",
+        "if True:",
+        "test_measure.py::test_captured_graph_in_its_modes[cpu]",
+    ),
+    Fault(
         "comparison-not-undone",
         "compare.py",
         "            undo.restore()\n",
