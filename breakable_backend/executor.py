@@ -516,7 +516,8 @@ def run_deferred(driver: CaptureDriver) -> None:
     """
     while driver.deferred and not in_call.get() and driver.lock.acquire(blocking=False):
         try:
-            driver.deferred.popleft()()
+            if driver.deferred:  # still: before the lock was ours, another thread may have done it
+                driver.deferred.popleft()()
         finally:
             driver.lock.release()
 

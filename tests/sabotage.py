@@ -897,9 +897,17 @@ FAULTS = (
     Fault(
         "pool-leaked",
         "drivers/cuda.py",
-        "if not self._live:",
+        "if not self._live and not self._recordings:",
         "if False:",
         "test_cuda.py::test_reset_gives_memory_back",
+        gpu=True,
+    ),
+    Fault(
+        "pool-closed-in-a-recording",
+        "drivers/cuda.py",
+        "if not self._live and not self._recordings:",
+        "if not self._live:",
+        "test_driver_contract.py::test_release_in_the_middle_of_a_recording[cuda]",
         gpu=True,
     ),
     Fault(
