@@ -208,8 +208,8 @@ class CudaDriver:
             _torch.clear_cublas_workspaces()
             yield
         finally:
-            self._recordings -= 1
             _torch.clear_cublas_workspaces()
+            self._recordings -= 1
             if collecting:
                 gc.enable()
 
