@@ -183,6 +183,12 @@ breakable_cg = Backend()
 def reset(compiled: Any = None) -> None:
     """Free the graphs, buffers and pool memory of ``compiled``, or of everything.
 
+    >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
+    >>> _ = [compiled(torch.zeros(2)) for _ in range(3)]
+    >>> reset(compiled)
+    >>> compiled(torch.zeros(2))
+    tensor([1., 1.])
+
     The function stays compiled: its next call is the first of its key again, and runs plainly.
 
     Args:

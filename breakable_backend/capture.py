@@ -112,13 +112,9 @@ class capture:
         driver = self.graph._made_driver()
         if self.options.debug == "eager":
             driver = TapeDriver(driver.device)
-        if isinstance(driver, CudaDriver):
-            driver.capture_error_mode = self.mode
-            if self.stream is not None:
-                driver.stream = self.stream
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        self._door = _Door(self.graph, driver, self.options)
+        self._door = _Door(self.graph, driver, self.options, self.stream, self.mode)
         self._door.open()
         return self.graph
 
@@ -179,6 +175,8 @@ class _Door:
     graph: BreakableCUDAGraph
     driver: CaptureDriver
     options: Options
+    capture_stream: torch.cuda.Stream | None
+    error_mode: str
     steps: list[Step] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     loads: tuple[Copy, ...] = ()
@@ -213,6 +211,8 @@ class _Door:
             self.modes = replace(Modes.current(), autocast=(), grad=False)
             self.stream = self.driver.begin()
             stack.callback(self.driver.end, self.stream)
+            if isinstance(self.driver, CudaDriver):
+                stack.enter_context(self.driver.capturing_on(self.capture_stream, self.error_mode))
             stack.enter_context(self.driver.recording())
             self.session: CaptureSession = stack.enter_context(self.driver.session())
             token = active.handler.set(self)

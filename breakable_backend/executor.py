@@ -57,7 +57,7 @@ ShapeKey = tuple[Any, ...]
 
 
 class Key(NamedTuple):
-    """What a recording depends on. Made at each call: a frozen dataclass would take twice as long."""
+    """What a recording depends on. A named tuple, since each call makes one, and a frozen dataclass takes longer."""
 
     addresses: tuple[int, ...]
     shapes: ShapeKey
@@ -516,7 +516,8 @@ def run_deferred(driver: CaptureDriver) -> None:
     """
     while driver.deferred and not in_call.get() and driver.lock.acquire(blocking=False):
         try:
-            driver.deferred.popleft()()
+            if driver.deferred:  # still: before the lock was ours, another thread may have done it
+                driver.deferred.popleft()()
         finally:
             driver.lock.release()
 

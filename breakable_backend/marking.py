@@ -1,6 +1,6 @@
 """Which nodes run eagerly, and why: marks that users make, and rules about what no CUDA graph can hold.
 
-A rule is a function ``(node, scope) -> Reason | None``; ``RULES`` lists them, first match wins. Which ops fail under
+A rule is a function ``(node, scope) -> str``, which says why, or nothing; ``RULES`` lists them, first match wins. Which ops fail under
 capture was measured on an H200 (torch 2.11).
 """
 
@@ -54,6 +54,8 @@ def mark_eager(op: OpT) -> OpT:
 
 def unmark_eager(op: Any) -> None:
     """Undo :func:`mark_eager`, for what is compiled from now on; nothing happens if ``op`` is not marked.
+
+    >>> unmark_eager(mark_eager(torch.ops.aten.sort))
 
     Raises:
         OptionsError: there is no such op.
@@ -405,7 +407,7 @@ def live_reason(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device:
     found = _live_rule(op, args, kwargs, device)
     if found is None and REGION_KEY in get_current_meta().get("custom", {}) and not op.is_view:
         on_device = any(tensor.device == device for tensor in tensors_of((args, kwargs)))
-        if on_device or _goes_to(op, args, kwargs, device):
+        if on_device or _goes_to(kwargs, device):
             return LiveReason("region", "inside eager_region", str(op._schema.name))
     return found
 
@@ -421,7 +423,7 @@ def _live_rule(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: 
     if why := is_marked(op, EagerOps()):
         return eager("marked", why)
     tensors = tensors_of((args, kwargs))
-    if all(tensor.device != device for tensor in tensors) and not _goes_to(op, args, kwargs, device):
+    if all(tensor.device != device for tensor in tensors) and not _goes_to(kwargs, device):
         return None  # arithmetic of the host, which happens once
     if name in READS_HOST:
         return LiveReason("host_read", "reads a value on the host", name, refused=True)
@@ -442,7 +444,7 @@ def _live_rule(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: 
     return None
 
 
-def _goes_to(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> bool:
+def _goes_to(kwargs: Mapping[str, Any], device: torch.device) -> bool:
     return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == device.type
 
 

@@ -18,7 +18,7 @@ from breakable_backend import active
 from breakable_backend.buffers import Bridge, clone_exact
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
-from breakable_backend.executor import Entry, Executor
+from breakable_backend.executor import Entry, Executor, run_deferred
 from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.partition import under_ambient
 from breakable_backend.recording import EagerStep, GraphStep, Recording
@@ -346,15 +346,18 @@ def _judged(
 
 @contextmanager
 def _alone(driver: CaptureDriver) -> Iterator[int]:
-    """The pool for ourselves, as in a call."""
+    """The pool for ourselves, as in a call; what was to be released meanwhile is released then."""
     with driver.lock:
         token = active.in_call.set(True)
-        stream = driver.begin()
         try:
-            yield stream
+            stream = driver.begin()
+            try:
+                yield stream
+            finally:
+                driver.end(stream)
         finally:
-            driver.end(stream)
             active.in_call.reset(token)
+    run_deferred(driver)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,20 @@ FAULTS = (
         "test_compare.py::test_first_replay_of_a_capture[cpu-moved]",
     ),
     Fault(
+        "first-replay-under-a-profiler-unchecked",
+        "executor.py",
+        "            check_places(entry.recording, args)  # this may be the first replay\n",
+        "",
+        "test_compare.py::test_first_replay_under_a_profiler[cpu-compile]",
+    ),
+    Fault(
+        "steps-timed-in-the-modes-of-the-caller",
+        "measure.py",
+        "with graph.modes.enter():",
+        "if True:",
+        "test_measure.py::test_captured_graph_in_its_modes[cpu]",
+    ),
+    Fault(
         "comparison-not-undone",
         "compare.py",
         "            undo.restore()\n",
@@ -926,9 +940,17 @@ FAULTS = (
     Fault(
         "pool-leaked",
         "drivers/cuda.py",
-        "if not self._live:",
+        "if not self._live and not self._recordings:",
         "if False:",
         "test_cuda.py::test_reset_gives_memory_back",
+        gpu=True,
+    ),
+    Fault(
+        "pool-closed-in-a-recording",
+        "drivers/cuda.py",
+        "if not self._live and not self._recordings:",
+        "if not self._live:",
+        "test_driver_contract.py::test_release_in_the_middle_of_a_recording[cuda]",
         gpu=True,
     ),
     Fault(

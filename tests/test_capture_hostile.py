@@ -113,6 +113,41 @@ def test_captured_while_in_use(make: MakeGraph, device: torch.device) -> None:
     replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
 
 
+def test_replay_that_could_not_begin(make: MakeGraph, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph whose replay failed before anything ran is not in use any more."""
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = marked_bend(x + 1) * 3
+
+    def fails() -> int:
+        raise RuntimeError("no stream")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no stream"):
+        patch.setattr(graph.driver, "begin", fails)
+        graph.replay()
+    replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
+
+
+def test_capture_that_was_refused_changes_no_mode(make: MakeGraph, device: torch.device) -> None:
+    """A graph that is in use stays in the debug mode that it was captured in."""
+    graph, x = make(), torch.randn(4, device=device)
+    capturing = False
+
+    @eager_on_graph
+    def captures(x: Tensor) -> Tensor:
+        if capturing:
+            with capture(graph, debug="compare"):
+                pass
+        return bend(x)
+
+    with capture(graph):
+        captures(x + 1)
+    capturing = True
+    with pytest.raises(CaptureError, match="being replayed already"):
+        graph.replay()
+    assert graph.debug is None
+
+
 def test_captured_by_two_threads(make: MakeGraph, device: torch.device) -> None:
     """Two threads that capture the same graph do so one after the other: the last has it, and nothing of the first stays."""
     graph, x = make(), torch.randn(4, device=device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import silly
 from breakable_backend import BreakableCUDAGraph, DivergenceError, ReplayError, _torch, capture, eager_on_graph, reset
 from breakable_backend.backend import executors_of
+from breakable_backend.buffers import Bridge
 from breakable_backend.compare import Checker, _Wrong
 from breakable_backend.difference import difference
 from breakable_backend.errors import CAUSES
@@ -936,6 +937,31 @@ def test_first_replay_of_a_capture_looks_at_bridges(device: torch.device, graph:
     bridge.tensor.set_(torch.zeros(4, device=device))
     with pytest.raises(DivergenceError, match="the bridge"):
         graph.replay()
+
+
+@pytest.mark.parametrize("door", ["compile", "capture"])
+def test_first_replay_under_a_profiler(
+    device: torch.device, options: dict[str, Any], graph: BreakableCUDAGraph, door: str
+) -> None:
+    """A profiler, which has a replay of its own, takes no look away."""
+    x = torch.ones(4, device=device)
+    if door == "compile":
+        compiled = torch.compile(in_steps, backend="breakable_cg", options=options)
+        run(compiled, device, 2)
+        recording = entry_of(compiled).recording
+    else:
+        with torch.no_grad(), capture(graph):
+            _ = keeps_first(x.sin()) + 1
+        recording = graph.recording
+    assert recording is not None
+    bridge = next(value for value in recording.constants.values() if isinstance(value, Bridge))
+    bridge.tensor.set_(torch.zeros(4, device=device))
+    for _ in range(2):
+        with (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True),
+            pytest.raises(DivergenceError, match="the bridge"),
+        ):
+            run(compiled, device) if door == "compile" else graph.replay()
 
 
 # --- differences ----------------------------------------------------------------------------------------------------------

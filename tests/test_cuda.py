@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import breakable_backend
-from breakable_backend import CaptureError, breakable_cg, explain, reset
+from breakable_backend import BreakableCUDAGraph, CaptureError, breakable_cg, capture, explain, reset
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers.cuda import CudaDriver
 
@@ -456,6 +456,23 @@ def test_side_stream_of_the_caller() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_capture_on_a_stream_of_the_caller() -> None:
+    """``stream`` is where that one capture happens; the next is on the graph's own again."""
+    graph, x, side = BreakableCUDAGraph(driver="cuda"), torch.ones(4, device=CUDA), torch.cuda.Stream()
+    seen = []
+    for stream in (side, None):
+        with torch.no_grad(), capture(graph, stream=stream):
+            seen.append(torch.cuda.current_stream())
+            y = x + 1
+    assert seen[0] == side
+    assert seen[1] != side
+    x.fill_(3)
+    graph.replay()
+    assert torch.equal(y, x + 1)
+    del y
+    graph.reset()
+
+
 def test_model_on_another_device_than_the_current() -> None:
     """A model on the second GPU replays there while the first is the current device, also with random draws."""
     other = torch.device("cuda", 1)

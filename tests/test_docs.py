@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import doctest
+import importlib
 import inspect
 import io
 import linecache
+import pkgutil
 import re
 import sys
 import types
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import breakable_backend
 from breakable_backend import errors, executor, measure, program, report
 from breakable_backend.backend import EagerGraph
 from breakable_backend.errors import BreakableError
@@ -71,6 +75,33 @@ def test_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             exec(compile(code, file, "exec"), vars(module))
         if expected is not None:
             assert printed(out.getvalue()) == printed(expected)
+
+
+MODULES = [module.name for module in pkgutil.iter_modules(breakable_backend.__path__)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
+    """The examples in the docstrings of a module print what stands behind them, with the tape."""
+    module = importlib.import_module(f"breakable_backend.{name}")
+    for found in doctest.DocTestFinder().find(module):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            failed = doctest.DocTestRunner(verbose=False).run(found, clear_globs=False).failed
+        torch.compiler.reset()  # while the globals are there, in which Dynamo has left names of its own
+        assert not failed, out.getvalue()
+
+
+def test_public_names_have_examples() -> None:
+    """What a user calls has an example in its docstring."""
+    public = {name: getattr(breakable_backend, name) for name in breakable_backend.__all__}
+    called = {name: value for name, value in public.items() if not (inspect.isclass(value) and is_record(value))}
+    missing = [name for name, value in called.items() if ">>>" not in (inspect.getdoc(value) or "")]
+    assert missing == ["breakable_cg"]  # the backend's is in the docstring of its call
+
+
+def is_record(value: type) -> bool:
+    """An error or a report: what a user is given."""
+    return issubclass(value, BreakableError) or dataclasses.is_dataclass(value)
 
 
 def test_blocks_are_found() -> None:

@@ -699,6 +699,25 @@ def test_release_frees(driver: CaptureDriver) -> None:
     assert driver.live_blocks() == 0
 
 
+def test_release_in_the_middle_of_a_recording(driver: CaptureDriver) -> None:
+    """What an eager step releases, be it the last graph, leaves the recording that is under way what it needs."""
+    session = Session(driver)
+    x = session.ramp(8)
+    older, _ = session.capture(lambda: x + 1)
+    with driver.lock:
+        stream = driver.begin()
+        try:
+            with driver.recording():
+                driver.release([older])
+                graph, result = driver.capture(lambda: x * 2)
+                graph.replay(stream)
+        finally:
+            driver.end(stream)
+    assert torch.equal(result, x * 2)
+    del result
+    driver.release([graph])
+
+
 def test_recording_holds_off_the_collector(driver: CaptureDriver) -> None:
     """Python's cycle collector is off during a recording, and as before after it, also if the recording raised."""
     assert gc.isenabled()

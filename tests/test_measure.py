@@ -156,6 +156,24 @@ def test_captured_graph(device: torch.device, options: dict[str, Any]) -> None:
     assert torch.equal(count, torch.ones(3, device=device))
 
 
+def test_captured_graph_in_its_modes(device: torch.device, options: dict[str, Any]) -> None:
+    """The steps of a captured block are timed in the modes of a replay, whatever the caller has on."""
+    modes = []
+
+    @eager_on_graph
+    def double(x: Tensor) -> Tensor:
+        modes.append(torch.is_grad_enabled())
+        return x * 2
+
+    x, graph = torch.ones(3, device=device), BreakableCUDAGraph(driver=options["driver"])
+    with torch.no_grad(), capture(graph):
+        double(x.sin()) + 1
+    explain(graph, measure=True)
+    assert len(modes) > 3
+    assert not any(modes)
+    graph.reset()
+
+
 @torch.no_grad()
 def test_nothing_to_measure(options: dict[str, Any], device: torch.device) -> None:
     """What cannot be measured is a typed error that says what to do."""

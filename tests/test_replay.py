@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import linecache
 import operator
@@ -168,6 +169,19 @@ def written_input(maker: Maker) -> Recording:
     return maker.recording(["x"], [Slot("z"), Slot("x")])
 
 
+class Side(enum.IntEnum):
+    """Numbers that do not print as source."""
+
+    LEFT = 1
+
+
+class Half(float):
+    """A float that does not either, as numpy's."""
+
+    def __repr__(self) -> str:
+        return "numpy.half(0.5)"
+
+
 def all_kinds_of_arguments(maker: Maker) -> Recording:
     """Every kind of argument that a call can have."""
     table = maker.constants["table"] = torch.arange(6.0, device=maker.device).view(2, 3)
@@ -192,6 +206,8 @@ def all_kinds_of_arguments(maker: Maker) -> Recording:
             maker.device,
             2**70,
             1j,
+            Side.LEFT,
+            Half(0.5),
             by=Slot("table"),
             slices=[slice(None)],
         ),

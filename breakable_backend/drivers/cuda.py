@@ -137,6 +137,8 @@ class CudaDriver:
         self._last_stream: int | None = None
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._to_release: list[tuple[tuple[CapturedGraph, ...], list[Any]]] = []
+        self._recordings = 0
+        """How many recordings are under way; an eager step of one may release the pool's last graph."""
 
     # ordering
 
@@ -174,6 +176,19 @@ class CudaDriver:
     # capture
 
     @contextmanager
+    def capturing_on(self, stream: torch.cuda.Stream | None, error_mode: str) -> Iterator[None]:
+        """Another stream (None: the driver's own) and error mode, for captures inside of a ``with`` statement.
+
+        The caller holds :attr:`lock`: graphs of others are captured in this pool too.
+        """
+        before = self.stream, self.capture_error_mode
+        self.stream, self.capture_error_mode = stream or self.stream, error_mode
+        try:
+            yield
+        finally:
+            self.stream, self.capture_error_mode = before
+
+    @contextmanager
     def recording(self) -> Iterator[None]:
         """Hold off Python's gc, which may free CUDA memory in mid-capture, and keep cuBLAS's workspaces in the pool.
 
@@ -184,6 +199,7 @@ class CudaDriver:
         """
         collecting = gc.isenabled()
         gc.disable()
+        self._recordings += 1
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
                 torch.cuda.current_blas_handle()
@@ -193,6 +209,7 @@ class CudaDriver:
             yield
         finally:
             _torch.clear_cublas_workspaces()
+            self._recordings -= 1
             if collecting:
                 gc.enable()
 
@@ -307,7 +324,7 @@ class CudaDriver:
                 graph.release()
                 self._live.discard(graph)
             owner.clear()
-        if not self._live:
+        if not self._live and not self._recordings:
             self._close_pool()
 
     def _close_pool(self) -> None:
