@@ -293,6 +293,11 @@ def current_compile_id() -> Any:
     return CompileContext.current_compile_id()
 
 
+def current_compilation() -> object:
+    """What stands for the compilation of Dynamo's that is under way, and dies with it."""
+    return CompileContext.get()
+
+
 def recompile_reason() -> str | None:
     """Why Dynamo compiles again what it compiled before; None for the first time, and outside of a compilation."""
     return cast(str | None, get_metrics_context()._metrics.get("recompile_reason")) if current_compile_id() else None
@@ -345,8 +350,8 @@ def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def swapped(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
-    """A module with other parameters and buffers, for the time of a ``with`` statement."""
-    return _reparametrize_module(module, dict(tensors))
+    """A module with other parameters and buffers, under all names that each has, for the time of a ``with`` statement."""
+    return _reparametrize_module(module, dict(tensors), tie_weights=True)
 
 
 # --- symbols ----------------------------------------------------------------------------------------------------------

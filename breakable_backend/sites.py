@@ -51,8 +51,11 @@ class Mark:
     """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
     sites: dict[int, Site] = field(default_factory=dict, repr=False)
     """The calls of it in compiled code."""
-    known: dict[Any, dict[Any, Expected]] = field(default_factory=dict, repr=False)
-    """What they return, by structure of the arguments, and by their layouts."""
+    known: weakref.WeakKeyDictionary[Any, dict[Any, dict[Any, Expected]]] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
+    """What they return, by structure of the arguments, and by their layouts; for each compilation. In the next one, modules
+    and what the function closes over may be others."""
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -410,7 +413,7 @@ def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Seque
     numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
     if not all(type(number) in (int, float) for number in numbers):
         return None
-    return (tuple(needs), specs, *ints, *floats)
+    return (tuple(needs), specs, *ints, *(value.hex() for value in floats))  # -0.0 is not 0.0
 
 
 # --- the ops ------------------------------------------------------------------------------------------------------------

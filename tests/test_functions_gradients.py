@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -521,3 +522,56 @@ def test_checkpoint_around(compile_with: Function, device: torch.device) -> None
     compiled(*x).sum().backward()
     whole(*y).sum().backward()
     assert same_gradients(x, y)
+
+
+def test_hook_on_a_tied_parameter(compile_with: Function, device: torch.device) -> None:
+    """A parameter with two names and a hook has the gradients of both places, and the hook runs once."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        @eager_on_graph
+        def both(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x * 2) + 1
+
+    mine = Tied().to(device)
+    theirs = copy.deepcopy(mine)
+    hooked: list[Tensor] = []
+    for model, function in ((mine, compile_with(mine)), (theirs, theirs)):
+        hooked.clear()
+        model.a.weight.register_hook(lambda grad: hooked.append(grad) or grad * 2)
+        function(torch.ones(2, 3, device=device)).square().sum().backward()
+        assert len(hooked) == 1
+    assert same_gradients([mine.a.weight], [theirs.a.weight])
+
+
+def test_result_that_the_caller_changes(compile_with: Function, device: torch.device) -> None:
+    """A result that is the compiled function's may be changed in place, as in ``loss /= steps``."""
+    triple = eager_on_graph(lambda x: x * 3)
+    compiled = compile_with(lambda x: triple(x.sin()))
+    ((x,), (y,)) = leaves(device, (4,))
+    for function, leaf in ((compiled, x), (lambda x: x.sin() * 3, y)):
+        out = function(leaf)
+        out.mul_(leaf)
+        out.sum().backward()
+    assert same_gradients([x], [y])
+
+
+def test_backward_for_a_pytree_node(compile_with: Function, device: torch.device) -> None:
+    """A gradient in a container that pytree knows reaches the tensors of the argument."""
+
+    @eager_on_graph(backward=lambda context, grad: (OrderedDict((name, grad * 3) for name in context.args[0]),))
+    def add(tensors: OrderedDict[str, Tensor]) -> Tensor:
+        return tensors["a"] + tensors["b"]
+
+    compiled = compile_with(lambda x, y: add(OrderedDict(a=x * 2, b=y)) * 2)
+    ((x, y),) = leaves(device, (4,), (4,), number=1)
+    compiled(x, y).sum().backward()
+    assert torch.equal(x.grad, torch.full((4,), 12.0, device=device))
+    assert torch.equal(y.grad, torch.full((4,), 6.0, device=device))
