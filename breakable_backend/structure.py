@@ -64,6 +64,14 @@ def modules_in(value: Any) -> Iterator[torch.nn.Module]:
             yield from modules_in(item)
 
 
+def _enums_in(value: Any) -> Iterator[enum.Enum]:
+    if isinstance(value, enum.Enum):
+        yield value
+    elif not isinstance(value, torch.Tensor):
+        for item in children(value) or ():
+            yield from _enums_in(item)
+
+
 def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
     """The structure of ``value``, whose tensors and numbers go to the lists; of a module, its parameters and buffers."""
     if isinstance(value, torch.Tensor):
@@ -246,6 +254,7 @@ def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recordi
     """
     result = holder[0]
     other = foreign(result) or next((type(module).__name__ for module in modules_in(result)), "")
+    other = other or next((type(value).__name__ for value in _enums_in(result)), "")  # Dynamo's guards on one fail
     if other:
         raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
     tensors: list[torch.Tensor] = []

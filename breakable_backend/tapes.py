@@ -52,9 +52,9 @@ _numbers = itertools.count(1)
 _tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
 
 
-def tape_of(handle: torch.Tensor) -> Tape:
-    """The tape behind a handle, or behind a copy of one while that lives."""
-    return _tapes[int(handle.item())]
+def tape_of(handle: torch.Tensor) -> Tape | None:
+    """The tape behind a handle, or behind a copy of one while that lives; None where there are only copies left."""
+    return _tapes.get(int(handle.item()))
 
 
 def reaches_others(members: Sequence[Sequence[Member]], leaves: Sequence[torch.Tensor]) -> bool:

