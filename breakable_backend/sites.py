@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import itertools
@@ -164,7 +163,9 @@ class Site:
         """What the op returns, as fake tensors."""
         expected = self.learn(needs, tensors, ints, floats)
         if self.error is not None:
-            return []
+            return (
+                [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []
+            )  # told when the result is asked for
         made = [spec.empty() for spec in expected.specs]
         if expected.num_ints:
             made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))
@@ -393,7 +394,11 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
 
     def copied(original: torch.nn.Module) -> torch.nn.Module:
         if id(original) not in twins:
-            made = twins[id(original)] = copy.copy(original)
+            kind = type(original)
+            made = twins[id(original)] = kind.__new__(
+                kind
+            )  # not copy.copy: a __getstate__ may refuse, or leave things out
+            made.__dict__.update(original.__dict__)
             for name in ("_parameters", "_buffers"):
                 made.__dict__[name] = {
                     key: other.get(id(value), value) for key, value in original.__dict__[name].items()

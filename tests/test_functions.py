@@ -806,10 +806,11 @@ def test_enums(compile_with: Callable[..., Any], device: torch.device) -> None:
         compile_with(lambda x: pick(x + 1, Side.LEFT, back=True), fullgraph=True)(x)
 
 
-def test_lazy_bits_in_the_body(compile_with: Callable[..., Any], device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_lazy_bits_in_the_body(backend: str, device: torch.device) -> None:
     """``conj()`` is what it is in the body, also in a first call, that AOT makes under a dispatch mode."""
     square = eager_on_graph(lambda x: x * x.conj())
-    compiled = compile_with(lambda x: square(x * 2).real + 1)
+    compiled = torch.compile(lambda x: square(x * 2).real + 1, backend=backend)
     x = torch.tensor([1 + 2j, 3j], device=device)
     for _ in range(4):
         assert torch.equal(compiled(x), torch.tensor([21.0, 37.0], device=device))

@@ -610,3 +610,63 @@ def test_saved_tensors_hooks(options: dict[str, Any], device: torch.device) -> N
     torch.compiler.reset()
     with pytest.raises(ReplayError, match="saved_tensors_hooks kept a copy"):
         run("aot_eager")
+
+
+def test_a_parameter_among_the_arguments_twice(compile_with: Function, device: torch.device) -> None:
+    """By its module, by itself, by another module: its gradient is counted once for each use."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        @eager_on_graph
+        def mix(self, inner: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+            return inner(x) * 2 + x @ weight.t() + self.inner(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.inner, self.inner.weight, x * 2) + 1
+
+    mine = Layer().to(device)
+    theirs = copy.deepcopy(mine)
+    x = torch.randn(2, 3, device=device)
+    compile_with(mine)(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    assert same_gradients(list(mine.parameters()), list(theirs.parameters()))
+
+
+def test_no_shapes_with_gradients(compile_with: Function, device: torch.device) -> None:
+    """A function that cannot run on fake tensors says so, also where gradients are wanted."""
+
+    @eager_on_graph
+    def host(x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+    ((x,),) = leaves(device, (4,), number=1)
+    with pytest.raises(PartitionError, match="cannot run on fake tensors"):
+        compile_with(lambda x: host(x.sin()))(x)
+
+
+def test_parametrized_modules(compile_with: Function, device: torch.device) -> None:
+    """Modules that refuse to be copied, as those with weight norm do, are arguments like others."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+        @eager_on_graph
+        def apply_inner(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.apply_inner(x * 2) + 1
+
+    torch.manual_seed(0)
+    mine = Layer().to(device)
+    torch.manual_seed(0)
+    theirs = Layer().to(device)
+    x = torch.randn(2, 3, device=device)
+    compile_with(mine)(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    assert same_gradients(list(mine.parameters()), list(theirs.parameters()))
