@@ -302,6 +302,11 @@ def current_compile_id() -> Any:
     return CompileContext.current_compile_id()
 
 
+def current_compilation() -> object:
+    """What stands for the compilation of Dynamo's that is under way, and dies with it."""
+    return CompileContext.get()
+
+
 def recompile_reason() -> str | None:
     """Why Dynamo compiles again what it compiled before; None for the first time, and outside of a compilation."""
     return cast(str | None, get_metrics_context()._metrics.get("recompile_reason")) if current_compile_id() else None
@@ -333,9 +338,26 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 @contextmanager
 def above_autograd() -> Iterator[None]:
-    """Have autograd see ops, also in the kernel of an op that autograd called."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+    """Have ops run as from the user's code: also in the kernel of an op that autograd, or a dispatch mode, called."""
+    with _seen_again("AutogradFunctionality", *_HIDDEN_BY_MODES):
         yield
+
+
+_HIDDEN_BY_MODES = ("ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
+"""What the dispatcher leaves out around a mode: a view is not known for one there, and a lazy ``conj()`` is read as it lies."""
+
+
+@contextmanager
+def _seen_again(*keys: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+        yield
+
+
+def saves_through_hooks() -> bool:
+    """Whether what is saved for backward passes ``saved_tensors_hooks`` now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:
@@ -354,8 +376,8 @@ def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def swapped(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
-    """A module with other parameters and buffers, for the time of a ``with`` statement."""
-    return _reparametrize_module(module, dict(tensors))
+    """A module with other parameters and buffers, under all names that each has, for the time of a ``with`` statement."""
+    return _reparametrize_module(module, dict(tensors), tie_weights=True)
 
 
 # --- symbols ----------------------------------------------------------------------------------------------------------
@@ -596,9 +618,7 @@ def kernel_made_of_ops(
 def _run_kernel(op: OpOverload, keys: Any, seen: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
     # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
     # parameter requires no grad, and matmul takes another path.
-    with ExitStack() as stack:
-        for key in ("ADInplaceOrView", *seen):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+    with _seen_again(*_HIDDEN_BY_MODES, *seen):
         return op.redispatch(keys, *args, **kwargs)
 
 

@@ -237,7 +237,8 @@ def _site(mark: Mark, structure: Structure) -> int:
     order = (*written, *rest)
     arguments = with_leaves(structure, lambda leaf: _moved(leaf, order))
     try:
-        known = mark.known.setdefault((arguments, autocast, torch.is_grad_enabled()), {})
+        asked = mark.known.setdefault(_torch.current_compilation(), {})
+        known = asked.setdefault((arguments, autocast, torch.is_grad_enabled()), {})
     except TypeError:  # somebody's pytree node with a context that cannot be hashed
         known = {}
     site = Site(number, mark, arguments, order, len(written), autocast, torch.is_grad_enabled(), modules, known)

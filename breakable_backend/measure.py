@@ -272,7 +272,7 @@ def _measure_entry(
     module = _uncaptured(executor)
     plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
     counted = (entry.replay.tally, executor.statistics, entry)
-    with _Bench(driver.device, _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
+    with _undisturbed(driver, lambda: _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
         with _alone(driver) as stream:
             times = bench.times(lambda: replay(list(args), stream))
             steps = _timed_steps(bench, entry.recording, args, stream)
@@ -294,7 +294,7 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
         raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
     if graph.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
-    with _Bench(driver.device, graph.written) as bench, _uncounted(tally):
+    with _undisturbed(driver, lambda: graph.written) as bench, _uncounted(tally):
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))
             with graph.modes.enter():
@@ -342,6 +342,13 @@ def _judged(
         tuple(advice),
         "" if driver.name == "cuda" else f"the {driver.name} driver shows no speed",
     )
+
+
+@contextmanager
+def _undisturbed(driver: CaptureDriver, written: Callable[[], Sequence[torch.UntypedStorage]]) -> Iterator[_Bench]:
+    """A bench that has the pool to itself: what a call in another thread writes in between would be put back with our own."""
+    with driver.lock, _Bench(driver.device, written()) as bench:
+        yield bench
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import operator
@@ -50,8 +49,11 @@ class Mark:
     """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
     sites: dict[int, Site] = field(default_factory=dict, repr=False)
     """The calls of it in compiled code."""
-    known: dict[Any, dict[Any, Expected]] = field(default_factory=dict, repr=False)
-    """What they return, by structure of the arguments, and by their layouts."""
+    known: weakref.WeakKeyDictionary[Any, dict[Any, dict[Any, Expected]]] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
+    """What they return, by structure of the arguments, and by their layouts; for each compilation. In the next one, modules
+    and what the function closes over may be others."""
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -389,7 +391,11 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
 
     def copied(original: torch.nn.Module) -> torch.nn.Module:
         if id(original) not in twins:
-            made = twins[id(original)] = copy.copy(original)
+            kind = type(original)
+            made = twins[id(original)] = kind.__new__(
+                kind
+            )  # not copy.copy: a __getstate__ may refuse, or leave things out
+            made.__dict__.update(original.__dict__)
             for name in ("_parameters", "_buffers"):
                 made.__dict__[name] = {
                     key: other.get(id(value), value) for key, value in original.__dict__[name].items()
@@ -409,7 +415,7 @@ def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Seque
     numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
     if not all(type(number) in (int, float) for number in numbers):
         return None
-    return (tuple(needs), specs, *ints, *floats)
+    return (tuple(needs), specs, *ints, *(value.hex() for value in floats))  # -0.0 is not 0.0
 
 
 numbers = itertools.count(int.from_bytes(os.urandom(4), "little") << 24)

@@ -7,6 +7,7 @@ Dynamo traces most of these functions: containers are gone from what it compiles
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 import math
 import sys
@@ -41,7 +42,7 @@ def children(value: Any) -> list[Any] | None:
 def foreign(value: Any) -> str:
     """The type of what no structure can hold in ``value``; empty if there is none."""
     if value is None or isinstance(
-        value, (torch.Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat, torch.nn.Module)
+        value, (torch.Tensor, bool, str, int, float, enum.Enum, torch.SymInt, torch.SymFloat, torch.nn.Module)
     ):
         return ""
     items = children(value)
@@ -63,12 +64,20 @@ def modules_in(value: Any) -> Iterator[torch.nn.Module]:
             yield from modules_in(item)
 
 
+def _enums_in(value: Any) -> Iterator[enum.Enum]:
+    if isinstance(value, enum.Enum):
+        yield value
+    elif not isinstance(value, torch.Tensor):
+        for item in children(value) or ():
+            yield from _enums_in(item)
+
+
 def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
     """The structure of ``value``, whose tensors and numbers go to the lists; of a module, its parameters and buffers."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return ("tensor", len(tensors) - 1)
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, (bool, str, enum.Enum)):  # an IntEnum is no number
         return ("plain", value)
     if isinstance(value, (int, torch.SymInt)):
         ints.append(value)
@@ -127,7 +136,17 @@ def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
         return tuple.__new__(structure[1], items)  # calling it needs a guard, and a result's class has no source
     if kind == "node":
         return _torch.PYTREE_NODES[structure[1]].unflatten_fn(items, structure[2])
-    return structure[1](**dict(zip(structure[2], items)))  # noqa: B905
+    return _dataclass(structure[1], structure[2], items)
+
+
+def _dataclass(kind: type, names: Sequence[str], items: Sequence[Any]) -> Any:
+    """A dataclass with these fields. What its ``__init__`` and ``__post_init__`` did to them is done already."""
+    if issubclass(kind, dict):  # such as those of transformers: a field is an item too
+        return kind(**dict(zip(names, items)))  # noqa: B905 - Dynamo traces this
+    made = object.__new__(kind)
+    for name, item in zip(names, items):  # noqa: B905
+        object.__setattr__(made, name, item)
+    return made
 
 
 def with_leaves(structure: Structure, leaf: Callable[[Structure], Structure]) -> Structure:
@@ -235,6 +254,7 @@ def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recordi
     """
     result = holder[0]
     other = foreign(result) or next((type(module).__name__ for module in modules_in(result)), "")
+    other = other or next((type(value).__name__ for value in _enums_in(result)), "")  # Dynamo's guards on one fail
     if other:
         raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
     tensors: list[torch.Tensor] = []
@@ -256,7 +276,8 @@ def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recordi
             return ("int", structure[1], len(taker.roots))
         if structure[0] == "float":
             value = floats[structure[1]]
-            return ("plain", math.nan if value != value else value)  # so that it equals itself
+            value = math.nan if value != value else value  # so that it equals itself
+            return ("plain", value, value.hex())  # so that 0.0 does not equal -0.0
         return structure
 
     return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
@@ -362,10 +383,12 @@ _CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named t
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """New memory of the same geometry."""
+    """New memory of the same geometry. The copy is no view, so it may be changed in place by those who get it."""
     where = geometry(tensor)
-    flat = tensor.detach().as_strided((extent(where),), (1,), where[2]).clone()
-    return flat.as_strided(where[0], where[1], 0)
+    length = extent(where)
+    made = torch.empty_strided(where[0], where[1], dtype=tensor.dtype, device=tensor.device)
+    made.as_strided((length,), (1,), 0).copy_(tensor.detach().as_strided((length,), (1,), where[2]))
+    return made
 
 
 def _apart(where: Geometry, start: int) -> Geometry:

@@ -44,17 +44,24 @@ class Tape(bytearray):
                 given.append(flat if where is None else flat.as_strided(*where[:2], flat.storage_offset() + where[2]))
         if not outputs:
             return [None] * len(self.leaves)
+        # A parameter may be among the arguments twice, by its module and by itself: its gradient is there once.
+        firsts = {id(leaf): place for place, leaf in reversed(list(enumerate(self.leaves)))}
+        leaves = [self.leaves[place] for place in firsts.values()]
         # Whether the caller retains its graph, nobody tells; the handle ends this one.
-        return list(torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True))
+        found = torch.autograd.grad(outputs, leaves, given, retain_graph=True, allow_unused=True)
+        gradients: list[torch.Tensor | None] = [None] * len(self.leaves)
+        for place, gradient in zip(firsts.values(), found, strict=True):
+            gradients[place] = gradient
+        return gradients
 
 
 _numbers = itertools.count(1)
 _tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
 
 
-def tape_of(handle: torch.Tensor) -> Tape:
-    """The tape behind a handle, or behind a copy of one while that lives."""
-    return _tapes[int(handle.item())]
+def tape_of(handle: torch.Tensor) -> Tape | None:
+    """The tape behind a handle, or behind a copy of one while that lives; None where there are only copies left."""
+    return _tapes.get(int(handle.item()))
 
 
 def reaches_others(members: Sequence[Sequence[Member]], leaves: Sequence[torch.Tensor]) -> bool:

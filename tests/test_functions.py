@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import functools
 import gc
 import os
@@ -794,3 +795,127 @@ def test_cost_outside() -> None:
     marked = eager_on_graph(nothing)
     plain, wrapped = (min(timeit.repeat(lambda f=f: f(1), number=2000, repeat=20)) / 2000 for f in (nothing, marked))
     assert wrapped - plain < 5e-6  # 0.2 us where nothing else runs; this only finds a slip of another order
+
+
+# --- found by attack ------------------------------------------------------------------------------------------------------
+
+
+class Side(enum.IntEnum):
+    LEFT, RIGHT = 1, 2
+
+
+def test_enums(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A member of an enum stays what it is, also where it is a number; as a result it is refused, as Dynamo fails on it."""
+
+    @eager_on_graph
+    def pick(x: Tensor, side: Side, back: bool = False) -> Any:
+        assert side is Side.LEFT or side is Side.RIGHT
+        return (x * int(side), side) if back else x * int(side)
+
+    compiled, x = compile_with(lambda x: pick(x + 1, Side.LEFT) + pick(x, Side.RIGHT)), torch.ones(3, device=device)
+    for _ in range(4):
+        assert torch.equal(compiled(x), x * 4)
+    with pytest.raises(PartitionError, match="compiled code cannot hold: Side"):
+        compile_with(lambda x: pick(x + 1, Side.LEFT, back=True), fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_lazy_bits_in_the_body(backend: str, device: torch.device) -> None:
+    """``conj()`` is what it is in the body, also in a first call, that AOT makes under a dispatch mode."""
+    square = eager_on_graph(lambda x: x * x.conj())
+    compiled = torch.compile(lambda x: square(x * 2).real + 1, backend=backend)
+    x = torch.tensor([1 + 2j, 3j], device=device)
+    for _ in range(4):
+        assert torch.equal(compiled(x), torch.tensor([21.0, 37.0], device=device))
+
+
+@dataclasses.dataclass
+class Shifted:
+    """Is not the same when it is made again from its fields."""
+
+    tensor: Tensor
+    count: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.tensor, self.count = self.tensor + 1, self.count + 1
+
+
+def test_dataclasses_are_made_once(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """What ``__post_init__`` does happens where the user makes the object, and not again for each step."""
+
+    @eager_on_graph
+    def shift(given: Shifted) -> Shifted:
+        assert given.count == 1
+        return Shifted(given.tensor * 2)
+
+    def model(x: Tensor) -> tuple[Tensor, Any]:
+        made = shift(Shifted(x * 3))
+        return made.tensor * 1, made.count + 0
+
+    compiled, x = compile_with(model), torch.ones(3, device=device)
+    for _ in range(4):
+        got, want = compiled(x), model(x)
+        assert torch.equal(got[0], want[0])
+        assert got[1] == want[1]
+
+
+def test_sign_of_zero(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """0.0 and -0.0 are different numbers, for a call and for what it returns."""
+
+    @eager_on_graph
+    def with_number(x: Tensor, number: float) -> tuple[Tensor, float]:
+        return x + 1, number
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        (a, low), (b, high) = with_number(x, -0.0), with_number(x, 0.0)
+        return a * low, b * high
+
+    compiled, x = compile_with(model, fullgraph=True), torch.ones(3, device=device)
+    for _ in range(4):
+        low, high = compiled(x)
+        assert low.signbit().all()
+        assert not high.signbit().any()
+
+
+def test_next_compilation_asks_again(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """What a function returned on fake tensors holds for one compilation: modules, and what is closed over, may change."""
+
+    class Head(nn.Module):
+        size = 2
+
+        @eager_on_graph
+        def first(self, x: Tensor) -> Tensor:
+            return x[: self.size] * 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x * 2) + 1
+
+    head, x = Head(), torch.ones(4, device=device)
+    assert compile_with(head)(x).shape == (2,)
+    torch.compiler.reset()
+    head.size = 3
+    assert compile_with(head)(x).shape == (3,)
+
+
+def test_buffer_with_two_names(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A compiler's tensor in place of a buffer is there under each of its names."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("a", torch.ones(3))
+            self.register_buffer("b", self.a)
+
+        @eager_on_graph
+        def both(self, x: Tensor) -> Tensor:
+            return x + self.a * 2 + self.b
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.a.add_(1)
+            return self.both(x * 2)
+
+    model = Tied().to(device)
+    reference, x = copy.deepcopy(model), torch.ones(3, device=device)
+    compiled = compile_with(model)
+    for _ in range(4):
+        assert torch.equal(compiled(x), reference(x))

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import EagerOutputError, OptionsError, PartitionError, eager_on_graph, tapes
+from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph, tapes
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
@@ -534,3 +535,151 @@ def test_checkpoint_around(compile_with: Function, device: torch.device) -> None
     compiled(*x).sum().backward()
     whole(*y).sum().backward()
     assert same_gradients(x, y)
+
+
+def test_hook_on_a_tied_parameter(compile_with: Function, device: torch.device) -> None:
+    """A parameter with two names and a hook has the gradients of both places, and the hook runs once."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        @eager_on_graph
+        def both(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x * 2) + 1
+
+    mine = Tied().to(device)
+    theirs = copy.deepcopy(mine)
+    hooked: list[Tensor] = []
+    for model, function in ((mine, compile_with(mine)), (theirs, theirs)):
+        hooked.clear()
+        model.a.weight.register_hook(lambda grad: hooked.append(grad) or grad * 2)
+        function(torch.ones(2, 3, device=device)).square().sum().backward()
+        assert len(hooked) == 1
+    assert same_gradients([mine.a.weight], [theirs.a.weight])
+
+
+def test_result_that_the_caller_changes(compile_with: Function, device: torch.device) -> None:
+    """A result that is the compiled function's may be changed in place, as in ``loss /= steps``."""
+    triple = eager_on_graph(lambda x: x * 3)
+    compiled = compile_with(lambda x: triple(x.sin()))
+    ((x,), (y,)) = leaves(device, (4,))
+    for function, leaf in ((compiled, x), (lambda x: x.sin() * 3, y)):
+        out = function(leaf)
+        out.mul_(leaf)
+        out.sum().backward()
+    assert same_gradients([x], [y])
+
+
+def test_backward_for_a_pytree_node(compile_with: Function, device: torch.device) -> None:
+    """A gradient in a container that pytree knows reaches the tensors of the argument."""
+
+    @eager_on_graph(backward=lambda context, grad: (OrderedDict((name, grad * 3) for name in context.args[0]),))
+    def add(tensors: OrderedDict[str, Tensor]) -> Tensor:
+        return tensors["a"] + tensors["b"]
+
+    compiled = compile_with(lambda x, y: add(OrderedDict(a=x * 2, b=y)) * 2)
+    ((x, y),) = leaves(device, (4,), (4,), number=1)
+    compiled(x, y).sum().backward()
+    assert torch.equal(x.grad, torch.full((4,), 12.0, device=device))
+    assert torch.equal(y.grad, torch.full((4,), 6.0, device=device))
+
+
+def test_views_in_the_body(compile_with: Function, device: torch.device) -> None:
+    """A view that the body writes is one for autograd too, also in a first call, that AOT makes under a dispatch mode."""
+
+    def body(x: Tensor) -> Tensor:
+        y = x * 1
+        y[0].mul_(2)
+        return y * y
+
+    compiled = compile_with(lambda x: eager_body(x.sin()) * 2)
+    eager_body = eager_on_graph(body)
+    ((x,), (y,)) = leaves(device, (2, 2))
+    compiled(x).sum().backward()
+    (body(y.sin()) * 2).sum().backward()
+    assert same_gradients([x], [y])
+
+
+def test_saved_tensors_hooks(options: dict[str, Any], device: torch.device) -> None:
+    """Hooks that keep copies of what is saved find the tape; where compiled code saves the handle, that is an error."""
+    square = eager_on_graph(lambda x: x * x)
+
+    def run(backend: str, **kwargs: Any) -> Tensor:
+        ((x,),) = leaves(device, (4,), number=1)
+        compiled = torch.compile(lambda x: square(x.sin()) * 2, backend=backend, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+            out = compiled(x)
+        out.sum().backward()
+        assert x.grad is not None
+        return x.grad - 4 * x.detach().sin() * x.detach().cos()
+
+    assert run("breakable_cg", options=options).abs().max() < 1e-5
+    torch.compiler.reset()
+    with pytest.raises(ReplayError, match="saved_tensors_hooks kept a copy"):
+        run("aot_eager")
+
+
+def test_a_parameter_among_the_arguments_twice(compile_with: Function, device: torch.device) -> None:
+    """By its module, by itself, by another module: its gradient is counted once for each use."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        @eager_on_graph
+        def mix(self, inner: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+            return inner(x) * 2 + x @ weight.t() + self.inner(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.inner, self.inner.weight, x * 2) + 1
+
+    mine = Layer().to(device)
+    theirs = copy.deepcopy(mine)
+    x = torch.randn(2, 3, device=device)
+    compile_with(mine)(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    assert same_gradients(list(mine.parameters()), list(theirs.parameters()))
+
+
+def test_no_shapes_with_gradients(compile_with: Function, device: torch.device) -> None:
+    """A function that cannot run on fake tensors says so, also where gradients are wanted."""
+
+    @eager_on_graph
+    def host(x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+    ((x,),) = leaves(device, (4,), number=1)
+    with pytest.raises(PartitionError, match="cannot run on fake tensors"):
+        compile_with(lambda x: host(x.sin()))(x)
+
+
+def test_parametrized_modules(compile_with: Function, device: torch.device) -> None:
+    """Modules that refuse to be copied, as those with weight norm do, are arguments like others."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+        @eager_on_graph
+        def apply_inner(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.apply_inner(x * 2) + 1
+
+    torch.manual_seed(0)
+    mine = Layer().to(device)
+    torch.manual_seed(0)
+    theirs = Layer().to(device)
+    x = torch.randn(2, 3, device=device)
+    compile_with(mine)(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    assert same_gradients(list(mine.parameters()), list(theirs.parameters()))

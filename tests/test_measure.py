@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -278,3 +279,27 @@ def test_lines() -> None:
         "costliest break: step 3, mylib::route, 40.0 us of host time (50%) at model.py:3 in f",
         "do less: 9 of 10",
     ]
+
+
+@torch.no_grad()
+def test_calls_of_another_thread(device: torch.device, options: dict[str, Any]) -> None:
+    """What a call in another thread writes meanwhile is not put back with what measuring wrote."""
+    model = Counting().to(device)
+    x = torch.randn(2, 4, device=device)
+    compiled = compiled_and_called(model, options, x)
+    calls, done = 0, threading.Event()
+
+    def work() -> None:
+        nonlocal calls
+        with torch.no_grad():
+            while not done.is_set() or calls < 20:
+                compiled(x)
+                calls += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(3):
+        explain(compiled, measure=True)
+    done.set()
+    thread.join()
+    assert model.calls == 4 + calls
