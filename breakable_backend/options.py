@@ -90,8 +90,8 @@ class Options:
             except OptionsError as error:
                 if name in (given or {}):
                     raise
-                said = f"{ENVIRONMENT_PREFIX}{name.upper()} in the environment"
-                raise OptionsError(f"{error.what} (from {said})", fix=error.fix) from None
+                variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
+                raise OptionsError(f"{error.what} (from {variable} in the environment)", fix=error.fix) from None
         return cls(**values)
 
 

@@ -392,9 +392,7 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
     def copied(original: torch.nn.Module) -> torch.nn.Module:
         if id(original) not in twins:
             kind = type(original)
-            made = twins[id(original)] = kind.__new__(
-                kind
-            )  # not copy.copy: a __getstate__ may refuse, or leave things out
+            made = twins[id(original)] = kind.__new__(kind)  # __getstate__, as copy.copy has it, may leave things out
             made.__dict__.update(original.__dict__)
             for name in ("_parameters", "_buffers"):
                 made.__dict__[name] = {

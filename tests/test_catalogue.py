@@ -120,6 +120,8 @@ class Case:
 
 
 PRELUDE = """\
+import os, warnings
+from unittest import mock
 from breakable_backend import *
 
 TAPE = {"driver": "tape", "min_kernels": 1}
@@ -250,11 +252,18 @@ CASES: dict[str, Case] = {
     "export: nothing was captured": Case("export(graph, folder)  # here"),
     "is not compiled": Case("explain(plain)  # here"),
     "measure=True needs the function to measure": Case("explain(measure=True)  # here"),
+    "in the environment)": Case(
+        "with mock.patch.dict(os.environ, BREAKABLE_CG_OUTPUTS='mine'): compile(plain)(x)  # here"
+    ),
     "is in debug mode, where times mean nothing": Case(
         "f = compile(plain, debug='eager')\nf(x), f(x), f(x)\nexplain(f, measure=True)  # here"
     ),
     "there is nothing to measure: no call was recorded": Case(
         "f = compile(plain)\nf(x)\nexplain(f, measure=True)  # here"
+    ),
+    "there is nothing to measure: the call replays nothing": Case(
+        "torch.set_grad_enabled(True)\nweight = leaf()\nwith warnings.catch_warnings(action='ignore'):\n"
+        "    explain(lambda x: x * weight, x, measure=True, options=TAPE)  # here"
     ),
     "is not kept between calls, so there is nothing to replay": Case(
         "f = compile(lambda x, y: silly.triple(y) + (x.sin() + 1))\n"
@@ -272,6 +281,11 @@ CASES: dict[str, Case] = {
     ),
     "executor.py: cannot be captured": Case(
         "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"
+    ),
+    "keeps for its backward is gone: saved_tensors_hooks kept a copy of its handle instead": Case(
+        "@eager_on_graph  # here\ndef square(x): return x * x\n\ntorch.set_grad_enabled(True)\n"
+        "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):\n"
+        "    out = torch.compile(lambda x: square(x.sin()) * 2, backend='aot_eager')(leaf())\nout.sum().backward()"
     ),
     "cannot be one node": Case(
         "@eager_on_graph  # here\ndef unwrap(thing): return x + 1\n\nthing = object()\ncall_as_one_node(lambda x: unwrap(thing))"

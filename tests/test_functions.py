@@ -700,9 +700,9 @@ def test_source_of_a_wrapped_function() -> None:
         return x + 1
 
     wrapped = functools.wraps(plain)(lambda *args: plain(*args))
-    line = plain.__code__.co_firstlineno
+    where = f"test_functions.py:{plain.__code__.co_firstlineno} in plain: def plain(x: Tensor) -> Tensor:"
     for function in (plain, wrapped, eager_on_graph(plain)):
-        assert eager_on_graph(function).mark.source == f"test_functions.py:{line}"  # type: ignore[attr-defined]
+        assert eager_on_graph(function).mark.source == where  # type: ignore[attr-defined]
 
 
 def test_no_shapes(compile_ours: Callable[..., Any], device: torch.device) -> None:
