@@ -349,7 +349,7 @@ def test_address_moved_of_a_static_input(device: torch.device, compared: dict[st
     run(compiled, device, 3)
     (executor,) = executors_of(compiled)
     (addresses,) = executor.sets
-    executor._read_key = lambda args, read=executor._read_key: dataclasses.replace(read(args), addresses=addresses)  # type: ignore[assignment, misc]
+    executor._read_key = lambda args, read=executor._read_key: read(args)._replace(addresses=addresses)  # type: ignore[assignment, misc]
     model.weight.data = model.weight.data.clone()
     error = diverges(compiled, device, "address moved", call=4)
     assert error.kind == "captured"
@@ -896,7 +896,7 @@ def test_first_replay_looks_at_static_inputs(device: torch.device, options: dict
     run(compiled, device, 2)
     (executor,) = executors_of(compiled)
     (addresses,) = executor.sets
-    executor._read_key = lambda args, read=executor._read_key: dataclasses.replace(read(args), addresses=addresses)  # type: ignore[assignment, misc]
+    executor._read_key = lambda args, read=executor._read_key: read(args)._replace(addresses=addresses)  # type: ignore[assignment, misc]
     model.weight.data = model.weight.data.clone()
     diverges(compiled, device, "address moved")
 
