@@ -147,6 +147,7 @@ def _shapes(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], f
 
 @torch.library.register_fake("breakable_cg::shapes", lib=_library)  # type: ignore[untyped-decorator]
 def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
+    sites[site].look_for_overlaps(tensors)
     sites[site].learn(needs, tensors, ints, floats)
 
 

@@ -150,6 +150,8 @@ class Site:
     gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
     """Dimensions, dtype and device of the gradients that the backward computes."""
     error: PartitionError | None = None
+    overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Tensors that are read and lie in the memory of one that is written: which one, and how many elements after it."""
 
     @property
     def declared(self) -> bool:
@@ -213,6 +215,14 @@ class Site:
         else:
             differentiable = tuple(map(bool, taken.members))
         return Expected(taken.structure, tuple(map(Spec.of, taken.roots)), differentiable, len(taken.ints))
+
+    def look_for_overlaps(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note which tensors share memory with one that is written. A compiler that functionalises parts them later."""
+        for written, target in enumerate(tensors[: self.num_written]):
+            for place, tensor in enumerate(tensors[self.num_written :], self.num_written):
+                apart = tensor.storage_offset() - target.storage_offset()
+                if _torch.storage_key(tensor) == _torch.storage_key(target) and type(apart) is int:
+                    self.overlaps[place] = written, apart
 
     # on real ones
 
@@ -283,10 +293,18 @@ class Site:
     ) -> Iterator[tuple[list[Any], dict[int, Any]]]:
         """The tensors and modules to call the function with."""
         given = list(tensors)
+        for place, (written, apart) in self.overlaps.items():
+            tensor, target = given[place], given[written]
+            if _torch.storage_key(tensor) != _torch.storage_key(target) and tensor.dtype is target.dtype:
+                try:
+                    given[place] = target.as_strided(tensor.shape, tensor.stride(), target.storage_offset() + apart)
+                except RuntimeError:
+                    raise self._parted() from None
+        tensors = list(given)
         if needs:
             parts = {place for leaf in leaves_of(self.arguments) if leaf[0] == "module" for place in leaf[3]}
             for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
-                copied = traced and place >= self.num_written and place not in parts
+                copied = traced and place >= self.num_written and place not in parts and place not in self.overlaps
                 given[place] = (copy_of(tensor) if copied else tensor).detach().requires_grad_(need)
         modules = {address: self._module(address) for address in self.modules}
         with ExitStack() as stack:
@@ -372,6 +390,13 @@ class Site:
         )
         failed.__cause__ = error
         return failed
+
+    def _parted(self) -> ReplayError:
+        return ReplayError(
+            f"{self.mark.name} reads memory around a tensor that it writes, which the backend has copied without that",
+            where=self.mark.source,
+            fix="pass the whole tensor, and name it in mutates_args; or make clones of the parts before",
+        )
 
     def _mismatch(self, got: str, wanted: str) -> BreakableError:
         fix = "return the same structure and plain values at each call, and the layouts that fake= tells"

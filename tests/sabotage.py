@@ -292,7 +292,7 @@ FAULTS = (
     Fault(
         "one-tape-for-all-calls",
         "tapes.py",
-        "    return _tapes[int(handle.item())]",
+        "    return _tapes.get(int(handle.item()))",
         "    return _tapes[min(_tapes)]",
         "test_functions_gradients.py::test_two_forward_passes[aot_eager-cpu]",
     ),

@@ -23,6 +23,7 @@ from breakable_backend import (
     EagerOutputError,
     OptionsError,
     PartitionError,
+    ReplayError,
     capture,
     eager_on_graph,
     explain,
@@ -919,3 +920,35 @@ def test_buffer_with_two_names(compile_with: Callable[..., Any], device: torch.d
     compiled = compile_with(model)
     for _ in range(4):
         assert torch.equal(compiled(x), reference(x))
+
+
+@pytest.mark.parametrize("name", ["same", "overlap", "base", "module"])
+def test_written_memory_that_is_read_too(compile_with: Callable[..., Any], device: torch.device, name: str) -> None:
+    """An argument in the memory of one that is written sees the write, also where a compiler passes copies."""
+
+    @eager_on_graph(mutates_args=("a",))
+    def write(a: Any, b: Tensor) -> Tensor:
+        (a.buffer if isinstance(a, nn.Module) else a).add_(1)
+        return b * 2
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("buffer", torch.ones(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x * 2
+            pairs = {"same": (y, y), "overlap": (y[:2], y[1:]), "base": (y[1:], y), "module": (self, self.buffer)}
+            return write(*pairs[name]), y + self.buffer
+
+    model = Module().to(device)
+    reference, x = copy.deepcopy(model), torch.arange(3.0, device=device)
+    compiled = compile_with(model, fullgraph=True)
+    for _ in range(4):
+        want = reference(x)
+        try:
+            got = compiled(x)
+        except ReplayError:  # Inductor copies what is written, and no more
+            assert name in ("overlap", "base")
+        else:
+            assert all(map(torch.equal, got, want))
