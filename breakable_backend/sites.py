@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError
+from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError
 from breakable_backend.structure import (
     Result,
     Structure,

@@ -21,7 +21,7 @@ import torch
 
 import breakable_backend
 import silly
-from breakable_backend import BreakableError, _torch, errors
+from breakable_backend import BreakableError, _torch, errors, sites
 from breakable_backend.drivers import cuda, nodes, tape
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.structure import Unholdable
@@ -202,6 +202,16 @@ def growing_op(patch: pytest.MonkeyPatch) -> Any:
     return silly.visit
 
 
+def parting(patch: pytest.MonkeyPatch) -> None:
+    """A backend that hands each tensor on as a copy, as one that functionalises may."""
+    run = sites.Site.run
+
+    def parted(site: Any, needs: Any, traced: bool, tensors: Any, *rest: Any, **said: Any) -> Any:
+        return run(site, needs, traced, [tensor.clone() for tensor in tensors], *rest, **said)
+
+    patch.setattr(sites.Site, "run", parted)
+
+
 def foreign_capture(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Begins what looks like somebody else's capture."""
     return lambda: patch.setattr(tape.TapeDriver, "is_capturing", lambda driver: True)
@@ -286,6 +296,12 @@ CASES: dict[str, Case] = {
         "@eager_on_graph  # here\ndef square(x): return x * x\n\ntorch.set_grad_enabled(True)\n"
         "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):\n"
         "    out = torch.compile(lambda x: square(x.sin()) * 2, backend='aot_eager')(leaf())\nout.sum().backward()"
+    ),
+    "reads memory around a tensor that it writes, which the backend has copied without that": Case(
+        "@eager_on_graph(mutates_args=('a',), fake=lambda a, b: torch.empty_like(b))  # here\n"
+        "def write(a, b): return a.add_(1) + b\n\n"
+        "compile(lambda x: write((y := x * 2)[:2], y[1:]))(x)",
+        parting,
     ),
     "cannot be one node": Case(
         "@eager_on_graph  # here\ndef unwrap(thing): return x + 1\n\nthing = object()\ncall_as_one_node(lambda x: unwrap(thing))"
