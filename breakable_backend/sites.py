@@ -299,7 +299,11 @@ class Site:
                 try:
                     given[place] = target.as_strided(tensor.shape, tensor.stride(), target.storage_offset() + apart)
                 except RuntimeError:
-                    raise self._parted() from None
+                    raise ReplayError(
+                        f"{self.mark.name} reads memory around a tensor that it writes, which the backend has copied without that",
+                        where=self.mark.source,
+                        fix="pass the whole tensor, and name it in mutates_args; or make clones of the parts before",
+                    ) from None
         tensors = list(given)
         if needs:
             parts = {place for leaf in leaves_of(self.arguments) if leaf[0] == "module" for place in leaf[3]}
@@ -390,13 +394,6 @@ class Site:
         )
         failed.__cause__ = error
         return failed
-
-    def _parted(self) -> ReplayError:
-        return ReplayError(
-            f"{self.mark.name} reads memory around a tensor that it writes, which the backend has copied without that",
-            where=self.mark.source,
-            fix="pass the whole tensor, and name it in mutates_args; or make clones of the parts before",
-        )
 
     def _mismatch(self, got: str, wanted: str) -> BreakableError:
         fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
