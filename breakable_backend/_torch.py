@@ -168,16 +168,18 @@ def is_static(tensor: torch.Tensor) -> bool:
 
 def graph_breaks() -> dict[str, int]:
     """Dynamo's graph breaks since its last reset: how many, by reason. The user's line is in the reason's first line."""
-    found: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    texts: dict[str, str] = {}
     for broken in graph_break_reasons:
-        first, newline, rest = broken.reason.strip().partition("\n")
+        first, _, rest = broken.reason.strip().partition("\n")
         if first.startswith("generic_jump"):
-            first = "a branch that depends on values of a tensor"
+            first = "Data-dependent branching"  # Dynamo's words for it in a function that it inlines
         if broken.user_stack:
             frame = broken.user_stack[-1]
             first += f", at {frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
-        found[first + newline + rest] += 1
-    return dict(found)
+        times[first] += 1
+        texts[first] = max(texts.get(first, ""), f"{first}\n{rest}".strip(), key=len)
+    return {texts[first]: count for first, count in times.items()}
 
 
 def compiled_graphs(compiled: Any) -> list[Any]:
