@@ -495,6 +495,18 @@ graph 0: 2 captured, 1 eager (tape on cpu)
     assert [program.name for program in explain(compiled).programs] == [report.programs[0].name]
 
 
+def test_programs_behind_a_break_in_a_closure() -> None:
+    """What Dynamo goes on with after a graph break is found, also where the function has a closure."""
+    scale = torch.ones(3)
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin() * scale
+        torch._dynamo.graph_break()
+        return y.cos() * scale
+
+    assert len(explain(called(f, 3, torch.ones(3))).programs) == 2
+
+
 def test_dict_and_json() -> None:
     """The report as plain values: all its fields, what steps say of themselves, and a version."""
     report = explain(called(from_file(STEPS), 4, torch.ones(3)))
