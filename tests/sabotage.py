@@ -514,7 +514,7 @@ FAULTS = (
         "_torch.py",
         "codes = [*made.co_consts, *(function.__code__ for function in resumed), *cells]",
         "codes = [function.__code__ for function in resumed]",
-        "test_doors.py::test_equals_eager[compile-cpu-order of mutation]",
+        "test_report.py::test_programs_behind_a_break_in_a_closure",
     ),
     # --- replay: generated source ---
     Fault(
