@@ -32,7 +32,7 @@ def children(value: Any) -> list[Any] | None:
         return list(value)
     if type(value) is dict:
         return list(value.values()) if all([isinstance(key, (str, int)) for key in value]) else None  # noqa: C419 - Dynamo traces it
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if not isinstance(value, (dict, type)) and dataclasses.is_dataclass(value):  # Dynamo of 2.11 asks no OrderedDict
         return [getattr(value, part.name) for part in dataclasses.fields(value)]
     if type(value) in _torch.PYTREE_NODES:
         return list(_torch.PYTREE_NODES[type(value)].flatten_fn(value)[0])
@@ -96,7 +96,7 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
         return ("dict", tuple(value.keys()), items)
     if isinstance(value, tuple):
         return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if not isinstance(value, (dict, type)) and dataclasses.is_dataclass(value):
         names = tuple([part.name for part in dataclasses.fields(value)])
         return (
             "data",

@@ -38,7 +38,10 @@ def clean() -> Iterator[None]:
     random.seed(0)
     torch.manual_seed(0)
     grad = torch.is_grad_enabled()
+    # What dynamic= sets while it compiles is one setting for all threads: two that compile at once may leave it behind.
+    static = torch._dynamo.config.assume_static_by_default
     yield
+    torch._dynamo.config.assume_static_by_default = static
     torch.set_grad_enabled(grad)
     torch.compiler.reset()
     torch._dynamo.pgo.reset_code_state()  # torch 2.11 keeps what it learned of sizes: the next test's would be dynamic

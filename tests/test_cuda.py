@@ -455,7 +455,6 @@ def test_side_stream_of_the_caller() -> None:
             assert torch.equal(ours(x), model(x))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_capture_on_a_stream_of_the_caller() -> None:
     """``stream`` is where that one capture happens; the next is on the graph's own again."""
     graph, x, side = BreakableCUDAGraph(driver="cuda"), torch.ones(4, device=CUDA), torch.cuda.Stream()
@@ -473,6 +472,7 @@ def test_capture_on_a_stream_of_the_caller() -> None:
     graph.reset()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_model_on_another_device_than_the_current() -> None:
     """A model on the second GPU replays there while the first is the current device, also with random draws."""
     other = torch.device("cuda", 1)
