@@ -317,14 +317,14 @@ def _recording(entry: Entry, position: int, measured: Measured | None) -> Record
         why=entry.why,
         source=replay.source if replay else "",
         refused=entry.refused,
-        steps=_steps(recording, measured),
+        steps=_timed(_steps(recording), measured),
         measured=measured,
     )
 
 
 def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramReport:
     recording, driver = graph.recording, graph.driver
-    steps = _steps(recording, None)
+    steps = _steps(recording)
     eager = [step for step in steps if step.kind == "eager"]
     copies = graph.tally.copies if graph.tally else 0
     recordings: tuple[RecordingReport, ...] = ()
@@ -345,7 +345,7 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
                 why="captured",
                 source=graph.source,
                 refused="",
-                steps=_steps(recording, measured),
+                steps=_timed(steps, measured),
                 measured=measured,
             ),
         )
@@ -373,17 +373,17 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
     )
 
 
-def _steps(recording: Recording | None, measured: Measured | None) -> tuple[StepReport, ...]:
+def _steps(recording: Recording | None) -> tuple[StepReport, ...]:
     if recording is None:
         return ()
-    found = (_step(recording, position, step) for position, step in enumerate(recording.steps))
+    return tuple(_step(recording, position, step) for position, step in enumerate(recording.steps))
+
+
+def _timed(steps: tuple[StepReport, ...], measured: Measured | None) -> tuple[StepReport, ...]:
     if measured is None:
-        return tuple(found)
-    times = measured.steps
-    return tuple(
-        dataclasses.replace(step, host_us=time.host_us, gpu_us=time.gpu_us)
-        for step, time in zip(found, times, strict=True)
-    )
+        return steps
+    times = zip(steps, measured.steps, strict=True)
+    return tuple(dataclasses.replace(step, host_us=time.host_us, gpu_us=time.gpu_us) for step, time in times)
 
 
 def _step(recording: Recording, position: int, step: Step) -> StepReport:

@@ -32,11 +32,16 @@ def children(value: Any) -> list[Any] | None:
         return list(value)
     if type(value) is dict:
         return list(value.values()) if all([isinstance(key, (str, int)) for key in value]) else None  # noqa: C419 - Dynamo traces it
-    if not isinstance(value, (dict, type)) and dataclasses.is_dataclass(value):  # Dynamo of 2.11 asks no OrderedDict
+    if _is_data(value):
         return [getattr(value, part.name) for part in dataclasses.fields(value)]
     if type(value) in _torch.PYTREE_NODES:
         return list(_torch.PYTREE_NODES[type(value)].flatten_fn(value)[0])
     return None
+
+
+def _is_data(value: Any) -> bool:
+    """Whether ``value`` is made of a dataclass. Dynamo of torch 2.11 cannot ask that of a dict's subclass, which is none."""
+    return not isinstance(value, (dict, type)) and dataclasses.is_dataclass(value)
 
 
 def foreign(value: Any) -> str:
@@ -96,7 +101,7 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
         return ("dict", tuple(value.keys()), items)
     if isinstance(value, tuple):
         return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
-    if not isinstance(value, (dict, type)) and dataclasses.is_dataclass(value):
+    if _is_data(value):
         names = tuple([part.name for part in dataclasses.fields(value)])
         return (
             "data",

@@ -335,3 +335,16 @@ class Counting(nn.Module):
         y = x + self.total
         add_into(self.total, torch.full_like(x, 2.0))
         return y
+
+
+def mutating(x: Tensor) -> Tensor:
+    """``x`` becomes ``8x + 3``, in two writes around an eager op, and the result is one more."""
+    x.mul_(2)
+    y = triple(x + 1)
+    return x.add_(y) + 1
+
+
+def aliasing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two results that share memory, and a view of the input of four elements."""
+    y = triple(x.exp() + 1) * 2 + 1
+    return y, y[1:], x.view(2, 2)

@@ -23,6 +23,7 @@ from breakable_backend.errors import CAUSES
 from breakable_backend.executor import Entry
 from breakable_backend.recording import GraphStep, Recording
 from checks import check, entries_of
+from silly import aliasing, mutating
 
 NAN, INF = float("nan"), float("inf")
 
@@ -112,17 +113,6 @@ def _(x: Tensor) -> Tensor:
 
 def drawing(x: Tensor) -> Tensor:
     return silly.noise(x + torch.rand_like(x)) + torch.rand_like(x)
-
-
-def mutating(x: Tensor) -> Tensor:
-    x.mul_(2)
-    y = silly.triple(x + 1)
-    return x.add_(y) + 1
-
-
-def aliasing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    y = silly.triple(x.exp() + 1) * 2 + 1
-    return y, y[1:], x.view(2, 2)
 
 
 def several(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 import silly
 from breakable_backend import explain
 from breakable_backend.backend import executors_of
+from silly import aliasing, mutating
 
 
 @pytest.fixture
@@ -28,17 +29,6 @@ def stepped(x: Tensor) -> Tensor:
 
 def drawing(x: Tensor) -> Tensor:
     return silly.triple(x + torch.rand_like(x)) + torch.rand_like(x)
-
-
-def mutating(x: Tensor) -> Tensor:
-    x.mul_(2)
-    y = silly.triple(x + 1)
-    return x.add_(y) + 1
-
-
-def aliasing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    y = silly.triple(x.exp() + 1) * 2 + 1
-    return y, y[1:], x.view(2, 2)
 
 
 MODELS: dict[str, Callable[[Tensor], Any]] = {f.__name__: f for f in (stepped, drawing, mutating, aliasing)}
