@@ -576,22 +576,6 @@ def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any
 # --- for the tape driver ----------------------------------------------------------------------------------------------
 
 
-def written_values(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What is passed for the arguments that ``op`` writes, in the order of its schema.
-
-    Batch norm writes its running statistics although its schema says nothing of it.
-    """
-    undeclared = ("running_mean", "running_var") if op._schema.name in _WRITES_STATISTICS else ()
-    return [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(op._schema.arguments)
-        if argument.name in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
-    ]
-
-
-_WRITES_STATISTICS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
-
-
 def kernel_made_of_ops(
     op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str] = (), *, watching: bool = False
 ) -> Callable[..., Any] | None:

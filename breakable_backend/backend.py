@@ -24,10 +24,11 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.effects import tensors_of
 from breakable_backend.errors import PartitionError
 from breakable_backend.executor import Executor, scope_for
 from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
-from breakable_backend.marking import EagerOps, Scope, tensors_of
+from breakable_backend.marking import EagerOps, Scope
 from breakable_backend.options import Options
 from breakable_backend.program import source_line
 from breakable_backend.sources import show_module

@@ -29,6 +29,7 @@ from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.effects import written_values
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
 from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside
@@ -302,7 +303,7 @@ class _Door:
         for tensor in tensors_on(self.driver.device, (args, kwargs)):
             self._reads(tensor)
         if isinstance(func, _torch.OpOverload):
-            for tensor in tensors_on(self.driver.device, _torch.written_values(func, args, kwargs)):
+            for tensor in tensors_on(self.driver.device, written_values(func, args, kwargs)):
                 if (key := _torch.storage_key(tensor)) not in self.made:
                     self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
         result = func(*args, **kwargs) if self.witness is None else self._issue(func, args, kwargs)

@@ -23,9 +23,10 @@ from breakable_backend.active import handler as door
 from breakable_backend.active import in_call
 from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver
+from breakable_backend.effects import writes_inputs
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.journal import Journal
-from breakable_backend.lowering import Lowered, writes_inputs
+from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.partition import partition

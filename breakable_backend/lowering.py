@@ -13,7 +13,8 @@ from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.marking import EagerOps, annotate_functions, bodies, is_marked, tensors_of, written_arguments
+from breakable_backend.effects import bodies, tensors_of, writes_inputs
+from breakable_backend.marking import EagerOps, annotate_functions, is_marked
 
 AMBIENT_KEY = "breakable_cg_ambient"
 
@@ -145,22 +146,6 @@ def _share_storage(inputs: Sequence[Any]) -> bool:
     fixed = {_torch.storage_key(tensor) for tensor in tensors if _torch.is_static(tensor)}
     free = [_torch.storage_key(tensor) for tensor in tensors if not _torch.is_static(tensor)]
     return len(set(free)) < len(free) or not fixed.isdisjoint(free)
-
-
-def writes_inputs(module: fx.GraphModule) -> bool:
-    """Whether an ATen graph writes the memory of an argument."""
-    arguments = {
-        _torch.storage_key(tensor)
-        for node in module.graph.find_nodes(op="placeholder")
-        for tensor in tensors_of(node.meta.get("val"))
-    }
-    return any(
-        _torch.storage_key(tensor) in arguments
-        for node in module.graph.nodes
-        if node.op == "call_function"
-        for argument in written_arguments(node)
-        for tensor in tensors_of(argument.meta.get("val"))
-    )
 
 
 def needs_gradients(gm: fx.GraphModule) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from torch.fx.traceback import annotate, get_current_meta
 
 from breakable_backend import _torch, ops
 from breakable_backend._torch import pytree
+from breakable_backend.effects import effective_ops, schema_name, tensors_of
 from breakable_backend.errors import OptionsError
 from breakable_backend.program import Reason, source_line
 
@@ -157,51 +158,6 @@ def annotate_functions(gm: fx.GraphModule, eager_ops: EagerOps) -> None:
             node.meta["custom"] = {**node.meta.get("custom", {}), REGION_KEY: True}
 
 
-# --- what a node does ---------------------------------------------------------------------------------------------------
-
-
-def effective_ops(node: fx.Node) -> Iterator[Any]:
-    """The ops that a call really runs, through the wrappers and bodies of higher-order ops."""
-    yield node.target
-    if not isinstance(node.target, _torch.HigherOrderOperator):
-        return
-    for argument in pytree.tree_leaves((node.args, node.kwargs)):
-        if isinstance(argument, _torch.OpOverload | _torch.HigherOrderOperator):
-            yield argument
-    for body in bodies(node):
-        for inner in body.graph.nodes:
-            if inner.op == "call_function":
-                yield from effective_ops(inner)
-
-
-def bodies(node: fx.Node) -> list[fx.GraphModule]:
-    """The graphs that a higher-order op is called with."""
-    attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]
-    found = [getattr(node.graph.owning_module, str(attribute.target), None) for attribute in attributes]
-    return [body for body in found if isinstance(body, fx.GraphModule)]
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in a node's ``meta["val"]``, which may be one, a nest of them, or none."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The argument nodes whose storage a call writes, by the op's schema.
-
-    Of a higher-order op that runs anything mutable, all tensor arguments: their bodies are not matched to arguments.
-    """
-    if isinstance(node.target, _torch.HigherOrderOperator):
-        mutable = "mutation" in str(node.target) or any(
-            isinstance(op, _torch.OpOverload) and op._schema.is_mutable for op in effective_ops(node)
-        )
-        return [a for a in node.all_input_nodes if tensors_of(a.meta.get("val"))] if mutable else []
-    if not isinstance(node.target, _torch.OpOverload):
-        return []
-    written = _torch.written_values(node.target, node.args, node.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)]
-
-
 # --- rules --------------------------------------------------------------------------------------------------------------
 
 
@@ -297,16 +253,6 @@ def on_host(node: fx.Node) -> bool:
     return bool(tensors) and all(tensor.device.type == "cpu" and tensor.dim() == 0 for tensor in tensors)
 
 
-def is_pure(node: fx.Node) -> bool:
-    """Whether a node calls an op of torch's own that depends on its arguments alone and writes nothing."""
-    return (
-        isinstance(node.target, _torch.OpOverload)
-        and node.target.namespace in ("aten", "prims")
-        and not node.target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in node.target.tags
-    )
-
-
 def off_device(node: fx.Node, scope: Scope) -> str:
     if node.name in scope.host_scalars:
         return ""
@@ -374,11 +320,6 @@ def classify(node: fx.Node, scope: Scope) -> Reason | None:
         if text := rule(node, scope):
             return Reason(rule.__name__, text, label(node), source_line(node), rule in WHOLE_PROGRAM)
     return None
-
-
-def schema_name(node: fx.Node) -> str:
-    """``ns::op`` of the overload that a node calls; empty if it calls none."""
-    return str(node.target._schema.name) if isinstance(node.target, _torch.OpOverload) else ""
 
 
 def label(node: fx.Node) -> str:

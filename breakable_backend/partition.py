@@ -26,17 +26,19 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
-from breakable_backend.lowering import Lowered, ambient_of
-from breakable_backend.marking import (
-    Scope,
-    classify,
+from breakable_backend.effects import (
+    alias_source,
+    is_check,
+    is_getitem,
     is_pure,
-    label,
-    on_host,
+    is_size,
+    is_view,
     schema_name,
     tensors_of,
     written_arguments,
 )
+from breakable_backend.lowering import Lowered, ambient_of
+from breakable_backend.marking import Scope, classify, label, on_host
 from breakable_backend.program import (
     Access,
     EagerSegment,
@@ -56,9 +58,6 @@ _NO_LAUNCH = frozenset(
     for name in "empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_async".split()
 )
 """ATen ops that allocate or check, and launch nothing."""
-
-_CHECKS = ("aten::_assert_tensor_metadata", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size")
-"""Ops that tell a compiler something and do nothing when run."""
 
 
 def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
@@ -171,19 +170,17 @@ class _Flow:
         sizes: set[fx.Node] = set()
         attached: dict[fx.Node, list[fx.Node]] = {}
         actions: list[fx.Node] = []
-        everything = tuple(
-            node for node in graph.nodes if node.op == "call_function" and schema_name(node) not in _CHECKS
-        )
+        everything = tuple(node for node in graph.nodes if node.op == "call_function" and not is_check(node))
         for node in graph.nodes:
-            if node.op == "output" or schema_name(node) in _CHECKS:
+            if node.op == "output" or is_check(node):
                 continue
             value = node.meta.get("val")
-            producer = node.args[0] if schema_name(node) == "" and _is_getitem(node) else None
+            producer = node.args[0] if is_getitem(node) else None
             if node.op == "call_function" and not isinstance(producer, fx.Node):
-                if _is_size(node, value, known):
+                if is_size(node, known):
                     sizes.add(node)
                     continue
-                if _is_view(node, value):
+                if is_view(node):
                     views.add(node)
                 else:
                     actions.append(node)
@@ -200,7 +197,7 @@ class _Flow:
                 if maker is None:
                     roots[_torch.storage_key(value)] = root[node] = node
                 else:
-                    source[node] = _alias_source(node, producer, maker)
+                    source[node] = alias_source(node, producer, maker)
                     root[node] = root[source[node]]
             elif node in views:
                 source[node] = next(a for a in node.all_input_nodes if a in root)
@@ -218,45 +215,6 @@ class _Flow:
         """The same, with nothing to be made again: every node is an action at its own place."""
         own = {node: node for node in self.root}
         return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), self.all_nodes)
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
-
-
-_SHAPE_READS = ("aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset")
-
-
-def _is_size(node: fx.Node, value: Any, known: frozenset[Any]) -> bool:
-    """A number that follows from the number inputs and the shapes of inputs."""
-    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
-        return False
-    reads_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
-    return free_symbols(value) <= known and (not reads_data or schema_name(node) in _SHAPE_READS)
-
-
-def _is_view(node: fx.Node, value: Any) -> bool:
-    """Whether a call does nothing but alias its arguments, and may be made again anywhere."""
-    target = node.target
-    if not isinstance(target, _torch.OpOverload) or target.namespace not in ("aten", "prims", "prim"):
-        return False
-    results = tensors_of(value)
-    known = {_torch.storage_key(t) for a in node.all_input_nodes for t in tensors_of(a.meta.get("val"))}
-    return bool(results) and not target._schema.is_mutable and all(_torch.storage_key(t) in known for t in results)
-
-
-def _alias_source(node: fx.Node, producer: Any, maker: fx.Node) -> fx.Node:
-    """Which argument ``node`` is, or is a view of; ``maker`` made the storage, or was first to bring it in."""
-    candidates: list[fx.Node] = []
-    for call in (node, producer):
-        if isinstance(call, fx.Node):
-            candidates += [*written_arguments(call), *call.all_input_nodes]
-    key = _torch.storage_key(node.meta["val"])
-    for candidate in candidates:
-        value = candidate.meta.get("val")
-        if isinstance(value, torch.Tensor) and _torch.storage_key(value) == key:
-            return candidate
-    return maker
 
 
 class _Builder:

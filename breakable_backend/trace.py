@@ -18,6 +18,7 @@ from torch import fx
 from breakable_backend import _torch, active
 from breakable_backend._torch import Geometry, pytree
 from breakable_backend.drivers.tape import ALLOCATING
+from breakable_backend.effects import written_values
 from breakable_backend.marking import label
 from breakable_backend.program import source_line
 
@@ -187,7 +188,7 @@ class Watch:
                     result = kernel(*args, **kwargs)
                 self._stored(first, result)
                 return result
-            return self._run(func, args, kwargs, _torch.written_values(func, args, kwargs))
+            return self._run(func, args, kwargs, written_values(func, args, kwargs))
         if func is _torch.invoke_subgraph:
             with self.watching():
                 return args[0](*args[2:])

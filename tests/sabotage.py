@@ -880,7 +880,7 @@ FAULTS = (
     ),
     Fault(
         "marks-in-bodies-ignored",
-        "marking.py",
+        "effects.py",
         "    for body in bodies(node):",
         "    for body in ():",
         "test_contract_models.py::test_higher_order_ops[cpu-subgraph_marked]",

@@ -18,6 +18,7 @@ LAYERS = {
     "_torch": 0,
     "active": 1,
     "difference": 1,
+    "effects": 1,
     "errors": 1,
     "structure": 1,
     "tapes": 1,

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 import breakable_backend
 import silly
 from breakable_backend import OptionsError, eager_region, mark_eager, unmark_eager
+from breakable_backend.effects import effective_ops, written_arguments
 from breakable_backend.marking import (
     REGION_KEY,
     RULES,
@@ -33,7 +34,6 @@ from breakable_backend.marking import (
     boolean_index,
     classify,
     data_dependent,
-    effective_ops,
     explicit_generator,
     higher_order,
     host_read,
@@ -47,7 +47,6 @@ from breakable_backend.marking import (
     sparse,
     stream_operation,
     waits_for_host,
-    written_arguments,
 )
 from breakable_backend.program import Reason, source_line
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.nodes import dot_of_names
+from breakable_backend.effects import written_values
 from breakable_backend.errors import CaptureError, ReplayError, user_line
 
 T = TypeVar("T")
@@ -243,7 +244,7 @@ class _Tape:
             # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
             with _Taping(self), _HostReads(self):
                 return kernel(*args, **kwargs)
-        return self._run(func, args, kwargs, _torch.pytree.tree_leaves(_torch.written_values(func, args, kwargs)))
+        return self._run(func, args, kwargs, _torch.pytree.tree_leaves(written_values(func, args, kwargs)))
 
     def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.name() == "triton_kernel_wrapper_mutation":
