@@ -55,6 +55,21 @@ class Fault:
 
 
 FAULTS = (
+    # --- Python's collector ---
+    Fault(
+        "the-first-recording-to-end-lets-the-collector-go",
+        "drivers/collector.py",
+        "if not _holders and gc.get_threshold()[0] == 0:",
+        "if gc.get_threshold()[0] == 0:",
+        "test_driver_contract.py::test_recordings_in_two_threads_hold_off_the_collector[tape]",
+    ),
+    Fault(
+        "a-threshold-of-the-users-is-lost",
+        "drivers/collector.py",
+        "if not _holders and gc.get_threshold()[0] == 0:",
+        "if not _holders:",
+        "test_driver_contract.py::test_recording_respects_who_disables_the_collector[tape]",
+    ),
     # --- errors ---
     Fault(
         "errors-without-a-line",

@@ -433,9 +433,9 @@ def test_capture_leaves_no_trace() -> None:
     ours = compiled(stack(32, 1))
     x = torch.randn(2, 32, device=CUDA)
     ours(x)
-    stream, state = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+    stream, state, threshold = torch.cuda.current_stream(), torch.cuda.get_rng_state(), gc.get_threshold()
     ours(x)
-    assert torch.cuda.current_stream() == stream and gc.isenabled()
+    assert torch.cuda.current_stream() == stream and gc.isenabled() and gc.get_threshold() == threshold
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert not torch.cuda.is_current_stream_capturing()
 

@@ -719,14 +719,69 @@ def test_release_in_the_middle_of_a_recording(driver: CaptureDriver) -> None:
 
 
 def test_recording_holds_off_the_collector(driver: CaptureDriver) -> None:
-    """Python's cycle collector is off during a recording, and as before after it, also if the recording raised."""
-    assert gc.isenabled()
+    """Python's cycle collector does not run by itself during a recording, and as before after it, also if that raised."""
+    assert collections() > 0
     with driver.lock, driver.recording():
-        assert not gc.isenabled()
-    assert gc.isenabled()
+        assert collections() == 0
+    assert collections() > 0
     with driver.lock, pytest.raises(KeyError), driver.recording():
         raise KeyError
-    assert gc.isenabled()
+    assert collections() > 0
+
+
+def test_recordings_in_two_threads_hold_off_the_collector(driver: CaptureDriver) -> None:
+    """The collector runs again when the last recording of all threads ends, in whatever order they began."""
+    other = TapeDriver(torch.device("cpu"))
+    begun, over = threading.Event(), threading.Event()
+
+    def record() -> None:
+        with other.lock, other.recording():
+            begun.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=record)
+    with driver.lock, driver.recording():
+        thread.start()
+        assert begun.wait(60)
+    assert collections() == 0
+    over.set()
+    thread.join()
+    assert collections() > 0
+
+
+def test_recording_respects_who_disables_the_collector(driver: CaptureDriver) -> None:
+    """What code enables, disables or sets of the collector while a recording is under way stays; none runs meanwhile."""
+    threshold = gc.get_threshold()
+    try:
+        with driver.lock, driver.recording():
+            gc.disable()
+        assert not gc.isenabled()
+        with driver.lock, driver.recording():
+            gc.enable()
+            assert collections() == 0
+        assert gc.isenabled() and gc.get_threshold() == threshold
+        with driver.lock, driver.recording():
+            gc.set_threshold(50_000)
+        assert gc.get_threshold()[0] == 50_000
+    finally:
+        gc.enable()
+        gc.set_threshold(*threshold)
+
+
+def collections() -> int:
+    """How often Python's cycle collector runs while many containers are made."""
+    runs: list[str] = []
+
+    def ran(phase: str, _: object) -> None:
+        runs.append(phase)
+
+    gc.callbacks.append(ran)
+    try:
+        kept = [[number] for number in range(20_000)]
+    finally:
+        gc.callbacks.remove(ran)
+    del kept
+    return runs.count("start")
 
 
 # --- the tape driver alone --------------------------------------------------------------------------------------------

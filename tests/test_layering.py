@@ -30,6 +30,7 @@ LAYERS = {
     "buffers": 4,
     "debug": 4,
     "drivers": 4,
+    "drivers.collector": 4,
     "drivers.nodes": 4,
     "functions": 4,
     "marking": 4,

@@ -6,7 +6,6 @@ allocator each time, which with many segments costs seconds.
 
 from __future__ import annotations
 
-import gc
 import threading
 import warnings
 from collections import deque
@@ -18,6 +17,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.errors import CaptureError, OptionsError, ReplayError, user_line
 
@@ -197,21 +197,21 @@ class CudaDriver:
         anybody who clears workspaces, as torch's own CUDA graph trees do. It goes back to the pool at the end, where
         later graphs may have it: replays in one pool are ordered.
         """
-        collecting = gc.isenabled()
-        gc.disable()
         self._recordings += 1
         try:
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-                torch.cuda.current_blas_handle()
-            if self._pool is None:
-                self._open_pool()
-            _torch.clear_cublas_workspaces()
-            yield
+            with held_off():
+                with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                    torch.cuda.current_blas_handle()
+                if self._pool is None:
+                    self._open_pool()
+                _torch.clear_cublas_workspaces()
+                try:
+                    yield
+                finally:
+                    _torch.clear_cublas_workspaces()
         finally:
-            _torch.clear_cublas_workspaces()
             self._recordings -= 1
-            if collecting:
-                gc.enable()
+
 
     def capture(self, body: Callable[[], T]) -> tuple[CudaGraph, T]:
         """Run ``body`` under a capture on the driver's own stream."""

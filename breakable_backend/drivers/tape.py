@@ -8,7 +8,6 @@ a host read therefore fails here as it does on a GPU. Streams, pool reuse and ke
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections import deque
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.effects import written_values
 from breakable_backend.errors import CaptureError, ReplayError, user_line
@@ -411,13 +411,8 @@ class TapeDriver:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
+        with held_off():
             yield
-        finally:
-            if enabled:
-                gc.enable()
 
     def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
         with self.session() as session:
