@@ -987,8 +987,8 @@ FAULTS = (
     Fault(
         "workspace-left-in-the-pool",
         "drivers/cuda.py",
-        "finally:\n            _torch.clear_cublas_workspaces()",
-        "finally:",
+        "finally:\n                    _torch.clear_cublas_workspaces()",
+        "finally:\n                    pass",
         "test_cuda.py::test_reset_gives_memory_back",
         gpu=True,
     ),
