@@ -117,12 +117,17 @@ def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
         _side_effectful_functions.difference_update(added)
 
 
-_OTHER_ARITHMETIC = (
+def aten(names: str) -> frozenset[str]:
+    """A table of ATen ops, as ``aten::name``. Tables hold names, so that a torch without one of the ops has the rest."""
+    return frozenset(f"aten::{name}" for name in names.split())
+
+
+_OTHER_ARITHMETIC = aten(
     "cudnn_batch_norm native_batch_norm upsample_nearest1d upsample_nearest2d upsample_nearest3d "
     "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
     "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
     "multi_margin_loss multilabel_margin_loss_forward lstm gru rnn_tanh rnn_relu"
-).split()
+)
 
 
 @contextmanager
@@ -135,7 +140,7 @@ def _eager_kernels() -> Iterator[None]:
     removed = [
         (op, key, op.py_kernels.pop(key))
         for name in _OTHER_ARITHMETIC
-        for op in overloads(getattr(torch.ops.aten, name))
+        for op in find_overloads(name)
         for key in keys
         if key in op.py_kernels
     ]
@@ -528,6 +533,11 @@ def overloads(target: Any) -> list[OpOverload]:
     if isinstance(target, OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
     return []
+
+
+def schema_name(op: Any) -> str:
+    """``ns::op`` of an overload, which tables of ops hold; empty for all else."""
+    return str(op._schema.name) if isinstance(op, OpOverload) else ""
 
 
 def op_names() -> list[str]:

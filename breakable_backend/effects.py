@@ -21,7 +21,7 @@ from breakable_backend._torch import pytree
 
 def schema_name(node: fx.Node) -> str:
     """``ns::op`` of the overload that a node calls; empty if it calls none."""
-    return str(node.target._schema.name) if isinstance(node.target, _torch.OpOverload) else ""
+    return _torch.schema_name(node.target)
 
 
 def is_getitem(node: fx.Node) -> bool:
@@ -74,7 +74,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)]
 
 
-_WRITES_STATISTICS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+_WRITES_STATISTICS = _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm")
 
 
 def written_values(op: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -108,10 +108,10 @@ def writes_inputs(module: fx.GraphModule) -> bool:
 
 # --- what it returns ------------------------------------------------------------------------------------------------------
 
-_CHECKS = ("aten::_assert_tensor_metadata", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size")
+_CHECKS = _torch.aten("_assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size")
 """Ops that tell a compiler something and do nothing when run."""
 
-_SHAPE_READS = ("aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset")
+_SHAPE_READS = _torch.aten("sym_size sym_stride sym_numel sym_storage_offset")
 
 
 def is_check(node: fx.Node) -> bool:

@@ -215,7 +215,7 @@ def explicit_generator(node: fx.Node, scope: Scope) -> str:
     return ""
 
 
-READS_HOST = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::_assert_scalar")
+READS_HOST = _torch.aten("_local_scalar_dense item is_nonzero equal _assert_scalar")
 
 
 def host_read(node: fx.Node, scope: Scope) -> str:
@@ -229,7 +229,7 @@ def data_dependent(node: fx.Node, scope: Scope) -> str:
     return ""
 
 
-INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index", "aten::_unsafe_index_put")
+INDEXING = _torch.aten("index index_put index_put_ _unsafe_index _unsafe_index_put")
 
 
 def boolean_index(node: fx.Node, scope: Scope) -> str:
@@ -268,13 +268,10 @@ def off_device(node: fx.Node, scope: Scope) -> str:
     return ""
 
 
-WAITS_FOR_HOST = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_ldl_factor_ex linalg_lstsq "
-        "linalg_matrix_exp bincount _ctc_loss _cudnn_ctc_loss masked_select nonzero repeat_interleave "
-        "unique_consecutive unique_dim _unique _unique2"
-    ).split()
+WAITS_FOR_HOST = _torch.aten(
+    "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_ldl_factor_ex linalg_lstsq "
+    "linalg_matrix_exp bincount _ctc_loss _cudnn_ctc_loss masked_select nonzero repeat_interleave unique_consecutive "
+    "unique_dim _unique _unique2"
 )
 """``linalg.inv``, ``cholesky``, ``solve`` and ``lu_factor`` are captured but for the check of their errors."""
 

@@ -53,10 +53,7 @@ from breakable_backend.program import (
     source_line,
 )
 
-_NO_LAUNCH = frozenset(
-    f"aten::{name}"
-    for name in "empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_async".split()
-)
+_NO_LAUNCH = _torch.aten("empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_async")
 """ATen ops that allocate or check, and launch nothing."""
 
 

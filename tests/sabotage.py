@@ -1088,6 +1088,21 @@ FAULTS = (
         '"".format(f"recording {number}"',
         "test_journal.py::test_trace",
     ),
+    # --- tables of ops ---
+    Fault(
+        "a-table-with-a-misspelt-op",
+        "marking.py",
+        "item is_nonzero equal",
+        "item is_non_zero equal",
+        "test_op_tables.py::test_each_name_is_an_op_of_the_torches_that_have_it",
+    ),
+    Fault(
+        "a-table-that-looks-its-ops-up",
+        "drivers/tape.py",
+        'COPIES = _torch.aten("_to_copy copy_")',
+        'COPIES = frozenset(getattr(aten, name)._qualified_op_name for name in ("_to_copy", "copy_"))',
+        "test_op_tables.py::test_a_torch_without_the_ops_of_the_tables",
+    ),
     # --- the page ---
     Fault(
         "a-source-line-ends-the-data",

@@ -212,7 +212,6 @@ class CudaDriver:
         finally:
             self._recordings -= 1
 
-
     def capture(self, body: Callable[[], T]) -> tuple[CudaGraph, T]:
         """Run ``body`` under a capture on the driver's own stream."""
         with self.session() as session:

@@ -37,19 +37,10 @@ MOVES = "gives other memory to a tensor from outside"
 FIX = "let it run eagerly: eager_region, mark_eager or options={'eager_ops': [...]}"
 
 REFUSED = {
-    aten._local_scalar_dense: HOST_READ,
-    aten.equal: HOST_READ,
-    aten.allclose: HOST_READ,
-    aten._linalg_check_errors: SYNC,  # inv, solve and more
-    aten._linalg_eigh: SYNC,
-    aten._linalg_eigvals: SYNC,
-    aten._linalg_svd: SYNC,
-    aten.linalg_eig: SYNC,
-    aten.cholesky: SYNC,
-    aten._embedding_bag: SYNC,
-    aten._embedding_bag_forward_only: SYNC,
-    aten._ctc_loss: SYNC,
-    aten._cudnn_ctc_loss: SYNC,
+    **dict.fromkeys(_torch.aten("_local_scalar_dense equal allclose"), HOST_READ),
+    # _linalg_check_errors: inv, solve and more
+    **dict.fromkeys(_torch.aten("_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig"), SYNC),
+    **dict.fromkeys(_torch.aten("cholesky _embedding_bag _embedding_bag_forward_only _ctc_loss _cudnn_ctc_loss"), SYNC),
 }
 """Ops that a CUDA capture refuses, beside those that the tags of ops tell."""
 
@@ -59,15 +50,10 @@ HOST_READING_METHODS = {
 }
 """Methods that copy to the host on a GPU, and that dispatch no copy, or nothing at all, on a CPU tensor."""
 
-INDEXING = {
-    *(aten.index, aten.index_put, aten.index_put_),
-    *(aten._unsafe_index, aten._unsafe_index_put, aten._index_put_impl_),
-}
-REBASING = {aten.resize_, aten.resize_as_, aten.set_}
-ALLOCATING = {
-    *(aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted),
-    *(aten.new_empty, aten.new_empty_strided),
-}
+INDEXING = _torch.aten("index index_put index_put_ _unsafe_index _unsafe_index_put _index_put_impl_")
+REBASING = _torch.aten("resize_ resize_as_ set_")
+ALLOCATING = _torch.aten("empty empty_like empty_strided empty_permuted new_empty new_empty_strided")
+COPIES = _torch.aten("_to_copy copy_")
 
 HIGHER_ORDER_OF_OPS = {
     *("auto_functionalized", "auto_functionalized_v2", "with_effects", "out_dtype"),
@@ -79,16 +65,16 @@ _active: ContextVar[TapeDriver | None] = ContextVar("breakable_backend.drivers.t
 
 
 def _why_refused(func: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tape: _Tape) -> str | None:
-    packet = func.overloadpacket
-    if packet in REFUSED:
-        return REFUSED[packet]
-    if packet in INDEXING:
+    name = _torch.schema_name(func)
+    if name in REFUSED:
+        return REFUSED[name]
+    if name in INDEXING:
         # An index by integers has a static shape, whatever its tag says.
         masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
         return DATA_SHAPE if masks else None
     if torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags:
         return DATA_SHAPE
-    if packet in REBASING and _torch.storage_key(args[0]) not in tape.made:
+    if name in REBASING and _torch.storage_key(args[0]) not in tape.made:
         return MOVES
     generator = kwargs.get("generator")
     if (
@@ -288,7 +274,7 @@ class _Tape:
                 self.made[key] = (tensor.untyped_storage(), tensor.dtype)
         # An op without tensors for a result, such as an assertion, is there for its effect.
         is_view = (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ())
-        if not is_view and getattr(func, "overloadpacket", None) not in ALLOCATING:
+        if not is_view and _torch.schema_name(func) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
             args, kwargs = _torch.pytree.tree_map_only(
                 torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs)
@@ -306,7 +292,7 @@ class _Tape:
         if any(tensor.layout != torch.strided for tensor in tensors):
             raise self.refuse(f"{func} works on a tensor without strides")
         # A kernel takes a host number (a tensor of no dimensions) by value; a copy between devices never does.
-        copies = getattr(func, "overloadpacket", None) in (aten._to_copy, aten.copy_)
+        copies = _torch.schema_name(func) in COPIES
         devices = {tensor.device for tensor in tensors if copies or tensor.dim() > 0}
         devices |= {tensor.device for tensor in targets} | {self.device}
         if len(devices) > 1:
