@@ -6,7 +6,7 @@ numbers), whether it can be made again, and whether it depends on more than its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ def schema_name(node: fx.Node) -> str:
 def is_getitem(node: fx.Node) -> bool:
     """Whether a node takes one of several results."""
     return schema_name(node) == "" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def producer_of(node: fx.Node) -> fx.Node:
+    """The call whose result a node takes, or takes a part of a part of; other nodes are their own."""
+    while is_getitem(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -59,29 +66,117 @@ def effective_ops(node: fx.Node) -> Iterator[Any]:
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The argument nodes whose storage a call writes, by the op's schema.
+    """The argument nodes whose storage a call writes.
 
-    Of a higher-order op that runs anything mutable, all tensor arguments: their bodies are not matched to arguments.
+    An op's schema says it; of a higher-order op its bodies, whose inputs stand for operands; of a user's Triton kernel
+    torch's analysis of its code. Where none of them can tell, all tensor arguments count as written.
     """
     if isinstance(node.target, _torch.HigherOrderOperator):
-        mutable = "mutation" in str(node.target) or any(
-            isinstance(op, _torch.OpOverload) and op._schema.is_mutable for op in effective_ops(node)
-        )
-        return [a for a in node.all_input_nodes if tensors_of(a.meta.get("val"))] if mutable else []
-    if not isinstance(node.target, _torch.OpOverload):
+        written = _written_by_higher_order(node)
+    elif isinstance(node.target, _torch.OpOverload):
+        written = written_values(node.target, node.args, node.kwargs)
+    else:
+        written = []
+    return list(dict.fromkeys(leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)))
+
+
+_ON_COPIES = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")
+"""Higher-order ops that hand copies to what writes."""
+
+_OPERANDS: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
+    "invoke_subgraph": lambda args: args[2:],
+    "cond": lambda args: args[3],
+    "switch": lambda args: args[2],
+    "while_loop": lambda args: (*args[2], *args[3]),
+    "while_loop_stack_output": lambda args: (*args[2], *args[3]),
+    "scan": lambda args: (*args[1], *args[2], *args[3]),
+    "map_impl": lambda args: (*args[1], *args[2]),
+    "strict_mode": lambda args: args[1],
+    "hints_wrapper": lambda args: args[1],
+}
+"""What stands, among the arguments of a higher-order op, for the inputs of each of its bodies. A body may get a slice."""
+
+
+def _written_by_higher_order(node: fx.Node) -> Sequence[Any]:
+    name = node.target.name()  # type: ignore[union-attr]
+    if name == "triton_kernel_wrapper_mutation":
+        return _written_by_kernel(node)
+    if name == "with_effects" and isinstance(op := node.args[1], _torch.OpOverload):
+        return written_values(op, node.args[2:], node.kwargs)
+    if name == "invoke_leaf_function":
+        return [node.args[4 + int(position)] for position in str(node.args[3]).split(",") if position]
+    if name in _ON_COPIES or not _may_write(node):
         return []
-    written = written_values(node.target, node.args, node.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)]
+    graphs, operands = bodies(node), _OPERANDS[name](node.args) if name in _OPERANDS else ()
+    if not graphs or any(len(graph.graph.find_nodes(op="placeholder")) != len(operands) for graph in graphs):
+        return [argument for argument in node.all_input_nodes if tensors_of(argument.meta.get("val"))]
+    written = [zip(operands, _written(graph), strict=True) for graph in graphs]
+    return [operand for pairs in written for operand, place in pairs if place]
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether any of the ops that a call really runs writes an argument of its own."""
+    return "mutation" in str(node.target) or any(
+        op.name() in _WRITERS if isinstance(op, _torch.HigherOrderOperator) else op._schema.is_mutable
+        for op in effective_ops(node)
+        if isinstance(op, _torch.HigherOrderOperator | _torch.OpOverload)
+    )
+
+
+_WRITERS = ("triton_kernel_wrapper_mutation", "invoke_leaf_function")
+"""Higher-order ops without a body that may write."""
+
+
+def _written(body: fx.GraphModule) -> list[bool]:
+    """Of each input of a graph, whether it is written, or a view of it."""
+    written = [
+        argument for node in body.graph.nodes if node.op == "call_function" for argument in written_arguments(node)
+    ]
+    memory = {_torch.storage_key(tensor) for node in written for tensor in tensors_of(node.meta.get("val"))}
+    behind = {place for node in written if "val" not in node.meta for place in _behind(node)}
+    return [
+        place in behind
+        or place in written
+        or any(_torch.storage_key(tensor) in memory for tensor in tensors_of(place.meta.get("val")))
+        for place in body.graph.find_nodes(op="placeholder")
+    ]
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """All that ``node`` was made from."""
+    found, pending = {node}, [node]
+    while pending:
+        new = [argument for argument in pending.pop().all_input_nodes if argument not in found]
+        found.update(new)
+        pending += new
+    return found
+
+
+_KERNEL_KEY = "breakable_cg_kernel_writes"
+
+
+def _written_by_kernel(node: fx.Node) -> list[Any]:
+    """What a Triton kernel writes, as torch reads it off the kernel's code: noted at the node, since that takes long."""
+    named: Mapping[str, Any] = node.kwargs["kwargs"]  # type: ignore[assignment]
+    if _KERNEL_KEY not in node.meta:
+        values = {name: value.meta.get("val") if isinstance(value, fx.Node) else value for name, value in named.items()}
+        node.meta[_KERNEL_KEY] = _torch.written_by_kernel(
+            node.kwargs["kernel_idx"], node.kwargs["constant_args_idx"], values, node.kwargs["tma_descriptor_metadata"]
+        )
+    return [named[name] for name in node.meta[_KERNEL_KEY]]
 
 
 _WRITES_STATISTICS = _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm")
 
 
-def written_values(op: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What is passed for the arguments that ``op`` writes, in the order of its schema.
 
-    Batch norm writes its running statistics although its schema says nothing of it.
+    Batch norm writes its running statistics although its schema says nothing of it. Of a higher-order op that is called
+    here and now, all that it is passed: that is for who wants to undo the call.
     """
+    if isinstance(op, _torch.HigherOrderOperator):
+        return [args, kwargs]
     undeclared = ("running_mean", "running_var") if op._schema.name in _WRITES_STATISTICS else ()
     return [
         args[i] if i < len(args) else kwargs.get(argument.name)
@@ -138,12 +233,11 @@ def is_view(node: fx.Node) -> bool:
     return bool(results) and not target._schema.is_mutable and all(_torch.storage_key(t) in known for t in results)
 
 
-def alias_source(node: fx.Node, producer: Any, maker: fx.Node) -> fx.Node:
+def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:
     """Which argument ``node`` is, or is a view of; ``maker`` made the storage, or was first to bring it in."""
     candidates: list[fx.Node] = []
-    for call in (node, producer):
-        if isinstance(call, fx.Node):
-            candidates += [*written_arguments(call), *call.all_input_nodes]
+    for call in dict.fromkeys((node, producer_of(node))):
+        candidates += [*written_arguments(call), *call.all_input_nodes]
     key = _torch.storage_key(node.meta["val"])
     for candidate in candidates:
         value = candidate.meta.get("val")

@@ -29,10 +29,10 @@ from breakable_backend import _torch
 from breakable_backend.effects import (
     alias_source,
     is_check,
-    is_getitem,
     is_pure,
     is_size,
     is_view,
+    producer_of,
     schema_name,
     tensors_of,
     written_arguments,
@@ -172,8 +172,8 @@ class _Flow:
             if node.op == "output" or is_check(node):
                 continue
             value = node.meta.get("val")
-            producer = node.args[0] if is_getitem(node) else None
-            if node.op == "call_function" and not isinstance(producer, fx.Node):
+            call = producer_of(node)
+            if node.op == "call_function" and call is node:
                 if is_size(node, known):
                     sizes.add(node)
                     continue
@@ -181,20 +181,20 @@ class _Flow:
                     views.add(node)
                 else:
                     actions.append(node)
-            elif isinstance(producer, fx.Node):
-                if producer in sizes:
+            elif call is not node:
+                if call in sizes:
                     sizes.add(node)
-                elif producer in views:
+                elif call in views:
                     views.add(node)
                 else:
-                    attached.setdefault(producer, []).append(node)
+                    attached.setdefault(call, []).append(node)
             if isinstance(value, torch.Tensor):
                 # An argument is a root also where it shares a storage with another: each enters segments by itself.
                 maker = roots.get(_torch.storage_key(value)) if node.op == "call_function" else None
                 if maker is None:
                     roots[_torch.storage_key(value)] = root[node] = node
                 else:
-                    source[node] = alias_source(node, producer, maker)
+                    source[node] = alias_source(node, maker)
                     root[node] = root[source[node]]
             elif node in views:
                 source[node] = next(a for a in node.all_input_nodes if a in root)

@@ -25,6 +25,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
+from breakable_backend.effects import producer_of
 from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
@@ -264,8 +265,7 @@ class Binding:
                 function = direct(function, site)
             else:
                 function = _torch.python_implementation(function, device_type) or function
-        producer = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(producer, fx.Node)
+        producer = producer_of(node)
         value = node.meta.get("val")
         checked = isinstance(value, torch.Tensor) and is_opaque(producer) and self._known(value)
         call = Call(

@@ -188,11 +188,10 @@ class Watch:
                     result = kernel(*args, **kwargs)
                 self._stored(first, result)
                 return result
-            return self._run(func, args, kwargs, written_values(func, args, kwargs))
-        if func is _torch.invoke_subgraph:
+        elif func is _torch.invoke_subgraph:
             with self.watching():
                 return args[0](*args[2:])
-        return self._run(func, args, kwargs, [args, kwargs])
+        return self._run(func, args, kwargs, written_values(func, args, kwargs))
 
     def _stored(self, first: int, result: Any) -> None:
         returned = {_torch.storage_key(tensor) for tensor in self._on_device(result)}

@@ -882,7 +882,7 @@ FAULTS = (
     Fault(
         "getitem-leaves-its-producer",
         "partition.py",
-        "attached.setdefault(producer, []).append(node)",
+        "attached.setdefault(call, []).append(node)",
         "actions.append(node)",
         "test_partition.py::test_getitem_stays_with_its_producer",
     ),
@@ -892,6 +892,27 @@ FAULTS = (
         "count < max(min_kernels, 1)",
         "count < 1",
         "test_contract_reasons.py::test_min_kernels[cpu]",
+    ),
+    Fault(
+        "regions-write-all-they-take",
+        "effects.py",
+        "for operand, place in pairs if place]",
+        "for operand, place in pairs]",
+        "test_effects.py::test_a_region_reads[cpu]",
+    ),
+    Fault(
+        "views-of-operands-not-followed",
+        "effects.py",
+        "or any(_torch.storage_key(tensor) in memory ",
+        "or any(False ",
+        "test_effects.py::test_a_region_writes[cpu]",
+    ),
+    Fault(
+        "results-in-results-stay-behind",
+        "effects.py",
+        "    while is_getitem(node) and isinstance(node.args[0], fx.Node):",
+        "    if is_getitem(node) and isinstance(node.args[0], fx.Node):",
+        "test_effects.py::test_nested_results[cpu-captured]",
     ),
     Fault(
         "marks-in-bodies-ignored",

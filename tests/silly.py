@@ -282,6 +282,17 @@ def _(target: Tensor, x: Tensor) -> None:
     pass
 
 
+@torch.library.custom_op("silly::split", mutates_args=())
+def split(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``x + 1``, and ``x + 2`` and ``x + 3`` in a list: a result in a result."""
+    return x + 1, [x + 2, x + 3]
+
+
+@split.register_fake
+def _(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(x), [torch.empty_like(x), torch.empty_like(x)]
+
+
 # --- models -------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 import breakable_backend
 import silly
 from breakable_backend import OptionsError, eager_region, mark_eager, unmark_eager
-from breakable_backend.effects import effective_ops, written_arguments
 from breakable_backend.marking import (
     REGION_KEY,
     RULES,
@@ -105,6 +104,8 @@ def by_hand(target: Any, /, *args: Any, val: Any = None, **kwargs: Any) -> fx.No
             return graph.get_attr(f"body{number}")
         if isinstance(value, list | tuple):
             return type(value)(argument(item) for item in value)
+        if isinstance(value, dict):
+            return {key: argument(item) for key, item in value.items()}
         return value
 
     node = graph.call_function(target, tuple(map(argument, args)), {k: argument(v) for k, v in kwargs.items()})
@@ -365,71 +366,6 @@ def test_whole_program(rule: Rule) -> None:
 def test_whole_program_goes_first() -> None:
     """A rule about the whole program is asked before those about one node."""
     assert set(RULES[: len(WHOLE_PROGRAM)]) == WHOLE_PROGRAM
-
-
-# --- what a node does -------------------------------------------------------------------------------------------------------
-
-
-def label_of(op: Any) -> str:
-    return op.name() if hasattr(op, "name") else op.__name__
-
-
-def test_effective_ops_of_a_call() -> None:
-    """An op runs itself."""
-    assert list(effective_ops(last_call(sines, cuda(4)))) == [aten.sin.default]
-
-
-def test_effective_ops_of_a_branch() -> None:
-    """A branch runs what its bodies call, to any depth."""
-
-    def inner(x: Tensor) -> Tensor:
-        return torch.cond(aten.any.default(x), lambda t: silly.triple(t), lambda t: t.exp(), (x,))
-
-    def outer(x: Tensor) -> Tensor:
-        return torch.cond(aten.any.default(x), inner, lambda t: t.tanh(), (x,))
-
-    node = last_call(outer, cuda(4))
-    found = {label_of(op) for op in effective_ops(node)}
-    assert {"cond", "silly::triple", "aten::exp", "aten::tanh"} <= found
-    assert "which is tagged cudagraph_unsafe" in marked(node, SCOPE)
-
-
-def test_effective_ops_of_a_subgraph() -> None:
-    """A subgraph runs what its body calls."""
-    node = subgraph(lambda x: silly.triple(x).sin(), cuda(4))
-    assert [label_of(op) for op in effective_ops(node)] == ["invoke_subgraph", "silly::triple", "aten::sin"]
-
-
-def test_effective_ops_of_a_wrapper() -> None:
-    """A higher-order op that takes an op runs that op."""
-    target = torch.ops.higher_order.auto_functionalized
-    x, y = fakes(cuda(4), cuda(4))
-    node = by_hand(target, silly.add_into.default, target=x, x=y, val=(None, x))
-    assert silly.add_into.default in list(effective_ops(node))
-    assert "silly.add_into" in marked(node, SCOPE)
-
-
-@pytest.mark.parametrize(
-    ("node", "written"),
-    [
-        (t(lambda x, y: aten.add_.Tensor(x, y), cuda(4), cuda(4)), ["x_1"]),
-        (t(lambda x, y: aten.add.Tensor(x, y), cuda(4), cuda(4)), []),
-        (t(lambda x, y: silly.add_into(x, y), cuda(4), cuda(4)), ["x_1"]),
-        (t(lambda x, y: torch.add(x, x, out=y), cuda(4), cuda(4)), ["y_1"]),
-        (t(lambda x, y: torch._foreach_add_([x, y], 1), cuda(4), cuda(4)), ["x_1", "y_1"]),
-        (functools.partial(subgraph, sines, cuda(4)), []),
-    ],
-    ids=["in_place", "pure", "custom", "out", "foreach", "subgraph"],
-)
-def test_written_arguments(node: Node, written: list[str]) -> None:
-    """What a call writes is what its schema says."""
-    assert [argument.name for argument in written_arguments(node())] == written
-
-
-def test_written_arguments_of_a_subgraph() -> None:
-    """Of a subgraph that runs something mutable, every tensor argument counts as written."""
-    node = subgraph(lambda x, y: (x.add_(y), x * 2)[1], cuda(4), cuda(4))
-    assert len(written_arguments(node)) == 2
 
 
 # --- marks ----------------------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ class _Tape:
 
     def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.name() == "triton_kernel_wrapper_mutation":
-            return self._run(func, args, kwargs, _torch.pytree.tree_leaves((args, kwargs)))
+            return self._run(func, args, kwargs, _torch.pytree.tree_leaves(written_values(func, args, kwargs)))
         with _Taping(self), _HostReads(self):
             if func is _torch.invoke_subgraph:
                 return args[0](*args[2:])
