@@ -72,11 +72,14 @@ class capture:
         graph: what to capture into; what it held before is released.
         stream: where to capture, instead of a stream of the graph's own; of CUDA.
         capture_error_mode: as in ``torch.cuda.graph``.
+        barrier: called before each eager step while capturing, such as a barrier of ranks: a rank that is ahead then waits
+            between two segments, and not within one. It runs before a mark's own ``barrier``, and not at replay.
         debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one at each replay. ``"compare"``: each
             replay of a segment is compared with its ops, issued one by one.
         tolerance: how far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; bit for bit by default.
 
     Raises:
+        OptionsError: an argument that it does not take.
         CaptureError: a capture is active already; or, at the line of the body that is to blame, what can be neither
             captured nor run eagerly, such as a value read on the host.
     """
@@ -87,6 +90,7 @@ class capture:
         stream: torch.cuda.Stream | None = None,
         capture_error_mode: str = "thread_local",
         *,
+        barrier: Callable[[], None] | None = None,
         debug: str | None = None,
         tolerance: tuple[float, float] | None = None,
     ) -> None:
@@ -99,7 +103,9 @@ class capture:
             raise OptionsError(
                 f"capture_error_mode does not take {capture_error_mode!r}", fix="global, thread_local or relaxed"
             )
-        self.graph, self.stream, self.mode = graph, stream, capture_error_mode
+        if barrier is not None and not callable(barrier):
+            raise OptionsError(f"barrier takes a function, got {barrier!r}")
+        self.graph, self.stream, self.mode, self.barrier = graph, stream, capture_error_mode, barrier
         said = {"debug": debug, "tolerance": tolerance}
         self.options = Options.parse({name: value for name, value in said.items() if value is not None})
         self._door: _Door | None = None
@@ -115,7 +121,7 @@ class capture:
             driver = TapeDriver(driver.device)
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        self._door = _Door(self.graph, driver, self.options, self.stream, self.mode)
+        self._door = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
         self._door.open()
         return self.graph
 
@@ -178,6 +184,7 @@ class _Door:
     options: Options
     capture_stream: torch.cuda.Stream | None
     error_mode: str
+    barrier: Callable[[], None] | None
     steps: list[Step] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     loads: tuple[Copy, ...] = ()
@@ -369,8 +376,9 @@ class _Door:
         known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
         try:
-            if mark is not None and mark.barrier is not None:
-                mark.barrier()
+            for barrier in (self.barrier, mark.barrier if mark is not None else None):
+                if barrier is not None:
+                    barrier()
             run = (mark.capture_stub if mark is not None else None) or function
             if self.witness is not None:
                 run = self.witness.attend(run, name, reason.source)

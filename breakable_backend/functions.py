@@ -31,8 +31,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def eager_on_graph(function: F, /) -> F: ...
 @overload
 def eager_on_graph(
-    *,
     enable: bool = True,
+    /,
+    *,
     mutates_args: tuple[str, ...] = (),
     fake: Callable[..., Any] | None = None,
     host_only: bool = False,
@@ -41,7 +42,19 @@ def eager_on_graph(
     recompute: bool = False,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]: ...
-def eager_on_graph(function: Any = None, /, *, enable: bool = True, **said: Any) -> Any:  # noqa: D417 - see overloads
+@overload
+def eager_on_graph(
+    *,
+    enable: bool,
+    mutates_args: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
+    host_only: bool = False,
+    capture_stub: Callable[..., Any] | None = None,
+    barrier: Callable[[], None] | None = None,
+    recompute: bool = False,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[F], F]: ...
+def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 - see overloads
     """Have a Python function run eagerly between captured segments, at every call and on real tensors.
 
     >>> @eager_on_graph
@@ -53,13 +66,14 @@ def eager_on_graph(function: Any = None, /, *, enable: bool = True, **said: Any)
     Args:
         function: a function, method, static method or lambda. A marked method is called without a break as
             ``Class.method.run_eager(instance, ...)``.
-        enable: False returns ``function`` itself.
+        enable: False returns ``function`` itself. It may also stand alone in the place of ``function``, as in
+            ``eager_on_graph(False)(f)``.
         mutates_args: names of tensor arguments that it writes, such as a cache.
         fake: what computes shapes under ``torch.compile``, with the same signature; by default the function itself, on
             fake tensors, once for each shape.
         host_only: whether its plain results may change between replays of a ``capture``: nothing captured uses them.
         capture_stub: called instead of the function while capturing, with the same arguments.
-        barrier: called before it runs while capturing, such as a barrier of ranks.
+        barrier: called before it runs while capturing, such as a barrier of ranks; after that of ``capture``.
         recompute: whether it runs again in backward, from the same random state and autocast, so that nothing which it
             computes on the way is kept until then.
         backward: what computes its gradients, for a body that autograd cannot follow; see below.
@@ -82,11 +96,19 @@ def eager_on_graph(function: Any = None, /, *, enable: bool = True, **said: Any)
     keeps and returns reaches compiled code as a copy.
 
     Raises:
-        OptionsError: not a function, ``mutates_args`` names no parameter of it, or both of ``recompute`` and ``backward``.
+        OptionsError: not a function, ``enable`` is no bool or is said twice, ``mutates_args`` names no parameter of it, or
+            both of ``recompute`` and ``backward``.
         PartitionError: from the compiled call, a function that cannot run on fake tensors and has no ``fake``, or whose
             arguments or result no graph can hold.
         EagerOutputError: from the compiled call, a result other than the one on fake tensors.
     """
+    if isinstance(function, bool):
+        if "enable" in said:
+            raise OptionsError("eager_on_graph was told enable twice", fix="eager_on_graph(True) or enable=True")
+        function, said = None, {**said, "enable": function}
+    enable = said.pop("enable", True)
+    if not isinstance(enable, bool):
+        raise OptionsError(f"enable takes True or False, got {enable!r}")
     if function is None:
         return functools.partial(_mark, enable=enable, said=said)
     return _mark(function, enable=enable, said=said)

@@ -207,11 +207,54 @@ def test_methods(make: MakeGraph, device: torch.device) -> None:
 def test_enable(device: torch.device) -> None:
     """``enable=False`` returns the function itself; outside a capture a marked function is the function."""
     assert eager_on_graph(enable=False)(bend) is bend
+    assert eager_on_graph(False)(bend) is bend
+    assert eager_on_graph(False, mutates_args=("x",))(bend) is bend
     x = torch.randn(4, device=device)
     assert torch.equal(eager_on_graph(enable=True)(bend)(x), bend(x))
     assert marked_bend.__name__ == "bend"
     with pytest.raises(OptionsError, match="marks functions"):
         eager_on_graph(3)  # type: ignore[type-var]
+    with pytest.raises(OptionsError, match="told enable twice"):
+        eager_on_graph(True, enable=True)  # type: ignore[call-overload]
+    with pytest.raises(OptionsError, match="enable takes True or False, got 1"):
+        eager_on_graph(enable=1)  # type: ignore[call-overload]
+
+
+def test_enable_by_position(make: MakeGraph, device: torch.device) -> None:
+    """``eager_on_graph(True)`` marks as ``eager_on_graph`` does, and takes the same arguments."""
+    log: list[str] = []
+    marked = eager_on_graph(True, barrier=lambda: log.append("barrier"))(bend)
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = marked(x + 1) * 2
+    assert shape_of(graph) == "GEG"
+    assert log == ["barrier"]
+    replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
+
+
+def test_barrier_of_a_capture(make: MakeGraph, device: torch.device) -> None:
+    """It is called before each eager step while capturing, marked or not, before a mark's own, and not at replay."""
+    log: list[str] = []
+
+    @eager_on_graph(barrier=lambda: log.append("of the mark"))
+    def step(x: Tensor) -> Tensor:
+        log.append("step")
+        return bend(x)
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph, barrier=lambda: log.append("of the capture")):
+        y = silly.triple(step(x + 1))
+        break_graph()
+    assert log == ["of the capture", "of the mark", "step", "of the capture", "of the capture"]
+    log.clear()
+    replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
+    assert log == ["step"] * 3
+
+    def fails() -> None:
+        raise Mine
+
+    with pytest.raises(Mine), capture(graph, barrier=fails):
+        step(x)
 
 
 # --- marked ops and rules -----------------------------------------------------------------------------------------------
@@ -519,6 +562,8 @@ def test_bad_arguments() -> None:
         capture(BreakableCUDAGraph(driver="tape"), capture_error_mode="none")
     with pytest.raises(OptionsError, match="debug"):
         capture(BreakableCUDAGraph(driver="tape"), debug="everything")
+    with pytest.raises(OptionsError, match="barrier takes a function, got 3"):
+        capture(BreakableCUDAGraph(driver="tape"), barrier=3)  # type: ignore[arg-type]
 
 
 # --- ownership --------------------------------------------------------------------------------------------------------------

@@ -249,6 +249,9 @@ CASES: dict[str, Case] = {
         "compile(plain, driver='cuda')(x)  # here", machine()
     ),
     "eager_on_graph marks functions, not": Case("eager_on_graph(3)  # here"),
+    "eager_on_graph was told enable twice": Case("eager_on_graph(True, enable=True)  # here"),
+    "enable takes True or False, got": Case("eager_on_graph(enable=1)  # here"),
+    "barrier takes a function, got": Case("capture(graph, barrier=3)  # here"),
     "eager_on_graph takes no": Case("eager_on_graph(mutate_args=('x',))(plain)  # here"),
     "takes a function, got": Case("eager_on_graph(fake=3)(plain)  # here"),
     "capture takes a BreakableCUDAGraph, got": Case("capture(plain)  # here"),
