@@ -95,9 +95,11 @@ def trace_inference(
     """AOTAutograd without functionalization: mutation stays in program order, and nothing is cloned.
 
     ``keep_alive`` are ops whose calls must survive AOT's dead code elimination even when their results are unused.
-    Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect.
+    Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do assertions:
+    of ``_assert_async`` torch 2.13 to 2.15 know that of one overload only.
     """
-    with _side_effects(keep_alive), _eager_kernels(), torch._inductor.config.patch(fallback_random=True):
+    kept = (*keep_alive, *find_overloads("aten::_assert_async"))
+    with _side_effects(kept), _eager_kernels(), torch._inductor.config.patch(fallback_random=True):
         return aot_module_simplified(
             gm,
             example_inputs,
@@ -399,6 +401,11 @@ def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
     if isinstance(value, torch.SymInt):
         return int(result)
     return float(result) if isinstance(value, torch.SymFloat) else bool(result)
+
+
+def symbols_made(node: fx.Node) -> frozenset[sympy.Symbol]:
+    """The unbacked symbols that the call of a node made when it was traced, replaced since or not."""
+    return frozenset(node.meta.get("unbacked_bindings") or ())
 
 
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:

@@ -204,23 +204,48 @@ def writes_inputs(module: fx.GraphModule) -> bool:
 # --- what it returns ------------------------------------------------------------------------------------------------------
 
 _CHECKS = _torch.aten("_assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size")
-"""Ops that tell a compiler something and do nothing when run."""
+"""Ops that tell a compiler something, and check what it knows for certain: but for numbers that come late."""
 
 _SHAPE_READS = _torch.aten("sym_size sym_stride sym_numel sym_storage_offset")
 
 
 def is_check(node: fx.Node) -> bool:
-    """Whether a call does nothing when it is run."""
+    """Whether a call tells a compiler something, and has nothing to do when all its numbers are known before the run."""
     return schema_name(node) in _CHECKS
 
 
-def is_size(node: fx.Node, known: frozenset[Any]) -> bool:
-    """Whether a call makes a number that follows from the number inputs and the shapes of inputs."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
-        return False
-    reads_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
-    return free_symbols(value) <= known and (not reads_data or schema_name(node) in _SHAPE_READS)
+def is_number(node: fx.Node) -> bool:
+    """Whether a node is an int, a float or a bool, be it symbolic."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
+
+
+def late_values(graph: fx.Graph, known: frozenset[Any]) -> frozenset[fx.Node]:
+    """The numbers that are not known before the run; and the tensors whose shape hangs on one, where symbols do not tell.
+
+    ``torch._check(n == 3)`` replaces an unbacked symbol by 3 everywhere: no symbol is left then in what follows from it,
+    and ``n == 3`` is True. So what counts is where a number came from: the data of a tensor, or another late value.
+
+    Args:
+        graph: the whole lowered graph.
+        known: the symbols of its inputs.
+    """
+    late: set[fx.Node] = set()
+    replaced: set[fx.Node] = set()
+    """Those of them that have no unbacked symbol, or no longer."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        symbols = free_symbols(node.meta.get("val"))
+        if is_number(node):
+            of_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
+            comes_late = of_data and schema_name(node) not in _SHAPE_READS
+            if comes_late or not symbols <= known or not late.isdisjoint(node.all_input_nodes):
+                late.add(node)
+        elif not replaced.isdisjoint(node.all_input_nodes) or not symbols >= _torch.symbols_made(node):
+            late.add(node)
+        if node in late and symbols <= known:
+            replaced.add(node)
+    return frozenset(late)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -131,7 +131,7 @@ def lower(
     note_ambient(gm)
     annotate_functions(gm, eager_ops)
     try:
-        function = _torch.trace_inference(gm, example_inputs, inference, training, _marked_ops(gm, eager_ops))
+        function = _torch.trace_inference(gm, example_inputs, inference, training, _kept_ops(gm, eager_ops))
     except (RuntimeError, ValueError) as error:
         if isinstance(error, _torch.DynamoError) or traced:
             raise
@@ -210,12 +210,14 @@ def _caller_autocast() -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
             yield device, (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
 
 
-def _marked_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
-    """The marked ops that any graph in ``gm`` calls."""
+def _kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
+    """The ops that any graph in ``gm`` calls for more than their result: marked ones, and those that return nothing."""
     found: set[Any] = set()
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 for target in (node.target, *pytree.tree_leaves((node.args, node.kwargs))):
-                    found.update(op for op in _torch.overloads(target) if is_marked(op, eager_ops))
+                    found.update(
+                        op for op in _torch.overloads(target) if is_marked(op, eager_ops) or not op._schema.returns
+                    )
     return found

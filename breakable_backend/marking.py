@@ -171,6 +171,8 @@ class Scope:
     """0-d host inputs whose value is in the key, or that have a bridge on the device; and what follows from them."""
     symbols: frozenset[Any] = frozenset()
     """The symbols of sizes that are known before anything runs; filled in by ``partition``."""
+    late: frozenset[fx.Node] = frozenset()
+    """Numbers, and shapes, that are known only at run time (``effects.late_values``); filled in by ``partition``."""
     forced: Mapping[str, Reason] = field(default_factory=dict)
     """Nodes that must run eagerly whatever the rules say, such as those of a segment whose capture failed."""
 
@@ -223,8 +225,11 @@ def host_read(node: fx.Node, scope: Scope) -> str:
 
 
 def data_dependent(node: fx.Node, scope: Scope) -> str:
-    values = [node.meta.get("val"), *(argument.meta.get("val") for argument in node.all_input_nodes)]
-    if any(free_symbols(leaf) - scope.symbols for leaf in pytree.tree_leaves(values)):
+    nodes = [node, *node.all_input_nodes]
+    values = [of.meta.get("val") for of in nodes]
+    if any(free_symbols(leaf) - scope.symbols for leaf in pytree.tree_leaves(values)) or not scope.late.isdisjoint(
+        nodes
+    ):
         return "has a size or number that is known only at run time"
     return ""
 

@@ -29,9 +29,10 @@ from breakable_backend import _torch
 from breakable_backend.effects import (
     alias_source,
     is_check,
+    is_number,
     is_pure,
-    is_size,
     is_view,
+    late_values,
     producer_of,
     schema_name,
     tensors_of,
@@ -68,8 +69,11 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     known = frozenset().union(
         *(free_symbols(node.meta.get("val")) for node in lowered.module.graph.find_nodes(op="placeholder"))
     )
-    scope = dataclasses.replace(scope, symbols=known, host_scalars=_host_scalars(lowered.module.graph, scope))
-    flow = _Flow.of(lowered.module.graph, known)
+    graph = lowered.module.graph
+    scope = dataclasses.replace(
+        scope, symbols=known, late=late_values(graph, known), host_scalars=_host_scalars(graph, scope)
+    )
+    flow = _Flow.of(graph, scope.late)
     reasons = {node: classify(node, scope) for node in flow.actions}
     whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
     whole = whole or _absolute_view(flow, reasons, lowered.static)
@@ -159,7 +163,7 @@ class _Flow:
     all_nodes: tuple[fx.Node, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, graph: fx.Graph, known: frozenset[Any]) -> _Flow:
+    def of(cls, graph: fx.Graph, late: frozenset[fx.Node]) -> _Flow:
         roots: dict[int, fx.Node] = {}
         root: dict[fx.Node, fx.Node] = {}
         source: dict[fx.Node, fx.Node] = {}
@@ -167,14 +171,15 @@ class _Flow:
         sizes: set[fx.Node] = set()
         attached: dict[fx.Node, list[fx.Node]] = {}
         actions: list[fx.Node] = []
-        everything = tuple(node for node in graph.nodes if node.op == "call_function" and not is_check(node))
+        needless = {node for node in graph.nodes if is_check(node) and late.isdisjoint(node.all_input_nodes)}
+        everything = tuple(node for node in graph.nodes if node.op == "call_function" and node not in needless)
         for node in graph.nodes:
-            if node.op == "output" or is_check(node):
+            if node.op == "output" or node in needless:
                 continue
             value = node.meta.get("val")
             call = producer_of(node)
             if node.op == "call_function" and call is node:
-                if is_size(node, known):
+                if is_number(node) and node not in late:
                     sizes.add(node)
                     continue
                 if is_view(node):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import silly
 from breakable_backend import _torch
 from breakable_backend.effects import effective_ops, written_arguments
 from breakable_backend.marking import marked
-from checks import check
+from checks import check, program_of
 from test_marking import SCOPE, Node, by_hand, cuda, fakes, last_call, sines, subgraph, t, trace
 
 aten = torch.ops.aten
@@ -242,3 +242,136 @@ def test_nested_results(marked: bool, device: torch.device, options: dict[str, A
         captured=counts[0],
         eager=counts[1],
     )
+
+
+# --- what is known before the run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late() -> Iterator[None]:
+    """Dynamo traces ops whose size, or value, is known only at run time."""
+    patch: Any = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+    with patch:
+        yield
+
+
+def equals(x: Tensor, n: Tensor) -> Tensor:
+    """A value that is checked to be a constant."""
+    k = n.item()
+    torch._check(k == 3)
+    return (x.sin() + k) * 2
+
+
+def equals_a_size(x: Tensor, n: Tensor) -> Tensor:
+    """A value that is checked to be a size of an argument."""
+    k = n.item()
+    torch._check(k == x.shape[0])
+    return (x.sin() + k) * 2
+
+
+def follows(x: Tensor, n: Tensor) -> Tensor:
+    """A number that follows from a value, checked to be a constant."""
+    k = n.item()
+    torch._check(k * 2 == 6)
+    return x.cos() * torch.ones(k, device=x.device) * 2
+
+
+def between(x: Tensor, n: Tensor) -> Tensor:
+    """A value between bounds that leave one."""
+    k = n.item()
+    torch._check(k > 2)
+    torch._check(k < 4)
+    return (x.sin() + k) * 2
+
+
+def at_most(x: Tensor, n: Tensor) -> Tensor:
+    """A value that is a length, within a size of an argument."""
+    k = n.item()
+    torch._check(k >= 0)
+    torch._check(k <= x.shape[0])
+    return x.sin()[:k] * 2
+
+
+def counted(x: Tensor, n: Tensor) -> Tensor:
+    """A size that hangs on values, checked to be a constant."""
+    found = (torch.arange(5, device=x.device) < n).nonzero()
+    torch._check(found.shape[0] == 3)
+    return (found * 2 + x.sin().sum()).cos()
+
+
+def asserted(x: Tensor, n: Tensor) -> Tensor:
+    """An assertion on the device, without a text."""
+    torch._assert_async((n == 3).all())
+    return (x.sin() + 1) * 2
+
+
+def asserted_in_words(x: Tensor, n: Tensor) -> Tensor:
+    """An assertion on the device, with a text."""
+    torch._assert_async((n == 3).all(), "not three")
+    return (x.sin() + 1) * 2
+
+
+CHECKS = [equals, equals_a_size, follows, between, at_most, counted]
+
+
+def runs_then_raises(function: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> None:
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    good, bad = torch.tensor([3], device=device), torch.tensor([4], device=device)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(3, device=device)
+            assert torch.equal(compiled(x, good), function(x, good))
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                function(torch.randn(3, device=device), bad)
+            with pytest.raises(RuntimeError, match=r"assertion failed|single nonzero|not three"):
+                compiled(torch.randn(3, device=device), bad)
+        x = torch.randn(3, device=device)
+        assert torch.equal(compiled(x, good), function(x, good))
+
+
+@pytest.mark.parametrize("function", CHECKS, ids=lambda function: function.__name__)
+def test_checks(function: Callable[..., Any], late: None, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 8: a check of a value raises in each call where it fails, whatever a compiler learned from it."""
+    runs_then_raises(function, device, options)
+
+
+@pytest.mark.parametrize("function", [asserted, asserted_in_words], ids=lambda function: function.__name__)
+def test_assertions(function: Callable[..., Any]) -> None:
+    """Line 1: an assertion on the device is an effect, and happens once per call; a failed one would end the use of a GPU."""
+    runs_then_raises(function, torch.device("cpu"), {"driver": "tape"})
+
+
+noted: list[float] = []
+
+
+@torch.library.custom_op("effects::note", mutates_args=())
+def note(x: Tensor) -> None:
+    """Keeps the value."""
+    noted.append(float(x.sum()))
+
+
+@note.register_fake
+def _(x: Tensor) -> None:
+    pass
+
+
+def test_ops_without_a_result(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 1: an op that returns nothing is there for its effect, marked or not: it happens once per call."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x.sin() * 2
+        torch.ops.effects.note(y)
+        return y + 1
+
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "eager_ops": ["effects::note"]})
+    noted.clear()
+    values = [torch.randn(3, device=device) for _ in range(5)]
+    with torch.no_grad():
+        for x in values:
+            compiled(x)
+    assert noted == [float((x.sin() * 2).sum()) for x in values]
+    unmarked = torch.compile(lambda x: function(x), backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        unmarked(values[0])
+    assert "effects.note" in program_of(unmarked).text
