@@ -6,16 +6,24 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 EXTRAS := dev,examples,inspect
 
-.PHONY: help demo test check fix gpu bench clean
+# The torches that are supported beside the pin of constraints.txt, which `make test` runs with, and the Pythons.
+NEWEST := 2.15.0
+TORCHES := 2.11.0 2.14.1 $(NEWEST)
+PYTHONS := 3.11 3.12 3.13 3.14
+PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
+
+.PHONY: help demo test check newest matrix fix gpu bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    decode with a Llama, eagerly and compiled, and compare bit for bit"
-	@echo "make test    all checks: format, lint, types, tests (what continuous integration runs; make check is the same)"
+	@echo "make test    all checks: format, lint, types, tests (make check is the same)"
+	@echo "make newest  the core of the tests on the newest torch, $(NEWEST), in an environment of its own"
+	@echo "make matrix  the tests on the torches $(TORCHES), with each of the Pythons $(PYTHONS) that is here"
 	@echo "make fix     format, and repair what lint can repair"
 	@echo "make gpu     the tests that need a CUDA GPU"
 	@echo "make bench   time the replay"
-	@echo "make clean   remove .venv and caches"
+	@echo "make clean   remove .venv, .venv-* and caches"
 
 demo: $(READY)
 	$(RUN) examples/quickstart.py
@@ -29,6 +37,13 @@ check: $(READY)
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
+# The environments of these two are .venv-<torch>-<python>; with the CUDA builds of PyTorch each takes about 6 GB.
+newest: $(READY)
+	$(RUN) tools/matrix.py $(NEWEST) --core --or-newer-than $(PIN)
+
+matrix: $(READY)
+	$(RUN) tools/matrix.py $(TORCHES) --pythons $(PYTHONS)
+
 fix: $(READY)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
@@ -40,98 +55,11 @@ bench: $(READY)
 	$(RUN) examples/benchmarks/replay.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 # The stamp comes last, so a .venv that was left half made is set up again, with what it has.
 
-$(READY): pyproject.toml constraints.txt
-	@sh -c "$$SETUP"
+$(READY): pyproject.toml constraints.txt tools/setup.sh
+	@VENV=$(VENV) EXTRAS=$(EXTRAS) sh tools/setup.sh
 	@touch $@
-
-define SETUP
-set -euf
-export PIP_DISABLE_PIP_VERSION_CHECK=1
-say() { echo "set-up: $$*" >&2; }
-
-new_enough() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-python=
-for candidate in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
-    if new_enough "$$candidate"; then python=$$candidate; break; fi
-done
-if [ -z "$$python" ]; then
-    say "no Python 3.11 or newer among: $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}"
-    say "install one, or name it: make PYTHON=/path/to/python ..."
-    exit 1
-fi
-
-# Without pip at first: Debian's Python has no ensurepip, and beside a torch of its own the machine has a pip too.
-if ! new_enough $(RUN); then
-    say "making $(VENV) with $$("$$python" --version)"
-    "$$python" -m venv --clear --without-pip $(VENV)
-fi
-
-# A torch that sees this machine's GPU is never replaced: .venv then lies over the packages beside it. That Python may
-# itself be a virtual environment, which --system-site-packages would look past; a line in a .pth file does not.
-torch=$$("$$python" -c '
-import importlib.metadata, torch
-if torch.version.cuda and torch.cuda.is_available():
-    print(importlib.metadata.version("torch"))' 2>/dev/null || true)
-if [ -n "$$torch" ]; then
-    say "using the torch $$torch of $$(command -v "$$python"), which sees a GPU"
-    "$$python" -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' \
-        > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/machine.pth"
-fi
-
-if ! $(RUN) -m pip --version >/dev/null 2>&1 && ! $(RUN) -m ensurepip --default-pip >/dev/null 2>&1; then
-    say "this Python has neither pip nor ensurepip (on Debian and Ubuntu: apt install python3-venv)"
-    exit 1
-fi
-
-if [ -z "$$torch" ]; then
-    say "installing torch and the tools into $(VENV); the first time this takes minutes"
-    $(RUN) -m pip install -qq -c constraints.txt -e '.[$(EXTRAS)]'
-    exit
-fi
-
-# With what is there; else with what is missing from the network; else without, and the checkout put on the path by hand,
-# for which no tool need be there.
-echo "torch==$$torch" > $(VENV)/keep.txt
-install="$(RUN) -m pip install -qq -c $(VENV)/keep.txt -e .[$(EXTRAS)]"
-$$install --no-index --no-build-isolation >$(VENV)/install.log 2>&1 && exit
-say "installing what is missing, and no other torch"
-$$install --retries 1 --timeout 15 >>$(VENV)/install.log 2>&1 && exit
-$(RUN) -c '
-import importlib.metadata, pathlib, sysconfig, tomllib
-from pip._vendor.packaging.requirements import Requirement
-
-project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-name, version = project["name"].replace("-", "_"), project["version"]
-site = pathlib.Path(sysconfig.get_path("purelib"))
-entry_points = "".join(
-    f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in entries.items())
-    for group, entries in project["entry-points"].items()
-)
-files = {
-    f"{name}.pth": f"{pathlib.Path.cwd()}\n",
-    f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-    f"{name}-{version}.dist-info/entry_points.txt": entry_points,
-}
-files[f"{name}-{version}.dist-info/RECORD"] = "".join(f"{path},,\n" for path in files)
-for path, text in files.items():
-    (site / path).parent.mkdir(exist_ok=True)
-    (site / path).write_text(text)
-
-extras = project["optional-dependencies"]
-for line in project["dependencies"] + [line for extra in "$(EXTRAS)".split(",") for line in extras[extra]]:
-    requirement = Requirement(line)
-    if requirement.marker is None or requirement.marker.evaluate():
-        try:
-            fits = requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
-        except importlib.metadata.PackageNotFoundError:
-            fits = False
-        if not fits:
-            print(f"set-up: going on without {line}; what needs it will say so")' >&2
-say "$(VENV)/install.log says what pip had to say"
-endef
-export SETUP
