@@ -13,6 +13,7 @@ from breakable_backend.errors import BreakableError as BreakableError
 from breakable_backend.errors import CaptureError as CaptureError
 from breakable_backend.errors import DivergenceError as DivergenceError
 from breakable_backend.errors import EagerOutputError as EagerOutputError
+from breakable_backend.errors import InternalError as InternalError
 from breakable_backend.errors import OptionsError as OptionsError
 from breakable_backend.errors import PartitionError as PartitionError
 from breakable_backend.errors import ReplayError as ReplayError
@@ -31,6 +32,7 @@ __all__ = [
     "CaptureError",
     "DivergenceError",
     "EagerOutputError",
+    "InternalError",
     "OptionsError",
     "PartitionError",
     "ReplayError",

@@ -75,7 +75,12 @@ class CompileTimeError(ShortenTraceback):
     """
 
     def __init__(self, *args: Any) -> None:
+        self._text = str(args[0]) if args else ""
         super().__init__(*args, first_useful_frame=None)
+
+    def __str__(self) -> str:
+        """The text as it was given, without Dynamo's notes below it, which ask for a report to PyTorch."""
+        return self._text
 
 
 # --- Dynamo and AOTAutograd -------------------------------------------------------------------------------------------

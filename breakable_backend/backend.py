@@ -25,13 +25,14 @@ from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import tensors_of
-from breakable_backend.errors import PartitionError
+from breakable_backend.errors import InternalError, PartitionError
 from breakable_backend.executor import Executor, scope_for
 from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.marking import EagerOps, Scope
 from breakable_backend.options import Options
 from breakable_backend.program import source_line
 from breakable_backend.sources import show_module
+from breakable_backend.traced import as_eager
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,26 @@ class Backend:
         Raises:
             OptionsError: an unknown option or mode, or a driver that this machine lacks.
             PartitionError: with ``auto_break=False``, a node that cannot be captured.
+            InternalError: a fault of this package.
         """
+        try:
+            return self._compile(gm, example_inputs, options, mode)
+        except (_torch.DynamoError, Warning):  # this package's own errors are among the first, which Dynamo passes on
+            raise
+        except (
+            Exception
+        ) as error:  # Dynamo would say that backend="breakable_cg" raised it, and ask for a report to PyTorch
+            log.error("this is a fault of breakable_backend", exc_info=error)
+            raise InternalError(
+                f"breakable_cg failed inside, with {type(error).__name__}: {error}",
+                original=error,
+                fix="that is a fault of the package breakable_backend, and not of PyTorch: please report it there, with the "
+                "traceback. Until it is mended, run this function uncompiled or with backend='eager'",
+            ) from error
+
+    def _compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None
+    ) -> Callable[..., Any]:
         started = time.perf_counter()
         again = _torch.recompile_reason()
         chosen = Options.parse({**(options or {}), **({"mode": mode} if mode not in (None, "default") else {})})
@@ -123,8 +143,10 @@ class Backend:
         self.uncaptured[name] = EagerGraph(name, why, source)
         log.info("%s: runs as Dynamo traced it, because %s%s", name, why, f", at {source}" if source else "")
 
+        forward = as_eager(gm)
+
         def eager(*args: Any) -> Any:
-            return gm.forward(*args)
+            return forward(*args)
 
         eager.uncaptured = self.uncaptured[name]  # type: ignore[attr-defined]
         return eager

@@ -6,9 +6,10 @@
     ├── OptionsError              an option, a mark or a driver that cannot be (also a ValueError)
     ├── PartitionError            a graph that cannot be cut into segments as asked
     ├── CaptureError              a segment, or a call, that cannot be captured
-    └── ReplayError               a call that does not fit what was recorded
-        ├── EagerOutputError      an eager step returned something else than it was recorded with
-        └── DivergenceError       a replay that went another way than eager, or that would
+    ├── ReplayError               a call that does not fit what was recorded
+    │   ├── EagerOutputError      an eager step returned something else than it was recorded with
+    │   └── DivergenceError       a replay that went another way than eager, or that would
+    └── InternalError             a fault of this package itself
 
 Each message says what went wrong, where (the user's own source line, when there is one) and what to do about it.
 An error raised by the user's own eager function is never wrapped: it reaches the caller as the same object.
@@ -159,6 +160,19 @@ class DivergenceError(ReplayError):
         assert cause in CAUSES, cause
         self.cause, self.step, self.kind, self.op, self.value = cause, step, kind, op, value
         self.difference = difference
+        super().__init__(what, where=where, fix=fix)
+
+
+class InternalError(BreakableError):
+    """A fault of this package itself, neither of PyTorch nor of the user's code.
+
+    Args:
+        what: as for all errors, and so are ``where`` and ``fix``.
+        original: what went wrong, with its traceback. Dynamo takes the cause off an error, so it is an attribute.
+    """
+
+    def __init__(self, what: str, *, original: Exception, where: str = "", fix: str = "") -> None:
+        self.original = original
         super().__init__(what, where=where, fix=fix)
 
 

@@ -101,10 +101,17 @@ def lower(
         raise CannotLower("it enters or leaves inference mode")
 
     inner: list[Callable[[list[Any]], Any]] = []
-    traced: list[fx.GraphModule] = []
+    ours: list[Exception] = []
+    """What went wrong behind AOTAutograd."""
 
-    def inference(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        traced.append(module)
+    def inference(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        try:
+            return compiled_by_us(module, inputs)
+        except Exception as error:
+            ours.append(error)
+            raise
+
+    def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         out_of_place_views(module)
         if _share_storage(example_inputs) and writes_inputs(module):
             # AOT merges such arguments to one base, with the offsets that they have now; Dynamo does not guard on those.
@@ -132,12 +139,20 @@ def lower(
     annotate_functions(gm, eager_ops)
     try:
         function = _torch.trace_inference(gm, example_inputs, inference, training, _kept_ops(gm, eager_ops))
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, _torch.DynamoError) or traced:
+    except (CannotLower, _torch.DynamoError):
+        raise
+    except Exception as error:  # AOTAutograd raises whatever its parts raise
+        if error in ours:
             raise
-        raise CannotLower(f"AOTAutograd does not take it: {str(error).strip().splitlines()[0]}") from error
+        raise CannotLower(f"AOTAutograd does not take it: {_first_line(error)}") from error
     function.executor = inner[-1]  # type: ignore[attr-defined]
     return function
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, with its kind where that says more than the text."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def _share_storage(inputs: Sequence[Any]) -> bool:

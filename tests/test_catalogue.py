@@ -21,7 +21,7 @@ import torch
 
 import breakable_backend
 import silly
-from breakable_backend import BreakableError, _torch, errors, sites
+from breakable_backend import BreakableError, _torch, backend, errors, sites
 from breakable_backend.drivers import cuda, nodes, tape
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.structure import Unholdable
@@ -212,6 +212,15 @@ def parting(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sites.Site, "run", parted)
 
 
+def broken_partition(patch: pytest.MonkeyPatch) -> None:
+    """A fault of this package: an executor that cannot be made."""
+
+    def fails(*args: Any) -> None:
+        raise KeyError("segment 3")
+
+    patch.setattr(backend, "Executor", fails)
+
+
 def foreign_capture(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Begins what looks like somebody else's capture."""
     return lambda: patch.setattr(tape.TapeDriver, "is_capturing", lambda driver: True)
@@ -325,6 +334,7 @@ CASES: dict[str, Case] = {
     "tensors that overlap in part and need gradients": Case(
         "with torch.enable_grad():\n    x = leaf()\n    " + returns("(lambda x: [x[:2], x[1:]])(x * 2)")
     ),
+    "breakable_cg failed inside, with": Case("compile(plain)(x)  # here", broken_partition),
     # capturing
     "recording.py: _capture_failed": Case(
         "def item(x):\n    return x * x.max().item()  # here\n\n"
@@ -407,6 +417,16 @@ CASES: dict[str, Case] = {
     "the backward of": Case(
         "def backward(context, grad): return grad, grad  # here\n"
         "with torch.enable_grad(): eager_on_graph(backward=backward)(lambda x: x * 2)(leaf()).sum().backward()"
+    ),
+    "a second derivative was asked for through a torch.autograd.Function whose backward turns gradients on or off, and Dynamo"
+    " does not tell where": Case(
+        "class Square(torch.autograd.Function):\n"
+        "    @staticmethod\n    def forward(ctx, x):\n        ctx.save_for_backward(x)\n        return x * x\n"
+        "    @staticmethod\n    def backward(ctx, grad):\n"
+        "        with torch.enable_grad(): return grad * 2 * ctx.saved_tensors[0]\n\n"
+        "with torch.enable_grad(), warnings.catch_warnings(action='ignore'):\n"
+        "    (first,) = torch.autograd.grad(compile(lambda x: Square.apply(x))(y := leaf()).sum(), y, create_graph=True)\n"
+        "    torch.autograd.grad(first.sum(), y)  # here"
     ),
     "is not as in eager": Case(
         "shift = torch.library.custom_op('catalogue::shift', lambda x: x.add_(1) + 1, mutates_args=(), schema='(Tensor x) -> Tensor')\n"

@@ -13,12 +13,29 @@ from torch import Tensor, nn
 
 import breakable_backend
 import silly
+from breakable_backend import InternalError, _torch, backend
 
 
 @torch.library.custom_op("hostile::add_into", mutates_args=("target",), tags=(torch.Tag.cudagraph_unsafe,))
 def add_into(target: Tensor, x: Tensor) -> None:
     """Add ``x`` to ``target``: an eager step that writes its argument."""
     target.add_(x)
+
+
+library = torch.library.Library("hostile", "FRAGMENT")
+library.define("add_into_some(Tensor(a!)?[] targets, Tensor x) -> ()")
+
+
+@torch.library.impl(library, "add_into_some", "CompositeExplicitAutograd")
+def _add_into_some(targets: list[Tensor | None], x: Tensor) -> None:
+    for target in targets:
+        if target is not None:
+            target.add_(x)
+
+
+@torch.library.register_fake("hostile::add_into_some", lib=library)
+def _(targets: list[Tensor | None], x: Tensor) -> None:
+    return None
 
 
 def named(name: str) -> Callable[[Tensor], Tensor]:
@@ -165,6 +182,53 @@ def test_what_aot_refuses(device: torch.device, options: dict[str, Any]) -> None
         lambda x: x.abs().add(1).polygamma_(1) * 2, lambda _: (torch.rand(4, device=device),), options, calls=4
     )
     assert "AOTAutograd does not take it" in str(breakable_backend.explain(compiled))
+
+
+REFUSALS = [AssertionError("a\nb"), AttributeError("append"), KeyError(3), NotImplementedError(), TypeError("no")]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda error: type(error).__name__)
+def test_whatever_aot_raises(
+    refusal: Exception, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line 9: whatever AOTAutograd raises, the graph runs eagerly, and the report says what it was."""
+
+    def refuse(*args: Any) -> None:
+        raise refusal
+
+    monkeypatch.setattr(_torch, "trace_inference", refuse)
+    compiled = equal_to_eager(lambda x: x.sin() * 2, lambda _: (torch.rand(4, device=device),), options, calls=4)
+    (graph,) = breakable_backend.explain(compiled).eager_graphs
+    assert graph.why.startswith(f"AOTAutograd does not take it: {type(refusal).__name__}")
+    assert "\n" not in graph.why
+
+
+def test_written_list_with_gaps(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: an op that writes a list with a None in it, which AOTAutograd does not know, runs eagerly."""
+
+    def function(kept: Tensor, x: Tensor) -> Tensor:
+        y = x.sin() * 2
+        torch.ops.hostile.add_into_some([kept, None], y)
+        return (y + kept).cos()
+
+    rand = lambda _: (torch.zeros(3, device=device), torch.rand(3, device=device))  # noqa: E731
+    assert breakable_backend.explain(equal_to_eager(function, rand, options, calls=4)).eager_graphs
+
+
+def test_faults_of_our_own(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line 9: what goes wrong inside of this package names it, and a way out, and sends nobody to PyTorch."""
+
+    def fails(*args: Any) -> None:
+        raise KeyError("segment 3")
+
+    monkeypatch.setattr(backend, "Executor", fails)
+    with torch.no_grad(), pytest.raises(InternalError) as caught:
+        torch.compile(torch.sin, backend="breakable_cg", options=options)(torch.ones(2))
+    assert isinstance(caught.value.original, KeyError)
+    assert "PyTorch: please report it there" in caught.value.fix
+    assert "TORCHDYNAMO" not in str(caught.value)
+    assert "breakable_backend" in caught.value.fix
+    assert "backend='eager'" in caught.value.fix
 
 
 def test_inference_mode_inside(device: torch.device, options: dict[str, Any]) -> None:

@@ -28,7 +28,6 @@ from breakable_backend.marking import RULES
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DYNAMO_ADDS = re.compile(r"\n\nSet TORCHDYNAMO_VERBOSE=1.*?\n\n?(?=\n|$)", re.DOTALL)
 
 
 def blocks(page: str) -> list[tuple[str, str | None]]:
@@ -52,8 +51,7 @@ def file_of(code: str) -> str:
 
 
 def printed(text: str) -> str:
-    """What a block printed, without times, numbers of graphs, digits that machines differ in, and Dynamo's note to errors."""
-    text = DYNAMO_ADDS.sub("", text)
+    """What a block printed, without times, numbers of graphs and digits that machines differ in."""
     text = re.sub(r"\d+\.\d+ ([mu]?s)\b", r"0.0 \1", text)
     text = re.sub(r"^graph \d+:", "graph 0:", text, flags=re.MULTILINE)
     return re.sub(r"\d+\.\d{3,}", "0.0", text).strip()

@@ -41,6 +41,7 @@ LAYERS = {
     "journal": 5,
     "lowering": 5,
     "results": 5,
+    "traced": 5,
     "partition": 6,
     "trace": 6,
     "recording": 7,

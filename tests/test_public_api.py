@@ -17,6 +17,7 @@ EXPORTS = [
     "CaptureError",
     "DivergenceError",
     "EagerOutputError",
+    "InternalError",
     "OptionsError",
     "PartitionError",
     "ReplayError",
