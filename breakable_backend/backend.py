@@ -93,9 +93,7 @@ class Backend:
             return self._compile(gm, example_inputs, options, mode)
         except (_torch.DynamoError, Warning):  # this package's own errors are among the first, which Dynamo passes on
             raise
-        except (
-            Exception
-        ) as error:  # Dynamo would say that backend="breakable_cg" raised it, and ask for a report to PyTorch
+        except Exception as error:  # Dynamo would ask for a report to PyTorch
             log.error("this is a fault of breakable_backend", exc_info=error)
             raise InternalError(
                 f"breakable_cg failed inside, with {type(error).__name__}: {error}",

@@ -839,8 +839,8 @@ FAULTS = (
     Fault(
         "faults-of-our-own-are-dynamos",
         "backend.py",
-        "        except Exception as error:  # Dynamo would say",
-        "        except ZeroDivisionError as error:  # Dynamo would say",
+        "        except Exception as error:  # Dynamo would ask",
+        "        except ZeroDivisionError as error:  # Dynamo would ask",
         "test_contract_hostile.py::test_faults_of_our_own[cpu]",
     ),
     # --- graphs that run as Dynamo traced them ---
