@@ -12,7 +12,7 @@ TORCHES := 2.11.0 2.14.1 $(NEWEST)
 PYTHONS := 3.11 3.12 3.13 3.14
 PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 
-.PHONY: help demo test check newest matrix fix gpu bench clean
+.PHONY: help demo test check newest matrix fix gpu bench sweep clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make fix     format, and repair what lint can repair"
 	@echo "make gpu     the tests that need a CUDA GPU"
 	@echo "make bench   time the replay"
+	@echo "make sweep   PyTorch's own ops and modules against eager, bit for bit: SWEEP='--device cuda --processes 16'"
 	@echo "make clean   remove .venv, .venv-* and caches"
 
 demo: $(READY)
@@ -53,6 +54,10 @@ gpu: $(READY)
 
 bench: $(READY)
 	$(RUN) examples/benchmarks/replay.py
+
+# Takes an hour on two cores; what build/sweep.jsonl has already is not run again.
+sweep: $(READY)
+	$(RUN) tests/sweep.py $(SWEEP)
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -131,27 +131,19 @@ def aten(names: str) -> frozenset[str]:
     return frozenset(f"aten::{name}" for name in names.split())
 
 
-_OTHER_ARITHMETIC = aten(
-    "cudnn_batch_norm native_batch_norm upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
-    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-    "multi_margin_loss multilabel_margin_loss_forward lstm gru rnn_tanh rnn_relu"
-)
+_DECOMPOSED = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 @contextmanager
 def _eager_kernels() -> Iterator[None]:
-    """Trace ops as the kernels that eager runs, where Python's dispatcher would decompose them into other arithmetic.
+    """Trace ops as the kernels that eager runs: without the decompositions of Python's dispatcher, which eager never sees.
 
-    Batch norm on CUDA is cuDNN's in eager and ATen's own after such a decomposition; the last bits differ.
+    They exist for export and for Inductor, and may differ from the kernels in the last bit (batch norm on CUDA, which
+    is cuDNN's in eager), in the sign of zero (softshrink), in strides and in aliases (dropout that drops nothing).
+    The tables are the process's: put back exactly, and Dynamo compiles in one thread at a time.
     """
-    keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
     removed = [
-        (op, key, op.py_kernels.pop(key))
-        for name in _OTHER_ARITHMETIC
-        for op in find_overloads(name)
-        for key in keys
-        if key in op.py_kernels
+        (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
     ]
     for op, _, _ in removed:
         op._dispatch_cache.clear()
@@ -161,6 +153,15 @@ def _eager_kernels() -> Iterator[None]:
         for op, key, kernel in removed:
             op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+
+
+def _aten_overloads() -> Iterator[OpOverload]:
+    """The overloads of aten that anybody has asked for so far: only those can have kernels in Python."""
+    for packet in list(vars(torch.ops.aten).values()):
+        if isinstance(packet, OpOverloadPacket):
+            for overload in list(vars(packet).values()):
+                if isinstance(overload, OpOverload):
+                    yield overload
 
 
 def static_input_indices() -> frozenset[int]:

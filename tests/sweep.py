@@ -1,0 +1,273 @@
+"""PyTorch's databases of ops and modules through the backend, against eager, bit for bit: ``python tests/sweep.py``.
+
+Every op runs in one of a few worker processes, so a crash or a hang costs that op alone. Results go to a file of JSON
+lines, one for each op; what is in the file already is not run again, so a sweep can be stopped and gone on with.
+
+    python tests/sweep.py --device cuda --processes 16 --seconds 250 --results sweep.jsonl
+    python tests/sweep.py --results sweep.jsonl --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+HERE = Path(__file__).parent
+WORKER = Path(__file__)
+"""What the worker processes run."""
+
+# --- a worker ---------------------------------------------------------------------------------------------------------------
+
+
+def work(device_type: str) -> None:
+    """Read names of ops, one a line; write a line of JSON for each outcome, and an empty one after each op."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    answers, sys.stdout = sys.stdout, sys.stderr
+    warnings.filterwarnings("ignore")  # eager's own are not looked at
+    import torch
+
+    import opinfos
+
+    torch._logging.set_logs(all=logging.CRITICAL)
+    torch.set_num_threads(1)
+    stack = contextlib.ExitStack()
+    stack.enter_context(opinfos.traceable())
+    databases, device = opinfos.ops(), torch.device(device_type)
+    say(answers, {"torch": torch.__version__, "ops": list(databases)})
+    for line in sys.stdin:
+        name = line.strip()
+        try:
+            for what, form, samples, outcome in opinfos.outcomes(name, databases[name], device):
+                say(answers, {"what": what, "form": form, "samples": samples, **dataclasses.asdict(outcome)})
+        except Exception as error:  # noqa: BLE001 - told in the row of the op
+            say(answers, {"what": "", "form": "", "samples": 0, "failed": f"sweep: {opinfos.first_line(error)}"})
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # after an asynchronous error this process is of no more use
+        say(answers, None)
+
+
+def say(answers: TextIO, value: Any) -> None:
+    answers.write(json.dumps(value) + "\n")
+    answers.flush()
+
+
+class Worker:
+    """A process that tries ops, and is replaced when it dies or hangs."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, str(WORKER), "--worker", "--device", self.device]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.answers: queue.Queue[str | None] = queue.Queue()
+        self.listener = threading.Thread(target=self._listen, args=(self.process, self.answers), daemon=True)
+        self.listener.start()
+        self.hello = json.loads(self.answers.get() or "{}")
+
+    @staticmethod
+    def _listen(process: subprocess.Popen[str], answers: queue.Queue[str | None]) -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed while it was read
+            for line in process.stdout:
+                answers.put(line)
+        answers.put(None)
+
+    def stop(self) -> None:
+        with self.process:  # closes the pipes
+            self.process.kill()
+        self.listener.join()
+
+    def run(self, name: str, budget: float) -> dict[str, Any]:
+        """Everything that is tried of one op, within ``budget`` seconds."""
+        begun = time.monotonic()
+        row: dict[str, Any] = {"op": name, "device": self.device, "torch": self.hello.get("torch"), "outcomes": []}
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(name + "\n")
+            self.process.stdin.flush()
+            while True:
+                answer = self.answers.get(timeout=max(0.1, budget - (time.monotonic() - begun)))
+                if answer is None:
+                    row["stopped"] = f"the process died ({self.process.wait()})"
+                    break
+                outcome = json.loads(answer)
+                if outcome is None:
+                    break
+                row["outcomes"].append(outcome)
+        except (queue.Empty, BrokenPipeError):
+            row["stopped"] = f"over {budget:.0f} seconds" if self.process.poll() is None else "the process died"
+        row["seconds"] = round(time.monotonic() - begun, 2)
+        if "stopped" in row:
+            self.stop()
+            self.start()
+        return row
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------------
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Run what is not in the file of results yet."""
+    first = Worker(arguments.device)
+    version, names = first.hello["torch"], first.hello["ops"]
+    done = {
+        row["op"] for row in rows(arguments.results) if (row["device"], row["torch"]) == (arguments.device, version)
+    }
+    if arguments.only:
+        names = [name for name in names if name in arguments.only]
+    part, parts = (int(number) for number in arguments.chunk.split("/"))
+    names = [name for name in names[part - 1 :: parts] if name not in done]
+    pending: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in names:
+        pending.put(name)
+    end = time.monotonic() + arguments.seconds
+    lock = threading.Lock()
+
+    def serve(worker: Worker | None) -> None:
+        worker = worker or Worker(arguments.device)
+        try:
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    name = pending.get_nowait()
+                except queue.Empty:
+                    return
+                row = worker.run(name, min(arguments.budget, left + 5))
+                if row.get("stopped", "").startswith("over") and arguments.budget > left + 5:
+                    return  # not run: the time of the whole sweep was over
+                with lock, arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        finally:
+            worker.stop()
+
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    threads = [
+        threading.Thread(target=serve, args=(None if number else first,)) for number in range(arguments.processes)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.stdout.write(f"{pending.qsize()} of {len(names)} did not begin; go on with the same command\n\n")
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """What the file has."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------------
+
+
+def verdict(row: dict[str, Any]) -> tuple[str, str]:
+    """What became of an op as a whole, and why."""
+    tried = [outcome for outcome in row["outcomes"] if outcome["samples"]]
+    differing = [outcome for outcome in tried if outcome.get("differs")]
+    backend = [outcome for outcome in tried if outcome.get("failed", "").startswith(("backend", "sweep"))]
+    if differing:
+        return "differs", "; ".join(sorted({f"{o['what']} {o['form']}: {o['differs']}" for o in differing}))
+    if row.get("stopped"):
+        return "stopped", row["stopped"]
+    if backend:
+        return "failed", "; ".join(sorted({o["failed"] for o in backend}))
+    ran = [outcome for outcome in tried if not outcome.get("failed")]
+    if not ran:
+        return "not run", "; ".join(sorted({o.get("failed", "") for o in row["outcomes"]})) or "no sample"
+    reasons = "; ".join(sorted({reason for outcome in ran for reason in outcome["reasons"]}))
+    if not any(outcome["captured"] for outcome in ran):
+        return "eager", reasons
+    return ("in part", reasons) if reasons else ("captured", "")
+
+
+def table(found: Iterable[dict[str, Any]]) -> str:
+    """The results in Markdown: counts, then all that was not captured, and why."""
+    lines = []
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in found:
+        groups[row["device"], row["torch"]][row["op"]] = row
+    lines += [
+        "| device | torch | tried | captured | in part | eager | not run | stopped | failed | differing | as Dynamo, not as eager |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    for (device, version), by_name in groups.items():
+        for kind, chosen in split(by_name.values()).items():
+            counts = Counter(verdict(row)[0] for row in chosen)
+            dynamo = sum(any(o.get("reference") == "dynamo" for o in row["outcomes"]) for row in chosen)
+            cells = [counts[key] for key in ("captured", "in part", "eager", "not run", "stopped", "failed", "differs")]
+            lines.append(
+                f"| {device}, {kind} | {version} | {len(chosen)} | " + " | ".join(map(str, cells)) + f" | {dynamo} |"
+            )
+    for (device, version), by_name in groups.items():
+        for what in ("differs", "failed", "stopped", "not run", "eager", "in part"):
+            whys: dict[str, list[str]] = defaultdict(list)
+            for row in by_name.values():
+                became, why = verdict(row)
+                if became == what:
+                    whys[why].append(row["op"])
+            if whys:
+                lines += ["", f"{what} on {device}, torch {version}:", ""]
+                lines += [f"- {why}: {', '.join(sorted(whys[why]))}" for why in sorted(whys)]
+        named = [
+            (row["op"], sorted({o["what"] for o in row["outcomes"] if o.get("reference") == "dynamo"}))
+            for row in by_name.values()
+        ]
+        if any(cases for _, cases in named):
+            lines += ["", f'as `backend="eager"`, not as eager, on {device}, torch {version}:', ""]
+            lines += [f"- `{name}`: {', '.join(cases)}" for name, cases in sorted(named) if cases]
+    return "\n".join(lines)
+
+
+def split(found: Iterable[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
+    kinds: dict[str, list[dict[str, Any]]] = {"ops": [], "modules": []}
+    for row in found:
+        kinds["modules" if row["op"].startswith("module ") else "ops"].append(row)
+    return {kind: chosen for kind, chosen in kinds.items() if chosen}
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=HERE.parent / "build" / "sweep.jsonl")
+    parser.add_argument("--chunk", default="1/1", help="which part of how many: 2/4 is the second of four")
+    parser.add_argument("--only", nargs="+", help="names of ops")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no op later than this")
+    parser.add_argument("--budget", type=float, default=120, help="seconds for one op")
+    parser.add_argument("--table", action="store_true", help="print what the results say, and run nothing")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(given)
+    if arguments.worker:
+        work(arguments.device)
+    elif not arguments.table:
+        sweep(arguments)
+    if not arguments.worker:
+        sys.stdout.write(table(rows(arguments.results)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
