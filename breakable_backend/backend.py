@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 import warnings
 import weakref
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from breakable_backend import _torch
+from breakable_backend import _torch, locks
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
@@ -67,7 +66,7 @@ class Backend:
         """Graphs that run as Dynamo traced them."""
         self._drivers: dict[tuple[str, torch.device], CaptureDriver] = {}
         self._numbers = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = locks.lock()
         self._said: set[str] = set()
 
     def __call__(

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from breakable_backend import _torch
+from breakable_backend import _torch, locks
+from breakable_backend.active import Call, in_call
+from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
-from breakable_backend.active import in_call
 from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.effects import writes_inputs
@@ -120,12 +121,43 @@ class Statistics:
     lowering_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class KeySnapshot:
+    """One key, as it was at one moment."""
+
+    entry: Entry
+    """Which one: what it holds goes on changing."""
+    recording: Recording | None
+    replay: Replay | None
+    """Both, or neither."""
+    calls: int
+    replays: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an executor had at one moment, for tools, while calls go on."""
+
+    executor: Executor
+    program: Program
+    statistics: Statistics
+    notes: tuple[str, ...]
+    keys: tuple[KeySnapshot, ...]
+    """In the order in which they came."""
+
+
 class Executor:
-    """Runs one lowered graph. Thread-safe: calls that use the pool hold its lock."""
+    """Runs one lowered graph. Thread-safe: calls that use the pool hold its lock.
+
+    What tools read has a lock of its own, which calls hold only where they add to it or take from it: neither waits for a
+    whole call of the other. A replay does not take it.
+    """
 
     def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str) -> None:
         self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
         self.statistics = Statistics()
+        self._changing = locks.lock()
+        """Held while the dictionaries change, and what their entries hold."""
         self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
         self.debug = options.debug == "eager"
         self.scope = scope
@@ -174,7 +206,7 @@ class Executor:
         """
         self.statistics.calls += 1
         driver = self.driver
-        if (handler := door.get()) is not None:
+        if door.held.get() is not None and (handler := door.get()) is not None:
             self._count_plain("called inside capture")
             values = list(args)
             args.clear()
@@ -184,13 +216,18 @@ class Executor:
         if driver.is_capturing():
             self._refuse_foreign_capture()
             return self._plain(args, "called inside another capture")
-        if in_call.get():
+        if in_call():
             return self._plain(args, "called inside an eager step")
         if _torch.dispatch_mode_active():
             return self._plain(args, "a dispatch mode is active")
         if not driver.lock.acquire(timeout=LOCK_TIMEOUT):
             return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
-        token = in_call.set(True)
+        if driver.busy:  # with this thread, whose eager step has left the context of its call
+            driver.lock.release()
+            return self._plain(args, "called inside an eager step")
+        # An object for each call (0.05 us): the context may be copied in an eager step, and the copy outlive the call.
+        driver.busy, call = True, Call()
+        current_call.set(call)
         try:
             stream = driver.begin()
             try:
@@ -198,7 +235,7 @@ class Executor:
             finally:
                 driver.end(stream)
         finally:
-            in_call.reset(token)
+            call.over, driver.busy = True, False
             driver.lock.release()
             if driver.deferred:
                 run_deferred(driver)
@@ -253,7 +290,8 @@ class Executor:
             return run_plain(self.program, values, debug=self.debug)
 
     def _count_plain(self, why: str, level: int = logging.INFO) -> None:
-        self.statistics.plain[why] += 1
+        with self._changing:
+            self.statistics.plain[why] += 1
         self.journal.once(f"runs plainly: {why}", level)
 
     def _refuse_foreign_capture(self) -> None:
@@ -280,20 +318,24 @@ class Executor:
                     return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
                 self._drop_set(oldest, "it was evicted for other addresses")
                 self.statistics.evictions += 1
-            addresses = self.sets[key.addresses] = AddressSet()
-            addresses.guards = self._guards(key.addresses, args)
-            addresses.storages = self._static_storages(args)
+            addresses = AddressSet(guards=self._guards(key.addresses, args), storages=self._static_storages(args))
+            with self._changing:
+                self.sets[key.addresses] = addresses
         addresses.last_call = now
         limit = self.options.max_recordings
         if len(addresses.entries) >= limit:
             shapes, oldest_entry = next(iter(addresses.entries.items()))
             if now - oldest_entry.last_call < IDLE_FACTOR * limit:
                 return Entry(key, refused=f"more than max_recordings={limit} keys in use")
-            del addresses.entries[shapes]
             self._remember(oldest_entry, "it was evicted for other keys")
-            _release([oldest_entry], self.statistics, self.driver)
+            with self._changing:
+                del addresses.entries[shapes]
+                gone = _emptied([oldest_entry], self.statistics)
+            _release(gone, self.driver)
             self.statistics.evictions += 1
-        entry = addresses.entries[key.shapes] = Entry(key, why=self._why_new(key))
+        entry = Entry(key, why=self._why_new(key))
+        with self._changing:
+            addresses.entries[key.shapes] = entry
         return entry
 
     def _why_new(self, key: Key) -> str:
@@ -389,7 +431,8 @@ class Executor:
         self._note(f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly")
 
     def _note(self, text: str) -> None:
-        self.notes.append(text)
+        with self._changing:
+            self.notes.append(text)
         self.journal.tell(text, logging.WARNING)
 
     # recording
@@ -413,16 +456,19 @@ class Executor:
         entry.record_copies = recorded.copies
         entry.captures = len(recording.graphs)
         entry.number = self.statistics.recordings
-        self.statistics.recordings += 1
-        self.statistics.recorded[entry.why] += 1
-        self.statistics.captures += entry.captures
+        with self._changing:
+            self.statistics.recordings += 1
+            self.statistics.recorded[entry.why] += 1
+            self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            entry.recording, name = recording, f"{self.name} replay {entry.number}"
+            name = f"{self.name} replay {entry.number}"
             if witness is None:
-                entry.replay = _checked_once(entry, recording, name)
+                replay = _checked_once(entry, recording, name)
             else:
-                entry.replay = _compared(Checker(recording, witness, self.options.tolerance, program), name)
-            self._tell_of(entry, recording, entry.replay)
+                replay = _compared(Checker(recording, witness, self.options.tolerance, program), name)
+            with self._changing:
+                entry.recording, entry.replay = recording, replay
+            self._tell_of(entry, recording, replay)
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -469,12 +515,16 @@ class Executor:
     # release
 
     def _drop_set(self, addresses: tuple[int, ...], why: str) -> None:
-        dropped = self.sets.pop(addresses, None)
+        with self._changing:
+            dropped = self.sets.pop(addresses, None)
         if dropped is not None:
-            for entry in dropped.entries.values():
+            entries = list(dropped.entries.values())
+            for entry in entries:
                 self._remember(entry, why)
             dropped.guards.clear()
-            _release(list(dropped.entries.values()), self.statistics, self.driver)
+            with self._changing:
+                gone = _emptied(entries, self.statistics)
+            _release(gone, self.driver)
 
     def _drop_all(self, why: str = "reset was called") -> None:
         for addresses in list(self.sets):
@@ -487,9 +537,29 @@ class Executor:
         when that ends.
         """
         self.driver.deferred.append(self._drop_all)
-        if not in_call.get() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
+        if not in_call() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
             self.driver.lock.release()
         run_deferred(self.driver)
+
+    # tools
+
+    def snapshot(self) -> Snapshot:
+        """What there is now. It keeps what was recorded alive: not to be kept."""
+        with self._changing:
+            # A replay moves its entry to the end without the lock. That changes an ordered dict's order, and not its dict.
+            sets = list(dict.values(self.sets))
+            entries = [entry for addresses in sets for entry in dict.values(addresses.entries)]
+            return Snapshot(
+                self,
+                self.program,
+                replace(
+                    self.statistics,
+                    plain=Counter(self.statistics.plain),
+                    recorded=Counter(self.statistics.recorded),
+                ),
+                tuple(self.notes),
+                tuple(KeySnapshot(e, e.recording, e.replay, e.calls, e.replays) for e in entries),
+            )
 
 
 def _checked_once(entry: Entry, recording: Recording, name: str) -> Replay:
@@ -515,35 +585,46 @@ def run_deferred(driver: CaptureDriver) -> None:
 
     A static input can die at any moment and in any thread, also in the middle of a call that replays its recording.
     """
-    while driver.deferred and not in_call.get() and driver.lock.acquire(blocking=False):
+    while driver.deferred and not in_call() and driver.lock.acquire(blocking=False):
         try:
+            if driver.busy:
+                return  # with this thread
             if driver.deferred:  # still: before the lock was ours, another thread may have done it
                 driver.deferred.popleft()()
         finally:
             driver.lock.release()
 
 
-def _release(entries: Sequence[Entry], statistics: Statistics, driver: CaptureDriver) -> None:
-    """Free what was recorded for ``entries``."""
+def _emptied(entries: Sequence[Entry], statistics: Statistics) -> list[tuple[Recording, Replay, Any]]:
+    """What was recorded for ``entries``, taken from them, and its counts."""
+    gone = []
     for entry in entries:
         recording, replay, profiled = entry.recording, entry.replay, entry.profiled
         entry.recording = entry.replay = entry.profiled = None
-        if profiled is not None:
-            profiled[0].forget()
         if recording is not None and replay is not None:
             statistics.finished_replays += entry.replays
             statistics.finished_copies += entry.record_copies + replay.tally.copies
-            replay.forget()
-            graphs, owner = recording.graphs, [recording, replay, profiled]
-            del recording, replay, profiled
-            driver.release(graphs, owner)
+            gone.append((recording, replay, profiled))
+    return gone
+
+
+def _release(gone: list[tuple[Recording, Replay, Any]], driver: CaptureDriver) -> None:
+    """Free what was recorded."""
+    while gone:
+        recording, replay, profiled = gone.pop(0)
+        replay.forget()
+        if profiled is not None:
+            profiled[0].forget()
+        graphs, owner = recording.graphs, [recording, replay, profiled]
+        del recording, replay, profiled
+        driver.release(graphs, owner)
 
 
 def _release_all(sets: OrderedDict[tuple[int, ...], AddressSet], statistics: Statistics, driver: CaptureDriver) -> None:
     while sets:
         _, addresses = sets.popitem()
         addresses.guards.clear()
-        _release(list(addresses.entries.values()), statistics, driver)
+        _release(_emptied(list(addresses.entries.values()), statistics), driver)
 
 
 class _KeyReader:

@@ -58,8 +58,7 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
         executors = sorted(executors_of(compiled), key=lambda executor: int(executor.name.split()[-1]))
         files = []
         for executor in executors:
-            with executor.driver.lock:
-                files += _compiled(executor)
+            files += _compiled(executor)
         eager = eager_graphs_of(compiled)
         if not files and not eager:
             raise OptionsError(
@@ -73,7 +72,8 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def _compiled(executor: Executor) -> Iterator[_File]:
-    program, name = executor.program, executor.name
+    snapshot = executor.snapshot()
+    program, name = snapshot.program, executor.name
     yield _File(
         file_name(name, "aten"),
         module_text(executor.lowered.module, f"{name}: what AOTAutograd made of it"),
@@ -86,10 +86,9 @@ def _compiled(executor: Executor) -> Iterator[_File]:
     for position, segment in enumerate(program.segments):
         title = segment_name(position, segment)
         yield _File(file_name(name, title), segment_text(program, position), f"{name}, {title.replace('_', ' ')}")
-    for addresses in executor.sets.values():
-        for entry in addresses.entries.values():
-            if entry.recording is not None and entry.replay is not None:
-                yield from _recorded(f"{name} replay {entry.number}", entry.recording, entry.replay.source)
+    for key in snapshot.keys:
+        if key.recording is not None and key.replay is not None:
+            yield from _recorded(f"{name} replay {key.entry.number}", key.recording, key.replay.source)
 
 
 def _captured(graph: BreakableCUDAGraph) -> Iterator[_File]:

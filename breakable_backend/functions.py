@@ -129,7 +129,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     function = mark.function
     why = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
     uncompiled = torch.compiler.disable(functools.partial(run_inline, function), reason=why)
-    get, is_compiling = active.handler.get, torch.compiler.is_dynamo_compiling
+    held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
 
     @_torch.constant_under_dynamo
     def site_number(structure: Structure) -> int:
@@ -152,8 +152,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
                 refuse(why)
                 return uncompiled(*args, **kwargs)
             return _opaque(call)
-        handler = get()
-        if handler is None:
+        if held() is None or (handler := active.handler.get()) is None:
             return function(*args, **kwargs)
         return handler.call(mark, args, kwargs)
 

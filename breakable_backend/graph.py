@@ -35,7 +35,7 @@ from breakable_backend.replay import Replay, Tally, emit
 log = logging.getLogger("breakable_backend.capture")
 """One log for the door: the name is in docs/tools.md."""
 
-_handler = active.handler.get
+_held = active.handler.held.get
 RESET = "nothing was captured: the graph was reset"
 
 
@@ -183,7 +183,7 @@ class BreakableCUDAGraph:
                 eager steps, and a CUDA graph capture that is not ours is active.
             EagerOutputError: an eager function returned what cannot take the place of its result at capture.
         """
-        if (handler := _handler()) is not None:
+        if _held() is not None and (handler := active.handler.get()) is not None:
             handler.call(Mark(self.replay, "BreakableCUDAGraph.replay", ""), (), {})
             return
         captured = self._captured

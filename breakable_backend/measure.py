@@ -142,22 +142,24 @@ def measure_compiled(
             f"{debugged.name} is in debug mode, where times mean nothing", fix="measure without options={'debug': ...}"
         )
     if not (args or kwargs):
-        found = [
-            (executor, entry)
+        recorded = [
+            (executor, key.entry)
             for executor in executors_of(compiled)
-            for addresses in executor.sets.values()
-            for entry in addresses.entries.values()
-            if entry.recording is not None
+            for key in executor.snapshot().keys
+            if key.recording is not None
         ]
-        if not found:
+        measured = {}
+        for executor, entry in recorded:
+            with executor.driver.lock:  # what is recorded now stays so
+                if entry.recording is not None:
+                    kept = _kept_arguments(executor, entry)
+                    measured[entry] = _measure_entry(executor, entry, kept, None, _Reference.given(eager))
+        if not measured:
             raise OptionsError(
                 "there is nothing to measure: no call was recorded",
                 fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
             )
-        return {
-            entry: _measure_entry(executor, entry, _kept_arguments(executor, entry), None, _Reference.given(eager))
-            for executor, entry in found
-        }
+        return measured
     tapped = _replayed(compiled, executors_of, args, kwargs)
     if not tapped:
         raise OptionsError(
@@ -170,10 +172,12 @@ def measure_compiled(
             return compiled(*args, **kwargs)
 
     whole = _Whole(lambda: compiled(*args, **kwargs), _Reference.given(eager) or _Reference(uncompiled, "eager"))
-    return {
-        entry: _measure_entry(executor, entry, values, whole if len(tapped) == 1 else None)
-        for entry, (executor, values) in tapped.items()
-    }
+    measured = {}
+    for entry, (executor, values) in tapped.items():
+        with executor.driver.lock:
+            if entry.recording is not None:  # another thread may have reset it since
+                measured[entry] = _measure_entry(executor, entry, values, whole if len(tapped) == 1 else None)
+    return measured
 
 
 def _replayed(
@@ -354,8 +358,8 @@ def _undisturbed(driver: CaptureDriver, written: Callable[[], Sequence[torch.Unt
 @contextmanager
 def _alone(driver: CaptureDriver) -> Iterator[int]:
     """The pool for ourselves, as in a call; what was to be released meanwhile is released then."""
-    with driver.lock:
-        token = active.in_call.set(True)
+    with driver.lock, active.calling():
+        before, driver.busy = driver.busy, True
         try:
             stream = driver.begin()
             try:
@@ -363,7 +367,7 @@ def _alone(driver: CaptureDriver) -> Iterator[int]:
             finally:
                 driver.end(stream)
         finally:
-            active.in_call.reset(token)
+            driver.busy = before
     run_deferred(driver)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from breakable_backend import _torch
+from breakable_backend import _torch, locks
 from breakable_backend.errors import ReplayError
 from breakable_backend.sites import sites
 from breakable_backend.tapes import Tape, tape_of
@@ -137,7 +136,7 @@ def writing_op(num_written: int, num_results: int) -> str:
     return name
 
 
-_defining = threading.RLock()
+_defining = locks.lock()
 
 
 @torch.library.impl(_library, "shapes", "CompositeExplicitAutograd")

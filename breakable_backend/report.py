@@ -26,7 +26,7 @@ from breakable_backend import _torch
 from breakable_backend.backend import EagerGraph, breakable_cg, eager_graphs_of, executors_of
 from breakable_backend.buffers import Bridge
 from breakable_backend.errors import OptionsError
-from breakable_backend.executor import Entry, Executor
+from breakable_backend.executor import Entry, Executor, KeySnapshot
 from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.lowering import NEEDS_GRADIENTS
 from breakable_backend.marking import label
@@ -271,18 +271,17 @@ def _is_plain(function: Any) -> bool:
 
 
 def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramReport:
-    statistics = executor.statistics
-    entries = [entry for addresses in executor.sets.values() for entry in addresses.entries.values()]
-    recordings = tuple(_recording(entry, position, measured.get(entry)) for position, entry in enumerate(entries))
-    segments = executor.program.segments
+    snapshot = executor.snapshot()
+    statistics, program = snapshot.statistics, snapshot.program
+    recordings = tuple(_recording(key, position, measured.get(key.entry)) for position, key in enumerate(snapshot.keys))
     return ProgramReport(
         name=executor.name,
         driver=f"{executor.driver.name} on {executor.driver.device}",
-        num_graph_segments=len(executor.program.graph_segments),
-        num_eager_segments=len(executor.program.eager_segments),
-        reasons=executor.program.reasons,
-        steps=tuple(_segment(position, segment) for position, segment in enumerate(segments)),
-        text=str(executor.program),
+        num_graph_segments=len(program.graph_segments),
+        num_eager_segments=len(program.eager_segments),
+        reasons=program.reasons,
+        steps=tuple(_segment(position, segment) for position, segment in enumerate(program.segments)),
+        text=str(program),
         calls=statistics.calls,
         captures=statistics.captures,
         replays=statistics.finished_replays + sum(recording.replays for recording in recordings),
@@ -290,7 +289,7 @@ def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramR
         evictions=statistics.evictions,
         plain_calls=dict(statistics.plain),
         recorded=dict(statistics.recorded),
-        notes=tuple(executor.notes),
+        notes=snapshot.notes,
         lowering_seconds=statistics.lowering_seconds,
         pool_bytes=executor.driver.pool_bytes(),
         executable_bytes=executor.driver.executable_bytes(),
@@ -299,15 +298,15 @@ def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramR
     )
 
 
-def _recording(entry: Entry, position: int, measured: Measured | None) -> RecordingReport:
-    recording, replay = entry.recording, entry.replay
+def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
+    entry, recording, replay = key.entry, key.recording, key.replay
     numbers = ", ".join(str(part) for part in entry.key.shapes)
     return RecordingReport(
         key=f"{position}: {numbers}" if numbers else str(position),
         num_graphs=len(recording.graphs) if recording else 0,
-        calls=entry.calls,
+        calls=key.calls,
         captures=entry.captures,
-        replays=entry.replays,
+        replays=key.replays,
         copies_per_call=recording.num_copies if recording else 0,
         copies=entry.record_copies + (replay.tally.copies if replay else 0),
         bridge_bytes=recording.bridge_bytes if recording else 0,

@@ -6,7 +6,6 @@ import inspect
 import itertools
 import operator
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from breakable_backend import _torch, active
+from breakable_backend import _torch, active, locks
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError
 from breakable_backend.structure import (
     Result,
@@ -62,6 +61,8 @@ class Mark:
 
 def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Marked functions that ``function`` calls are part of its break."""
+    if active.handler.held.get() is None:
+        return function(*args, **kwargs)
     token = active.handler.set(None)
     try:
         return function(*args, **kwargs)
@@ -403,7 +404,7 @@ class Site:
         return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)
 
 
-_swapping = threading.RLock()
+_swapping = locks.lock()
 """Held while a module has tensors that are not its own."""
 
 

@@ -463,8 +463,8 @@ FAULTS = (
     Fault(
         "compiled-call-inside-capture-keeps-its-breaks",
         "executor.py",
-        "if (handler := door.get()) is not None:",
-        "if (handler := door.get()) is not None and False:",
+        "(handler := door.get()) is not None:",
+        "(handler := door.get()) is not None and False:",
         "test_capture.py::test_compiled_function_inside[cpu]",
     ),
     Fault(
@@ -491,8 +491,8 @@ FAULTS = (
     Fault(
         "replay-inside-a-capture-is-captured",
         "graph.py",
-        "if (handler := _handler()) is not None:",
-        "if (handler := active.handler.get()) is not None and False:",
+        "(handler := active.handler.get()) is not None:",
+        "(handler := active.handler.get()) is not None and False:",
         "test_capture_hostile.py::test_replay_inside_a_capture[cpu]",
     ),
     Fault(
@@ -726,9 +726,44 @@ FAULTS = (
     Fault(
         "reentrant-call-not-plain",
         "executor.py",
-        "if in_call.get():",
-        "if False:",
-        "test_contract_release.py::test_reentrance[cpu-1]",
+        'if in_call():\n            return self._plain(args, "called inside an eager step")\n        ',
+        "",
+        "test_concurrency.py::test_a_thread_with_the_context_of_an_eager_step[cpu]",
+    ),
+    Fault(
+        "a-call-in-a-context-of-its-own-is-no-nested-one",
+        "executor.py",
+        "if driver.busy:  # with",
+        "if False:  # with",
+        "test_concurrency.py::test_another_context_in_an_eager_step[cpu]",
+    ),
+    Fault(
+        "a-copied-context-is-in-a-call-for-ever",
+        "executor.py",
+        "call.over, driver.busy = True, False",
+        "call.over, driver.busy = False, False",
+        "test_concurrency.py::test_a_context_copied_in_an_eager_step[cpu]",
+    ),
+    Fault(
+        "a-copied-context-is-in-a-capture-for-ever",
+        "active.py",
+        "held.value = self.default",
+        "pass",
+        "test_concurrency.py::test_a_context_copied_inside_a_capture[cpu]",
+    ),
+    Fault(
+        "every-thread-is-in-a-capture-whose-context-it-has",
+        "active.py",
+        "held is None or held.thread != threading.get_ident():",
+        "held is None:",
+        "test_concurrency.py::test_a_thread_with_the_context_of_a_capture[cpu]",
+    ),
+    Fault(
+        "a-report-waits-for-a-call",
+        "executor.py",
+        "with self._changing:\n            # A replay moves",
+        "with self.driver.lock:\n            # A replay moves",
+        "test_concurrency.py::test_a_report_does_not_wait_for_a_call[cpu]",
     ),
     Fault(
         "dispatch-mode-does-not-see",
@@ -782,7 +817,7 @@ FAULTS = (
     Fault(
         "no-lock",
         "drivers/tape.py",
-        "self.lock = threading.RLock()",
+        "self.lock = locks.lock()",
         'self.lock = __import__("unittest.mock").mock.MagicMock()',
         "test_executor.py::test_busy_pool[tape]",
     ),

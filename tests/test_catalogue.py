@@ -452,6 +452,9 @@ CASES: dict[str, Case] = {
         "made.replay(0), made.replay(0)  # here"
     ),
     "cudaGraphLaunch failed": Case("planted.replay(0)  # here", refused_launch),
+    "CUDA does not work in a process that was forked from one that uses it": Case(
+        "planted._forked()\nplanted.begin()  # here", cuda_driver
+    ),
     "failed": Case("planted(1)  # here", unreadable),
 }
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend import executor as module
-from breakable_backend.active import in_call
+from breakable_backend.active import calling, in_call
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.executor import Entry, Executor, scope_for
@@ -125,13 +125,10 @@ def test_nothing_to_capture(make: Make) -> None:
 def test_inside_an_eager_step(make: Make) -> None:
     """A call made while a compiled function runs in the same context is plain."""
     executor = make(sines, make.ones(3))
-    token = in_call.set(True)
-    try:
+    with calling():
         assert ways(executor, [make.ones(3)]) == ["called inside an eager step"]
-    finally:
-        in_call.reset(token)
     assert ways(executor, [make.ones(3)]) == ["warm-up"]
-    assert not in_call.get()
+    assert not in_call()
 
 
 def test_inside_another_capture(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ PRIVATE_TORCH = "_torch"
 # The table of docs/design.md. A new module gets its line there and here.
 LAYERS = {
     "_torch": 0,
+    "locks": 0,
     "active": 1,
     "difference": 1,
     "effects": 1,

@@ -64,6 +64,8 @@ class CaptureDriver(Protocol):
     device: torch.device
     lock: threading.RLock
     """Held around every call that uses the pool."""
+    busy: bool
+    """Whether a call of a compiled function is under way. Who has got the lock, and finds this, is inside of that call."""
     deferred: deque[Callable[[], None]]
     """What is to be done once no call is under way, by whoever ends one."""
 

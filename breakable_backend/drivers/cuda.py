@@ -6,16 +6,15 @@ allocator each time, which with many segments costs seconds.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from breakable_backend import _torch
+from breakable_backend import _torch, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
@@ -121,7 +120,9 @@ class CudaDriver:
         self._given_pool = pool
         """A pool of the caller's, from ``torch.cuda.graph_pool_handle()``; it is used until a capture fails in it."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        self.lock = threading.RLock()
+        self.lock = locks.lock()
+        self.busy = False
+        locks.in_child(self, CudaDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
         self.stream = torch.cuda.Stream(self.device)
@@ -139,6 +140,12 @@ class CudaDriver:
         self._to_release: list[tuple[tuple[CapturedGraph, ...], list[Any]]] = []
         self._recordings = 0
         """How many recordings are under way; an eager step of one may release the pool's last graph."""
+
+    def _forked(self) -> None:
+        """In a forked child, where CUDA does not work: a call says so, and what dies is not given back."""
+        self.busy = False
+        mine: Any = self
+        mine.begin, mine.release, mine.is_capturing = _refuse_in_child, lambda *_: None, lambda: False
 
     # ordering
 
@@ -338,7 +345,7 @@ class CudaDriver:
 
     def executable_bytes(self) -> int:
         """Free memory that instantiating the live graphs took."""
-        return sum(graph.executable_bytes for graph in self._live)
+        return sum(graph.executable_bytes for graph in list(self._live))
 
     def live_blocks(self) -> int:
         """Allocated blocks in the pool."""
@@ -350,7 +357,7 @@ class CudaDriver:
         return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
 
 
-_one_capture = threading.RLock()
+_one_capture = locks.lock()
 """The allocator routes by stream, but which capture a thread is in is torch's to know once per process."""
 
 
@@ -404,6 +411,13 @@ class CudaSession:
         assert self._graph is not None, "ended without a beginning"
         graph, self._graph = self._graph, None
         return graph
+
+
+def _refuse_in_child() -> NoReturn:
+    raise ReplayError(
+        "CUDA does not work in a process that was forked from one that uses it",
+        fix="start the process otherwise: torch.multiprocessing.set_start_method('spawn')",
+    )
 
 
 def _captures(stream: torch.cuda.Stream) -> bool:

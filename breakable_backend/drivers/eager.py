@@ -7,7 +7,6 @@ therefore wrong in that path, and what is right here is wrong in the capture.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from breakable_backend import _torch
+from breakable_backend import _torch, locks
 from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
 from breakable_backend.drivers import CapturedGraph, CaptureSession
@@ -84,10 +83,18 @@ class EagerDriver:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self.lock = threading.RLock()
+        self.lock = locks.lock()
+        self.busy = False
+        locks.in_child(self, EagerDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[RerunGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._adopting = locks.lock()
+
+    def _forked(self) -> None:
+        """In a forked child: a call that another thread was in is none there."""
+        if not locks.is_ours(self.lock):
+            self.busy = False
 
     def begin(self) -> int:
         if self._done is None:
@@ -119,7 +126,8 @@ class EagerDriver:
                 made[position] = leaf.untyped_storage()
         drew = not torch.equal(state, self._random_state())
         graph = RerunGraph(self._by_address(body), made, drew, Modes.current())
-        self._graphs.add(graph)
+        with self._adopting:
+            self._graphs.add(graph)
         return graph, result
 
     def _by_address(self, body: Callable[[], T]) -> Callable[[], T]:
@@ -156,13 +164,17 @@ class EagerDriver:
             owner.clear()
 
     def pool_bytes(self) -> int:
-        return sum(storage.nbytes() for graph in self._graphs for storage in graph.made.values())
+        return sum(storage.nbytes() for graph in self._live() for storage in graph.made.values())
 
     def executable_bytes(self) -> int:
         return 0
 
     def live_blocks(self) -> int:
-        return sum(len(graph.made) for graph in self._graphs)
+        return sum(len(graph.made) for graph in self._live())
+
+    def _live(self) -> list[RerunGraph]:
+        with self._adopting:
+            return list(self._graphs)
 
 
 def _launching(module: fx.GraphModule) -> tuple[str, ...]:

@@ -8,19 +8,17 @@ a host read therefore fails here as it does on a GPU. Streams, pool reuse and ke
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from breakable_backend import _torch, active
+from breakable_backend import _torch, active, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
@@ -61,7 +59,7 @@ HIGHER_ORDER_OF_OPS = {
 }
 """Higher-order ops whose dense kernel only calls other ops, without a look at values."""
 
-_active: ContextVar[TapeDriver | None] = ContextVar("breakable_backend.drivers.tape.active", default=None)
+_active: active.Scoped[TapeDriver | None] = active.Scoped("breakable_backend.drivers.tape.active", None)
 
 
 def _why_refused(func: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tape: _Tape) -> str | None:
@@ -380,10 +378,18 @@ class TapeDriver:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self.lock = threading.RLock()
+        self.lock = locks.lock()
+        self.busy = False
+        locks.in_child(self, TapeDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
         self._brought: dict[int, int] = {}
+        self._adopting = locks.lock()
+
+    def _forked(self) -> None:
+        """In a forked child: a call that another thread was in is none there."""
+        if not locks.is_ours(self.lock):
+            self.busy = False
 
     def begin(self) -> int:
         return 0
@@ -423,7 +429,8 @@ class TapeDriver:
 
     def adopt(self, graph: TapeGraph) -> None:
         """Count what ``graph`` owns as the pool's."""
-        self._graphs.add(graph)
+        with self._adopting:
+            self._graphs.add(graph)
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
         for graph in graphs:
@@ -442,7 +449,9 @@ class TapeDriver:
         return len(self._made())
 
     def _made(self) -> dict[int, torch.UntypedStorage]:
-        return {key: storage for graph in self._graphs for key, storage in graph.made.items()}
+        with self._adopting:
+            graphs = list(self._graphs)
+        return {key: storage for graph in graphs for key, storage in graph.made.items()}
 
 
 class TapeSession:
@@ -456,7 +465,7 @@ class TapeSession:
             self._generators.append(torch.cuda.default_generators[driver.device.index])
         self._states: list[torch.Tensor] = []
         self._tape: _Tape | None = None
-        self._token: Token[TapeDriver | None] | None = None
+        self._token: active.Held[TapeDriver | None] | None = None
 
     def begin(self) -> None:
         if _active.get() is not None:
