@@ -673,6 +673,18 @@ current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRa
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 
 
+def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
+    """Where hooks on launches of ``graph`` are kept, which ``CUDAGraph.replay`` calls. Read on 2.14.1 and 2.15.0; 2.13 has none."""
+    module: Any = torch.cuda.graphs
+    if not hasattr(module, "_global_replay_start_hooks"):
+        return ()
+    own: Any = graph
+    return (
+        *(module._global_replay_start_hooks, module._global_replay_end_hooks),
+        *(own._replay_start_hooks, own._replay_end_hooks),
+    )
+
+
 def release_pool(device: int, pool: tuple[int, int]) -> None:
     """Give up one use of ``pool``: that of a graph whose ``capture_end`` failed, which will never give it up itself."""
     torch._C._cuda_releasePool(device, pool)

@@ -28,6 +28,7 @@ from breakable_backend.buffers import Bridge
 from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
+from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import written_values
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
@@ -48,6 +49,7 @@ from breakable_backend.recording import (
     places_of,
 )
 from breakable_backend.results import Parts, fields, tensors_on
+from breakable_backend.seen import without_autocast_cache
 from breakable_backend.trace import Watching
 from breakable_backend.witness import Witness
 
@@ -193,7 +195,7 @@ class _Door:
     """Storages made in segments, and in which. The weak references keep the keys from being used again."""
     held: dict[int, Any] = field(default_factory=dict)
     parameters: dict[int, Any] = field(default_factory=dict)
-    """Held while capturing, and watched later."""
+    """Held while capturing, and watched later, with their memory."""
     written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
     """Storages from outside that segments write."""
     ops: list[Op] = field(default_factory=list)
@@ -212,6 +214,7 @@ class _Door:
         with ExitStack() as stack:
             stack.enter_context(self.driver.lock)
             stack.enter_context(span(f"{self.graph.journal.name}: capture"))
+            stack.enter_context(without_autocast_cache())
             self.graph._begin_use("captured", CaptureError)
             stack.callback(self.graph._end_use)
             self.graph._free()
@@ -245,7 +248,8 @@ class _Door:
                         raise error
                     if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
                         where = user_line(error.__traceback__)
-                        raise CaptureError(_says(error), where=where, fix=FIX) from error
+                        what, fix = explained(error)
+                        raise CaptureError(what, where=where, fix=fix or FIX) from error
         finally:
             if not kept:
                 graphs = [step.graph for step in self.steps if isinstance(step, GraphStep)]
@@ -262,17 +266,19 @@ class _Door:
     def _keep(self) -> None:
         bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges))
+        # One that the body itself gave other memory is not among them: the graph keeps the memory that it reads.
+        watched = {key: value for key, value in self.parameters.items() if _torch.storage_key(value) == key}
         captured = Captured(
             self.driver,
             recording,
-            held=[self.held],
+            held=[storage for key, storage in self.held.items() if key not in watched],
             written=list(self.written.values()),
             outside=tuple(self.outside.values()),
             modes=self.modes,
             journal=self.graph.journal,
             checker=Checker(recording, self.witness, self.options.tolerance) if self.witness is not None else None,
         )
-        self.graph._take(captured, list(self.parameters.values()))
+        self.graph._take(captured, list(watched.values()))
         self.graph.record_seconds = time.perf_counter() - self.started
 
     # segments
@@ -306,8 +312,10 @@ class _Door:
             if found.refused:
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
             return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
-        self.session.touch()
-        for tensor in tensors_on(self.driver.device, (args, kwargs)):
+        taken = tensors_on(self.driver.device, (args, kwargs))
+        if taken or getattr(kwargs.get("device"), "type", "") == self.driver.device.type:
+            self.session.touch()
+        for tensor in taken:
             self._reads(tensor)
         if isinstance(func, _torch.OpOverload):
             for tensor in tensors_on(self.driver.device, written_values(func, args, kwargs)):
@@ -422,6 +430,10 @@ class _Door:
         """Write the eager step down; returns the result as captured code may use it: on bridges."""
         base = re.sub(r"\W+", "_", re.split(r"::|\.", name)[-1]).strip("_") + f"_{len(self.steps)}"
         calls: list[Call] = []
+        for number, event in enumerate(self.session.events()):
+            name_of_event = f"{base}_event_{number}"
+            self.constants[name_of_event] = event
+            calls.append(Call(f"{name_of_event}_recorded", _record, (Slot(name_of_event),), {}, "event"))
         leaves, spec = flat
         slots = [
             self._argument(leaf, f"{base}_argument_{number}", calls, reason.source)
@@ -463,6 +475,11 @@ class _Door:
             tensor = isinstance(leaf, torch.Tensor)
             self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
         return Slot(name)
+
+
+def _record(event: torch.cuda.Event) -> None:
+    """Have an event that a segment recorded tell code outside of a capture that the segment is done."""
+    event.record()
 
 
 @dataclass(frozen=True)

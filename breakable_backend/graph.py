@@ -23,7 +23,7 @@ from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, ReplayError, user_line
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
 from breakable_backend.journal import Journal
 from breakable_backend.options import Options
@@ -80,7 +80,7 @@ class Captured:
     checker: InitVar[Checker | None]
     """What compares replays with eager."""
     watched: list[weakref.ref[Any]] = field(default_factory=list)
-    """The parameters among what segments read: they are the model's, and their storages go with them."""
+    """The parameters among what segments read, and their storages: they are the model's."""
     profiled: tuple[Replay, Marks] | None = None
     """The replay with a mark before each step; made when a profiler is first active."""
     only: Callable[[int], None] | None = None
@@ -147,21 +147,23 @@ class BreakableCUDAGraph:
     tensor([-5., -5., -5.])
 
     It owns the memory of its segments, the bridges of its eager steps, and every tensor from outside that its segments
-    read, but for parameters: when one of those dies, the graph releases all it has.
+    read, but for parameters: when one of those dies, or its memory is freed since it was given other (``param.data = ...``,
+    ``module.to(...)``), the graph releases all it has. :meth:`check` looks for whatever else has moved.
 
     Args:
-        pool: what :meth:`pool` of another graph returned, to share its memory; or a handle from
-            ``torch.cuda.graph_pool_handle()``.
+        pool: what :meth:`pool` of another graph returned, to share its memory; or a ``torch.cuda.MemPool``, which the graph
+            keeps alive and goes on with after a capture that failed; or a handle from ``torch.cuda.graph_pool_handle()``,
+            which lives as long as a graph in it does. The tape has no pools.
         driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
             ``"tape"``; by default what ``BREAKABLE_CG_DRIVER`` says, else ``"auto"``.
 
     Raises:
-        OptionsError: no such driver, or no GPU for it.
+        OptionsError: no such driver, no GPU for it, or no pool.
     """
 
     def __init__(self, pool: Any = None, driver: str | None = None) -> None:
         self._choice = Options.parse({} if driver is None else {"driver": driver}).driver
-        self._given_pool = pool
+        self._given_pool = _checked_pool(pool)
         self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
         self._captured: Captured | None = None
         self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
@@ -232,6 +234,36 @@ class BreakableCUDAGraph:
         """What a replay runs in, but for eager steps that say otherwise."""
         assert self._captured is not None
         return self._captured.modes
+
+    def check(self) -> None:
+        """Look whether all that the graph reads is where it was when it was captured.
+
+        A replay looks once, and hears of a parameter's memory that is freed. It does not see one that was given other memory
+        while somebody keeps the old (weights that are swapped, to be swapped back): call this after such a change.
+
+        >>> from breakable_backend import BreakableCUDAGraph, DivergenceError, capture
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> graph = BreakableCUDAGraph(driver="tape")
+        >>> with torch.no_grad(), capture(graph):
+        ...     y = weight * 2
+        >>> graph.check()
+        >>> old, weight.data = weight.data, torch.zeros(2)
+        >>> try:
+        ...     graph.check()
+        ... except DivergenceError as error:
+        ...     print(error.cause)
+        address moved
+
+        Raises:
+            DivergenceError: something has moved, or its memory was freed.
+            ReplayError: nothing is captured.
+        """
+        captured = self._captured
+        if captured is None:
+            raise self._failure()
+        with captured.driver.lock:
+            if self._captured is captured:
+                captured.check()
 
     def reset(self) -> None:
         """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
@@ -322,9 +354,10 @@ class BreakableCUDAGraph:
         return self._driver
 
     def _take(self, captured: Captured, parameters: Sequence[torch.Tensor]) -> None:
-        """Own what was captured, until one of ``parameters`` dies."""
+        """Own what was captured, until one of ``parameters`` dies, or its memory does."""
         self._captured, self._gone, self.replays = captured, "", 0
-        captured.watched += [self._watch(parameter) for parameter in parameters]
+        for parameter in parameters:
+            captured.watched += self._watch(parameter)
         recording = captured.recording
         self.journal.recorded(
             0,
@@ -338,14 +371,30 @@ class BreakableCUDAGraph:
         self._release = weakref.finalize(self, captured.release)
         self._release.atexit = False
 
-    def _watch(self, parameter: torch.Tensor) -> weakref.ref[torch.Tensor]:
+    def _watch(self, parameter: torch.Tensor) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        """Hear of the end of a parameter, and of its memory alone: nothing has to be looked at in each replay."""
         me, what = weakref.ref(self), f"a {type(parameter).__name__}"
 
-        def died(_: Any) -> None:
+        def expire(why: str) -> None:
             if (graph := me()) is not None and not sys.is_finalizing():
-                graph._expire(f"{what} died, which the graph reads; the graph was released")
+                graph._expire(f"{what} {why}; the graph was released")
 
-        return weakref.ref(parameter, died)
+        def moved(_: Any) -> None:
+            if alive() is not None:
+                expire("was given other memory, and the graph reads the old, which is freed")
+
+        alive = weakref.ref(parameter, lambda _: expire("died, which the graph reads"))
+        return alive, weakref.ref(parameter.untyped_storage(), moved)
+
+
+def _checked_pool(pool: Any) -> Any:
+    handle = isinstance(pool, tuple) and len(pool) == 2 and all(isinstance(number, int) for number in pool)
+    if pool is None or handle or isinstance(pool, Pool | torch.cuda.MemPool):
+        return pool
+    raise OptionsError(
+        f"pool takes a torch.cuda.MemPool, a handle or another graph's pool(), got {type(pool).__name__}",
+        fix="BreakableCUDAGraph(pool=other.pool())",
+    )
 
 
 _numbers = itertools.count()

@@ -41,6 +41,7 @@ from breakable_backend.program import (
     outputs_of,
     source_line,
 )
+from breakable_backend.seen import without_autocast_cache
 from breakable_backend.sites import Mark
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
@@ -465,7 +466,8 @@ class _Recorder:
             else observer.captured(position, segment.module)
         )
         try:
-            graph, results = self.driver.capture(functools.partial(body, *inputs))
+            with without_autocast_cache():
+                graph, results = self.driver.capture(functools.partial(body, *inputs))
         except CaptureError as error:
             for copy in loads:
                 self._unbridge(copy.value.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ from breakable_backend.errors import CaptureError, EagerOutputError
 
 ALIGNMENT = 256
 """Bytes: where views of one storage are kept together, they keep the alignment that the allocator gave them."""
-PLAIN = (int, float, bool, str, type(None))
+PLAIN = (
+    *(int, float, bool, str, type(None), complex, bytes, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""What is compared by value."""
 
 
 def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
@@ -52,7 +57,7 @@ def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any,
         items = [replaced(child, change, met) for child in children.values()]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if id(value) not in met:
-        twin = copy.copy(value)
+        twin = copy.copy(value) if _is_written(value) else value
         met[id(value)] = value, twin  # before its children, which may lead back here
         met[id(value)] = value, _filled(twin, [replaced(child, change, met) for child in children.values()])
     return met[id(value)][1]
@@ -73,7 +78,22 @@ def _children(value: Any) -> Mapping[str, Any] | None:
     leaves, spec = pytree.tree_flatten(value)
     if not spec.is_leaf():
         return {f"<{number}>": leaf for number, leaf in enumerate(leaves)}
-    return {f".{name}": item for name, item in _attributes(value).items() if _holds_tensors(item)} or None
+    return {f".{name}": item for name, item in _parts(value).items()} or None
+
+
+def _parts(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object that matter to captured code: with tensors in them, or plain, also in a container."""
+    return {name: item for name, item in _attributes(value).items() if _is_plain(item) or _holds_tensors(item)}
+
+
+def _is_plain(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    return all(isinstance(item, PLAIN) for item in items)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether captured code gets a copy, with tensors of its own. An object without tensors it gets itself."""
+    return not _attributes(value) or _holds_tensors(value) or dataclasses.is_dataclass(value)
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:
@@ -108,8 +128,8 @@ def _filled(twin: Any, items: Sequence[Any]) -> Any:
     spec = pytree.tree_structure(twin)
     if not spec.is_leaf():
         return pytree.tree_unflatten(list(items), spec)
-    names = [name for name, item in _attributes(twin).items() if _holds_tensors(item)]
-    twin.__dict__.update(zip(names, items, strict=True))
+    if _is_written(twin):
+        twin.__dict__.update(zip(list(_parts(twin)), items, strict=True))
     return twin
 
 

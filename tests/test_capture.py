@@ -106,6 +106,13 @@ def test_function_that_keeps_its_result(make: MakeGraph, device: torch.device) -
         assert torch.equal(y, (x + 1) * 5)
 
 
+class Named:
+    """An object with some attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
 BAD_RESULTS: dict[str, tuple[Callable[[int, Tensor], Any], str]] = {
     "shape": (lambda n, x: x[: 4 - n] * 2, r"result is float32\[3\]"),
     "dtype": (lambda n, x: x.half() if n else x * 1, r"result is float16\[4\]"),
@@ -116,6 +123,13 @@ BAD_RESULTS: dict[str, tuple[Callable[[int, Tensor], Any], str]] = {
     "structure": (lambda n, x: (x * 2, x * 3) if n else (x * 2,), r"has the fields \[0\], \[1\], but was \[0\]"),
     "plain": (lambda n, x: (x * 2, n), r"field \[1\] of its result is 1, but was 0"),
     "kind of number": (lambda n, x: (x * 2, 0.0 if n else 0), r"field \[1\] of its result is 0\.0, but was 0"),
+    "dtype as a value": (lambda n, x: (x * 2, (torch.half, torch.float)[n]), r"\[1\] of its result is torch\.float32"),
+    "field of an object": (lambda n, x: Named(state=x * 2, count=n), r"field \.count of its result is 1, but was 0"),
+    "list in an object": (
+        lambda n, x: Named(state=x * 2, counts=[3, n]),
+        r"field \.counts\[1\] of its result is 1, but",
+    ),
+    "object without tensors": (lambda n, x: (x * 2, Named(name=f"call {n}")), r"field \[1\]\.name of its result is"),
     "no tensor": (lambda n, x: None if n else x * 2, "result is NoneType"),
     "alias lost": (lambda n, x: x * 1 if n else x, "result is new memory"),
     "alias apart": (lambda n, x: _pair(x, apart=bool(n)), r"field \[1\] of its result lies elsewhere"),
@@ -166,6 +180,24 @@ def test_host_only(make: MakeGraph, device: torch.device) -> None:
         y = y * 3
     replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
     assert (number, count) == (1, 4)
+
+
+def test_host_only_objects(make: MakeGraph, device: torch.device) -> None:
+    """So may plain fields of objects; an object without tensors is handed on as it is, one with tensors as a copy."""
+    made: list[Named] = []
+
+    @eager_on_graph(host_only=True)
+    def counted(x: Tensor) -> tuple[Named, Named]:
+        made.append(Named(calls=len(made)))
+        return Named(state=bend(x), calls=len(made)), made[-1]
+
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        result, plain = counted(x + 1)
+        y = result.state * 3
+    assert (result.calls, plain is made[0]) == (1, True)
+    replays_equal(graph, lambda x: bend(x + 1) * 3, x, y)
+    assert len(made) == 4
 
 
 def test_methods(make: MakeGraph, device: torch.device) -> None:

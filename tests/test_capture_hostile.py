@@ -720,25 +720,75 @@ def test_seed_in_the_body() -> None:
 
 
 def test_parameter_that_moves(make: MakeGraph, device: torch.device) -> None:
-    """A parameter that gets other memory (``param.data = ...``) leaves the graph with the old one, which it keeps.
-
-    The first replay notices; later ones look no more.
-    """
+    """A parameter whose memory is freed because it gets other (``param.data = ...``, ``to``) is noticed by the next replay."""
     linear = nn.Linear(4, 4).to(device)
     graph, x = make(), torch.randn(4, device=device)
-    with capture(graph):
-        y = linear(x) + 1
-    graph.replay()
-    old = copy.deepcopy(linear)
-    linear.weight.data = torch.zeros_like(linear.weight)
-    churn = [torch.full((4, 4), torch.nan, device=device) for _ in range(50)]
-    replays_equal(graph, lambda x: old(x) + 1, x, y)
-    del churn
+
+    def double_and_back() -> None:
+        linear.to(torch.float64).to(torch.float32)
+
+    def other_data() -> None:
+        linear.weight.data = torch.zeros_like(linear.weight)
+
+    def asleep() -> None:
+        linear.weight.data = torch.empty(0, device=device)
+
+    for move in (double_and_back, other_data, asleep):
+        for replays in (0, 2):
+            with capture(graph):
+                y = linear(x) + 1
+            for _ in range(replays):
+                graph.replay()
+            weight = linear.weight.data.clone()
+            move()
+            with pytest.raises(ReplayError, match="a Parameter was given other memory, and the graph reads the old"):
+                graph.replay()
+            linear.weight.data = weight
     with capture(graph):
         y = linear(x) + 1
     replays_equal(graph, lambda x: linear(x) + 1, x, y)
+
+
+def test_parameter_that_moves_in_an_eager_step(make: MakeGraph, device: torch.device) -> None:
+    """Nothing is freed under the replay that is under way; the next one tells."""
+    linear = nn.Linear(4, 4).to(device)
+    graph, x, moves = make(), torch.randn(4, device=device), [False]
+
+    @eager_on_graph
+    def step(x: Tensor) -> Tensor:
+        if moves[0]:
+            linear.weight.data = linear.weight.data.clone()
+        return x * 2
+
+    with capture(graph):
+        y = step(linear(x)) + 1
+    moves[0] = True
+    x.add_(1)
+    graph.replay()
+    assert torch.equal(y, linear(x) * 2 + 1)
+    with pytest.raises(ReplayError, match="was given other memory"):
+        graph.replay()
+
+
+def test_parameter_that_is_swapped(make: MakeGraph, device: torch.device) -> None:
+    """While somebody keeps the old memory the first replay notices, and ``check`` at any time; others do not look."""
+    linear = nn.Linear(4, 4).to(device)
+    graph, x, old = make(), torch.randn(4, device=device), linear.weight.data
     with capture(graph):
         y = linear(x) + 1
-    linear.weight.data = torch.ones_like(linear.weight)
+    linear.weight.data = torch.ones_like(old)
     with pytest.raises(DivergenceError, match="address moved"):
         graph.replay()
+    linear.weight.data = old
+    graph.check()
+    replays_equal(graph, lambda x: linear(x) + 1, x, y)
+    linear.weight.data = torch.ones_like(old)
+    graph.replay()
+    with pytest.raises(DivergenceError, match="a Parameter of shape") as caught:
+        graph.check()
+    assert "y = linear(x) + 1" in caught.value.where
+    linear.weight.data = old
+    graph.check()
+    graph.reset()
+    with pytest.raises(ReplayError, match="nothing was captured"):
+        graph.check()

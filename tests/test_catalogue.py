@@ -22,7 +22,7 @@ import torch
 import breakable_backend
 import silly
 from breakable_backend import BreakableError, _torch, backend, errors, sites
-from breakable_backend.drivers import cuda, nodes, tape
+from breakable_backend.drivers import cuda, nodes, streams, tape
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.structure import Unholdable
 
@@ -154,7 +154,7 @@ def refused_launch(patch: pytest.MonkeyPatch) -> cuda.CudaGraph:
     bindings = SimpleNamespace(cudaGraphLaunch=lambda graph, stream: (400,), cudaGetErrorString=told)
     patch.setattr(cuda, "cudart", bindings)
     graph = cuda.CudaGraph.__new__(cuda.CudaGraph)
-    graph._executable = object()
+    graph._executable, graph._hooks = object(), ()
     return graph
 
 
@@ -191,7 +191,14 @@ def failing_end(patch: pytest.MonkeyPatch) -> Any:
 def capturing_stream(patch: pytest.MonkeyPatch) -> Any:
     """A session for CUDA, where a capture is active."""
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    return cuda.CudaSession(SimpleNamespace())  # type: ignore[arg-type]
+    return cuda.CudaSession(SimpleNamespace(stream=None))  # type: ignore[arg-type]
+
+
+def unknown_stream(patch: pytest.MonkeyPatch) -> Any:
+    """The streams of a capture that does not know the current one."""
+    patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    patch.setattr(streams, "is_captured", lambda stream: False)
+    return streams.StreamOrder(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
 
 
 def growing_op(patch: pytest.MonkeyPatch) -> Any:
@@ -260,6 +267,9 @@ CASES: dict[str, Case] = {
     "eager_on_graph marks functions, not": Case("eager_on_graph(3)  # here"),
     "eager_on_graph was told enable twice": Case("eager_on_graph(True, enable=True)  # here"),
     "enable takes True or False, got": Case("eager_on_graph(enable=1)  # here"),
+    "pool takes a torch.cuda.MemPool, a handle or another graph's pool(), got": Case(
+        "BreakableCUDAGraph(pool=3)  # here"
+    ),
     "barrier takes a function, got": Case("capture(graph, barrier=3)  # here"),
     "eager_on_graph takes no": Case("eager_on_graph(mutate_args=('x',))(plain)  # here"),
     "takes a function, got": Case("eager_on_graph(fake=3)(plain)  # here"),
@@ -385,6 +395,7 @@ CASES: dict[str, Case] = {
     ),
     "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
     "a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
+    "which the capture does not know: no graph would have it": Case("planted.touch()  # here", unknown_stream),
     "is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),
     # replaying
     "nothing was captured": Case("graph.replay()  # here"),
@@ -404,7 +415,7 @@ CASES: dict[str, Case] = {
     "this looks like address moved": Case(
         "weight = torch.nn.Parameter(x.clone())\n"
         + in_body("y = x * weight  # here")
-        + "\nweight.data = torch.ones(3)\ngraph.replay()"
+        + "\nold, weight.data = weight.data, torch.ones(3)\ngraph.replay()"
     ),
     "but was compiled for": Case(
         "def lies(x):\n    return silly.liar(x.sin() + 1) * 2  # here\n\ncompile(lies)(torch.ones(2, 3))"

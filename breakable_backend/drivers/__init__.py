@@ -48,13 +48,20 @@ class CaptureSession(Protocol):
         """Capture from here on. Raises CaptureError where a capture is active already."""
 
     def touch(self) -> None:
-        """An op is about to run: its stream belongs to this capture, and is joined when the segment ends."""
+        """An op on the device is about to run: its stream belongs to this capture, and is joined when the segment ends.
+
+        Raises:
+            CaptureError: its stream is not part of the capture.
+        """
 
     def end(self) -> CapturedGraph:
         """The segment since :meth:`begin`; raises and repairs like :meth:`CaptureDriver.capture`."""
 
     def abandon(self) -> bool:
         """Drop the segment since :meth:`begin`, whose code raised; whether that had spoilt the capture itself."""
+
+    def events(self) -> Sequence[torch.cuda.Event]:
+        """Events of segments that the eager step just run has waited for: to be recorded before it at each replay."""
 
 
 class CaptureDriver(Protocol):

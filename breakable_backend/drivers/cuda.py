@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
+from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, ReplayError, user_line
 
 try:
@@ -62,6 +63,7 @@ class CudaGraph:
         """Set until the first replay."""
         self._executable: Any = None
         self._nodes: tuple[GraphNode, ...] | None = None
+        self._hooks = _torch.launch_hooks(graph)
         self.draws_random = False
 
     @property
@@ -82,7 +84,8 @@ class CudaGraph:
 
     def replay(self, stream: int) -> None:
         """Launch on ``stream``, the current one."""
-        if self._executable is None:
+        # torch's own launch calls hooks, which come and go at any time. To look takes 0.1 us, and none before torch 2.14.
+        if self._executable is None or (self._hooks and any(self._hooks)):
             self._replay_through_torch()
             return
         (status,) = cudart.cudaGraphLaunch(self._executable, stream)
@@ -106,8 +109,27 @@ class CudaGraph:
         if self._graph is not None:
             self._executable = None
             self._nodes = None
+            self._hooks = ()
             self._graph.reset()
             self._graph = None
+
+
+class WaitingGraph(CudaGraph):
+    """A captured segment that waited for work from outside of the capture. So does each launch."""
+
+    def __init__(self, *captured: Any, waits: tuple[Wait, ...]) -> None:
+        super().__init__(*captured)
+        self._waits = waits
+
+    def replay(self, stream: int) -> None:
+        current = torch.cuda.current_stream()
+        for wait in self._waits:
+            wait.issue(current)
+        super().replay(stream)
+
+    def release(self) -> None:
+        super().release()
+        self._waits = ()
 
 
 class CudaDriver:
@@ -118,7 +140,8 @@ class CudaDriver:
     def __init__(self, device: torch.device, pool: Any = None, capture_error_mode: str = "thread_local") -> None:
         self.capture_error_mode = capture_error_mode
         self._given_pool = pool
-        """A pool of the caller's, from ``torch.cuda.graph_pool_handle()``; it is used until a capture fails in it."""
+        """A pool of the caller's: a ``MemPool``, which is used always; or a handle from
+        ``torch.cuda.graph_pool_handle()``, which dies with its last graph, or with a capture that fails in it."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.lock = locks.lock()
         self.busy = False
@@ -236,7 +259,9 @@ class CudaDriver:
     def session(self) -> Iterator[CudaSession]:
         """Captures segment after segment."""
         assert self._pool is not None, "capture outside recording()"
-        yield CudaSession(self)
+        session = CudaSession(self)
+        with session.order.watching():
+            yield session
 
     def begin_capture(self) -> torch.cuda.CUDAGraph:
         """A graph that captures the current stream into the pool."""
@@ -245,17 +270,22 @@ class CudaDriver:
         graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
         return graph
 
-    def end_capture(self, graph: torch.cuda.CUDAGraph) -> CudaGraph:
-        """What was captured; after an error the process is repaired."""
+    def end_capture(self, graph: torch.cuda.CUDAGraph, order: StreamOrder | None = None) -> CudaGraph:
+        """What was captured, with its streams as ``order`` says; after an error the process is repaired."""
         try:
-            _end(graph)
+            try:
+                waits = order.end() if order is not None else ()
+            finally:
+                _end(graph)  # whatever comes of the streams, the capture has to end
             free, _ = torch.cuda.mem_get_info(self._index)
             graph.instantiate()
         except Exception as error:
             self._repair(graph)
-            raise CaptureError(_first_line(error)) from error
+            what, fix = (order.explained if order is not None else explained)(error)
+            raise CaptureError(what, fix=fix) from error
         taken = max(0, free - torch.cuda.mem_get_info(self._index)[0])
-        captured = CudaGraph(graph, torch.cuda.default_generators[self._index], taken)
+        made = graph, torch.cuda.default_generators[self._index], taken
+        captured = WaitingGraph(*made, waits=waits) if waits else CudaGraph(*made)
         self._live.add(captured)
         return captured
 
@@ -282,7 +312,10 @@ class CudaDriver:
         self._open_pool()
 
     def _open_pool(self) -> None:
-        self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
+        if isinstance(self._given_pool, torch.cuda.MemPool):
+            self._pool = self._given_pool.id
+        else:
+            self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
         self._keeper = torch.cuda.CUDAGraph()
         with self.on_capture_stream():
             byte = torch.zeros(1, device=self.device)
@@ -366,26 +399,23 @@ class CudaSession:
 
     def __init__(self, driver: CudaDriver) -> None:
         self.driver = driver
+        self.order = StreamOrder(driver.stream)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stack = ExitStack()
-        self._sides: dict[int, torch.cuda.Stream] = {}
-        """Streams that ops of this segment ran on, other than the driver's."""
 
     def begin(self) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
+        caller = torch.cuda.current_stream(self.driver.device)
         with ExitStack() as stack:
             stack.enter_context(_one_capture)
             stack.enter_context(self.driver.on_capture_stream())
             self._graph = self.driver.begin_capture()
             self._stack = stack.pop_all()
-        for side in self._sides.values():
-            side.wait_stream(self.driver.stream)  # forked before a break, and not yet joined by the caller
+        self.order.begin(caller)
 
     def touch(self) -> None:
-        stream = torch.cuda.current_stream(self.driver.device)
-        if stream != self.driver.stream:
-            self._sides[stream.cuda_stream] = stream
+        self.order.touch()
 
     def end(self) -> CudaGraph:
         current = torch.cuda.current_stream(self.driver.device)
@@ -397,15 +427,17 @@ class CudaSession:
             )
         graph = self._taken()
         with self._stack:
-            for side in self._sides.values():
-                if _captures(side):
-                    self.driver.stream.wait_stream(side)
-            return self.driver.end_capture(graph)
+            return self.driver.end_capture(graph, self.order)
 
     def abandon(self) -> bool:
         graph = self._taken()
         with self._stack, torch.cuda.stream(self.driver.stream):  # a capture ends on the stream that it began on
+            with suppress(RuntimeError):  # what made the capture invalid is on its way to the caller already
+                self.order.end()
             return self.driver.abandon_capture(graph)
+
+    def events(self) -> Sequence[torch.cuda.Event]:
+        return self.order.used()
 
     def _taken(self) -> torch.cuda.CUDAGraph:
         assert self._graph is not None, "ended without a beginning"
@@ -418,11 +450,6 @@ def _refuse_in_child() -> NoReturn:
         "CUDA does not work in a process that was forked from one that uses it",
         fix="start the process otherwise: torch.multiprocessing.set_start_method('spawn')",
     )
-
-
-def _captures(stream: torch.cuda.Stream) -> bool:
-    with torch.cuda.stream(stream):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _end(graph: torch.cuda.CUDAGraph) -> None:

@@ -500,6 +500,10 @@ class TapeSession:
     def touch(self) -> None:
         """There are no streams."""
 
+    def events(self) -> Sequence[torch.cuda.Event]:
+        """None: what runs in between has waited for real, and so does each replay."""
+        return ()
+
     def _undo(self) -> None:
         tape, token = self._tape, self._token
         assert tape is not None, "ended without a beginning"

@@ -1,0 +1,197 @@
+"""How a capture that goes through segments and eager steps orders streams.
+
+A wait in a segment for what the same segment recorded is captured. What an earlier segment recorded is done: that was
+launched before. For all else, work from outside of the capture, the segment's launch waits, at each replay.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from breakable_backend.errors import CaptureError
+from breakable_backend.seen import seen_by
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a launch waits for."""
+
+    event: torch.cuda.Event
+    stream: torch.cuda.Stream | None
+    """Where the event is recorded anew first: the stream that the captured code waited for. None for an event that
+    others record."""
+
+    def issue(self, current: torch.cuda.Stream) -> None:
+        """Have ``current`` wait."""
+        if self.stream is not None:
+            self.event.record(self.stream)
+        self.event.wait(current)
+
+
+class StreamOrder:
+    """The streams of one capture, on ``main`` and in one thread, as torch's own classes for streams and events tell.
+
+    Between segments it only watches: code there runs for real.
+    """
+
+    def __init__(self, main: torch.cuda.Stream) -> None:
+        self._main = main
+        self._caller = main
+        """The stream that segments are launched on. Code that names it means the stream that captures in its place."""
+        self._sides: dict[int, torch.cuda.Stream] = {}
+        """Other streams of the capture. Each segment forks them at its beginning, and joins them at its end."""
+        self._segment = 0
+        self._capturing = False
+        # By id, and held: torch 2.11 clears no weak references to an event when it goes.
+        self._recorded: dict[int, tuple[torch.cuda.Event, int]] = {}
+        """Events that were recorded in segments, and in which."""
+        self._elsewhere: dict[int, tuple[torch.cuda.Event, torch.cuda.Stream]] = {}
+        """Events that captured code recorded on streams outside of the capture."""
+        self._waits: dict[int, Wait] = {}
+        self._used: list[torch.cuda.Event] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See this thread's events, which in the end can be waited for outside of the capture."""
+        with ExitStack() as stack:
+            stack.enter_context(seen_by(self._record, torch.cuda.Event, "record"))
+            stack.enter_context(seen_by(self._wait, torch.cuda.Event, "wait"))
+            yield
+        for event, _ in self._recorded.values():
+            event.record(self._caller)
+
+    def begin(self, caller: torch.cuda.Stream) -> None:
+        """A segment has begun, which will be launched on ``caller``."""
+        for side in self._sides.values():
+            side.wait_stream(self._main)  # forked before a break, and not yet joined by the caller
+        self._caller, self._capturing = caller, True
+        self._segment += 1
+
+    def touch(self) -> None:
+        """An op is about to run.
+
+        Raises:
+            CaptureError: on a stream that is not part of the capture.
+        """
+        stream = torch.cuda.current_stream(self._main.device)
+        if stream == self._main or stream.cuda_stream in self._sides:
+            return
+        if not is_captured(stream):
+            raise CaptureError(
+                f"an op ran on {stream}, which the capture does not know: no graph would have it",
+                fix="fork the stream first: side.wait_stream(torch.cuda.current_stream())",
+            )
+        self._sides[stream.cuda_stream] = stream
+
+    def end(self) -> tuple[Wait, ...]:
+        """The segment ends: join its streams. Returns what its launch waits for."""
+        self._capturing = False
+        for side in self._sides.values():
+            if is_captured(side):
+                self._main.wait_stream(side)
+        waits, self._waits = tuple(self._waits.values()), {}
+        return waits
+
+    def explained(self, error: BaseException) -> tuple[str, str]:
+        """As :func:`explained`, with the streams that an unjoined one may be: those that are alive and not ours."""
+        what, fix = explained(error)
+        if UNJOINED in what:
+            ours = {self._main.cuda_stream, self._caller.cuda_stream, *self._sides}
+            alive = {stream.cuda_stream for stream in gc.get_objects() if issubclass(type(stream), torch.cuda.Stream)}
+            what += "".join(f"; is it stream {stream:#x}?" for stream in sorted(alive - ours))
+        return what, fix
+
+    def used(self) -> tuple[torch.cuda.Event, ...]:
+        """The events of segments that code between segments waited for, since this was asked last.
+
+        They have to be recorded before that code runs, at each replay.
+        """
+        used, self._used = tuple(self._used), []
+        return used
+
+    def _record(self, record: Callable[..., None], event: torch.cuda.Event, stream: Any = None) -> None:
+        stream = self._meant(stream)
+        record(event, stream)
+        self._recorded.pop(id(event), None)
+        self._elsewhere.pop(id(event), None)
+        if self._capturing and is_captured(stream):
+            self._recorded[id(event)] = event, self._segment
+        elif self._capturing:
+            self._elsewhere[id(event)] = event, stream
+
+    def _wait(self, wait: Callable[..., None], event: torch.cuda.Event, stream: Any = None) -> None:
+        stream = self._meant(stream)
+        _, segment = self._recorded.get(id(event), (event, None))
+        if not self._capturing:
+            if segment is not None:
+                event.record(self._caller)  # a captured record tells CUDA nothing outside of the capture
+                self._used.append(event)
+            wait(event, stream)
+        elif segment is None:
+            _, elsewhere = self._elsewhere.get(id(event), (event, None))
+            self._waits[id(event)] = Wait(event, elsewhere)
+            if not is_captured(stream):
+                wait(event, stream)
+        elif is_captured(stream):
+            if segment == self._segment:
+                wait(event, stream)
+        else:
+            self._fork(stream, event if segment == self._segment else None, wait)
+
+    def _fork(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None, wait: Callable[..., None]) -> None:
+        """Have ``stream`` become part of the capture, behind ``event``, or behind all that the segment did so far."""
+        before = torch.cuda.Event()
+        before.record(stream)
+        wait(before, self._caller)  # what it did outside, the launch waits for
+        if event is None:
+            event = torch.cuda.Event()
+            event.record(self._main)
+        wait(event, stream)
+        self._sides[stream.cuda_stream] = stream
+
+    def _meant(self, stream: Any) -> Any:
+        stream = torch.cuda.current_stream() if stream is None else stream
+        return self._main if self._capturing and stream == self._caller else stream
+
+
+UNJOINED = "unjoined work"
+_MEANINGS = {
+    "uncaptured work in another stream": (
+        "captured code waited for work from outside of the capture, past torch.cuda.Stream and torch.cuda.Event",
+        "wait with torch.cuda.Stream.wait_stream, wait_event or torch.cuda.Event.wait, or in an eager function",
+    ),
+    UNJOINED: (
+        "a stream that something forked past torch.cuda.Stream and torch.cuda.Event was never joined",
+        "join it before the segment ends: torch.cuda.current_stream().wait_stream(side)",
+    ),
+    "event last recorded in a capturing stream": (
+        "code outside of the capture used an event that captured code recorded",
+        "record it anew outside, or wait with torch.cuda.Stream.wait_event or torch.cuda.Event.wait",
+    ),
+    "merge of separate capture sequences": (
+        "captured code waited for a stream of another capture",
+        "capture one after the other",
+    ),
+}
+"""By CUDA's words for an error: what it means here, and what to do."""
+
+
+def explained(error: BaseException) -> tuple[str, str]:
+    """The first line of what was raised in a capture, with what it means if it is about streams; and what to do then."""
+    first = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    for words, (meaning, fix) in _MEANINGS.items():
+        if words in first:
+            return f"{meaning}: {first}", fix
+    return first, ""
+
+
+def is_captured(stream: torch.cuda.Stream) -> bool:
+    """Whether ``stream`` is part of a capture that is under way."""
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
