@@ -116,6 +116,38 @@ def trace_inference(
         )
 
 
+def apart(inputs: Sequence[Any]) -> list[Any]:
+    """``inputs`` of a graph that Dynamo traced, with fake tensors on storages of their own for those that share one.
+
+    AOT merges arguments in one storage to one base, if any is written, with the offsets that they have in the first
+    call; and Dynamo does not guard on those. It asks for storages, not for bytes. (torch 2.11 to 2.15)
+    """
+    kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+    plain = [value for value in inputs if type(value) in kinds and value.layout is torch.strided]
+    tenants = Counter(map(storage_key, plain))
+    shared = {id(value) for value in plain if tenants[storage_key(value)] > 1}
+    context = TracingContext.try_get()
+    if not shared or context is None or context.fake_mode is None:
+        return list(inputs)
+    return [_stand_in(value, context) if id(value) in shared else value for value in inputs]
+
+
+def _stand_in(tensor: torch.Tensor, context: TracingContext) -> torch.Tensor:
+    """A fake tensor like ``tensor``, in its place in a storage of its own."""
+    mode, symbols = context.fake_mode, context.tensor_to_context.get(tensor)
+    assert mode is not None
+    source = symbols.tensor_source if symbols is not None else None
+    fake: torch.Tensor = tensor
+    if not isinstance(tensor, FakeTensor):
+        fake = mode.from_tensor(tensor, symbolic_context=symbols, source=source)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
+    extent = 0 if any(type(size) is int and size == 0 for size in fake.shape) else extent
+    with mode, torch.no_grad():
+        memory = torch.empty(fake.storage_offset() + extent, dtype=fake.dtype, device=fake.device)
+        placed = memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+    return with_lazy_bits(placed, lazy_bits(fake)).requires_grad_(fake.requires_grad)
+
+
 @contextmanager
 def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
     added = {op for op in ops if op not in _side_effectful_functions}

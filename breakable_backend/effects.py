@@ -185,19 +185,19 @@ def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]
     ]
 
 
-def writes_inputs(module: fx.GraphModule) -> bool:
-    """Whether an ATen graph writes the memory of an argument."""
-    arguments = {
+def written_inputs(module: fx.GraphModule) -> frozenset[str]:
+    """The inputs of an ATen graph whose memory it writes, by name."""
+    memory = {
         _torch.storage_key(tensor)
-        for node in module.graph.find_nodes(op="placeholder")
-        for tensor in tensors_of(node.meta.get("val"))
-    }
-    return any(
-        _torch.storage_key(tensor) in arguments
         for node in module.graph.nodes
         if node.op == "call_function"
         for argument in written_arguments(node)
         for tensor in tensors_of(argument.meta.get("val"))
+    }
+    return frozenset(
+        node.name
+        for node in module.graph.find_nodes(op="placeholder")
+        if any(_torch.storage_key(tensor) in memory for tensor in tensors_of(node.meta.get("val")))
     )
 
 

@@ -24,12 +24,13 @@ from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
 from breakable_backend.compare import Checker
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.effects import writes_inputs
+from breakable_backend.effects import written_inputs
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
+from breakable_backend.overlap import Fixed, Region, any_clash
 from breakable_backend.partition import partition
 from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
@@ -98,8 +99,10 @@ class AddressSet:
     entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
     guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     """Weak references whose death takes the set with it."""
-    storages: frozenset[int] = frozenset()
-    """Where the storages of the static inputs lie."""
+    fixed: Fixed = field(default_factory=Fixed)
+    """Where the static inputs lie."""
+    apart: list[Any] = field(default_factory=list)
+    """Where the other tensors lay when they were last found to share no memory that is written."""
     last_call: int = 0
 
 
@@ -172,7 +175,7 @@ class Executor:
         self.dropped: OrderedDict[Key, str] = OrderedDict()
         """Why recordings went: of the last ``MAX_DROPPED`` keys."""
         self.journal = Journal(log, name)
-        self._writes = writes_inputs(lowered.module)
+        self._written = written_inputs(lowered.module)
         self._cut()
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
         weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False
@@ -181,7 +184,10 @@ class Executor:
         """Make the program, and from it how a key is read."""
         self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
         self.capturable = bool(self.program.graph_segments)
-        self._may_overlap = tuple(v.index for v in self.program.inputs if v.kind == "tensor") if self._writes else ()
+        moving = [v for v in self.program.inputs if v.kind == "tensor" and v.value.layout is torch.strided]
+        written = {value.index for value in self.program.inputs if value.name in self._written}
+        self._moving = {value.index: value.index in written for value in moving} if written else {}
+        self._fluid = [value.index for value in moving if written and _is_open(value.value)]
         self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
         self.journal.program(self.program)
         show_program(self.program, self.name)
@@ -243,7 +249,7 @@ class Executor:
     def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
         key = self._read_key(args)
         addresses = self.sets.get(key.addresses)
-        if self._may_overlap and self._overlap(args, addresses):
+        if self._moving and self._overlap(args, addresses):
             return self._plain(args, "arguments share memory, and one is written", logging.WARNING)
         entry = addresses.entries.get(key.shapes) if addresses is not None else None
         if entry is None:
@@ -318,7 +324,7 @@ class Executor:
                     return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
                 self._drop_set(oldest, "it was evicted for other addresses")
                 self.statistics.evictions += 1
-            addresses = AddressSet(guards=self._guards(key.addresses, args), storages=self._static_storages(args))
+            addresses = AddressSet(guards=self._guards(key.addresses, args), fixed=self._fixed(args))
             with self._changing:
                 self.sets[key.addresses] = addresses
         addresses.last_call = now
@@ -355,23 +361,26 @@ class Executor:
                 self.dropped.popitem(last=False)
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
-        """Whether an argument that is not static lies in the storage of another.
+        """Whether an argument that is written lies in memory of another.
 
-        Dynamo guards on that only where it was so when it compiled. A bridge would not see what is written through the
-        other argument.
+        Dynamo does not guard on that. A bridge would not see what is written through the other argument. Two static
+        inputs may: they are used where they are. Most calls have their arguments where the last one had them.
         """
-        fixed = addresses.storages if addresses is not None else self._static_storages(args)
-        free: set[int] = set()
-        for index in self._may_overlap:
-            storage = args[index].untyped_storage().data_ptr()
-            if (storage in fixed or storage in free) and args[index].numel():
-                return True
-            free.add(storage)
+        data_ptr = torch.Tensor.data_ptr
+        places: list[Any] = [data_ptr(args[index]) for index in self._moving]
+        places += [(args[index].shape, args[index].stride()) for index in self._fluid]
+        if addresses is not None and places == addresses.apart:
+            return False
+        moving = [Region.of(args[index], written) for index, written in self._moving.items()]
+        if any_clash(moving, addresses.fixed if addresses is not None else self._fixed(args)):
+            return True
+        if addresses is not None:
+            addresses.apart = places
         return False
 
-    def _static_storages(self, args: Sequence[Any]) -> frozenset[int]:
-        static = (args[value.index] for value in self.program.inputs if value.kind == "static")
-        return frozenset(tensor.untyped_storage().data_ptr() for tensor in static)
+    def _fixed(self, args: Sequence[Any]) -> Fixed:
+        static = (value for value in self.program.inputs if value.kind == "static")
+        return Fixed(Region.of(args[value.index], value.name in self._written) for value in static)
 
     def _touch(self, entry: Entry, addresses: AddressSet) -> None:
         addresses.last_call = self.statistics.calls

@@ -13,7 +13,7 @@ from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.effects import bodies, tensors_of, writes_inputs
+from breakable_backend.effects import bodies, tensors_of
 from breakable_backend.marking import EagerOps, annotate_functions, is_marked
 
 AMBIENT_KEY = "breakable_cg_ambient"
@@ -113,9 +113,6 @@ def lower(
 
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         out_of_place_views(module)
-        if _share_storage(example_inputs) and writes_inputs(module):
-            # AOT merges such arguments to one base, with the offsets that they have now; Dynamo does not guard on those.
-            raise CannotLower("it writes one of several arguments that share their memory")
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices()))
 
         first = True
@@ -138,7 +135,8 @@ def lower(
     note_ambient(gm)
     annotate_functions(gm, eager_ops)
     try:
-        function = _torch.trace_inference(gm, example_inputs, inference, training, _kept_ops(gm, eager_ops))
+        apart = _torch.apart(example_inputs)
+        function = _torch.trace_inference(gm, apart, inference, training, _kept_ops(gm, eager_ops))
     except (CannotLower, _torch.DynamoError):
         raise
     except Exception as error:  # AOTAutograd raises whatever its parts raise
@@ -153,14 +151,6 @@ def _first_line(error: Exception) -> str:
     """What an error says first, with its kind where that says more than the text."""
     text = next(iter(str(error).strip().splitlines()), "")
     return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
-
-
-def _share_storage(inputs: Sequence[Any]) -> bool:
-    """Whether an argument that is not static lies in the storage of another."""
-    tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.numel() > 0]
-    fixed = {_torch.storage_key(tensor) for tensor in tensors if _torch.is_static(tensor)}
-    free = [_torch.storage_key(tensor) for tensor in tensors if not _torch.is_static(tensor)]
-    return len(set(free)) < len(free) or not fixed.isdisjoint(free)
 
 
 def needs_gradients(gm: fx.GraphModule) -> bool:
@@ -226,12 +216,18 @@ def _caller_autocast() -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
 
 
 def _kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
-    """The ops that any graph in ``gm`` calls for more than their result: marked ones, and those that return nothing."""
+    """The ops that any graph in ``gm`` calls for more than their result.
+
+    Those are marked ones, those that return nothing, and higher-order ops, whose bodies may write: AOT looks into none,
+    and would drop a user's Triton kernel.
+    """
     found: set[Any] = set()
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 for target in (node.target, *pytree.tree_leaves((node.args, node.kwargs))):
+                    if isinstance(target, _torch.HigherOrderOperator):
+                        found.add(target)
                     found.update(
                         op for op in _torch.overloads(target) if is_marked(op, eager_ops) or not op._schema.returns
                     )

@@ -16,6 +16,7 @@ import torch
 
 from breakable_backend import _torch, active, locks
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError
+from breakable_backend.overlap import known_apart
 from breakable_backend.structure import (
     Result,
     Structure,
@@ -222,7 +223,8 @@ class Site:
         for written, target in enumerate(tensors[: self.num_written]):
             for place, tensor in enumerate(tensors[self.num_written :], self.num_written):
                 apart = tensor.storage_offset() - target.storage_offset()
-                if _torch.storage_key(tensor) == _torch.storage_key(target) and type(apart) is int:
+                together = _torch.storage_key(tensor) == _torch.storage_key(target) and not known_apart(tensor, target)
+                if together and type(apart) is int:
                     self.overlaps[place] = written, apart
 
     # on real ones

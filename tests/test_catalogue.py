@@ -308,8 +308,8 @@ CASES: dict[str, Case] = {
     ),
     # compiling
     "backend.py: cannot be captured": Case(
-        "def overlaps(x, y):\n    x.add_(1)\n    return y * 2  # here\n\n"
-        "compile(overlaps, auto_break=False)(x[:2], x[1:])"
+        "def inferred(x):\n    with torch.inference_mode(): return x * 2  # here\n\n"
+        "compile(inferred, auto_break=False)(x)"
     ),
     "executor.py: cannot be captured": Case(
         "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"

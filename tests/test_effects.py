@@ -210,15 +210,26 @@ def reads_and_writes(x: Tensor, y: Tensor) -> Tensor:
     return writing_region(x + 0, y) + writing_region(x, y) * silly.triple(y)
 
 
-def test_a_region_writes(device: torch.device, options: dict[str, Any]) -> None:
-    """Line 5: an argument that a region writes is written, once for each time, at the caller's storage."""
-    values = [(torch.randn(2, 2, device=device), torch.randn(2, 2, device=device)) for _ in range(8)]
-    compiled = torch.compile(reads_and_writes, backend="breakable_cg", options=options)
+def writes_only(x: Tensor, y: Tensor) -> Tensor:
+    """A region that is called for what it writes, and whose result nobody takes."""
+    writing_region(x, y)
+    writing_region(x, y)
+    return silly.triple(x.sin()) + 1
+
+
+@pytest.mark.parametrize("function", [reads_and_writes, writes_only], ids=lambda function: function.__name__)
+def test_a_region_writes(function: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 5: an argument that a region writes is written each time, at the caller's storage, its result used or not."""
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "min_kernels": 1})
     with torch.no_grad():
-        for x, y in values:
+        for _ in range(12):
+            x, y = torch.randn(2, 2, device=device), torch.randn(2, 2, device=device)
             mine, theirs = y.clone(), y.clone()
-            assert torch.equal(compiled(x, mine), reads_and_writes(x, theirs))
+            assert torch.equal(compiled(x, mine), function(x, theirs))
             assert torch.equal(mine, theirs)
+    program = program_of(compiled)
+    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
+    assert program.replays >= 3
 
 
 def nested_results(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ LAYERS = {
     "active": 1,
     "difference": 1,
     "effects": 1,
+    "overlap": 1,
     "errors": 1,
     "seen": 1,
     "structure": 1,

@@ -1,0 +1,96 @@
+"""Where tensors lie in memory, and whether two share any of it: a question of bytes, whatever storages they have.
+
+Two storages may lie over one memory (numpy, DLPack, another process), and one storage may hold tensors that have
+nothing to do with each other (``kv[0]`` and ``kv[1]``).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Region:
+    """The memory that a tensor lies in. It does not hold the tensor."""
+
+    start: int
+    end: int
+    """Behind the last byte of the last element; ``start`` where there are no elements."""
+    width: int
+    """How many bytes lie in one piece."""
+    period: int
+    """Each piece begins at a multiple of this behind the first; 0 where there is only one."""
+    written: bool = False
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, written: bool = False, start: int | None = None) -> Region:
+        """Read off a tensor with strides. ``start`` takes the place of its address, which a fake tensor lacks."""
+        begin = tensor.data_ptr() if start is None else start
+        if tensor.numel() == 0:
+            return cls(begin, begin, 0, 0, written)
+        length = width = tensor.itemsize
+        period = 0
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            step = stride * tensor.itemsize
+            length += (size - 1) * step
+            if size > 1 and period == 0 and step <= width:
+                width += (size - 1) * step
+            elif size > 1:
+                period = math.gcd(period, step)
+        return cls(begin, begin + length, width, period, written)
+
+    def may_share(self, other: Region) -> bool:
+        """Whether an element of one may lie where an element of the other does.
+
+        Tensors between each other's elements are told apart where their pieces repeat with one period, as columns of a
+        table do. Others count as sharing.
+        """
+        if self.end <= other.start or other.end <= self.start:
+            return False
+        period = math.gcd(self.period, other.period)
+        behind = (other.start - self.start) % period if period else 0
+        return period == 0 or behind < self.width or period - behind < other.width
+
+    def clashes(self, other: Region) -> bool:
+        """Whether the two may share memory, and one is written."""
+        return (self.written or other.written) and self.may_share(other)
+
+
+def known_apart(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors in one storage, which may be fake, share none of it; False where sizes are symbolic."""
+    numbers = [(tensor.storage_offset(), *tensor.shape, *tensor.stride()) for tensor in (first, second)]
+    if not all(type(number) is int for of in numbers for number in of):
+        return False
+    one, other = (Region.of(t, start=int(t.storage_offset()) * t.itemsize) for t in (first, second))
+    return not one.may_share(other)
+
+
+class Fixed:
+    """Regions that stay where they are, in order."""
+
+    def __init__(self, regions: Iterable[Region] = ()) -> None:
+        self.regions = sorted((region for region in regions if region.end > region.start), key=lambda r: r.start)
+        self.starts = [region.start for region in self.regions]
+        self.longest = max((region.end - region.start for region in self.regions), default=0)
+
+    def clashes(self, region: Region) -> bool:
+        """Whether ``region`` may share memory with one of them, and one of the two is written."""
+        first = bisect_left(self.starts, region.start - self.longest)
+        last = bisect_left(self.starts, region.end)
+        return any(other.clashes(region) for other in self.regions[first:last])
+
+
+def any_clash(moving: Iterable[Region], fixed: Fixed) -> bool:
+    """Whether one of ``moving`` may share memory with another, or with one that is fixed, and one of the two is written."""
+    begun: list[Region] = []
+    for region in sorted((region for region in moving if region.end > region.start), key=lambda r: r.start):
+        begun = [other for other in begun if other.end > region.start]
+        if fixed.clashes(region) or any(other.clashes(region) for other in begun):
+            return True
+        begun.append(region)
+    return False
