@@ -58,12 +58,29 @@ def seen_by(seer: Seer, owner: type, name: str) -> Iterator[None]:
     finally:
         with _lock:
             seen.seers[thread].pop()
-            if not seen.seers[thread]:
-                del seen.seers[thread]
-            if not seen.seers:
-                del _methods[key]
-                if vars(owner)[name] is seen.seen:  # else somebody has replaced it in turn, and calls ours
-                    setattr(owner, name, seen.method)
+            _tidy()
+
+
+def _tidy() -> None:
+    """Give back the methods that nobody sees any more."""
+    for (owner, name), seen in list(_methods.items()):
+        for thread in [thread for thread, seers in seen.seers.items() if not seers]:
+            del seen.seers[thread]
+        if not seen.seers:
+            del _methods[owner, name]
+            if vars(owner)[name] is seen.seen:  # else somebody has replaced it in turn, and calls ours
+                setattr(owner, name, seen.method)
+
+
+def _in_child(_: Any) -> None:
+    """Of all threads, a forked child has only the one that forked."""
+    for seen in _methods.values():
+        for thread in seen.seers.keys() - {threading.get_ident()}:
+            del seen.seers[thread]
+    _tidy()
+
+
+locks.in_child(_lock, _in_child)
 
 
 @contextmanager

@@ -455,7 +455,7 @@ FAULTS = (
     Fault(
         "methods-stay-seen",
         "seen.py",
-        "                    setattr(owner, name, seen.method)",
+        "                setattr(owner, name, seen.method)",
         "                    pass",
         "test_capture_streams.py::test_nothing_is_left_of_a_capture[cpu]",
     ),

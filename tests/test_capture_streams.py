@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -300,6 +301,30 @@ def test_methods_are_seen_in_one_thread() -> None:
             assert Owner().method(1) == 7
         assert Owner().method(1) == 2
     assert seen == [1]
+    assert vars(Owner)["method"] is before
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # as the test wants it
+def test_forked_while_another_thread_captures() -> None:
+    """A forked child, which has one thread of all, has torch's own methods where another thread's capture saw them."""
+    before = vars(Owner)["method"]
+    inside, done = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with seen_by(lambda method, owner, number: 7, Owner, "method"):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if vars(Owner)["method"] is before else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert status == 0
     assert vars(Owner)["method"] is before
 
 
