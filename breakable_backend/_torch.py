@@ -447,6 +447,11 @@ def symbols_made(node: fx.Node) -> frozenset[sympy.Symbol]:
     return frozenset(node.meta.get("unbacked_bindings") or ())
 
 
+def is_ragged(value: Any) -> bool:
+    """Whether ``value`` stands for the lengths of a jagged nested tensor: an int that ``int()`` does not take."""
+    return isinstance(value, torch.SymInt) and bool(value.node.is_nested_int())
+
+
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
     """The symbol that ``value`` consists of, if it is nothing else."""
     expr = value.node.expr

@@ -26,6 +26,7 @@ from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import tensors_of
 from breakable_backend.errors import InternalError, PartitionError
 from breakable_backend.executor import Executor, scope_for
+from breakable_backend.flat import FlatGraph
 from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.marking import EagerOps, Scope
 from breakable_backend.options import Options
@@ -123,10 +124,11 @@ class Backend:
             self.executors.add(executor)
             return executor
 
+        flat = FlatGraph.of(gm, example_inputs)
         try:
-            return lower(gm, example_inputs, compile_lowered, eager_ops)
+            return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops))
         except CannotLower as why:
-            return self._eagerly(name, gm, str(why), chosen)
+            return flat.around(self._eagerly(name, flat.module, str(why), chosen))
 
     def _eagerly(self, name: str, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
         source = next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")

@@ -99,6 +99,9 @@ def lower(
         raise CannotLower(NEEDS_GRADIENTS)
     if any(node.target is _torch.ENTER_INFERENCE_MODE for node in gm.graph.nodes):
         raise CannotLower("it enters or leaves inference mode")
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.layout not in (torch.strided, torch.jagged):
+            raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")
 
     inner: list[Callable[[list[Any]], Any]] = []
     ours: list[Exception] = []

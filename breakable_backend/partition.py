@@ -66,10 +66,9 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
         scope: device, marks, and nodes that must run eagerly.
         min_kernels: captured runs with fewer launching ops become eager.
     """
-    known = frozenset().union(
-        *(free_symbols(node.meta.get("val")) for node in lowered.module.graph.find_nodes(op="placeholder"))
-    )
     graph = lowered.module.graph
+    arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+    known = frozenset().union(*(free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
     scope = dataclasses.replace(
         scope, symbols=known, late=late_values(graph, known), host_scalars=_host_scalars(graph, scope)
     )
@@ -267,7 +266,7 @@ class _Builder:
 
     def _kind(self, node: fx.Node, value: Any, index: int) -> InputKind:
         if not isinstance(value, torch.Tensor):
-            return "number"
+            return "ragged" if _torch.is_ragged(value) else "number"
         if node.name in self.scope.host_scalars:
             return "scalar"
         return "static" if index in self.lowered.static else "tensor"

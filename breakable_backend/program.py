@@ -26,7 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-InputKind = Literal["static", "tensor", "number", "scalar", "constant"]
+InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"]
+"""``ragged``: what stands for the lengths of a jagged nested tensor, a new one for each tensor. It is no number, and in no key."""
 
 
 @dataclass(frozen=True)

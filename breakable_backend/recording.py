@@ -292,6 +292,8 @@ class Binding:
 
 def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
     fake = value.value
+    if value.kind == "ragged":
+        return
     pairs = (
         zip((*fake.shape, *fake.stride()), (*actual.shape, *actual.stride()), strict=True)
         if isinstance(fake, torch.Tensor)

@@ -999,7 +999,7 @@ FAULTS = (
         "traced.py",
         '    "autograd_function_apply": applied,\n',
         "",
-        "test_traced.py::test_trains_as_eager[cpu-autograd.Function]",
+        "test_traced.py::test_saved_values_are_watched[cpu]",
     ),
     Fault(
         "second-derivatives-past-once-differentiable",
@@ -1016,11 +1016,40 @@ FAULTS = (
         "test_traced.py::test_second_derivative_past_switches[cpu]",
     ),
     Fault(
-        "saved-values-are-not-watched",
+        "results-hold-their-own-history",
         "traced.py",
         "[None if i in saved_for_backward_idx else value for i, value in enumerate(kept)]",
         "list(kept)",
-        "test_traced.py::test_saved_values_are_watched[cpu]",
+        "test_traced.py::test_saved_values_go_with_the_result[cpu]",
+    ),
+    # --- inputs that are no plain tensors ---
+    Fault(
+        "ragged-dimensions-are-numbers",
+        "partition.py",
+        'return "ragged" if _torch.is_ragged(value) else "number"',
+        'return "number"',
+        "test_contract_inputs.py::test_ragged_sizes_are_this_calls[cpu]",
+    ),
+    Fault(
+        "stolen-containers-are-kept",
+        "flat.py",
+        "                    argument.clear()",
+        "                    pass",
+        "test_contract_inputs.py::test_lists_and_dicts[cpu-False]",
+    ),
+    Fault(
+        "dynamos-graph-is-changed",
+        "flat.py",
+        "return cls(fx.GraphModule(gm, graph), flat",
+        "gm.graph = graph\n        return cls(gm, flat",
+        "test_contract_inputs.py::test_lists_and_dicts[cpu-False]",
+    ),
+    Fault(
+        "layouts-without-strides-are-lowered",
+        "lowering.py",
+        "value.layout not in (torch.strided, torch.jagged)",
+        "value.layout not in (torch.strided, torch.jagged, torch._mkldnn)",
+        "test_contract_inputs.py::test_layout_without_strides",
     ),
     Fault(
         "callers-autocast-ignored",

@@ -33,6 +33,7 @@ LAYERS = {
     "buffers": 4,
     "debug": 4,
     "drivers": 4,
+    "flat": 4,
     "drivers.collector": 4,
     "drivers.nodes": 4,
     "drivers.streams": 4,

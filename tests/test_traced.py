@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +227,15 @@ def test_second_derivative_past_switches(device: torch.device, options: dict[str
     assert_same(first.detach(), (2 * x.sin() * x.cos()).detach())
     with pytest.raises(ReplayError, match="second derivative"):
         torch.autograd.grad(first.sum(), x)
+
+
+def test_saved_values_go_with_the_result(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: a result that a ``torch.autograd.Function`` saved goes when the caller lets it go."""
+    compiled = torch.compile(lambda x: Square.apply(x, 2.0), backend="breakable_cg", options=options)
+    result = compiled(torch.rand(3, device=device, requires_grad=True))
+    gone = weakref.ref(result)
+    del result
+    assert gone() is None
 
 
 def test_saved_values_are_watched(device: torch.device, options: dict[str, Any]) -> None:

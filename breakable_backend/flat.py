@@ -1,0 +1,72 @@
+"""Graphs of Dynamo's that take lists and dicts of tensors, made to take the tensors: compiled autograd hands over such graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend._torch import pytree
+
+CONTAINERS = (list, tuple, dict)
+
+
+@dataclass(frozen=True)
+class FlatGraph:
+    """A graph that takes what is inside of containers in their place."""
+
+    module: fx.GraphModule
+    inputs: Sequence[Any]
+    stolen: tuple[bool | None, ...] | None = None
+    """Of each argument of Dynamo's: None if it is no container; else whether Dynamo wants it emptied. None: there is none."""
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> FlatGraph:
+        """Of Dynamo's graph and its arguments. Where one is a container, the graph is another one: Dynamo looks at its own again."""
+        if not any(isinstance(value, CONTAINERS) for value in inputs):
+            return cls(gm, inputs)
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        containers: dict[fx.Node, Any] = {}
+        flat: list[Any] = []
+        stolen: list[bool | None] = []
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if isinstance(value, CONTAINERS):
+                leaves, spec = pytree.tree_flatten(value)
+                inside = [graph.placeholder(f"{node.name}_{number}") for number in range(len(leaves))]
+                containers[node] = pytree.tree_unflatten(inside, spec)
+                flat += leaves
+                stolen.append(bool(node.meta.get("steal_arg")))
+            else:
+                copies[node] = graph.node_copy(node)
+                flat.append(value)
+                stolen.append(None)
+        for node, container in containers.items():
+            copies[node] = graph.call_function(_as_it_is, (container,))
+        graph.output(graph.graph_copy(gm.graph, copies))
+        graph.output_node().meta.update(gm.graph.output_node().meta)
+        return cls(fx.GraphModule(gm, graph), flat, tuple(stolen))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which takes what is flat, as a function of Dynamo's arguments."""
+        if self.stolen is None:
+            return function
+        stolen = self.stolen
+
+        def flattening(*args: Any) -> Any:
+            flat: list[Any] = []
+            for argument, emptied in zip(args, stolen, strict=True):
+                flat += [argument] if emptied is None else pytree.tree_leaves(argument)
+                if emptied:
+                    argument.clear()  # whoever made it holds the tensors no longer
+            return function(*flat)
+
+        flattening.__dict__.update(function.__dict__)  # what reports look for
+        return flattening
+
+
+def _as_it_is(container: Any) -> Any:
+    """A container of values, as a node."""
+    return container
