@@ -308,6 +308,11 @@ def constant_under_dynamo(function: F) -> F:
     return cast(F, torch._dynamo.assume_constant_result(function))
 
 
+def break_of_dynamo(reason: str) -> Callable[[F], F]:
+    """Have Dynamo break its graph where ``function`` is called, and call it as it is."""
+    return cast(Callable[[F], F], torch.compiler.disable(reason=reason))
+
+
 def refuses_graph_breaks() -> bool:
     """Whether Dynamo, which is tracing the caller, was told ``fullgraph=True``."""
     transaction = InstructionTranslator.current_tx()

@@ -147,10 +147,12 @@ def is_capturing() -> bool:
     return active.handler.get() is not None
 
 
+# Dynamo of torch 2.15 would trace it, and freeze whether a capture is under way; that of older ones could not.
+@_torch.break_of_dynamo("break_graph() ends a segment of the capture that it is called in")
 def break_graph() -> None:
     """End the segment here, and begin another: what comes after is launched by a graph of its own.
 
-    Outside of a capture it does nothing.
+    Outside of a capture it does nothing, but that in compiled code it breaks Dynamo's graph.
 
     >>> from breakable_backend import BreakableCUDAGraph, break_graph, capture
     >>> with capture(BreakableCUDAGraph(driver="tape")) as graph:
