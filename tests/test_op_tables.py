@@ -72,7 +72,7 @@ def is_on_this_torch(name: str) -> bool:
 
 def test_the_tables_are_found() -> None:
     """The tests below see the tables: one name of each kind of spelling is among what they walk."""
-    assert {"aten::cholesky", "aten::copy_", "aten::lstm", "aten::_unique2"} <= names_in_tables()
+    assert {"aten::cholesky", "aten::copy_", "aten::_unique2"} <= names_in_tables()
     assert {"aten::clone", "aten::lift_fresh"} <= attributes()
     assert {"invoke_subgraph", "flex_attention_backward"} <= higher_order_names()
     assert ONLY_ON.keys() <= names_in_tables()
@@ -147,7 +147,7 @@ for path in root.rglob("*.py"):
 print("imported")
 
 # In the package's name the dispatcher looks up what it calls: those stay.
-missing &= {f"aten::{name}" for name in "cholesky lstm cudnn_batch_norm _ctc_loss _unique2 _assert_async".split()}
+missing &= {f"aten::{name}" for name in "cholesky _ctc_loss _unique2 _assert_async".split()}
 compiled = torch.compile(lambda x: x.sin() * 2 + 1, backend=breakable_backend.breakable_cg, options={"driver": "tape"})
 with torch.no_grad():
     assert all(torch.equal(compiled(x), x.sin() * 2 + 1) for x in torch.rand(4, 3))
