@@ -6,6 +6,7 @@ the same place on these.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 from collections import Counter
@@ -713,6 +714,15 @@ demangle: Callable[[str], str] = torch._C._demangle
 # A CPU build lacks these names; the CUDA driver is the only one to call them.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+
+ONE_CAPTURE_STATE: bool = torch.__version__ < "2.13"  # a TorchVersion, which compares as versions do
+"""Whether a CUDA generator has one capture state for all graphs (torch 2.11), or one for each capture (2.13)."""
+
+
+def keep_for_ever(thing: Any) -> None:
+    """Never destroy ``thing``, not even at the end of the process: its destructor could fail there, or abort."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
@@ -732,10 +742,12 @@ def release_pool(device: int, pool: tuple[int, int]) -> None:
     torch._C._cuda_releasePool(device, pool)
 
 
-def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> None:
-    """End the routing of allocations into ``pool`` that a failed ``capture_end`` leaves behind."""
+def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> bool:
+    """End the routing of allocations into ``pool`` that a failed capture leaves behind; whether there was any."""
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
     except RuntimeError as error:
         if "not currently recording" not in str(error):
             raise
+        return False
+    return True

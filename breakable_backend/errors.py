@@ -72,6 +72,9 @@ class CaptureError(BreakableError):
     says so; the error then only reaches callers inside somebody else's capture.
     """
 
+    passing = False
+    """Whether what was in the way was another thread's doing and passes: the same may be captured later."""
+
 
 class ReplayError(BreakableError):
     """A call that does not fit what was recorded: another device, dtype or shape than the graph was compiled for."""

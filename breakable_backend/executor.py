@@ -23,7 +23,8 @@ from breakable_backend.active import Call, in_call
 from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
 from breakable_backend.compare import Checker
-from breakable_backend.drivers import CaptureDriver
+from breakable_backend.device_errors import blame
+from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.effects import written_inputs
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.journal import Journal
@@ -52,6 +53,8 @@ IDLE_FACTOR = 4
 that is too large runs plainly in part, and does not record for ever."""
 MAX_DROPPED = 1024
 """Keys whose recordings went that are remembered, so that the report can say why they were recorded again."""
+MAX_DISTURBED = 3
+"""Recordings of a key that other threads disturb and that are made once more; what they disturb then is eager for good."""
 LOCK_TIMEOUT = 5.0
 """Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
 a compiled function would otherwise wait for ever."""
@@ -88,6 +91,8 @@ class Entry:
     why: str = ""
     """Why it was new: what told it from the keys before it."""
     last_call: int = 0
+    disturbed: int = 0
+    """How often another thread disturbed its recording."""
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
 
@@ -263,7 +268,11 @@ class Executor:
             driver.bring(args)
             if self.tap is not None:
                 self.tap(entry, list(args))
-            return self._profiled(entry, args, stream) if active() else entry.replay.function(args, stream)
+            try:
+                return self._profiled(entry, args, stream) if active() else entry.replay.function(args, stream)
+            except Exception as error:
+                blame(error, driver, self.name, self._latest())
+                raise
         if entry.refused:
             return self._plain(args, entry.refused, logging.WARNING)
         if entry.warm:
@@ -273,6 +282,12 @@ class Executor:
         entry.warmup_seconds = time.perf_counter() - started
         entry.warm = True
         return outputs
+
+    def _latest(self) -> list[Recording]:
+        """What was replayed last, and before that: the GPU may be that far behind."""
+        entries = [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
+        entries.sort(key=lambda entry: -entry.last_call)
+        return [entry.recording for entry in entries if entry.recording is not None][:2]
 
     def _profiled(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
         """The replay, with a name for each step in the profile."""
@@ -293,7 +308,7 @@ class Executor:
         values = list(args)
         args.clear()
         with span(f"{self.name}: plain, {why}"):
-            return run_plain(self.program, values, debug=self.debug)
+            return run_plain(self.program, values, debug=self.debug, drawing=self.driver.drawing)
 
     def _count_plain(self, why: str, level: int = logging.INFO) -> None:
         with self._changing:
@@ -322,7 +337,7 @@ class Executor:
                 oldest = next(iter(self.sets))
                 if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
                     return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
-                self._drop_set(oldest, "it was evicted for other addresses")
+                self._drop_set(oldest, "it was evicted for other addresses", wait=False)
                 self.statistics.evictions += 1
             addresses = AddressSet(guards=self._guards(key.addresses, args), fixed=self._fixed(args))
             with self._changing:
@@ -337,7 +352,7 @@ class Executor:
             with self._changing:
                 del addresses.entries[shapes]
                 gone = _emptied([oldest_entry], self.statistics)
-            _release(gone, self.driver)
+            _release(gone, self.driver, wait=False)
             self.statistics.evictions += 1
         entry = Entry(key, why=self._why_new(key))
         with self._changing:
@@ -417,7 +432,7 @@ class Executor:
                     value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
                 )
         if changed:
-            self._drop_all("keys are read otherwise since then")
+            self._drop_all("keys are read otherwise since then", wait=False)
             self._cut()
         return changed
 
@@ -469,7 +484,13 @@ class Executor:
             self.statistics.recordings += 1
             self.statistics.recorded[entry.why] += 1
             self.statistics.captures += entry.captures
-        if self._alive(entry) and recording.graphs:
+        for reason in recorded.disturbed.values():
+            self.journal.once(f"another thread disturbed a capture: {reason}", logging.WARNING)
+        entry.disturbed += bool(recorded.disturbed)
+        again = recorded.disturbed and entry.disturbed <= MAX_DISTURBED
+        if not again:
+            failed |= recorded.disturbed
+        if self._alive(entry) and recording.graphs and not again:
             name = f"{self.name} replay {entry.number}"
             if witness is None:
                 replay = _checked_once(entry, recording, name)
@@ -479,7 +500,7 @@ class Executor:
                 entry.recording, entry.replay = recording, replay
             self._tell_of(entry, recording, replay)
         else:
-            # A static input died while an eager step ran; or there is nothing to replay.
+            # A static input died while an eager step ran; or there is nothing to replay, or the next call records again.
             graphs, owner = recording.graphs, [recording]
             del recorded, recording
             driver.release(graphs, owner)
@@ -519,11 +540,13 @@ class Executor:
         self.scope = replace(self.scope, forced=forced)
         self._cut()
         if self._keyed() != keyed:
-            self._drop_all("keys are read otherwise since then")  # what was recorded would not be found again
+            # What was recorded would not be found again.
+            self._drop_all("keys are read otherwise since then", wait=False)
 
     # release
 
-    def _drop_set(self, addresses: tuple[int, ...], why: str) -> None:
+    def _drop_set(self, addresses: tuple[int, ...], why: str, *, wait: bool = True) -> None:
+        """Forget a set. ``wait``: free it now, and wait for the GPU where it is still in use."""
         with self._changing:
             dropped = self.sets.pop(addresses, None)
         if dropped is not None:
@@ -533,11 +556,13 @@ class Executor:
             dropped.guards.clear()
             with self._changing:
                 gone = _emptied(entries, self.statistics)
-            _release(gone, self.driver)
+            _release(gone, self.driver, wait=wait)
 
-    def _drop_all(self, why: str = "reset was called") -> None:
+    def _drop_all(self, why: str = "reset was called", *, wait: bool = True) -> None:
         for addresses in list(self.sets):
-            self._drop_set(addresses, why)
+            self._drop_set(addresses, why, wait=wait)
+        if wait:
+            self.driver.release(())  # the pool may have outlived its last graph
 
     def reset(self) -> None:
         """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
@@ -617,23 +642,26 @@ def _emptied(entries: Sequence[Entry], statistics: Statistics) -> list[tuple[Rec
     return gone
 
 
-def _release(gone: list[tuple[Recording, Replay, Any]], driver: CaptureDriver) -> None:
+def _release(gone: list[tuple[Recording, Replay, Any]], driver: CaptureDriver, *, wait: bool) -> None:
     """Free what was recorded."""
+    graphs: list[CapturedGraph] = []
+    owner: list[Any] = []
     while gone:
         recording, replay, profiled = gone.pop(0)
         replay.forget()
         if profiled is not None:
             profiled[0].forget()
-        graphs, owner = recording.graphs, [recording, replay, profiled]
-        del recording, replay, profiled
-        driver.release(graphs, owner)
+        graphs += recording.graphs
+        owner += recording, replay, profiled
+        del recording, replay, profiled  # the owner's alone from here on
+    driver.release(graphs, owner, wait=wait)  # with nothing left, the pool goes too
 
 
 def _release_all(sets: OrderedDict[tuple[int, ...], AddressSet], statistics: Statistics, driver: CaptureDriver) -> None:
     while sets:
         _, addresses = sets.popitem()
         addresses.guards.clear()
-        _release(_emptied(list(addresses.entries.values()), statistics), driver)
+        _release(_emptied(list(addresses.entries.values()), statistics), driver, wait=True)
 
 
 class _KeyReader:

@@ -20,6 +20,7 @@ import torch
 from breakable_backend import _torch, active
 from breakable_backend.active import Modes
 from breakable_backend.compare import Checker
+from breakable_backend.device_errors import blame
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
@@ -213,6 +214,9 @@ class BreakableCUDAGraph:
                         else:
                             captured.run(stream)
                         self.replays += 1
+                    except Exception as error:
+                        blame(error, driver, self.journal.name, [captured.recording])
+                        raise
                     finally:
                         driver.end(stream)
                     return

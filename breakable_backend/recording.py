@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
@@ -305,11 +306,17 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
 
 
 def run_plain(
-    program: Program, args: Sequence[Any], handler: active.BreakHandler | None = None, *, debug: bool = False
+    program: Program,
+    args: Sequence[Any],
+    handler: active.BreakHandler | None = None,
+    *,
+    debug: bool = False,
+    drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Any]:
     """Run every segment as eager would, with no capture and no bridge: the first call, and whatever is not recorded.
 
     Under a ``handler``, which is somebody's capture by the second door, eager segments become eager steps of that.
+    ``drawing`` is :meth:`breakable_backend.drivers.CaptureDriver.drawing`.
 
     Raises:
         EagerOutputError: a marked op returned something else than its fake implementation said.
@@ -318,7 +325,8 @@ def run_plain(
     slots = dict(binding.values)
     for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
         if isinstance(segment, GraphSegment):
-            results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
+            with drawing() if _draws(segment) else nullcontext():
+                results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
             slots.update(zip(segment.outputs, results, strict=True))
         else:
             calls = binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None)
@@ -332,6 +340,12 @@ def run_plain(
         for name in dead:
             del slots[name]
     return list(program.epilogue.module(*(slots[name] for name in program.epilogue.inputs)))
+
+
+def _draws(segment: GraphSegment) -> bool:
+    """Whether one of PyTorch's ops draws random numbers there. What a custom op does, its tags tell, or nobody."""
+    targets = (node.target for node in segment.module.graph.nodes)
+    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets)
 
 
 @dataclass(frozen=True)
@@ -390,6 +404,8 @@ class Recorded:
     failed: dict[int, Reason]
     """Segments that could not be captured and ran eagerly instead, by position."""
     copies: int
+    disturbed: dict[int, Reason]
+    """Segments whose capture another thread disturbed, and that ran eagerly this time."""
 
 
 def record(
@@ -440,6 +456,7 @@ class _Recorder:
         self.fixed = plan.keyed | static
         """Inputs that captured segments use at their address."""
         self.failed: dict[int, Reason] = {}
+        self.disturbed: dict[int, Reason] = {}
         self.copies = 0
         for value in binding.program.inputs:
             self._introduce(value)
@@ -540,7 +557,7 @@ class _Recorder:
             ) from error.__cause__
         op = label(first) if first is not None else ""
         reason = Reason("capture_failed", f"could not be captured: {error.what}", op, where)
-        self.failed[position] = reason
+        (self.disturbed if error.passing else self.failed)[position] = reason
         self.eager(
             EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))
         )
@@ -628,7 +645,7 @@ class _Recorder:
             constants=self.constants,
             addresses=self.addresses | places_of(self.constants),
         )
-        return Recorded(recording, list(_fill(tuple(returned), local)), self.failed, self.copies)
+        return Recorded(recording, list(_fill(tuple(returned), local)), self.failed, self.copies, self.disturbed)
 
     def _to_copy(self, place: Any, local: Mapping[str, Any]) -> bool:
         """Whether the caller would get memory of this recording, which the next call changes."""

@@ -354,6 +354,9 @@ class Launched:
     def replay(self) -> None:
         self.launches += 1
 
+    def reset(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize("whose", ["own", "all"])
 def test_hooks_on_launches(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
@@ -364,8 +367,9 @@ def test_hooks_on_launches(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     bindings = SimpleNamespace(cudaGraphLaunch=lambda executable, stream: (raw.append(executable) or 0,))
     monkeypatch.setattr(cuda, "cudart", bindings)
     theirs: Any = Launched()
-    graph = cuda.CudaGraph(theirs, torch.Generator())
-    graph._generator, graph._executable = None, "executable"
+    no_draws: Any = SimpleNamespace(index=0)
+    graph = cuda.CudaGraph(theirs, no_draws)
+    graph._replayed, graph._executable = True, "executable"
     hooks = theirs._replay_end_hooks if whose == "own" else torch.cuda.graphs._global_replay_start_hooks  # type: ignore[attr-defined]
     for count in (1, 2):
         graph.replay(0)

@@ -7,6 +7,7 @@ that runs into it. The line that the error has to show ends in ``# here``. What 
 from __future__ import annotations
 
 import ast
+import functools
 import linecache
 import re
 import sys
@@ -21,9 +22,10 @@ import torch
 
 import breakable_backend
 import silly
-from breakable_backend import BreakableError, _torch, backend, errors, sites
-from breakable_backend.drivers import cuda, nodes, streams, tape
+from breakable_backend import BreakableError, ReplayError, _torch, backend, device_errors, errors, sites
+from breakable_backend.drivers import cuda, generator, nodes, streams, tape
 from breakable_backend.drivers.eager import EagerDriver
+from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.structure import Unholdable
 
 ROOT = Path(breakable_backend.__file__).parent
@@ -137,9 +139,12 @@ def leaf(): return torch.ones(3, requires_grad=True)
 """What every ``model.py`` begins with."""
 
 
-def machine(*, hip: str | None = None, gpu: bool = True) -> Callable[[pytest.MonkeyPatch], None]:
+def machine(
+    *, hip: str | None = None, gpu: bool = True, allocator: str = "native"
+) -> Callable[[pytest.MonkeyPatch], None]:
     """What the module of the CUDA driver sees; cuda-python is missing."""
-    seen = SimpleNamespace(version=SimpleNamespace(hip=hip), cuda=SimpleNamespace(is_available=lambda: gpu))
+    told = SimpleNamespace(is_available=lambda: gpu, get_allocator_backend=lambda: allocator)
+    seen = SimpleNamespace(version=SimpleNamespace(hip=hip), cuda=told)
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(cuda, "torch", seen)
@@ -156,6 +161,19 @@ def refused_launch(patch: pytest.MonkeyPatch) -> cuda.CudaGraph:
     graph = cuda.CudaGraph.__new__(cuda.CudaGraph)
     graph._executable, graph._hooks = object(), ()
     return graph
+
+
+def lost_device(patch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """What follows a launch on a device that is in error."""
+    error = ReplayError("cudaGraphLaunch failed: unspecified launch failure")
+    return functools.partial(device_errors.blame, error, TapeDriver(torch.device("cpu")), "graph 0", [])
+
+
+def given_up(patch: pytest.MonkeyPatch) -> Any:
+    """A driver for CUDA whose device is lost."""
+    driver: Any = cuda.CudaDriver.__new__(cuda.CudaDriver)
+    driver.give_up("the GPU is lost to this process: CUDA error: device-side assert triggered")
+    return driver
 
 
 def unreadable(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
@@ -179,19 +197,35 @@ def cuda_driver(patch: pytest.MonkeyPatch) -> Any:
 def failing_end(patch: pytest.MonkeyPatch) -> Any:
     """A driver for CUDA that cannot end a capture."""
     driver = cuda_driver(patch)
-    patch.setattr(driver, "_repair", lambda graph: None, raising=False)
 
     def invalidated(graph: Any) -> None:
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    patch.setattr(cuda, "_end", invalidated)
+    patch.setattr(driver, "_end", invalidated, raising=False)
     return driver
+
+
+def failing_begin(patch: pytest.MonkeyPatch) -> Any:
+    """A driver for CUDA that cannot open a pool."""
+    driver = cuda_driver(patch)
+    driver._recordings, driver._pool = 1, None
+
+    def full() -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    patch.setattr(driver, "_open_pool", full, raising=False)
+    return driver
+
+
+def long_capture(patch: pytest.MonkeyPatch) -> generator.Draws:
+    """The generator of a GPU while another thread captures, and does not end."""
+    patch.setattr(generator.Turns, "take", lambda turns: False)
+    return generator.Draws.__new__(generator.Draws)
 
 
 def capturing_stream(patch: pytest.MonkeyPatch) -> Any:
     """A session for CUDA, where a capture is active."""
-    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    return cuda.CudaSession(SimpleNamespace(stream=None))  # type: ignore[arg-type]
+    return cuda.CudaSession(SimpleNamespace(stream=None, is_capturing=lambda: True))  # type: ignore[arg-type]
 
 
 def unknown_stream(patch: pytest.MonkeyPatch) -> Any:
@@ -260,6 +294,9 @@ CASES: dict[str, Case] = {
     ),
     "driver='cuda' needs a CUDA GPU, and torch sees none": Case(
         "compile(plain, driver='cuda')(x)  # here", machine(gpu=False)
+    ),
+    "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep": Case(
+        "compile(plain, driver='cuda')(x)  # here", machine(allocator="cudaMallocAsync")
     ),
     "driver='cuda' needs cuda-python, which cannot be imported": Case(
         "compile(plain, driver='cuda')(x)  # here", machine()
@@ -394,6 +431,8 @@ CASES: dict[str, Case] = {
         "def fails(): raise RuntimeError('CUDA error')  # here\nplanted.capture(fails)", cuda_driver
     ),
     "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
+    "drivers/cuda.py: begin_capture": Case("planted.begin_capture()  # here", failing_begin),
+    "another thread's capture went on for": Case("planted.begin_capture(0)  # here", long_capture),
     "a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
     "which the capture does not know: no graph would have it": Case("planted.touch()  # here", unknown_stream),
     "is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),
@@ -462,6 +501,11 @@ CASES: dict[str, Case] = {
         "sizes = iter([2, 3])\nmade, _ = EagerDriver(x.device).capture(lambda: torch.ones(next(sizes)))\n"
         "made.replay(0), made.replay(0)  # here"
     ),
+    "a graph that draws random numbers was replayed while another thread's capture went on for": Case(
+        "planted.begin_replay(0)  # here", long_capture
+    ),
+    "the GPU is lost to this process": Case("planted()  # here", lost_device),
+    "drivers/cuda.py: refuse": Case("planted.begin()  # here", given_up),
     "cudaGraphLaunch failed": Case("planted.replay(0)  # here", refused_launch),
     "CUDA does not work in a process that was forked from one that uses it": Case(
         "planted._forked()\nplanted.begin()  # here", cuda_driver
@@ -584,6 +628,8 @@ REPEATS = {
     "drivers/tape.py: _failure": "which no captured graph can do",
     "drivers/cuda.py: capture": "CUDA error",
     "drivers/cuda.py: end_capture": "CUDA error",
+    "drivers/cuda.py: refuse": "the GPU is lost to this process",
+    "drivers/cuda.py: begin_capture": "CUDA error",
 }
 """Places with no text of their own: they say what another error, or CUDA, has said. A row has this in its place."""
 

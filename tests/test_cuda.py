@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn import functional
 
 import breakable_backend
-from breakable_backend import BreakableCUDAGraph, CaptureError, breakable_cg, capture, explain, reset
+from breakable_backend import (
+    BreakableCUDAGraph,
+    CaptureError,
+    breakable_cg,
+    capture,
+    eager_on_graph,
+    explain,
+    reset,
+)
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers.cuda import CudaDriver
 
@@ -133,6 +141,13 @@ def test_no_leak_over_rounds() -> None:
 
 def test_dropping_a_model_frees_everything() -> None:
     """A dropped model takes its weights, its graphs and their pool with it, though Dynamo keeps the compiled function."""
+    first = compiled(lambda x: x + 1)
+    for _ in range(2):
+        first(
+            torch.zeros(4, device=CUDA)
+        )  # the generator's seed and offset are there for ever once something is captured
+    del first
+    breakable_backend.reset()
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -490,6 +505,46 @@ def test_model_on_another_device_than_the_current() -> None:
         assert torch.equal(ours(x), want)
     assert torch.cuda.current_device() == 0
     assert explain(ours).programs[0].replays == 3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("door", ["compile", "capture"])
+def test_launches_are_for_the_graphs_device(door: str) -> None:
+    """A model of wide layers on the second GPU is right in a thousand calls that are made while the first is current."""
+    other = torch.device("cuda", 1)
+    model = stack(2048, 2).to(other)
+    x = torch.randn(256, 2048, device=other)
+    if door == "compile":
+        ours = compiled(model)
+    else:
+        graph, place = BreakableCUDAGraph(driver="cuda"), x.clone()
+        with torch.cuda.device(other):
+            model(place)
+            with capture(graph):
+                y = model(place)
+
+        def ours(x: torch.Tensor) -> torch.Tensor:
+            place.copy_(x)
+            graph.replay()
+            return y
+
+    for call in range(1000):
+        x.mul_(0.999).add_(0.001)
+        got = ours(x)
+        if call % 50 < 3:
+            assert torch.equal(got, model(x)), call
+    assert torch.cuda.current_device() == 0
+    current: list[int] = []
+
+    @eager_on_graph
+    def step(x: torch.Tensor) -> torch.Tensor:
+        current.append(torch.cuda.current_device())
+        return x + 1
+
+    looks = compiled(lambda x: step(x.sin() * 2) * 3)
+    for _ in range(4):
+        assert torch.equal(looks(x), (x.sin() * 2 + 1) * 3)
+    assert current[-4:] == [0] * 4
 
 
 def test_reset_gives_memory_back() -> None:

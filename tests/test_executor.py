@@ -476,6 +476,48 @@ def test_reset_during_a_call(make: Make) -> None:
     assert make.driver.live_blocks() == 0
 
 
+@pytest.mark.parametrize("times", [1, 10])
+def test_a_disturbed_capture_is_made_again(make: Make, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """A capture that another thread disturbs runs eagerly in this call, and is made again at the next, a few times at most."""
+    executor = make(lambda x: (x.sin() + 1,), make.ones(4))
+    left, real = [None] * times, make.driver.capture
+
+    def capture(body: Callable[[], Any]) -> Any:
+        if left:
+            left.pop()
+            error = CaptureError("somebody synchronised")
+            error.passing = True
+            raise error
+        return real(body)
+
+    monkeypatch.setattr(make.driver, "capture", capture)
+    for value in range(8):
+        x = make.ones(4) * value
+        assert torch.equal(executor([x])[0], x.sin() + 1)
+    assert executor.statistics.recordings == min(times, module.MAX_DISTURBED) + 1
+    assert bool(executor.scope.forced) == (times > module.MAX_DISTURBED)
+    assert executor.capturable == (times == 1)
+
+
+def test_eviction_does_not_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes room for another key is released without a wait; a reset waits, and gives up the pool with it."""
+    executor = make(lambda x: x.sin() + 1, make.ones(4), mode="symbolic", max_recordings=1)
+    waits, real = [], make.driver.release
+
+    def release(graphs: Any, owner: Any = None, *, wait: bool = True) -> None:
+        waits.append(wait)
+        real(graphs, owner, wait=wait)
+
+    monkeypatch.setattr(make.driver, "release", release)
+    for size in (2, 3, 5):
+        for _ in range(6):
+            executor([make.ones(size)])
+    assert executor.statistics.evictions == 2 and waits == [False, False]
+    executor.reset()
+    assert set(waits[2:]) == {True}
+    assert make.driver.live_blocks() == 0 and make.driver.pool_bytes() == 0
+
+
 def test_executor_that_is_dropped(make: Make) -> None:
     """What an executor recorded goes with it, and the pool with its last recording."""
     executor = make(sines, make.ones(3))

@@ -77,7 +77,11 @@ class CaptureDriver(Protocol):
     """What is to be done once no call is under way, by whoever ends one."""
 
     def begin(self) -> int:
-        """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
+        """Order this call behind the last one that used the pool; returns the current stream's raw handle.
+
+        Raises:
+            ReplayError: the device is lost: see :meth:`give_up`.
+        """
 
     def bring(self, args: Sequence[Any]) -> None:
         """The arguments of this call. Recorded graphs may find memory of theirs at an address that was another's."""
@@ -103,14 +107,21 @@ class CaptureDriver(Protocol):
     def session(self) -> AbstractContextManager[CaptureSession]:
         """For captures that begin and end in the middle of a ``with`` block. Within :meth:`recording`."""
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """Held around ops that run by themselves and may draw from the device's default generator."""
+
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream."""
 
-    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+    def give_up(self, why: str) -> None:
+        """The device is lost to this process: every later :meth:`begin` raises, and says why."""
+
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
         """Give back the memory of ``graphs``, which are not replayed again. The pool goes with its last graph.
 
         ``owner`` holds the tensors that the graphs read and write, and is cleared once their last launches are over.
-        Nobody else may hold those tensors, or their memory stays.
+        Nobody else may hold those tensors, or their memory stays. Without ``wait`` the host does not wait for that: what
+        is still in use goes at the end of a later call, and the pool stays for the calls to come.
         """
 
     def pool_bytes(self) -> int:

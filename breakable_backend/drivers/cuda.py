@@ -6,10 +6,15 @@ allocator each time, which with many segments costs seconds.
 
 from __future__ import annotations
 
+import atexit
+import sys
+import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -17,7 +22,9 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
+from breakable_backend.drivers.generator import Draws, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
+from breakable_backend.drivers.ordering import Order
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, ReplayError, user_line
 
@@ -33,7 +40,7 @@ def require_cuda() -> None:
     """Raise unless this machine can capture CUDA graphs.
 
     Raises:
-        OptionsError: no GPU, a ROCm build of torch, or no cuda-python.
+        OptionsError: no GPU, a ROCm build of torch, another allocator than torch's own, or no cuda-python.
     """
     if torch.version.hip is not None:
         raise OptionsError(
@@ -41,6 +48,11 @@ def require_cuda() -> None:
         )
     if not torch.cuda.is_available():
         raise OptionsError("driver='cuda' needs a CUDA GPU, and torch sees none", fix="use driver='tape' or 'auto'")
+    if torch.cuda.get_allocator_backend() != "native":
+        raise OptionsError(
+            "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep",
+            fix="take backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF, or use driver='tape'",
+        )
     if cudart is None:
         raise OptionsError("driver='cuda' needs cuda-python, which cannot be imported", fix="pip install cuda-python")
 
@@ -55,16 +67,17 @@ class CudaGraph:
     torch keeps the ``cudaGraph_t``, in host memory, so that its nodes can be read later.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, generator: torch.Generator, executable_bytes: int = 0) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, draws: Draws) -> None:
         self._graph: torch.cuda.CUDAGraph | None = graph
-        self.executable_bytes = executable_bytes
+        self.executable_bytes = 0
         """Free memory of the device that instantiating took. CUDA takes it in pieces, so it is 0 for most graphs."""
-        self._generator: torch.Generator | None = generator
-        """Set until the first replay."""
+        self._draws = draws
         self._executable: Any = None
         self._nodes: tuple[GraphNode, ...] | None = None
         self._hooks = _torch.launch_hooks(graph)
+        self._replayed = False
         self.draws_random = False
+        self._index = draws.index
 
     @property
     def num_kernels(self) -> int:
@@ -83,49 +96,79 @@ class CudaGraph:
         return dot(self._graph.raw_cuda_graph()) if self._graph is not None else dot_of_names(())
 
     def replay(self, stream: int) -> None:
-        """Launch on ``stream``, the current one."""
+        """Launch on ``stream``, the current one of the graph's device."""
         # torch's own launch calls hooks, which come and go at any time. To look takes 0.1 us, and none before torch 2.14.
         if self._executable is None or (self._hooks and any(self._hooks)):
-            self._replay_through_torch()
+            self._replay_through_torch(stream)
             return
         (status,) = cudart.cudaGraphLaunch(self._executable, stream)
         if status:
-            raise ReplayError(f"cudaGraphLaunch failed: {cudart.cudaGetErrorString(status)[1].decode()}")
+            self._refuse(cudart.cudaGetErrorString(status)[1].decode())
 
-    def _replay_through_torch(self) -> None:
+    def _refuse(self, why: str) -> NoReturn:
+        raise ReplayError(f"cudaGraphLaunch failed: {why}")
+
+    def _replay_through_torch(self, stream: int) -> None:
         assert self._graph is not None, "replayed after its release"
-        if self._generator is None:
-            self._graph.replay()
+        if self._replayed and not self.draws_random:
+            self._graph.replay()  # with hooks, which are others' code
             return
-        before = self._generator.get_offset()
-        self._graph.replay()
-        self.draws_random = self._generator.get_offset() != before
-        self._generator = None
+        self._draws.begin_replay(stream)
+        try:
+            before = self._draws.generator.get_offset()
+            self._graph.replay()
+            if not self._replayed:
+                self.draws_random = self._draws.generator.get_offset() != before
+        except torch.AcceleratorError as error:
+            self._refuse(_first_line(error))
+        finally:
+            self._draws.end_replay(stream)
+        self._replayed = True
         if not self.draws_random:
             self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
 
     def release(self) -> None:
         """Destroy the executable. The pool gets the memory back."""
-        if self._graph is not None:
-            self._executable = None
-            self._nodes = None
-            self._hooks = ()
-            self._graph.reset()
-            self._graph = None
+        graph, self._graph = self._graph, None
+        self._executable = self._nodes = None
+        self._hooks = ()
+        if graph is not None:
+            with registry:
+                graph.reset()
+                del graph  # what leaves torch's registry is the object itself
+
+    def __del__(self) -> None:
+        if getattr(self, "_graph", None) is not None and not sys.is_finalizing():
+            self.release()
+
+
+class CudaGraphAmongGPUs(CudaGraph):
+    """The same where there are several GPUs. A raw launch is for the current device: handle 0 is that one's stream."""
+
+    def replay(self, stream: int) -> None:
+        # All at once, since looking at the current device takes 0.05 us, and a call of the other method twice that.
+        if self._executable is None or (self._hooks and any(self._hooks)) or _torch.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                super().replay(stream)
+            return
+        (status,) = cudart.cudaGraphLaunch(self._executable, stream)
+        if status:
+            self._refuse(cudart.cudaGetErrorString(status)[1].decode())
 
 
 class WaitingGraph(CudaGraph):
     """A captured segment that waited for work from outside of the capture. So does each launch."""
 
-    def __init__(self, *captured: Any, waits: tuple[Wait, ...]) -> None:
-        super().__init__(*captured)
+    def __init__(self, graph: torch.cuda.CUDAGraph, draws: Draws, waits: tuple[Wait, ...]) -> None:
+        super().__init__(graph, draws)
         self._waits = waits
 
     def replay(self, stream: int) -> None:
-        current = torch.cuda.current_stream()
-        for wait in self._waits:
-            wait.issue(current)
-        super().replay(stream)
+        with torch.cuda.device(self._index):
+            current = torch.cuda.current_stream()
+            for wait in self._waits:
+                wait.issue(current)
+            super().replay(stream)
 
     def release(self) -> None:
         super().release()
@@ -155,12 +198,13 @@ class CudaDriver:
         """A graph that keeps the pool alive between recordings: a pool dies with its last graph, and its handle is
         then an internal assertion away."""
         self._live: set[CudaGraph] = set()
-        self._failed: list[torch.cuda.CUDAGraph] = []
-        """Graphs whose capture failed. Their destructor may abort the process, so they stay."""
-        self._done = torch.cuda.Event()
-        self._last_stream: int | None = None
-        self._streams: dict[int, torch.cuda.Stream] = {}
-        self._to_release: list[tuple[tuple[CapturedGraph, ...], list[Any]]] = []
+        self._several = torch.cuda.device_count() > 1
+        self._order = Order(self.device)
+        self._draws = Draws.of(self.device)
+        self._leaving: deque[_Leaving] = deque()
+        self._lost = False
+        """Whether the device is in error, which nothing in this process ends."""
+        _drivers.add(self)
         self._recordings = 0
         """How many recordings are under way; an eager step of one may release the pool's last graph."""
 
@@ -168,42 +212,59 @@ class CudaDriver:
         """In a forked child, where CUDA does not work: a call says so, and what dies is not given back."""
         self.busy = False
         mine: Any = self
-        mine.begin, mine.release, mine.is_capturing = _refuse_in_child, lambda *_: None, lambda: False
+        mine.begin, mine.release, mine.is_capturing = _refuse_in_child, lambda *_, **__: None, lambda: False
 
     # ordering
 
     def begin(self) -> int:
         """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
         stream = _torch.current_raw_stream(self._index)
-        if stream != self._last_stream:
-            self._change_stream(stream)
+        if stream != self._order.last:
+            self._order.follow(stream)
         return stream
 
-    def _change_stream(self, stream: int) -> None:
-        """With one stream, which is the rule, there are no events; from the second on each call's end has one."""
-        if len(self._streams) == 1 and self._last_stream is not None:
-            self._done.record(self._streams[self._last_stream])
-        if stream not in self._streams:
-            self._streams[stream] = torch.cuda.current_stream(self.device)
-        if self._last_stream is not None:
-            self._streams[stream].wait_event(self._done)
+    def give_up(self, why: str) -> None:
+        def refuse() -> int:
+            raise ReplayError(why, fix="start the process anew")
+
+        # In place of the methods, so that a call has nothing more to do while all is well.
+        self.begin, self.end = refuse, lambda stream: None  # type: ignore[method-assign]
+        self._lost = True
 
     def bring(self, args: Sequence[Any]) -> None:
         """Nothing to do: a graph reads whatever is at its addresses."""
 
     def end(self, stream: int) -> None:
         """Mark on ``stream`` where this call's use of the pool ends."""
-        self._last_stream = stream
-        if len(self._streams) > 1:
-            self._done.record(self._streams[stream])
-        if self._to_release and not torch.cuda.is_current_stream_capturing():
+        self._order.mark(stream)
+        if self._leaving and not self.is_capturing():
             self._give_back()
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """The generator, while no other thread captures; after a long wait whatever then comes of it."""
+        return self._draws.at_rest()
+
     def is_capturing(self) -> bool:
-        """Whether a capture that is not ours is active on the current stream."""
-        return torch.cuda.is_current_stream_capturing()
+        """Whether a capture that is not ours is active on the current stream; False where the device is lost."""
+        try:
+            if self._several and _torch.current_device() != self._index:
+                with torch.cuda.device(self._index):
+                    return torch.cuda.is_current_stream_capturing()
+            return torch.cuda.is_current_stream_capturing()
+        except torch.AcceleratorError:
+            return False
 
     # capture
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The turn of a capture on the capture stream, among all threads and drivers of the process."""
+        stream = self.stream.cuda_stream
+        self._draws.begin_capture(stream)
+        try:
+            yield
+        finally:
+            self._draws.end_capture(stream)
 
     @contextmanager
     def capturing_on(self, stream: torch.cuda.Stream | None, error_mode: str) -> Iterator[None]:
@@ -232,8 +293,6 @@ class CudaDriver:
             with held_off():
                 with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
                     torch.cuda.current_blas_handle()
-                if self._pool is None:
-                    self._open_pool()
                 _torch.clear_cublas_workspaces()
                 try:
                     yield
@@ -251,77 +310,128 @@ class CudaDriver:
             except BaseException as error:
                 session.abandon()
                 if isinstance(error, Exception):
-                    raise CaptureError(_first_line(error), where=user_line(error.__traceback__)) from error
+                    failed = CaptureError(_first_line(error), where=user_line(error.__traceback__))
+                    failed.passing = _is_disturbed(error)
+                    raise failed from error
                 raise
             return session.end(), result
 
     @contextmanager
     def session(self) -> Iterator[CudaSession]:
         """Captures segment after segment."""
-        assert self._pool is not None, "capture outside recording()"
         session = CudaSession(self)
         with session.order.watching():
             yield session
 
     def begin_capture(self) -> torch.cuda.CUDAGraph:
-        """A graph that captures the current stream into the pool."""
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # thread_local: other threads may allocate, query events and pin memory meanwhile.
-        graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
+        """A graph that captures the current stream into the pool; it is in :meth:`turn`. Raises and repairs."""
+        assert self._recordings, "capture outside recording()"
+        try:
+            if self._pool is None:
+                self._open_pool()
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            self._begin(graph, self.capture_error_mode)
+        except Exception as error:
+            raise CaptureError(_first_line(error)) from error
         return graph
+
+    def _begin(self, graph: torch.cuda.CUDAGraph, error_mode: str) -> None:
+        try:
+            with registry:
+                # thread_local: other threads may allocate, query events and pin memory meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode=error_mode)
+        except Exception:
+            self._repair(graph, began=False)
+            raise
 
     def end_capture(self, graph: torch.cuda.CUDAGraph, order: StreamOrder | None = None) -> CudaGraph:
         """What was captured, with its streams as ``order`` says; after an error the process is repaired."""
         try:
             try:
                 waits = order.end() if order is not None else ()
-            finally:
-                _end(graph)  # whatever comes of the streams, the capture has to end
-            free, _ = torch.cuda.mem_get_info(self._index)
-            graph.instantiate()
+            except Exception:
+                self.abandon_capture(graph)  # whatever comes of the streams, the capture has to end
+                raise
+            self._end(graph)
+            captured = self._instantiated(graph, waits)
         except Exception as error:
-            self._repair(graph)
             what, fix = (order.explained if order is not None else explained)(error)
-            raise CaptureError(what, fix=fix) from error
-        taken = max(0, free - torch.cuda.mem_get_info(self._index)[0])
-        made = graph, torch.cuda.default_generators[self._index], taken
-        captured = WaitingGraph(*made, waits=waits) if waits else CudaGraph(*made)
+            failed = CaptureError(what, fix=fix)
+            failed.passing = _is_disturbed(error)
+            raise failed from error
         self._live.add(captured)
+        return captured
+
+    def _instantiated(self, graph: torch.cuda.CUDAGraph, waits: tuple[Wait, ...]) -> CudaGraph:
+        kind = CudaGraphAmongGPUs if self._several else CudaGraph
+        captured = WaitingGraph(graph, self._draws, waits) if waits else kind(graph, self._draws)
+        free, _ = torch.cuda.mem_get_info(self._index)
+        try:
+            graph.instantiate()
+        except Exception:
+            captured.release()
+            raise
+        captured.executable_bytes = max(0, free - torch.cuda.mem_get_info(self._index)[0])
         return captured
 
     def abandon_capture(self, graph: torch.cuda.CUDAGraph) -> bool:
         """End a capture whose body raised; whether it could not even be ended."""
         try:
-            _end(graph)
+            self._end(graph)
         except Exception:  # noqa: BLE001 - what made the capture invalid is on its way to the caller already
-            self._repair(graph)
             return True
-        graph.reset()
+        CudaGraph(graph, self._draws).release()
         return False
 
-    def _repair(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Make the process as it was after ``capture_end`` failed.
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                graph.capture_end()
+        except Exception:
+            self._repair(graph)
+            raise
+
+    def _repair(self, graph: torch.cuda.CUDAGraph, began: bool = True) -> None:
+        """Make the process as it was after the capture of ``graph`` failed to begin, or to end.
 
         torch 2.11 leaves the pool recording and in use, and the generator in capture mode. The pool is not used again.
         The generator leaves that mode at the end of the next capture that succeeds, which is the new pool's first. To
         give it a saved state instead would part it from the graphs that draw from it already: they fail from then on.
+        The graph's destructor may abort the process, so it never runs.
         """
-        _torch.stop_allocating_to_pool(self._index, self._pool)
-        _torch.release_pool(self._index, self._pool)
-        self._failed.append(graph)
-        self._open_pool()
+        _torch.keep_for_ever(graph)
+        if _torch.stop_allocating_to_pool(self._index, self._pool) or began:
+            _torch.release_pool(self._index, self._pool)
+        if graph is not self._keeper:
+            self._open_pool()
 
     def _open_pool(self) -> None:
-        if isinstance(self._given_pool, torch.cuda.MemPool):
-            self._pool = self._given_pool.id
-        else:
-            self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
-        self._keeper = torch.cuda.CUDAGraph()
-        with self.on_capture_stream():
-            byte = torch.zeros(1, device=self.device)
-            self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            byte.zero_()
-            self._keeper.capture_end()
+        """A new pool, with a small graph in it. What another thread disturbs is tried again."""
+        for tries_left in (2, 1, 0):
+            self._drop_keeper()
+            if isinstance(self._given_pool, torch.cuda.MemPool):
+                self._pool = self._given_pool.id
+            else:
+                self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
+            self._keeper = torch.cuda.CUDAGraph()
+            try:
+                with self.on_capture_stream():
+                    byte = torch.zeros(1, device=self.device)
+                    self._begin(self._keeper, "thread_local")
+                    try:
+                        byte.zero_()
+                    finally:
+                        self._end(self._keeper)
+                return
+            except Exception:
+                self._keeper = self._pool = None
+                if not tries_left:
+                    raise
+
+    def _drop_keeper(self) -> None:
+        with registry:
+            self._keeper = None
 
     @contextmanager
     def on_capture_stream(self) -> Iterator[None]:
@@ -341,35 +451,47 @@ class CudaDriver:
 
     # release
 
-    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
         """Give back ``graphs``: at once, or when the call that another thread is in, or a capture, is over."""
-        self._to_release.append((tuple(graphs), owner if owner is not None else []))
-        if not torch.cuda.is_current_stream_capturing() and self.lock.acquire(blocking=False):
+        self._leaving.append(_Leaving(tuple(graphs), owner if owner is not None else [], wait))
+        if self._lost:
+            return
+        if not self.is_capturing() and self.lock.acquire(blocking=False):
             try:
                 self._give_back()
             finally:
                 self.lock.release()
 
     def _give_back(self) -> None:
-        if self._last_stream is not None:
-            # Bridges go back to the allocator with their owner, and a replay on another stream may still read them.
-            if len(self._streams) == 1:
-                self._done.record(self._streams[self._last_stream])
-            self._done.synchronize()
-        while self._to_release:
-            graphs, owner = self._to_release.pop()
-            for graph in graphs:
+        """Free what leaves, if its last launches are over: bridges go back to the allocator with their owner."""
+        wait = any(leaving.wait for leaving in self._leaving)
+        for _ in range(len(self._leaving)):
+            leaving = self._leaving.popleft()
+            if not self._is_over(leaving, wait):
+                self._leaving.append(leaving)  # the end of a later call looks again
+                continue
+            for graph in leaving.graphs:
                 assert isinstance(graph, CudaGraph)
                 graph.release()
                 self._live.discard(graph)
-            owner.clear()
-        if not self._live and not self._recordings:
+            leaving.owner.clear()
+        if wait and not self._live and not self._recordings and not self._leaving:
             self._close_pool()
 
+    def _is_over(self, leaving: _Leaving, wait: bool) -> bool:
+        """Whether the last launches of what leaves are over; False too where CUDA does not tell, as on a lost device."""
+        try:
+            if leaving.done is None:
+                leaving.done = self._order.event()
+            if leaving.done is not None and wait:
+                leaving.done.synchronize()
+            return leaving.done is None or wait or leaving.done.query()
+        except torch.AcceleratorError:
+            return False
+
     def _close_pool(self) -> None:
-        if self._keeper is not None:
-            self._keeper.reset()
-        self._keeper = self._pool = None
+        self._drop_keeper()
+        self._pool = None
         torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:
@@ -390,8 +512,36 @@ class CudaDriver:
         return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
 
 
-_one_capture = locks.lock()
-"""The allocator routes by stream, but which capture a thread is in is torch's to know once per process."""
+_drivers: weakref.WeakSet[CudaDriver] = weakref.WeakSet()
+
+
+def _leave() -> None:
+    """The process ends: no thread is left in the middle of a launch, and no graph is destroyed after the GPU's library.
+
+    What daemon threads call from now on waits for a lock that nobody gives back.
+    """
+    until = time.monotonic() + 2.0
+    hold_for_ever()
+    for driver in list(_drivers):
+        driver.lock.acquire(timeout=max(0.0, until - time.monotonic()))
+        for graph in [*driver._live, *(graph for leaving in driver._leaving for graph in leaving.graphs)]:
+            _torch.keep_for_ever(graph)
+        _torch.keep_for_ever(driver._keeper)
+
+
+atexit.register(_leave)
+
+
+@dataclass(eq=False)
+class _Leaving:
+    """What a driver gives back once its last launches are over."""
+
+    graphs: tuple[CapturedGraph, ...]
+    owner: list[Any]
+    wait: bool
+    """Whether the host waits for that."""
+    done: torch.cuda.Event | None = None
+    """Comes after the last launches; made when no call is under way any more."""
 
 
 class CudaSession:
@@ -404,15 +554,19 @@ class CudaSession:
         self._stack = ExitStack()
 
     def begin(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
+        if self.driver.is_capturing():
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
         caller = torch.cuda.current_stream(self.driver.device)
         with ExitStack() as stack:
-            stack.enter_context(_one_capture)
             stack.enter_context(self.driver.on_capture_stream())
+            stack.enter_context(self.driver.turn())
             self._graph = self.driver.begin_capture()
             self._stack = stack.pop_all()
-        self.order.begin(caller)
+        try:
+            self.order.begin(caller)
+        except BaseException:
+            self.abandon()
+            raise
 
     def touch(self) -> None:
         self.order.touch()
@@ -452,10 +606,9 @@ def _refuse_in_child() -> NoReturn:
     )
 
 
-def _end(graph: torch.cuda.CUDAGraph) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-        graph.capture_end()
+def _is_disturbed(error: BaseException) -> bool:
+    """Whether a capture was invalid before the call that says so: another thread's synchronisation does that."""
+    return "due to a previous error during capture" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -151,10 +151,17 @@ class EagerDriver:
         """There is none: the body of a ``with`` statement cannot be run again. The tape driver takes its place."""
         raise NotImplementedError
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """Nothing to hold: no capture disturbs the generator."""
+        return nullcontext()
+
     def is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+    def give_up(self, why: str) -> None:
+        """Nothing to do: what runs op by op fails where the device does."""
+
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
         if self._done is not None and not self.is_capturing():
             self._done.synchronize()  # the last call may have run on another stream than the memory is of
         for graph in graphs:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -424,6 +424,10 @@ class TapeDriver:
         with session.host_reads, session.taping:
             yield session
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """Nothing to hold: no capture disturbs the generator."""
+        return nullcontext()
+
     def is_capturing(self) -> bool:
         return _active.get() not in (None, self)
 
@@ -432,7 +436,10 @@ class TapeDriver:
         with self._adopting:
             self._graphs.add(graph)
 
-    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None) -> None:
+    def give_up(self, why: str) -> None:
+        """Nothing to do: what runs op by op fails where the device does."""
+
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
         for graph in graphs:
             assert isinstance(graph, TapeGraph), graph
             graph.release()

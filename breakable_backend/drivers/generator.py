@@ -1,0 +1,155 @@
+"""What captures, and replays that draw random numbers, share in a process: the default generators of the GPUs.
+
+torch 2.11 has one capture state for each generator. While any thread captures, the generator is in capture mode for all
+threads: a replay that draws fails, and so does a second capture. The seed and the offset that replays read lie in
+memory of their own, which is there only while a graph is registered, and which each capture and each replay that draws
+writes. So there, these exclude each other, are ordered on the GPU whatever their streams, and one graph stays registered.
+From torch 2.13 on each capture has a state of its own; what is left to guard is the offset on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from breakable_backend import _torch, locks
+from breakable_backend.drivers.ordering import Order
+from breakable_backend.errors import CaptureError, ReplayError
+
+WAIT = 5.0
+"""Seconds that one capture may last while others wait for its end. Under ``with capture`` its code is the user's, and
+may itself wait for the thread that waits here."""
+
+
+class Turns:
+    """A lock that is passed on: a wait ends without it only when one holder has kept it for ``WAIT`` seconds."""
+
+    def __init__(self) -> None:
+        self._lock = locks.lock()
+        self._count = 0
+
+    def take(self) -> bool:
+        """Wait for the lock; False if it is not to be had."""
+        while True:
+            before = self._count
+            if self._lock.acquire(timeout=WAIT):
+                self._count += 1
+                return True
+            if self._count == before:
+                return False
+
+    def give(self) -> None:
+        """Let the next have it."""
+        self._lock.release()
+
+    def hold(self) -> None:
+        """Have it for ever, unless somebody is long about giving it."""
+        self._lock.acquire(timeout=1.0)
+
+
+captures = Turns()
+"""Which capture a thread is in is torch's to know once in a process: there is one at a time, whatever the device."""
+draws = captures if _torch.ONE_CAPTURE_STATE else Turns()
+registry = locks.lock()
+"""Held for as long as one call into torch takes that begins a capture or destroys a graph: torch keeps a set of all
+graphs for each generator, and lets go of the GIL before it changes that. Never held while Python runs."""
+_users: dict[int, Draws] = {}
+
+
+def hold_for_ever() -> None:
+    """The process ends: no other thread begins a capture, or a replay that draws."""
+    captures.hold()
+    draws.hold()
+
+
+class Draws:
+    """The default generator of one GPU, for graphs that may draw from it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.index: int = device.index
+        self.generator = torch.cuda.default_generators[device.index]
+        self.device = device
+        self._order = Order(device)
+        self._registered = not _torch.ONE_CAPTURE_STATE
+
+    @staticmethod
+    def of(device: torch.device) -> Draws:
+        """The one of ``device`` in this process."""
+        with registry:
+            if device.index not in _users:
+                _users[device.index] = Draws(device)
+            return _users[device.index]
+
+    def begin_capture(self, stream: int) -> None:
+        """Take the turn of a capture on ``stream``, the current one.
+
+        Raises:
+            CaptureError: another thread's capture went on for ``WAIT`` seconds.
+        """
+        if not captures.take():
+            busy = CaptureError(
+                f"another thread's capture went on for {WAIT:g} s",
+                fix="do not wait, inside of `with capture`, for a thread that captures",
+            )
+            busy.passing = True
+            raise busy
+        self._follow(captures, stream)
+        if not self._registered:
+            self._register()
+            self._registered = True
+
+    def end_capture(self, stream: int) -> None:
+        """Give the turn back; the capture on ``stream`` is over."""
+        self._mark(captures, stream)
+
+    def begin_replay(self, stream: int) -> None:
+        """Take the turn of a replay that draws, or may draw, on ``stream``, the current one.
+
+        Raises:
+            ReplayError: another thread's capture went on for ``WAIT`` seconds.
+        """
+        if not draws.take():
+            raise ReplayError(
+                f"a graph that draws random numbers was replayed while another thread's capture went on for {WAIT:g} s",
+                fix="do not wait, inside of `with capture`, for a thread that replays such graphs",
+            )
+        self._follow(draws, stream)
+
+    def end_replay(self, stream: int) -> None:
+        """Give the turn back."""
+        self._mark(draws, stream)
+
+    def _register(self) -> None:
+        """Have the seed and the offset for ever: among the default stream's memory, and no dispatch mode's fake."""
+        default = torch.cuda.default_stream(self.device)
+        with _torch.without_modes(), torch.cuda.device(self.device), torch.cuda.stream(default), registry:
+            keeper = torch.cuda.CUDAGraph()
+            keeper.register_generator_state(self.generator)
+        _torch.keep_for_ever(keeper)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Held around raw draws: no capture of another thread is under way, unless one goes on for ``WAIT`` seconds."""
+        taken = draws.take()
+        try:
+            yield
+        finally:
+            if taken:
+                draws.give()
+
+    def _follow(self, turns: Turns, stream: int) -> None:
+        try:
+            if _torch.ONE_CAPTURE_STATE and stream != self._order.last:
+                self._order.follow(stream)
+        except BaseException:
+            turns.give()
+            raise
+
+    def _mark(self, turns: Turns, stream: int) -> None:
+        try:
+            if _torch.ONE_CAPTURE_STATE:
+                self._order.mark(stream)
+        finally:
+            turns.give()
