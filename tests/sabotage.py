@@ -446,6 +446,13 @@ FAULTS = (
         "test_capture_streams.py::test_warm_autocast_cache[cpu]",
     ),
     Fault(
+        "recording-with-a-warm-autocast-cache",
+        "recording.py",
+        "            with without_autocast_cache():",
+        "            if True:",
+        "test_contract_ambient.py::test_captured_op_in_a_warm_autocast_region[cpu]",
+    ),
+    Fault(
         "regions-in-a-capture-cache-casts",
         "seen.py",
         "    entered = enter(region)\n    torch.set_autocast_cache_enabled(False)\n",

@@ -125,6 +125,29 @@ def test_captured_op_under_the_callers_autocast(device: torch.device, options: d
     check(f, matrices(device), device=device, options=options, under=with_caller(device, lambda: bfloat16(device)))
 
 
+def test_captured_op_in_a_warm_autocast_region(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a weight is cast anew by each replay, though autocast's cache held a cast of it when it was recorded."""
+    weight, x = torch.nn.Parameter(torch.rand(4, 4, device=device)), torch.rand(4, 4, device=device)
+
+    def f(x: Tensor) -> Tensor:
+        return silly.product(x + 1, weight) * 2
+
+    compiled = torch.compile(f, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        with bfloat16(device):
+            stale = x @ weight
+            for _ in range(3):
+                compiled(x)
+            weight.mul_(2)
+            assert torch.equal(x @ weight, stale)  # the caller's cast holds until the region ends
+            got = compiled(x)
+            assert torch.is_autocast_cache_enabled()
+        with bfloat16(device):
+            assert torch.equal(got, f(x))
+    (program,) = breakable_backend.explain(compiled).programs
+    assert (program.num_graph_segments, program.replays) == (1, 2)
+
+
 def test_torch_ops_under_autocast(device: torch.device, options: dict[str, Any]) -> None:
     """Line 7: torch's own ops, captured and in an eager region, are cast as in eager."""
 
