@@ -34,7 +34,7 @@ from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kern
 from torch._library.custom_ops import OPDEFS
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
@@ -120,8 +120,8 @@ def trace_inference(
 def apart(inputs: Sequence[Any]) -> list[Any]:
     """``inputs`` of a graph that Dynamo traced, with fake tensors on storages of their own for those that share one.
 
-    AOT merges arguments in one storage to one base, if any is written, with the offsets that they have in the first
-    call; and Dynamo does not guard on those. It asks for storages, not for bytes. (torch 2.11 to 2.15)
+    AOT merges arguments that overlap in one storage to one base, if any is written, with the offsets that they have in
+    the first call; and Dynamo does not guard on those. (torch 2.11 to 2.15)
     """
     kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
     plain = [value for value in inputs if type(value) in kinds and value.layout is torch.strided]
@@ -689,6 +689,33 @@ def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], des
         *(getattr(tuner, "reset_to_zero", None) or ()),
     }
     return [name for name in tensors if name in found]
+
+
+def wait_tensor() -> OpOverload:
+    """The op that waits for what a collective makes."""
+    (op,) = find_overloads("_c10d_functional::wait_tensor")
+    return op
+
+
+def results_like(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call of ``op`` would return, without the call: its arguments where it returns those, else empty tensors."""
+    mode = FakeTensorMode()
+    given: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        made = mode.from_tensor(tensor)
+        given[storage_key(made)] = tensor
+        return made
+
+    def real(made: torch.Tensor) -> torch.Tensor:
+        if storage_key(made) in given:
+            return given[storage_key(made)]
+        return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+
+    fakes = pytree.tree_map_only(torch.Tensor, fake, (tuple(args), dict(kwargs)))
+    with mode:
+        results = op(*fakes[0], **fakes[1])
+    return pytree.tree_map_only(torch.Tensor, real, results)
 
 
 def dense_kernel(op: HigherOrderOperator) -> Callable[..., Any]:

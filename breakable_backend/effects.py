@@ -166,18 +166,24 @@ def _written_by_kernel(node: fx.Node) -> list[Any]:
     return [named[name] for name in node.meta[_KERNEL_KEY]]
 
 
-_WRITES_STATISTICS = _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm")
+_UNDECLARED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm"), ("running_mean", "running_var")
+    ),
+    "_c10d_functional::irecv": ("tensor",),
+    "_c10d_functional::batch_p2p_ops": ("tensors",),
+}
+"""Arguments that ops write although their schema says nothing of it."""
 
 
 def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What is passed for the arguments that ``op`` writes, in the order of its schema.
 
-    Batch norm writes its running statistics although its schema says nothing of it. Of a higher-order op that is called
-    here and now, all that it is passed: that is for who wants to undo the call.
+    Of a higher-order op that is called here and now, all that it is passed: that is for who wants to undo the call.
     """
     if isinstance(op, _torch.HigherOrderOperator):
         return [args, kwargs]
-    undeclared = ("running_mean", "running_var") if op._schema.name in _WRITES_STATISTICS else ()
+    undeclared = _UNDECLARED.get(op._schema.name, ())
     return [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(op._schema.arguments)
@@ -199,6 +205,33 @@ def written_inputs(module: fx.GraphModule) -> frozenset[str]:
         for node in module.graph.find_nodes(op="placeholder")
         if any(_torch.storage_key(tensor) in memory for tensor in tensors_of(node.meta.get("val")))
     )
+
+
+# --- what it leaves to be waited for ----------------------------------------------------------------------------------------
+
+WAIT = "_c10d_functional::wait_tensor"
+"""The op that waits for what a collective makes. A second wait for the same does nothing."""
+
+
+def is_asynchronous(op: Any) -> bool:
+    """Whether a call only begins its work: what it makes is there after ``WAIT``, which finds the work by the storage."""
+    return isinstance(op, _torch.OpOverload) and op.namespace == "_c10d_functional" and op._schema.name != WAIT
+
+
+def unfinished(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The calls among ``nodes`` of which a result is not waited for by another of them."""
+    waited = {
+        _torch.storage_key(tensor)
+        for node in nodes
+        if schema_name(node) == WAIT
+        for tensor in tensors_of(node.meta.get("val"))
+    }
+    return [
+        node
+        for node in nodes
+        if is_asynchronous(node.target)
+        and any(_torch.storage_key(tensor) not in waited for tensor in tensors_of(node.meta.get("val")))
+    ]
 
 
 # --- what it returns ------------------------------------------------------------------------------------------------------
@@ -256,6 +289,28 @@ def is_view(node: fx.Node) -> bool:
     results = tensors_of(node.meta.get("val"))
     known = {_torch.storage_key(t) for a in node.all_input_nodes for t in tensors_of(a.meta.get("val"))}
     return bool(results) and not target._schema.is_mutable and all(_torch.storage_key(t) in known for t in results)
+
+
+_ON_THE_HOST = _torch.aten("_efficient_attention_forward _scaled_dot_product_efficient_attention")
+"""Ops on CUDA whose third and fourth result, the seed and offset of dropout, are on the host, though a fake says otherwise."""
+
+
+def strays(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Calls of which a result is taken that is on the host, although its fake says that it is not; and what follows from it.
+
+    Under a capture such a result may be on the device, as the fake says, and in eager it is not.
+    """
+    found: set[fx.Node] = set()
+    following: set[fx.Node] = set()
+    for node in graph.nodes:
+        call = producer_of(node)
+        if is_getitem(node) and schema_name(call) in _ON_THE_HOST and node.args[1] in (2, 3):
+            if any(tensor.is_cuda for tensor in tensors_of(node.meta.get("val"))):
+                found.add(call)
+                following.add(node)
+        elif node.op == "call_function" and not following.isdisjoint(node.all_input_nodes):
+            following.add(node)
+    return frozenset(found | following)
 
 
 def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:

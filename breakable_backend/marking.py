@@ -173,6 +173,8 @@ class Scope:
     """The symbols of sizes that are known before anything runs; filled in by ``partition``."""
     late: frozenset[fx.Node] = frozenset()
     """Numbers, and shapes, that are known only at run time (``effects.late_values``); filled in by ``partition``."""
+    strays: frozenset[fx.Node] = frozenset()
+    """Calls that return, or read, what is on the host against its fake (``effects.strays``); filled in by ``partition``."""
     forced: Mapping[str, Reason] = field(default_factory=dict)
     """Nodes that must run eagerly whatever the rules say, such as those of a segment whose capture failed."""
 
@@ -261,6 +263,8 @@ def on_host(node: fx.Node) -> bool:
 def off_device(node: fx.Node, scope: Scope) -> str:
     if node.name in scope.host_scalars:
         return ""
+    if node in scope.strays:
+        return "returns, or reads, a tensor on the host, off the capture device"
     for tensor in tensors_of(node.meta.get("val")):
         if tensor.device != scope.device:
             return f"makes a tensor on {tensor.device}, off the capture device"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,7 +36,9 @@ from breakable_backend.effects import (
     late_values,
     producer_of,
     schema_name,
+    strays,
     tensors_of,
+    unfinished,
     written_arguments,
 )
 from breakable_backend.lowering import Lowered, ambient_of
@@ -70,7 +73,11 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
     known = frozenset().union(*(free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
     scope = dataclasses.replace(
-        scope, symbols=known, late=late_values(graph, known), host_scalars=_host_scalars(graph, scope)
+        scope,
+        symbols=known,
+        late=late_values(graph, known),
+        strays=strays(graph),
+        host_scalars=_host_scalars(graph, scope),
     )
     flow = _Flow.of(graph, scope.late)
     reasons = {node: classify(node, scope) for node in flow.actions}
@@ -275,6 +282,8 @@ class _Builder:
         draft = _Draft(self)
         for node in run.nodes:
             draft.add(node)
+        for node in unfinished(run.nodes):
+            draft.wait_for(node)
         return draft
 
     def _segment(self, draft: _Draft, run: _Run, needed: set[fx.Node], versions: dict[str, int]) -> Segment:
@@ -322,6 +331,21 @@ class _Draft:
             self._copy(item)
             if self.builder.flow.root.get(item, item) is item:
                 self.made.append(item)
+
+    def wait_for(self, node: fx.Node) -> None:
+        """Wait here for what a collective makes: a graph ends with all that it began, and a bridge copies what is there.
+
+        The wait that the graph has in a later segment then finds nothing to wait for.
+        """
+        made = self.local[node]
+        results = [made]
+        if not isinstance(node.meta["val"], torch.Tensor):
+            results = [self.graph.call_function(operator.getitem, (made, i)) for i in range(len(node.meta["val"]))]
+        for result, value in zip(results, tensors_of(node.meta["val"]), strict=True):
+            wait = self.graph.call_function(_torch.wait_tensor(), (result,))
+            wait.name = self.builder.unique(f"{node.name}_wait")
+            result.meta.setdefault("val", value)
+            wait.meta = {**node.meta, "val": value}
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """``node`` of the whole graph as a node of this segment."""

@@ -1179,11 +1179,11 @@ FAULTS = (
         "test_effects.py::test_ops_without_a_result[cpu]",
     ),
     Fault(
-        "slices-of-one-allocation-are-merged",
+        "arguments-that-overlap-are-merged",
         "_torch.py",
         "tenants[storage_key(value)] > 1}",
         "tenants[storage_key(value)] > 2}",
-        "test_overlap.py::test_slices_of_one_allocation[cpu-halves-static]",
+        "test_overlap.py::test_one_memory[cpu-one storage]",
     ),
     Fault(
         "overlap-is-looked-for-once",
@@ -1220,6 +1220,27 @@ FAULTS = (
         "                    if False:",
         "test_triton.py::test_a_kernel_writes",
         gpu=True,
+    ),
+    Fault(
+        "waits-stay-behind-the-cut",
+        "partition.py",
+        "            draft.wait_for(node)",
+        "            pass",
+        "test_collectives.py::test_a_segment_waits[cpu-over_a_break]",
+    ),
+    Fault(
+        "the-tape-waits-for-nothing",
+        "drivers/tape.py",
+        "        return _torch.pytree.tree_map_only(torch.Tensor, _torch.wait_tensor(), result)",
+        "        return result",
+        "test_collectives.py::test_collectives[cpu-gathered]",
+    ),
+    Fault(
+        "collectives-are-issued-while-taping",
+        "drivers/tape.py",
+        "if asynchronous else func(*args, **kwargs)",
+        "if False else func(*args, **kwargs)",
+        "test_collectives.py::test_collectives[cpu-gathered]",
     ),
     Fault(
         "marks-in-bodies-ignored",

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 import silly
 from breakable_backend import _torch
-from breakable_backend.effects import effective_ops, written_arguments
+from breakable_backend.effects import effective_ops, strays, written_arguments
 from breakable_backend.marking import marked
 from checks import check, program_of
 from test_marking import SCOPE, Node, by_hand, cuda, fakes, last_call, sines, subgraph, t, trace
@@ -253,6 +253,38 @@ def test_nested_results(marked: bool, device: torch.device, options: dict[str, A
         captured=counts[0],
         eager=counts[1],
     )
+
+
+def seeds(q: Tensor) -> tuple[Tensor, ...]:
+    """An op that returns a seed and an offset on the host, with something made of the seed."""
+    out, _, seed, offset, *_ = aten._efficient_attention_forward(
+        q * 1, q, q, None, None, None, None, None, 0.0, 0, False
+    )
+    return out + 1, seed, offset, seed.new_zeros(2)
+
+
+def test_results_on_the_host() -> None:
+    """An op that returns tensors on the host, whatever its fake says, runs eagerly where they are taken."""
+    gm = trace(seeds, cuda(1, 8, 2, 16))
+    found = {node.name for node in strays(gm.graph)}
+    assert found == {"_efficient_attention_forward", "getitem_2", "getitem_3", "new_zeros"}
+    only = trace(lambda q: seeds(q)[0], cuda(1, 8, 2, 16))
+    only.graph.eliminate_dead_code()
+    assert not strays(only.graph)
+
+
+@pytest.mark.gpu
+def test_results_on_the_host_of_a_gpu() -> None:
+    """Line 9: they are where eager has them, and the rest is captured."""
+    q = torch.randn(1, 8, 2, 16, device="cuda")
+    compiled = torch.compile(seeds, backend="breakable_cg", options={"min_kernels": 1})
+    with torch.no_grad():
+        for _ in range(5):
+            got, want = compiled(q), seeds(q)
+            assert [tensor.device for tensor in got] == [tensor.device for tensor in want]
+            assert torch.equal(got[0], want[0])
+    assert program_of(compiled).replays == 3
+    assert "on the host, off the capture device" in program_of(compiled).text
 
 
 # --- what is known before the run ---------------------------------------------------------------------------------------------

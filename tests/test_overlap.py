@@ -118,6 +118,18 @@ def test_slices_of_one_allocation(
     assert SHARED not in program.plain_calls
 
 
+def test_slices_that_move(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: slices may lie elsewhere in their allocation in each call, which Dynamo does not guard on."""
+    mine, theirs = torch.zeros(6, 4, 8, device=device), torch.zeros(6, 4, 8, device=device)
+    compiled = torch.compile(step, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        for call in range(9):
+            x, at = torch.randn(8, device=device), call % 3
+            assert torch.equal(compiled(x, mine[at], mine[5 - at]), step(x, theirs[at], theirs[5 - at]))
+            assert torch.equal(mine, theirs)
+    assert program_of(compiled).replays == 3
+
+
 def test_slices_as_buffers(device: torch.device, options: dict[str, Any]) -> None:
     """Buffers of a module may be slices of one allocation, and stay static inputs."""
 

@@ -22,7 +22,7 @@ from breakable_backend import _torch, active, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
-from breakable_backend.effects import written_values
+from breakable_backend.effects import is_asynchronous, written_values
 from breakable_backend.errors import CaptureError, ReplayError, user_line
 
 T = TypeVar("T")
@@ -107,6 +107,20 @@ class _Op:
                     fix=FIX,
                 )
             storage.copy_(result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """A collective together with its wait: a tape copies what an op has made."""
+
+    func: _torch.OpOverload
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.func(*args, **kwargs)
+        return _torch.pytree.tree_map_only(torch.Tensor, _torch.wait_tensor(), result)
+
+    def __str__(self) -> str:
+        return str(self.func)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +268,9 @@ class _Tape:
             raise self.refuse(f"{func} {why}")
         for tensor in written:
             self._save(tensor)
-        result = func(*args, **kwargs)
+        asynchronous = is_asynchronous(func)
+        # A collective takes part with others: the replay issues it, once for each call.
+        result = _torch.results_like(func, args, kwargs) if asynchronous else func(*args, **kwargs)
         self._random_state = self.generator.get_state()
         leaves = _torch.pytree.tree_leaves(result)
         outputs = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
@@ -271,14 +287,17 @@ class _Tape:
                 fresh.setdefault(key, i)
                 self.made[key] = (tensor.untyped_storage(), tensor.dtype)
         # An op without tensors for a result, such as an assertion, is there for its effect.
-        is_view = (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ())
+        is_view = (outputs and not fresh and not written and not asynchronous) or torch.Tag.inplace_view in getattr(
+            func, "tags", ()
+        )
         if not is_view and _torch.schema_name(func) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
             args, kwargs = _torch.pytree.tree_map_only(
                 torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs)
             )
             new_memory = tuple((i, self.made[key][0]) for key, i in fresh.items())
-            self.ops.append(_Op(func, args, kwargs, new_memory, torch.is_grad_enabled()))
+            run = _Awaited(func) if asynchronous else func
+            self.ops.append(_Op(run, args, kwargs, new_memory, torch.is_grad_enabled()))
         return result
 
     def check_generator(self) -> None:
