@@ -619,9 +619,12 @@ def find_overloads(name: str) -> list[OpOverload]:
 def out_of_place(op: OpOverload) -> OpOverload | None:
     """The view that ``t_``, ``squeeze_`` and so on make in place; None for those that move storages."""
     name = op._schema.name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    found = getattr(packet, op._overloadname, None) if packet is not None else None
-    return found if isinstance(found, OpOverload) and found.is_view else None
+    found = find_overloads(f"aten::{name.removesuffix('_')}") if name.endswith("_") else []
+    return next((view for view in found if view.is_view and _arguments(view) == _arguments(op)), None)
+
+
+def _arguments(op: OpOverload) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
 
 
 def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any] | None:

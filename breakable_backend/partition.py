@@ -93,17 +93,36 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
 
 
 def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static: frozenset[int]) -> Reason | None:
-    """Why the program has to run where its memory is: ``as_strided`` with an offset into a storage that gets a bridge."""
+    """Why the program has to run where its memory is.
+
+    ``as_strided`` reaches into a storage that gets a bridge: by an offset from the storage's start, or between the
+    elements that a bridge is loaded with.
+    """
     for node in flow.all_nodes:
         if node in flow.views and schema_name(node) == "aten::as_strided":
             offset = node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
             root = flow.root[node]
             inputs = list(node.graph.find_nodes(op="placeholder"))
             moves = reasons.get(root) is not None or (root in inputs and inputs.index(root) not in static)
-            if offset is not None and moves:
-                text = f"reaches into the memory of {root.name} by an absolute offset"
+            if moves and (offset is not None or _has_gaps(root.meta["val"])):
+                how = "by an absolute offset" if offset is not None else "between its elements"
+                text = f"reaches into the memory of {root.name} {how}"
                 return Reason("absolute_view", text, label(node), source_line(node), whole_program=True)
     return None
+
+
+def _has_gaps(tensor: torch.Tensor) -> bool:
+    """Whether memory lies between the elements of a tensor; where sizes vary, whether it may."""
+    numbers = (*tensor.shape, *tensor.stride())
+    if not any(isinstance(number, torch.SymInt) for number in numbers):
+        extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        return 0 < tensor.numel() < extent
+    dense: Any = 1
+    for size, step in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if str(step) != str(dense):  # compared as text: ``==`` would guard on it
+            return True
+        dense *= size
+    return False
 
 
 def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:

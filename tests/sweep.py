@@ -204,6 +204,9 @@ def verdict(row: dict[str, Any]) -> tuple[str, str]:
     return ("in part", reasons) if reasons else ("captured", "")
 
 
+REFERENCES = {"dynamo": 'as `backend="eager"`, not as eager', "nothing": "eager is not the same each time"}
+
+
 def table(found: Iterable[dict[str, Any]]) -> str:
     """The results in Markdown: counts, then all that was not captured, and why."""
     lines = []
@@ -213,14 +216,19 @@ def table(found: Iterable[dict[str, Any]]) -> str:
     lines += [
         "| device | torch | tried | captured | in part | eager | not run | stopped | failed | differing | as Dynamo, not as eager |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for (device, version), by_name in groups.items():
         for kind, chosen in split(by_name.values()).items():
             counts = Counter(verdict(row)[0] for row in chosen)
-            dynamo = sum(any(o.get("reference") == "dynamo" for o in row["outcomes"]) for row in chosen)
+            dynamo, itself = (
+                sum(any(o.get("reference") == reference for o in row["outcomes"]) for row in chosen)
+                for reference in ("dynamo", "nothing")
+            )
             cells = [counts[key] for key in ("captured", "in part", "eager", "not run", "stopped", "failed", "differs")]
             lines.append(
-                f"| {device}, {kind} | {version} | {len(chosen)} | " + " | ".join(map(str, cells)) + f" | {dynamo} |"
+                f"| {device}, {kind} | {version} | {len(chosen)} | "
+                + " | ".join(map(str, cells))
+                + f" | {dynamo} | {itself} |"
             )
     for (device, version), by_name in groups.items():
         for what in ("differs", "failed", "stopped", "not run", "eager", "in part"):
@@ -232,13 +240,14 @@ def table(found: Iterable[dict[str, Any]]) -> str:
             if whys:
                 lines += ["", f"{what} on {device}, torch {version}:", ""]
                 lines += [f"- {why}: {', '.join(sorted(whys[why]))}" for why in sorted(whys)]
-        named = [
-            (row["op"], sorted({o["what"] for o in row["outcomes"] if o.get("reference") == "dynamo"}))
-            for row in by_name.values()
-        ]
-        if any(cases for _, cases in named):
-            lines += ["", f'as `backend="eager"`, not as eager, on {device}, torch {version}:', ""]
-            lines += [f"- `{name}`: {', '.join(cases)}" for name, cases in sorted(named) if cases]
+        for reference, title in REFERENCES.items():
+            named = [
+                (row["op"], sorted({o["what"] for o in row["outcomes"] if o.get("reference") == reference}))
+                for row in by_name.values()
+            ]
+            if any(cases for _, cases in named):
+                lines += ["", f"{title}, on {device}, torch {version}:", ""]
+                lines += [f"- `{name}`: {', '.join(cases)}" for name, cases in sorted(named) if cases]
     return "\n".join(lines)
 
 

@@ -148,6 +148,27 @@ def test_absolute_offset(device: torch.device, options: dict[str, Any]) -> None:
     assert "absolute offset" in str(breakable_backend.explain(compiled))
 
 
+def test_memory_between_elements(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: ``as_strided`` reads what lies between an argument's elements from the caller's storage, not a bridge."""
+    compiled = equal_to_eager(
+        lambda x: x.as_strided((6,), (1,)) + 1, lambda _: (torch.rand(12, device=device)[::2],), options
+    )
+    assert "between its elements" in str(breakable_backend.explain(compiled))
+
+
+@pytest.mark.parametrize("inplace", ["transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_", "unsqueeze_"])
+def test_inplace_views_of_an_eager_result(inplace: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 5: what changes a tensor's shape in place is a view, whose root keeps its shape: also an eager step's result."""
+    arguments = {"t_": (), "unsqueeze_": (0,), "squeeze_": (0,)}.get(inplace, (0, 1))
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = silly.triple(x)
+        z = getattr(y, inplace)(*arguments) + 1
+        return silly.triple(y), z
+
+    equal_to_eager(function, lambda _: (torch.rand(1 if inplace == "squeeze_" else 2, 3, device=device),), options)
+
+
 def test_ops_named_like_slots(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: an op may be called as our own slots are."""
 
