@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,10 +23,11 @@ import torch._inductor.config
 from torch import fx
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import get_metrics_context, graph_break_reasons
+from torch._functorch._aot_autograd import graph_compile
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
@@ -36,6 +38,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.utils.stateless import _reparametrize_module
@@ -43,6 +46,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.dlpack import from_dlpack
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,15 +102,23 @@ def trace_inference(
     compile_inference: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     compile_training: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     keep_alive: Iterable[Any],
+    keep_floats: bool,
 ) -> Callable[..., Any]:
     """AOTAutograd without functionalization: mutation stays in program order, and nothing is cloned.
 
     ``keep_alive`` are ops whose calls must survive AOT's dead code elimination even when their results are unused.
     Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do assertions:
     of ``_assert_async`` torch 2.13 to 2.15 know that of one overload only.
+
+    With ``keep_floats`` a Python float that varies stays a number; else AOT computes with 0-d tensors in its place.
     """
     kept = (*keep_alive, *find_overloads("aten::_assert_async"))
-    with _side_effects(kept), _eager_kernels(), torch._inductor.config.patch(fallback_random=True):
+    with ExitStack() as stack:
+        stack.enter_context(_side_effects(kept))
+        stack.enter_context(_eager_kernels())
+        stack.enter_context(torch._inductor.config.patch(fallback_random=True))
+        if keep_floats:
+            stack.enter_context(_python_floats())
         return aot_module_simplified(
             gm,
             example_inputs,
@@ -186,6 +198,48 @@ def _eager_kernels() -> Iterator[None]:
         for op, key, kernel in removed:
             op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+
+
+@contextmanager
+def _python_floats() -> Iterator[None]:
+    """Leave floats numbers in the graph that AOT traces in this thread, as eager has them.
+
+    Dynamo hands a float argument that varies over as a tensor whose value is read, and guards on nothing. AOT then
+    turns arithmetic with the number into arithmetic with the tensor, which rounds otherwise, and has Dynamo compile
+    again, for each value, where it cannot. Other threads' AOT does as always; checked on torch 2.11 to 2.15.
+    """
+    scope, name, thread = vars(graph_compile), "tensorify_python_scalars", threading.get_ident()
+    pass_of_aot = scope[name]
+
+    def keep(module: fx.GraphModule, env: Any, *others: Any) -> None:
+        if threading.get_ident() != thread:
+            pass_of_aot(module, env, *others)
+            return
+        constant = {name for name in _floats_of_sizes(module, env) if not TensorifyState.should_specialize(name)}
+        for name in constant:
+            TensorifyState.specialize(name)
+        if constant:
+            raise TensorifyScalarRestartAnalysis
+
+    scope[name] = keep
+    try:
+        yield
+    finally:
+        scope[name] = pass_of_aot
+
+
+def _floats_of_sizes(module: fx.GraphModule, env: Any) -> set[str]:
+    """The symbols of floats that have to be constants: sizes hang on them, or what was computed from them was guarded.
+
+    Such a guard computes in an order of its own, and might fail for the very value that it was made for.
+    """
+    values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
+    guards = [guard.expr for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
+    symbols = {symbol for value in values for symbol in free_symbols(value)}
+    symbols |= {
+        symbol for guard in guards if not (guard.lhs.is_symbol or guard.rhs.is_symbol) for symbol in guard.free_symbols
+    }
+    return {str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)}
 
 
 def _aten_overloads() -> Iterator[OpOverload]:
@@ -456,6 +510,11 @@ def symbols_made(node: fx.Node) -> frozenset[sympy.Symbol]:
 def is_ragged(value: Any) -> bool:
     """Whether ``value`` stands for the lengths of a jagged nested tensor: an int that ``int()`` does not take."""
     return isinstance(value, torch.SymInt) and bool(value.node.is_nested_int())
+
+
+def is_argument_float(value: Any) -> bool:
+    """Whether a number is a float argument of the compiled function, as Dynamo hands it over once it has varied."""
+    return isinstance(value, torch.SymFloat) and symbol_is_type(value.node.expr, SymT.FLOAT)
 
 
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:

@@ -126,7 +126,8 @@ class Backend:
 
         flat = FlatGraph.of(gm, example_inputs)
         try:
-            return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops))
+            keep_floats = chosen.scalars == "key"
+            return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats))
         except CannotLower as why:
             return flat.around(self._eagerly(name, flat.module, str(why), chosen))
 

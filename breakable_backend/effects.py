@@ -252,7 +252,22 @@ def is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
 
 
-def late_values(graph: fx.Graph, known: frozenset[Any]) -> frozenset[fx.Node]:
+def python_floats(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The nodes that read a float argument of the compiled function, each with the input that Dynamo made of it.
+
+    A float that varies comes as a 0-d float64 tensor on the host, and its number has a symbol that guards know.
+    """
+    return {
+        node: node.args[0]
+        for node in graph.nodes
+        if schema_name(node) == "aten::_local_scalar_dense"
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "placeholder"
+        and _torch.is_argument_float(node.meta.get("val"))
+    }
+
+
+def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
     """The numbers that are not known before the run; and the tensors whose shape hangs on one, where symbols do not tell.
 
     ``torch._check(n == 3)`` replaces an unbacked symbol by 3 everywhere: no symbol is left then in what follows from it,
@@ -261,6 +276,7 @@ def late_values(graph: fx.Graph, known: frozenset[Any]) -> frozenset[fx.Node]:
     Args:
         graph: the whole lowered graph.
         known: the symbols of its inputs.
+        floats: the nodes that read a Python float whose value is in the key.
     """
     late: set[fx.Node] = set()
     replaced: set[fx.Node] = set()
@@ -271,7 +287,7 @@ def late_values(graph: fx.Graph, known: frozenset[Any]) -> frozenset[fx.Node]:
         symbols = free_symbols(node.meta.get("val"))
         if is_number(node):
             of_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
-            comes_late = of_data and schema_name(node) not in _SHAPE_READS
+            comes_late = of_data and schema_name(node) not in _SHAPE_READS and node not in floats
             if comes_late or not symbols <= known or not late.isdisjoint(node.all_input_nodes):
                 late.add(node)
         elif not replaced.isdisjoint(node.all_input_nodes) or not symbols >= _torch.symbols_made(node):

@@ -25,7 +25,7 @@ from breakable_backend.active import handler as door
 from breakable_backend.compare import Checker
 from breakable_backend.device_errors import blame
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
-from breakable_backend.effects import written_inputs
+from breakable_backend.effects import python_floats, written_inputs
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered
@@ -705,7 +705,7 @@ def _scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:
 
 
 def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
-    """``scope`` with the host scalars of ``lowered``: 0-d inputs on the host, where the capture device is another.
+    """``scope`` with the host scalars of ``lowered``: 0-d inputs on the host where the capture device is another, and floats.
 
     Raises:
         PartitionError: with ``auto_break=False``, a node that cannot be captured and is not marked.
@@ -719,6 +719,9 @@ def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
             and value.dim() == 0
         ]
         scope = replace(scope, host_scalars=frozenset(scalars))
+    elif options.scalars == "key":
+        floats = python_floats(lowered.module.graph).values()
+        scope = replace(scope, host_scalars=frozenset(held.name for held in floats))
     if not options.auto_break:
         program = partition(lowered, scope, min_kernels=options.min_kernels)
         for reason in program.reasons:

@@ -86,11 +86,14 @@ def lower(
     example_inputs: Sequence[Any],
     compile_lowered: Callable[[Lowered], Callable[[list[Any]], Any]],
     eager_ops: EagerOps,
+    *,
+    keep_floats: bool = True,
 ) -> Callable[..., Any]:
     """Trace ``gm`` to ATen, have ``compile_lowered`` compile that, and return what Dynamo may call.
 
     Unused marked calls and unused random draws survive. Each node of the ATen graph carries in ``meta["custom"]``
-    the ambient state that it was traced under, and marks of torch functions.
+    the ambient state that it was traced under, and marks of torch functions. With ``keep_floats`` a Python float that
+    varies stays a number.
 
     Raises:
         CannotLower: an output needs a gradient, or AOTAutograd does not take the graph or would not keep it right.
@@ -139,7 +142,8 @@ def lower(
     annotate_functions(gm, eager_ops)
     try:
         apart = _torch.apart(example_inputs)
-        function = _torch.trace_inference(gm, apart, inference, training, _kept_ops(gm, eager_ops))
+        kept = _kept_ops(gm, eager_ops)
+        function = _torch.trace_inference(gm, apart, inference, training, kept, keep_floats)
     except (CannotLower, _torch.DynamoError):
         raise
     except Exception as error:  # AOTAutograd raises whatever its parts raise

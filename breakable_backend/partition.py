@@ -35,6 +35,7 @@ from breakable_backend.effects import (
     is_view,
     late_values,
     producer_of,
+    python_floats,
     schema_name,
     strays,
     tensors_of,
@@ -72,14 +73,16 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     graph = lowered.module.graph
     arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
     known = frozenset().union(*(free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
+    floats = {node: held for node, held in python_floats(graph).items() if held.name in scope.host_scalars}
+    known = known.union(*(free_symbols(node.meta["val"]) for node in floats))
     scope = dataclasses.replace(
         scope,
         symbols=known,
-        late=late_values(graph, known),
+        late=late_values(graph, known, frozenset(floats)),
         strays=strays(graph),
         host_scalars=_host_scalars(graph, scope),
     )
-    flow = _Flow.of(graph, scope.late)
+    flow = _Flow.of(graph, scope.late, floats)
     reasons = {node: classify(node, scope) for node in flow.actions}
     whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
     whole = whole or _absolute_view(flow, reasons, lowered.static)
@@ -185,10 +188,12 @@ class _Flow:
     attached: Mapping[fx.Node, tuple[fx.Node, ...]]
     """For an action with several results, the ``getitem`` nodes that stay with it."""
     sizes: frozenset[fx.Node]
+    floats: Mapping[fx.Node, fx.Node]
+    """Those of them that are Python floats, each with the input that has it."""
     all_nodes: tuple[fx.Node, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, graph: fx.Graph, late: frozenset[fx.Node]) -> _Flow:
+    def of(cls, graph: fx.Graph, late: frozenset[fx.Node], floats: Mapping[fx.Node, fx.Node]) -> _Flow:
         roots: dict[int, fx.Node] = {}
         root: dict[fx.Node, fx.Node] = {}
         source: dict[fx.Node, fx.Node] = {}
@@ -205,7 +210,9 @@ class _Flow:
             call = producer_of(node)
             if node.op == "call_function" and call is node:
                 if is_number(node) and node not in late:
-                    sizes.add(node)
+                    # What is computed from floats is computed again in Python, whose rounding symbols do not have.
+                    of_floats = any(of in floats or (is_number(of) and of in views) for of in node.all_input_nodes)
+                    (views if of_floats else sizes).add(node)
                     continue
                 if is_view(node):
                     views.add(node)
@@ -227,7 +234,9 @@ class _Flow:
                     source[node] = alias_source(node, maker)
                     root[node] = root[source[node]]
             elif node in views:
-                source[node] = next(a for a in node.all_input_nodes if a in root)
+                viewed = [argument for argument in node.all_input_nodes if argument in root]
+                if viewed:  # a number has none
+                    source[node] = viewed[0]
         return cls(
             tuple(actions),
             root,
@@ -235,13 +244,14 @@ class _Flow:
             frozenset(views),
             {node: tuple(items) for node, items in attached.items()},
             frozenset(sizes),
+            floats,
             everything,
         )
 
     def with_all_nodes_as_actions(self) -> _Flow:
         """The same, with nothing to be made again: every node is an action at its own place."""
         own = {node: node for node in self.root}
-        return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), self.all_nodes)
+        return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), {}, self.all_nodes)
 
 
 class _Builder:
@@ -274,6 +284,7 @@ class _Builder:
         return Program(
             inputs=tuple(self._inputs()),
             sizes={node.name: node.meta["val"] for node in self.lowered.module.graph.nodes if node in numbers},
+            floats={node.name: held.name for node, held in self.flow.floats.items() if node in numbers},
             segments=segments,
             epilogue=Epilogue(returned.module(), tuple(node.name for node in returned.placeholders)),
             device=self.scope.device,

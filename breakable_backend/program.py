@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -131,10 +131,12 @@ class Program:
 
     inputs: tuple[Input, ...]
     sizes: Mapping[str, Any]
-    """Symbolic numbers that segments take, by name: functions of the number inputs."""
+    """Symbolic numbers that segments take, by name: functions of the number inputs, and Python floats."""
     segments: tuple[Segment, ...]
     epilogue: Epilogue
     device: torch.device
+    floats: Mapping[str, str] = field(default_factory=dict)
+    """Which of ``sizes`` are Python floats, and the host scalar that each is read from."""
 
     def __post_init__(self) -> None:
         verify(self)
@@ -266,7 +268,8 @@ def _lines(program: Program) -> Iterator[str]:
     for value in program.inputs:
         yield f"  input {value.name}: {value.kind} {describe(value.value)}"
     for name, size in program.sizes.items():
-        yield f"  size {name} = {size}"
+        held = program.floats.get(name)
+        yield f"  float {name} = {held}" if held else f"  size {name} = {size}"
     for position, segment in enumerate(program.segments):
         captured = isinstance(segment, GraphSegment)
         yield f"  segment {position}: {'captured' if captured else 'eager'}"

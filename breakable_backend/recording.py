@@ -236,7 +236,10 @@ class Binding:
         symbols: dict[sympy.Symbol, int] = {}
         for value in program.inputs:
             _bind(value, values[value.name], symbols)
-        sizes = {name: _torch.evaluate(size, symbols) for name, size in program.sizes.items()}
+        sizes = {
+            name: values[program.floats[name]].item() if name in program.floats else _torch.evaluate(size, symbols)
+            for name, size in program.sizes.items()
+        }
         return cls(program, values | sizes, symbols, debug)
 
     def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:

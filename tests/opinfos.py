@@ -27,6 +27,8 @@ import breakable_backend
 from checks import aliases, bits, looks, random_states
 
 CALLS = 5
+NOTHING = "nothing to launch"
+"""Why nothing was captured of views."""
 SAMPLES = 3
 LOOKED_AT = 40
 """Samples of an op among which small ones are chosen."""
@@ -559,7 +561,7 @@ def report_of(compiled: Any) -> tuple[bool, list[str]]:
     reasons += [f"graph: {graph.why}" for graph in report.eager_graphs]
     reasons += [f"graph break: {text.splitlines()[0].split(', at ')[0]}" for text in report.graph_breaks]
     if not (captured or reasons):
-        reasons = ["nothing to launch"]
+        reasons = [NOTHING]
     return captured, sorted(set(reasons))
 
 
@@ -580,7 +582,8 @@ def outcomes(name: str, info: Any, device: torch.device) -> Iterator[tuple[str, 
                 yield case.what, form, 0, Outcome(failed="the database has no sample")
                 continue
             outcome = try_case(case, form, case.samples, device)
-            clean = outcome.captured and not (outcome.differs or outcome.failed or outcome.reasons)
+            whole = (outcome.captured and not outcome.reasons) or outcome.reasons == [NOTHING]
+            clean = whole and not (outcome.differs or outcome.failed)
             if clean or len(case.samples) == 1:
                 yield case.what, form, len(case.samples), outcome
                 continue

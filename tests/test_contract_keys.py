@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,6 +64,68 @@ def test_floats(device: torch.device, options: dict[str, Any]) -> None:
     assert recordings <= 2 * 2 * (
         1 + 5
     )  # two dtypes x two segments x (the first constant, then four values and the rest)
+
+
+ARITHMETIC: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "mul": lambda x, s: x * s,
+    "add": lambda x, s: x + s,
+    "rsub": lambda x, s: s - x,
+    "div": lambda x, s: x / s,
+    "rdiv": lambda x, s: s / x,
+    "pow": lambda x, s: x**s,
+    "rpow": lambda x, s: s**x,
+    "gt": lambda x, s: x > s,
+    "div_": lambda x, s: x.clone().div_(s),
+    "alpha": lambda x, s: torch.add(x, x, alpha=s),
+    "clamp": lambda x, s: x.clamp(max=s),
+    "softplus": lambda x, s: torch.nn.functional.softplus(x, beta=s),
+    "in Python": lambda x, s: x / (s * 3 + 0.1 + s),
+}
+
+
+@pytest.mark.parametrize("op", ARITHMETIC)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64], ids=str
+)
+def test_floats_are_numbers(op: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a float that varies is the number that eager's op gets, with eager's rounding; one program serves it."""
+    function = ARITHMETIC[op]
+    x = (torch.randn(256, device=device).abs() * 4 + 0.1).to(dtype)
+    compiled, eager = compile_both(function, options)
+    with torch.no_grad():
+        try:
+            eager(x, 0.5)
+        except RuntimeError:
+            pytest.skip(f"{op} does not take {dtype}")  # complex numbers have no order
+        for scale in (1.5, 1 / 3, 1 / 3, 1 / 3, 0.7, 0.7, 0.7, 1 / 3, 3.3, 3.3, 0.1, 7.7, 0.3, 0.3):
+            assert_same(compiled(x, scale), eager(x, scale), f"scale = {scale}")
+    if not dtype.is_complex:  # of which each float is a constant
+        first, later = breakable_backend.explain(compiled).programs
+        assert first.captures == 0
+        assert later.captures >= 3  # those of the four values in the key that came twice
+        assert any("more than 4 values" in note for note in later.notes)
+
+
+def test_floats_of_sizes(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a float that a size depends on is a constant of its program."""
+    compiled, eager = compile_both(
+        lambda x, s: torch.nn.functional.interpolate(x, scale_factor=s) + x.new_ones(int(8 * s)) * s, options
+    )
+    with torch.no_grad():
+        for scale in (2.0, 2.0, 0.5, 0.5, 0.5, 1.5, 1.5, 1.5, 0.5, 2.0):
+            x = torch.rand(1, 1, 8, device=device)
+            assert_same(compiled(x, scale), eager(x, scale), f"scale = {scale}")
+
+
+def test_other_compilers_keep_their_floats(device: torch.device, options: dict[str, Any]) -> None:
+    """What Python floats become under other backends is as before."""
+    table = vars(torch._functorch._aot_autograd.graph_compile)
+    before = table["tensorify_python_scalars"]
+    compiled, _ = compile_both(lambda x, s: x * s, options)
+    with torch.no_grad():
+        for scale in (1.5, 2.5, 3.5):
+            compiled(torch.ones(2, device=device), scale)
+    assert table["tensorify_python_scalars"] is before
 
 
 @pytest.mark.gpu
