@@ -942,14 +942,14 @@ FAULTS = (
         "_torch.py",
         "        if keep_floats:\n",
         "        if not keep_floats:\n",
-        "test_contract_keys.py::test_floats_are_numbers[cpu-dtype2-softplus]",
+        "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float32-softplus]",
     ),
     Fault(
         "floats-computed-by-symbols",
         "partition.py",
         "(views if of_floats else sizes).add(node)",
         "sizes.add(node)",
-        "test_contract_keys.py::test_floats_are_numbers[cpu-dtype3-in Python]",
+        "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float64-in Python]",
     ),
     Fault(
         "pythons-decompositions-stay",
