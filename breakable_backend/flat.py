@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import fx
 
-from breakable_backend import _torch
 from breakable_backend._torch import pytree
 
 CONTAINERS = (list, tuple, dict)
