@@ -912,8 +912,8 @@ FAULTS = (
     Fault(
         "unused-marked-call-dropped",
         "_torch.py",
-        "with _side_effects(kept),",
-        "with _side_effects(()),",
+        "stack.enter_context(_side_effects(kept))",
+        "stack.enter_context(_side_effects(()))",
         "test_contract_once.py::test_unused_marked_call[cpu]",
     ),
     Fault(
@@ -1425,8 +1425,8 @@ FAULTS = (
     Fault(
         "other-kernels-than-eager",
         "_torch.py",
-        "with _side_effects(kept), _eager_kernels(),",
-        "with _side_effects(kept),",
+        "        stack.enter_context(_eager_kernels())\n",
+        "",
         "test_cuda.py::test_kernels_as_in_eager[conv batchnorm train-dtype0]",
         gpu=True,
     ),
