@@ -60,20 +60,25 @@ class Bridge:
     tensor: torch.Tensor
     flat: torch.Tensor | None
     """The whole extent as one dimension, where elements of ``tensor`` share memory (an expanded value)."""
+    bits: torch.dtype | None = None
+    """What copies take the elements for, where they may not know their dtype."""
 
     @classmethod
     def like(cls, value: torch.Tensor, device: torch.device) -> Bridge:
         """An empty bridge for ``value``."""
+        bits = copied_as(value)
         if not overlaps(value):
-            return cls(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device), None)
+            return cls(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device), None, bits)
         flat = torch.empty(extent(value), dtype=value.dtype, device=device)
-        return cls(flat.as_strided(value.shape, value.stride()), flat)
+        return cls(flat.as_strided(value.shape, value.stride()), flat, bits)
 
     def load(self, source: torch.Tensor) -> int:
         """Copy ``source`` in, unless it is at the bridge's address already; returns the number of copies, 0 or 1."""
         if source.data_ptr() == self.tensor.data_ptr():
             return 0
-        if self.flat is None:
+        if self.bits is not None:
+            _copy(*self._ends(source))
+        elif self.flat is None:
             self.tensor.copy_(source)
         else:
             self.flat.copy_(flattened(source))
@@ -81,24 +86,55 @@ class Bridge:
 
     def store(self, target: torch.Tensor) -> int:
         """Copy the bridge out to ``target``, the tensor that it was loaded from."""
-        if self.flat is None:
+        if self.bits is not None:
+            _copy(*reversed(self._ends(target)))
+        elif self.flat is None:
             target.copy_(self.tensor)
         else:
             flattened(target).copy_(self.flat)
         return 1
 
+    def _ends(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bridge, and the tensor that it is loaded from, as a copy takes them."""
+        return (self.tensor, other) if self.flat is None else (self.flat, flattened(other))
+
+
+_COPIED = frozenset(
+    getattr(torch, name)
+    for name in "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
+)
+"""What each copy takes as it is; fused copies know neither ``complex32`` nor ``uint64`` (torch 2.11, CUDA)."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def copied_as(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that copies take the elements of ``tensor`` for; None for their own."""
+    return None if tensor.dtype in _COPIED else _BITS[tensor.element_size()]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)`` for all dtypes."""
+    if target.is_conj() or source.is_conj() or target.is_neg() or source.is_neg():
+        target.copy_(source)
+    else:
+        bits = _BITS[target.element_size()]
+        target.view(bits).copy_(source.view(bits))
+
 
 def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
     """Load several bridges, with one launch for each dtype and pair of devices; returns how many copies were needed."""
     groups: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+    rare = 0
     for bridge, source in zip(bridges, sources, strict=True):
-        if source.data_ptr() != bridge.tensor.data_ptr():
+        if bridge.bits is not None:
+            rare += bridge.load(source)
+        elif source.data_ptr() != bridge.tensor.data_ptr():
             targets, values = groups[source.dtype, source.device]
             targets.append(bridge.tensor if bridge.flat is None else bridge.flat)
             values.append(source if bridge.flat is None else flattened(source))
     for targets, values in groups.values():
         _torch.foreach_copy(targets, values)
-    return sum(len(targets) for targets, _ in groups.values())
+    return rare + sum(len(targets) for targets, _ in groups.values())
 
 
 def overlaps(tensor: torch.Tensor) -> bool:
@@ -131,6 +167,8 @@ def clone_exact(tensor: torch.Tensor) -> torch.Tensor:
         return _torch.negated_view(clone_exact(_torch.negated_view(tensor)))
     if tensor.is_conj():
         return clone_exact(tensor.conj()).conj()
+    if tensor.dtype not in _COPIED:
+        return clone_exact(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
     if overlaps(tensor):
         return flattened(tensor).clone().as_strided(tensor.shape, tensor.stride())
     copy = tensor.clone()

@@ -701,7 +701,8 @@ def _scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:
     """A host scalar's value, bit for bit: ``-0.0`` is not ``0.0``, and a NaN equals itself."""
     if tensor.dtype is torch.float64:
         return tensor.dtype, struct.pack("d", tensor.item())
-    return tensor.dtype, bytes(tensor.detach().reshape(1).view(torch.uint8).tolist())
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return tensor.dtype, bytes(plain.reshape(1).view(torch.uint8).tolist())
 
 
 def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:

@@ -168,9 +168,9 @@ class _Writer:
 
     def _loads(self, loads: tuple[Copy, ...]) -> Iterator[_Statement]:
         values = [copy.value.name for copy in loads]
-        if len(loads) == 1 and self.recording.constants[loads[0].bridge.name].flat is None:
+        bridge: Bridge | None = self.recording.constants[loads[0].bridge.name] if len(loads) == 1 else None
+        if bridge is not None and bridge.flat is None and bridge.bits is None:
             (copy,), (value,) = loads, values
-            bridge: Bridge = self.recording.constants[copy.bridge.name]
             target = self._bind(copy.bridge.name, bridge.tensor)
             address = self._bind(f"{copy.bridge.name}_address", bridge.tensor.data_ptr())
             yield _Statement(

@@ -1066,6 +1066,27 @@ FAULTS = (
         "test_contract_inputs.py::test_lists_and_dicts[cpu-False]",
     ),
     Fault(
+        "copies-of-known-dtypes-only",
+        "buffers.py",
+        "return None if tensor.dtype in _COPIED else _BITS[tensor.element_size()]",
+        "return None",
+        "test_buffers.py::test_copies_of_any_dtype[cpu-uint4]",
+    ),
+    Fault(
+        "lazy-bits-are-copied-as-they-lie",
+        "buffers.py",
+        "if target.is_conj() or source.is_conj() or target.is_neg() or source.is_neg():",
+        "if False:",
+        "test_buffers.py::test_copies_of_conjugates[cpu-complex32]",
+    ),
+    Fault(
+        "clones-of-known-dtypes-only",
+        "buffers.py",
+        "    if tensor.dtype not in _COPIED:\n",
+        "    if False:\n",
+        "test_buffers.py::test_copies_of_any_dtype[cpu-uint4]",
+    ),
+    Fault(
         "layouts-without-strides-are-lowered",
         "lowering.py",
         "value.layout not in (torch.strided, torch.jagged)",

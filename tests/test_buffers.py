@@ -156,6 +156,40 @@ def test_clone_exact_of_a_conjugate(device: torch.device) -> None:
         assert copy.stride() == value.stride()
 
 
+RARE = "complex32 uint16 uint32 uint64 float8_e4m3fn float8_e5m2 uint4 int2 bool".split()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", RARE)
+def test_copies_of_any_dtype(name: str, device: torch.device) -> None:
+    """Whatever the dtype, and whether any kernel copies it: bits are loaded, stored and cloned as they are."""
+    octets = torch.randint(0, 2, (2, 48), dtype=torch.uint8, device=device)
+    first, second = octets.view(getattr(torch, name)).unbind()
+    bridges = [Bridge.like(first, device), Bridge.like(second[:1].expand(3), device)]
+    assert load_all(bridges, [first, second[:1].expand(3)]) == 2
+    assert torch.equal(bridges[0].tensor.view(torch.uint8), octets[0])
+    assert bridges[1].flat is not None
+    assert torch.equal(bridges[1].flat.view(torch.uint8), second[:1].view(torch.uint8))
+    assert bridges[0].load(second) == bridges[0].store(first) == 1
+    assert torch.equal(octets[0], octets[1])
+    assert torch.equal(clone_exact(first).view(torch.uint8), octets[0])
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", ["complex32", "complex64"])
+def test_copies_of_conjugates(name: str, device: torch.device) -> None:
+    """What enters a bridge is what is read: a lazy conjugate is computed on its way, in and out."""
+    x = torch.arange(8, dtype=torch.float32, device=device).to(torch.float16 if name == "complex32" else torch.float32)
+    x = torch.view_as_complex(x.view(4, 2))
+    bridge = Bridge.like(x.conj(), device)
+    bridge.load(x.conj())
+    assert load_all([bridge], [x.conj()]) == 1
+    assert torch.equal(torch.view_as_real(bridge.tensor), torch.view_as_real(x.conj().resolve_conj()))
+    target = torch.zeros_like(x)
+    bridge.store(target.conj())
+    assert torch.equal(torch.view_as_real(target), torch.view_as_real(x))
+
+
 def test_flattened(device: torch.device) -> None:
     """All memory from a tensor's first element to its last, gaps included."""
     base = torch.arange(20.0, device=device)

@@ -18,9 +18,9 @@ from checks import assert_same, compile_both, program_of
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
     pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients eagerly"),
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf"
-    ),  # compiled autograd reads it
+    # compiled autograd reads it
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
 ]
 
 WEIGHT = torch.rand(8, 8)
@@ -177,3 +177,104 @@ def test_compiled_autograd(device: torch.device, options: dict[str, Any]) -> Non
         assert_same(mine, theirs, f"call {call}")
     for mine, copy, _ in gradients:
         assert_same(mine, copy)
+
+
+# --- dtypes and lazy bits -------------------------------------------------------------------------------------------------
+
+RARE = "complex32 uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e8m0fnu".split()
+"""Dtypes that a fused copy may not know."""
+
+
+def of_dtype(dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
+    """Elements of any dtype, from random bytes."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    return torch.randint(0, 256, (count * size,), dtype=torch.uint8, device=device).view(dtype)
+
+
+def inverted(x: Tensor) -> Tensor:
+    """Each bit the other way."""
+    return x.view(torch.uint8).bitwise_not().view(x.dtype)
+
+
+def octets(tree: Any) -> Any:
+    """The bytes of all tensors."""
+    return pytree.tree_map(lambda tensor: tensor.contiguous().view(torch.uint8), tree)
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_dtypes(name: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: what enters, stays and leaves a captured segment may have any dtype, expanded and with gaps too."""
+    dtype = getattr(torch, name)
+    compiled, eager = compile_both(
+        lambda x, spread, gaps: (inverted(x), x[1:], inverted(spread[0]), gaps.view(torch.uint8) + 1), options
+    )
+    with torch.no_grad():
+        for _ in range(6):
+            x, gaps = of_dtype(dtype, 4, device), of_dtype(dtype, 8, device).view(4, 2)[:, :1]
+            args = x, x[:1].clone().expand(3, 1), gaps
+            assert_same(octets(compiled(*args)), octets(eager(*args)))
+    assert program_of(compiled).replays == 4
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_dtypes_that_are_written(name: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 5: a written argument of any dtype is written at the caller's, also where it is copied in and back."""
+    dtype = getattr(torch, name)
+    compiled, eager = compile_both(lambda x, y: (x.copy_(y), inverted(x))[1], options)
+    with torch.no_grad():
+        for _ in range(12):  # beyond four addresses
+            x, y = of_dtype(dtype, 4, device), of_dtype(dtype, 4, device)
+            theirs = inverted(inverted(x))
+            assert_same(octets((compiled(x, y), x)), octets((eager(theirs, y), theirs)))
+    assert program_of(compiled).replays >= 3
+
+
+LAZY: dict[str, Callable[[Tensor], Tensor]] = {
+    "conjugate": torch.conj,
+    "negated": torch._neg_view,
+    "both": lambda x: torch._neg_view(x.conj()),
+    "imaginary part of a conjugate": lambda x: x.conj().imag,
+}
+
+
+@pytest.mark.parametrize("shape", ["whole", "gaps", "expanded"])
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy_arguments(name: str, shape: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 5: lazily conjugated and negated arguments are read, written, and returned as they are."""
+
+    def f(x: Tensor, y: Tensor, written: Tensor) -> Any:
+        written.mul_(2)
+        return x * 2 + y, x, x[1:], x.clone(), written.sum()
+
+    compiled, eager = compile_both(f, options)
+
+    def arguments(call: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(call)
+        x, y, written = torch.randn(3, 8, dtype=torch.complex64, device=device).unbind()
+        shaped = {"whole": x, "gaps": x[::2], "expanded": x[:1].expand(4)}[shape]
+        return LAZY[name](shaped), y[: shaped.numel()], kept.setdefault(call % 2, LAZY[name](written.clone()))
+
+    with torch.no_grad():
+        results = []
+        for function in (compiled, eager):
+            kept: dict[int, Tensor] = {}
+            results.append([(function(*(args := arguments(call))), args) for call in range(8)])
+    assert_same(results[0], results[1])
+    assert program_of(compiled).replays == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["complex32", "uint16", "uint64", "bool", "float8_e4m3fn", "conjugate", "negated"])
+def test_host_scalars_of_rare_kinds(name: str) -> None:
+    """Line 3: a number on the host of any dtype, lazily conjugated or negated too, belongs to the key bit for bit."""
+    compiled, eager = compile_both(lambda number, x: x * number.to(x.dtype) + 1, {"driver": "cuda"})
+    values: dict[int, Tensor] = {}
+    for value in range(2):
+        if name in LAZY:
+            values[value] = LAZY[name](torch.randn(1, dtype=torch.complex64))[0]
+        else:
+            values[value] = torch.tensor(float(value), dtype=torch.float32).to(getattr(torch, name))
+    with torch.no_grad():
+        for call in range(8):
+            x = torch.randn(4, dtype=torch.complex64, device="cuda")
+            assert_same(compiled(values[call % 2], x), eager(values[call % 2], x))
