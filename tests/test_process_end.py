@@ -23,11 +23,12 @@ from checks import compile_both
 ASSERTED = "CUDA error: device-side assert triggered"
 
 HEAD = """
-import sys, threading, time
+import logging, sys, threading, time
 import torch
 from torch.nn.functional import dropout
 import breakable_backend as bb
 torch.set_grad_enabled(False)
+logging.disable(logging.WARNING)
 D = torch.device("cuda")
 
 @torch.library.custom_op("end::twice", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
