@@ -205,10 +205,21 @@ def failing_end(patch: pytest.MonkeyPatch) -> Any:
     return driver
 
 
+def no_stream(patch: pytest.MonkeyPatch) -> Callable[[torch.device], Any]:
+    """Asks for the stream of captures, where CUDA has none to give."""
+    told = lambda status: (0, b"out of memory")  # noqa: E731
+    none = SimpleNamespace(
+        cudaStreamCreateWithFlags=lambda flags: (2, None), cudaStreamNonBlocking=1, cudaGetErrorString=told
+    )
+    patch.setattr(cuda, "cudart", none)
+    patch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    return cuda._capture_stream
+
+
 def failing_begin(patch: pytest.MonkeyPatch) -> Any:
     """A driver for CUDA that cannot open a pool."""
     driver = cuda_driver(patch)
-    driver._recordings, driver._pool = 1, None
+    driver._recordings, driver._pool, driver._first = 1, None, False
 
     def full() -> None:
         raise RuntimeError("CUDA error: out of memory")
@@ -432,7 +443,8 @@ CASES: dict[str, Case] = {
     ),
     "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
     "drivers/cuda.py: begin_capture": Case("planted.begin_capture()  # here", failing_begin),
-    "another thread's capture went on for": Case("planted.begin_capture(0)  # here", long_capture),
+    "another thread's capture went on for": Case("planted.begin_capture()  # here", long_capture),
+    "CUDA has no stream to give": Case("planted(torch.device('cuda', 9))  # here", no_stream),
     "a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
     "which the capture does not know: no graph would have it": Case("planted.touch()  # here", unknown_stream),
     "is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),

@@ -168,6 +168,19 @@ def test_an_eager_step_may_wait_for_a_thread_that_draws() -> None:
     assert set(z.tolist()) == {6.0} and set(y.tolist()) == {0.0, 2.0}
 
 
+def test_no_stream_of_torchs_is_captured() -> None:
+    """Whatever runs on any stream that torch hands out, in any thread, is in no capture, however many there are."""
+    x = torch.ones(16, device=CUDA)
+    graphs = [BreakableCUDAGraph(driver="cuda") for _ in range(3)]
+    results = []
+    for graph in graphs:
+        with capture(graph):
+            captured = torch.cuda.current_stream().cuda_stream
+            results.append(x + 1)
+        assert captured not in {torch.cuda.Stream().cuda_stream for _ in range(64)}
+    assert captured not in {torch.cuda.Stream(priority=-1).cuda_stream for _ in range(64)}
+
+
 # --- captures that others disturb -------------------------------------------------------------------------------------
 
 
@@ -253,11 +266,8 @@ def test_eviction_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.cuda.Stream, "synchronize"),
     ):
         monkeypatch.setattr(owner, name, lambda *args, name=name: waits.append(name))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]):
-        pass  # the profiler synchronises when it begins and ends, not within
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         torch.ones(1, device=CUDA)
         with torch.profiler.record_function("serving"):
             calls()

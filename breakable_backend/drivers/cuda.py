@@ -191,7 +191,7 @@ class CudaDriver:
         locks.in_child(self, CudaDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
-        self.stream = torch.cuda.Stream(self.device)
+        self.stream = _capture_stream(self.device)
         """Where captures happen. One only: the allocator never gives a block of one stream to another."""
         self._pool: Any = None
         self._keeper: torch.cuda.CUDAGraph | None = None
@@ -204,6 +204,8 @@ class CudaDriver:
         self._leaving: deque[_Leaving] = deque()
         self._lost = False
         """Whether the device is in error, which nothing in this process ends."""
+        self._first = False
+        """Whether the next capture is the first of a recording."""
         _drivers.add(self)
         self._recordings = 0
         """How many recordings are under way; an eager step of one may release the pool's last graph."""
@@ -258,13 +260,13 @@ class CudaDriver:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The turn of a capture on the capture stream, among all threads and drivers of the process."""
-        stream = self.stream.cuda_stream
-        self._draws.begin_capture(stream)
+        """The capture stream as the current one, in the turn of a capture among all threads and drivers of the process."""
+        self._draws.begin_capture()
         try:
-            yield
+            with self.on_capture_stream(), self._draws.reset_on(self.stream.cuda_stream):
+                yield
         finally:
-            self._draws.end_capture(stream)
+            self._draws.end_capture()
 
     @contextmanager
     def capturing_on(self, stream: torch.cuda.Stream | None, error_mode: str) -> Iterator[None]:
@@ -289,11 +291,9 @@ class CudaDriver:
         later graphs may have it: replays in one pool are ordered.
         """
         self._recordings += 1
+        self._first = True
         try:
             with held_off():
-                with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-                    torch.cuda.current_blas_handle()
-                _torch.clear_cublas_workspaces()
                 try:
                     yield
                 finally:
@@ -327,6 +327,10 @@ class CudaDriver:
         """A graph that captures the current stream into the pool; it is in :meth:`turn`. Raises and repairs."""
         assert self._recordings, "capture outside recording()"
         try:
+            if self._first:
+                torch.cuda.current_blas_handle()
+                _torch.clear_cublas_workspaces()
+                self._first = False
             if self._pool is None:
                 self._open_pool()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -407,7 +411,7 @@ class CudaDriver:
             self._open_pool()
 
     def _open_pool(self) -> None:
-        """A new pool, with a small graph in it. What another thread disturbs is tried again."""
+        """A new pool, with a small graph in it, in :meth:`turn`. What another thread disturbs is tried again."""
         for tries_left in (2, 1, 0):
             self._drop_keeper()
             if isinstance(self._given_pool, torch.cuda.MemPool):
@@ -416,13 +420,12 @@ class CudaDriver:
                 self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
             self._keeper = torch.cuda.CUDAGraph()
             try:
-                with self.on_capture_stream():
-                    byte = torch.zeros(1, device=self.device)
-                    self._begin(self._keeper, "thread_local")
-                    try:
-                        byte.zero_()
-                    finally:
-                        self._end(self._keeper)
+                byte = torch.zeros(1, device=self.device)
+                self._begin(self._keeper, "thread_local")
+                try:
+                    byte.zero_()
+                finally:
+                    self._end(self._keeper)
                 return
             except Exception:
                 self._keeper = self._pool = None
@@ -512,6 +515,25 @@ class CudaDriver:
         return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
 
 
+_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that all captures on ``device`` are on, which nobody else has, and which is never destroyed.
+
+    ``torch.cuda.Stream`` hands out 32 streams again and again. Whatever any thread does on a stream that is captured
+    becomes part of the capture: so it must be none of those.
+    """
+    with registry:
+        if device.index not in _streams:
+            with torch.cuda.device(device):
+                status, made = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)
+            if status:
+                raise CaptureError(f"CUDA has no stream to give: {cudart.cudaGetErrorString(status)[1].decode()}")
+            _streams[device.index] = torch.cuda.ExternalStream(int(made), device)
+        return _streams[device.index]
+
+
 _drivers: weakref.WeakSet[CudaDriver] = weakref.WeakSet()
 
 
@@ -558,7 +580,6 @@ class CudaSession:
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
         caller = torch.cuda.current_stream(self.driver.device)
         with ExitStack() as stack:
-            stack.enter_context(self.driver.on_capture_stream())
             stack.enter_context(self.driver.turn())
             self._graph = self.driver.begin_capture()
             self._stack = stack.pop_all()

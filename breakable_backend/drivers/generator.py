@@ -82,8 +82,8 @@ class Draws:
                 _users[device.index] = Draws(device)
             return _users[device.index]
 
-    def begin_capture(self, stream: int) -> None:
-        """Take the turn of a capture on ``stream``, the current one.
+    def begin_capture(self) -> None:
+        """Take the turn of a capture. Before it nothing is done on the capture stream: another thread may capture there.
 
         Raises:
             CaptureError: another thread's capture went on for ``WAIT`` seconds.
@@ -95,14 +95,25 @@ class Draws:
             )
             busy.passing = True
             raise busy
-        self._follow(captures, stream)
+
+    def end_capture(self) -> None:
+        """Give the turn back."""
+        captures.give()
+
+    @contextmanager
+    def reset_on(self, stream: int) -> Iterator[None]:
+        """Held around captures on ``stream``, the current one: each of them resets the seed and the offset there."""
         if not self._registered:
             self._register()
             self._registered = True
-
-    def end_capture(self, stream: int) -> None:
-        """Give the turn back; the capture on ``stream`` is over."""
-        self._mark(captures, stream)
+        if not _torch.ONE_CAPTURE_STATE:
+            yield
+            return
+        self._follow(stream)
+        try:
+            yield
+        finally:
+            self._order.mark(stream)
 
     def begin_replay(self, stream: int) -> None:
         """Take the turn of a replay that draws, or may draw, on ``stream``, the current one.
@@ -115,11 +126,24 @@ class Draws:
                 f"a graph that draws random numbers was replayed while another thread's capture went on for {WAIT:g} s",
                 fix="do not wait, inside of `with capture`, for a thread that replays such graphs",
             )
-        self._follow(draws, stream)
+        try:
+            if _torch.ONE_CAPTURE_STATE:
+                self._follow(stream)
+        except BaseException:
+            draws.give()
+            raise
 
     def end_replay(self, stream: int) -> None:
         """Give the turn back."""
-        self._mark(draws, stream)
+        try:
+            if _torch.ONE_CAPTURE_STATE:
+                self._order.mark(stream)
+        finally:
+            draws.give()
+
+    def _follow(self, stream: int) -> None:
+        if stream != self._order.last:
+            self._order.follow(stream)
 
     def _register(self) -> None:
         """Have the seed and the offset for ever: among the default stream's memory, and no dispatch mode's fake."""
@@ -138,18 +162,3 @@ class Draws:
         finally:
             if taken:
                 draws.give()
-
-    def _follow(self, turns: Turns, stream: int) -> None:
-        try:
-            if _torch.ONE_CAPTURE_STATE and stream != self._order.last:
-                self._order.follow(stream)
-        except BaseException:
-            turns.give()
-            raise
-
-    def _mark(self, turns: Turns, stream: int) -> None:
-        try:
-            if _torch.ONE_CAPTURE_STATE:
-                self._order.mark(stream)
-        finally:
-            turns.give()
