@@ -211,9 +211,9 @@ def no_stream(patch: pytest.MonkeyPatch) -> Callable[[torch.device], Any]:
     none = SimpleNamespace(
         cudaStreamCreateWithFlags=lambda flags: (2, None), cudaStreamNonBlocking=1, cudaGetErrorString=told
     )
-    patch.setattr(cuda, "cudart", none)
+    patch.setattr(generator, "cudart", none)
     patch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    return cuda._capture_stream
+    return generator._new_stream
 
 
 def failing_begin(patch: pytest.MonkeyPatch) -> Any:

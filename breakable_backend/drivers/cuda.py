@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.generator import Draws, hold_for_ever, registry
+from breakable_backend.drivers.generator import Draws, end, hold_for_ever, is_disturbed, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
@@ -191,7 +190,8 @@ class CudaDriver:
         locks.in_child(self, CudaDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
-        self.stream = _capture_stream(self.device)
+        self._draws = Draws.of(self.device)
+        self.stream = self._draws.stream
         """Where captures happen. One only: the allocator never gives a block of one stream to another."""
         self._pool: Any = None
         self._keeper: torch.cuda.CUDAGraph | None = None
@@ -200,7 +200,6 @@ class CudaDriver:
         self._live: set[CudaGraph] = set()
         self._several = torch.cuda.device_count() > 1
         self._order = Order(self.device)
-        self._draws = Draws.of(self.device)
         self._leaving: deque[_Leaving] = deque()
         self._lost = False
         """Whether the device is in error, which nothing in this process ends."""
@@ -208,7 +207,7 @@ class CudaDriver:
         """Whether the next capture is the first of a recording."""
         _drivers.add(self)
         self._recordings = 0
-        """How many recordings are under way; an eager step of one may release the pool's last graph."""
+        """How many recordings are under way."""
 
     def _forked(self) -> None:
         """In a forked child, where CUDA does not work: a call says so, and what dies is not given back."""
@@ -311,7 +310,7 @@ class CudaDriver:
                 session.abandon()
                 if isinstance(error, Exception):
                     failed = CaptureError(_first_line(error), where=user_line(error.__traceback__))
-                    failed.passing = _is_disturbed(error)
+                    failed.passing = is_disturbed(error)
                     raise failed from error
                 raise
             return session.end(), result
@@ -334,19 +333,18 @@ class CudaDriver:
             if self._pool is None:
                 self._open_pool()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
-            self._begin(graph, self.capture_error_mode)
+            try:
+                with registry:
+                    # thread_local: other threads may allocate, query events and pin memory meanwhile.
+                    graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
+            except Exception:
+                self._repair(graph)
+                raise
         except Exception as error:
-            raise CaptureError(_first_line(error)) from error
+            failed = CaptureError(_first_line(error))
+            failed.passing = is_disturbed(error)
+            raise failed from error
         return graph
-
-    def _begin(self, graph: torch.cuda.CUDAGraph, error_mode: str) -> None:
-        try:
-            with registry:
-                # thread_local: other threads may allocate, query events and pin memory meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode=error_mode)
-        except Exception:
-            self._repair(graph, began=False)
-            raise
 
     def end_capture(self, graph: torch.cuda.CUDAGraph, order: StreamOrder | None = None) -> CudaGraph:
         """What was captured, with its streams as ``order`` says; after an error the process is repaired."""
@@ -361,7 +359,7 @@ class CudaDriver:
         except Exception as error:
             what, fix = (order.explained if order is not None else explained)(error)
             failed = CaptureError(what, fix=fix)
-            failed.passing = _is_disturbed(error)
+            failed.passing = is_disturbed(error)
             raise failed from error
         self._live.add(captured)
         return captured
@@ -389,14 +387,12 @@ class CudaDriver:
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-                graph.capture_end()
+            end(graph)
         except Exception:
             self._repair(graph)
             raise
 
-    def _repair(self, graph: torch.cuda.CUDAGraph, began: bool = True) -> None:
+    def _repair(self, graph: torch.cuda.CUDAGraph) -> None:
         """Make the process as it was after the capture of ``graph`` failed to begin, or to end.
 
         torch 2.11 leaves the pool recording and in use, and the generator in capture mode. The pool is not used again.
@@ -405,32 +401,20 @@ class CudaDriver:
         The graph's destructor may abort the process, so it never runs.
         """
         _torch.keep_for_ever(graph)
-        if _torch.stop_allocating_to_pool(self._index, self._pool) or began:
-            _torch.release_pool(self._index, self._pool)
-        if graph is not self._keeper:
-            self._open_pool()
+        self._draws.spoilt(self._pool)
+        self._open_pool()
 
     def _open_pool(self) -> None:
-        """A new pool, with a small graph in it, in :meth:`turn`. What another thread disturbs is tried again."""
-        for tries_left in (2, 1, 0):
-            self._drop_keeper()
-            if isinstance(self._given_pool, torch.cuda.MemPool):
-                self._pool = self._given_pool.id
-            else:
-                self._pool, self._given_pool = self._given_pool or torch.cuda.graph_pool_handle(), None
-            self._keeper = torch.cuda.CUDAGraph()
-            try:
-                byte = torch.zeros(1, device=self.device)
-                self._begin(self._keeper, "thread_local")
-                try:
-                    byte.zero_()
-                finally:
-                    self._end(self._keeper)
-                return
-            except Exception:
-                self._keeper = self._pool = None
-                if not tries_left:
-                    raise
+        """A new pool, in :meth:`turn`, with an empty graph that keeps it alive."""
+        self._drop_keeper()
+        self._pool = None
+        self._keeper, self._pool = self._draws.empty_graph(self._new_pool)
+
+    def _new_pool(self) -> Any:
+        if isinstance(self._given_pool, torch.cuda.MemPool):
+            return self._given_pool.id
+        given, self._given_pool = self._given_pool, None
+        return given or torch.cuda.graph_pool_handle()
 
     def _drop_keeper(self) -> None:
         with registry:
@@ -478,7 +462,7 @@ class CudaDriver:
                 graph.release()
                 self._live.discard(graph)
             leaving.owner.clear()
-        if wait and not self._live and not self._recordings and not self._leaving:
+        if wait and not self._live and not self._leaving:
             self._close_pool()
 
     def _is_over(self, leaving: _Leaving, wait: bool) -> bool:
@@ -513,25 +497,6 @@ class CudaDriver:
         if self._pool is None:
             return []
         return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
-
-
-_streams: dict[int, torch.cuda.Stream] = {}
-
-
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that all captures on ``device`` are on, which nobody else has, and which is never destroyed.
-
-    ``torch.cuda.Stream`` hands out 32 streams again and again. Whatever any thread does on a stream that is captured
-    becomes part of the capture: so it must be none of those.
-    """
-    with registry:
-        if device.index not in _streams:
-            with torch.cuda.device(device):
-                status, made = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)
-            if status:
-                raise CaptureError(f"CUDA has no stream to give: {cudart.cudaGetErrorString(status)[1].decode()}")
-            _streams[device.index] = torch.cuda.ExternalStream(int(made), device)
-        return _streams[device.index]
 
 
 _drivers: weakref.WeakSet[CudaDriver] = weakref.WeakSet()
@@ -625,11 +590,6 @@ def _refuse_in_child() -> NoReturn:
         "CUDA does not work in a process that was forked from one that uses it",
         fix="start the process otherwise: torch.multiprocessing.set_start_method('spawn')",
     )
-
-
-def _is_disturbed(error: BaseException) -> bool:
-    """Whether a capture was invalid before the call that says so: another thread's synchronisation does that."""
-    return "due to a previous error during capture" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

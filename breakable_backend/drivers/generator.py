@@ -9,8 +9,12 @@ From torch 2.13 on each capture has a state of its own; what is left to guard is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,9 +22,16 @@ from breakable_backend import _torch, locks
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.errors import CaptureError, ReplayError
 
+try:
+    from cuda.bindings import runtime as cudart
+except ImportError:  # pragma: no cover - a machine without CUDA
+    cudart = None
+
 WAIT = 5.0
 """Seconds that one capture may last while others wait for its end. Under ``with capture`` its code is the user's, and
 may itself wait for the thread that waits here."""
+RETRY = 2.0
+"""Seconds for which an empty capture is tried again, while other threads synchronise all the time and make it invalid."""
 
 
 class Turns:
@@ -64,8 +75,20 @@ def hold_for_ever() -> None:
     draws.hold()
 
 
+def is_disturbed(error: BaseException) -> bool:
+    """Whether a capture was invalid before the call that says so: another thread's synchronisation does that."""
+    return "due to a previous error during capture" in str(error)
+
+
+def end(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture, which may be empty."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+        graph.capture_end()
+
+
 class Draws:
-    """The default generator of one GPU, for graphs that may draw from it."""
+    """The default generator of one GPU, for graphs that may draw from it, and the stream that captures are on."""
 
     def __init__(self, device: torch.device) -> None:
         self.index: int = device.index
@@ -73,6 +96,9 @@ class Draws:
         self.device = device
         self._order = Order(device)
         self._registered = not _torch.ONE_CAPTURE_STATE
+        self.stream = _new_stream(device)
+        self.stuck = False
+        """Whether a capture has left the generator in capture mode. It leaves that at the end of one that succeeds."""
 
     @staticmethod
     def of(device: torch.device) -> Draws:
@@ -127,6 +153,7 @@ class Draws:
                 fix="do not wait, inside of `with capture`, for a thread that replays such graphs",
             )
         try:
+            self._mend()
             if _torch.ONE_CAPTURE_STATE:
                 self._follow(stream)
         except BaseException:
@@ -145,6 +172,41 @@ class Draws:
         if stream != self._order.last:
             self._order.follow(stream)
 
+    def empty_graph(self, new_pool: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph with nothing in it, captured on the current stream into a new pool, and that pool; in a capture's turn.
+
+        The generator is out of capture mode then. What another thread disturbs is tried again, for ``RETRY`` seconds.
+        """
+        graph, until = torch.cuda.CUDAGraph(), time.monotonic() + RETRY
+        while True:
+            pool = new_pool()
+            try:
+                with registry:
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                end(graph)
+            except Exception as error:
+                self.spoilt(pool)
+                if not is_disturbed(error) or time.monotonic() > until:
+                    _torch.keep_for_ever(graph)
+                    raise
+            else:
+                self.stuck = False
+                return graph, pool
+            time.sleep(random.random() * 1e-3)  # not in step with the other thread
+
+    def spoilt(self, pool: Any) -> None:
+        """A capture into ``pool`` failed to begin, or to end: nothing is routed there any more, or held for it."""
+        self.stuck = _torch.ONE_CAPTURE_STATE
+        if _torch.stop_allocating_to_pool(self.index, pool):
+            _torch.release_pool(self.index, pool)
+
+    def _mend(self) -> None:
+        if self.stuck:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self.reset_on(self.stream.cuda_stream):
+                graph, _ = self.empty_graph(torch.cuda.graph_pool_handle)
+                with registry:
+                    del graph
+
     def _register(self) -> None:
         """Have the seed and the offset for ever: among the default stream's memory, and no dispatch mode's fake."""
         default = torch.cuda.default_stream(self.device)
@@ -158,7 +220,22 @@ class Draws:
         """Held around raw draws: no capture of another thread is under way, unless one goes on for ``WAIT`` seconds."""
         taken = draws.take()
         try:
+            if taken:
+                self._mend()
             yield
         finally:
             if taken:
                 draws.give()
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has, and that is never destroyed.
+
+    ``torch.cuda.Stream`` hands out 32 streams again and again. Whatever any thread does on a stream that is captured
+    becomes part of the capture: so it must be none of those.
+    """
+    with torch.cuda.device(device):
+        status, made = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)
+    if status:
+        raise CaptureError(f"CUDA has no stream to give: {cudart.cudaGetErrorString(status)[1].decode()}")
+    return torch.cuda.ExternalStream(int(made), device)
