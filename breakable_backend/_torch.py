@@ -33,6 +33,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
 from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
+from torch._library import utils as library_utils
 from torch._library.custom_ops import OPDEFS
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -163,11 +164,20 @@ def _stand_in(tensor: torch.Tensor, context: TracingContext) -> torch.Tensor:
 
 @contextmanager
 def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
+    """Have dead code elimination keep calls of ``ops``. Dynamo compiles in one thread at a time."""
     added = {op for op in ops if op not in _side_effectful_functions}
+    asked = library_utils.is_impure
     _side_effectful_functions.update(added)
+    if any(isinstance(op, HigherOrderOperator) and not asked(op) for op in added):  # torch 2.11
+
+        def is_impure(op: Callable[..., Any], **context: Any) -> bool:
+            return op in added or asked(op, **context)
+
+        library_utils.is_impure = is_impure
     try:
         yield
     finally:
+        library_utils.is_impure = asked
         _side_effectful_functions.difference_update(added)
 
 

@@ -267,6 +267,16 @@ def python_floats(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     }
 
 
+def is_pinned(node: fx.Node) -> bool:
+    """Whether a call made a size that depends on values, and a check has since told the compiler what it is."""
+    return not free_symbols(node.meta.get("val")) >= _torch.symbols_made(node)
+
+
+def is_checked_by_nobody(node: fx.Node) -> bool:
+    """Whether a call made a size that is pinned, and the graph does not ask what it is: a compiler dropped the check."""
+    return is_pinned(node) and not any(schema_name(user) in _SHAPE_READS for user in node.users)
+
+
 def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
     """The numbers that are not known before the run; and the tensors whose shape hangs on one, where symbols do not tell.
 
@@ -290,7 +300,7 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
             comes_late = of_data and schema_name(node) not in _SHAPE_READS and node not in floats
             if comes_late or not symbols <= known or not late.isdisjoint(node.all_input_nodes):
                 late.add(node)
-        elif not replaced.isdisjoint(node.all_input_nodes) or not symbols >= _torch.symbols_made(node):
+        elif not replaced.isdisjoint(node.all_input_nodes) or is_pinned(node):
             late.add(node)
         if node in late and symbols <= known:
             replaced.add(node)

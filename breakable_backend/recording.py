@@ -26,7 +26,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
-from breakable_backend.effects import producer_of
+from breakable_backend.effects import is_checked_by_nobody, producer_of
 from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
@@ -272,7 +272,8 @@ class Binding:
                 function = _torch.python_implementation(function, device_type) or function
         producer = producer_of(node)
         value = node.meta.get("val")
-        checked = isinstance(value, torch.Tensor) and is_opaque(producer) and self._known(value)
+        told = is_opaque(producer) or is_checked_by_nobody(producer)
+        checked = isinstance(value, torch.Tensor) and told and self._known(value)
         call = Call(
             result=node.name,
             function=function,

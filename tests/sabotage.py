@@ -1195,7 +1195,7 @@ FAULTS = (
     Fault(
         "sizes-with-no-symbol-left-are-frozen",
         "effects.py",
-        "or not symbols >= _torch.symbols_made(node):",
+        "or is_pinned(node):",
         "or False:",
         "test_effects.py::test_checks[cpu-counted]",
     ),

@@ -359,6 +359,9 @@ CHECKS = [equals, equals_a_size, follows, between, at_most, counted]
 
 def runs_then_raises(function: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> None:
     compiled = torch.compile(function, backend="breakable_cg", options=options)
+    said = r"assertion failed|single nonzero|not three"
+    if torch.__version__.startswith("2.11"):
+        said += r"|was compiled for"  # its AOTAutograd leaves no assertion about a size
     good, bad = torch.tensor([3], device=device), torch.tensor([4], device=device)
     with torch.no_grad():
         for _ in range(4):
@@ -367,7 +370,7 @@ def runs_then_raises(function: Callable[..., Any], device: torch.device, options
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 function(torch.randn(3, device=device), bad)
-            with pytest.raises(RuntimeError, match=r"assertion failed|single nonzero|not three"):
+            with pytest.raises(RuntimeError, match=said):
                 compiled(torch.randn(3, device=device), bad)
         x = torch.randn(3, device=device)
         assert torch.equal(compiled(x, good), function(x, good))
