@@ -340,7 +340,7 @@ def _compiled_code(compiled: Any) -> Iterator[tuple[Any, list[Any], dict[str, An
     # A decorated forward is compiled through its outermost wrapper, with what it wraps inlined.
     layers = [layer for layer in _unwrapped(getattr(function, "__func__", function)) if hasattr(layer, "__code__")]
     pending = [(layer.__code__, layer.__globals__) for layer in layers]
-    if getattr(function, "__module__", "").startswith("torch.nn"):
+    if (getattr(function, "__module__", None) or "").startswith("torch.nn"):  # executed text has none
         # Dynamo skips torch's own files, and compiles such a module through a wrapper of its own.
         wrapper = wrap_inline(function)
         pending.append((wrapper.__code__, wrapper.__globals__))

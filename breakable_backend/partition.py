@@ -106,7 +106,7 @@ def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static
             offset = node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
             root = flow.root[node]
             inputs = list(node.graph.find_nodes(op="placeholder"))
-            moves = reasons.get(root) is not None or (root in inputs and inputs.index(root) not in static)
+            moves = reasons.get(producer_of(root)) is not None or (root in inputs and inputs.index(root) not in static)
             if moves and (offset is not None or _has_gaps(root.meta["val"])):
                 how = "by an absolute offset" if offset is not None else "between its elements"
                 text = f"reaches into the memory of {root.name} {how}"

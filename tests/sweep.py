@@ -236,7 +236,7 @@ def table(found: Iterable[dict[str, Any]]) -> str:
             for row in by_name.values():
                 became, why = verdict(row)
                 if became == what:
-                    whys[why].append(row["op"])
+                    whys["; ".join(part[:120] for part in why.split("; "))].append(row["op"])
             if whys:
                 lines += ["", f"{what} on {device}, torch {version}:", ""]
                 lines += [f"- {why}: {', '.join(sorted(whys[why]))}" for why in sorted(whys)]

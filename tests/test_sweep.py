@@ -87,8 +87,8 @@ def test_planted_difference_is_noticed(kind: str) -> None:
     function, part = PLANTED[kind]
     device = torch.device("cpu")
     case = opinfos.Case("planted", kind, function, (sample(torch.tensor([[1.0, 2.0], [3.0, 4.0]])),))
-    want = opinfos.watch(opinfos.alone(function), None, case.samples, device, case)
-    got = opinfos.watch(torch.compile(opinfos.alone(function), backend="eager"), None, case.samples, device, case)
+    want = opinfos.watch(opinfos.alone(function, 1), None, case.samples, device, case)
+    got = opinfos.watch(torch.compile(opinfos.alone(function, 1), backend="eager"), None, case.samples, device, case)
     assert got.differs(want) == f"call 1: {part}"
     outcome = opinfos.try_case(case, "alone", case.samples, device)
     assert (outcome.differs, outcome.reference) == ("", "dynamo")  # it is Dynamo's own, and the row says so
