@@ -13,10 +13,11 @@ from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.effects import bodies, tensors_of
+from breakable_backend.effects import bodies, tensors_of, written_arguments
 from breakable_backend.marking import EagerOps, annotate_functions, is_marked
 
 AMBIENT_KEY = "breakable_cg_ambient"
+OUT_KEY = "breakable_cg_out"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def lower(
 
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         out_of_place_views(module)
+        if lost := lost_outs(module, outs):
+            raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices()))
 
         first = True
@@ -139,6 +142,7 @@ def lower(
         raise CannotLower(NEEDS_GRADIENTS)
 
     note_ambient(gm)
+    outs = note_outs(gm)
     annotate_functions(gm, eager_ops)
     try:
         apart = _torch.apart(example_inputs)
@@ -166,6 +170,26 @@ def needs_gradients(gm: fx.GraphModule) -> bool:
     return torch.is_grad_enabled() and any(
         tensor.requires_grad for node in output.all_input_nodes for tensor in tensors_of(node.meta.get("example_value"))
     )
+
+
+def note_outs(gm: fx.GraphModule) -> dict[int, str]:
+    """Number each call with ``out=`` in ``node.meta["custom"]``, which survives AOT; returns what each of them calls."""
+    outs: dict[int, str] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.kwargs.get("out") is not None:
+            node.meta["custom"] = {**node.meta.get("custom", {}), OUT_KEY: len(outs)}
+            outs[len(outs)] = getattr(node.target, "__name__", str(node.target))
+    return outs
+
+
+def lost_outs(module: fx.GraphModule, outs: dict[int, str]) -> str:
+    """A call with ``out=`` of which no op in the ATen graph writes anything; empty if there is none.
+
+    Some of torch's composite kernels take another branch while they are traced, and there forget what they were to write
+    to: ``torch.linalg.matrix_rank`` does on torch 2.11 to 2.15.
+    """
+    written = {node.meta.get("custom", {}).get(OUT_KEY) for node in module.graph.nodes if written_arguments(node)}
+    return next((name for number, name in outs.items() if number not in written), "")
 
 
 def note_ambient(gm: fx.GraphModule) -> None:

@@ -278,7 +278,8 @@ def off_device(node: fx.Node, scope: Scope) -> str:
 
 
 WAITS_FOR_HOST = _torch.aten(
-    "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_ldl_factor_ex linalg_lstsq "
+    "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_eigvals linalg_pinv "
+    "linalg_ldl_factor_ex linalg_lstsq "
     "linalg_matrix_exp bincount _ctc_loss _cudnn_ctc_loss masked_select nonzero repeat_interleave unique_consecutive "
     "unique_dim _unique _unique2"
 )

@@ -156,6 +156,38 @@ def test_memory_between_elements(device: torch.device, options: dict[str, Any]) 
     assert "between its elements" in str(breakable_backend.explain(compiled))
 
 
+def test_out_that_tracing_forgets(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 5: what ``out=`` names is written, also where torch's own kernel forgets it when it is traced."""
+    compiled = torch.compile(
+        lambda a, out: (torch.linalg.matrix_rank(a, out=out), out + 1), backend="breakable_cg", options=options
+    )
+    for rank in (1, 2, 3, 2):
+        out = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.no_grad():
+            result, more = compiled(torch.diag(torch.arange(4.0, device=device) < rank).float(), out)
+        assert (result.item(), more.item(), out.item()) == (rank, rank + 1, rank)
+        assert result is out
+    (graph,) = breakable_backend.explain(compiled).eager_graphs
+    assert graph.why == "linalg_matrix_rank leaves its out= unwritten when it is traced"
+
+
+def test_outs_are_captured(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 5: other calls with ``out=`` are captured, on arguments and on what the program makes."""
+
+    def function(a: Tensor, out: Tensor) -> Tensor:
+        between = torch.empty_like(a)
+        torch.add(a, 1, out=between)
+        torch.topk(between, 2, out=(out, torch.empty(2, dtype=torch.int64, device=device)))
+        torch.linalg.vector_norm(a, out=out[0])
+        return torch.matmul(a, a, out=between[0]) + out
+
+    compiled = equal_to_eager(
+        lambda a: function(a, torch.empty(2, device=device)), lambda _: (torch.rand(4, device=device),), options
+    )
+    (program,) = breakable_backend.explain(compiled).programs
+    assert program.num_graph_segments == 1
+
+
 @pytest.mark.parametrize("inplace", ["transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_", "unsqueeze_"])
 def test_inplace_views_of_an_eager_result(inplace: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 5: what changes a tensor's shape in place is a view, whose root keeps its shape: also an eager step's result."""
