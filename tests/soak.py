@@ -58,7 +58,7 @@ class Left:
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        ours = [thing for thing in gc.get_objects() if type(thing).__module__.startswith("breakable_backend")]
+        ours = [thing for thing in gc.get_objects() if str(type(thing).__module__).startswith("breakable_backend")]
         return cls(
             phase,
             round(time.monotonic() - began, 1),

@@ -408,7 +408,8 @@ class CudaDriver:
         """A new pool, in :meth:`turn`, with an empty graph that keeps it alive."""
         self._drop_keeper()
         self._pool = None
-        self._keeper, self._pool = self._draws.empty_graph(self._new_pool)
+        keeper = torch.cuda.CUDAGraph()
+        self._pool, self._keeper = self._draws.capture_nothing(keeper, self._new_pool), keeper
 
     def _new_pool(self) -> Any:
         if isinstance(self._given_pool, torch.cuda.MemPool):

@@ -172,12 +172,12 @@ class Draws:
         if stream != self._order.last:
             self._order.follow(stream)
 
-    def empty_graph(self, new_pool: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph with nothing in it, captured on the current stream into a new pool, and that pool; in a capture's turn.
+    def capture_nothing(self, graph: torch.cuda.CUDAGraph, new_pool: Callable[[], Any]) -> Any:
+        """Capture nothing, on the current stream, into ``graph`` and a new pool, which is returned; in a capture's turn.
 
         The generator is out of capture mode then. What another thread disturbs is tried again, for ``RETRY`` seconds.
         """
-        graph, until = torch.cuda.CUDAGraph(), time.monotonic() + RETRY
+        until = time.monotonic() + RETRY
         while True:
             pool = new_pool()
             try:
@@ -191,7 +191,7 @@ class Draws:
                     raise
             else:
                 self.stuck = False
-                return graph, pool
+                return pool
             time.sleep(random.random() * 1e-3)  # not in step with the other thread
 
     def spoilt(self, pool: Any) -> None:
@@ -203,7 +203,8 @@ class Draws:
     def _mend(self) -> None:
         if self.stuck:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self.reset_on(self.stream.cuda_stream):
-                graph, _ = self.empty_graph(torch.cuda.graph_pool_handle)
+                graph = torch.cuda.CUDAGraph()
+                self.capture_nothing(graph, torch.cuda.graph_pool_handle)
                 with registry:
                     del graph
 
