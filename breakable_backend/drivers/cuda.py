@@ -174,6 +174,15 @@ class WaitingGraph(CudaGraph):
         self._waits = ()
 
 
+class _GraphInMemPool(torch.cuda.CUDAGraph):
+    """A graph that keeps the caller's pool alive: a ``MemPool`` that dies before the graphs in it ends the process."""
+
+    pool_of_the_caller: torch.cuda.MemPool
+
+    def __del__(self) -> None:
+        self.reset()  # while the pool is there
+
+
 class CudaDriver:
     """Captures CUDA graphs on one device. See :class:`breakable_backend.drivers.CaptureDriver`."""
 
@@ -182,8 +191,8 @@ class CudaDriver:
     def __init__(self, device: torch.device, pool: Any = None, capture_error_mode: str = "thread_local") -> None:
         self.capture_error_mode = capture_error_mode
         self._given_pool = pool
-        """A pool of the caller's: a ``MemPool``, which is used always; or a handle from
-        ``torch.cuda.graph_pool_handle()``, which dies with its last graph, or with a capture that fails in it."""
+        """A pool of the caller's, until a capture fails in it: a ``MemPool``, or a handle from
+        ``torch.cuda.graph_pool_handle()``, which dies with its last graph."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.lock = locks.lock()
         self.busy = False
@@ -332,7 +341,7 @@ class CudaDriver:
                 self._first = False
             if self._pool is None:
                 self._open_pool()
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            graph = self._made(keep_graph=True)
             try:
                 with registry:
                     # thread_local: other threads may allocate, query events and pin memory meanwhile.
@@ -344,6 +353,13 @@ class CudaDriver:
             failed = CaptureError(_first_line(error))
             failed.passing = is_disturbed(error)
             raise failed from error
+        return graph
+
+    def _made(self, keep_graph: bool = False) -> torch.cuda.CUDAGraph:
+        if not isinstance(self._given_pool, torch.cuda.MemPool):
+            return torch.cuda.CUDAGraph(keep_graph=keep_graph)
+        graph = _GraphInMemPool(keep_graph=keep_graph)
+        graph.pool_of_the_caller = self._given_pool
         return graph
 
     def end_capture(self, graph: torch.cuda.CUDAGraph, order: StreamOrder | None = None) -> CudaGraph:
@@ -401,6 +417,7 @@ class CudaDriver:
         The graph's destructor may abort the process, so it never runs.
         """
         _torch.keep_for_ever(graph)
+        self._given_pool = None
         self._draws.spoilt(self._pool)
         self._open_pool()
 
@@ -408,14 +425,16 @@ class CudaDriver:
         """A new pool, in :meth:`turn`, with an empty graph that keeps it alive."""
         self._drop_keeper()
         self._pool = None
-        keeper = torch.cuda.CUDAGraph()
-        self._pool, self._keeper = self._draws.capture_nothing(keeper, self._new_pool), keeper
+        keeper, pools = self._made(), [self._given_pool]
 
-    def _new_pool(self) -> Any:
-        if isinstance(self._given_pool, torch.cuda.MemPool):
-            return self._given_pool.id
-        given, self._given_pool = self._given_pool, None
-        return given or torch.cuda.graph_pool_handle()
+        def new_pool() -> Any:
+            given = pools.pop() if pools else None
+            if isinstance(given, torch.cuda.MemPool):
+                return given.id
+            self._given_pool = None
+            return given or torch.cuda.graph_pool_handle()
+
+        self._pool, self._keeper = self._draws.capture_nothing(keeper, new_pool), keeper
 
     def _drop_keeper(self) -> None:
         with registry:
