@@ -31,7 +31,7 @@ from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
-from breakable_backend.overlap import Fixed, Region, any_clash
+from breakable_backend.overlap import Fixed, Region, any_clash, any_touch
 from breakable_backend.partition import partition
 from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
@@ -106,7 +106,7 @@ class AddressSet:
     """Weak references whose death takes the set with it."""
     fixed: Fixed = field(default_factory=Fixed)
     """Where the static inputs lie."""
-    apart: list[Any] = field(default_factory=list)
+    apart: tuple[list[int], list[Any]] = ([], [])
     """Where the other tensors lay when they were last found to share no memory that is written."""
     last_call: int = 0
 
@@ -193,6 +193,7 @@ class Executor:
         written = {value.index for value in self.program.inputs if value.name in self._written}
         self._moving = {value.index: value.index in written for value in moving} if written else {}
         self._fluid = [value.index for value in moving if written and _is_open(value.value)]
+        self._lengths = [] if self._fluid else [Region.of(value.value, start=0).end for value in moving if written]
         self._read_key = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
         self.journal.program(self.program)
         show_program(self.program, self.name)
@@ -382,15 +383,17 @@ class Executor:
         inputs may: they are used where they are. Most calls have their arguments where the last one had them.
         """
         data_ptr = torch.Tensor.data_ptr
-        places: list[Any] = [data_ptr(args[index]) for index in self._moving]
-        places += [(args[index].shape, args[index].stride()) for index in self._fluid]
-        if addresses is not None and places == addresses.apart:
+        places = [data_ptr(args[index]) for index in self._moving]
+        layouts = [(args[index].shape, args[index].stride()) for index in self._fluid]
+        if addresses is not None and (places, layouts) == addresses.apart:
             return False
-        moving = [Region.of(args[index], written) for index, written in self._moving.items()]
-        if any_clash(moving, addresses.fixed if addresses is not None else self._fixed(args)):
-            return True
+        fixed = addresses.fixed if addresses is not None else self._fixed(args)
+        if self._fluid or any_touch(zip(places, self._lengths, strict=True), fixed):
+            moving = (Region.of(args[index], written) for index, written in self._moving.items())
+            if any_clash(moving, fixed):
+                return True
         if addresses is not None:
-            addresses.apart = places
+            addresses.apart = places, layouts
         return False
 
     def _fixed(self, args: Sequence[Any]) -> Fixed:

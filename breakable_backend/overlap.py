@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -77,12 +78,30 @@ class Fixed:
         self.regions = sorted((region for region in regions if region.end > region.start), key=lambda r: r.start)
         self.starts = [region.start for region in self.regions]
         self.longest = max((region.end - region.start for region in self.regions), default=0)
+        self.reach = list(accumulate((region.end for region in self.regions), max))
+        """How far the regions go, up to each."""
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether the bytes from ``start`` to ``end`` lie between the beginning and the end of one, written or not."""
+        before = bisect_left(self.starts, end)
+        return before > 0 and self.reach[before - 1] > start
 
     def clashes(self, region: Region) -> bool:
         """Whether ``region`` may share memory with one of them, and one of the two is written."""
         first = bisect_left(self.starts, region.start - self.longest)
         last = bisect_left(self.starts, region.end)
         return any(other.clashes(region) for other in self.regions[first:last])
+
+
+def any_touch(spans: Iterable[tuple[int, int]], fixed: Fixed) -> bool:
+    """Whether of many spans, each an address and a number of bytes, one touches another or a fixed region. A quick answer."""
+    done = 0
+    for start, length in sorted(spans):
+        end = start + length
+        if start < done or fixed.touches(start, end):
+            return True
+        done = end
+    return False
 
 
 def any_clash(moving: Iterable[Region], fixed: Fixed) -> bool:

@@ -219,7 +219,7 @@ class Watch:
         if (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ()):
             return  # a view launches nothing
         for tensor in fresh:
-            self._root(tensor, position, getattr(func, "overloadpacket", None) in ALLOCATING)
+            self._root(tensor, position, _torch.schema_name(func) in ALLOCATING)
         for tensor in written:
             if (number := self.made.get(_torch.storage_key(tensor))) is not None:
                 self.trace.roots[number].written_by = position

@@ -1230,8 +1230,8 @@ FAULTS = (
     Fault(
         "overlap-is-looked-for-once",
         "executor.py",
-        "if addresses is not None and places == addresses.apart:",
-        "if addresses is not None and addresses.apart:",
+        "if addresses is not None and (places, layouts) == addresses.apart:",
+        "if addresses is not None and addresses.apart[0]:",
         "test_overlap.py::test_one_memory[cpu-by turns]",
     ),
     Fault(

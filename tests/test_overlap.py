@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import breakable_backend
 import silly
 from breakable_backend import _torch
-from breakable_backend.overlap import Fixed, Region, any_clash
+from breakable_backend.overlap import Fixed, Region, any_clash, any_touch
 from checks import program_of
 
 SHARED = "arguments share memory, and one is written"
@@ -60,6 +60,9 @@ def test_clashes_are_found(places: list[tuple[Any, bool]], num_fixed: int) -> No
     fixed, moving = regions[:num_fixed], regions[num_fixed:]
     pairs = [(a, b) for position, a in enumerate(moving) for b in (*moving[:position], *fixed)]
     assert any_clash(moving, Fixed(fixed)) == any(a.clashes(b) for a, b in pairs)
+    spans = [(region.start, region.end - region.start) for region in moving]
+    if any_clash(moving, Fixed(fixed)):
+        assert any_touch(spans, Fixed(fixed))
 
 
 APART: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
