@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch, locks
+from breakable_backend.callers import Callers, found_by
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
@@ -62,9 +63,9 @@ class Backend:
     __name__ = "breakable_cg"
 
     def __init__(self) -> None:
-        self.executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-        self.uncaptured: dict[str, EagerGraph] = {}
-        """Graphs that run as Dynamo traced them."""
+        self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self._as_traced: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Functions that run a graph as Dynamo traced it."""
         self._drivers: dict[tuple[str, torch.device], CaptureDriver] = {}
         self._numbers = itertools.count()
         self._lock = locks.lock()
@@ -121,7 +122,8 @@ class Backend:
             scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
             executor = Executor(lowered, scope, chosen, driver, name)
             executor.statistics.lowering_seconds = time.perf_counter() - started
-            self.executors.add(executor)
+            with self._lock:
+                self._executors.add(executor)
             return executor
 
         flat = FlatGraph.of(gm, example_inputs)
@@ -140,16 +142,30 @@ class Backend:
             )
         elif not options.auto_break:
             raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
-        self.uncaptured[name] = EagerGraph(name, why, source)
         log.info("%s: runs as Dynamo traced it, because %s%s", name, why, f", at {source}" if source else "")
-
         forward = as_eager(gm)
 
         def eager(*args: Any) -> Any:
             return forward(*args)
 
-        eager.uncaptured = self.uncaptured[name]  # type: ignore[attr-defined]
+        eager.uncaptured, eager.callers = EagerGraph(name, why, source), Callers()  # type: ignore[attr-defined]
+        with self._lock:
+            self._as_traced.add(eager)
         return eager
+
+    @property
+    def executors(self) -> list[Executor]:
+        """Those that can be called, oldest first."""
+        with self._lock:
+            found = [executor for executor in self._executors if not executor.callers.gone]
+        return sorted(found, key=lambda executor: _number(executor.name))
+
+    @property
+    def as_traced(self) -> list[Any]:
+        """The functions that run graphs as Dynamo traced them, oldest first: each has ``uncaptured`` and ``callers``."""
+        with self._lock:
+            found = [function for function in self._as_traced if not function.callers.gone]
+        return sorted(found, key=lambda function: _number(function.uncaptured.name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """A copy of a compiled module is compiled by the same backend."""
@@ -159,10 +175,12 @@ class Backend:
         return "breakable_cg"
 
     def reset(self) -> None:
-        """Free all graphs, buffers and pools at once. ``torch._dynamo.reset()`` calls this."""
-        for executor in list(self.executors):
+        """Free all that was recorded, and forget all that was compiled: ``torch._dynamo.reset()`` calls this."""
+        for executor in self.executors:
             executor.reset()
-        self.uncaptured.clear()
+            executor.callers.gone = True
+        for function in self.as_traced:
+            function.callers.gone = True
 
     def _driver(self, options: Options, lowered: Lowered) -> CaptureDriver:
         kind, device = options.driver, _capture_device(lowered)
@@ -215,32 +233,30 @@ def reset(compiled: Any = None) -> None:
     The function stays compiled: its next call is the first of its key again, and runs plainly.
 
     Args:
-        compiled: what ``torch.compile`` returned; None for all functions of this backend.
-
-    >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
-    >>> _ = [compiled(torch.zeros(2)) for _ in range(3)]
-    >>> reset(compiled)
-    >>> compiled(torch.zeros(2))
-    tensor([1., 1.])
+        compiled: what ``torch.compile`` returned, or what holds it: a module, a partial; None for all functions of this
+            backend.
     """
-    if compiled is None:
-        breakable_cg.reset()
-        return
     for executor in executors_of(compiled):
         executor.reset()
 
 
-def eager_graphs_of(compiled: Any) -> list[EagerGraph]:
-    """The graphs behind ``compiled`` that run as Dynamo traced them."""
-    found = (getattr(graph, "uncaptured", None) for graph in _torch.compiled_graphs(compiled))
-    return list(dict.fromkeys(graph for graph in found if isinstance(graph, EagerGraph)))
+def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:
+    """The graphs behind ``compiled`` that run as Dynamo traced them, oldest first; None: of all."""
+    found = breakable_cg.as_traced
+    if compiled is not None:
+        found = found_by(_torch.subjects_of(compiled), found)
+    return [function.uncaptured for function in found]
 
 
-def executors_of(compiled: Any) -> list[Executor]:
-    """The executors behind a compiled function or module: one for each graph that Dynamo made of it so far.
+def executors_of(compiled: Any = None) -> list[Executor]:
+    """The executors behind a compiled function or module, one for each graph that came of calling it, oldest first; None: all.
 
-    Found through the code that Dynamo compiled, so functions that Dynamo made for the code after a graph break count,
-    and so do graphs of other instances that share the code.
+    Those are the graphs that were compiled while it ran, or for compiled functions that it holds; and what its code shares
+    with others: Dynamo compiles for all instances of a class at once.
     """
-    found = (getattr(graph, "executor", None) for graph in _torch.compiled_graphs(compiled))
-    return list(dict.fromkeys(executor for executor in found if isinstance(executor, Executor)))
+    found = breakable_cg.executors
+    return found if compiled is None else found_by(_torch.subjects_of(compiled), found)
+
+
+def _number(name: str) -> int:
+    return int(name.split()[-1])

@@ -22,6 +22,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.active import Call, in_call
 from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
+from breakable_backend.callers import Callers
 from breakable_backend.compare import Checker
 from breakable_backend.device_errors import blame
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
@@ -179,6 +180,7 @@ class Executor:
         """Shown what is replayed, before it is; measurements set it for a call."""
         self.dropped: OrderedDict[Key, str] = OrderedDict()
         """Why recordings went: of the last ``MAX_DROPPED`` keys."""
+        self.callers = Callers()
         self.journal = Journal(log, name)
         self._written = written_inputs(lowered.module)
         self._cut()
@@ -278,6 +280,7 @@ class Executor:
             return self._plain(args, entry.refused, logging.WARNING)
         if entry.warm:
             return self._record(entry, args, stream, driver)
+        self.callers.note()
         started = time.perf_counter()
         outputs = self._plain(args, "warm-up")
         entry.warmup_seconds = time.perf_counter() - started

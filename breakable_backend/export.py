@@ -55,10 +55,7 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     if isinstance(compiled, BreakableCUDAGraph):
         files, eager = list(_captured(compiled)), []
     else:
-        executors = sorted(executors_of(compiled), key=lambda executor: int(executor.name.split()[-1]))
-        files = []
-        for executor in executors:
-            files += _compiled(executor)
+        files = [file for executor in executors_of(compiled) for file in _compiled(executor)]
         eager = eager_graphs_of(compiled)
         if not files and not eager:
             raise OptionsError(

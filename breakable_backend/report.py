@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from rich.table import Table
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.backend import EagerGraph, breakable_cg, eager_graphs_of, executors_of
+from breakable_backend.backend import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.buffers import Bridge
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor, KeySnapshot
@@ -252,19 +253,28 @@ def explain(
         measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
     elif args or kwargs:
         compiled(*args, **kwargs)
-    executors = list(breakable_cg.executors) if compiled is None else executors_of(compiled)
-    executors.sort(key=lambda executor: int(executor.name.split()[-1]))
     return Report(
-        tuple(_program(executor, measured) for executor in executors),
-        tuple(breakable_cg.uncaptured.values() if compiled is None else eager_graphs_of(compiled)),
+        tuple(_program(executor, measured) for executor in executors_of(compiled)),
+        tuple(eager_graphs_of(compiled)),
         _torch.graph_breaks(),
-        tuple(_torch.at_recompile_limit(compiled)),
+        tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
     )
 
 
 def _is_plain(function: Any) -> bool:
     """Whether it is neither compiled nor captured."""
-    return not isinstance(function, BreakableCUDAGraph) and not _torch.is_compiled(function)
+    return not (
+        isinstance(function, BreakableCUDAGraph)
+        or _torch.holds_compiled(function)
+        or executors_of(function)
+        or eager_graphs_of(function)
+    )
+
+
+def _codes(compiled: Any) -> list[CodeType]:
+    """What Dynamo compiles for ``compiled``, as far as it is known: functions, and how they go on behind graph breaks."""
+    found = (executor.callers.code for executor in executors_of(compiled))
+    return [*_torch.codes_of(compiled), *(code for code in found if code is not None)]
 
 
 # --- from executors and graphs ------------------------------------------------------------------------------------------

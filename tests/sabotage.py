@@ -55,6 +55,35 @@ class Fault:
 
 
 FAULTS = (
+    # --- what a report reaches ---
+    Fault(
+        "callees-are-in-no-report",
+        "_torch.py",
+        "if frame.f_code is _COMPILE_WRAPPER:",
+        "if False:",
+        "test_report_reach.py::test_reached[cpu-module that calls a function with a break]",
+    ),
+    Fault(
+        "compiled-children-are-in-no-report",
+        "_torch.py",
+        "*_wrappers_of_module(thing), *_frames_of_module(thing)]",
+        "*_frames_of_module(thing)]",
+        "test_report_reach.py::test_reached[cpu-compiled functions in a dict of a plain module]",
+    ),
+    Fault(
+        "what-dynamo-forgot-is-in-the-report",
+        "backend.py",
+        "            executor.callers.gone = True",
+        "            pass",
+        "test_report_reach.py::test_nothing_is_left_after_dynamo_was_reset[cpu]",
+    ),
+    Fault(
+        "who-calls-a-graph-that-is-there-is-not-noted",
+        "executor.py",
+        "        self.callers.note()\n",
+        "",
+        "test_report_reach.py::test_a_callee_behind_an_object[cpu]",
+    ),
     # --- Python's collector ---
     Fault(
         "the-first-recording-to-end-lets-the-collector-go",

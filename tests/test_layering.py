@@ -18,6 +18,7 @@ LAYERS = {
     "_torch": 0,
     "locks": 0,
     "active": 1,
+    "callers": 1,
     "difference": 1,
     "effects": 1,
     "overlap": 1,

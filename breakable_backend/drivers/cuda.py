@@ -87,12 +87,14 @@ class CudaGraph:
 
     def nodes(self) -> tuple[GraphNode, ...]:
         """All nodes in the order of the capture, copies and fills too; read once. None after a release."""
-        if self._nodes is None and self._graph is not None:
-            self._nodes = nodes(self._graph.raw_cuda_graph())
-        return self._nodes or ()
+        with registry:  # another thread may release it now
+            if self._nodes is None and self._graph is not None:
+                self._nodes = nodes(self._graph.raw_cuda_graph())
+            return self._nodes or ()
 
     def dot(self) -> str:
-        return dot(self._graph.raw_cuda_graph()) if self._graph is not None else dot_of_names(())
+        with registry:
+            return dot(self._graph.raw_cuda_graph()) if self._graph is not None else dot_of_names(())
 
     def replay(self, stream: int) -> None:
         """Launch on ``stream``, the current one of the graph's device."""
@@ -128,11 +130,11 @@ class CudaGraph:
 
     def release(self) -> None:
         """Destroy the executable. The pool gets the memory back."""
-        graph, self._graph = self._graph, None
-        self._executable = self._nodes = None
+        self._executable = None
         self._hooks = ()
-        if graph is not None:
-            with registry:
+        with registry:
+            graph, self._graph, self._nodes = self._graph, None, None
+            if graph is not None:
                 graph.reset()
                 del graph  # what leaves torch's registry is the object itself
 
@@ -514,9 +516,10 @@ class CudaDriver:
         return sum(block["state"] == "active_allocated" for segment in self._segments() for block in segment["blocks"])
 
     def _segments(self) -> list[dict[str, Any]]:
-        if self._pool is None:
+        pool = self._pool  # as it is now: other threads may open and close pools
+        if pool is None:
             return []
-        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
+        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool)]
 
 
 _drivers: weakref.WeakSet[CudaDriver] = weakref.WeakSet()
