@@ -1436,6 +1436,13 @@ FAULTS = (
         "test_ordering.py::test_streams_that_are_idle_are_forgotten",
     ),
     Fault(
+        "a-turn-that-others-had-is-given-up",
+        "drivers/generator.py",
+        "if self._count == before:",
+        "if True:",
+        "test_ordering.py::test_many_short_turns_are_waited_for",
+    ),
+    Fault(
         "eviction-waits",
         "executor.py",
         "driver.release(graphs, owner, wait=wait)",

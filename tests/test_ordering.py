@@ -1,12 +1,16 @@
-"""Work of several streams, one piece after the other: when an event is recorded, and who waits for it; without a GPU."""
+"""Work of several streams and threads, one piece after the other: who waits for whom, and how long; without a GPU."""
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
+from breakable_backend.drivers import generator
+from breakable_backend.drivers.generator import Turns
 from breakable_backend.drivers.ordering import IDLE, Order
 
 
@@ -70,3 +74,60 @@ def test_streams_that_are_idle_are_forgotten(streams: Streams) -> None:
     said = [streams.piece(order, 2) for _ in range(IDLE + 5)]
     assert said[IDLE - 1] == ["event on 2"] and said[IDLE:] == [[]] * 5
     assert streams.piece(order, 1) == ["event on 2", "1 waits", "event on 1"]
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+def holds(turns: Turns, seconds: float, times: int = 1) -> threading.Thread:
+    """A thread that has the turn for a while, a few times with nothing in between, and has it when this returns."""
+    has = threading.Event()
+
+    def work() -> None:
+        for _ in range(times):
+            assert turns.take()
+            has.set()
+            time.sleep(seconds)
+            turns.give()
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert has.wait(10)
+    return thread
+
+
+def test_a_turn_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread waits for another's turn to end, and has the next; its own it may take again."""
+    monkeypatch.setattr(generator, "WAIT", 5.0)
+    turns = Turns()
+    thread = holds(turns, 0.05)
+    assert turns.take() and turns.take()
+    turns.give(), turns.give()
+    thread.join(10)
+
+
+def test_one_long_turn_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread gives up on a turn that goes on for ``WAIT`` seconds, since it may be waited for itself."""
+    monkeypatch.setattr(generator, "WAIT", 0.05)
+    turns = Turns()
+    thread = holds(turns, 1.0)
+    assert not turns.take()
+    thread.join(10)
+    assert turns.take()
+    turns.give()
+
+
+def test_many_short_turns_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns that pass from one to the next are waited for, however long all of them take together."""
+    monkeypatch.setattr(generator, "WAIT", 0.1)
+    turns = Turns()
+    busy = [True, True, True, False]
+
+    class Lock:
+        def acquire(self, timeout: float) -> bool:
+            turns._count += busy[0]  # others had their turns meanwhile
+            return not busy.pop(0)
+
+    monkeypatch.setattr(turns, "_lock", Lock())
+    assert turns.take() and not busy
