@@ -79,17 +79,15 @@ def test_streams_that_are_idle_are_forgotten(streams: Streams) -> None:
 # --- turns ------------------------------------------------------------------------------------------------------------
 
 
-def holds(turns: Turns, seconds: float, times: int = 1) -> threading.Thread:
-    """A thread that has the turn for a while, a few times with nothing in between, and has it when this returns."""
+def holds(turns: Turns, seconds: float) -> threading.Thread:
+    """A thread that has the turn for a while, and has it when this returns."""
     has = threading.Event()
 
     def work() -> None:
-        for _ in range(times):
-            assert turns.take()
-            has.set()
-            time.sleep(seconds)
-            turns.give()
-            time.sleep(0.001)
+        assert turns.take()
+        has.set()
+        time.sleep(seconds)
+        turns.give()
 
     thread = threading.Thread(target=work)
     thread.start()
