@@ -47,7 +47,8 @@ def is_device_error(error: BaseException) -> bool:
     ours = isinstance(error, ReplayError) and error.what.startswith("cudaGraphLaunch failed")
     if not ours and not isinstance(error, torch.AcceleratorError):
         return False
-    return any(text in str(error) for text in _STICKY)
+    # The first line alone: below it torch advises on "device-side assertions", whatever the error is.
+    return any(text in _first_line(error) for text in _STICKY)
 
 
 def blame(error: Exception, driver: CaptureDriver, name: str, recordings: Iterable[Recording]) -> None:

@@ -1464,6 +1464,13 @@ FAULTS = (
         "test_process_end.py::test_an_eager_steps_error_of_the_device_is_the_same_object",
     ),
     Fault(
+        "advice-of-torchs-counts-as-an-assertion",
+        "device_errors.py",
+        "any(text in _first_line(error) for",
+        "any(text in str(error) for",
+        "test_process_end.py::test_device_errors_are_told_from_others",
+    ),
+    Fault(
         "a-lost-device-wraps-what-an-eager-step-raised",
         "device_errors.py",
         "if isinstance(error, ReplayError) or _is_ours(error):",

@@ -20,7 +20,13 @@ from breakable_backend.device_errors import blame, is_device_error, segments
 from breakable_backend.drivers.tape import TapeDriver
 from checks import compile_both
 
-ASSERTED = "CUDA error: device-side assert triggered"
+ADVICE = """
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+"""What torch says below the first line, whatever the error is."""
+ASSERTED = "CUDA error: device-side assert triggered" + ADVICE
 
 HEAD = """
 import logging, sys, threading, time
@@ -158,7 +164,7 @@ def test_device_errors_are_told_from_others() -> None:
     lost = ReplayError("cudaGraphLaunch failed: an illegal memory access was encountered")
     assert is_device_error(torch.AcceleratorError(ASSERTED)) and is_device_error(lost)
     others = [
-        torch.AcceleratorError("CUDA error: out of memory"),
+        torch.AcceleratorError("CUDA error: invalid configuration argument" + ADVICE),
         ReplayError("cudaGraphLaunch failed: invalid resource handle"),
         ReplayError("an assert"),
         AssertionError("device-side assert triggered"),
