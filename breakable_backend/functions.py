@@ -71,7 +71,8 @@ def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 -
         mutates_args: names of tensor arguments that it writes, such as a cache.
         fake: what computes shapes under ``torch.compile``, with the same signature; by default the function itself, on
             fake tensors, once for each shape.
-        host_only: whether its plain results may change between replays of a ``capture``: nothing captured uses them.
+        host_only: whether its plain results, and plain fields of objects in its result, may change between replays of a
+            ``capture``: nothing captured uses them.
         capture_stub: called instead of the function while capturing, with the same arguments.
         barrier: called before it runs while capturing, such as a barrier of ranks; after that of ``capture``.
         recompute: whether it runs again in backward, from the same random state and autocast, so that nothing which it

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from breakable_backend import locks
+from breakable_backend import _torch, locks
 
 Seer = Callable[..., Any]
 """Called with the method as it was, and with what the method was called with."""
@@ -88,10 +88,11 @@ def without_autocast_cache() -> Iterator[None]:
     """Have autocast cast a weight at each use, also in regions that are entered inside.
 
     Its cache holds casts from before a capture: they would be missing from the graph, and the weights frozen. What the
-    caller has in it stays there.
+    caller has in it stays there. Where no autocast is on, the flag is left alone: Dynamo guards on it.
     """
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    if _torch.any_autocast_enabled():
+        torch.set_autocast_cache_enabled(False)
     try:
         with seen_by(_enter_without_cache, torch.autocast, "__enter__"):
             yield

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from breakable_backend import BreakableCUDAGraph, CaptureError, OptionsError, _torch, capture, eager_on_graph
 from breakable_backend.drivers import cuda
-from breakable_backend.seen import seen_by
+from breakable_backend.seen import seen_by, without_autocast_cache
 from doors import MakeGraph, bend, marked_bend, replays_equal
 
 
@@ -426,6 +427,25 @@ def test_warm_autocast_cache(make: MakeGraph, device: torch.device) -> None:
         want = model(x)
     assert torch.equal(got, want)
     assert not torch.equal(got, stale)
+
+
+def test_compiled_function_is_not_compiled_again(device: torch.device) -> None:
+    """A capture on a GPU changes nothing that Dynamo guards on; under autocast that takes a call without its cache before."""
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(graph.code)
+        return graph.forward
+
+    function, x = torch.compile(lambda x: x @ x + 1, backend=backend), torch.randn(4, 4, device=device)
+    for region in (nullcontext(), torch.autocast(device.type, torch.bfloat16, cache_enabled=False)):
+        compiled.clear()
+        with region:
+            function(x)
+        assert len(compiled) == 1
+        with without_autocast_cache() if device.type == "cpu" else capture(BreakableCUDAGraph()), region:
+            function(x)
+        assert len(compiled) == 1
 
 
 def test_autocast_cache_after_an_error(make: MakeGraph, device: torch.device) -> None:
