@@ -236,12 +236,12 @@ def test_text_of_brackets() -> None:
     f = from_file(
         """
 def f(x, heart=3):
-    x[:heart:][x > 1] = 1
+    x[:heart:][x > 1] = x[0]
     return x.sin() + 1
 """
     )
     printed = text(explain(called(f, 3, torch.ones(3))))
-    assert "model.py:3 in f: x[:heart:][x > 1] = 1" in printed
+    assert "model.py:3 in f: x[:heart:][x > 1] = x[0]" in printed
 
 
 def test_options_of_what_is_compiled() -> None:
