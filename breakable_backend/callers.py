@@ -42,14 +42,22 @@ class Callers:
         alive = [(ref, name) for ref, name in self._running if ref() is not None]
         known = {(id(ref()), name) for ref, name in alive}
         for subject, name in _torch.running_compiled():
-            if (id(subject), name) not in known:
+            if (id(subject), name) not in known and (ref := _weakly(subject)) is not None:
                 known.add((id(subject), name))
-                alive.append((weakref.ref(subject), name))
+                alive.append((ref, name))
         self._running = tuple(alive)
 
     def _include(self, subjects: set[tuple[int, str]]) -> bool:
         running = ((id(subject), name) for ref, name in self._running if (subject := ref()) is not None)
         return (id(self.whole), "") in subjects or any(subject in subjects for subject in running)
+
+
+def _weakly(subject: object) -> weakref.ref[object] | None:
+    """A weak reference; None where there can be none (``__slots__``): such a one is found by what compiles it, and its code."""
+    try:
+        return weakref.ref(subject)
+    except TypeError:
+        return None
 
 
 class Filed(Protocol):

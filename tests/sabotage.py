@@ -1478,6 +1478,13 @@ FAULTS = (
         "test_process_end.py::test_device_errors_are_told_from_others",
     ),
     Fault(
+        "callers-that-nobody-can-refer-to-weakly",
+        "callers.py",
+        "except TypeError:",
+        "except KeyError:",
+        "test_report_reach.py::test_reached[cpu-method of an object with slots]",
+    ),
+    Fault(
         "a-lost-device-wraps-what-an-eager-step-raised",
         "device_errors.py",
         "if isinstance(error, ReplayError) or _is_ours(error):",

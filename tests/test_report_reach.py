@@ -106,6 +106,18 @@ class Callable_:
         return smooth(x)
 
 
+class Slotted:
+    """An object that nobody can refer to weakly."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return broken(x)
+
+    def method(self, x: Tensor) -> Tensor:
+        return smooth(x)
+
+
 def plus(y: int, x: Tensor) -> Tensor:
     return x.sin() * 2 + y
 
@@ -170,6 +182,8 @@ WAYS: dict[str, tuple[Callable[[Build], Any], int]] = {
     "partial of a compiled function": (lambda build: functools.partial(build(plus), 3), 1),
     "callable object": (lambda build: build(Callable_()), 2),
     "method of an object": (lambda build: build(Callable_().method), 1),
+    "callable object with slots": (lambda build: build(Slotted()), 2),
+    "method of an object with slots": (lambda build: build(Slotted().method), 1),
     "module of torch": (lambda build: build(nn.Linear(3, 3)), 1),
     "modules of torch": (lambda build: build(nn.Sequential(nn.Linear(3, 3), nn.ReLU())), 1),
     "traced by fx": (traced, 1),
