@@ -104,6 +104,8 @@ _COPIED = frozenset(
     for name in "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
 )
 """What each copy takes as it is; fused copies know neither ``complex32`` nor ``uint64`` (torch 2.11, CUDA)."""
+_ROUNDED = frozenset({torch.float16, torch.bfloat16})
+"""What a fused copy takes by way of float32: the bits of a signalling NaN change (torch 2.11, CUDA)."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -132,7 +134,10 @@ def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
             targets, values = groups[source.dtype, source.device]
             targets.append(bridge.tensor if bridge.flat is None else bridge.flat)
             values.append(source if bridge.flat is None else flattened(source))
-    for targets, values in groups.values():
+    for (dtype, _), (targets, values) in groups.items():
+        if dtype in _ROUNDED:
+            targets = [target.view(torch.int16) for target in targets]
+            values = [value.view(torch.int16) for value in values]
         _torch.foreach_copy(targets, values)
     return rare + sum(len(targets) for targets, _ in groups.values())
 

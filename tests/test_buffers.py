@@ -175,6 +175,18 @@ def test_copies_of_any_dtype(name: str, device: torch.device) -> None:
     assert torch.equal(clone_exact(first).view(torch.uint8), octets[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_signalling_nan(dtype: torch.dtype, device: torch.device) -> None:
+    """A fused copy keeps all bits, those of a signalling NaN too."""
+    bits = torch.tensor([0x7C01, 0x7F81, 0x7C15, 1], dtype=torch.int16, device=device)
+    values = [bits.view(dtype), bits.flip(0).view(dtype)]
+    bridges = [Bridge.like(value, device) for value in values]
+    load_all(bridges, values)
+    assert all(
+        torch.equal(b.tensor.view(torch.int16), v.view(torch.int16)) for b, v in zip(bridges, values, strict=True)
+    )
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("name", ["complex32", "complex64"])
 def test_copies_of_conjugates(name: str, device: torch.device) -> None:

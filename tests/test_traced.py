@@ -20,6 +20,7 @@ from checks import assert_same, random_states
 pytestmark = [
     pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients eagerly"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo does
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),  # torch.func.jvp uses it
 ]
 
 Function = Callable[[Tensor, Tensor], Tensor]
