@@ -105,6 +105,7 @@ def trace_inference(
     compile_inference: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     compile_training: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     keep_alive: Iterable[Any],
+    around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]],
     keep_floats: bool,
 ) -> Callable[..., Any]:
     """AOTAutograd without functionalization: mutation stays in program order, and nothing is cloned.
@@ -113,12 +114,14 @@ def trace_inference(
     Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do assertions:
     of ``_assert_async`` torch 2.13 to 2.15 know that of one overload only.
 
+    ``around`` has what to enter around each call of some composite ops, of which the graph will have the parts.
     With ``keep_floats`` a Python float that varies stays a number; else AOT computes with 0-d tensors in its place.
     """
     kept = (*keep_alive, *find_overloads("aten::_assert_async"))
     with ExitStack() as stack:
         stack.enter_context(_side_effects(kept))
         stack.enter_context(_eager_kernels())
+        stack.enter_context(_entered_around(around))
         stack.enter_context(torch._inductor.config.patch(fallback_random=True))
         if keep_floats:
             stack.enter_context(_python_floats())
@@ -261,6 +264,52 @@ def _aten_overloads() -> Iterator[OpOverload]:
             for overload in list(vars(packet).values()):
                 if isinstance(overload, OpOverload):
                     yield overload
+
+
+def is_composite(op: Any) -> bool:
+    """Whether an op is made of other ops, into which tracing takes it apart."""
+    key = "CompositeImplicitAutograd"
+    return _is_dispatched(op) and bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
+
+
+def _is_dispatched(op: Any) -> bool:
+    """Whether an op is the dispatcher's. Of some ops TorchScript has overloads of its own."""
+    return isinstance(op, OpOverload) and bool(torch._C._dispatch_has_kernel(op.name()))
+
+
+def is_composite_by_name(name: str) -> bool:
+    """Whether all overloads that ``name`` stands for are composite, but for those with ``out=``."""
+    ops = [op for op in find_overloads(name) if _is_dispatched(op)]
+    ops = [op for op in ops if not any(argument.is_out for argument in op._schema.arguments)]
+    return bool(ops) and all(map(is_composite, ops))
+
+
+@contextmanager
+def _entered_around(ops: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    """Enter a context around each call of a composite op while Python's dispatcher traces, by whatever name it is called."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    before = {op: op.py_kernels.get(key) for op in ops}
+
+    def around(op: OpOverload, context: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
+        kernel = before[op] or functools.partial(op._op_dk, key)
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return kernel(*args, **kwargs)
+
+        return entered
+
+    for op, context in ops.items():
+        op.py_kernels[key] = around(op, context)
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, kernel in before.items():
+            del op.py_kernels[key]
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
 
 
 def static_input_indices() -> frozenset[int]:

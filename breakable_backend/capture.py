@@ -11,6 +11,7 @@ import operator
 import re
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -34,7 +35,7 @@ from breakable_backend.effects import written_values
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.functions import Mark
 from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside
-from breakable_backend.marking import live_reason
+from breakable_backend.marking import live_reason, seen_in_parts
 from breakable_backend.options import Options
 from breakable_backend.profiling import span
 from breakable_backend.program import Op, Reason, described
@@ -123,6 +124,12 @@ class capture:
             driver = TapeDriver(driver.device)
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
+        if parts := seen_in_parts():
+            warnings.warn(
+                f"a capture sees {', '.join(parts)} taken apart already, so the mark has no effect in it: put the call under "
+                "eager_region(), or into a function marked by eager_on_graph",
+                stacklevel=2,
+            )
         self._door = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
         self._door.open()
         return self.graph

@@ -14,7 +14,7 @@ from torch import fx
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.effects import bodies, tensors_of, written_arguments
-from breakable_backend.marking import EagerOps, annotate_functions, is_marked
+from breakable_backend.marking import EagerOps, Marks, is_marked
 
 AMBIENT_KEY = "breakable_cg_ambient"
 OUT_KEY = "breakable_cg_out"
@@ -26,6 +26,8 @@ class Lowered:
 
     module: fx.GraphModule
     static: frozenset[int]
+    unmet: frozenset[str] = frozenset()
+    """What ``eager_ops`` names, and this graph does not call."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def lower(
         out_of_place_views(module)
         if lost := lost_outs(module, outs):
             raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
-        compiled = compile_lowered(Lowered(module, _torch.static_input_indices()))
+        compiled = compile_lowered(Lowered(module, _torch.static_input_indices(), marks.unmet(module)))
 
         first = True
 
@@ -143,11 +145,13 @@ def lower(
 
     note_ambient(gm)
     outs = note_outs(gm)
-    annotate_functions(gm, eager_ops)
+    marks = Marks(eager_ops)
+    marks.annotate(gm)
+    around = marks.taken_apart(_called_ops(gm))
     try:
         apart = _torch.apart(example_inputs)
         kept = _kept_ops(gm, eager_ops)
-        function = _torch.trace_inference(gm, apart, inference, training, kept, keep_floats)
+        function = _torch.trace_inference(gm, apart, inference, training, kept, around, keep_floats)
     except (CannotLower, _torch.DynamoError):
         raise
     except Exception as error:  # AOTAutograd raises whatever its parts raise
@@ -252,14 +256,20 @@ def _kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
     Those are marked ones, those that return nothing, and higher-order ops, whose bodies may write: AOT looks into none,
     and would drop a user's Triton kernel.
     """
-    found: set[Any] = set()
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                for target in (node.target, *pytree.tree_leaves((node.args, node.kwargs))):
-                    if isinstance(target, _torch.HigherOrderOperator):
-                        found.add(target)
-                    found.update(
-                        op for op in _torch.overloads(target) if is_marked(op, eager_ops) or not op._schema.returns
-                    )
-    return found
+    found = {op for op in _called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    targets = [target for graph in graphs for node in graph.nodes for target in _targets(node)]
+    return found.union(target for target in targets if isinstance(target, _torch.HigherOrderOperator))
+
+
+def _called_ops(gm: fx.GraphModule) -> set[Any]:
+    """The overloads that any graph in ``gm`` names."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return {
+        op for graph in graphs for node in graph.nodes for target in _targets(node) for op in _torch.overloads(target)
+    }
+
+
+def _targets(node: fx.Node) -> list[Any]:
+    """What a node calls, and what it hands to a higher-order op to call."""
+    return [node.target, *pytree.tree_leaves((node.args, node.kwargs))]

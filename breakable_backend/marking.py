@@ -7,14 +7,16 @@ capture was measured on an H200 (torch 2.11).
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch.fx import traceback
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.traceback import annotate, get_current_meta
 
@@ -31,17 +33,22 @@ REGION_KEY = "breakable_cg_region"
 
 _marked: set[str] = set()
 """Names of ops marked by ``mark_eager``, as ``ns::op`` or ``ns::op.overload``: names outlive the op objects."""
+_marked_functions: list[Any] = []
+"""Functions of torch's marked by ``mark_eager``."""
 
 
 def mark_eager(op: OpT) -> OpT:
     """Have ``op`` run eagerly in everything compiled from now on.
 
+    An op that is made of others (``aten::softmax``, ``linear``) is marked as a whole, by whatever name it is called.
+
     >>> _ = mark_eager("aten::sort")
     >>> unmark_eager("aten::sort")
 
     Args:
-        op: ``"ns::name"`` (all its overloads), ``"ns::name.overload"``, an op from ``torch.ops``, or what
-            ``torch.library.custom_op`` returns.
+        op: ``"ns::name"`` (all its overloads), ``"ns::name.overload"``, an op from ``torch.ops``, what
+            ``torch.library.custom_op`` returns, or a function of torch's: ``torch.softmax``, ``torch.Tensor.softmax``,
+            ``torch.nn.functional.softmax``.
 
     Returns:
         ``op`` itself, so that this also works as a decorator above ``custom_op``.
@@ -49,7 +56,12 @@ def mark_eager(op: OpT) -> OpT:
     Raises:
         OptionsError: there is no such op; the text has the nearest names.
     """
-    _marked.add(op_name(op))
+    if _is_torch_function(op):
+        if not any(op is known for known in _marked_functions):
+            _marked_functions.append(op)
+        _marked.update(_op_of_function(op))
+    else:
+        _marked.add(op_name(op))
     return op
 
 
@@ -61,7 +73,11 @@ def unmark_eager(op: Any) -> None:
     Raises:
         OptionsError: there is no such op.
     """
-    _marked.discard(op_name(op))
+    if _is_torch_function(op):
+        _marked_functions[:] = [known for known in _marked_functions if known is not op]
+        _marked.difference_update(_op_of_function(op))
+    else:
+        _marked.discard(op_name(op))
 
 
 def eager_region() -> AbstractContextManager[None]:
@@ -102,6 +118,27 @@ def op_name(op: Any) -> str:
     )
 
 
+def _is_torch_function(op: Any) -> bool:
+    """Whether ``op`` is a function of torch's or of Python's operators: what a node of a Dynamo graph can call."""
+    if isinstance(op, str | type | _torch.OpOverload | _torch.OpOverloadPacket) or hasattr(op, "_qualname"):
+        return False
+    module = getattr(op, "__module__", None) or getattr(getattr(op, "__self__", None), "__module__", None) or ""
+    of_torch = module.split(".")[0] in ("torch", "_operator", "math")
+    return callable(op) and (of_torch or type(op).__name__ in ("builtin_function_or_method", "method_descriptor"))
+
+
+def _names_an_op(op: Any) -> bool:
+    """Whether :func:`op_name` is to judge ``op``: a text, an op, or what is no function at all."""
+    known = str | _torch.OpOverload | _torch.OpOverloadPacket
+    return isinstance(op, known) or hasattr(op, "_qualname") or not callable(op)
+
+
+def _op_of_function(function: Any) -> list[str]:
+    """The op that a function of torch's calls: that of its name, if there is one."""
+    name = f"aten::{getattr(function, '__name__', '')}"
+    return [name] if _torch.find_overloads(name) else []
+
+
 @dataclass(frozen=True)
 class EagerOps:
     """The option ``eager_ops``, resolved: names of ops, and torch functions as they stand in a Dynamo graph."""
@@ -119,15 +156,11 @@ class EagerOps:
         names: set[str] = set()
         functions: list[Any] = []
         for op in given:
-            module = getattr(op, "__module__", None) or getattr(getattr(op, "__self__", None), "__module__", None) or ""
-            is_op = isinstance(op, str | _torch.OpOverload | _torch.OpOverloadPacket) or hasattr(op, "_qualname")
-            if is_op or not callable(op):
-                names.add(op_name(op))
-            elif module.split(".")[0] in ("torch", "_operator", "math") or type(op).__name__ in (
-                "builtin_function_or_method",
-                "method_descriptor",
-            ):
+            if _is_torch_function(op):
                 functions.append(op)
+                names.update(_op_of_function(op))
+            elif _names_an_op(op):
+                names.add(op_name(op))
             else:
                 raise OptionsError(
                     f"eager_ops: {getattr(op, '__qualname__', op)!r} is a Python function, and Dynamo traces through it",
@@ -150,12 +183,75 @@ def is_marked(op: Any, eager_ops: EagerOps) -> str:
     return "named in eager_ops" if qualified & eager_ops.names else ""
 
 
-def annotate_functions(gm: fx.GraphModule, eager_ops: EagerOps) -> None:
-    """Put nodes of a Dynamo graph that call one of ``eager_ops.functions`` under an eager region."""
-    for node in gm.graph.nodes:
-        target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
-        if node.op.startswith("call_") and any(target is function for function in eager_ops.functions):
-            node.meta["custom"] = {**node.meta.get("custom", {}), REGION_KEY: True}
+class Marks:
+    """The marks that a graph of Dynamo's is lowered with, and which of them it met."""
+
+    def __init__(self, eager_ops: EagerOps) -> None:
+        self.eager_ops = eager_ops
+        self._functions: list[Any] = []
+        self._ops: set[Any] = set()
+
+    def annotate(self, gm: fx.GraphModule) -> None:
+        """Put nodes that call a marked function of torch's under an eager region."""
+        for module in gm.modules():
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
+                if node.op.startswith("call_") and (why := _why_function(target, self.eager_ops)):
+                    node.meta["custom"] = {**node.meta.get("custom", {}), REGION_KEY: why}
+                    self._functions.append(target)
+
+    def taken_apart(self, called: Iterable[Any]) -> dict[Any, Callable[[], AbstractContextManager[None]]]:
+        """The marked ops that tracing takes apart, each with the region that its parts are to be in.
+
+        Args:
+            called: ops that may be tagged, beside those that are marked by their names.
+        """
+        named = (op for name in _marked | self.eager_ops.names for op in _torch.find_overloads(name))
+        return {
+            op: functools.partial(self._part_of, op, f"a part of {op._schema.name}, which is {why}")
+            for op in {*called, *named}
+            if _torch.is_composite(op) and (why := is_marked(op, self.eager_ops))
+        }
+
+    @contextmanager
+    def _part_of(self, op: Any, why: str) -> Iterator[None]:
+        """Have nodes that are traced in here say why they are eager; those that are traced already say nothing new."""
+        self._ops.add(op)
+        before = traceback.current_meta
+        traceback.current_meta = {**before, "custom": {**before.get("custom", {}), REGION_KEY: why}}
+        try:
+            yield
+        finally:
+            traceback.current_meta = before
+
+    def unmet(self, module: fx.GraphModule) -> frozenset[str]:
+        """What ``eager_ops`` names, and neither the lowered graph nor the one before it calls."""
+        ops = {
+            op for node in module.graph.nodes if node.op == "call_function" for op in effective_ops(node)
+        } | self._ops
+        overloads = [op for op in ops if isinstance(op, _torch.OpOverload)]
+        met = {name for op in overloads for name in (op.name(), op_name(op), str(op._schema.name))}
+        missing, functions = set(self.eager_ops.names) - met, self.eager_ops.functions
+        for function in functions:
+            names = _op_of_function(function)
+            if any(function is called for called in self._functions):
+                missing.difference_update(names)
+            elif not names:
+                missing.add(getattr(function, "__name__", str(function)))
+        return frozenset(missing)
+
+
+def _why_function(target: Any, eager_ops: EagerOps) -> str:
+    name = getattr(target, "__name__", str(target))
+    if any(target is function for function in _marked_functions):
+        return f"a part of {name}, which is marked by mark_eager"
+    return f"a part of {name}, which is named in eager_ops" if any(target is f for f in eager_ops.functions) else ""
+
+
+def seen_in_parts() -> list[str]:
+    """What is marked by ``mark_eager`` and reaches a dispatch mode in parts only: composite ops, functions that are no op."""
+    names = [name for name in sorted(_marked) if _torch.is_composite_by_name(name)]
+    return names + [function.__name__ for function in _marked_functions if not _op_of_function(function)]
 
 
 # --- rules --------------------------------------------------------------------------------------------------------------
@@ -190,7 +286,8 @@ def marked(node: fx.Node, scope: Scope) -> str:
 
 
 def region(node: fx.Node, scope: Scope) -> str:
-    return "inside eager_region, or a function named in eager_ops" if REGION_KEY in node.meta.get("custom", {}) else ""
+    why = node.meta.get("custom", {}).get(REGION_KEY)
+    return why if isinstance(why, str) else "inside eager_region" if why else ""
 
 
 _CAPTURABLE_HIGHER_ORDER = ("invoke_subgraph", "triton_kernel_wrapper_mutation", "flex_attention")

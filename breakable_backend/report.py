@@ -253,8 +253,14 @@ def explain(
         measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
     elif args or kwargs:
         compiled(*args, **kwargs)
+    executors = executors_of(compiled)
+    programs = [_program(executor, measured) for executor in executors]
+    if compiled is not None and executors:
+        unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
+        notes = (f"{name} is named in eager_ops, and no graph of this function calls it" for name in sorted(unmet))
+        programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
     return Report(
-        tuple(_program(executor, measured) for executor in executors_of(compiled)),
+        tuple(programs),
         tuple(eager_graphs_of(compiled)),
         _torch.graph_breaks(),
         tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),

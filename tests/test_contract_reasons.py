@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 import breakable_backend
 import silly
 from breakable_backend import (
+    BreakableCUDAGraph,
     CaptureError,
     OptionsError,
     PartitionError,
+    capture,
     eager_region,
     explain,
     mark_eager,
@@ -348,13 +351,13 @@ def test_unused_call_of_an_op_marked_by_name(device: torch.device, options: dict
         ("aten::sort", 1),
         ("aten::sort.stable", 0),
         (torch.sort, 1),
-        (torch.Tensor.sort, 0),
+        (torch.Tensor.sort, 1),
         (torch.ops.aten.sort, 1),
         (torch.ops.aten.sort.default, 1),
     ],
 )
 def test_eager_ops(op: Any, eager: int, device: torch.device, options: dict[str, Any]) -> None:
-    """Line 9: ``eager_ops`` takes names, overloads, and torch functions as they stand in the Dynamo graph."""
+    """Line 9: ``eager_ops`` takes names, overloads, and torch functions, by which an op may be called or not."""
 
     def f(x: Tensor) -> Tensor:
         y = torch.sort(x + 1).values
@@ -371,6 +374,120 @@ def test_eager_ops(op: Any, eager: int, device: torch.device, options: dict[str,
             assert_same(compiled(x), reference(x))
     assert program_of(compiled).num_eager_segments == eager
     assert program_of(compiled).num_graph_segments == 1 + eager
+
+
+functional = torch.nn.functional
+
+TAKEN_APART: dict[str, tuple[list[Any], list[Any]]] = {
+    "softmax": (
+        [
+            lambda x: functional.softmax(x, -1),
+            lambda x: torch.softmax(x, -1),
+            lambda x: x.softmax(-1),
+            torch.nn.Softmax(-1).forward,
+            lambda x: torch.ops.aten.softmax.int(x, -1),
+        ],
+        [
+            "aten::softmax",
+            torch.ops.aten.softmax,
+            torch.ops.aten.softmax.int,
+            functional.softmax,
+            torch.softmax,
+            torch.Tensor.softmax,
+        ],
+    ),
+    "linear": ([lambda x: functional.linear(x, x)], ["aten::linear", functional.linear, torch.ops.aten.linear.default]),
+    "matmul": (
+        [lambda x: x @ x, lambda x: torch.matmul(x, x)],
+        ["aten::matmul", torch.matmul, torch.Tensor.matmul, operator.matmul],
+    ),
+    "einsum": ([lambda x: torch.einsum("ab,bc->ac", x, x)], ["aten::einsum", torch.einsum]),
+    "layer_norm": ([lambda x: functional.layer_norm(x, [8])], ["aten::layer_norm", functional.layer_norm]),
+    "dropout": ([functional.dropout], ["aten::dropout", functional.dropout, torch.dropout]),
+    "attention": (
+        [lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None])[0]],
+        ["aten::scaled_dot_product_attention", functional.scaled_dot_product_attention],
+    ),
+    "no op": ([lambda x: functional.interpolate(x[None], 8)[0]], [functional.interpolate]),
+}
+SPELLED = [
+    (case, function, mark)
+    for case, (functions, marks) in TAKEN_APART.items()
+    for function in range(len(functions))
+    for mark in range(len(marks))
+]
+
+
+@pytest.mark.parametrize("by", ["eager_ops", "mark_eager"])
+@pytest.mark.parametrize(("case", "function", "mark"), SPELLED)
+def test_marks_of_what_is_taken_apart(
+    case: str, function: int, mark: int, by: str, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 9: an op that tracing takes apart is marked as a whole: by any of its names, however it is called."""
+    call, marked = TAKEN_APART[case][0][function], TAKEN_APART[case][1][mark]
+    if by == "mark_eager":
+        mark_eager(marked)
+    else:
+        options = {**options, "eager_ops": [marked]}
+    compiled, eager = compile_both(lambda x: call((x + 1) * 2) * 3 + 1, options)
+    try:
+        with torch.no_grad():
+            for seed in range(4):
+                results = []
+                for side in (compiled, eager):
+                    torch.manual_seed(seed)
+                    results.append(side(torch.rand(8, 8, device=device)))
+                assert_same(*results)
+    finally:
+        if by == "mark_eager":
+            unmark_eager(marked)
+    program = program_of(compiled)
+    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
+    assert all("a part of" in reason.text and by in reason.text for reason in program.reasons), program.reasons
+    assert program.notes == ()
+
+
+def test_a_mark_ends(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: what is no longer marked is captured, and torch's tables are as they were."""
+    kernels = dict(torch.ops.aten.softmax.int.py_kernels)
+    for by in (functional.softmax, "aten::softmax"):
+        unmark_eager(mark_eager(by))
+        torch.compiler.reset()
+        compiled, _ = compile_both(lambda x: (x + 1).softmax(-1) * 2, options)
+        with torch.no_grad():
+            compiled(torch.rand(3, 3, device=device))
+        assert program_of(compiled).num_eager_segments == 0
+    assert torch.ops.aten.softmax.int.py_kernels == kernels
+
+
+def test_marks_without_effect_are_told(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: what ``eager_ops`` names and no graph of the function calls is in the report."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin() + 1
+        torch._dynamo.graph_break()
+        return y.softmax(0) * 2
+
+    marks = ["aten::sin", "aten::sort", functional.softmax, functional.interpolate, torch.ops.aten.topk.default]
+    compiled = torch.compile(f, backend="breakable_cg", options={**options, "eager_ops": marks})
+    with torch.no_grad():
+        compiled(torch.rand(3, device=device))
+    notes = [note for program in explain(compiled).programs for note in program.notes]
+    names = ["aten::sort", "aten::topk.default", "interpolate"]
+    assert notes == [f"{name} is named in eager_ops, and no graph of this function calls it" for name in names]
+    assert notes[0] in str(explain(compiled))
+
+
+def test_marks_that_a_capture_sees_in_parts(kind: str) -> None:
+    """Line 9: by the second door, a mark of what is taken apart is said to have no effect; one of a plain op has its effect."""
+    graph = BreakableCUDAGraph(driver=kind)
+    mark_eager(functional.softmax)
+    try:
+        with pytest.warns(UserWarning, match="a capture sees aten::softmax taken apart already"), capture(graph):
+            pass
+    finally:
+        unmark_eager(functional.softmax)
+        graph.reset()
 
 
 def test_eager_ops_by_method(device: torch.device, options: dict[str, Any]) -> None:

@@ -27,9 +27,9 @@ from breakable_backend.marking import (
     RULES,
     WHOLE_PROGRAM,
     EagerOps,
+    Marks,
     Rule,
     Scope,
-    annotate_functions,
     boolean_index,
     classify,
     data_dependent,
@@ -471,7 +471,8 @@ def test_eager_ops_resolve() -> None:
             nn.functional.softmax,
         ]
     )
-    assert ops.names == {"aten::sort", "aten::topk", "aten::topk.default", "silly::wave"}
+    named = {"aten::sort", "aten::topk", "aten::topk.default", "silly::wave"}
+    assert ops.names == named | {"aten::sin", "aten::cos", "aten::add", "aten::floor", "aten::softmax"}
     assert ops.functions == (torch.sin, torch.Tensor.cos, operator.add, math.floor, nn.functional.softmax)
     assert is_marked(aten.sort.default, ops) == "named in eager_ops"
     assert is_marked(aten.sum.default, ops) == ""
@@ -501,17 +502,27 @@ def test_eager_ops_of_no_kind() -> None:
 
 
 def test_annotate_functions() -> None:
-    """Functions and methods named in ``eager_ops`` are put under a region, and keep what else is noted on them."""
+    """Functions and methods that are marked are put under a region, which says why, and keep what else is noted on them."""
 
     class Module(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.sin(x).cos() + nn.functional.softmax(x, 0)
+            return torch.sin(x).cos() + nn.functional.softmax(x, 0) + nn.functional.interpolate(x, 2)
 
     gm = fx.symbolic_trace(Module())
     next(iter(gm.graph.find_nodes(op="call_function", target=torch.sin))).meta["custom"] = {"mine": 1}
-    annotate_functions(gm, EagerOps.resolve([torch.sin, torch.Tensor.cos]))
+    mark_eager(nn.functional.interpolate)
+    try:
+        Marks(EagerOps.resolve([torch.sin, torch.Tensor.cos])).annotate(gm)
+    finally:
+        unmark_eager(nn.functional.interpolate)
     noted = {node.name: node.meta["custom"] for node in gm.graph.nodes if "custom" in node.meta}
-    assert noted == {"sin": {"mine": 1, REGION_KEY: True}, "cos": {REGION_KEY: True}}
+    assert noted == {
+        "sin": {"mine": 1, REGION_KEY: "a part of sin, which is named in eager_ops"},
+        "cos": {REGION_KEY: "a part of cos, which is named in eager_ops"},
+        "interpolate": {REGION_KEY: "a part of interpolate, which is marked by mark_eager"},
+    }
+    Marks(EagerOps()).annotate(second := fx.symbolic_trace(Module()))
+    assert not any("custom" in node.meta for node in second.graph.nodes)
 
 
 def test_eager_region_outside_compile() -> None:
