@@ -19,6 +19,21 @@ from checks import arguments_of, check, compare, instrument, run
 SIDE = 3
 
 Op = Callable[..., Any]
+
+
+@torch.compiler.nested_compile_region
+def region(a: Tensor) -> Tensor:
+    """Writes its own memory only."""
+    return (a * 2).add_(1).sin()
+
+
+@torch.compiler.nested_compile_region
+def writing_region(a: Tensor, b: Tensor) -> Tensor:
+    """Writes a view of its first argument, and reads the second."""
+    a.t().add_(b)
+    return b * 2
+
+
 OPS: dict[str, tuple[int, Op]] = {
     # pure
     "sin": (1, torch.sin),
@@ -33,6 +48,9 @@ OPS: dict[str, tuple[int, Op]] = {
     "copy_row_": (2, lambda a, b: (a[0].copy_(b[1]), None)[1]),
     "sin_of_t_": (1, lambda a: a.t().sin_().t()),
     "fill_": (1, lambda a: (a[:, 1].fill_(0.25), None)[1]),
+    # regions
+    "region": (1, region),
+    "writing_region": (2, lambda a, b: (writing_region(a, b), None)[1]),
     # views
     "t": (1, lambda a: a.t()),
     "flip_view": (1, lambda a: a.view(-1).view(SIDE, SIDE) if a.is_contiguous() else a.t()),
@@ -44,6 +62,7 @@ OPS: dict[str, tuple[int, Op]] = {
     "add_into": (2, lambda a, b: silly.add_into(a, b)),
     "notice": (1, lambda a: silly.notice(a)),
     "unused": (1, lambda a: (silly.triple(a), None)[1]),
+    "split": (1, lambda a: silly.split(a)[1][1]),
     "three": (1, lambda a: silly.three(a)[0]),
     "look": (1, lambda a: silly.visit(a)),
     # random
@@ -53,6 +72,7 @@ OPS: dict[str, tuple[int, Op]] = {
     "uniform_": (1, lambda a: a.uniform_()),
 }
 WRITES = {"add_": 0, "mul_": 0, "copy_row_": 0, "sin_of_t_": 0, "fill_": 0, "add_into": 0, "uniform_": 0}
+WRITES["writing_region"] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +104,13 @@ def programs(draw: strategies.DrawFn) -> Straight:
         positions = [draw(strategies.integers(0, len(shared) - 1)) for _ in range(arity)]
         if name in WRITES and (shared[positions[0]] or len(set(positions)) < arity):
             name, positions = "sin", positions[:1]
-        if name in ("add_", "add_into", "copy_row_") and len(positions) == 2:
+        if name in ("add_", "add_into", "copy_row_", "writing_region") and len(positions) == 2:
             # what is added must not overlap what is written
             lines.append(("sin", (positions[1],)))
             shared.append(False)
             positions[1] = len(shared) - 1
         lines.append((name, tuple(positions)))
-        if name not in ("copy_row_", "fill_", "add_into", "notice", "unused", "unused_draw"):
+        if name not in ("copy_row_", "fill_", "add_into", "writing_region", "notice", "unused", "unused_draw"):
             aliased = {"rows": True}.get(name, shared[positions[0]] if name in ("t", "flip_view", "detach") else False)
             shared.append(aliased)
     count = draw(strategies.integers(1, 4))
