@@ -29,8 +29,10 @@ from breakable_backend.backend import executors_of
 from breakable_backend.drivers import cuda
 from crowd import Crowd, shifted
 
-CHECKED = 1000
-"""Every how many results one is compared with eager, bit for bit. What the crowd does is compared each time."""
+CHECKED = 50
+"""Every how many results of a model one is compared with eager, bit for bit. What the crowd does is compared each time."""
+SIZES = range(8, 80, 8)
+"""Batch sizes of the models: three more than there is room for."""
 WARM_PHASES = 2
 SLACK = 1 << 20
 """Bytes that may come and go: the allocator's and the libraries' own."""
@@ -95,16 +97,19 @@ class Phase(Crowd):
         options: Any = {"driver": "cuda", "max_recordings": 6}
         self.served = torch.compile(self.model, backend=breakable_cg, options=options, dynamic=True)
         with torch.no_grad():
-            self.served(torch.randn(64, width, device=device))
+            for size in (
+                SIZES
+            ):  # all is compiled before the threads start: Dynamo's compilations disturb calls in other threads
+                self.served(torch.randn(size, width, device=device))
 
     def works(self) -> list[Any]:
         crowd = [self.captures_draws, self.captures, self.calls_draws, self.calls]
         return [*crowd, *crowd, self.serves, self.serves, self.churns, self.resets]
 
     def serves(self) -> None:
-        """A call with one of nine sizes, three more than there is room for; some sizes come and go."""
+        """A call with one of five sizes; every so often one of the five makes room for another."""
         count = self.rounds["serves"]
-        size = 8 * (1 + (count // 400 + count % 5) % 9)
+        size = SIZES[(count // 60 + count % 5) % len(SIZES)]
         x = torch.full((size, self.width), float(count % 7), device=self.device)
         got = self.served(x)
         with self._lock:
