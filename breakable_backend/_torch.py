@@ -22,13 +22,15 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from torch import fx
+from torch._dynamo import convert_frame as _convert_frame
+from torch._dynamo import eval_frame as _eval_frame
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list, _TorchDynamoContext
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
-from torch._dynamo.utils import get_metrics_context, graph_break_reasons
+from torch._dynamo.utils import get_compilation_metrics, get_metrics_context, graph_break_reasons
 from torch._functorch._aot_autograd import graph_compile
 from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -509,6 +511,34 @@ def at_recompile_limit(codes: Iterable[CodeType] | None = None) -> list[str]:
     return [place_of(code) for code in dict.fromkeys(codes) if len(_entries(code)) >= limit]
 
 
+def skipped(codes: Iterable[CodeType]) -> dict[str, str]:
+    """Those of ``codes`` that Dynamo was asked to compile, and of which there is nothing, as ``name (file:line)``; and why."""
+    asked = [
+        code
+        for code in dict.fromkeys(codes)
+        if code in input_codes and code not in _MODULE_CALLS and not _entries(code)
+    ]
+    return {place_of(code): _why_skipped(code) for code in asked}
+
+
+_MODULE_CALLS = [getattr(torch.nn.Module, name).__code__ for name in ("_wrapped_call_impl", "_call_impl")]
+"""Dynamo skips these, and compiles what they call."""
+
+
+def _why_skipped(code: CodeType) -> str:
+    place = (code.co_name, code.co_filename, code.co_firstlineno)
+    for attempt in reversed(get_compilation_metrics()):
+        if attempt.fail_reason and place == (attempt.co_name, attempt.co_filename, attempt.co_firstlineno):
+            first = str(attempt.fail_reason).strip().splitlines()[0]
+            return f"{first}: compile what is around vmap and its like" if "functorch" in first else first
+    return "it has no op on tensors, or was called where Dynamo compiles nothing (inside of vmap or of a dispatch mode)"
+
+
+def stance() -> str:
+    """What ``torch.compiler.set_stance`` has set, now: ``"default"``, ``"force_eager"`` and so on."""
+    return _eval_frame._stance.stance
+
+
 def place_of(code: CodeType) -> str:
     """``name (file:line)``."""
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
@@ -527,6 +557,18 @@ def constant_under_dynamo(function: F) -> F:
 def break_of_dynamo(reason: str) -> Callable[[F], F]:
     """Have Dynamo break its graph where ``function`` is called, and call it as it is."""
     return cast(Callable[[F], F], torch.compiler.disable(reason=reason))
+
+
+def keep_with_code(thing: object) -> bool:
+    """Keep ``thing`` alive as long as the code that Dynamo is making now; False where nobody keeps that code, as in an export."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_compile_inner" and frame.f_code.co_filename == _convert_frame.__file__:
+            # What Dynamo calls when the code dies, and keeps until then. There is nothing to call.
+            InstructionTranslator.current_tx().output.cleanups.append(cast(Any, functools.partial(id, thing)))
+            return True
+        frame = frame.f_back
+    return False
 
 
 def refuses_graph_breaks() -> bool:

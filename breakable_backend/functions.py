@@ -264,7 +264,9 @@ def _site(mark: Mark, structure: Structure) -> int:
     except TypeError:  # somebody's pytree node with a context that cannot be hashed
         known = {}
     site = Site(number, mark, arguments, order, len(written), autocast, torch.is_grad_enabled(), modules, known)
-    mark.sites[number] = sites[number] = site
+    sites[number] = site
+    if not _torch.keep_with_code(site):
+        mark.sites[number] = site
     return number
 
 

@@ -170,6 +170,10 @@ class Report:
     """Dynamo's graph breaks in this process, by reason."""
     at_recompile_limit: tuple[str, ...]
     """Functions that Dynamo has compiled as often as it will; what the compiled versions do not fit runs uncompiled."""
+    skipped: Mapping[str, str]
+    """Functions that were called, and of which Dynamo has compiled nothing, with why. They run uncompiled."""
+    stance: str
+    """What ``torch.compiler.set_stance`` has set: ``"default"``, or what compiles less than that."""
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -238,7 +242,7 @@ def explain(
         )
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
-        return Report((_captured(compiled, timed),), (), {}, ())
+        return Report((_captured(compiled, timed),), (), {}, (), {}, "default")
     measured: Mapping[Entry, Measured] = {}
     if compiled is not None and _is_plain(compiled):
         if not (args or kwargs):
@@ -264,6 +268,8 @@ def explain(
         tuple(eager_graphs_of(compiled)),
         _torch.graph_breaks(),
         tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
+        {} if compiled is None else _torch.skipped(_torch.codes_of(compiled)),
+        _torch.stance(),
     )
 
 
@@ -442,8 +448,10 @@ def _is_view(target: Any) -> bool:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    if not report.programs and not report.eager_graphs:
-        yield "nothing was compiled by breakable_cg yet: it compiles at the first call"
+    if not report.programs and not report.eager_graphs and not report.skipped:
+        yield f"nothing was compiled by breakable_cg yet: {STANCES.get(report.stance, 'it compiles at the first call')}"
+    elif report.stance in STANCES:
+        yield STANCES[report.stance]
     for program in report.programs:
         yield from _program_lines(program)
     for graph in report.eager_graphs:
@@ -453,10 +461,22 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"  at {graph.source}"
     for why, count in report.graph_breaks.items():
         yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
+    for where, why in report.skipped.items():
+        yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {why}"
     for where in report.at_recompile_limit:
         yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
 
 
+STANCES = {
+    stance: f"torch.compiler.set_stance({stance!r}) is on, {what}"
+    for stance, what in (
+        ("force_eager", "so all calls run uncompiled"),
+        ("eager_on_recompile", "so calls that need another compilation run uncompiled"),
+        ("fail_on_recompile", "so calls that need another compilation are an error"),
+        ("eager_then_compile", "so the first call of a function runs uncompiled"),
+        ("aot_eager_then_compile", "so the first call of a function runs by another backend, aot_eager"),
+    )
+}
 DEBUG = {
     "eager": "debug mode: every op runs eagerly; nothing is captured",
     "compare": "debug mode: every replay is compared with eager, step by step",

@@ -48,7 +48,7 @@ class Mark:
     original: Callable[..., Any] | None = None
     """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
     sites: dict[int, Site] = field(default_factory=dict, repr=False)
-    """The calls of it in compiled code."""
+    """The calls of it in graphs that outlive Dynamo's code, such as exported ones. Others live as long as the code."""
     known: weakref.WeakKeyDictionary[Any, dict[Any, dict[Any, Expected]]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
@@ -136,7 +136,7 @@ class Expected:
 
 @dataclass(eq=False)
 class Site:
-    """A call of a marked function in compiled code. The mark owns it, and graphs know its number."""
+    """A call of a marked function in compiled code, which owns it. Graphs know its number."""
 
     number: int
     mark: Mark

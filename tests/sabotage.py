@@ -55,6 +55,28 @@ class Fault:
 
 
 FAULTS = (
+    # --- growth ---
+    Fault(
+        "sites-for-ever",
+        "functions.py",
+        "if not _torch.keep_with_code(site):",
+        "if True:",
+        "test_growth.py::test_sites_go_with_what_was_compiled[cpu]",
+    ),
+    Fault(
+        "sites-of-nobody",
+        "_torch.py",
+        "            InstructionTranslator.current_tx().output.cleanups.append(cast(Any, functools.partial(id, thing)))\n",
+        "",
+        "test_growth.py::test_sites_go_with_what_was_compiled[cpu]",
+    ),
+    Fault(
+        "what-dynamo-skipped-is-not-told",
+        "_torch.py",
+        "code in input_codes and code not in _MODULE_CALLS",
+        "False and code not in _MODULE_CALLS",
+        "test_report_reach.py::test_what_dynamo_skips[cpu-vmap]",
+    ),
     # --- what a report reaches ---
     Fault(
         "callees-are-in-no-report",

@@ -26,7 +26,15 @@ from breakable_backend.replay import emit
 from checks import entries_of
 from test_report import called, from_file
 
-EMPTY: dict[str, Any] = {"schema": 1, "programs": [], "eager_graphs": [], "graph_breaks": {}, "at_recompile_limit": []}
+EMPTY: dict[str, Any] = {
+    "schema": 1,
+    "programs": [],
+    "eager_graphs": [],
+    "graph_breaks": {},
+    "at_recompile_limit": [],
+    "skipped": {},
+    "stance": "default",
+}
 
 MODEL = """
 def f(x, y):
@@ -132,6 +140,7 @@ def hostile(report: dict[str, Any]) -> dict[str, Any]:
     report["graph_breaks"] = {HOSTILE: 1}
     report["eager_graphs"] = [{"name": HOSTILE, "why": HOSTILE, "source": HOSTILE}]
     report["at_recompile_limit"] = [HOSTILE]
+    report["skipped"], report["stance"] = {HOSTILE: HOSTILE}, HOSTILE
     return report
 
 
@@ -417,7 +426,7 @@ def test_errors_show(small: dict[str, Any], tmp_path: Path) -> None:
 
 
 @browser
-@pytest.mark.parametrize("what", ["nothing", "eager graphs", "before the first call"])
+@pytest.mark.parametrize("what", ["nothing", "eager graphs", "skipped", "before the first call"])
 def test_renders_without_steps(small: dict[str, Any], tmp_path: Path, what: str) -> None:
     """A report on nothing says so, and so does one on what was not captured, or not yet."""
     report: dict[str, Any] = {**EMPTY}
@@ -425,6 +434,9 @@ def test_renders_without_steps(small: dict[str, Any], tmp_path: Path, what: str)
     if what == "eager graphs":
         report["eager_graphs"] = [{"name": "graph 7", "why": "it needs gradients", "source": ""}]
         expected = "Nothing was captured: all graphs run as Dynamo traced them."
+    if what == "skipped":
+        report["skipped"] = {"f (model.py:3)": "it has no op on tensors"}
+        expected = "Nothing was compiled: Dynamo skipped all calls."
     if what == "before the first call":
         report = copy.deepcopy(small)
         report["programs"][0]["recordings"] = []

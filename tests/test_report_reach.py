@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import breakable_backend
 from breakable_backend import explain, export, reset
@@ -349,3 +350,106 @@ def test_graphs_that_run_eagerly_are_reached(build: Build, device: torch.device)
     assert str(report).count("eager, because") == 2
     breakable_backend.reset()
     assert len(explain(compiled).eager_graphs) == 2  # they run so still
+
+
+# --- what Dynamo did not compile ------------------------------------------------------------------------------------------
+
+
+class Watching(TorchDispatchMode):
+    """A dispatch mode, under which Dynamo compiles nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def looping(x: Tensor) -> Tensor:
+    """Dynamo gives up a frame with a break in a loop."""
+    for _ in range(3):
+        x = torch.sin(x)
+        torch._dynamo.graph_break()
+    return x
+
+
+def no_op(x: Tensor) -> Tensor:
+    return x
+
+
+def under_a_mode(function: Function, x: Tensor) -> Any:
+    with Watching():
+        return function(x)
+
+
+SKIPS: dict[str, tuple[Function, Function, str]] = {
+    "vmap": (smooth, lambda function, x: torch.func.vmap(function)(x), "compile what is around vmap"),
+    "break in a loop": (looping, lambda function, x: function(x), "graph_break"),
+    "no op": (no_op, lambda function, x: function(x), "no op on tensors"),
+    "dispatch mode": (lambda x: x.sin() * 5, under_a_mode, "dispatch mode"),
+    "vmap over a module": (Smooth(), lambda function, x: torch.func.vmap(function)(x), "compile what is around vmap"),
+}
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_what_dynamo_skips(skip: str, build: Build, device: torch.device) -> None:
+    """A function that was called and of which nothing is compiled is told as that, by name and line, with why."""
+    function, call, why = SKIPS[skip]
+    compiled = build(function)
+    assert "at the first call" in str(explain(compiled))
+    with torch.no_grad():
+        for _ in range(3):
+            call(compiled, torch.rand(2, 3, device=device))
+    report = explain(compiled)
+    assert "at the first call" not in str(report)
+    (where,) = report.skipped
+    code = function.forward.__func__.__code__ if isinstance(function, nn.Module) else function.__code__
+    assert where == f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    assert why in report.skipped[where], report.skipped
+    assert f"Dynamo compiled nothing of {where}" in str(report)
+
+
+def test_what_is_compiled_is_not_skipped(build: Build, device: torch.device) -> None:
+    """A function whose ops all stand in its callees has a frame of its own too, and is compiled."""
+    assert explain(used(build(Calls()), device)).skipped == {}
+    assert explain(used(build(nn.Linear(3, 3)), device)).skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("stance", "line"),
+    [
+        ("force_eager", "all calls run uncompiled"),
+        ("eager_on_recompile", "another compilation run uncompiled"),
+        ("fail_on_recompile", "another compilation are an error"),
+        ("eager_then_compile", "the first call of a function runs uncompiled"),
+    ],
+)
+def test_stances(stance: str, line: str, build: Build, device: torch.device) -> None:
+    """Under each stance of torch's calls are right, what is recorded stays, and the report says what the stance is."""
+    compiled = used(build(smooth, dynamic=False), device)
+    with torch.compiler.set_stance(stance), torch.no_grad():
+        for size in (3, 3, 4):
+            x = torch.rand(size, device=device)
+            if stance == "fail_on_recompile" and size == 4:
+                with pytest.raises(RuntimeError, match="recompile"):
+                    compiled(x)
+                continue
+            assert torch.equal(compiled(x), smooth(x))
+        report = explain(compiled)
+        fresh = explain(build(lambda x: x + 1))
+    assert (report.stance, report.programs[0].num_graph_segments) == (stance, 1)
+    assert line in str(report)
+    assert line in str(fresh)
+    used(compiled, device)
+    assert explain(compiled).stance == "default"
+    assert line not in str(explain(compiled))
+    assert max(program.replays for program in explain(compiled).programs) >= 4
+
+
+def test_a_reached_recompile_limit(build: Build, device: torch.device) -> None:
+    """Calls beyond the limit run uncompiled and are right, and the report names the function."""
+    compiled = build(lambda x, n: x * n + 1, dynamic=False)
+    x = torch.rand(3, device=device)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for n in (2.0, 3.0, 4.0, 5.0, 2.0, 2.0):
+            assert torch.equal(compiled(x, n), x * n + 1)
+        report = explain(compiled)
+    assert len(report.programs) == len(report.at_recompile_limit) * 2 == 2
+    assert "Dynamo will not recompile <lambda>" in str(report)
