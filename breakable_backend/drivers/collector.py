@@ -7,13 +7,15 @@ stays as they left it.
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-_lock = threading.Lock()
+from breakable_backend import locks
+
+_lock = locks.lock()
 _holders: Counter[int] = Counter()
 """How often each thread holds it off, by the thread's number."""
 _threshold = 0
@@ -49,15 +51,12 @@ def _settle() -> None:
         gc.set_threshold(_threshold)
 
 
-def _in_child() -> None:
+def _in_child(_: Any) -> None:
     """After a fork there is only the thread that forked; nobody else would end what he began."""
-    global _lock
-    _lock = threading.Lock()
     if _holders:
         for thread in set(_holders) - {threading.get_ident()}:
             del _holders[thread]
         _settle()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+locks.in_child(_lock, _in_child)
