@@ -562,9 +562,10 @@ class _Recorder:
         op = label(first) if first is not None else ""
         reason = Reason("capture_failed", f"could not be captured: {error.what}", op, where)
         (self.disturbed if error.passing else self.failed)[position] = reason
-        self.eager(
-            EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))
-        )
+        with self.driver.drawing() if _draws(segment) else nullcontext():
+            self.eager(
+                EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))
+            )
 
     # eager segments
 

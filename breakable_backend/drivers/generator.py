@@ -91,6 +91,7 @@ class Draws:
     """The default generator of one GPU, for graphs that may draw from it, and the stream that captures are on."""
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.init()
         self.index: int = device.index
         self.generator = torch.cuda.default_generators[device.index]
         self.device = device
@@ -195,8 +196,18 @@ class Draws:
             time.sleep(random.random() * 1e-3)  # not in step with the other thread
 
     def spoilt(self, pool: Any) -> None:
-        """A capture into ``pool`` failed to begin, or to end: nothing is routed there any more, or held for it."""
+        """A capture on the current stream into ``pool`` failed to begin, or to end: it is over, and nothing held for it.
+
+        torch may raise before it comes to the end of a capture, or after it has begun one. Until that is ended, by this
+        thread, nothing at all can be done on its stream.
+        """
         self.stuck = _torch.ONE_CAPTURE_STATE
+        stream = _torch.current_raw_stream(self.index)
+        _, status = cudart.cudaStreamIsCapturing(stream)
+        if status:
+            _, left = cudart.cudaStreamEndCapture(stream)
+            if left:
+                cudart.cudaGraphDestroy(left)
         if _torch.stop_allocating_to_pool(self.index, pool):
             _torch.release_pool(self.index, pool)
 
