@@ -375,16 +375,42 @@ def off_device(node: fx.Node, scope: Scope) -> str:
 
 
 WAITS_FOR_HOST = _torch.aten(
-    "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_eigvals linalg_pinv "
-    "linalg_ldl_factor_ex linalg_lstsq "
-    "linalg_matrix_exp bincount _ctc_loss _cudnn_ctc_loss masked_select nonzero repeat_interleave unique_consecutive "
-    "unique_dim _unique _unique2"
+    "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd cholesky linalg_eig linalg_eigvals linalg_ldl_factor_ex "
+    "linalg_ldl_solve linalg_lstsq linalg_matrix_exp linalg_pinv bincount _ctc_loss _cudnn_ctc_loss histc masked_select "
+    "nonzero repeat_interleave segment_reduce unique_consecutive unique_dim _unique _unique2"
 )
-"""``linalg.inv``, ``cholesky``, ``solve`` and ``lu_factor`` are captured but for the check of their errors."""
+"""``linalg.inv``, ``linalg.cholesky``, ``solve`` and ``lu_factor`` are captured but for the check of their errors."""
+
+READS_NUMBER = {
+    "aten::masked_fill": "value",
+    "aten::masked_fill_": "value",
+    "aten::index_fill": "value",
+    "aten::index_fill_": "value",
+    "aten::linspace": "start end",
+    "aten::logspace": "start end",
+    "aten::normal": "std",
+    "aten::searchsorted": "sorter",
+}
+"""Ops that read an argument on the host, to use it or to check it, where it is a tensor on the device."""
 
 
 def waits_for_host(node: fx.Node, scope: Scope) -> str:
-    return "waits for the host on CUDA" if schema_name(node) in WAITS_FOR_HOST else ""
+    name = schema_name(node)
+    if name in WAITS_FOR_HOST:
+        return "waits for the host on CUDA"
+    for read in READS_NUMBER.get(name, "").split():
+        tensors = tensors_of(getattr(argument_of(node, read), "meta", {}).get("val"))
+        if any(tensor.device == scope.device for tensor in tensors):
+            return f"reads its argument {read!r} on the host, where that is a tensor on the device"
+    return ""
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """What a node passes for an argument of its op's schema; None for its default."""
+    assert isinstance(node.target, _torch.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 def moves_storage(node: fx.Node, scope: Scope) -> str:

@@ -264,8 +264,23 @@ CASES: dict[Rule, tuple[dict[str, Node], dict[str, Node]]] = {
         {
             "nonzero": t(lambda x: aten.nonzero.default(x), cuda(4)),
             "svd": t(lambda x: aten._linalg_svd.default(x), cuda(4, 4)),
+            "fill": t(lambda x, m, v: aten.masked_fill.Tensor(x, m, v), cuda(4), cuda(4, dtype=torch.bool), cuda()),
+            "fill_": t(
+                lambda x, i, v: aten.index_fill_.int_Tensor(x, 0, i, v), cuda(4), cuda(2, dtype=torch.int64), cuda()
+            ),
+            "start": t(lambda x: aten.linspace.Tensor_Scalar(x, 1, 3), cuda()),
+            "std": t(lambda x: aten.normal.float_Tensor(0.0, x), cuda(4)),
+            "sorter": t(lambda x, s: aten.searchsorted.Tensor(x, x, sorter=s), cuda(4), cuda(4, dtype=torch.int64)),
         },
-        {"sort": t(lambda x: aten.sort.default(x), cuda(4)), "matmul": t(torch.mm, cuda(4, 4), cuda(4, 4))},
+        {
+            "sort": t(lambda x: aten.sort.default(x), cuda(4)),
+            "matmul": t(torch.mm, cuda(4, 4), cuda(4, 4)),
+            "fill": t(lambda x, m: aten.masked_fill.Scalar(x, m, 2.5), cuda(4), cuda(4, dtype=torch.bool)),
+            "host_value": t(
+                lambda x, m, v: aten.masked_fill.Tensor(x, m, v), cuda(4), cuda(4, dtype=torch.bool), host()
+            ),
+            "unsorted": t(lambda x: aten.searchsorted.Tensor(x, x), cuda(4)),
+        },
     ),
     data_dependent: (
         {
