@@ -43,7 +43,7 @@ from breakable_backend.effects import (
     written_arguments,
 )
 from breakable_backend.lowering import Lowered, ambient_of
-from breakable_backend.marking import Scope, classify, label, on_host
+from breakable_backend.marking import Scope, argument_of, classify, label, on_host
 from breakable_backend.program import (
     Access,
     EagerSegment,
@@ -102,9 +102,9 @@ def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static
     elements that a bridge is loaded with.
     """
     for node in flow.all_nodes:
-        if node in flow.views and schema_name(node) == "aten::as_strided":
-            offset = node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
-            root = flow.root[node]
+        if schema_name(node) in _STRIDED and isinstance(node.args[0], fx.Node):
+            offset = argument_of(node, "storage_offset")
+            root = flow.root[node.args[0]]
             inputs = list(node.graph.find_nodes(op="placeholder"))
             moves = reasons.get(producer_of(root)) is not None or (root in inputs and inputs.index(root) not in static)
             if moves and (offset is not None or _has_gaps(root.meta["val"])):
@@ -112,6 +112,9 @@ def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static
                 text = f"reaches into the memory of {root.name} {how}"
                 return Reason("absolute_view", text, label(node), source_line(node), whole_program=True)
     return None
+
+
+_STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
 
 
 def _has_gaps(tensor: torch.Tensor) -> bool:

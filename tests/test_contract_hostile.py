@@ -148,11 +148,16 @@ def test_absolute_offset(device: torch.device, options: dict[str, Any]) -> None:
     assert "absolute offset" in str(breakable_backend.explain(compiled))
 
 
-def test_memory_between_elements(device: torch.device, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("op", ["as_strided", "as_strided_copy", "as_strided_scatter"])
+def test_memory_between_elements(op: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: ``as_strided`` reads what lies between an argument's elements from the caller's storage, not a bridge."""
-    compiled = equal_to_eager(
-        lambda x: x.as_strided((6,), (1,)) + 1, lambda _: (torch.rand(12, device=device)[::2],), options
-    )
+
+    def function(x: Tensor) -> Tensor:
+        if op == "as_strided_scatter":
+            return torch.as_strided_scatter(x, x[:2] * 0, (2,), (5,)).as_strided((11,), (1,)) + 1
+        return getattr(torch, op)(x, (6,), (1,)) + 1
+
+    compiled = equal_to_eager(function, lambda _: (torch.rand(12, device=device)[::2],), options)
     assert "between its elements" in str(breakable_backend.explain(compiled))
 
 
