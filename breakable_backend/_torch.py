@@ -812,7 +812,10 @@ def negated_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """One launch for many copies of one dtype and device."""
-    torch._foreach_copy_(targets, sources)
+    if len(targets) == 1:
+        targets[0].copy_(sources[0])  # which keeps all bits of all dtypes
+    else:
+        torch._foreach_copy_(targets, sources)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -131,6 +132,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     why = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
     uncompiled = torch.compiler.disable(functools.partial(run_inline, function), reason=why)
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
+    exporting = torch.compiler.is_exporting
 
     @_torch.constant_under_dynamo
     def site_number(structure: Structure) -> int:
@@ -154,6 +156,12 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
                 return uncompiled(*args, **kwargs)
             return _opaque(call)
         if held() is None or (handler := active.handler.get()) is None:
+            if exporting():
+                warnings.warn(
+                    f"torch.export takes {name} apart, though it is marked by eager_on_graph: the exported program has no "
+                    "mark; export with strict=True, which keeps it",
+                    stacklevel=2,
+                )
             return function(*args, **kwargs)
         return handler.call(mark, args, kwargs)
 

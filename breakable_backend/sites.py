@@ -443,5 +443,19 @@ def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Seque
 
 numbers = itertools.count(int.from_bytes(os.urandom(4), "little") << 24)
 """No number comes again in another process, so that code which Inductor keeps on disk is never found for another site."""
-sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+class _Sites(weakref.WeakValueDictionary[int, Site]):
+    def __getitem__(self, number: int) -> Site:
+        try:
+            return super().__getitem__(number)
+        except KeyError:
+            raise ReplayError(
+                "code has a call of a marked function that this process does not know: it has the number of the call, and not "
+                "the function",
+                fix="an exported program that was saved cannot hold marked functions: export in the process that runs it",
+            ) from None
+
+
+sites: weakref.WeakValueDictionary[int, Site] = _Sites()
 """Sites by their number, which is what a graph can hold."""

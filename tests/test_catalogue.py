@@ -480,6 +480,9 @@ CASES: dict[str, Case] = {
         "def backward(context, grad): return grad, grad  # here\n"
         "with torch.enable_grad(): eager_on_graph(backward=backward)(lambda x: x * 2)(leaf()).sum().backward()"
     ),
+    "code has a call of a marked function that this process does not know: it has the number of the call, and not the function": Case(
+        "torch.ops.breakable_cg.call(3, [False], False, [x], [], [])  # here"
+    ),
     "a second derivative was asked for through a torch.autograd.Function whose backward turns gradients on or off, and Dynamo"
     " does not tell where": Case(
         "class Square(torch.autograd.Function):\n"

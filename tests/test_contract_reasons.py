@@ -451,13 +451,16 @@ def test_a_mark_ends(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: what is no longer marked is captured, and torch's tables are as they were."""
     kernels = dict(torch.ops.aten.softmax.int.py_kernels)
     for by in (functional.softmax, "aten::softmax"):
-        unmark_eager(mark_eager(by))
-        torch.compiler.reset()
-        compiled, _ = compile_both(lambda x: (x + 1).softmax(-1) * 2, options)
-        with torch.no_grad():
-            compiled(torch.rand(3, 3, device=device))
-        assert program_of(compiled).num_eager_segments == 0
-    assert torch.ops.aten.softmax.int.py_kernels == kernels
+        for eager in (1, 0):
+            torch.compiler.reset()
+            if eager:
+                mark_eager(by)
+            compiled, _ = compile_both(lambda x: (x + 1).softmax(-1) * 2, options)
+            with torch.no_grad():
+                compiled(torch.rand(3, 3, device=device))
+            unmark_eager(by)
+            assert program_of(compiled).num_eager_segments == eager
+            assert torch.ops.aten.softmax.int.py_kernels == kernels
 
 
 def test_marks_without_effect_are_told(device: torch.device, options: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from breakable_backend import (
     OptionsError,
     PartitionError,
     ReplayError,
+    breakable_cg,
     capture,
     eager_on_graph,
     explain,
@@ -954,3 +955,30 @@ def test_written_memory_that_is_read_too(compile_with: Callable[..., Any], devic
             assert name in ("overlap", "base")
         else:
             assert all(map(torch.equal, got, want))
+
+
+class Exported(nn.Module):
+    """Calls a marked function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(x.sin()).cos()
+
+
+@eager_on_graph
+def doubled(x: Tensor) -> Tensor:
+    """Twice ``x``."""
+    return x * 2
+
+
+def test_export(device: torch.device, options: dict[str, Any]) -> None:
+    """A strict export keeps the mark, for compiled code too; another one says that it does not."""
+    x = torch.rand(3, device=device)
+    module = torch.export.export(Exported(), (x,), strict=True).module()
+    compiled = torch.compile(module, backend="breakable_cg", options={"min_kernels": 1, **options})
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(compiled(x), Exported()(x))
+    executors = [executor for executor in breakable_cg.executors if executor.program.eager_segments]
+    assert [executor.program.segments[1].reasons[0].text for executor in executors] == ["marked by eager_on_graph"]
+    with pytest.warns(UserWarning, match="torch.export takes doubled apart"):
+        torch.export.export(Exported(), (x,), strict=False)
