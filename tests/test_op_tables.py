@@ -98,8 +98,11 @@ def test_each_higher_order_op_is_there() -> None:
 
 @pytest.mark.parametrize("spelling", ["f-string", "getattr"])
 def test_tables_are_made_in_one_way(spelling: str) -> None:
-    """Outside of ``_torch`` no name is put together from ``aten::`` and a word, or read off ``torch.ops`` by its name."""
-    pattern = {"f-string": r"f['\"](aten|prims?)::", "getattr": r"getattr\(torch\.ops\.(aten|prims?)\b"}[spelling]
+    """Outside of ``_torch`` no table is put together from ``aten::`` and words, or read off ``torch.ops`` by its name."""
+    pattern = {
+        "f-string": r"f['\"](aten|prims?)::[^'\"]*['\"]\s+for\b",
+        "getattr": r"getattr\(torch\.ops\.(aten|prims?)\b",
+    }[spelling]
     found = [
         path.name
         for path in ROOT.rglob("*.py")
