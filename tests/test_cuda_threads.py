@@ -211,9 +211,10 @@ def test_another_threads_synchronisation_leaves_all_right() -> None:
         torch.manual_seed(seed)
         assert torch.equal(drops(x), eagers)
     assert explain(drops).programs[0].replays == 2
+    driver = executors_of(drops)[0].driver
     breakable_cg.reset()
     gc.collect()
-    assert executors_of(drops)[0].driver.pool_bytes() == 0
+    assert driver.pool_bytes() == 0
     torch.cuda.synchronize()
 
 
