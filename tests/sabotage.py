@@ -55,6 +55,21 @@ class Fault:
 
 
 FAULTS = (
+    # --- forks ---
+    Fault(
+        "a-child-waits-for-locks-of-threads-that-it-lacks",
+        "locks.py",
+        "            held._at_fork_reinit()  # as",
+        "            pass  # as",
+        "test_concurrency.py::test_a_forked_child[in a replay]",
+    ),
+    Fault(
+        "a-child-never-collects",
+        "drivers/collector.py",
+        "    if _holders:\n",
+        "    if False:\n",
+        "test_concurrency.py::test_a_forked_child[in a recording]",
+    ),
     # --- growth ---
     Fault(
         "sites-for-ever",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -327,3 +328,140 @@ def test_forked_while_another_thread_calls(call: str, visiting: Callable[[Any], 
     done.set()
     thread.join()
     assert status == 0
+
+
+# --- forks --------------------------------------------------------------------------------------------------------------
+
+FORKED = """
+import gc, os, sys, threading, time
+import torch
+import breakable_backend
+from breakable_backend import eager_on_graph, explain
+
+inside, over = threading.Event(), threading.Event()
+
+
+@eager_on_graph(fake=lambda x: x + 1)
+def pause(x):
+    if over.is_set():
+        return x + 1
+    inside.set()
+    over.wait(30)
+    return x + 1
+
+
+@eager_on_graph(fake=lambda x: x + 1)
+def fork(x):
+    global child
+    if child is None:
+        child = os.fork()
+    return x + 1
+
+
+def compiled(function):
+    return torch.compile(function, backend="breakable_cg", options={"driver": "tape", "min_kernels": 1})
+
+
+def call(function, times):
+    with torch.no_grad():
+        return [function(torch.ones(3)).tolist() for _ in range(times)]
+
+
+child = None
+threshold = gc.get_threshold()
+slow, forking, other = compiled(lambda x: pause(x.sin() * 2) * 2), compiled(lambda x: fork(x * 2) * 2), compiled(lambda x: x * 3 + 1)
+call(other, 3)
+over.set()
+call(slow, CALLS_BEFORE)
+over.clear()
+thread = threading.Thread(target=call, args=(slow, 1))
+if WHERE == "while another thread calls":
+    thread.start()
+    inside.wait(30)
+    child = os.fork()
+else:
+    assert call(forking, 3) == [[6.0] * 3] * 3
+if child == 0:
+    over.set()
+    started = time.monotonic()
+    assert call(other, 4) == [[4.0] * 3] * 4
+    assert call(forking, 3) == [[6.0] * 3] * 3
+    assert explain(other).programs[0].replays >= 2
+    assert gc.get_threshold() == threshold
+    breakable_backend.reset()
+    assert time.monotonic() - started < 4.5, "it waited for a lock that nobody releases"
+    sys.exit(0)
+over.set()
+if thread.ident is not None:
+    thread.join()
+_, status = os.waitpid(child, 0)
+assert call(other, 2) == [[4.0] * 3] * 2
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(
+    ("where", "calls_before"),
+    [("in an eager step", 0), ("while another thread calls", 1), ("while another thread calls", 2)],
+    ids=["in a step", "in a recording", "in a replay"],
+)
+def test_a_forked_child(where: str, calls_before: int) -> None:
+    """A child that was forked during a plain call, a recording or a replay calls and resets without waiting, and ends quietly."""
+    source = FORKED.replace("CALLS_BEFORE", str(calls_before)).replace("WHERE", repr(where))
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+
+
+# --- the end of a process -----------------------------------------------------------------------------------------------
+
+ENDING = """
+import threading
+import torch
+from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain
+
+
+@eager_on_graph
+def plus_one(x):
+    return x + 1
+
+
+def call(times):
+    with torch.no_grad():
+        while times:
+            compiled(torch.ones(3))
+            times -= 1
+
+
+model = torch.nn.Linear(3, 3)
+compiled = torch.compile(lambda x: plus_one(model(x)) * 2, backend="breakable_cg", options={"driver": "tape"})
+call(4)
+graph = BreakableCUDAGraph(driver="tape")
+with torch.no_grad(), capture(graph):
+    y = plus_one(model(torch.ones(3))) * 2
+graph.replay()
+str(explain(compiled))
+"""
+
+ENDS = {
+    "all alive": "",
+    "a cycle around all": "compiled.itself, graph.itself = [compiled, graph], [compiled, graph]",
+    "daemon threads that have called": (
+        "called = threading.Barrier(3)\n"
+        "def idle(): call(3); called.wait(); threading.Event().wait()\n"
+        "[threading.Thread(target=idle, daemon=True).start() for _ in range(2)]\n"
+        "called.wait()"
+    ),
+    "a failed capture": (
+        "broken = BreakableCUDAGraph(driver='tape')\n"
+        "try:\n    with capture(broken): (torch.ones(3) * 2).sum().item()\n"
+        "except CaptureError: pass"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_process_ends_quietly(how: str) -> None:
+    """A process that ends with compiled functions, captures and threads alive says nothing, and its exit code is 0."""
+    ended = subprocess.run([sys.executable, "-c", ENDING + ENDS[how]], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", ""), ended.stderr
