@@ -561,11 +561,12 @@ def break_of_dynamo(reason: str) -> Callable[[F], F]:
 
 def keep_with_code(thing: object) -> bool:
     """Keep ``thing`` alive as long as the code that Dynamo is making now; False where nobody keeps that code, as in an export."""
+    output = InstructionTranslator.current_tx().output
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and not output.export:  # an export lets go of the code, and its graph goes on
         if frame.f_code.co_name == "_compile_inner" and frame.f_code.co_filename == _convert_frame.__file__:
             # What Dynamo calls when the code dies, and keeps until then. There is nothing to call.
-            InstructionTranslator.current_tx().output.cleanups.append(cast(Any, functools.partial(id, thing)))
+            output.cleanups.append(cast(Any, functools.partial(id, thing)))
             return True
         frame = frame.f_back
     return False

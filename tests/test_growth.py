@@ -128,3 +128,32 @@ def test_sites_go_with_what_was_compiled(device: torch.device, kind: str) -> Non
     with torch.no_grad():
         compiled[0](torch.rand(3, device=device))
     assert len(list(sites.values())) == 1
+
+
+def exported_by_torch(module: torch.nn.Module, x: Tensor) -> Any:
+    return torch.export.export(module, (x,), strict=True).module()
+
+
+def exported_by_dynamo(module: torch.nn.Module, x: Tensor) -> Any:
+    return torch._dynamo.export(module)(x).graph_module
+
+
+@pytest.mark.parametrize("how", [exported_by_torch, exported_by_dynamo])
+@pytest.mark.filterwarnings("ignore")  # Dynamo's export is to go
+def test_exported_graphs_outlive_dynamos_code(how: Callable[..., Any], device: torch.device) -> None:
+    """A marked call in an exported graph works when the code that Dynamo made for the export is gone."""
+
+    @eager_on_graph
+    def mine(x: Tensor) -> Tensor:
+        return x + 1
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return mine(x.sin()) * 2
+
+    x = torch.rand(3, device=device)
+    with torch.no_grad():
+        graph = how(Module(), x)
+        torch._dynamo.reset()
+        gc.collect()
+        assert torch.equal(graph(x), (x.sin() + 1) * 2)
