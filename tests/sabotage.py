@@ -1594,6 +1594,14 @@ FAULTS = (
         gpu=True,
     ),
     Fault(
+        "workspaces-in-the-pool-of-a-failed-capture",
+        "drivers/cuda.py",
+        "_torch.clear_cublas_workspaces()\n        self._drop_keeper()",
+        "self._drop_keeper()",
+        "test_cuda.py::test_workspaces_of_a_failed_capture",
+        gpu=True,
+    ),
+    Fault(
         "dropped-executor-releases-nothing",
         "executor.py",
         "weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False",

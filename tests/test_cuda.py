@@ -378,6 +378,24 @@ def test_workspaces_cleared_by_others() -> None:
         assert torch.equal(ours(x), want)
 
 
+def pools_in_use() -> set[tuple[int, int]]:
+    """The pools of the allocator in which memory is allocated."""
+    segments = torch.cuda.memory_snapshot()
+    return {tuple(s["segment_pool_id"]) for s in segments if any(b["state"] == "active_allocated" for b in s["blocks"])}
+
+
+def test_workspaces_of_a_failed_capture() -> None:
+    """What is captured after a failed capture uses no workspace in the pool of that one: its memory goes."""
+    driver, weight = CudaDriver(CUDA), torch.randn(512, 512, device=CUDA, dtype=torch.bfloat16)
+    before = pools_in_use()
+    with driver.lock, driver.recording():
+        with pytest.raises(CaptureError):
+            driver.capture(lambda: (weight @ weight).sum().item())
+        graph, _ = driver.capture(lambda: weight @ weight)
+        assert pools_in_use() - before == {driver._pool}
+    driver.release([graph])
+
+
 VISION: dict[str, Callable[[], nn.Module]] = {
     "conv batchnorm eval": lambda: nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)

@@ -428,6 +428,8 @@ class CudaDriver:
 
     def _open_pool(self) -> None:
         """A new pool, in :meth:`turn`, with an empty graph that keeps it alive."""
+        # One in the pool before would be used on, by segments to come, and freed with it.
+        _torch.clear_cublas_workspaces()
         self._drop_keeper()
         self._pool = None
         keeper, pools = self._made(), [self._given_pool]
