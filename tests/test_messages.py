@@ -203,11 +203,17 @@ def test_no_graph_to_capture_into() -> None:
 # --- machines -----------------------------------------------------------------------------------------------------------------
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *, hip: str | None = None, gpu: bool = True, bindings: Any = None) -> None:
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    hip: str | None = None,
+    gpu: bool = True,
+    allocator: str = "native",
+    bindings: Any = None,
+) -> None:
     """Have the CUDA driver's module see such a machine; the rest of torch is left alone."""
-    seen = types.SimpleNamespace(
-        version=types.SimpleNamespace(hip=hip), cuda=types.SimpleNamespace(is_available=lambda: gpu)
-    )
+    cuda = types.SimpleNamespace(is_available=lambda: gpu, get_allocator_backend=lambda: allocator)
+    seen = types.SimpleNamespace(version=types.SimpleNamespace(hip=hip), cuda=cuda)
     monkeypatch.setattr(cuda_driver, "torch", seen)
     monkeypatch.setattr(cuda_driver, "cudart", bindings)
 
@@ -233,6 +239,15 @@ def test_no_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     assert message(OptionsError, from_file(PLAIN), torch.ones(3), driver="cuda") == (
         "driver='cuda' needs cuda-python, which cannot be imported\n  pip install cuda-python"
+    )
+
+
+def test_other_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``driver="cuda"`` where CUDA's allocator was chosen, whose memory a captured graph cannot keep."""
+    machine(monkeypatch, allocator="cudaMallocAsync")
+    assert message(OptionsError, from_file(PLAIN), torch.ones(3), driver="cuda") == (
+        "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep\n"
+        "  take backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF, or use driver='tape'"
     )
 
 
@@ -465,7 +480,7 @@ def test_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     graph = cuda_driver.CudaGraph.__new__(cuda_driver.CudaGraph)
-    graph._executable = object()
+    graph._executable, graph._hooks = object(), ()
     with pytest.raises(ReplayError) as caught:
         graph.replay(0)
     assert text_of(caught.value) == "cudaGraphLaunch failed: invalid resource handle"
