@@ -64,6 +64,13 @@ FAULTS = (
         "test_concurrency.py::test_a_forked_child[in a replay]",
     ),
     Fault(
+        "a-child-is-in-its-parents-call",
+        "drivers/tape.py",
+        "if not locks.is_ours(self.lock):",
+        "if False:",
+        "test_concurrency.py::test_a_forked_child[in a replay]",
+    ),
+    Fault(
         "a-child-never-collects",
         "drivers/collector.py",
         "    if _holders:\n",
@@ -142,28 +149,6 @@ FAULTS = (
         "if not _holders and gc.get_threshold()[0] == 0:",
         "if not _holders:",
         "test_driver_contract.py::test_recording_respects_who_disables_the_collector[tape]",
-    ),
-    # --- forked processes ---
-    Fault(
-        "locks-that-a-child-waits-for",
-        "locks.py",
-        "held._at_fork_reinit()",
-        "pass",
-        "test_concurrency.py::test_forked_while_another_thread_calls[replay]",
-    ),
-    Fault(
-        "a-call-of-the-parents-in-a-child",
-        "drivers/tape.py",
-        "if not locks.is_ours(self.lock):",
-        "if False:",
-        "test_concurrency.py::test_forked_while_another_thread_calls[replay]",
-    ),
-    Fault(
-        "a-collector-held-off-in-a-child",
-        "drivers/collector.py",
-        "for thread in set(_holders) - {threading.get_ident()}:",
-        "for thread in ():",
-        "test_concurrency.py::test_forked_while_another_thread_calls[recording]",
     ),
     # --- errors ---
     Fault(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import gc
 import os
 import subprocess
 import sys
@@ -286,48 +285,6 @@ def test_a_thread_with_the_context_of_a_capture(make: Callable[..., Any], device
     assert seen == [False, 2.0]
     graph.replay()
     assert_same(y, torch.full((3,), 3.0, device=device))
-
-
-# --- processes forked in a call -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # as the test wants it
-@pytest.mark.parametrize("call", ["recording", "replay"])
-def test_forked_while_another_thread_calls(call: str, visiting: Callable[[Any], None]) -> None:
-    """A forked child waits for no lock of a call that another thread was in, and is in no call; the collector runs there."""
-    compiled, _ = compile_both(lambda x: silly.visit(x.sin() + 1) * 2, {"driver": "tape"})
-    x, threshold = torch.rand(3), gc.get_threshold()
-    inside, done = threading.Event(), threading.Event()
-
-    def calls() -> None:
-        with torch.no_grad():
-            for _ in range(1 if call == "recording" else 2):
-                compiled(x)
-            visiting(lambda y: (inside.set(), done.wait(60), y * 2)[-1])
-            compiled(x)
-
-    def in_child() -> bool:
-        visiting(lambda y: y * 2)
-        with torch.no_grad():
-            right = all(torch.equal(compiled(x), (x.sin() + 1) * 2 * 2) for _ in range(3))
-        (program,) = explain(compiled).programs
-        return right and set(program.plain_calls) == {"warm-up"} and gc.get_threshold() == threshold
-
-    visiting(lambda y: y * 2)
-    thread = threading.Thread(target=calls)
-    thread.start()
-    assert inside.wait(60)
-    child = os.fork()
-    if child == 0:
-        right = False
-        try:
-            right = in_child()
-        finally:
-            os._exit(0 if right else 1)
-    _, status = os.waitpid(child, 0)
-    done.set()
-    thread.join()
-    assert status == 0
 
 
 # --- forks --------------------------------------------------------------------------------------------------------------
