@@ -32,7 +32,7 @@ from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import written_values
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line
 from breakable_backend.functions import Mark
 from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside
 from breakable_backend.marking import live_reason, seen_in_parts
@@ -267,7 +267,7 @@ class _Door:
             self.constants, self.held, self.parameters, self.outside = {}, {}, {}, {}
         if error is None and self.failed is not None:
             raise CaptureError(
-                f"nothing was captured, since an error was caught inside: {_says(self.failed)}",
+                f"nothing was captured, since an error was caught inside: {first_line(self.failed)}",
                 where=user_line(self.failed.__traceback__),
                 fix="catch it outside of the capture",
             ) from self.failed
@@ -548,7 +548,3 @@ def _other_context(where: str) -> CaptureError:
 
 def _op_label(func: Any) -> str:
     return str(func._schema.name) if isinstance(func, _torch.OpOverload) else str(func.name())
-
-
-def _says(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

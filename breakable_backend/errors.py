@@ -108,6 +108,11 @@ def defined_at(function: Any) -> str:
     return _line(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error is, and what it says first: ``ValueError: too small``."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def _line(file: str, line: int, function: str) -> str:
     code = linecache.getline(file, line).strip()
     return f"{os.path.basename(file)}:{line} in {function}" + (f": {code}" if code else "")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, active, locks
-from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError
+from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
 from breakable_backend.overlap import known_apart
 from breakable_backend.structure import (
     Result,
@@ -390,8 +390,7 @@ class Site:
         except ValueError:  # a builtin
             signature = "(...)"
         failed = PartitionError(
-            f"{self.mark.name} cannot run on fake tensors, which tell the shapes of its result: "
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            f"{self.mark.name} cannot run on fake tensors, which tell the shapes of its result: {first_line(error)}",
             where=self.mark.source,
             fix=f"give the shapes: @eager_on_graph(fake=shapes), def shapes{signature}: return torch.empty_like(...)",
         )

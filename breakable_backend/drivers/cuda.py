@@ -25,7 +25,7 @@ from breakable_backend.drivers.generator import Draws, end, hold_for_ever, is_di
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
-from breakable_backend.errors import CaptureError, OptionsError, ReplayError, user_line
+from breakable_backend.errors import CaptureError, OptionsError, ReplayError, first_line, user_line
 
 try:
     from cuda.bindings import runtime as cudart
@@ -121,7 +121,7 @@ class CudaGraph:
             if not self._replayed:
                 self.draws_random = self._draws.generator.get_offset() != before
         except torch.AcceleratorError as error:
-            self._refuse(_first_line(error))
+            self._refuse(first_line(error))
         finally:
             self._draws.end_replay(stream)
         self._replayed = True
@@ -323,7 +323,7 @@ class CudaDriver:
             except BaseException as error:
                 session.abandon()
                 if isinstance(error, Exception):
-                    failed = CaptureError(_first_line(error), where=user_line(error.__traceback__))
+                    failed = CaptureError(first_line(error), where=user_line(error.__traceback__))
                     failed.passing = is_disturbed(error)
                     raise failed from error
                 raise
@@ -355,7 +355,7 @@ class CudaDriver:
                 self._repair(graph)
                 raise
         except Exception as error:
-            failed = CaptureError(_first_line(error))
+            failed = CaptureError(first_line(error))
             failed.passing = is_disturbed(error)
             raise failed from error
         return graph
@@ -618,7 +618,3 @@ def _refuse_in_child() -> NoReturn:
         "CUDA does not work in a process that was forked from one that uses it",
         fix="start the process otherwise: torch.multiprocessing.set_start_method('spawn')",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from breakable_backend.errors import CaptureError
+from breakable_backend.errors import CaptureError, first_line
 from breakable_backend.seen import seen_by
 
 
@@ -184,7 +184,7 @@ _MEANINGS = {
 
 def explained(error: BaseException) -> tuple[str, str]:
     """The first line of what was raised in a capture, with what it means if it is about streams; and what to do then."""
-    first = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    first = first_line(error)
     for words, (meaning, fix) in _MEANINGS.items():
         if words in first:
             return f"{meaning}: {first}", fix
