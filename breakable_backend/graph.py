@@ -153,8 +153,8 @@ class BreakableCUDAGraph:
 
     Args:
         pool: what :meth:`pool` of another graph returned, to share its memory; or a ``torch.cuda.MemPool``, which the graph
-            keeps alive; or a handle from ``torch.cuda.graph_pool_handle()``, which lives as long as a graph in it does. After
-            a capture that failed in it the graph goes on in a pool of its own. The tape has no pools.
+            keeps alive; or a handle from ``torch.cuda.graph_pool_handle()``, which lives as long as a graph in it does. Once a
+            capture has failed in it, graphs go to pools of their own. The tape has no pools.
         driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
             ``"tape"``; by default what ``BREAKABLE_CG_DRIVER`` says, else ``"auto"``.
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -221,3 +225,13 @@ def close(*opened: Opened) -> None:
     """Free everything; no block of a pool may be left."""
     drivers = [driver for one in opened for driver in one.free()]
     assert [driver.live_blocks() for driver in drivers] == [0] * len(drivers)
+
+
+def run_alone(code: str) -> None:
+    """Run ``code`` in a process of its own, which has to end well and say nothing."""
+    paths = [str(Path(breakable_backend.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")

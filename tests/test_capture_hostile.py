@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
-import os
 import pickle
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +16,6 @@ import torch
 import torch.testing._internal.two_tensor
 from torch import Tensor, nn
 
-import breakable_backend
 from breakable_backend import (
     BreakableCUDAGraph,
     CaptureError,
@@ -31,7 +26,7 @@ from breakable_backend import (
     eager_on_graph,
     is_capturing,
 )
-from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
+from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone, shape_of
 
 
 @pytest.fixture(autouse=True)
@@ -418,16 +413,6 @@ def test_exits(make: MakeGraph, device: torch.device, kind_of_error: type[BaseEx
     with capture(graph):
         y = marked_bend(x + 1)
     replays_equal(graph, lambda x: bend(x + 1), x, y)
-
-
-def run_alone(code: str) -> None:
-    """Run ``code`` in a process of its own, which has to end well and say nothing."""
-    paths = [str(Path(breakable_backend.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 ENDS = {

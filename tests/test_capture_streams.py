@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from breakable_backend import BreakableCUDAGraph, CaptureError, OptionsError, _torch, capture, eager_on_graph
 from breakable_backend.drivers import cuda
 from breakable_backend.seen import seen_by, without_autocast_cache
-from doors import MakeGraph, bend, marked_bend, replays_equal
+from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone
 
 
 @pytest.fixture(autouse=True)
@@ -470,47 +469,78 @@ def test_what_is_no_pool(pool: object) -> None:
 
 @pytest.mark.gpu
 def test_mem_pool() -> None:
-    """Captured memory lies in a ``MemPool`` of the caller's, after a reset too, until a capture fails in it."""
-    pool = torch.cuda.MemPool()
-    graph, other, x = BreakableCUDAGraph(pool=pool), BreakableCUDAGraph(pool=pool), torch.randn(1 << 20, device="cuda")
+    """Captured memory lies in a ``MemPool`` of the caller's, after a reset and a drop too, until a capture fails in it."""
+    run_alone("""
+import gc, logging, torch
+from breakable_backend import BreakableCUDAGraph, CaptureError, capture
+torch.set_grad_enabled(False)
+logging.disable(logging.WARNING)  # a line says so
+pool, x = torch.cuda.MemPool(), torch.randn(1 << 20, device="cuda")
+graph, other = BreakableCUDAGraph(pool=pool), BreakableCUDAGraph(pool=pool)
 
-    def inside(y: Tensor) -> bool:
-        return any(s["address"] <= y.data_ptr() < s["address"] + s["total_size"] for s in pool.snapshot())
+def inside(y):
+    return any(s["address"] <= y.data_ptr() < s["address"] + s["total_size"] for s in pool.snapshot())
 
-    for failed in (False, True):
-        with capture(graph):
-            y = marked_bend(x + 1) * 2
-        assert inside(y)
-        with capture(other):
-            z = x * 3
-        assert inside(z) is not failed
-        with pytest.raises(CaptureError), capture(other):
-            torch.cuda.synchronize()
-        with capture(other):
-            z = x * 3
-        assert not inside(z)
-        replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
-        replays_equal(other, lambda x: x * 3, x, z)
-        del y, z
-        graph.reset()
-        other.reset()
-    del graph, other
-    gc.collect()
-    assert pool.use_count() == 1
-    torch.rand(3, device="cuda")
+def right(captured, y, times):
+    for _ in range(2):
+        x.add_(1)
+        captured.replay()
+        assert torch.equal(y, x * times)
+    return True
+
+for _ in range(2):
+    with capture(graph):
+        y = x * 2
+    with capture(other):
+        z = x * 3
+    assert inside(y) and inside(z) and right(graph, y, 2) and right(other, z, 3)
+    del y, z
+    graph.reset(), other.reset()
+del graph, other
+graph, other = BreakableCUDAGraph(pool=pool), BreakableCUDAGraph(pool=pool)
+with capture(graph):
+    y = x * 2
+assert inside(y)
+try:
+    with capture(other):
+        torch.cuda.synchronize()
+except CaptureError:
+    pass
+with capture(other):
+    z = x * 3
+assert not inside(z) and right(graph, y, 2) and right(other, z, 3)
+with capture(graph):
+    y = x * 2
+assert not inside(y) and right(graph, y, 2)
+torch.rand(3, device="cuda")
+del y, z, graph, other
+gc.collect()
+assert pool.use_count() == 1  # its own: the graph that kept it open went when the capture failed
+del pool
+gc.collect()
+""")
 
 
 @pytest.mark.gpu
 def test_mem_pool_is_kept_alive() -> None:
-    """A ``MemPool`` that the caller drops lives as long as what was captured in it."""
-    graph, x = BreakableCUDAGraph(pool=torch.cuda.MemPool()), torch.randn(1 << 20, device="cuda")
-    with capture(graph):
-        y = marked_bend(x + 1) * 2
-    replays_equal(graph, lambda x: bend(x + 1) * 2, x, y)
-    del y
-    graph.reset()
-    with capture(graph):
-        y = x + 1
-    replays_equal(graph, lambda x: x + 1, x, y)
-    del graph  # while something is captured
-    assert torch.equal(y, x + 1)
+    """A ``MemPool`` that the caller drops lives as long as what was captured in it; else the process would end."""
+    run_alone("""
+import gc, torch
+from breakable_backend import BreakableCUDAGraph, capture
+torch.set_grad_enabled(False)
+x = torch.randn(1 << 20, device="cuda")
+for end in ("reset", "drop", "exit"):
+    graph = BreakableCUDAGraph(pool=torch.cuda.MemPool())
+    for _ in range(2):
+        with capture(graph):
+            y = x + 1
+        x.add_(1)
+        graph.replay()
+        assert torch.equal(y, x + 1)
+    if end == "reset":
+        del y
+        graph.reset()
+    if end != "exit":
+        del graph
+        gc.collect()
+""")

@@ -7,6 +7,7 @@ allocator each time, which with many segments costs seconds.
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 import time
 import weakref
@@ -33,6 +34,7 @@ except ImportError:  # pragma: no cover - a machine without CUDA
     cudart = None
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def require_cuda() -> None:
@@ -183,6 +185,26 @@ class _GraphInMemPool(torch.cuda.CUDAGraph):
 
     def __del__(self) -> None:
         self.reset()  # while the pool is there
+
+
+_KEEPER = "breakable_backend_keeper"
+"""An attribute of a caller's MemPool: an empty graph in it, which lives as long as the pool; None if a capture failed there.
+
+torch 2.11 takes no graph again into a pool whose last graph is gone, nor into one where a capture failed: its allocator for
+pinned memory does not forget.
+"""
+
+
+def _takes_graphs(pool: torch.cuda.MemPool, draws: Draws) -> bool:
+    """Whether captures may allocate in ``pool``; in a capture's turn."""
+    if _KEEPER not in vars(pool):
+        keeper = torch.cuda.CUDAGraph()
+        try:
+            draws.capture_nothing(keeper, lambda: pool.id)
+            vars(pool)[_KEEPER] = keeper
+        except RuntimeError:
+            vars(pool)[_KEEPER] = None
+    return vars(pool)[_KEEPER] is not None
 
 
 class CudaDriver:
@@ -344,9 +366,11 @@ class CudaDriver:
                 torch.cuda.current_blas_handle()
                 _torch.clear_cublas_workspaces()
                 self._first = False
-            if self._pool is None:
+            if self._pool is None or (
+                isinstance(self._given_pool, torch.cuda.MemPool) and not _takes_graphs(self._given_pool, self._draws)
+            ):
                 self._open_pool()
-            graph = self._made(keep_graph=True)
+            graph = self._made()
             try:
                 with registry:
                     # thread_local: other threads may allocate, query events and pin memory meanwhile.
@@ -360,10 +384,10 @@ class CudaDriver:
             raise failed from error
         return graph
 
-    def _made(self, keep_graph: bool = False) -> torch.cuda.CUDAGraph:
+    def _made(self) -> torch.cuda.CUDAGraph:
         if not isinstance(self._given_pool, torch.cuda.MemPool):
-            return torch.cuda.CUDAGraph(keep_graph=keep_graph)
-        graph = _GraphInMemPool(keep_graph=keep_graph)
+            return torch.cuda.CUDAGraph(keep_graph=True)
+        graph = _GraphInMemPool(keep_graph=True)
         graph.pool_of_the_caller = self._given_pool
         return graph
 
@@ -422,7 +446,8 @@ class CudaDriver:
         The graph's destructor may abort the process, so it never runs.
         """
         _torch.keep_for_ever(graph)
-        self._given_pool = None
+        if isinstance(self._given_pool, torch.cuda.MemPool):
+            vars(self._given_pool)[_KEEPER] = None
         self._draws.spoilt(self._pool)
         self._open_pool()
 
@@ -432,16 +457,17 @@ class CudaDriver:
         _torch.clear_cublas_workspaces()
         self._drop_keeper()
         self._pool = None
-        keeper, pools = self._made(), [self._given_pool]
+        if isinstance(self._given_pool, torch.cuda.MemPool):
+            if _takes_graphs(self._given_pool, self._draws):
+                self._pool = self._given_pool.id
+                return
+            log.warning("graphs go to a pool of their own: the MemPool takes no more, since a capture failed in it")
+        keeper = torch.cuda.CUDAGraph()
+        self._pool, self._keeper = self._draws.capture_nothing(keeper, self._new_pool), keeper
 
-        def new_pool() -> Any:
-            given = pools.pop() if pools else None
-            if isinstance(given, torch.cuda.MemPool):
-                return given.id
-            self._given_pool = None
-            return given or torch.cuda.graph_pool_handle()
-
-        self._pool, self._keeper = self._draws.capture_nothing(keeper, new_pool), keeper
+    def _new_pool(self) -> Any:
+        given, self._given_pool = self._given_pool, None
+        return given if isinstance(given, tuple) else torch.cuda.graph_pool_handle()
 
     def _drop_keeper(self) -> None:
         with registry:
@@ -541,7 +567,7 @@ def _leave() -> None:
         driver.lock.acquire(timeout=max(0.0, until - time.monotonic()))
         for graph in [*driver._live, *(graph for leaving in driver._leaving for graph in leaving.graphs)]:
             _torch.keep_for_ever(graph)
-        _torch.keep_for_ever(driver._keeper)
+        _torch.keep_for_ever((driver._keeper, driver._given_pool))
 
 
 atexit.register(_leave)
