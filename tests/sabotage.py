@@ -1475,6 +1475,14 @@ FAULTS = (
         gpu=True,
     ),
     Fault(
+        "a-capture-that-has-begun-goes-on",
+        "drivers/generator.py",
+        "        if status:\n            _, left",
+        "        if False:\n            _, left",
+        "test_cuda_threads.py::test_a_capture_that_torch_fails_to_begin_is_ended[a segment's]",
+        gpu=True,
+    ),
+    Fault(
         "captures-on-a-stream-of-torchs",
         "drivers/generator.py",
         "self.stream = _new_stream(device)",

@@ -218,6 +218,34 @@ def test_another_threads_synchronisation_leaves_all_right() -> None:
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("which", ["the pool's first", "a segment's"])
+def test_a_capture_that_torch_fails_to_begin_is_ended(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    """Where torch raises although a capture has begun, that is ended: the call is right, draws too, and the next capture works."""
+    x = torch.randn(16, device=CUDA)
+    others = compiled(lambda x: (x.cos() + 1) * 2)
+    if which == "a segment's":
+        for _ in range(3):
+            others(x)
+    planted, begin = [RuntimeError("planted")], torch.cuda.CUDAGraph.capture_begin
+
+    def begins_and_raises(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
+        begin(graph, *args, **kwargs)
+        if planted:
+            raise planted.pop()
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begins_and_raises)
+    ours = compiled(lambda x: functional.dropout(x.sin() + 1, 0.5) * 2)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        want = functional.dropout(x.sin() + 1, 0.5) * 2
+        torch.manual_seed(seed)
+        assert torch.equal(ours(x), want)
+    assert not planted and not torch.cuda.is_current_stream_capturing()
+    for _ in range(4):
+        assert torch.equal(others(x), (x.cos() + 1) * 2)
+    assert explain(others).programs[0].replays > 0
+
+
 # --- streams and memory -----------------------------------------------------------------------------------------------
 
 
