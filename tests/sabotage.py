@@ -1469,8 +1469,8 @@ FAULTS = (
     Fault(
         "generator-left-in-capture-mode",
         "drivers/cuda.py",
-        "self._draws.spoilt(self._pool)\n        self._open_pool()",
-        "self._draws.spoilt(self._pool)\n        self._draws.stuck, self._pool = False, torch.cuda.graph_pool_handle()",
+        "self._draws.spoilt(self._pool, error)\n        self._open_pool()",
+        "self._draws.spoilt(self._pool, error)\n        self._draws.stuck, self._pool = False, torch.cuda.graph_pool_handle()",
         "test_cuda.py::test_hidden_synchronisation_runs_eagerly",
         gpu=True,
     ),

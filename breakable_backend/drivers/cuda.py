@@ -375,8 +375,8 @@ class CudaDriver:
                 with registry:
                     # thread_local: other threads may allocate, query events and pin memory meanwhile.
                     graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
-            except Exception:
-                self._repair(graph)
+            except Exception as error:
+                self._repair(graph, error)
                 raise
         except Exception as error:
             failed = CaptureError(first_line(error))
@@ -433,11 +433,11 @@ class CudaDriver:
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
             end(graph)
-        except Exception:
-            self._repair(graph)
+        except Exception as error:
+            self._repair(graph, error)
             raise
 
-    def _repair(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _repair(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
         """Make the process as it was after the capture of ``graph`` failed to begin, or to end.
 
         torch 2.11 leaves the pool recording and in use, and the generator in capture mode. The pool is not used again.
@@ -448,7 +448,7 @@ class CudaDriver:
         _torch.keep_for_ever(graph)
         if isinstance(self._given_pool, torch.cuda.MemPool):
             vars(self._given_pool)[_KEEPER] = None
-        self._draws.spoilt(self._pool)
+        self._draws.spoilt(self._pool, error)
         self._open_pool()
 
     def _open_pool(self) -> None:
@@ -463,7 +463,12 @@ class CudaDriver:
                 return
             log.warning("graphs go to a pool of their own: the MemPool takes no more, since a capture failed in it")
         keeper = torch.cuda.CUDAGraph()
-        self._pool, self._keeper = self._draws.capture_nothing(keeper, self._new_pool), keeper
+        try:
+            self._pool, self._keeper = self._draws.capture_nothing(keeper, self._new_pool), keeper
+        except Exception:
+            with suppress(Exception):  # the pool may be to blame; the generator works with another
+                self._draws.mend()
+            raise
 
     def _new_pool(self) -> Any:
         given, self._given_pool = self._given_pool, None

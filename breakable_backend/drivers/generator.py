@@ -154,7 +154,7 @@ class Draws:
                 fix="do not wait, inside of `with capture`, for a thread that replays such graphs",
             )
         try:
-            self._mend()
+            self.mend()
             if _torch.ONE_CAPTURE_STATE:
                 self._follow(stream)
         except BaseException:
@@ -186,7 +186,7 @@ class Draws:
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 end(graph)
             except Exception as error:
-                self.spoilt(pool)
+                self.spoilt(pool, error)
                 if not is_disturbed(error) or time.monotonic() > until:
                     _torch.keep_for_ever(graph)
                     raise
@@ -195,7 +195,7 @@ class Draws:
                 return pool
             time.sleep(random.random() * 1e-3)  # not in step with the other thread
 
-    def spoilt(self, pool: Any) -> None:
+    def spoilt(self, pool: Any, error: BaseException) -> None:
         """A capture on the current stream into ``pool`` failed to begin, or to end: it is over, and nothing held for it.
 
         torch may raise before it comes to the end of a capture, or after it has begun one. Until that is ended, by this
@@ -208,10 +208,12 @@ class Draws:
             _, left = cudart.cudaStreamEndCapture(stream)
             if left:
                 cudart.cudaGraphDestroy(left)
-        if _torch.stop_allocating_to_pool(self.index, pool):
+        # A pool that takes another capture's memory refuses ours: then nothing of it is ours to end.
+        if "already recording" not in str(error) and _torch.stop_allocating_to_pool(self.index, pool):
             _torch.release_pool(self.index, pool)
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
+        """Take the generator out of capture mode, if a capture has left it there; in a turn."""
         if self.stuck:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self.reset_on(self.stream.cuda_stream):
                 graph = torch.cuda.CUDAGraph()
@@ -233,7 +235,7 @@ class Draws:
         taken = draws.take()
         try:
             if taken:
-                self._mend()
+                self.mend()
             yield
         finally:
             if taken:
