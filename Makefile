@@ -41,10 +41,10 @@ check: $(READY)
 
 # The environments of these two are .venv-<torch>-<python>; with the CUDA builds of PyTorch each takes about 6 GB.
 newest: $(READY)
-	$(RUN) tools/matrix.py $(NEWEST) --core --or-newer-than $(PIN)
+	$(RUN) tests/matrix.py $(NEWEST) --core --or-newer-than $(PIN)
 
 matrix: $(READY)
-	$(RUN) tools/matrix.py $(TORCHES) --pythons $(PYTHONS)
+	$(RUN) tests/matrix.py $(TORCHES) --pythons $(PYTHONS)
 
 fix: $(READY)
 	$(RUN) -m ruff format .
@@ -70,6 +70,6 @@ clean:
 # --- set-up -----------------------------------------------------------------------------------------------------------
 # The stamp comes last, so a .venv that was left half made is set up again, with what it has.
 
-$(READY): pyproject.toml constraints.txt tools/setup.sh
-	@VENV=$(VENV) EXTRAS=$(EXTRAS) sh tools/setup.sh
+$(READY): pyproject.toml constraints.txt .ci/setup.sh
+	@VENV=$(VENV) EXTRAS=$(EXTRAS) sh .ci/setup.sh
 	@touch $@

@@ -22,6 +22,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.active import Call, in_call
 from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
+from breakable_backend.buffers import ALIGNMENT
 from breakable_backend.callers import Callers
 from breakable_backend.compare import Checker
 from breakable_backend.device_errors import blame
@@ -370,7 +371,7 @@ class Executor:
             return "first of this program"
         if any(key.addresses != addresses and key.shapes in known.entries for addresses, known in self.sets.items()):
             return "static or written inputs at new addresses"
-        return "new numbers, layouts or host scalars"
+        return "new numbers, layouts, alignments or host scalars"
 
     def _remember(self, entry: Entry, why: str) -> None:
         if entry.recording is not None:
@@ -674,9 +675,15 @@ class _KeyReader:
     """Reads a key off the arguments, as quickly as Python can."""
 
     def __init__(
-        self, addressed: Sequence[int], numbers: Sequence[int], open_layouts: Sequence[int], scalars: Sequence[int]
+        self,
+        addressed: Sequence[int],
+        numbers: Sequence[int],
+        open_layouts: Sequence[int],
+        scalars: Sequence[int],
+        bridged: Sequence[int],
     ) -> None:
         self.addressed, self.numbers, self.open_layouts, self.scalars = addressed, numbers, open_layouts, scalars
+        self.bridged = bridged
 
     @classmethod
     def of(cls, program: Program, keyed: frozenset[str], scalars_in_key: bool) -> _KeyReader:
@@ -686,12 +693,19 @@ class _KeyReader:
             [value.index for value in inputs if value.kind == "number"],
             [value.index for value in inputs if isinstance(value.value, torch.Tensor) and _is_open(value.value)],
             [value.index for value in inputs if value.kind == "scalar" and scalars_in_key],
+            [
+                value.index
+                for value in inputs
+                if value.kind == "tensor" and value.name in program.read_by_graphs() - keyed
+            ],
         )
 
     def __call__(self, args: Sequence[Any]) -> Key:
         data_ptr = torch.Tensor.data_ptr
         addresses = tuple([data_ptr(args[index]) for index in self.addressed])
         shapes: ShapeKey = tuple([args[index] for index in self.numbers])
+        # How a bridged input is aligned (0.15 us each): a bridge is aligned as the value that it was made for.
+        shapes += tuple([data_ptr(args[index]) % ALIGNMENT for index in self.bridged])
         if self.open_layouts:
             shapes += tuple((args[i].shape, args[i].stride(), args[i].dtype, args[i].device) for i in self.open_layouts)
         if self.scalars:

@@ -173,6 +173,20 @@ FAULTS = (
         "test_catalogue.py::test_every_error_has_a_case",
     ),
     Fault(
+        "alignment-not-in-the-key",
+        "executor.py",
+        "data_ptr(args[index]) % ALIGNMENT for",
+        "0 for",
+        "test_contract_keys.py::test_alignments[cpu]",
+    ),
+    Fault(
+        "bridges-aligned-as-the-allocator-likes",
+        "buffers.py",
+        "if begin := value.data_ptr() % ALIGNMENT:",
+        "if begin := 0 % ALIGNMENT:",
+        "test_buffers.py::test_bridge_is_aligned_as_its_value[cpu-misaligned]",
+    ),
+    Fault(
         "no-shapes-and-gradients",
         "sites.py",
         '            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []',

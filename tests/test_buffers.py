@@ -19,6 +19,9 @@ LAYOUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "dense": lambda device: torch.rand(3, 4, device=device),
     "transposed": lambda device: torch.rand(4, 3, device=device).t(),
     "with_gaps": lambda device: torch.rand(3, 8, device=device)[:, ::2],
+    "misaligned": lambda device: torch.rand(13, device=device)[1:].view(3, 4),
+    "misaligned_transposed": lambda device: torch.rand(13, device=device)[1:].view(4, 3).t(),
+    "misaligned_expanded": lambda device: torch.rand(3, 2, device=device)[:, 1:].expand(3, 4),
     "with_offset": lambda device: torch.rand(5, 4, device=device)[2:],
     "row_of_larger": lambda device: torch.rand(3, 8, device=device)[:, :4],
     "channels_last": lambda device: torch.rand(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last),
@@ -313,3 +316,11 @@ def test_strides_that_say_nothing() -> None:
     assert TensorSpec.of(torch.empty(0, 4)).accepts(torch.empty(4, 0).t())
     assert not TensorSpec.of(torch.empty(0, 4)).accepts(torch.empty(4, 0))
     assert not TensorSpec.of(torch.empty(4, 2)).accepts(torch.empty(4, 2).as_strided((4, 2), (1, 4)))
+
+
+def test_bridge_is_aligned_as_its_value(value: Tensor) -> None:
+    """A bridge lies to 16 bytes as the value that it was made for, in a storage that begins where it does."""
+    bridge = Bridge.like(value, value.device)
+    assert bridge.tensor.data_ptr() % 16 == value.data_ptr() % 16
+    assert bridge.tensor.storage_offset() == 0
+    assert bridge.tensor.untyped_storage().nbytes() == extent(value) * value.element_size()

@@ -352,3 +352,28 @@ def test_python_arguments(device: torch.device, options: dict[str, Any]) -> None
                     assert_same(compiled(x, mode, flag=flag), eager(x, mode, flag=flag))
     programs = breakable_backend.explain(compiled).programs
     assert [program.replays for program in programs] == [2] * 4  # 4 programs, 4 - 2 each
+
+
+def test_alignments(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: how a bridged input lies to 16 bytes is in the key, since libraries choose kernels by that."""
+    compiled, eager = compile_both(lambda x: silly.triple(x.sin() + 1).cos() * 2, options)
+    with torch.no_grad():
+        for _ in range(4):
+            for begin in (0, 1, 2, 3, 4, 5):
+                x = torch.rand(16, device=device)[begin : begin + 8]
+                assert_same(compiled(x), eager(x), f"begins at element {begin}")
+    # 4 alignments of float32, of which two come twice as often: each plain once, recorded once, and replayed else
+    assert calls_of(program_of(compiled)) == (4, 4 * 2, 4 * 6 - 4 * 2)
+
+
+@pytest.mark.gpu
+def test_a_library_that_looks_at_alignment() -> None:
+    """Bit for bit: cuDNN takes another kernel where a convolution's weight begins at 4 bytes."""
+    compiled, eager = compile_both(
+        lambda x, w, b: torch.nn.functional.conv3d(x, w, b, padding="same"), {"driver": "cuda", "min_kernels": 1}
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            x, w, b = (torch.randn(2 * n + 1, device="cuda")[1::2] for n in (64, 1, 1))
+            args = (x.as_strided((1, 1, 4, 4, 4), (128, 128, 32, 8, 2)), w.view(1, 1, 1, 1, 1), b)
+            assert_same(compiled(*args), eager(*args))

@@ -107,7 +107,7 @@ def test_why_it_is_recorded_again(device: torch.device, options: dict[str, Any],
         return [text for text in told(lines) if "recording" in text]
 
     assert call(first, 2) == ["recording 0 (first of this program)"]
-    assert call(first, 3) == ["recording 1 (new numbers, layouts or host scalars)"]
+    assert call(first, 3) == ["recording 1 (new numbers, layouts, alignments or host scalars)"]
     assert call(second, 2) == ["recording 2 (static or written inputs at new addresses)"]
     reset(compiled)
     assert told(lines) == [f"recording {number} goes: reset was called" for number in range(3)]
@@ -139,7 +139,7 @@ def test_evictions(device: torch.device, options: dict[str, Any], lines: Any) ->
     assert found == [
         "recording 0 (first of this program)",
         "recording 0 goes: it was evicted for other keys",
-        "recording 1 (new numbers, layouts or host scalars)",
+        "recording 1 (new numbers, layouts, alignments or host scalars)",
         "recording 1 goes: it was evicted for other keys",
         "recording 2 (it was evicted for other keys)",
     ]

@@ -34,7 +34,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 @pytest.fixture(name="matrix")
 def _matrix(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools/matrix.py")
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tests/matrix.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

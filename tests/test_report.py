@@ -462,7 +462,7 @@ def test_why_recorded_again() -> None:
             second(torch.ones(3), 3)
         counts = dict(explain(first).programs[-1].recorded)
         assert counts["first of this program"] == 1
-        assert counts["new numbers, layouts or host scalars"] == 1
+        assert counts["new numbers, layouts, alignments or host scalars"] == 1
         assert counts["static or written inputs at new addresses"] == 1
         reset(first)
         for _ in range(2):

@@ -1,6 +1,6 @@
 """Runs the suite on other torches and Pythons, each pair in a virtual environment of its own, and says what ran.
 
-    .venv/bin/python tools/matrix.py 2.11.0 2.15.0 --pythons 3.11 3.12
+    .venv/bin/python tests/matrix.py 2.11.0 2.15.0 --pythons 3.11 3.12
 
 The environments stay, as ``.venv-<torch>-<python>``; with PyTorch's CUDA builds each takes about 6 GB.
 """
