@@ -184,7 +184,7 @@ FAULTS = (
         "buffers.py",
         "if begin := value.data_ptr() % ALIGNMENT:",
         "if begin := 0 % ALIGNMENT:",
-        "test_buffers.py::test_bridge_is_aligned_as_its_value[cpu-misaligned]",
+        "test_buffers.py::test_bridge_is_aligned_as_its_value[misaligned-cpu]",
     ),
     Fault(
         "no-shapes-and-gradients",
