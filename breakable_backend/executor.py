@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from breakable_backend import _torch, locks
+from breakable_backend import _torch, buffers, locks
 from breakable_backend.active import Call, in_call
 from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
-from breakable_backend.buffers import ALIGNMENT
 from breakable_backend.callers import Callers
 from breakable_backend.compare import Checker
 from breakable_backend.device_errors import blame
@@ -65,12 +64,12 @@ ShapeKey = tuple[Any, ...]
 
 
 class Alignments(tuple[int, ...]):
-    """How many bytes behind a multiple of ``ALIGNMENT`` each bridged input begins. In a key only if one is not there."""
+    """How many bytes behind a multiple of ``buffers.ALIGNMENT`` each bridged input begins. In a key only if one is not there."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        return f"{', '.join(map(str, self))} bytes off {ALIGNMENT}"
+        return f"{', '.join(map(str, self))} bytes off {buffers.ALIGNMENT}"
 
 
 class Key(NamedTuple):
@@ -718,7 +717,7 @@ class _KeyReader:
         if self.scalars:
             shapes += tuple(_scalar_bytes(args[index]) for index in self.scalars)
         # A bridge is aligned as the value that it was made for. To look takes 0.15 us for each bridged input.
-        if any(begins := [data_ptr(args[index]) % ALIGNMENT for index in self.bridged]):
+        if any(begins := [data_ptr(args[index]) % buffers.ALIGNMENT for index in self.bridged]):
             shapes += (Alignments(begins),)
         return Key(addresses, shapes)
 

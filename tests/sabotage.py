@@ -175,7 +175,7 @@ FAULTS = (
     Fault(
         "alignment-not-in-the-key",
         "executor.py",
-        "data_ptr(args[index]) % ALIGNMENT for",
+        "data_ptr(args[index]) % buffers.ALIGNMENT for",
         "0 for",
         "test_contract_keys.py::test_alignments[cpu]",
     ),
