@@ -112,7 +112,7 @@ FAULTS = (
         "_torch.py",
         "if frame.f_code is _COMPILE_WRAPPER:",
         "if False:",
-        "test_report_reach.py::test_reached[cpu-module that calls a function with a break]",
+        "test_report_reach.py::test_a_callee_behind_an_object[cpu]",
     ),
     Fault(
         "compiled-children-are-in-no-report",
@@ -1263,7 +1263,7 @@ FAULTS = (
         "partition.py",
         'if node.op == "call_function" else None',
         "if True else None",
-        "test_contract_stale.py::test_views_of_inputs_inside_one_another[cpu]",
+        "test_partition.py::test_arguments_that_share_a_storage",
     ),
     Fault(
         "result-of-an-in-place-op-is-the-whole",

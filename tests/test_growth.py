@@ -118,16 +118,21 @@ def test_no_object_stays(once: Callable[..., None], device: torch.device, kind: 
 
 def test_sites_go_with_what_was_compiled(device: torch.device, kind: str) -> None:
     """A call of a marked function in compiled code lives as long as that code."""
+
+    def calls() -> int:
+        return sum(site.mark is plus_one.mark for site in sites.values())  # type: ignore[attr-defined]
+
     torch.compiler.reset()
     gc.collect()
+    before = calls()
     compiled = compiled_round(device, kind, lambda x: plus_one(x.sin()) * 2)
-    assert [site.mark for site in sites.values()] == [plus_one.mark]  # type: ignore[attr-defined]
+    assert calls() == before + 1
     torch._dynamo.reset()
     gc.collect()
-    assert list(sites.values()) == []
+    assert calls() == before
     with torch.no_grad():
         compiled[0](torch.rand(3, device=device))
-    assert len(list(sites.values())) == 1
+    assert calls() == before + 1
 
 
 def exported_by_torch(module: torch.nn.Module, x: Tensor) -> Any:
