@@ -1227,7 +1227,7 @@ FAULTS = (
         "lowering.py",
         "value.layout not in (torch.strided, torch.jagged)",
         "value.layout not in (torch.strided, torch.jagged, torch._mkldnn)",
-        "test_contract_inputs.py::test_layout_without_strides",
+        "test_contract_inputs.py::test_layout_without_strides[cpu]",
     ),
     Fault(
         "callers-autocast-ignored",
