@@ -78,8 +78,8 @@ class Bridge:
             length = extent(value) * value.element_size()
             memory = torch.empty(begin + length, dtype=torch.uint8, device=device)
             # A storage that begins there, and no offset into one: views inside of segments count from its beginning.
-            storage = _torch.storage_at(memory.data_ptr() + begin, length, device)
-            flat = torch.empty(0, dtype=value.dtype, device=device).set_(storage)
+            storage = _torch.storage_at(memory.data_ptr() + begin, length, memory.device)
+            flat = torch.empty(0, dtype=value.dtype, device=memory.device).set_(storage)
             tensor = flat.as_strided(value.shape, value.stride())
             return cls(tensor, flat if overlaps(value) else None, bits, memory)
         if not overlaps(value):

@@ -6,6 +6,7 @@ was cut anew, gets a number more and leaves the older one as it is.
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 import sys
@@ -14,9 +15,13 @@ from typing import Any
 
 from torch import fx
 
+from breakable_backend import locks
 from breakable_backend.program import EagerSegment, GraphSegment, Program, Segment
 
 PREFIX = "breakable_cg"
+
+_printing = locks.lock()
+"""Held while a graph is printed: fx keeps the names for a text at the graph's nodes, and two texts would take each other's."""
 
 _HEAD = """\
 from __future__ import annotations
@@ -66,7 +71,8 @@ def module_text(module: fx.GraphModule, about: str) -> str:
 
 
 def _readable(module: fx.GraphModule) -> str:
-    text = module.print_readable(print_output=False)
+    with _printing:
+        text = module.print_readable(print_output=False)
     return f"{text.replace(type(module).__name__, _class_name(module), 1).strip()}\n"
 
 
@@ -105,14 +111,22 @@ def whole(program: Program) -> fx.GraphModule:
             values[constant.name] = graph.get_attr(constant.name)
     for position, segment in enumerate(program.segments):
         name = segment_name(position, segment)
-        root.add_module(name, segment.module)
+        root.add_module(name, _twin(segment.module))
         results = graph.call_module(name, tuple(values[taken] for taken in segment.inputs))
         for index, made in enumerate(segment.outputs):
             values[made] = graph.call_function(operator.getitem, (results, index))
             values[made].name = made
-    root.add_module("outputs", program.epilogue.module)
+    root.add_module("outputs", _twin(program.epilogue.module))
     graph.output(graph.call_module("outputs", tuple(values[name] for name in program.epilogue.inputs)))
     return fx.GraphModule(root, graph, "Program")
+
+
+def _twin(module: fx.GraphModule) -> fx.GraphModule:
+    """A module of the same code. fx compiles anew what is put into another module: not the one that calls run meanwhile."""
+    targets = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    parts = {target: operator.attrgetter(target)(module) for target in sorted(targets)}
+    twins = {target: _twin(part) if isinstance(part, fx.GraphModule) else part for target, part in parts.items()}
+    return fx.GraphModule(twins, copy.deepcopy(module.graph), type(module).__name__)
 
 
 def whole_text(program: Program, about: str) -> str:

@@ -320,7 +320,7 @@ def test_strides_that_say_nothing() -> None:
 
 def test_bridge_is_aligned_as_its_value(value: Tensor) -> None:
     """A bridge lies to 16 bytes as the value that it was made for, in a storage that begins where it does."""
-    bridge = Bridge.like(value, value.device)
+    bridge = Bridge.like(value, torch.device(value.device.type))  # without a number, as callers may say it
     assert bridge.tensor.data_ptr() % 16 == value.data_ptr() % 16
     assert bridge.tensor.storage_offset() == 0
     assert bridge.tensor.untyped_storage().nbytes() == extent(value) * value.element_size()

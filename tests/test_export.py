@@ -60,6 +60,25 @@ breakable_cg_graph_0_replay_0_step_2.dot    graph 0 replay 0, step 2 captured, 3
     assert texts["breakable_cg_graph_0_replay_0.py"].endswith(entry.replay.source)
 
 
+def test_segments_stay_as_they_are(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
+    """An export compiles nothing anew that calls in other threads run meanwhile, bodies of regions included."""
+
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor) -> Tensor:
+        return x.sin() + 1
+
+    compiled = torch.compile(lambda x: region(model(region(x))), backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(torch.ones(4, device=device))
+    (executor,) = executors_of(compiled)
+    program = executor.program
+    modules = [module for part in (*program.segments, program.epilogue) for module in part.module.modules()]
+    before = [(type(module).forward, type(module).forward.__code__) for module in modules]
+    export(compiled, tmp_path)
+    assert [(type(module).forward, type(module).forward.__code__) for module in modules] == before
+
+
 def test_segment_runs(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
     """An exported segment is a module that computes what the segment does."""
     compiled = torch.compile(model, backend="breakable_cg", options=options)
