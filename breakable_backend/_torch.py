@@ -785,7 +785,12 @@ def storage_at(address: int, num_bytes: int, device: torch.device) -> torch.Unty
 def twin_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """Another storage over the same memory, which it keeps alive. So one can tell who holds on to which of the two."""
     with torch.inference_mode(False), torch.no_grad():
-        octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return storage_of(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
+
+
+def storage_of(octets: torch.Tensor) -> torch.UntypedStorage:
+    """A storage of its own that begins where ``octets``, a slice of some memory, does; it keeps that memory alive."""
+    with torch.inference_mode(False), torch.no_grad():
         return from_dlpack(torch._C._to_dlpack(octets)).untyped_storage()
 
 

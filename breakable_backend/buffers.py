@@ -67,21 +67,20 @@ class Bridge:
     """The whole extent as one dimension, where elements of ``tensor`` share memory (an expanded value)."""
     bits: torch.dtype | None = None
     """What copies take the elements for, where they may not know their dtype."""
-    memory: torch.Tensor | None = None
-    """What owns the memory of a bridge that does not begin where its allocation does."""
 
     @classmethod
     def like(cls, value: torch.Tensor, device: torch.device) -> Bridge:
         """An empty bridge for ``value``, as aligned as that is: see :data:`ALIGNMENT`."""
         bits = copied_as(value)
-        if begin := value.data_ptr() % ALIGNMENT:
-            length = extent(value) * value.element_size()
-            memory = torch.empty(begin + length, dtype=torch.uint8, device=device)
-            # A storage that begins there, and no offset into one: views inside of segments count from its beginning.
-            storage = _torch.storage_at(memory.data_ptr() + begin, length, memory.device)
-            flat = torch.empty(0, dtype=value.dtype, device=memory.device).set_(storage)
-            tensor = flat.as_strided(value.shape, value.stride())
-            return cls(tensor, flat if overlaps(value) else None, bits, memory)
+        begin = value.data_ptr() % ALIGNMENT if value.numel() else 0
+        if begin:
+            with torch.inference_mode(False):
+                octets = torch.empty(begin + extent(value) * value.element_size(), dtype=torch.uint8, device=device)
+                # A storage that begins there, and no offset into one: views inside of segments count from its beginning.
+                storage = _torch.storage_of(octets[begin:])
+                flat = torch.empty(0, dtype=value.dtype, device=octets.device).set_(storage)
+                tensor = flat.as_strided(value.shape, value.stride())
+            return cls(tensor, flat if overlaps(value) else None, bits)
         if not overlaps(value):
             return cls(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device), None, bits)
         flat = torch.empty(extent(value), dtype=value.dtype, device=device)

@@ -189,8 +189,8 @@ FAULTS = (
     Fault(
         "bridges-aligned-as-the-allocator-likes",
         "buffers.py",
-        "if begin := value.data_ptr() % ALIGNMENT:",
-        "if begin := 0 % ALIGNMENT:",
+        "begin = value.data_ptr() % ALIGNMENT if",
+        "begin = 0 if",
         "test_buffers.py::test_bridge_is_aligned_as_its_value[misaligned-cpu]",
     ),
     Fault(

@@ -859,3 +859,25 @@ def test_on_a_stream_of_the_caller() -> None:
         assert torch.equal(got, torch.full_like(x, (number + 1) * 4.0))
     del y, got
     graph.reset()
+
+
+def test_a_result_off_16_bytes_outlives_its_graph(
+    make: Callable[..., BreakableCUDAGraph], device: torch.device
+) -> None:
+    """A result that begins between two multiples of 16 bytes is the caller's memory when the graph is gone, as any other."""
+
+    @eager_on_graph
+    def part(x: Tensor) -> Tensor:
+        return (x * 2)[1:]
+
+    x, graph = torch.arange(64.0, device=device), make()
+    with torch.no_grad(), capture(graph):
+        y = part(x)
+        z = y + 1
+    x.neg_()
+    graph.replay()
+    assert y.data_ptr() % 16 == 4
+    assert torch.equal(y, (x * 2)[1:]) and torch.equal(z, y + 1)
+    graph.reset()
+    others = [torch.full((64,), 7.0, device=device) for _ in range(64)]
+    assert torch.equal(y, (x * 2)[1:]) and len(others) == 64
