@@ -1411,7 +1411,7 @@ FAULTS = (
         "drivers/tape.py",
         "        return _torch.pytree.tree_map_only(torch.Tensor, _torch.wait_tensor(), result)",
         "        return result",
-        "test_collectives.py::test_collectives[cpu-gathered]",
+        "test_collectives.py::test_the_tape_waits_for_each_result",
     ),
     Fault(
         "collectives-are-issued-while-taping",

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import silly
+from breakable_backend import _torch
+from breakable_backend.drivers import tape
 from breakable_backend.effects import WAIT
 from checks import program_of
 
@@ -114,3 +116,12 @@ def test_a_segment_waits(
         issuing = [text for text in segments if "_c10d_functional.all" in text]
         assert issuing
         assert all(WAIT.replace("::", ".") in text for text in issuing)
+
+
+def test_the_tape_waits_for_each_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line 3: the tape copies what a collective has made only after that was waited for, however quick the collective is."""
+    waited: list[Tensor] = []
+    monkeypatch.setattr(_torch, "wait_tensor", lambda: lambda tensor: waited.append(tensor) or tensor)
+    made = [torch.ones(2), torch.zeros(2)]
+    assert tape._Awaited(lambda: made)() == made  # type: ignore[arg-type]
+    assert [id(tensor) for tensor in waited] == [id(tensor) for tensor in made]
