@@ -27,6 +27,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
+from breakable_backend.buffers import extent
 from breakable_backend.effects import (
     alias_source,
     is_check,
@@ -121,8 +122,7 @@ def _has_gaps(tensor: torch.Tensor) -> bool:
     """Whether memory lies between the elements of a tensor; where sizes vary, whether it may."""
     numbers = (*tensor.shape, *tensor.stride())
     if not any(isinstance(number, torch.SymInt) for number in numbers):
-        extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        return 0 < tensor.numel() < extent
+        return tensor.numel() < extent(tensor)
     dense: Any = 1
     for size, step in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if str(step) != str(dense):  # compared as text: ``==`` would guard on it

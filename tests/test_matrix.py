@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+import matrix
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -32,17 +32,6 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-@pytest.fixture(name="matrix")
-def _matrix(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tests/matrix.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "matrix", module)  # for its dataclass
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_readme_has_a_row_for_each_torch() -> None:
     """The README's table has the pin and the torches of the Makefile in order, and each cell says a date or ``not tested``."""
     table = re.findall(r"^\| (2\.\d+\.\d+)\b[^|]*\|([^|]*)\|([^|]*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
@@ -61,12 +50,12 @@ def test_pyproject_says_the_same() -> None:
     assert PROJECT["requires-python"] == f">={variable('PYTHONS')[0]}"
 
 
-def test_the_core_is_there(matrix: ModuleType) -> None:
+def test_the_core_is_there() -> None:
     """Each file of the core of the suite is a file of the suite."""
     assert all((ROOT / f"tests/{name}.py").exists() for name in matrix.CORE)
 
 
-def test_a_python_that_is_missing_is_printed(matrix: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_that_is_missing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """A missing interpreter is a row that says so; it is no failure, and where nothing else ran there is no success."""
     monkeypatched = ["matrix.py", "2.15.0", "--pythons", "3.999"]
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +66,7 @@ def test_a_python_that_is_missing_is_printed(matrix: ModuleType, capsys: pytest.
 
 @pytest.mark.parametrize(("newer", "code"), [(True, 0), (False, 1)])
 def test_a_torch_that_cannot_be_had(
-    matrix: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], newer: bool, code: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], newer: bool, code: int
 ) -> None:
     """Where the newest torch cannot be installed, the newest beyond the pin is run, and the table says both; else it fails."""
     monkeypatch.setattr(matrix, "install", lambda venv, interpreter, torch: newer and torch == "torch>2.13.0")
@@ -90,7 +79,7 @@ def test_a_torch_that_cannot_be_had(
     assert bool(re.search(r"^2\.14\.1 .* 9 passed", out, re.MULTILINE)) == newer
 
 
-def test_what_fails_fails(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A red suite on one torch is a failure of the whole."""
     monkeypatch.setattr(matrix, "install", lambda venv, interpreter, torch: True)
     rows = iter([matrix.Row("2.11.0", "3.11", "9 passed"), matrix.Row("2.15.0", "3.11", "1 failed", good=False)])
