@@ -15,6 +15,8 @@ from torch.nn import functional
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph
 
 SIZE = 4096
+KEYS = 80
+"""Sizes that a crowd calls its functions with."""
 
 
 @eager_on_graph
@@ -26,15 +28,17 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
 class Crowd:
     """Eight threads on one GPU. Each does one thing over and over, and writes down every error."""
 
-    def __init__(self, device: torch.device, backend: Any) -> None:
+    def __init__(self, device: torch.device, backend: Any, options: dict[str, Any] | None = None) -> None:
         self.device = device
         self.errors: collections.Counter[str] = collections.Counter()
         self.rounds: collections.Counter[str] = collections.Counter()
         self.kept = 0
         self.drawn = 0
         self._lock = threading.Lock()
-        self.drops = torch.compile(lambda x: functional.dropout(x * 2, 0.5) + 0, backend=backend, dynamic=True)
-        self.plain = torch.compile(lambda x: shifted(x * 2) * 3, backend=backend, dynamic=True)
+        self.drops = torch.compile(
+            lambda x: functional.dropout(x * 2, 0.5) + 0, backend=backend, options=options, dynamic=True
+        )
+        self.plain = torch.compile(lambda x: shifted(x * 3 - 1) * 6 - 9, backend=backend, options=options, dynamic=True)
         with torch.no_grad():
             for size in (SIZE, SIZE + 2):
                 self.drops(torch.ones(size, device=device))
@@ -65,6 +69,10 @@ class Crowd:
             assert not thread.is_alive(), "a thread hangs"
         gc.collect()
 
+    def key(self, work: str) -> int:
+        """Which of the sizes the next round of ``work`` has: each round another one."""
+        return self.rounds[work] % KEYS
+
     def ones(self, size: int = SIZE) -> torch.Tensor:
         return torch.ones(size, device=self.device)
 
@@ -90,13 +98,13 @@ class Crowd:
 
     def calls_draws(self) -> None:
         """By the first door: new keys and old ones of a function that draws."""
-        x = self.ones(SIZE + 2 * (self.rounds["calls_draws"] % 80))
+        x = self.ones(SIZE + 2 * self.key("calls_draws"))
         for _ in range(3):
             self._count(self.drops(x), 4.0)
 
     def calls(self) -> None:
         """By the first door: new keys and old ones of a function with an eager step."""
-        x = self.ones(SIZE + 2 * (self.rounds["calls"] % 80))
+        x = self.ones(SIZE + 2 * self.key("calls"))
         for _ in range(3):
             self._equal(self.plain(x), 9.0)
 

@@ -27,12 +27,14 @@ from torch.nn import functional
 from breakable_backend import breakable_cg, reset
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import cuda
-from crowd import Crowd, shifted
+from crowd import KEYS, Crowd, shifted
 
-CHECKED = 50
+CHECKED = 7
 """Every how many results of a model one is compared with eager, bit for bit. What the crowd does is compared each time."""
 SIZES = range(8, 80, 8)
-"""Batch sizes of the models: three more than there is room for."""
+"""Batch sizes of the models."""
+ROOM = 2
+"""``max_recordings``. So a key goes for a new one after eight calls without it."""
 WARM_PHASES = 2
 SLACK = 1 << 20
 """Bytes that may come and go: the allocator's and the libraries' own."""
@@ -89,27 +91,31 @@ class Phase(Crowd):
     """One generation of models, with those who use them."""
 
     def __init__(self, device: torch.device, checks: Counter[str]) -> None:
-        super().__init__(device, breakable_cg)
+        options: Any = {"driver": "cuda", "max_recordings": ROOM}
+        super().__init__(device, breakable_cg, options)
         self.checks = checks
         width = random.choice([64, 128, 192])
         self.model = nn.Sequential(Block(width), Block(width)).to(device)
         self.width = width
-        options: Any = {"driver": "cuda", "max_recordings": 6}
         self.served = torch.compile(self.model, backend=breakable_cg, options=options, dynamic=True)
         with torch.no_grad():
-            for size in (
-                SIZES
-            ):  # all is compiled before the threads start: Dynamo's compilations disturb calls in other threads
+            # All is compiled before the threads start: Dynamo's compilations disturb calls in other threads.
+            for size in SIZES:
                 self.served(torch.randn(size, width, device=device))
 
     def works(self) -> list[Any]:
         crowd = [self.captures_draws, self.captures, self.calls_draws, self.calls]
         return [*crowd, *crowd, self.serves, self.serves, self.churns, self.resets]
 
+    def key(self, work: str) -> int:
+        """Two keys take turns: one is replayed while the other is new, waits for its place, and evicts the one before."""
+        count = self.rounds[work]
+        return (count // 4 + count % 2) % KEYS
+
     def serves(self) -> None:
-        """A call with one of five sizes; every so often one of the five makes room for another."""
+        """A call with one of two sizes; every so often one of the two makes room for another."""
         count = self.rounds["serves"]
-        size = SIZES[(count // 60 + count % 5) % len(SIZES)]
+        size = SIZES[(count // 10 + count % 2) % len(SIZES)]
         x = torch.full((size, self.width), float(count % 7), device=self.device)
         got = self.served(x)
         with self._lock:
@@ -129,7 +135,7 @@ class Phase(Crowd):
     def resets(self) -> None:
         """Resets what the others are calling."""
         reset(random.choice([self.served, self.plain, self.drops]))
-        time.sleep(0.2)
+        time.sleep(2.0)  # time for some evictions
 
 
 def soak(
