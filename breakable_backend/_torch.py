@@ -43,6 +43,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import traceback as _fx_traceback
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
@@ -161,10 +162,9 @@ def _stand_in(tensor: torch.Tensor, context: TracingContext) -> torch.Tensor:
     fake: torch.Tensor = tensor
     if not isinstance(tensor, FakeTensor):
         fake = mode.from_tensor(tensor, symbolic_context=symbols, source=source)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
-    extent = 0 if any(type(size) is int and size == 0 for size in fake.shape) else extent
     with mode, torch.no_grad():
-        memory = torch.empty(fake.storage_offset() + extent, dtype=fake.dtype, device=fake.device)
+        length = fake.storage_offset() + extent(fake.shape, fake.stride())
+        memory = torch.empty(length, dtype=fake.dtype, device=fake.device)
         placed = memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
     return with_lazy_bits(placed, lazy_bits(fake)).requires_grad_(fake.requires_grad)
 
@@ -312,6 +312,20 @@ def _entered_around(ops: Mapping[OpOverload, Callable[[], AbstractContextManager
             if kernel is not None:
                 op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+
+
+@contextmanager
+def noted(key: str, value: Any) -> Iterator[None]:
+    """Have nodes that are traced in here carry ``value`` in ``meta["custom"]``; those that are traced already do not change.
+
+    ``torch.fx.traceback.annotate`` changes the dict, which the nodes before may share.
+    """
+    before = _fx_traceback.current_meta
+    _fx_traceback.current_meta = {**before, "custom": {**before.get("custom", {}), key: value}}
+    try:
+        yield
+    finally:
+        _fx_traceback.current_meta = before
 
 
 def static_input_indices() -> frozenset[int]:
@@ -733,6 +747,16 @@ def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of a tensor's storage, also for fake tensors; valid while the tensor lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def extent(shape: Iterable[Any], stride: Iterable[Any]) -> Any:
+    """How many elements lie between the first and the last of such a tensor, both included. A symbolic size is not 0."""
+    length = 1
+    for size, step in zip(shape, stride, strict=True):
+        if type(size) is int and size == 0:
+            return 0
+        length += (size - 1) * step
+    return length
 
 
 class Geometry(NamedTuple):

@@ -170,9 +170,7 @@ def overlaps(tensor: torch.Tensor) -> bool:
 
 def extent(tensor: torch.Tensor) -> int:
     """How many elements lie between a tensor's first and last element, both included."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(_torch.extent(tensor.shape, tensor.stride()))
 
 
 def flattened(tensor: torch.Tensor) -> torch.Tensor:

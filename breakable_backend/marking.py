@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
-from torch.fx import traceback
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.traceback import annotate, get_current_meta
 
@@ -215,14 +214,10 @@ class Marks:
 
     @contextmanager
     def _part_of(self, op: Any, why: str) -> Iterator[None]:
-        """Have nodes that are traced in here say why they are eager; those that are traced already say nothing new."""
+        """Have nodes that are traced in here say why they are eager."""
         self._ops.add(op)
-        before = traceback.current_meta
-        traceback.current_meta = {**before, "custom": {**before.get("custom", {}), REGION_KEY: why}}
-        try:
+        with _torch.noted(REGION_KEY, why):
             yield
-        finally:
-            traceback.current_meta = before
 
     def unmet(self, module: fx.GraphModule) -> frozenset[str]:
         """What ``eager_ops`` names, and neither the lowered graph nor the one before it calls."""

@@ -14,6 +14,8 @@ from itertools import accumulate
 
 import torch
 
+from breakable_backend import _torch
+
 
 @dataclass(frozen=True)
 class Region:
@@ -34,11 +36,10 @@ class Region:
         begin = tensor.data_ptr() if start is None else start
         if tensor.numel() == 0:
             return cls(begin, begin, 0, 0, written)
-        length = width = tensor.itemsize
-        period = 0
+        length = _torch.extent(tensor.shape, tensor.stride()) * tensor.itemsize
+        width, period = tensor.itemsize, 0
         for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
             step = stride * tensor.itemsize
-            length += (size - 1) * step
             if size > 1 and period == 0 and step <= width:
                 width += (size - 1) * step
             elif size > 1:

@@ -180,8 +180,7 @@ def geometry(tensor: torch.Tensor) -> Geometry:
 
 def extent(where: Geometry) -> int:
     """How many elements of its storage a tensor spans."""
-    shape, stride, _ = where
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+    return int(_torch.extent(where[0], where[1]))
 
 
 def view_leaf(kind: str, number: int, base: Geometry, where: Geometry, detached: bool) -> Structure:

@@ -48,6 +48,13 @@ def clean() -> Iterator[None]:
     breakable_backend.reset()
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """For inference, but where a test says otherwise."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(params=["tape", pytest.param("cuda", marks=pytest.mark.gpu)])
 def driver(request: pytest.FixtureRequest) -> Iterator[CaptureDriver]:
     """A driver of each kind. A test has to release what it captured: no block of the pool may be left."""

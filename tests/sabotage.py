@@ -55,6 +55,14 @@ class Fault:
 
 
 FAULTS = (
+    # --- the device is lost ---
+    Fault(
+        "a-release-raises-where-the-device-is-lost",
+        "drivers/eager.py",
+        "        with suppress(torch.AcceleratorError):  # of",
+        "        if True:  # of",
+        "test_debug_eager.py::test_a_lost_device_is_no_error_of_a_release",
+    ),
     # --- forks ---
     Fault(
         "a-child-waits-for-locks-of-threads-that-it-lacks",

@@ -11,7 +11,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,12 +39,7 @@ from breakable_backend import (
 from breakable_backend.recording import EagerStep
 from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
 
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """Captures for inference, but where a test says otherwise."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # --- segments and breaks ----------------------------------------------------------------------------------------------

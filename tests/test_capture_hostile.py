@@ -28,11 +28,7 @@ from breakable_backend import (
 )
 from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone, shape_of
 
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # --- a graph in use -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +17,7 @@ from breakable_backend.drivers import cuda
 from breakable_backend.seen import seen_by, without_autocast_cache
 from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone
 
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """Captures for inference."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 SIZE = 1 << 22

@@ -17,7 +17,6 @@ import breakable_backend
 from breakable_backend import (
     BreakableCUDAGraph,
     CaptureError,
-    breakable_cg,
     capture,
     eager_on_graph,
     explain,
@@ -25,8 +24,9 @@ from breakable_backend import (
 )
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers.cuda import CudaDriver
+from gpu import compiled
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 CUDA = torch.device("cuda")
 
 
@@ -51,17 +51,6 @@ def waits(x: torch.Tensor) -> torch.Tensor:
 @waits.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    """All of this is inference."""
-    with torch.no_grad():
-        yield
-
-
-def compiled(function: Any, **options: Any) -> Any:
-    return torch.compile(function, backend=breakable_cg, options={"driver": "cuda", **options})
 
 
 class Block(nn.Module):

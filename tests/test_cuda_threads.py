@@ -15,20 +15,10 @@ from torch.nn import functional
 from breakable_backend import BreakableCUDAGraph, BreakableError, breakable_cg, capture, eager_on_graph, explain, reset
 from breakable_backend.backend import executors_of
 from crowd import Crowd
+from gpu import compiled
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    """All of this is inference."""
-    with torch.no_grad():
-        yield
-
-
-def compiled(function: Any, **options: Any) -> Any:
-    return torch.compile(function, backend=breakable_cg, options={"driver": "cuda", **options})
 
 
 def beside(work: Callable[[], None], main: Callable[[], None]) -> list[str]:

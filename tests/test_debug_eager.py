@@ -14,6 +14,7 @@ from torch import Tensor
 import silly
 from breakable_backend import explain
 from breakable_backend.backend import executors_of
+from breakable_backend.drivers.eager import EagerDriver
 from silly import aliasing, mutating
 
 
@@ -157,3 +158,18 @@ def test_names_its_ops(device: torch.device, debug: dict[str, Any]) -> None:
         ("aten.mul.Tensor", "aten.cos.default", "aten.add.Tensor"),
     ]
     assert all("aten.add.Tensor" in graph.dot() for graph in entry.recording.graphs)
+
+
+def test_a_lost_device_is_no_error_of_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is released is given up where CUDA fails too: nobody could catch an error of a finalizer."""
+
+    class Lost:
+        def synchronize(self) -> None:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    driver = EagerDriver(torch.device("cpu"))
+    graph, _ = driver.capture(lambda: torch.ones(3))
+    monkeypatch.setattr(driver, "_done", Lost())
+    owner = [torch.ones(3)]
+    driver.release([graph], owner)
+    assert (owner, driver.live_blocks()) == ([], 0)

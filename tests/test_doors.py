@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ import doors
 from breakable_backend import break_graph, eager_on_graph
 from checks import assert_same
 from doors import Case, Opened, close, seen, vectors
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 # --- marked functions ---------------------------------------------------------------------------------------------------
 
@@ -356,12 +358,6 @@ NOT_AT: dict[tuple[str, str], str] = {
 
 
 # --- every model at every door ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=["compile", "capture", "debug"])

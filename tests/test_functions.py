@@ -12,7 +12,7 @@ import os
 import shutil
 import timeit
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,13 +34,9 @@ from breakable_backend import (
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.sites import sites
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=BACKENDS)

@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -162,8 +162,9 @@ class EagerDriver:
         """Nothing to do: what runs op by op fails where the device does."""
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        if self._done is not None and not self.is_capturing():
-            self._done.synchronize()  # the last call may have run on another stream than the memory is of
+        with suppress(torch.AcceleratorError):  # of a lost device: whoever lets go of a model has nothing to do about it
+            if self._done is not None and not self.is_capturing():
+                self._done.synchronize()  # the last call may have run on another stream than the memory is of
         for graph in graphs:
             assert isinstance(graph, RerunGraph), graph
             graph.release()
