@@ -26,7 +26,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
-from breakable_backend.effects import is_checked_by_nobody, producer_of
+from breakable_backend.effects import is_checked_by_nobody, is_view, producer_of, tensors_of
 from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.lowering import Ambient, ambient_of, is_opaque
 from breakable_backend.marking import label
@@ -76,6 +76,8 @@ class Call:
     spec: TensorSpec | None = None
     """What the result must look like; None if it is no tensor, or of a size known only at run time."""
     ambient: Ambient | active.Modes | None = None
+    view: bool = False
+    """Whether it does nothing but alias its arguments."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,7 @@ class Binding:
             source=source_line(producer),
             spec=TensorSpec.of(value, self.symbols) if checked and value is not None else None,
             ambient=ambient_of(node),
+            view=is_view(node),
         )
         if self.debug and not is_view_call(call):
             return replace(call, function=watched(function, f"eager {call.label}", call.source))
@@ -576,7 +579,7 @@ class _Recorder:
         observer = self.plan.observer
         for call in calls:
             local[call.result] = perform(call if observer is None else observer.call(call), local)
-            if self._is_constant_view(call):
+            if self._is_constant_view(call, local[call.result]):
                 self.constants[call.result] = local[call.result]
             else:
                 kept.append(call)
@@ -591,10 +594,18 @@ class _Recorder:
             if isinstance(local[name], torch.Tensor):
                 self.outside.add(name)
 
-    def _is_constant_view(self, call: Call) -> bool:
-        """Whether a call only makes a view of memory that stays where it is, so that it need not be made again."""
+    def _is_constant_view(self, call: Call, made: Any) -> bool:
+        """Whether a call only makes a view of memory that stays where it is, so that it need not be made again.
+
+        What a fake says is not enough: were ``made`` a copy, later calls would get the values of this one.
+        """
+        if not is_view_call(call):
+            return False
         slots = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
-        return is_view_call(call) and bool(slots) and all(slot.name in self.constants for slot in slots)
+        if not slots or not all(slot.name in self.constants for slot in slots):
+            return False
+        memory = {_torch.storage_key(t) for slot in slots for t in tensors_of(self.constants[slot.name])}
+        return all(_torch.storage_key(tensor) in memory for tensor in tensors_of(made))
 
     # outputs
 
@@ -605,8 +616,11 @@ class _Recorder:
         calls: list[Call] = []
 
         def make(call: Call) -> Slot:
-            local[call.result] = perform(call, local)
-            calls.append(call)
+            made = local[call.result] = perform(call, local)
+            if self._is_constant_view(call, made):
+                self.constants[call.result] = made
+            else:
+                calls.append(call)
             return Slot(call.result)
 
         taken = {node.name for node in epilogue.module.graph.nodes} | set(local)
@@ -628,11 +642,7 @@ class _Recorder:
             # Several outputs on one storage of ours: copy the storage once, and make the views on the copy.
             places[name] = copied(home) if self._to_copy(home, local) and behind[name] > 1 else home
         for call in self.binding.calls(EagerSegment(epilogue.module, epilogue.inputs, (), (), (), ()), places, None):
-            if self._is_constant_view(call):
-                local[call.result] = self.constants[call.result] = perform(call, local)
-                places[call.result] = Slot(call.result)
-            else:
-                places[call.result] = make(call)
+            places[call.result] = make(call)
         returned = []
         for leaf in outputs_of(epilogue.module):
             place = places[leaf.name] if isinstance(leaf, fx.Node) else leaf
@@ -672,11 +682,8 @@ class _Recorder:
 
 
 def is_view_call(call: Call) -> bool:
-    """Whether a call makes a view and does nothing else."""
-    function = call.function
-    if function is operator.getitem:
-        return True
-    return isinstance(function, _torch.OpOverload) and function.is_view
+    """Whether a call makes a view, or takes one of several results, and does nothing else."""
+    return call.view or call.function is operator.getitem
 
 
 def _outputs_behind(module: fx.GraphModule) -> dict[str, int]:

@@ -821,6 +821,20 @@ FAULTS = (
         "test_contract_aliases.py::test_aliases[cpu-same_result_of_eager_twice]",
     ),
     Fault(
+        "views-behind-views-by-storage-are-made-again",
+        "recording.py",
+        "view=is_view(node),",
+        "view=getattr(node.target, 'is_view', False),",
+        "test_host_time.py::test_views_of_captured_memory_are_made_once[cpu]",
+    ),
+    Fault(
+        "copies-are-constant-views",
+        "recording.py",
+        "return all(_torch.storage_key(tensor) in memory for tensor in tensors_of(made))",
+        "return bool(memory)",
+        "test_executor.py::test_a_copy_that_its_fake_takes_for_a_view[tape]",
+    ),
+    Fault(
         "outputs-cloned-apart",
         "recording.py",
         "behind[name] > 1 else home",

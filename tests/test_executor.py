@@ -115,6 +115,25 @@ def test_calls_of_a_key(make: Make) -> None:
     assert (entry.calls, entry.captures, entry.replays) == (5, 2, 3)
 
 
+def test_a_copy_that_its_fake_takes_for_a_view(make: Make) -> None:
+    """What is a view by its fake, and in truth a copy, is made in each call."""
+
+    def copied(x: Tensor) -> tuple[Tensor]:
+        return (silly.triple((x.sin() + 1).clone()) + 1,)
+
+    gm = make_fx(copied, tracing_mode="fake")(make.ones(3))
+    (clone,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    clone.meta["val"] = clone.args[0].meta["val"].view(3)
+    executor = Executor(
+        Lowered(gm, frozenset()), Scope(make.device), Options.parse({"min_kernels": 1}, {}), make.driver, ""
+    )
+    make.made.append(executor)
+    for number in range(4):
+        x = make.ones(3) * number
+        (result,) = executor([x])
+        assert torch.equal(result, copied(x)[0])
+
+
 def test_nothing_to_capture(make: Make) -> None:
     """A program without captured segments runs plainly and has no keys."""
     executor = make(lambda x: silly.triple(x), make.ones(3))
