@@ -92,6 +92,15 @@ class Captured:
         self.replay = _checked_once(self, replay) if checker is None else _compared(self, replay, checker)
         self.compared = checker is not None
         self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
+        self.alive = self._alive()
+
+    def _alive(self) -> str:
+        """What happens anew in each replay, so that nobody else's capture may hold one; empty if nothing does."""
+        if self.breaks:
+            return "with eager steps"
+        if any(graph.draws_random for graph in self.recording.graphs):
+            return "that draws random numbers"
+        return "that is compared with eager" if self.compared else ""
 
     def run(self, stream: int) -> None:
         """Replay, between the driver's ``begin`` and ``end``."""
@@ -182,8 +191,9 @@ class BreakableCUDAGraph:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
 
         Raises:
-            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; or it has
-                eager steps, and a CUDA graph capture that is not ours is active.
+            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; it has eager
+                steps, or draws random numbers, and a CUDA graph capture that is not ours is active; or the stream of
+                the last replay has been captured by somebody else for 5 seconds.
             EagerOutputError: an eager function returned what cannot take the place of its result at capture.
         """
         if _held() is not None and (handler := active.handler.get()) is not None:
@@ -193,9 +203,9 @@ class BreakableCUDAGraph:
         if captured is None:
             raise self._failure()
         driver, only = captured.driver, captured.only
-        if captured.breaks and driver.is_capturing():
+        if captured.alive and driver.is_capturing():
             raise ReplayError(
-                "a graph with eager steps was replayed inside somebody else's capture, which would freeze them",
+                f"a graph {captured.alive} was replayed inside somebody else's capture, which would freeze that",
                 where=user_line(),
                 fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
             )

@@ -55,12 +55,34 @@ class Fault:
 
 
 FAULTS = (
+    # --- somebody else's captures ---
+    Fault(
+        "an-event-of-ours-in-a-foreign-capture",
+        "drivers/ordering.py",
+        "if (self.several or stream != self.last) and is_captured(stream):",
+        "if False:",
+        "test_ordering.py::test_a_capture_of_the_last_stream_gets_no_event",
+    ),
+    Fault(
+        "a-foreign-capture-waits-for-us",
+        "drivers/ordering.py",
+        "        if is_captured(stream):\n            return\n        if stream not in",
+        "        if stream not in",
+        "test_ordering.py::test_work_in_somebody_elses_capture_is_in_no_order",
+    ),
+    Fault(
+        "a-foreign-capture-freezes-draws",
+        "graph.py",
+        "if any(graph.draws_random for graph in self.recording.graphs):",
+        "if False:",
+        "test_capture_hostile.py::test_what_a_foreign_capture_would_freeze[cpu-False]",
+    ),
     # --- the device is lost ---
     Fault(
         "a-release-raises-where-the-device-is-lost",
         "drivers/eager.py",
-        "        with suppress(torch.AcceleratorError):  # of",
-        "        if True:  # of",
+        "        with suppress(torch.AcceleratorError):\n",
+        "        if True:\n",
         "test_debug_eager.py::test_a_lost_device_is_no_error_of_a_release",
     ),
     # --- forks ---

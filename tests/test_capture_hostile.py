@@ -26,6 +26,8 @@ from breakable_backend import (
     eager_on_graph,
     is_capturing,
 )
+from breakable_backend.drivers import ordering
+from breakable_backend.drivers.tape import TapeDriver
 from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone, shape_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -195,6 +197,79 @@ def test_replay_inside_a_foreign_capture() -> None:
     replays_equal(graph, lambda x: bend(x + 1), x, y)
     del y, z
     graph.reset()
+
+
+@pytest.mark.gpu
+def test_replays_that_foreign_captures_take_in() -> None:
+    """After replays on several streams a foreign capture takes in a graph without breaks; later replays are ordered as ever."""
+    graph, x, streams = BreakableCUDAGraph(), torch.randn(4, device="cuda"), [torch.cuda.Stream() for _ in range(3)]
+    with capture(graph):
+        y = x.sin() + 1
+
+    def replays() -> None:
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.current_stream().wait_stream(streams[-1])
+        assert torch.equal(y, x.sin() + 1)
+
+    replays()
+    outers = []
+    for stream in (streams[-1], None):  # the last one used, and one of torch's own
+        outers.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(outers[-1], stream=stream):
+            graph.replay()
+            z = y * 2
+        x.fill_(len(outers))
+        replays()
+        outers[-1].replay()
+        assert torch.equal(z, (x.sin() + 1) * 2)
+    graph.reset()
+    driver: Any = graph.driver
+    assert not driver._leaving  # nothing waits for an event that is part of a capture
+
+
+@pytest.mark.gpu
+def test_the_only_stream_is_captured_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay that would have to wait for a stream on which somebody captures is an error; that capture goes on, and ends well."""
+    monkeypatch.setattr(ordering, "WAIT", 0.05)
+    stream, outer = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    graph, x = BreakableCUDAGraph(), torch.randn(4, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), capture(graph):
+        y = x + 1
+    with torch.cuda.graph(outer, stream=stream):
+        z = x * 2
+        with (
+            torch.cuda.stream(torch.cuda.Stream()),
+            pytest.raises(ReplayError, match="capturing the stream of the last"),
+        ):
+            graph.replay()
+    outer.replay()
+    assert torch.equal(z, x * 2)
+    replays_equal(graph, lambda x: x + 1, x, y)
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_what_a_foreign_capture_would_freeze(make: MakeGraph, device: torch.device, compares: bool) -> None:
+    """A graph that draws, or compares, is refused in a foreign capture, which would draw the same numbers again and again."""
+    graph, x = make(), torch.ones(4, device=device)
+    with capture(graph, debug="compare" if compares else None):
+        y = x * 2 if compares else x + torch.rand_like(x)
+
+    def replay() -> None:
+        with pytest.raises(ReplayError, match="compared with eager was" if compares else "draws random numbers was"):
+            graph.replay()
+        x + 1
+
+    if device.type == "cuda":
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            replay()
+    else:
+        TapeDriver(device).capture(replay)
+    graph.replay()
+    assert torch.equal(y, x * 2) if compares else y.unique().numel() == 4
 
 
 @pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -23,7 +23,7 @@ import torch
 import breakable_backend
 import silly
 from breakable_backend import BreakableError, ReplayError, _torch, backend, device_errors, errors, sites
-from breakable_backend.drivers import cuda, generator, nodes, streams, tape
+from breakable_backend.drivers import cuda, generator, nodes, ordering, streams, tape
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.structure import Unholdable
@@ -239,6 +239,17 @@ def capturing_stream(patch: pytest.MonkeyPatch) -> Any:
     return cuda.CudaSession(SimpleNamespace(stream=None, is_capturing=lambda: True))  # type: ignore[arg-type]
 
 
+def captured_stream(patch: pytest.MonkeyPatch) -> ordering.Order:
+    """The order of two streams, of which somebody captures the first and does not end."""
+    patch.setattr(torch.cuda, "Event", lambda: None)
+    patch.setattr(torch.cuda, "current_stream", lambda device: None)
+    patch.setattr(ordering, "is_captured", lambda stream: stream == 1)
+    patch.setattr(ordering, "WAIT", 0.01)
+    order = ordering.Order(torch.device("cuda", 0))
+    order.last = 1
+    return order
+
+
 def unknown_stream(patch: pytest.MonkeyPatch) -> Any:
     """The streams of a capture that does not know the current one."""
     patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
@@ -450,7 +461,10 @@ CASES: dict[str, Case] = {
     "is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),
     # replaying
     "nothing was captured": Case("graph.replay()  # here"),
-    "a graph with eager steps was replayed inside somebody else's capture, which would freeze them": Case(
+    "somebody else has been capturing the stream of the last replay for": Case(
+        "planted.follow(2)  # here", captured_stream
+    ),
+    "was replayed inside somebody else's capture, which would freeze that": Case(
         in_body("eager_on_graph(plain)(x)") + "\nplanted()\ngraph.replay()  # here", foreign_capture
     ),
     "that an eager function takes is gone": Case(

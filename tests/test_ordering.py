@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from breakable_backend.drivers import generator
+from breakable_backend import ReplayError
+from breakable_backend.drivers import generator, ordering
 from breakable_backend.drivers.generator import Turns
 from breakable_backend.drivers.ordering import IDLE, Order
 
@@ -19,6 +20,8 @@ class Streams:
     """Stands for the streams of a GPU, and writes down what is asked of them."""
 
     current: int = 0
+    captured: set[int] = field(default_factory=set)
+    """Those that somebody else captures on."""
     said: list[str] = field(default_factory=list)
 
     def piece(self, order: Order, stream: int) -> list[str]:
@@ -47,6 +50,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
         def record(self, stream: Stream) -> None:
             streams.said.append(f"event on {stream.number}")
 
+    monkeypatch.setattr(ordering, "is_captured", lambda stream: stream in streams.captured)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(streams.current))
     return streams
@@ -74,6 +78,40 @@ def test_streams_that_are_idle_are_forgotten(streams: Streams) -> None:
     said = [streams.piece(order, 2) for _ in range(IDLE + 5)]
     assert said[IDLE - 1] == ["event on 2"] and said[IDLE:] == [[]] * 5
     assert streams.piece(order, 1) == ["event on 2", "1 waits", "event on 1"]
+
+
+def test_work_in_somebody_elses_capture_is_in_no_order(streams: Streams) -> None:
+    """What goes into a foreign capture waits for nothing, is waited for by nobody, and leaves no event in it."""
+    order = Order(torch.device("cuda", 0))
+    streams.piece(order, 1)
+    streams.captured = {3}
+    assert streams.piece(order, 3) == []
+    assert streams.piece(order, 2) == ["event on 1", "2 waits", "event on 2"]
+    assert streams.piece(order, 3) == []
+    assert streams.piece(order, 1) == ["1 waits", "event on 1"]
+
+
+def test_a_capture_of_the_last_stream_gets_no_event(streams: Streams) -> None:
+    """Where the last stream itself is captured, other streams wait for what was there before the capture."""
+    order = Order(torch.device("cuda", 0))
+    streams.piece(order, 1), streams.piece(order, 2)
+    streams.captured = {2}
+    assert streams.piece(order, 2) == []
+    assert streams.piece(order, 1) == ["1 waits", "event on 1"]
+
+
+def test_a_capture_of_the_only_stream_is_waited_for(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one stream there was no event, and there is no place for one until its capture ends: a bounded wait."""
+    order = Order(torch.device("cuda", 0))
+    streams.piece(order, 1)
+    streams.captured = {1}
+    assert not order.is_open()
+    monkeypatch.setattr(ordering, "WAIT", 0.01)
+    with pytest.raises(ReplayError, match=r"capturing the stream of the last replay for 0\.01 s"):
+        streams.piece(order, 2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: streams.captured.clear())
+    assert streams.piece(order, 2) == ["event on 1", "2 waits", "event on 2"]
+    assert order.is_open()
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------

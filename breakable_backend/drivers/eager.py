@@ -162,7 +162,8 @@ class EagerDriver:
         """Nothing to do: what runs op by op fails where the device does."""
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        with suppress(torch.AcceleratorError):  # of a lost device: whoever lets go of a model has nothing to do about it
+        # A lost device is nothing that whoever lets go of a model could mend.
+        with suppress(torch.AcceleratorError):
             if self._done is not None and not self.is_capturing():
                 self._done.synchronize()  # the last call may have run on another stream than the memory is of
         for graph in graphs:

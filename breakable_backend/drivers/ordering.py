@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+
+from breakable_backend.errors import ReplayError, user_line
+
+try:
+    from cuda.bindings import runtime as cudart
+except ImportError:  # pragma: no cover - a machine without CUDA
+    cudart = None
 
 IDLE = 64
 """Pieces of work on one stream, one after the other, until the other streams are forgotten."""
+WAIT = 5.0
+"""Seconds for which a piece of work waits for somebody else's capture of the stream that the last piece is on."""
+
+
+def is_captured(stream: int) -> bool:
+    """Whether ``stream``, a raw handle, is part of a capture that is under way."""
+    _, status = cudart.cudaStreamIsCapturing(stream)
+    return bool(status)
 
 
 class Order:
@@ -13,6 +30,9 @@ class Order:
 
     While all work comes on one stream there are no events. From the second stream on each piece ends with one, until
     one stream has had the last ``IDLE`` pieces to itself. Whoever uses it holds a lock.
+
+    A piece of work on a stream that somebody else captures does not happen now: it takes part in no order. An event
+    recorded there would belong to that capture, and to wait there for one from outside would end it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,11 +47,18 @@ class Order:
         """How many pieces of work the last stream has had to itself."""
 
     def follow(self, stream: int) -> None:
-        """Order ``stream``, which is the current one and not the last, behind the last."""
+        """Order ``stream``, which is the current one and not the last, behind the last.
+
+        Raises:
+            ReplayError: the last stream has been captured by somebody else for ``WAIT`` seconds.
+        """
+        if is_captured(stream):
+            return
         if stream not in self._streams:
             self._streams[stream] = torch.cuda.current_stream(self.device)
         if self.last is not None:
             if not self.several:
+                self._wait_for_capture_of(self.last)
                 self._end.record(self._streams[self.last])
                 self.several = True
             self._streams[stream].wait_event(self._end)
@@ -40,16 +67,34 @@ class Order:
 
     def mark(self, stream: int) -> None:
         """Work ends on ``stream``, which is now the last."""
+        # With one stream alone no event is recorded, and nobody is asked.
+        if (self.several or stream != self.last) and is_captured(stream):
+            return
         self.last = stream
         if self.several:
             self._end.record(self._streams[stream])
             self._alone += 1
             self.several = self._alone < IDLE
 
+    def is_open(self) -> bool:
+        """Whether an event can be recorded behind the last piece of work: its stream is not being captured."""
+        return self.last is None or not is_captured(self.last)
+
     def event(self) -> torch.cuda.Event | None:
-        """An event that comes when all work so far is done; None if there was none."""
+        """An event that comes when all work so far is done; None if there was none. While :meth:`is_open`."""
         if self.last is None:
             return None
         event = torch.cuda.Event()
         event.record(self._streams[self.last])
         return event
+
+    def _wait_for_capture_of(self, stream: int) -> None:
+        until = time.monotonic() + WAIT
+        while is_captured(stream):
+            if time.monotonic() > until:
+                raise ReplayError(
+                    f"somebody else has been capturing the stream of the last replay for {WAIT:g} s, so none can follow it",
+                    where=user_line(),
+                    fix="replay after that capture, or on a stream that nobody captures on",
+                )
+            time.sleep(1e-3)

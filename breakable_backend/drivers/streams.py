@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from breakable_backend.drivers.ordering import is_captured
 from breakable_backend.errors import CaptureError, first_line
 from breakable_backend.seen import seen_by
 
@@ -82,7 +83,7 @@ class StreamOrder:
         stream = torch.cuda.current_stream(self._main.device)
         if stream == self._main or stream.cuda_stream in self._sides:
             return
-        if not is_captured(stream):
+        if not is_captured(stream.cuda_stream):
             raise CaptureError(
                 f"an op ran on {stream}, which the capture does not know: no graph would have it",
                 fix="fork the stream first: side.wait_stream(torch.cuda.current_stream())",
@@ -93,7 +94,7 @@ class StreamOrder:
         """The segment ends: join its streams. Returns what its launch waits for."""
         self._capturing = False
         for side in self._sides.values():
-            if is_captured(side):
+            if is_captured(side.cuda_stream):
                 self._main.wait_stream(side)
         waits, self._waits = tuple(self._waits.values()), {}
         return waits
@@ -120,7 +121,7 @@ class StreamOrder:
         record(event, stream)
         self._recorded.pop(id(event), None)
         self._elsewhere.pop(id(event), None)
-        if self._capturing and is_captured(stream):
+        if self._capturing and is_captured(stream.cuda_stream):
             self._recorded[id(event)] = event, self._segment
         elif self._capturing:
             self._elsewhere[id(event)] = event, stream
@@ -136,9 +137,9 @@ class StreamOrder:
         elif segment is None:
             _, elsewhere = self._elsewhere.get(id(event), (event, None))
             self._waits[id(event)] = Wait(event, elsewhere)
-            if not is_captured(stream):
+            if not is_captured(stream.cuda_stream):
                 wait(event, stream)
-        elif is_captured(stream):
+        elif is_captured(stream.cuda_stream):
             if segment == self._segment:
                 wait(event, stream)
         else:
@@ -189,9 +190,3 @@ def explained(error: BaseException) -> tuple[str, str]:
         if words in first:
             return f"{meaning}: {first}", fix
     return first, ""
-
-
-def is_captured(stream: torch.cuda.Stream) -> bool:
-    """Whether ``stream`` is part of a capture that is under way."""
-    with torch.cuda.stream(stream):
-        return torch.cuda.is_current_stream_capturing()
