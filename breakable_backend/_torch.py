@@ -51,7 +51,11 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode_temporarily,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.dlpack import from_dlpack
 
@@ -136,6 +140,30 @@ def trace_inference(
             keep_inference_input_mutations=True,
             disable_functionalization=True,
         )
+
+
+def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tuple[int, ...] | None:
+    """Which inputs' versions a call of ``lowered`` has to count up, if that is all that AOT's wrappers would do around it.
+
+    None where they do more: take subclasses apart, make outputs again that alias inputs, mark sizes of outputs, leave
+    another grad mode, switch autocast off, fake a first call. (They switch gradients off in each case.) To be asked while AOT
+    compiles ``lowered``, which it made of ``gm``. Read in the wrappers of torch 2.11 to 2.15.
+    """
+    context = TracingContext.try_get()
+    facts = context.fw_metadata if context is not None else None
+    if context is None or facts is None or context.fakify_first_call or any_autocast_enabled():
+        return None
+    more = (
+        *(facts.num_outputs_aliased, facts.num_mutated_inp_runtime_indices, facts.num_intermediate_bases),
+        *(facts.dynamic_outputs, facts.is_rng_op_functionalized, len(facts.tokens)),
+        facts.grad_enabled_mutation is not None,
+    )
+    ends = [*gm.graph.find_nodes(op="placeholder"), *gm.graph.output_node().all_input_nodes]
+    tensors = (leaf for node in ends for leaf in pytree.tree_leaves(node.meta.get("example_value")))
+    same = len(gm.graph.find_nodes(op="placeholder")) == len(lowered.graph.find_nodes(op="placeholder"))
+    if any(more) or not same or any(map(is_traceable_wrapper_subclass, tensors)):
+        return None
+    return tuple(facts.mutated_graph_handled_indices_seen_by_autograd)
 
 
 def apart(inputs: Sequence[Any]) -> list[Any]:
@@ -742,6 +770,9 @@ def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
+
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""Without the context manager that ``torch.set_grad_enabled`` makes."""
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -110,6 +110,8 @@ def lower(
             raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")
 
     inner: list[Callable[[list[Any]], Any]] = []
+    written: tuple[int, ...] | None = None
+    """Where nothing of AOT's has to run around a call: the inputs whose versions are counted up."""
     ours: list[Exception] = []
     """What went wrong behind AOTAutograd."""
 
@@ -121,6 +123,8 @@ def lower(
             raise
 
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        nonlocal written
+        written = _torch.written_without_wrappers(gm, module)
         out_of_place_views(module)
         if lost := lost_outs(module, outs):
             raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
@@ -158,8 +162,33 @@ def lower(
         if error in ours:
             raise
         raise CannotLower(f"AOTAutograd does not take it: {_first_line(error)}") from error
+    if written is not None:
+        function = without_wrappers(inner[-1], written)
     function.executor = inner[-1]  # type: ignore[attr-defined]
     return function
+
+
+def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, ...]) -> Callable[..., Any]:
+    """``compiled`` as Dynamo calls it, with what is left of AOT's wrappers where no output and no argument needs them.
+
+    They take 10 to 25 us a call (CPU, torch 2.13).
+    """
+    count_up = torch.autograd.graph.increment_version
+    is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, _torch.set_grad_enabled
+
+    def call(*args: Any) -> Any:
+        values = list(args)
+        if written:
+            count_up([values[index] for index in written])
+        if not is_grad_enabled():
+            return compiled(values)
+        set_grad_enabled(False)
+        try:
+            return compiled(values)
+        finally:
+            set_grad_enabled(True)
+
+    return call
 
 
 def _first_line(error: Exception) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import silly
+from breakable_backend import lowering
 from breakable_backend.backend import executors_of
 from breakable_backend.executor import Entry
 from breakable_backend.recording import EagerStep
@@ -69,3 +72,98 @@ def test_a_marked_op_that_returns_a_view_runs_in_each_call(device: torch.device,
             compiled(torch.rand(3, device=device))
         assert len(ran) == before + 1
         torch._dynamo.reset()
+
+
+# --- AOTAutograd's wrappers ---------------------------------------------------------------------------------------------------
+
+
+def wrappers_around(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *args: Any, **how: Any) -> bool:
+    """Whether a call of compiled ``function`` still goes through AOTAutograd's wrappers."""
+    skipped = []
+    real = lowering.without_wrappers
+    monkeypatch.setattr(lowering, "without_wrappers", lambda *given: (skipped.append(1), real(*given))[1])
+    torch.compile(function, backend="breakable_cg", **how)(*args)
+    return not skipped
+
+
+def leaves_gradients_off(x: Tensor) -> Tensor:
+    y = x + 1
+    torch.set_grad_enabled(False)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "around"),
+    [
+        (lambda x: x.sin() + 1, False),
+        (lambda x: (x + 1, x.t()), True),
+        (lambda x: x.mul_(2).sum(), False),
+        (leaves_gradients_off, True),
+    ],
+    ids=["fresh results", "a view of an argument", "a written argument", "another grad mode"],
+)
+def test_wrappers_run_where_they_do_something(
+    function: Callable[..., Any],
+    around: bool,
+    device: torch.device,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """AOTAutograd's wrappers run around a call only where there is something for them to do."""
+    assert wrappers_around(monkeypatch, function, torch.rand(3, 3, device=device), options=options) == around
+
+
+def test_wrappers_run_for_subclasses(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor subclasses are taken apart by AOTAutograd's wrappers."""
+    x = TwoTensor(torch.rand(3, device=device), torch.rand(3, device=device))
+    assert wrappers_around(monkeypatch, lambda x: x.sin() + 1, x, options=options)
+
+
+def test_wrappers_run_for_sizes_that_vary(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AOTAutograd's wrappers mark what is of varying size for whoever compiles what comes next."""
+    x = torch.rand(3, device=device)
+    assert wrappers_around(monkeypatch, lambda x: x.sin() + 1, x, options=options, dynamic=True)
+
+
+def test_version_of_a_written_argument(device: torch.device, options: dict[str, Any]) -> None:
+    """A replay counts up the version of an argument that it writes, so that autograd sees the write."""
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        x.add_(y)
+        return x.sum()
+
+    compiled = torch.compile(f, backend="breakable_cg", options=options)
+    x, y = torch.zeros(3, device=device), torch.ones(3, device=device)
+    for _ in range(3):
+        compiled(x, y)
+    before = x._version
+    compiled(x, y)
+    assert entry_of(compiled).replays == 2
+    assert x._version > before
+
+
+def test_gradients_are_on_behind_a_call(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients on, captured code runs with gradients off, and they are on behind each call, also where it raised."""
+
+    def f(x: Tensor) -> Tensor:
+        return silly.fragile(x.sin() + 1) + 1
+
+    compiled = torch.compile(f, backend="breakable_cg", options=options)
+    x = torch.rand(3, device=device)
+    for _ in range(3):
+        compiled(x)
+        assert torch.is_grad_enabled()
+    (executor,) = executors_of(compiled)
+    modes: list[bool] = []
+    executor.tap = lambda *_: modes.append(torch.is_grad_enabled())
+    monkeypatch.setitem(silly.hooks, "fragile", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        compiled(x)
+    assert modes == [False]
+    assert torch.is_grad_enabled()
