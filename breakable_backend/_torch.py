@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
+import math
 import sys
 import threading
 from collections import Counter
@@ -56,6 +57,7 @@ from torch.utils._python_dispatch import (
     _pop_mode_temporarily,
     is_traceable_wrapper_subclass,
 )
+from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.dlpack import from_dlpack
 
@@ -746,6 +748,14 @@ def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
     if isinstance(value, torch.SymInt):
         return int(result)
     return float(result) if isinstance(value, torch.SymFloat) else bool(result)
+
+
+def numbers_of(values: Sequence[Any], symbols: Sequence[sympy.Symbol]) -> Callable[..., tuple[int, ...]]:
+    """A function that takes what ``symbols`` are and returns what ``values``, ints or ``SymInt`` of them, then are."""
+    texts = [PythonPrinter().doprint(v.node.expr) if isinstance(v, torch.SymInt) else str(v) for v in values]
+    text = f"lambda {', '.join(map(str, symbols))}: ({''.join(f'{text}, ' for text in texts)})"
+    function: Callable[..., tuple[int, ...]] = eval(text, {"math": math, "torch": torch})
+    return function
 
 
 def symbols_made(node: fx.Node) -> frozenset[sympy.Symbol]:

@@ -307,6 +307,11 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
     return frozenset(late)
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a call is said to draw random numbers: by PyTorch's tags, or by those that a custom op was given."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether a call does nothing but alias its arguments, and may be made again anywhere."""
     target = node.target
@@ -358,5 +363,5 @@ def is_pure(node: fx.Node) -> bool:
         isinstance(node.target, _torch.OpOverload)
         and node.target.namespace in ("aten", "prims")
         and not node.target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in node.target.tags
+        and not draws(node)
     )

@@ -34,9 +34,10 @@ from breakable_backend.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.overlap import Fixed, Region, any_clash, any_touch
 from breakable_backend.partition import partition
+from breakable_backend.plain import Plain, run_plain, write_plain
 from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
-from breakable_backend.recording import Plan, Recording, check_places, record, run_plain
+from breakable_backend.recording import Plan, Recording, check_places, record
 from breakable_backend.replay import Replay, emit
 from breakable_backend.sources import show_program
 from breakable_backend.witness import Witness
@@ -200,6 +201,7 @@ class Executor:
         """Make the program, and from it how a key is read."""
         self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
         self.capturable = bool(self.program.graph_segments)
+        self._straight: Plain | None = None
         moving = [v for v in self.program.inputs if v.kind == "tensor" and v.value.layout is torch.strided]
         written = {value.index for value in self.program.inputs if value.name in self._written}
         self._moving = {value.index: value.index in written for value in moving} if written else {}
@@ -318,10 +320,19 @@ class Executor:
 
     def _plain(self, args: list[Any], why: str, level: int = logging.INFO) -> list[Any]:
         self._count_plain(why, level)
-        values = list(args)
-        args.clear()
         with span(f"{self.name}: plain, {why}"):
-            return run_plain(self.program, values, debug=self.debug, drawing=self.driver.drawing)
+            if not self.debug:
+                return (self._straight or self._write_plain()).function(args)
+            values = list(args)
+            args.clear()
+            return run_plain(self.program, values, debug=True, drawing=self.driver.drawing)
+
+    def _write_plain(self) -> Plain:
+        """The function of plain calls, made for the first of them."""
+        # Where two threads make one at once, or the program is cut anew meanwhile, either is right.
+        made = write_plain(self.lowered, self.program, self.driver.drawing, f"{self.name} plain")
+        self._straight = made
+        return made
 
     def _count_plain(self, why: str, level: int = logging.INFO) -> None:
         with self._changing:

@@ -386,7 +386,7 @@ class _Draft:
         if node not in self.local:
             if node.op == "get_attr" and isinstance(self._attribute(node), fx.GraphModule):
                 self._copy(node)
-                self.attributes[str(node.target)] = _body(self._attribute(node))
+                self.attributes[str(node.target)] = runnable(self._attribute(node))
             elif node in flow.views:
                 self._copy(node)
             elif node in flow.source:
@@ -437,7 +437,7 @@ def under_ambient(graph: fx.Graph) -> None:
             node.target = ambient.around(node.target)
 
 
-def _body(body: fx.GraphModule) -> fx.GraphModule:
+def runnable(body: fx.GraphModule) -> fx.GraphModule:
     """A body of a higher-order op, as it runs."""
     copied = copy.deepcopy(body)
     for module in copied.modules():

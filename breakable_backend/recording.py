@@ -21,14 +21,14 @@ import sympy
 import torch
 from torch import fx
 
-from breakable_backend import _torch, active
+from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
-from breakable_backend.effects import is_checked_by_nobody, is_view, producer_of, tensors_of
+from breakable_backend.effects import draws, is_checked_by_nobody, is_view, producer_of, tensors_of
 from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
-from breakable_backend.lowering import Ambient, ambient_of, is_opaque
+from breakable_backend.lowering import ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.ops import direct, is_call
 from breakable_backend.program import (
@@ -38,12 +38,10 @@ from breakable_backend.program import (
     Op,
     Program,
     Reason,
-    last_uses,
     outputs_of,
     source_line,
 )
 from breakable_backend.seen import without_autocast_cache
-from breakable_backend.sites import Mark
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
 
@@ -63,6 +61,13 @@ class Copy:
     value: Slot
 
 
+class State(Protocol):
+    """What holds while a call is made."""
+
+    def enter(self) -> AbstractContextManager[None]:
+        """For a ``with`` statement."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an eager step: ``result = function(*args, **kwargs)`` under ``ambient``."""
@@ -75,7 +80,7 @@ class Call:
     source: str = ""
     spec: TensorSpec | None = None
     """What the result must look like; None if it is no tensor, or of a size known only at run time."""
-    ambient: Ambient | active.Modes | None = None
+    ambient: State | None = None
     view: bool = False
     """Whether it does nothing but alias its arguments."""
 
@@ -274,8 +279,7 @@ class Binding:
                 function = _torch.python_implementation(function, device_type) or function
         producer = producer_of(node)
         value = node.meta.get("val")
-        told = is_opaque(producer) or is_checked_by_nobody(producer)
-        checked = isinstance(value, torch.Tensor) and told and self._known(value)
+        checked = isinstance(value, torch.Tensor) and must_fit(producer) and self._known(value)
         call = Call(
             result=node.name,
             function=function,
@@ -298,6 +302,11 @@ class Binding:
         )
 
 
+def must_fit(maker: fx.Node) -> bool:
+    """Whether the results of an eager call may be other than its fake says, and nobody else would notice."""
+    return is_opaque(maker) or is_checked_by_nobody(maker)
+
+
 def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
     fake = value.value
     if value.kind == "ragged":
@@ -310,69 +319,6 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
     for symbolic, number in pairs:
         if isinstance(symbolic, torch.SymInt) and (symbol := _torch.symbol_of(symbolic)) is not None:
             symbols[symbol] = int(number)
-
-
-def run_plain(
-    program: Program,
-    args: Sequence[Any],
-    handler: active.BreakHandler | None = None,
-    *,
-    debug: bool = False,
-    drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> list[Any]:
-    """Run every segment as eager would, with no capture and no bridge: the first call, and whatever is not recorded.
-
-    Under a ``handler``, which is somebody's capture by the second door, eager segments become eager steps of that.
-    ``drawing`` is :meth:`breakable_backend.drivers.CaptureDriver.drawing`.
-
-    Raises:
-        EagerOutputError: a marked op returned something else than its fake implementation said.
-    """
-    binding = Binding.of(program, args, debug)
-    slots = dict(binding.values)
-    for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
-        if isinstance(segment, GraphSegment):
-            with drawing() if _draws(segment) else nullcontext():
-                results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
-            slots.update(zip(segment.outputs, results, strict=True))
-        else:
-            calls = binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None)
-            if handler is None:
-                _run_calls(calls, slots, segment.outputs)
-            else:
-                first, inputs = segment.reasons[0], [slots[name] for name in segment.inputs]
-                body = _SegmentBody(segment, tuple(calls))
-                results = handler.call(Mark(body, first.op, first.source), tuple(inputs), {})
-                slots.update(zip(segment.outputs, results, strict=True))
-        for name in dead:
-            del slots[name]
-    return list(program.epilogue.module(*(slots[name] for name in program.epilogue.inputs)))
-
-
-def _draws(segment: GraphSegment) -> bool:
-    """Whether one of PyTorch's ops draws random numbers there. What a custom op does, its tags tell, or nobody."""
-    targets = (node.target for node in segment.module.graph.nodes)
-    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets)
-
-
-@dataclass(frozen=True)
-class _SegmentBody:
-    """An eager segment as a function of its inputs."""
-
-    segment: EagerSegment
-    calls: tuple[Call, ...]
-
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        slots = dict(zip(self.segment.inputs, inputs, strict=True))
-        _run_calls(self.calls, slots, self.segment.outputs)
-        return tuple(slots[name] for name in self.segment.outputs)
-
-
-def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[str]) -> None:
-    local = dict(slots)
-    for call in calls:
-        local[call.result] = perform(call, local)
-    slots.update((name, local[name]) for name in outputs)
 
 
 # --- recording ------------------------------------------------------------------------------------------------------------
@@ -565,7 +511,7 @@ class _Recorder:
         op = label(first) if first is not None else ""
         reason = Reason("capture_failed", f"could not be captured: {error.what}", op, where)
         (self.disturbed if error.passing else self.failed)[position] = reason
-        with self.driver.drawing() if _draws(segment) else nullcontext():
+        with self.driver.drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
             self.eager(
                 EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))
             )

@@ -197,6 +197,8 @@ class _Writer:
             line = f"{name} = {arguments[0]}[{arguments[1]}]"
         else:
             line = f"{name} = {self._function(call)}({', '.join(arguments)})"
+        if call.source:  # a traceback shows it
+            line += f"  # {call.source}"
         lines = [line]
         if call.ambient is not None:
             lines = [f"with {self._bind(f'{name}_ambient', call.ambient)}.enter():", f"    {line}"]

@@ -85,6 +85,35 @@ FAULTS = (
         "        if True:\n",
         "test_debug_eager.py::test_a_lost_device_is_no_error_of_a_release",
     ),
+    # --- plain calls ---
+    Fault(
+        "plain-calls-go-through-the-graph-each-time",
+        "executor.py",
+        "(self._straight or self._write_plain())",
+        "self._write_plain()",
+        "test_plain.py::test_written_once[cpu]",
+    ),
+    Fault(
+        "plain-calls-look-at-no-result-where-sizes-vary",
+        "plain.py",
+        "        if self.sources.keys() >= set(symbols):",
+        "        if not symbols:",
+        "test_plain.py::test_wrong_layout_where_sizes_vary[cpu]",
+    ),
+    Fault(
+        "plain-calls-draw-without-their-turn",
+        "plain.py",
+        "if draws(node) and not",
+        "if not node and not",
+        "test_plain.py::test_draws_have_their_turn_and_eager_steps_do_not[cpu]",
+    ),
+    Fault(
+        "sources-of-plain-functions-stay",
+        "plain.py",
+        "    weakref.finalize(inner, linecache.cache.pop, replay.file, None).atexit = False\n",
+        "",
+        "test_plain.py::test_source_goes_with_what_was_compiled[cpu]",
+    ),
     # --- forks ---
     Fault(
         "a-child-waits-for-locks-of-threads-that-it-lacks",
@@ -929,9 +958,9 @@ FAULTS = (
     ),
     Fault(
         "plain-call-checks-no-eager-result",
-        "recording.py",
-        "if call.spec is not None and not call.spec.accepts(result):",
-        "if False:",
+        "plain.py",
+        "yield replace(call, spec=TensorSpec.of(fake))",
+        "yield call",
         "test_contract_exceptions.py::test_wrong_fake_implementation[cpu]",
     ),
     Fault(
@@ -1609,9 +1638,9 @@ FAULTS = (
     ),
     Fault(
         "plain-draws-during-captures",
-        "recording.py",
-        "with drawing() if _draws(segment) else nullcontext():",
-        "with nullcontext():",
+        "plain.py",
+        "        with self.drawing(), self.state",
+        "        with self.state",
         "test_cuda_threads.py::test_a_crowd_that_captures_replays_and_drops",
         gpu=True,
     ),

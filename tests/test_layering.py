@@ -58,6 +58,7 @@ LAYERS = {
     "replay": 8,
     "witness": 8,
     "compare": 9,
+    "plain": 9,
     "executor": 10,
     "graph": 10,
     "backend": 11,

@@ -359,7 +359,7 @@ def replay(args, stream):
     del x
     graph_0(stream)
     # eager: silly::triple: tagged cudagraph_unsafe at model.py:12 in forward: y = triple(x)
-    z = silly_triple(y)
+    z = silly_triple(y)  # model.py:12
     if not isinstance(z, Tensor) or z.shape != z_shape or z.stride() != z_stride or z.dtype is not x_dtype or z.device != z_device:
         reject(z_call, z)
     if z.data_ptr() != z_bridge_address:

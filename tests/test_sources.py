@@ -6,7 +6,7 @@ import bdb
 import linecache
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -61,11 +61,11 @@ def depyf(folder: Path) -> Iterator[None]:
 class Breakpoints(bdb.Bdb):
     """Breaks at lines of one file, counts the stops, and goes on."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, marks: Sequence[str] = (" = torch.ops", "graph_")) -> None:
         super().__init__()
         self.stops: Counter[int] = Counter()
         for number, line in enumerate(file.read_text().splitlines(), start=1):
-            if " = torch.ops" in line or "graph_" in line:
+            if any(mark in line for mark in marks):
                 assert self.set_break(str(file), number) is None
 
     def user_line(self, frame: FrameType) -> None:
@@ -97,6 +97,7 @@ def test_files(device: torch.device, options: dict[str, Any], tmp_path: Path) ->
     assert sorted(texts) == [
         "_aten.py",
         "_dynamo.py",
+        "_plain.py",
         "_program.py",
         "_replay_0.py",
         "_segment_0_captured.py",
@@ -125,7 +126,19 @@ def test_replay_runs_from_its_file(device: torch.device, options: dict[str, Any]
     assert linecache.getline(str(file), 1).startswith("def replay(")
 
 
-@pytest.mark.parametrize(("debug", "hits"), [("eager", [3, 3, 3, 3]), (None, [3, 3, 0, 0])])
+def test_plain_calls_run_from_their_file(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
+    """A breakpoint in the file of plain calls is hit in a key's first call, and in no replay."""
+    compiled = compiled_model(options)
+    with depyf(tmp_path):
+        call(compiled, device)
+        executor_of(compiled).reset()
+        (file,) = tmp_path.glob("breakable_cg_*_plain.py")
+        breakpoints = Breakpoints(file, (" = aten_", " = silly_"))
+        counts = [breakpoints.count(lambda: call(compiled, device)) for _ in range(3)]
+    assert counts == [7, 0, 0]  # sin, add | triple | mul, cos, add | view
+
+
+@pytest.mark.parametrize(("debug", "hits"), [("eager", [3, 3, 3, 3]), (None, [0, 3, 0, 0])])
 def test_segment_runs_from_its_file(
     device: torch.device, options: dict[str, Any], tmp_path: Path, debug: str | None, hits: list[int]
 ) -> None:
