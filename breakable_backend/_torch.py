@@ -237,14 +237,42 @@ def _eager_kernels() -> Iterator[None]:
     removed = [
         (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
     ]
-    for op, _, _ in removed:
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    values_only = {op: kernel for op, kernel in _values_only().items() if composite not in op.py_kernels}
+    for op, kernel in values_only.items():
+        op.py_kernels[composite] = kernel
+    changed = {*values_only, *(op for op, _, _ in removed)}
+    for op in changed:
         op._dispatch_cache.clear()
     try:
         yield
     finally:
+        for op in values_only:
+            del op.py_kernels[composite]
         for op, key, kernel in removed:
             op.py_kernels[key] = kernel
+        for op in changed:
             op._dispatch_cache.clear()
+
+
+def _values_only() -> dict[OpOverload, Callable[..., Any]]:
+    """Kernels of the two ops that compute vectors as well while they are traced, as if a subclass were to ask for them.
+
+    LAPACK takes another way there, and rounds otherwise. ``linalg_cond`` and the nuclear norm call one of them.
+    (torch 2.11 to 2.15)
+    """
+
+    def svdvals(matrix: torch.Tensor, *, driver: str | None = None) -> Any:
+        return torch.ops.aten._linalg_svd(matrix, False, _asks_for_gradients(matrix), driver=driver)[1]
+
+    def eigvalsh(matrix: torch.Tensor, UPLO: str = "L") -> Any:
+        return torch.ops.aten._linalg_eigh(matrix, UPLO, _asks_for_gradients(matrix))[0]
+
+    return {torch.ops.aten.linalg_svdvals.default: svdvals, torch.ops.aten.linalg_eigvalsh.default: eigvalsh}
+
+
+def _asks_for_gradients(tensor: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 @contextmanager

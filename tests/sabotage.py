@@ -1183,6 +1183,13 @@ FAULTS = (
         "test_sweep.py::test_as_eager[cpu-nn.functional.softshrink]",
     ),
     Fault(
+        "values-come-with-vectors",
+        "_torch.py",
+        "for op, kernel in _values_only().items() if",
+        "for op, kernel in () if",
+        "test_sweep.py::test_as_eager_with_breaks[cpu-linalg.cond]",
+    ),
+    Fault(
         "functions-that-are-no-ops-ignored",
         "lowering.py",
         "    marks.annotate(gm)\n",

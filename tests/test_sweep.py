@@ -22,6 +22,8 @@ ONCE_DIFFERED = (
     "nn.functional.interpolate.bicubic nn.functional.interpolate.bilinear "
     "nn.functional.multi_margin_loss stft"
 ).split()
+BREAK = "linalg.cond norm.nuc linalg.svdvals linalg.eigvalsh".split()
+"""Ops with an eager step inside, or that are nothing else. Each once differed: torch traced vectors that nobody asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,16 @@ def test_as_eager(name: str, databases: dict[str, Any], device: torch.device) ->
         outcome = opinfos.try_case(case, form, case.samples, device)
         assert (outcome.differs, outcome.failed, outcome.reference) == ("", "", "eager")
         assert outcome.captured
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_as_eager_with_breaks(name: str, databases: dict[str, Any], device: torch.device) -> None:
+    """Ops that wait for the host are the kernels that eager runs."""
+    case = next(iter(opinfos.cases(databases[name], device)))
+    for form in opinfos.FORMS:
+        for sample in case.samples:
+            outcome = opinfos.try_case(case, form, [sample], device)
+            assert (outcome.differs, outcome.failed, outcome.reference) == ("", "", "eager")
 
 
 def nudged(x: Tensor) -> Tensor:
