@@ -435,7 +435,8 @@ class Executor:
 
         def drop() -> None:
             if (executor := me()) is not None:
-                executor._drop_set(addresses, "a static input had died")
+                executor._drop_set(addresses, "a static input had died", wait=False)
+                executor.driver.settle()
 
         def died(_: Any) -> None:
             if (executor := me()) is not None and not sys.is_finalizing():
@@ -687,7 +688,8 @@ def _release_all(sets: OrderedDict[tuple[int, ...], AddressSet], statistics: Sta
     while sets:
         _, addresses = sets.popitem()
         addresses.guards.clear()
-        _release(_emptied(list(addresses.entries.values()), statistics), driver, wait=True)
+        _release(_emptied(list(addresses.entries.values()), statistics), driver, wait=False)
+    driver.settle()
 
 
 class _KeyReader:

@@ -127,7 +127,8 @@ class Captured:
         for tensor in self.outside:
             tensor.check()
 
-    def release(self) -> None:
+    def release(self, *, wait: bool = False) -> None:
+        """Free everything; ``wait``: now, after the last launch, and not a little later."""
         graphs = self.recording.graphs
         self.replay.forget()
         if self.profiled is not None:
@@ -136,7 +137,9 @@ class Captured:
         self.recording = self.replay = self.profiled = self.only = None  # type: ignore[assignment]
         self.held = []
         self.watched.clear()
-        self.driver.release(graphs, owner)
+        self.driver.release(graphs, owner, wait=wait)
+        if not wait:
+            self.driver.settle()
 
 
 class BreakableCUDAGraph:
@@ -306,9 +309,9 @@ class BreakableCUDAGraph:
 
     def _free(self) -> None:
         self._captured = None
-        release, self._release = self._release, None  # two threads may come here at once
-        if release is not None:
-            release()
+        release, self._release = self._release, None
+        if release is not None and (found := release.detach()) is not None:  # None: another thread has come here too
+            found[1](wait=self._gone in ("", RESET))  # what dies does so while others serve
             self.journal.tell(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
 
     def _expire(self, why: str) -> None:

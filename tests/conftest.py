@@ -16,6 +16,7 @@ from breakable_backend import BreakableCUDAGraph
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
+from gpu import settled
 
 NO_GPU = "needs a CUDA GPU: torch.cuda.is_available() is False"
 
@@ -98,5 +99,4 @@ def make(kind: str) -> Iterator[Callable[..., BreakableCUDAGraph]]:
     for graph in made:
         graph.reset()
     gc.collect()
-    assert [driver.live_blocks() for driver in drivers] == [0] * len(drivers)
-    assert [driver.pool_bytes() for driver in drivers] == [0] * len(drivers)
+    assert all(map(settled, drivers))

@@ -77,6 +77,28 @@ FAULTS = (
         "if False:",
         "test_capture_hostile.py::test_what_a_foreign_capture_would_freeze[cpu-False]",
     ),
+    # --- what dies ---
+    Fault(
+        "the-host-waits-for-what-dies",
+        "executor.py",
+        '"a static input had died", wait=False)',
+        '"a static input had died")',
+        "test_executor.py::test_a_death_does_not_wait[tape]",
+    ),
+    Fault(
+        "what-dies-stays-until-a-call-comes",
+        "drivers/cuda.py",
+        "if (self._leaving or self._unreturned) and self._settler is None:",
+        "if False:",
+        "test_leaving.py::test_what_dies_goes_when_the_gpu_is_done",
+    ),
+    Fault(
+        "a-pool-goes-in-the-middle-of-a-call",
+        "drivers/cuda.py",
+        "if not (self._live or self._leaving or self.busy or self._recordings or self._pool is None):",
+        "if not (self._live or self._leaving or self._pool is None):",
+        "test_leaving.py::test_the_pool_of_others_stays",
+    ),
     # --- the device is lost ---
     Fault(
         "a-release-raises-where-the-device-is-lost",

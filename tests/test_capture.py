@@ -38,6 +38,7 @@ from breakable_backend import (
 )
 from breakable_backend.recording import EagerStep
 from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
+from gpu import settled
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -679,7 +680,33 @@ def test_dropped_graph(make: MakeGraph, device: torch.device, kind: str) -> None
     del graph
     gc.collect()
     assert ref() is None
-    assert driver.live_blocks() == 0
+    assert settled(driver)
+
+
+def test_who_waits_for_the_last_launch(
+    make: MakeGraph, device: torch.device, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reset waits for it; a graph that is dropped, or whose parameter dies, does not."""
+    waits: list[bool] = []
+    x = torch.randn(4, device=device)
+    for how in ("reset", "parameter", "graph"):
+        graph, weight = BreakableCUDAGraph(driver=kind), nn.Parameter(torch.ones(4, device=device))
+        with capture(graph):
+            y = marked_bend(x * weight)
+        driver = graph.driver
+        assert driver is not None
+        release = driver.release
+        monkeypatch.setattr(
+            driver, "release", lambda *given, wait, release=release: (waits.append(wait), release(*given, wait=wait))
+        )
+        if how == "reset":
+            graph.reset()
+        elif how == "parameter":
+            del weight
+        del graph, y
+        gc.collect()
+        assert settled(driver)
+    assert waits == [True, False, False]
 
 
 def test_reset(make: MakeGraph, device: torch.device) -> None:

@@ -29,6 +29,7 @@ from breakable_backend import (
 from breakable_backend.drivers import ordering
 from breakable_backend.drivers.tape import TapeDriver
 from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone, shape_of
+from gpu import settled
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -295,7 +296,7 @@ def test_dropped_while_capturing(kind: str, device: torch.device) -> None:
     del manager, graph, y
     gc.collect()
     assert ref() is None
-    assert driver.live_blocks() == 0
+    assert settled(driver)
 
 
 def test_graph_held_by_its_own_function(kind: str, device: torch.device) -> None:
@@ -322,7 +323,7 @@ def test_graph_held_by_its_own_function(kind: str, device: torch.device) -> None
     gc.collect()
     assert ref() is None
     assert driver is not None
-    assert driver.live_blocks() == 0
+    assert settled(driver)
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------------

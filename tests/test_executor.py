@@ -27,6 +27,7 @@ from breakable_backend.executor import Entry, Executor, scope_for
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
+from gpu import settled
 from test_marking import cuda, host, trace
 
 CPU = torch.device("cpu")
@@ -537,6 +538,29 @@ def test_eviction_does_not_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     assert make.driver.live_blocks() == 0 and make.driver.pool_bytes() == 0
 
 
+def test_a_death_does_not_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded for a static input that dies, or for a function that is dropped, is released without a wait."""
+    executor = make(lambda x, w: (x @ w).sin() + 1, make.ones(2, 2), make.ones(2, 2), static={1})
+    waits, settles, real, settle = [], [], make.driver.release, make.driver.settle
+
+    def release(graphs: Any, owner: Any = None, *, wait: bool = True) -> None:
+        waits.append(wait)
+        real(graphs, owner, wait=wait)
+
+    monkeypatch.setattr(make.driver, "release", release)
+    monkeypatch.setattr(make.driver, "settle", lambda: (settles.append(len(waits)), settle()))
+    weights = [make.ones(2, 2), make.ones(2, 2)]
+    for weight in weights:
+        assert ways(executor, *([make.ones(2, 2), weight] for _ in range(3)))[-1] == "replay"
+    del weight, weights[0]
+    assert (waits, settles) == ([False], [1])
+    make.made.clear()
+    del executor
+    gc.collect()
+    assert (waits, settles) == ([False, False], [1, 2])
+    assert settled(make.driver)
+
+
 def test_executor_that_is_dropped(make: Make) -> None:
     """What an executor recorded goes with it, and the pool with its last recording."""
     executor = make(sines, make.ones(3))
@@ -545,8 +569,7 @@ def test_executor_that_is_dropped(make: Make) -> None:
     make.made.clear()
     del executor
     gc.collect()
-    assert make.driver.live_blocks() == 0
-    assert make.driver.pool_bytes() == 0
+    assert settled(make.driver)
 
 
 # --- scope ------------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,9 @@ class CaptureDriver(Protocol):
         is still in use goes at the end of a later call, and the pool stays for the calls to come.
         """
 
+    def settle(self) -> None:
+        """After a release without a wait: no call may come. What leaves goes in time, and the pool with its last graph."""
+
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""
 

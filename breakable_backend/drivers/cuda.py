@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -24,7 +25,7 @@ from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, is_disturbed, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
-from breakable_backend.drivers.ordering import Order
+from breakable_backend.drivers.ordering import Order, relaxed
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, ReplayError, first_line, user_line
 
@@ -34,6 +35,8 @@ except ImportError:  # pragma: no cover - a machine without CUDA
     cudart = None
 
 T = TypeVar("T")
+SETTLE, MAX_SETTLE = 0.02, 1.0
+"""Seconds between two looks whether the GPU is done with what leaves: at first, and at most."""
 log = logging.getLogger(__name__)
 
 
@@ -234,6 +237,10 @@ class CudaDriver:
         self._several = torch.cuda.device_count() > 1
         self._order = Order(self.device)
         self._leaving: deque[_Leaving] = deque()
+        self._settler: threading.Thread | None = None
+        """Gives back what leaves while no call comes."""
+        self._unreturned = False
+        """Whether torch's allocator caches the memory of a pool that is gone."""
         self._lost = False
         """Whether the device is in error, which nothing in this process ends."""
         self._first = False
@@ -247,6 +254,7 @@ class CudaDriver:
         self.busy = False
         mine: Any = self
         mine.begin, mine.release, mine.is_capturing = _refuse_in_child, lambda *_, **__: None, lambda: False
+        mine.settle = lambda: None
 
     # ordering
 
@@ -506,21 +514,65 @@ class CudaDriver:
             finally:
                 self.lock.release()
 
+    def settle(self) -> None:
+        if self._lost:
+            return
+        if not self.is_capturing() and self.lock.acquire(blocking=False):
+            try:
+                self._settled()
+            finally:
+                self.lock.release()
+        if (self._leaving or self._unreturned) and self._settler is None:
+            self._settler = threading.Thread(target=self._settle, name="breakable_cg frees", daemon=True)
+            with suppress(RuntimeError):  # the process ends, and takes all with it
+                self._settler.start()
+
+    def _settled(self) -> bool:
+        """Give back what can be, in the lock, and let go of a pool without graphs; whether nothing is left that leaves."""
+        self._give_back()
+        if not (self._live or self._leaving or self.busy or self._recordings or self._pool is None):
+            self._close_pool()
+            self._unreturned = True
+        return not self._leaving
+
+    def _settle(self) -> None:
+        """In a thread of its own, since nobody may call any more: look until all is given back."""
+        pause = SETTLE
+        done = False
+        while not (done or self._lost):
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_SETTLE)
+            if self.lock.acquire(blocking=False):
+                try:
+                    done = self._settled()
+                    if done and self._unreturned:
+                        self._unreturned = False
+                        # Fails while anybody captures; what then stays cached, the allocator frees when it needs it.
+                        with relaxed(), suppress(RuntimeError):
+                            torch.cuda.empty_cache()
+                finally:
+                    self.lock.release()
+        self._settler = None
+        if self._leaving:  # from somebody who saw this thread
+            self.settle()
+
     def _give_back(self) -> None:
         """Free what leaves, if its last launches are over: bridges go back to the allocator with their owner."""
         wait = any(leaving.wait for leaving in self._leaving)
-        for _ in range(len(self._leaving)):
-            leaving = self._leaving.popleft()
-            if not self._is_over(leaving, wait):
-                self._leaving.append(leaving)  # the end of a later call looks again
-                continue
-            for graph in leaving.graphs:
-                assert isinstance(graph, CudaGraph)
-                graph.release()
-                self._live.discard(graph)
-            leaving.owner.clear()
+        with relaxed():
+            for _ in range(len(self._leaving)):
+                leaving = self._leaving.popleft()
+                if not self._is_over(leaving, wait):
+                    self._leaving.append(leaving)  # the end of a later call looks again
+                    continue
+                for graph in leaving.graphs:
+                    assert isinstance(graph, CudaGraph)
+                    graph.release()
+                    self._live.discard(graph)
+                leaving.owner.clear()
         if wait and not self._live and not self._leaving:
             self._close_pool()
+            torch.cuda.empty_cache()
 
     def _is_over(self, leaving: _Leaving, wait: bool) -> bool:
         """Whether the last launches of what leaves are over; False too where CUDA does not tell, as on a lost device."""
@@ -528,6 +580,8 @@ class CudaDriver:
             if leaving.done is None:
                 if not self._order.is_open():
                     return False
+                if self._order.is_idle():
+                    return True
                 leaving.done = self._order.event()
             if leaving.done is not None and wait:
                 leaving.done.synchronize()
@@ -536,9 +590,9 @@ class CudaDriver:
             return False
 
     def _close_pool(self) -> None:
+        """Let go of the pool: its memory is in torch's cache, and is freed when the cache is emptied, or memory is short."""
         self._drop_keeper()
         self._pool = None
-        torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""

@@ -172,6 +172,9 @@ class EagerDriver:
         if owner is not None:
             owner.clear()
 
+    def settle(self) -> None:
+        """Nothing to do: a release does all at once."""
+
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for graph in self._live() for storage in graph.made.values())
 

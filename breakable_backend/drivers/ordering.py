@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +25,17 @@ def is_captured(stream: int) -> bool:
     """Whether ``stream``, a raw handle, is part of a capture that is under way."""
     _, status = cudart.cudaStreamIsCapturing(stream)
     return bool(status)
+
+
+@contextmanager
+def relaxed() -> Iterator[None]:
+    """Have this thread ask CUDA about events while somebody else's thread captures in "global" mode, without an end to that."""
+    mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+    _, before = cudart.cudaThreadExchangeStreamCaptureMode(mode)
+    try:
+        yield
+    finally:
+        cudart.cudaThreadExchangeStreamCaptureMode(before)
 
 
 class Order:
@@ -79,6 +92,10 @@ class Order:
     def is_open(self) -> bool:
         """Whether an event can be recorded behind the last piece of work: its stream is not being captured."""
         return self.last is None or not is_captured(self.last)
+
+    def is_idle(self) -> bool:
+        """Whether all work so far is done, as far as the last stream tells. While :meth:`is_open`."""
+        return self.last is None or self._streams[self.last].query()
 
     def event(self) -> torch.cuda.Event | None:
         """An event that comes when all work so far is done; None if there was none. While :meth:`is_open`."""

@@ -465,6 +465,9 @@ class TapeDriver:
         if owner is not None:
             owner.clear()
 
+    def settle(self) -> None:
+        """Nothing to do: a release does all at once."""
+
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._made().values())
 
