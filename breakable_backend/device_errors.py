@@ -14,6 +14,7 @@ import torch
 
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import ReplayError
+from breakable_backend.failures import is_device_error, message
 from breakable_backend.marking import label
 from breakable_backend.program import source_line
 from breakable_backend.recording import GraphStep, Recording
@@ -25,30 +26,8 @@ FIX = (
 )
 MAX_SHOWN = 8
 """Segments, and ops of a segment, that a message names."""
-_STICKY = (
-    "assert",
-    "illegal memory access",
-    "illegal instruction",
-    "misaligned address",
-    "invalid address space",
-    "invalid program counter",
-    "unspecified launch failure",
-    "launch timed out",
-    "stack error",
-    "uncorrectable ECC",
-)
-"""What CUDA calls the errors after which a device is lost to the process."""
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
-
-
-def is_device_error(error: BaseException) -> bool:
-    """Whether ``error`` says that the device is lost."""
-    ours = isinstance(error, ReplayError) and error.what.startswith("cudaGraphLaunch failed")
-    if not ours and not isinstance(error, torch.AcceleratorError):
-        return False
-    # The first line alone: below it torch advises on "device-side assertions", whatever the error is.
-    return any(text in _first_line(error) for text in _STICKY)
 
 
 def blame(error: Exception, driver: CaptureDriver, name: str, recordings: Iterable[Recording]) -> None:
@@ -64,7 +43,7 @@ def blame(error: Exception, driver: CaptureDriver, name: str, recordings: Iterab
     shown = list(dict.fromkeys(segment for recording in recordings for segment in segments(recording)))
     more = f"\n    and {len(shown) - MAX_SHOWN} more" if len(shown) > MAX_SHOWN else ""
     listed = "".join(f"\n    {segment}" for segment in shown[:MAX_SHOWN]) + more
-    why = _first_line(error)
+    why = message(error)
     driver.give_up(f"{LOST}: {why}")
     suspects = f"{name} launched these segments, one of which may have done it:{listed}"
     if isinstance(error, ReplayError) or _is_ours(error):
@@ -92,7 +71,3 @@ def _is_ours(error: BaseException) -> bool:
         return True  # a copy in the replay itself; an eager op has a frame of torch's
     outside = [file for file in files if not file.startswith(_TORCH)]
     return bool(outside) and outside[-1].startswith(_PACKAGE)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,11 +25,15 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from breakable_backend import _torch
+
+Passing = Literal["", "memory", "busy", "disturbed"]
+"""What was in the way of a capture and passes: memory ran out; somebody else had what it needs; something made it invalid,
+most likely another thread. Empty: the same will fail again."""
 
 
 class BreakableError(_torch.CompileTimeError):
@@ -42,6 +46,9 @@ class BreakableError(_torch.CompileTimeError):
         where: the user's source line, as ``file.py:12 in forward: code``; by default the innermost one that is running.
         fix: what to do about it; empty if there is nothing to do.
     """
+
+    passing: Passing = ""
+    """What was in the way, if that passes and the same may succeed later."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where or user_line(), fix
@@ -71,9 +78,6 @@ class CaptureError(BreakableError):
     With ``auto_break=True`` (the default) a segment that cannot be captured runs eagerly instead, and the report
     says so; the error then only reaches callers inside somebody else's capture.
     """
-
-    passing = False
-    """Whether what was in the way was another thread's doing and passes: the same may be captured later."""
 
 
 class ReplayError(BreakableError):

@@ -6,28 +6,30 @@ recording depends on: the addresses of static inputs, the numbers, the layouts t
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 import sys
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from breakable_backend import _torch, buffers, locks
+from breakable_backend import _torch, buffers, locks, policy
 from breakable_backend.active import Call, in_call
 from breakable_backend.active import call as current_call
 from breakable_backend.active import handler as door
 from breakable_backend.callers import Callers
 from breakable_backend.compare import Checker
 from breakable_backend.device_errors import blame
-from breakable_backend.drivers import CapturedGraph, CaptureDriver
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureDriver
 from breakable_backend.effects import python_floats, written_inputs
-from breakable_backend.errors import CaptureError, PartitionError
+from breakable_backend.errors import CaptureError, PartitionError, Passing, first_line
+from breakable_backend.failures import passing
 from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
@@ -37,29 +39,19 @@ from breakable_backend.partition import partition
 from breakable_backend.plain import Plain, run_plain, write_plain
 from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
-from breakable_backend.recording import Plan, Recording, check_places, record
+from breakable_backend.recording import Plan, Recorded, Recording, check_places, record
 from breakable_backend.replay import Replay, emit
 from breakable_backend.sources import show_program
 from breakable_backend.witness import Witness
 
 log = logging.getLogger(__name__)
 
-MAX_ADDRESS_SETS = 256
-"""Sets of static addresses with recordings of their own: instances of a module, caches of requests."""
-MAX_ADDRESSES = 4
-"""Addresses of one input that captured segments write, before it gets a bridge and is copied back."""
-MAX_SCALAR_VALUES = 4
-"""Values of one host scalar, before the ops that read it run eagerly."""
-IDLE_FACTOR = 4
-"""A recording is evicted for a new key only after this many times ``max_recordings`` calls without it. So a working set
-that is too large runs plainly in part, and does not record for ever."""
-MAX_DROPPED = 1024
-"""Keys whose recordings went that are remembered, so that the report can say why they were recorded again."""
-MAX_DISTURBED = 3
-"""Recordings of a key that other threads disturb and that are made once more; what they disturb then is eager for good."""
-LOCK_TIMEOUT = 5.0
-"""Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
-a compiled function would otherwise wait for ever."""
+PUT_OFF: Mapping[Passing, str] = {
+    "memory": "memory ran out",
+    "busy": "another thread had what a capture needs",
+    "disturbed": "something made the capture invalid, another thread most likely",
+}
+"""Why a recording is tried again later, as the report counts it."""
 
 ShapeKey = tuple[Any, ...]
 
@@ -102,8 +94,8 @@ class Entry:
     why: str = ""
     """Why it was new: what told it from the keys before it."""
     last_call: int = 0
-    disturbed: int = 0
-    """How often another thread disturbed its recording."""
+    trials: policy.Trials = field(default_factory=policy.Trials)
+    """Recordings that failed for reasons that pass."""
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
 
@@ -182,14 +174,14 @@ class Executor:
         self.scope = scope
         self.bridged: set[str] = set()
         """Inputs written by captured segments that came at too many addresses to key them."""
-        self.seen: dict[str, set[Any]] = {}
-        """Values of host scalars, and addresses of written inputs, so far."""
+        self.variety = policy.Variety()
+        """Of the values of host scalars, and of the addresses of written inputs."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
         self.tap: Callable[[Entry, list[Any]], None] | None = None
         """Shown what is replayed, before it is; measurements set it for a call."""
         self.dropped: OrderedDict[Key, str] = OrderedDict()
-        """Why recordings went: of the last ``MAX_DROPPED`` keys."""
+        """Why recordings went: of the last ``policy.MAX_DROPPED`` keys."""
         self.callers = Callers()
         self.journal = Journal(log, name)
         self._written = written_inputs(lowered.module)
@@ -245,7 +237,8 @@ class Executor:
             return self._plain(args, "called inside an eager step")
         if _torch.dispatch_mode_active():
             return self._plain(args, "a dispatch mode is active")
-        if not driver.lock.acquire(timeout=LOCK_TIMEOUT):
+        if not driver.lock.acquire(timeout=driver.patience):
+            lose_patience(driver)
             return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
         if driver.busy:  # with this thread, whose eager step has left the context of its call
             driver.lock.release()
@@ -290,7 +283,11 @@ class Executor:
         if entry.refused:
             return self._plain(args, entry.refused, logging.WARNING)
         if entry.warm:
-            return self._record(entry, args, stream, driver)
+            if entry.trials.is_due(entry.calls):
+                return self._record(entry, args, stream, driver)
+            if addresses is not None:
+                self._touch(entry, addresses)
+            return self._plain(args, f"waits to be recorded again: {PUT_OFF[entry.trials.cause]}")
         self.callers.note()
         started = time.perf_counter()
         outputs = self._plain(args, "warm-up")
@@ -356,22 +353,21 @@ class Executor:
             key = self._read_key(args)
         now = self.statistics.calls
         addresses = self.sets.get(key.addresses)
+        if addresses is not None:
+            addresses.last_call = now
+        keys = _held(addresses.entries) if addresses is not None else None
+        admission = policy.admit(now, _held(self.sets), keys, self.options.max_recordings)
+        if admission.refused:
+            return Entry(key, refused=admission.refused)
+        if admission.evicts_set:
+            self._drop_set(next(iter(self.sets)), "it was evicted for other addresses", wait=False)
+            self.statistics.evictions += 1
         if addresses is None:
-            if len(self.sets) >= MAX_ADDRESS_SETS:
-                oldest = next(iter(self.sets))
-                if now - self.sets[oldest].last_call < IDLE_FACTOR * MAX_ADDRESS_SETS:
-                    return Entry(key, refused=f"more than {MAX_ADDRESS_SETS} sets of static addresses in use")
-                self._drop_set(oldest, "it was evicted for other addresses", wait=False)
-                self.statistics.evictions += 1
-            addresses = AddressSet(guards=self._guards(key.addresses, args), fixed=self._fixed(args))
+            addresses = AddressSet(guards=self._guards(key.addresses, args), fixed=self._fixed(args), last_call=now)
             with self._changing:
                 self.sets[key.addresses] = addresses
-        addresses.last_call = now
-        limit = self.options.max_recordings
-        if len(addresses.entries) >= limit:
+        if admission.evicts_key:
             shapes, oldest_entry = next(iter(addresses.entries.items()))
-            if now - oldest_entry.last_call < IDLE_FACTOR * limit:
-                return Entry(key, refused=f"more than max_recordings={limit} keys in use")
             self._remember(oldest_entry, "it was evicted for other keys")
             with self._changing:
                 del addresses.entries[shapes]
@@ -396,7 +392,7 @@ class Executor:
         if entry.recording is not None:
             self.journal.tell(f"recording {entry.number} goes: {why}")
             self.dropped[entry.key] = why
-            if len(self.dropped) > MAX_DROPPED:
+            if len(self.dropped) > policy.MAX_DROPPED:
                 self.dropped.popitem(last=False)
 
     def _overlap(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
@@ -453,10 +449,12 @@ class Executor:
         changed = False
         for value in self.program.inputs:
             if value.name in keyed:
-                changed |= self._count(value.name, args[value.index].data_ptr(), MAX_ADDRESSES, self._give_bridge)
+                changed |= self._count(
+                    value.name, args[value.index].data_ptr(), policy.MAX_ADDRESSES, self._give_bridge
+                )
             elif value.name in scalars:
                 changed |= self._count(
-                    value.name, _scalar_bytes(args[value.index]), MAX_SCALAR_VALUES, self._give_up_scalar
+                    value.name, _scalar_bytes(args[value.index]), policy.MAX_SCALAR_VALUES, self._give_up_scalar
                 )
         if changed:
             self._drop_all("keys are read otherwise since then", wait=False)
@@ -464,9 +462,7 @@ class Executor:
         return changed
 
     def _count(self, name: str, value: Any, limit: int, give_up: Callable[[str], None]) -> bool:
-        values = self.seen.setdefault(name, set())
-        values.add(value)
-        if len(values) <= limit:
+        if not self.variety.is_too_much(name, value, limit):
             return False
         give_up(name)
         return True
@@ -474,12 +470,14 @@ class Executor:
     def _give_bridge(self, name: str) -> None:
         self.bridged.add(name)
         self._note(
-            f"{name} is written by captured segments and came at more than {MAX_ADDRESSES} addresses: copied in and back"
+            f"{name} is written by captured segments and came at more than {policy.MAX_ADDRESSES} addresses: copied in and back"
         )
 
     def _give_up_scalar(self, name: str) -> None:
         self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {name})
-        self._note(f"host scalar {name} had more than {MAX_SCALAR_VALUES} values: the ops that read it run eagerly")
+        self._note(
+            f"host scalar {name} had more than {policy.MAX_SCALAR_VALUES} values: the ops that read it run eagerly"
+        )
 
     def _note(self, text: str) -> None:
         with self._changing:
@@ -500,8 +498,17 @@ class Executor:
         program, values = self.program, list(args)
         args.clear()
         started = time.perf_counter()
-        with span(f"{self.name}: record"):
-            recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+        if entry.trials.cause == "memory":
+            driver.make_room()
+        try:
+            with span(f"{self.name}: record"):
+                recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+        except Exception as error:
+            if cause := passing(error):  # in an eager step: a plain call may take less memory
+                self._put_off(entry, cause, first_line(error))
+            raise
+        if recorded.put_off is not None:
+            return self._put_off_call(entry, program, recorded)
         recording, outputs, failed = recorded.recording, recorded.outputs, recorded.failed
         entry.record_seconds = time.perf_counter() - started
         entry.record_copies = recorded.copies
@@ -511,13 +518,7 @@ class Executor:
             self.statistics.recordings += 1
             self.statistics.recorded[entry.why] += 1
             self.statistics.captures += entry.captures
-        for reason in recorded.disturbed.values():
-            self.journal.once(f"another thread disturbed a capture: {reason}", logging.WARNING)
-        entry.disturbed += bool(recorded.disturbed)
-        again = recorded.disturbed and entry.disturbed <= MAX_DISTURBED
-        if not again:
-            failed |= recorded.disturbed
-        if self._alive(entry) and recording.graphs and not again:
+        if self._alive(entry) and recording.graphs:
             name = f"{self.name} replay {entry.number}"
             if witness is None:
                 replay = _checked_once(entry, recording, name)
@@ -527,13 +528,34 @@ class Executor:
                 entry.recording, entry.replay = recording, replay
             self._tell_of(entry, recording, replay)
         else:
-            # A static input died while an eager step ran; or there is nothing to replay, or the next call records again.
+            # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
             del recorded, recording
             driver.release(graphs, owner)
         if failed:
             self._demote(program, failed)
         return outputs
+
+    def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded) -> list[Any]:
+        """What is left of a call whose recording failed for a reason that passes: it was a plain one."""
+        put_off, failed = recorded.put_off, recorded.failed
+        assert put_off is not None
+        self._put_off(entry, put_off.cause, str(put_off.reason))
+        self._count_plain(f"could not be recorded: {PUT_OFF[put_off.cause]}", logging.WARNING)
+        with self._changing:
+            self.statistics.finished_copies += recorded.copies
+        if entry.trials.blames_the_segment:
+            failed = {**failed, put_off.position: put_off.reason}
+            entry.trials = entry.trials.settled()
+        if failed:
+            self._demote(program, failed)
+        return recorded.outputs
+
+    def _put_off(self, entry: Entry, cause: Passing, reason: str) -> None:
+        entry.trials = entry.trials.failed(entry.calls, cause, reason)
+        pause = entry.trials.next_call - entry.calls
+        after = "at its next call" if pause == 1 else f"after {pause} calls"
+        self.journal.tell(f"a key could not be recorded, and is tried again {after}: {reason}", logging.WARNING)
 
     def _tell_of(self, entry: Entry, recording: Recording, replay: Replay) -> None:
         self.journal.recorded(
@@ -641,6 +663,13 @@ def _compared(checker: Checker, name: str) -> Replay:
     return replace(replay, function=checker.around(replay.function))
 
 
+def lose_patience(driver: CaptureDriver) -> None:
+    """A call has waited for the lock in vain: until somebody has had it, no other call waits for it at all."""
+    if driver.patience:
+        driver.patience = 0.0
+        driver.deferred.append(functools.partial(setattr, driver, "patience", LOCK_TIMEOUT))
+
+
 def run_deferred(driver: CaptureDriver) -> None:
     """Release what waits to be released, unless a call is under way: then the end of that call does it.
 
@@ -654,6 +683,11 @@ def run_deferred(driver: CaptureDriver) -> None:
                 driver.deferred.popleft()()
         finally:
             driver.lock.release()
+
+
+def _held(things: Mapping[Any, AddressSet | Entry]) -> policy.Held:
+    oldest = next(iter(things.values()), None)
+    return policy.Held(len(things), oldest.last_call if oldest is not None else 0)
 
 
 def _emptied(entries: Sequence[Entry], statistics: Statistics) -> list[tuple[Recording, Replay, Any]]:

@@ -27,7 +27,17 @@ from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.effects import draws, is_checked_by_nobody, is_view, producer_of, tensors_of
-from breakable_backend.errors import CAUSES, CaptureError, DivergenceError, EagerOutputError, ReplayError
+from breakable_backend.errors import (
+    CAUSES,
+    BreakableError,
+    CaptureError,
+    DivergenceError,
+    EagerOutputError,
+    Passing,
+    ReplayError,
+    first_line,
+)
+from breakable_backend.failures import passing
 from breakable_backend.lowering import ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.ops import direct, is_call
@@ -38,6 +48,7 @@ from breakable_backend.program import (
     Op,
     Program,
     Reason,
+    last_uses,
     outputs_of,
     source_line,
 )
@@ -357,8 +368,18 @@ class Recorded:
     failed: dict[int, Reason]
     """Segments that could not be captured and ran eagerly instead, by position."""
     copies: int
-    disturbed: dict[int, Reason]
-    """Segments whose capture another thread disturbed, and that ran eagerly this time."""
+    put_off: PutOff | None = None
+    """Why nothing is recorded this time; None if all went well. There is nothing in the recording then."""
+
+
+@dataclass(frozen=True)
+class PutOff:
+    """A capture failed for a reason that passes. What came after it, and the segment itself, ran plainly."""
+
+    position: int
+    """Of the segment."""
+    cause: Passing
+    reason: Reason
 
 
 def record(
@@ -367,7 +388,8 @@ def record(
     """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
 
     The caller holds the driver's lock and is between ``driver.begin`` (which gave ``stream``) and ``driver.end``.
-    Eager steps see real data. If this raises, everything that was captured is given back.
+    Eager steps see real data. If this raises, everything that was captured is given back. So it is once a capture fails
+    for a reason that passes, before the rest of the program runs plainly.
 
     Raises:
         CaptureError: a segment cannot be captured, and ``auto_break`` is off.
@@ -381,9 +403,10 @@ def record(
                     recorder.capture(position, segment)
                 else:
                     recorder.eager(segment)
+                recorder.drop_dead(position)
             return recorder.finish()
     except BaseException:
-        graphs = [step.graph for step in recorder.steps if isinstance(step, GraphStep)]
+        graphs = recorder.graphs()
         recorder.forget()
         driver.release(graphs)
         raise
@@ -409,7 +432,9 @@ class _Recorder:
         self.fixed = plan.keyed | static
         """Inputs that captured segments use at their address."""
         self.failed: dict[int, Reason] = {}
-        self.disturbed: dict[int, Reason] = {}
+        self.put_off: PutOff | None = None
+        self.dead: list[tuple[str, ...]] = []
+        """What nobody reads behind each segment; known once nothing is kept."""
         self.copies = 0
         for value in binding.program.inputs:
             self._introduce(value)
@@ -426,10 +451,34 @@ class _Recorder:
     # captured segments
 
     def capture(self, position: int, segment: GraphSegment) -> None:
-        loads = [copy for name in segment.inputs if (copy := self._bridge(name)) is not None]
-        self.copies += load_all(
-            [self.values[copy.bridge.name] for copy in loads], [self.values[copy.value.name] for copy in loads]
-        )
+        if self.put_off is None:
+            failed = self._capture(position, segment)
+            if failed is None:
+                return
+            if self.put_off is not None:
+                self._give_back(position)
+        else:
+            failed = self.put_off.reason
+        with self.driver.drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
+            self.eager(
+                EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (failed,))
+            )
+
+    def _capture(self, position: int, segment: GraphSegment) -> Reason | None:
+        """Capture a segment and launch it; why it could not be, and has to run eagerly.
+
+        The error is gone when this returns, and with it what its frames held of the capture.
+        """
+        loads: list[Copy] = []
+        try:
+            for name in segment.inputs:
+                if (copy := self._bridge(name)) is not None:
+                    loads.append(copy)
+            self.copies += load_all(
+                [self.values[copy.bridge.name] for copy in loads], [self.values[copy.value.name] for copy in loads]
+            )
+        except torch.OutOfMemoryError as error:
+            return self._capture_failed(position, segment, loads, error)
         inputs = [self._inside(name) for name in segment.inputs]
         observer = self.plan.observer
         body = (
@@ -441,10 +490,7 @@ class _Recorder:
             with without_autocast_cache():
                 graph, results = self.driver.capture(functools.partial(body, *inputs))
         except CaptureError as error:
-            for copy in loads:
-                self._unbridge(copy.value.name)
-            self._capture_failed(position, segment, error)
-            return
+            return self._capture_failed(position, segment, loads, error)
         self.addresses.update(
             (name, value.data_ptr())
             for name, value in zip(segment.inputs, inputs, strict=True)
@@ -461,11 +507,17 @@ class _Recorder:
         for name, result in zip(segment.outputs, results, strict=True):
             self.values[name] = self.constants[name] = result
             self.home[name] = Slot(name)
-        graph.replay(self.stream)
+        try:
+            graph.replay(self.stream)
+        except ReplayError as error:
+            if not error.passing:
+                raise
+            return self._capture_failed(position, segment, loads, error)
         for access in segment.writes:
             self.intact.pop(access.storage, None)
         for copy in stores:
             self.copies += self.values[copy.bridge.name].store(self.values[copy.value.name])
+        return None
 
     def _is_input(self, name: str) -> bool:
         return name in self.binding.values
@@ -501,20 +553,45 @@ class _Recorder:
         home = self.home[name]
         return self.values[home.name] if isinstance(home, Slot) else home
 
-    def _capture_failed(self, position: int, segment: GraphSegment, error: CaptureError) -> None:
+    def _capture_failed(self, position: int, segment: GraphSegment, loads: Sequence[Copy], error: Exception) -> Reason:
+        """Why a segment runs eagerly: for good, or, if what was in the way passes, in this call."""
+        for copy in loads:
+            self._unbridge(copy.value.name)
         first = next((node for node in segment.module.graph.nodes if node.op == "call_function"), None)
-        where = error.blamed or (source_line(first) if first is not None else "")
-        if not self.auto_break:
-            raise CaptureError(
-                error.what, where=where, fix=error.fix or "let it run eagerly: auto_break=True"
-            ) from error.__cause__
+        ours = error if isinstance(error, BreakableError) else None
+        what = ours.what if ours is not None else first_line(error)
+        where = (ours.blamed if ours is not None else "") or (source_line(first) if first is not None else "")
+        cause = passing(error)
+        if not cause and not self.auto_break:
+            fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
+            raise CaptureError(what, where=where, fix=fix) from error.__cause__
         op = label(first) if first is not None else ""
-        reason = Reason("capture_failed", f"could not be captured: {error.what}", op, where)
-        (self.disturbed if error.passing else self.failed)[position] = reason
-        with self.driver.drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
-            self.eager(
-                EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (reason,))
-            )
+        reason = Reason("capture_failed", f"could not be captured: {what}", op, where)
+        if cause:
+            self.put_off = PutOff(position, cause, reason)
+        else:
+            self.failed[position] = reason
+        return reason
+
+    def _give_back(self, position: int) -> None:
+        """Give back what was captured before segment ``position``: the rest of the program may need the memory."""
+        graphs = self.graphs()
+        self.steps.clear()
+        self.dead = last_uses(self.binding.program)
+        for before in range(position):
+            self.drop_dead(before)
+        self.driver.release(graphs)
+
+    def graphs(self) -> list[CapturedGraph]:
+        """What was captured so far."""
+        return [step.graph for step in self.steps if isinstance(step, GraphStep)]
+
+    def drop_dead(self, position: int) -> None:
+        """Where nothing is kept: let go of what nobody reads behind segment ``position``, as a plain call does."""
+        for name in self.dead[position] if self.put_off is not None else ():
+            for held in (name, _bridge_name(name), _inside_name(name)):
+                self.values.pop(held, None)
+                self.constants.pop(held, None)
 
     # eager segments
 
@@ -593,6 +670,9 @@ class _Recorder:
         for leaf in outputs_of(epilogue.module):
             place = places[leaf.name] if isinstance(leaf, fx.Node) else leaf
             returned.append(copied(place) if self._to_copy(place, local) else place)
+        outputs = list(_fill(tuple(returned), local))
+        if self.put_off is not None:
+            return Recorded(Recording((), {}, (), (), (), {}), outputs, self.failed, self.copies, self.put_off)
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={
@@ -606,7 +686,7 @@ class _Recorder:
             constants=self.constants,
             addresses=self.addresses | places_of(self.constants),
         )
-        return Recorded(recording, list(_fill(tuple(returned), local)), self.failed, self.copies, self.disturbed)
+        return Recorded(recording, outputs, self.failed, self.copies)
 
     def _to_copy(self, place: Any, local: Mapping[str, Any]) -> bool:
         """Whether the caller would get memory of this recording, which the next call changes."""

@@ -116,6 +116,10 @@ class RecordingReport:
     """The generated replay function."""
     refused: str
     """Why this key is not recorded; empty if it may be."""
+    failures: int
+    """Recordings that failed for reasons that pass, since the key came."""
+    last_failure: str
+    """Why the last of them failed."""
     steps: tuple[StepReport, ...]
     measured: Measured | None = None
 
@@ -338,6 +342,8 @@ def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> Re
         why=entry.why,
         source=replay.source if replay else "",
         refused=entry.refused,
+        failures=entry.trials.failures,
+        last_failure=entry.trials.reason,
         steps=_timed(_steps(recording), measured),
         measured=measured,
     )
@@ -366,6 +372,8 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
                 why="captured",
                 source=graph.source,
                 refused="",
+                failures=0,
+                last_failure="",
                 steps=_timed(steps, measured),
                 measured=measured,
             ),
@@ -520,6 +528,9 @@ def _program_lines(program: ProgramReport) -> Iterator[str]:
                 for recording in program.recordings
             ],
         )
+    for recording in program.recordings:
+        if recording.failures:
+            yield f"  key {recording.key}: recording failed {recording.failures}x for reasons that pass; {recording.last_failure}"
     main = program.main
     yield from _step_lines(main.steps if main is not None else program.steps)
     for recording in program.recordings:

@@ -230,7 +230,7 @@ def failing_begin(patch: pytest.MonkeyPatch) -> Any:
 
 def long_capture(patch: pytest.MonkeyPatch) -> generator.Draws:
     """The generator of a GPU while another thread captures, and does not end."""
-    patch.setattr(generator.Turns, "take", lambda turns: False)
+    patch.setattr(generator.Turns, "take", lambda turns, again=True: False)
     return generator.Draws.__new__(generator.Draws)
 
 

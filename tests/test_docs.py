@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import breakable_backend
-from breakable_backend import errors, executor, measure, program, report
+from breakable_backend import errors, executor, measure, policy, program, report
 from breakable_backend.backend import EagerGraph
 from breakable_backend.errors import BreakableError
 from breakable_backend.marking import RULES
@@ -133,9 +133,8 @@ def test_rules_page() -> None:
 def test_limits_page() -> None:
     """Each limit has its line, with its value."""
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+)", PAGES["semantics"], re.MULTILINE))
-    limits = {
-        name: value for name, value in vars(executor).items() if name.isupper() and isinstance(value, int | float)
-    }
+    everything = {**vars(executor), **vars(policy)}
+    limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits
 
 

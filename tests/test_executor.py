@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import silly
-from breakable_backend import CaptureError, PartitionError
+from breakable_backend import CaptureError, PartitionError, policy
 from breakable_backend import executor as module
 from breakable_backend.active import calling, in_call
 from breakable_backend.backend import executors_of
@@ -179,28 +178,6 @@ def test_under_a_dispatch_mode(make: Make) -> None:
     assert Counting.seen == 2
 
 
-def test_busy_pool(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that cannot have the pool in time runs plainly."""
-    executor = make(sines, make.ones(3))
-    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.01)
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with make.driver.lock:
-            held.set()
-            done.wait(10)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
-        held.wait(10)
-        assert ways(executor, [make.ones(3)]) == ["the pool was busy for 0.01 s"]
-    finally:
-        done.set()
-        thread.join()
-    assert ways(executor, [make.ones(3)]) == ["warm-up"]
-
-
 def test_error_while_recording(make: Make) -> None:
     """A recording that an eager step interrupts is dropped; the next call records."""
     executor = make(lambda x: silly.fragile(x.sin()) + 1, make.ones(3))
@@ -328,7 +305,7 @@ def test_idle_key_is_evicted(make: Make) -> None:
     executor = make(lambda x, n: (x + n).sin(), make.ones(3), 5, mode="symbolic", max_recordings=2)
     for n in (5, 6):
         ways(executor, *([make.ones(3), n] for _ in range(2)))  # calls 1 to 4; the last of key 5 is call 2
-    idle = module.IDLE_FACTOR * 2
+    idle = policy.IDLE_FACTOR * 2
     # calls 5 to 9: fewer than 8 since call 2; call 10 is the 8th
     for call in range(5, 2 + idle):
         assert ways(executor, [make.ones(3), 7]) == ["more than max_recordings=2 keys in use"], call
@@ -371,13 +348,13 @@ def test_evicted_counts_stay(make: Make) -> None:
 
 def test_address_sets_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond ``MAX_ADDRESS_SETS`` a new set of addresses is plain, until the oldest was idle for long enough."""
-    monkeypatch.setattr(module, "MAX_ADDRESS_SETS", 2)
+    monkeypatch.setattr(policy, "MAX_ADDRESS_SETS", 2)
     executor = make(lambda w, x: (w * x).sin(), make.ones(3), make.ones(3), static=[0])
     weights = [torch.full((3,), float(n), device=make.device) for n in range(3)]
     for w in weights[:2]:
         assert ways(executor, *([w, make.ones(3)] for _ in range(3))) == ["warm-up", "record", "replay"]
     assert ways(executor, [weights[2], make.ones(3)]) == ["more than 2 sets of static addresses in use"]
-    ways(executor, *([weights[1], make.ones(3)] for _ in range(module.IDLE_FACTOR * 2)))
+    ways(executor, *([weights[1], make.ones(3)] for _ in range(policy.IDLE_FACTOR * 2)))
     assert ways(executor, *([weights[2], make.ones(3)] for _ in range(3))) == ["warm-up", "record", "replay"]
     assert len(executor.sets) == 2
     assert executor.statistics.evictions == 1
@@ -416,12 +393,12 @@ def test_written_input_at_many_addresses(make: Make) -> None:
 
     executor = make(f, make.ones(3))
     kept = []
-    for number in range(module.MAX_ADDRESSES):
+    for number in range(policy.MAX_ADDRESSES):
         kept.append(torch.full((3,), float(number), device=make.device))
         executor([kept[-1]])
         assert torch.equal(kept[-1], torch.full_like(kept[-1], number + 1.0))
     assert executor.notes == []
-    assert len(executor.sets) == module.MAX_ADDRESSES
+    assert len(executor.sets) == policy.MAX_ADDRESSES
     kept += [make.ones(3) for _ in range(3)]
     assert ways(executor, *([x] for x in kept[-3:])) == ["warm-up", "record", "replay"]
     assert all(torch.equal(x, make.ones(3) * 2) for x in kept[-3:])
@@ -453,7 +430,7 @@ def test_scalar_with_many_values(make: Make) -> None:
     """A host scalar is keyed for ``MAX_SCALAR_VALUES`` values; then what reads it is for the rules to judge again."""
     scope = Scope(make.device, host_scalars=frozenset({"arg1_1"}))
     executor = make(lambda x, s: (x.sin() * s).cos() + 1, make.ones(3), torch.tensor(1.0), scope=scope)
-    values = [torch.tensor(float(n)) for n in range(module.MAX_SCALAR_VALUES + 1)]
+    values = [torch.tensor(float(n)) for n in range(policy.MAX_SCALAR_VALUES + 1)]
     for s in values[:-1]:
         assert ways(executor, *([make.ones(3), s] for _ in range(2))) == ["warm-up", "record"]
     assert ways(executor, [make.ones(3), torch.tensor(0.0)], [make.ones(3), torch.tensor(-0.0)])[0] == "replay"
@@ -494,29 +471,6 @@ def test_reset_during_a_call(make: Make) -> None:
         silly.hooks.clear()
     assert executor.sets == {}
     assert make.driver.live_blocks() == 0
-
-
-@pytest.mark.parametrize("times", [1, 10])
-def test_a_disturbed_capture_is_made_again(make: Make, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """A capture that another thread disturbs runs eagerly in this call, and is made again at the next, a few times at most."""
-    executor = make(lambda x: (x.sin() + 1,), make.ones(4))
-    left, real = [None] * times, make.driver.capture
-
-    def capture(body: Callable[[], Any]) -> Any:
-        if left:
-            left.pop()
-            error = CaptureError("somebody synchronised")
-            error.passing = True
-            raise error
-        return real(body)
-
-    monkeypatch.setattr(make.driver, "capture", capture)
-    for value in range(8):
-        x = make.ones(4) * value
-        assert torch.equal(executor([x])[0], x.sin() + 1)
-    assert executor.statistics.recordings == min(times, module.MAX_DISTURBED) + 1
-    assert bool(executor.scope.forced) == (times > module.MAX_DISTURBED)
-    assert executor.capturable == (times == 1)
 
 
 def test_eviction_does_not_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

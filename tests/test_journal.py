@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import silly
-from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, reset
-from breakable_backend import executor as executor_module
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, policy, reset
 
 TESTS = Path(__file__).parent
 
@@ -133,7 +132,7 @@ def test_evictions(device: torch.device, options: dict[str, Any], lines: Any) ->
     """An eviction is told with its cause, and so is the recording that follows it."""
     compiled = torch.compile(model, backend="breakable_cg", options={**options, "max_recordings": 1}, dynamic=True)
     with torch.no_grad():
-        for size in (4, 4, 6, *[6] * executor_module.IDLE_FACTOR, 4, *[4] * executor_module.IDLE_FACTOR):
+        for size in (4, 4, 6, *[6] * policy.IDLE_FACTOR, 4, *[4] * policy.IDLE_FACTOR):
             compiled(torch.ones(size, device=device))
     found = [text for text in told(lines) if text.startswith("recording")]
     assert found == [

@@ -154,6 +154,25 @@ def test_one_long_turn_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     turns.give()
 
 
+def test_a_long_turn_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who need not wait for a turn that others have waited for in vain does not; the next holder is waited for again."""
+    turns, waited = Turns(), []
+
+    class Lock:
+        def acquire(self, timeout: float) -> bool:
+            waited.append(timeout)
+            return free
+
+    monkeypatch.setattr(turns, "_lock", Lock())
+    free = False
+    assert not turns.take(again=False) and not turns.take(again=False) and not turns.take()
+    free = True
+    assert turns.take(again=False)
+    free = False
+    assert not turns.take(again=False)
+    assert waited == [generator.WAIT, 0.0, generator.WAIT, 0.0, generator.WAIT]
+
+
 def test_many_short_turns_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns that pass from one to the next are waited for, however long all of them take together."""
     monkeypatch.setattr(generator, "WAIT", 0.1)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, ReplayError, capture, eager_on_graph
-from breakable_backend.device_errors import blame, is_device_error, segments
+from breakable_backend.device_errors import blame, segments
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.failures import is_device_error
 from checks import compile_both
 
 ADVICE = """

@@ -16,6 +16,10 @@ import torch
 
 T = TypeVar("T")
 
+LOCK_TIMEOUT = 5.0
+"""Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
+a compiled function would otherwise wait for ever."""
+
 
 class CapturedGraph(Protocol):
     """One captured segment: launches what ran under the capture, on the addresses that it had then.
@@ -71,6 +75,8 @@ class CaptureDriver(Protocol):
     device: torch.device
     lock: threading.RLock
     """Held around every call that uses the pool."""
+    patience: float
+    """Seconds that a call waits for the lock: ``LOCK_TIMEOUT``, or none, while one holder has it for longer than that."""
     busy: bool
     """Whether a call of a compiled function is under way. Who has got the lock, and finds this, is inside of that call."""
     deferred: deque[Callable[[], None]]
@@ -109,6 +115,12 @@ class CaptureDriver(Protocol):
 
     def drawing(self) -> AbstractContextManager[None]:
         """Held around ops that run by themselves and may draw from the device's default generator."""
+
+    def make_room(self) -> None:
+        """A capture ran out of memory, and another begins: give the device what the allocator holds for nobody.
+
+        Under a capture the allocator cannot do that itself.
+        """
 
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream."""

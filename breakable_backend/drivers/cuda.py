@@ -21,13 +21,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.generator import Draws, end, hold_for_ever, is_disturbed, registry
+from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import Order, relaxed
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
-from breakable_backend.errors import CaptureError, OptionsError, ReplayError, first_line, user_line
+from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
+from breakable_backend.failures import as_passing, passing
 
 try:
     from cuda.bindings import runtime as cudart
@@ -111,8 +112,10 @@ class CudaGraph:
         if status:
             self._refuse(cudart.cudaGetErrorString(status)[1].decode())
 
-    def _refuse(self, why: str) -> NoReturn:
-        raise ReplayError(f"cudaGraphLaunch failed: {why}")
+    def _refuse(self, why: str, passes: Passing = "") -> NoReturn:
+        refused = ReplayError(f"cudaGraphLaunch failed: {why}")
+        refused.passing = passes
+        raise refused
 
     def _replay_through_torch(self, stream: int) -> None:
         assert self._graph is not None, "replayed after its release"
@@ -125,8 +128,8 @@ class CudaGraph:
             self._graph.replay()
             if not self._replayed:
                 self.draws_random = self._draws.generator.get_offset() != before
-        except torch.AcceleratorError as error:
-            self._refuse(first_line(error))
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            self._refuse(first_line(error), passing(error))
         finally:
             self._draws.end_replay(stream)
         self._replayed = True
@@ -222,6 +225,7 @@ class CudaDriver:
         ``torch.cuda.graph_pool_handle()``, which dies with its last graph."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.lock = locks.lock()
+        self.patience = LOCK_TIMEOUT
         self.busy = False
         locks.in_child(self, CudaDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
@@ -288,6 +292,10 @@ class CudaDriver:
         """The generator, while no other thread captures; after a long wait whatever then comes of it."""
         return self._draws.at_rest()
 
+    def make_room(self) -> None:
+        """Give the device what torch's allocator holds for nobody."""
+        torch.cuda.empty_cache()
+
     def is_capturing(self) -> bool:
         """Whether a capture that is not ours is active on the current stream; False where the device is lost."""
         try:
@@ -352,9 +360,9 @@ class CudaDriver:
             except BaseException as error:
                 session.abandon()
                 if isinstance(error, Exception):
-                    failed = CaptureError(first_line(error), where=user_line(error.__traceback__))
-                    failed.passing = is_disturbed(error)
-                    raise failed from error
+                    raise as_passing(
+                        CaptureError(first_line(error), where=user_line(error.__traceback__)), error
+                    ) from error
                 raise
             return session.end(), result
 
@@ -386,9 +394,7 @@ class CudaDriver:
                 self._repair(graph, error)
                 raise
         except Exception as error:
-            failed = CaptureError(first_line(error))
-            failed.passing = is_disturbed(error)
-            raise failed from error
+            raise as_passing(CaptureError(first_line(error)), error) from error
         return graph
 
     def _made(self) -> torch.cuda.CUDAGraph:
@@ -410,9 +416,7 @@ class CudaDriver:
             captured = self._instantiated(graph, waits)
         except Exception as error:
             what, fix = (order.explained if order is not None else explained)(error)
-            failed = CaptureError(what, fix=fix)
-            failed.passing = is_disturbed(error)
-            raise failed from error
+            raise as_passing(CaptureError(what, fix=fix), error) from error
         self._live.add(captured)
         return captured
 

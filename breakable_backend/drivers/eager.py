@@ -19,7 +19,7 @@ from torch import fx
 from breakable_backend import _torch, locks
 from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
-from breakable_backend.drivers import CapturedGraph, CaptureSession
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
 
@@ -84,6 +84,7 @@ class EagerDriver:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.lock = locks.lock()
+        self.patience = LOCK_TIMEOUT
         self.busy = False
         locks.in_child(self, EagerDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
@@ -154,6 +155,9 @@ class EagerDriver:
     def drawing(self) -> AbstractContextManager[None]:
         """Nothing to hold: no capture disturbs the generator."""
         return nullcontext()
+
+    def make_room(self) -> None:
+        """Nothing to do: what runs op by op allocates as it always does."""
 
     def is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -21,6 +21,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.errors import CaptureError, ReplayError
+from breakable_backend.failures import passing
 
 try:
     from cuda.bindings import runtime as cudart
@@ -40,15 +41,19 @@ class Turns:
     def __init__(self) -> None:
         self._lock = locks.lock()
         self._count = 0
+        self._too_long = -1
+        """The count of a holder for whom somebody has waited in vain."""
 
-    def take(self) -> bool:
-        """Wait for the lock; False if it is not to be had."""
+    def take(self, *, again: bool = True) -> bool:
+        """Wait for the lock; False if it is not to be had. ``again``: wait for a holder for whom others have waited in vain."""
         while True:
             before = self._count
-            if self._lock.acquire(timeout=WAIT):
+            in_vain = before == self._too_long and not again
+            if self._lock.acquire(timeout=0.0 if in_vain else WAIT):
                 self._count += 1
                 return True
             if self._count == before:
+                self._too_long = before
                 return False
 
     def give(self) -> None:
@@ -73,11 +78,6 @@ def hold_for_ever() -> None:
     """The process ends: no other thread begins a capture, or a replay that draws."""
     captures.hold()
     draws.hold()
-
-
-def is_disturbed(error: BaseException) -> bool:
-    """Whether a capture was invalid before the call that says so: another thread's synchronisation does that."""
-    return "due to a previous error during capture" in str(error)
 
 
 def end(graph: torch.cuda.CUDAGraph) -> None:
@@ -115,12 +115,12 @@ class Draws:
         Raises:
             CaptureError: another thread's capture went on for ``WAIT`` seconds.
         """
-        if not captures.take():
+        if not captures.take(again=False):
             busy = CaptureError(
                 f"another thread's capture went on for {WAIT:g} s",
                 fix="do not wait, inside of `with capture`, for a thread that captures",
             )
-            busy.passing = True
+            busy.passing = "busy"
             raise busy
 
     def end_capture(self) -> None:
@@ -149,10 +149,12 @@ class Draws:
             ReplayError: another thread's capture went on for ``WAIT`` seconds.
         """
         if not draws.take():
-            raise ReplayError(
+            busy = ReplayError(
                 f"a graph that draws random numbers was replayed while another thread's capture went on for {WAIT:g} s",
                 fix="do not wait, inside of `with capture`, for a thread that replays such graphs",
             )
+            busy.passing = "busy"
+            raise busy
         try:
             self.mend()
             if _torch.ONE_CAPTURE_STATE:
@@ -187,7 +189,7 @@ class Draws:
                 end(graph)
             except Exception as error:
                 self.spoilt(pool, error)
-                if not is_disturbed(error) or time.monotonic() > until:
+                if passing(error) != "disturbed" or time.monotonic() > until:
                     _torch.keep_for_ever(graph)
                     raise
             else:

@@ -19,11 +19,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active, locks
-from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.effects import is_asynchronous, written_values
 from breakable_backend.errors import CaptureError, ReplayError, user_line
+from breakable_backend.failures import as_passing
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -303,7 +304,9 @@ class _Tape:
     def check_generator(self) -> None:
         """Refuses a seed or a state that was set under the capture: a replay would not set it again."""
         if not torch.equal(self._random_state, self.generator.get_state()):
-            raise self.refuse("the body set the state of the random generator")
+            refused = self.refuse("the body set the state of the random generator")
+            refused.passing = "disturbed"  # or another thread drew from it: nobody can tell
+            raise refused
 
     def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
         if any(tensor.layout != torch.strided for tensor in tensors):
@@ -376,9 +379,11 @@ def _failure(error: Exception) -> CaptureError:
     """What a capture raises for what came out of its body, with the innermost line that is the user's."""
     where = user_line(error.__traceback__)
     if isinstance(error, CaptureError):
-        return CaptureError(error.what, where=error.blamed or where, fix=error.fix)
-    first_line = str(error).partition("\n")[0]
-    return CaptureError(f"the captured code raised {type(error).__name__}: {first_line}", where=where, fix=FIX)
+        failed = CaptureError(error.what, where=error.blamed or where, fix=error.fix)
+    else:
+        first_line = str(error).partition("\n")[0]
+        failed = CaptureError(f"the captured code raised {type(error).__name__}: {first_line}", where=where, fix=FIX)
+    return as_passing(failed, error)
 
 
 class TapeDriver:
@@ -398,6 +403,7 @@ class TapeDriver:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.lock = locks.lock()
+        self.patience = LOCK_TIMEOUT
         self.busy = False
         locks.in_child(self, TapeDriver._forked)
         self.deferred: deque[Callable[[], None]] = deque()
@@ -446,6 +452,9 @@ class TapeDriver:
     def drawing(self) -> AbstractContextManager[None]:
         """Nothing to hold: no capture disturbs the generator."""
         return nullcontext()
+
+    def make_room(self) -> None:
+        """Nothing to do: what runs op by op allocates as it always does."""
 
     def is_capturing(self) -> bool:
         return _active.get() not in (None, self)

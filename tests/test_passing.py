@@ -1,0 +1,471 @@
+"""Failures that pass: the call runs plainly, what the capture took is given back, and recording is tried again later."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+from torch import Tensor
+
+import silly
+from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, policy
+from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
+from breakable_backend.executor import PUT_OFF
+from breakable_backend.failures import passing
+from test_executor import Make, entries, ways
+
+
+@pytest.fixture
+def build(driver: CaptureDriver) -> Iterator[Make]:
+    """Makes executors on each driver."""
+    build = Make(driver)
+    yield build
+    for executor in build.made:
+        executor.reset()
+    build.made.clear()
+
+
+CAUSES: dict[str, Callable[[], Exception]] = {
+    "memory": lambda: torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ..."
+    ),
+    "busy": lambda: RuntimeError("Only one capture at a time is allowed in a process."),
+    "disturbed": lambda: torch.AcceleratorError(
+        "CUDA error: operation failed due to a previous error during capture\nSearch for `cudaErrorStreamCaptureInvalidated'"
+    ),
+}
+"""What comes out of a capture, by what was in the way."""
+causes = pytest.mark.parametrize("cause", CAUSES)
+
+
+@contextmanager
+def failing(driver: CaptureDriver, *captures: int, cause: str = "memory", made: Any = None) -> Iterator[list[int]]:
+    """Have the captures with these numbers fail, from 0, once their code has run; yields how many began.
+
+    ``made`` is given what the code has made.
+    """
+    real, count = driver.capture, [0]
+
+    def counted(body: Callable[[], Any]) -> Any:
+        number = count[0]
+        count[0] += 1
+        if number not in captures:
+            return real(body)
+
+        def fails(*args: Any) -> None:
+            result = body()
+            if made is not None:
+                made(result)
+            raise CAUSES[cause]()
+
+        return real(fails)
+
+    driver.capture = counted  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        del driver.capture  # type: ignore[method-assign]
+
+
+def three(x: Tensor) -> Tensor:
+    """Three segments with an eager step between each two; the second writes what the first made."""
+    y = silly.triple(x.sin() * 2)
+    z = silly.triple(y.cos() + 1) - y
+    return z * x + 1
+
+
+# --- the first door -----------------------------------------------------------------------------------------------------
+
+
+@causes
+def test_recorded_again_once_it_has_passed(build: Make, cause: str) -> None:
+    """A call whose capture fails in passing returns what eager does, counts as plain with the cause, and the next records."""
+    executor = build(three, build.ones(4))
+    x = build.ones(4)
+    assert ways(executor, [x]) == ["warm-up"]
+    with failing(build.driver, 1, cause=cause):
+        (got,) = executor([x])
+    assert torch.equal(got, three(x))
+    assert executor.statistics.plain[f"could not be recorded: {PUT_OFF[cause]}"] == 1  # type: ignore[index]
+    assert executor.scope.forced == {} and executor.statistics.recordings == 0
+    (entry,) = entries(executor)
+    assert entry.trials.failures == 1 and entry.trials.cause == cause
+    assert ways(executor, [x], [x]) == ["record", "replay"]
+    y = build.ones(4) * 2
+    assert torch.equal(executor([y])[0], three(y))
+    assert [entry.captures for entry in entries(executor)] == [3]
+
+
+@causes
+def test_pauses(build: Make, cause: str) -> None:
+    """While the cause lasts the key is recorded after 1, 2 and 4 calls, is plain in between, and right in all of them."""
+    executor = build(three, build.ones(4))
+    attempts = []
+    with failing(build.driver, *range(100), cause=cause) as begun:
+        for call in range(1, 13):
+            x, before = build.ones(4) * call, begun[0]
+            assert torch.equal(executor([x])[0], three(x))
+            if begun[0] > before:
+                attempts.append(call)
+    assert attempts == [2, 3, 5, 9]
+    plain = executor.statistics.plain
+    assert plain[f"could not be recorded: {PUT_OFF[cause]}"] == 4  # type: ignore[index]
+    assert plain[f"waits to be recorded again: {PUT_OFF[cause]}"] == 7  # type: ignore[index]
+    found = [*ways(executor, *([build.ones(4)] for _ in range(6)))]
+    assert found[4:] == ["record", "replay"] and set(found[:4]) == {f"waits to be recorded again: {PUT_OFF[cause]}"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_everything_is_given_back(build: Make, position: int) -> None:
+    """Whichever segment fails, graphs, bridges and pool are gone when the call is over, without the garbage collector."""
+    executor = build(three, build.ones(4))
+    made: list[weakref.ref[Any]] = []
+    executor([build.ones(4)])
+    gc.collect()
+    gc.disable()
+    try:
+        with failing(build.driver, position, made=lambda results: made.extend(map(weakref.ref, results))):
+            outputs = executor([build.ones(4)])
+        assert [ref() for ref in made] == [None] * len(made) and made
+        assert build.driver.live_blocks() == 0
+        assert build.driver.pool_bytes() == 0
+        assert torch.equal(outputs[0], three(build.ones(4)))
+    finally:
+        gc.enable()
+    assert ways(executor, [build.ones(4)], [build.ones(4)]) == ["record", "replay"]
+
+
+def test_the_rest_of_the_call_has_the_memory(build: Make) -> None:
+    """What was captured is given back before the rest runs: its eager steps find no block that only a graph holds."""
+    executor = build(lambda x: silly.fragile(silly.triple(x.sin() * 2).cos() + 1).sin() * 2, build.ones(4))
+    executor([build.ones(4)])
+    seen = []
+    silly.hooks["fragile"] = lambda *args: seen.append(build.driver.live_blocks())
+    try:
+        with failing(build.driver, 1) as begun:
+            executor([build.ones(4)])
+    finally:
+        silly.hooks.clear()
+    assert seen == [0] and begun == [2]
+
+
+def test_other_recordings_stay(build: Make) -> None:
+    """A key whose recording fails takes nothing from the others, which share its pool."""
+    executor = build(lambda x, n: (silly.triple(x + n).sin(),), build.ones(3), 5, mode="symbolic")
+    assert ways(executor, *([build.ones(3), 5] for _ in range(3)))[-1] == "replay"
+    held = build.driver.live_blocks()
+    with failing(build.driver, 1):
+        ways(executor, *([build.ones(3), 6] for _ in range(2)))
+    assert build.driver.live_blocks() == held
+    assert ways(executor, [build.ones(3), 5]) == ["replay"]
+    x = build.ones(3)
+    assert torch.equal(executor([x, 5])[0], (x + 5).mul(3).sin())
+    assert ways(executor, [build.ones(3), 6], [build.ones(3), 6]) == ["record", "replay"]
+
+
+def test_draws_and_writes_happen_once(build: Make) -> None:
+    """The call whose recording fails draws what eager draws, and writes its argument once, before and after the failure."""
+
+    def f(x: Tensor) -> Tensor:
+        x.add_(torch.rand_like(x))
+        y = silly.triple(x * 2)
+        x.mul_(y).add_(torch.rand_like(x))
+        return silly.triple(x) + torch.rand_like(x)
+
+    executor = build(f, build.ones(4))
+    kept = build.ones(4)
+    for position in (None, 0, None, 1, None, None, 2, None, None):
+        torch.manual_seed(7)
+        want, x = kept.clone(), kept.clone()
+        wanted = f(want)
+        torch.manual_seed(7)
+        with failing(build.driver, *([] if position is None else [position])):
+            (got,) = executor([kept])
+        assert torch.equal(got, wanted) and torch.equal(kept, want), position
+        kept.copy_(x + 0.5)
+        if position is not None:
+            executor.reset()  # each failure meets a key that is new
+            executor([kept.clone()]), kept.copy_(x + 0.5)
+
+
+def test_memory_that_runs_out_in_an_eager_step(build: Make) -> None:
+    """It reaches the caller as it is; nothing is kept of the recording, and what fails again and again is tried less often."""
+    executor = build(lambda x: silly.fragile(x.sin()) + 1, build.ones(3))
+    assert ways(executor, [build.ones(3)]) == ["warm-up"]
+    error = CAUSES["memory"]()
+
+    def explode(*args: Any) -> None:
+        raise error
+
+    silly.hooks["fragile"] = explode
+    try:
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError) as caught:
+                executor([build.ones(3)])
+            assert caught.value is error
+            error.__traceback__ = None
+    finally:
+        silly.hooks.clear()
+    del caught
+    assert build.driver.live_blocks() == 0
+    found = ways(executor, *([build.ones(3)] for _ in range(3)))
+    assert found == [f"waits to be recorded again: {PUT_OFF['memory']}", "record", "replay"]
+
+
+def test_not_an_error_without_auto_break(build: Make) -> None:
+    """``auto_break=False`` is about what can never be captured: a failure that passes is none of that."""
+    executor = build(lambda x: (x.sin() + 1,), build.ones(3), auto_break=False)
+    executor([build.ones(3)])
+    with failing(build.driver, 0):
+        executor([build.ones(3)])
+    assert ways(executor, [build.ones(3)], [build.ones(3)]) == ["record", "replay"]
+
+
+def test_what_is_always_disturbed_is_eager_for_good(build: Make) -> None:
+    """After ``MAX_DISTURBED`` disturbed recordings the segment that is disturbed once more is left out, and the rest captured."""
+    executor = build(three, build.ones(4))
+    real = build.driver.capture
+    calls = 2**policy.MAX_DISTURBED + 1
+
+    def spoiling(body: Callable[[], Any]) -> Any:
+        graph, results = real(body)
+        if not spoilt or "cos" not in str(graph.kernels()):
+            return graph, results
+        spoilt.append(1)
+        build.driver.release([graph])
+        error = CaptureError("somebody synchronised")
+        error.passing = "disturbed"
+        raise error
+
+    spoilt = [0]
+    if build.device.type == "cuda":
+        pytest.skip("kernels have no names of ops")
+    build.driver.capture = spoiling  # type: ignore[method-assign]
+    try:
+        for _ in range(calls):
+            executor([build.ones(4)])
+        assert len(spoilt) == policy.MAX_DISTURBED + 2 and executor.statistics.recordings == 0
+        assert ways(executor, [build.ones(4)], [build.ones(4)]) == ["record", "replay"]
+    finally:
+        del build.driver.capture  # type: ignore[method-assign]
+    assert [reason.text for reason in executor.program.reasons if reason.rule == "capture_failed"] == [
+        "could not be captured: somebody synchronised"
+    ]
+    assert len(executor.program.graph_segments) == 2
+
+
+@hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=strategies.data())
+def test_any_failures(build: Make, data: strategies.DataObject) -> None:
+    """Whatever fails in whichever call: every result is eager's, and the key is recorded within twice its calls so far."""
+    executor = build(three, build.ones(4))
+    calls = data.draw(strategies.integers(1, 12))
+    for call in range(calls):
+        x = build.ones(4) * call
+        fails = data.draw(strategies.sets(strategies.integers(0, 2)))
+        with failing(build.driver, *fails, cause=data.draw(strategies.sampled_from(sorted(CAUSES)))):
+            assert torch.equal(executor([x])[0], three(x))
+    later = ways(executor, *([build.ones(4)] for _ in range(calls + 2)))
+    assert later[-1] == "replay"
+    executor.reset()
+    assert build.driver.live_blocks() == 0
+
+
+# --- what passes ----------------------------------------------------------------------------------------------------------
+
+
+@causes
+def test_causes_are_told(cause: str) -> None:
+    """Type, CUDA's number or text tell what passes, also of an error that was raised from another; all else does not."""
+    error = CAUSES[cause]()
+    assert passing(error) == cause
+    wrapped = ValueError("an op says it otherwise")
+    wrapped.__cause__ = error
+    assert passing(wrapped) == cause
+    others = [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+        CaptureError("reads values on the host"),
+        KeyError("CUDA out of memory"),
+    ]
+    assert [passing(other) for other in others] == [""] * len(others)
+
+
+def test_numbers_tell() -> None:
+    """An error of CUDA has its number, whatever it says."""
+    for number, cause in ((2, "memory"), (901, "disturbed"), (900, "")):
+        error = torch.AcceleratorError("CUDA error: whatever")
+        error.error_code = number  # type: ignore[attr-defined]
+        assert passing(error) == cause
+    assert passing(MemoryError()) == "memory"
+
+
+# --- the second door ------------------------------------------------------------------------------------------------------
+
+
+@eager_on_graph
+def doubled(x: Tensor) -> Tensor:
+    """An eager step."""
+    return x * 2
+
+
+def block(x: Tensor, fails: Callable[[int], None] = lambda position: None) -> Tensor:
+    """Three segments."""
+    for position in range(3):
+        x = x.sin() + 1
+        fails(position)
+        x = doubled(x.cos()) if position < 2 else x * 3
+    return x
+
+
+@causes
+@pytest.mark.parametrize("position", range(3))
+def test_a_block_can_be_captured_again(
+    make: Callable[..., BreakableCUDAGraph], device: torch.device, position: int, cause: str
+) -> None:
+    """What is raised in a block reaches the caller as it is; nothing is left of the capture, and another one works."""
+    graph, x = make(), torch.ones(4, device=device)
+    error = CAUSES[cause]()
+
+    def fails(at: int) -> None:
+        if at == position:
+            raise error
+
+    with torch.no_grad():
+        with pytest.raises(type(error)) as caught, capture(graph):
+            block(x, fails)
+        assert caught.value is error
+        error.__traceback__ = None
+        del caught
+        driver = graph._made_driver()
+        assert not driver.is_capturing() and not driver.busy
+        assert driver.live_blocks() == 0 and driver.pool_bytes() == 0
+        with capture(graph):
+            y = block(x)
+        x.fill_(3.0)
+        graph.replay()
+        assert torch.equal(y, block(x))
+
+
+@pytest.mark.parametrize("begins", range(4))
+def test_a_block_that_could_not_begin(
+    make: Callable[..., BreakableCUDAGraph], device: torch.device, begins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment that cannot begin, or end, is a typed error; nothing is left of the capture, and another one works."""
+    graph, x = make(), torch.ones(4, device=device)
+    with torch.no_grad(), pytest.raises(CaptureError, match="out of memory"):
+        with sessions_failing(graph._made_driver(), begins):
+            with capture(graph):
+                block(x)
+    driver = graph._made_driver()
+    gc.collect()  # the error that pytest has kept
+    assert not driver.is_capturing() and driver.live_blocks() == 0 and driver.pool_bytes() == 0
+    with torch.no_grad():
+        with capture(graph):
+            y = block(x)
+        x.fill_(3.0)
+        graph.replay()
+        assert torch.equal(y, block(x))
+
+
+@contextmanager
+def sessions_failing(driver: CaptureDriver, position: int) -> Iterator[None]:
+    """Have a session of ``driver`` run out of memory: 0 and 1 when its first and second segment begin, 2 and 3 when they end."""
+    real = driver.session
+
+    @contextmanager
+    def session() -> Iterator[Any]:
+        with real() as made:
+            for name, numbers in (("begin", (0, 1)), ("end", (2, 3))):
+                if position in numbers:
+                    setattr(made, name, refusing(getattr(made, name), position % 2, made))
+            yield made
+
+    def refusing(method: Callable[[], Any], at: int, made: Any) -> Callable[[], Any]:
+        count = [0]
+
+        def refuse() -> Any:
+            count[0] += 1
+            if count[0] - 1 != at:
+                return method()
+            if method.__name__ == "end":
+                made.abandon()
+            error = CaptureError("OutOfMemoryError: CUDA out of memory")
+            error.passing = "memory"
+            raise error
+
+        return refuse
+
+    driver.session = session  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del driver.session  # type: ignore[method-assign]
+
+
+# --- a pool that is busy --------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """A lock, with the times that others were ready to wait for it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self.waits: list[float] = []
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if not blocking:
+            return bool(self.lock.acquire(blocking=False))
+        if timeout < 0:  # the tape's own
+            return bool(self.lock.acquire())
+        self.waits.append(timeout)
+        return bool(self.lock.acquire(timeout=min(timeout, 0.01)))
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+@contextmanager
+def held_by_another_thread(lock: Any) -> Iterator[None]:
+    """Have another thread hold ``lock``."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_one_call_waits_for_a_busy_pool(build: Make) -> None:
+    """A call that cannot have the pool in time runs plainly; those after it do not wait again, of other functions too."""
+    first, second = build(lambda x: x.sin() + 1, build.ones(3)), build(lambda x: x.cos() + 1, build.ones(3))
+    lock, reason = build.driver.lock, f"the pool was busy for {LOCK_TIMEOUT:g} s"
+    seen: Any = Seen(lock)
+    build.driver.lock = seen
+    try:
+        with held_by_another_thread(lock):
+            assert ways(first, *([build.ones(3)] for _ in range(3))) == [reason] * 3
+            assert ways(second, [build.ones(3)]) == [reason]
+        assert seen.waits == [LOCK_TIMEOUT, 0.0, 0.0, 0.0]
+        assert ways(first, [build.ones(3)]) == ["warm-up"]
+        assert ways(first, [build.ones(3)], [build.ones(3)]) == ["record", "replay"]
+        assert seen.waits[4:] == [0.0, LOCK_TIMEOUT, LOCK_TIMEOUT]
+    finally:
+        build.driver.lock = lock
