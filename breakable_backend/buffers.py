@@ -137,6 +137,11 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target.view(bits).copy_(source.view(bits))
 
 
+def fused_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a fused copy takes elements for, so that all bits are kept."""
+    return torch.int16 if dtype in _ROUNDED else dtype
+
+
 def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
     """Load several bridges, with one launch for each dtype and pair of devices; returns how many copies were needed."""
     groups: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
@@ -149,9 +154,9 @@ def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
             targets.append(bridge.tensor if bridge.flat is None else bridge.flat)
             values.append(source if bridge.flat is None else flattened(source))
     for (dtype, _), (targets, values) in groups.items():
-        if dtype in _ROUNDED and len(targets) > 1:  # takes 2 us more for each (H100), and keeps all bits
-            targets = [target.view(torch.int16) for target in targets]
-            values = [value.view(torch.int16) for value in values]
+        if (bits := fused_as(dtype)) is not dtype and len(targets) > 1:  # takes 2 us more for each (H100)
+            targets = [target.view(bits) for target in targets]
+            values = [value.view(bits) for value in values]
         _torch.foreach_copy(targets, values)
     return rare + sum(len(targets) for targets, _ in groups.values())
 
@@ -176,6 +181,14 @@ def extent(tensor: torch.Tensor) -> int:
 def flattened(tensor: torch.Tensor) -> torch.Tensor:
     """The memory that a tensor spans, as one dimension."""
     return tensor.as_strided((extent(tensor),), (1,), tensor.storage_offset())
+
+
+def clones_exactly(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor.clone()`` is the same as :func:`clone_exact`, for all tensors that lie as this one does."""
+    lazy = tensor.is_neg() or tensor.is_conj()
+    if lazy or tensor.dtype not in _COPIED or overlaps(tensor) or tensor.layout is not torch.strided:
+        return False
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def clone_exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -56,10 +56,12 @@ def text_lines(text: str) -> Lines:
 
 _LAUNCH = re.compile(r"    graph_\d+(_\d+)?\(\w+\)$")
 _REASON = re.compile(r"    # eager: ")
-_LOAD_ONE = re.compile(r"        copied\w*\.copies \+= 1$")
-_LOAD_ALL = re.compile(r"    copied\w*\.copies \+= load_all\w*\(")
+_LOAD = re.compile(
+    r"    if \w+\.data_ptr\(\) != | {8}\w+\.copy_\(| {8}copy_together\w*\(| {4,8}copied\w*\.copies \+= (\d+$|load_all)| {4}else:$"
+)
 _STORE = re.compile(r"    copied\w*\.copies \+= \w+\.store\(")
 _DELETE = re.compile(r"    del ")
+_CHECK = re.compile(r"    if not fits\w*\(")
 
 
 def source_lines(source: str, steps: Sequence[Mapping[str, Any]]) -> Lines:
@@ -91,13 +93,14 @@ def source_lines(source: str, steps: Sequence[Mapping[str, Any]]) -> Lines:
 
 
 def _first_load(lines: Sequence[str], launch: int) -> int:
-    """The line at which the loads for a launch begin: one statement, with perhaps a deletion behind it."""
-    last = launch - 1 if _DELETE.match(lines[launch - 1]) else launch
-    if _LOAD_ALL.match(lines[last - 1]):
-        return last - 1
-    if _LOAD_ONE.match(lines[last - 1]):
-        return last - 3
-    return launch
+    """The line at which the loads for a launch begin: statements, each with perhaps a deletion behind it."""
+    first = launch
+    while first > 0:
+        last = first - 1 if _DELETE.match(lines[first - 1]) else first
+        if not _LOAD.match(lines[last - 1]):
+            break
+        first = last - 1
+    return first
 
 
 def _behind(lines: Sequence[str], number: int, *patterns: re.Pattern[str]) -> int:
@@ -112,7 +115,7 @@ def _behind_calls(lines: Sequence[str], start: int, names: set[str]) -> int:
     if not made:
         return start
     number = made[-1] + 1
-    if number < len(lines) and lines[number].startswith("    if not isinstance("):
+    if number < len(lines) and _CHECK.match(lines[number]):
         number += 2
     return _behind(lines, number, _DELETE)
 

@@ -70,6 +70,8 @@ class Copy:
 
     bridge: Slot
     value: Slot
+    device: torch.device | None = None
+    """Where the value is, in each call; None where nobody can tell."""
 
 
 class State(Protocol):
@@ -537,7 +539,7 @@ class _Recorder:
             inside = Slot(_inside_name(name))
             self.values[inside.name] = self.constants[inside.name] = self.values[bridge.name].tensor
             self.home[name] = inside
-        return Copy(bridge, Slot(name))
+        return Copy(bridge, Slot(name), self.values[name].device)
 
     def _unbridge(self, name: str) -> None:
         """Undo ``_bridge``: the segment that asked for it is no graph, so replay will not load this bridge there."""

@@ -11,6 +11,7 @@ import keyword
 import linecache
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
+from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recording import (
     Call,
     Copy,
@@ -117,6 +118,8 @@ class _Writer:
         self.names: dict[str, Any] = {}
         """Globals of the generated function."""
         self.bound: dict[int, str] = {}
+        self.quick: dict[TensorSpec, Callable[[Any], bool]] = {}
+        """Quick tests of layouts: one for all values that lie alike."""
         calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
         self.slots = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
         self.args, self.stream = self._free("args"), self._free("stream")
@@ -137,7 +140,7 @@ class _Writer:
     def _statements(self) -> Iterator[_Statement]:
         for name, spec in self.recording.specs.items():
             check, whole = self._bind("check_argument", check_argument), self._bind(f"{name}_spec", spec)
-            lines = (f"if {self._differs(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
+            lines = (f"if not {self._fits(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
             yield _Statement(lines, frozenset((name,)))
         graphs = 0
         for position, step in enumerate(self.recording.steps):
@@ -167,24 +170,55 @@ class _Writer:
             yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
 
     def _loads(self, loads: tuple[Copy, ...]) -> Iterator[_Statement]:
-        values = [copy.value.name for copy in loads]
-        bridge: Bridge | None = self.recording.constants[loads[0].bridge.name] if len(loads) == 1 else None
-        if bridge is not None and bridge.flat is None and bridge.bits is None:
-            (copy,), (value,) = loads, values
-            target = self._bind(copy.bridge.name, bridge.tensor)
-            address = self._bind(f"{copy.bridge.name}_address", bridge.tensor.data_ptr())
-            yield _Statement(
-                (
-                    f"if {value}.data_ptr() != {address}:",
-                    f"    {target}.copy_({value})",
-                    f"    {self._bind('copied', self.tally)}.copies += 1",
-                ),
-                frozenset(values),
-            )
-        elif loads:
-            bridges = ", ".join(self._constant(copy.bridge) for copy in loads)
-            counter, load = self._bind("copied", self.tally), self._bind("load_all", load_all)
-            yield _Statement((f"{counter}.copies += {load}(({bridges},), ({', '.join(values)},))",), frozenset(values))
+        """The copies into bridges, those of one dtype and device in one launch; a bridge that is rare by itself loads."""
+        groups: dict[Any, list[Copy]] = defaultdict(list)
+        for copy in loads:
+            bridge: Bridge = self.recording.constants[copy.bridge.name]
+            plain = bridge.flat is None and bridge.bits is None
+            groups[(bridge.tensor.dtype, copy.device) if plain else None].append(copy)
+        for group, copies in groups.items():
+            if group is None or (len(copies) > 1 and copies[0].device is None):
+                yield _Statement((self._load_all(copies),), frozenset(copy.value.name for copy in copies))
+            elif len(copies) == 1:
+                yield self._load(copies[0])
+            else:
+                yield self._load_together(copies)
+
+    def _elsewhere(self, copy: Copy) -> str:
+        """Whether a value is not where its bridge is."""
+        address = self.recording.constants[copy.bridge.name].tensor.data_ptr()
+        return f"{copy.value.name}.data_ptr() != {self._bind(f'{copy.bridge.name}_address', address)}"
+
+    def _counted(self, copies: int | str) -> str:
+        return f"{self._bind('copied', self.tally)}.copies += {copies}"
+
+    def _load_all(self, copies: Sequence[Copy]) -> str:
+        bridges, values = ", ".join(self._constant(c.bridge) for c in copies), ", ".join(c.value.name for c in copies)
+        return self._counted(f"{self._bind('load_all', load_all)}(({bridges},), ({values},))")
+
+    def _load(self, copy: Copy) -> _Statement:
+        target = self._bind(copy.bridge.name, self.recording.constants[copy.bridge.name].tensor)
+        value = copy.value.name
+        lines = (f"if {self._elsewhere(copy)}:", f"    {target}.copy_({value})", f"    {self._counted(1)}")
+        return _Statement(lines, frozenset((value,)))
+
+    def _load_together(self, copies: Sequence[Copy]) -> _Statement:
+        targets = [self.recording.constants[copy.bridge.name].tensor for copy in copies]
+        dtype, values = targets[0].dtype, [copy.value.name for copy in copies]
+        if (bits := fused_as(dtype)) is not dtype:
+            texts = [f"{value}.view({self._bind(str(bits), bits)})" for value in values]
+            targets = [target.view(bits) for target in targets]
+        else:
+            texts = values
+        fused = self._bind("copy_together", _torch.copy_together)
+        lines = (
+            f"if {' and '.join(map(self._elsewhere, copies))}:",
+            f"    {fused}({self._bind('bridges', targets)}, [{', '.join(texts)}])",
+            f"    {self._counted(len(copies))}",
+            "else:",
+            f"    {self._load_all(copies)}",
+        )
+        return _Statement(lines, frozenset(values))
 
     def _call(self, call: Call) -> _Statement:
         name = call.result
@@ -195,6 +229,8 @@ class _Writer:
             uses |= used
         if call.function is operator.getitem:
             line = f"{name} = {arguments[0]}[{arguments[1]}]"
+        elif call.function is clone_exact and self._clones_exactly(call.args[0]):
+            line = f"{name} = {arguments[0]}.clone()"
         else:
             line = f"{name} = {self._function(call)}({', '.join(arguments)})"
         if call.source:  # a traceback shows it
@@ -204,18 +240,20 @@ class _Writer:
             lines = [f"with {self._bind(f'{name}_ambient', call.ambient)}.enter():", f"    {line}"]
         if call.spec is not None:
             refuse, whole = self._bind("reject", reject), self._bind(f"{name}_call", call)
-            lines += [f"if {self._differs(name, call.spec)}:", f"    {refuse}({whole}, {name})"]
+            lines += [f"if not {self._fits(name, call.spec)}:", f"    {refuse}({whole}, {name})"]
         return _Statement(tuple(lines), uses, name)
 
-    def _differs(self, name: str, spec: TensorSpec) -> str:
-        """A quick test that no tensor of ``spec`` fails, but for strides that say nothing."""
-        shape, stride, dtype, device = (
-            self._bind(f"{name}_{what}", getattr(spec, what)) for what in ("shape", "stride", "dtype", "device")
-        )
-        return (
-            f"not isinstance({name}, {self._bind('Tensor', torch.Tensor)}) or {name}.shape != {shape} "
-            f"or {name}.stride() != {stride} or {name}.dtype is not {dtype} or {name}.device != {device}"
-        )
+    def _fits(self, name: str, spec: TensorSpec) -> str:
+        """A quick test that only tensors of ``spec`` pass. It refuses some of them too, which a slower one then accepts."""
+        quick = self.quick.get(spec)
+        if quick is None:
+            layout = spec.shape, spec.stride, spec.dtype, spec.device
+            quick = self.quick[spec] = _torch.layout_check(*layout) or spec.accepts
+        return f"{self._bind('fits', quick)}({name})"
+
+    def _clones_exactly(self, place: Slot) -> bool:
+        value = self.recording.constants.get(place.name)
+        return isinstance(value, torch.Tensor) and clones_exactly(value)
 
     def _function(self, call: Call) -> str:
         if call.function is clone_exact:

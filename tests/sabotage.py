@@ -160,6 +160,35 @@ FAULTS = (
     ),
     # --- what a call leaves out ---
     Fault(
+        "copies-together-change-bits",
+        "replay.py",
+        "if (bits := fused_as(dtype)) is not dtype:",
+        "if (bits := dtype) is not dtype:",
+        "test_host_time.py::test_bits_of_arguments_that_are_loaded_together[cuda-torch.float16]",
+        gpu=True,
+    ),
+    Fault(
+        "a-bridge-is-loaded-with-itself",
+        "replay.py",
+        "if {' and '.join(map(self._elsewhere, copies))}:",
+        "if {self._elsewhere(copies[-1])}:",
+        "test_replay.py::test_value_that_is_at_its_bridge[tape-a]",
+    ),
+    Fault(
+        "clones-lose-their-strides",
+        "buffers.py",
+        'return torch.empty_like(tensor, device="meta").stride() == tensor.stride()',
+        "return True",
+        "test_buffers.py::test_clones_exactly[with_gaps-cpu]",
+    ),
+    Fault(
+        "layouts-are-not-looked-at",
+        "_torch.py",
+        "dynamic_dims_strides=[list(stride)]",
+        "dynamic_dims_strides=[[None] * len(stride)]",
+        "test_buffers.py::test_quick_check[transposed-cpu]",
+    ),
+    Fault(
         "versions-of-written-arguments-stay",
         "lowering.py",
         "        if written:\n",

@@ -10,10 +10,19 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
-from torch import Tensor
+from torch import Tensor, nn
 
 from breakable_backend import _torch
-from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, extent, flattened, load_all, overlaps
+from breakable_backend.buffers import (
+    Bridge,
+    TensorSpec,
+    clone_exact,
+    clones_exactly,
+    extent,
+    flattened,
+    load_all,
+    overlaps,
+)
 
 LAYOUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "dense": lambda device: torch.rand(3, 4, device=device),
@@ -148,6 +157,23 @@ def test_clone_exact(value: Tensor) -> None:
     assert copy.stride() == value.stride()
     assert copy.dtype is value.dtype
     assert _torch.storage_key(copy) != _torch.storage_key(value)
+
+
+def test_clones_exactly(value: Tensor) -> None:
+    """What clones exactly by itself has the strides of its value then; all that is dense does."""
+    if clones_exactly(value):
+        copy = value.clone()
+        assert torch.equal(copy, value)
+        assert copy.stride() == value.stride()
+    else:
+        assert value.clone().stride() != value.stride()
+
+
+def test_clones_exactly_but_for_rare_kinds(device: torch.device) -> None:
+    """What is lazily conjugated, or of a dtype that copies may not know, is cloned with care."""
+    z = torch.zeros(3, dtype=torch.complex64, device=device)
+    assert clones_exactly(z)
+    assert not any(map(clones_exactly, [z.conj(), z.conj().imag, torch.zeros(3, dtype=torch.uint64, device=device)]))
 
 
 def test_clone_exact_of_a_conjugate(device: torch.device) -> None:
@@ -308,6 +334,24 @@ def test_spec_text() -> None:
 def test_spec_accepts(value: Any, accepted: bool) -> None:
     """Shape, stride, dtype and device have to fit; where in its storage a tensor begins has not."""
     assert TensorSpec.of(torch.empty(2, 3)).accepts(value) is accepted
+
+
+def test_quick_check(value: Tensor) -> None:
+    """The quick check passes what lies alike, and nothing that the spec would not accept."""
+    spec = TensorSpec.of(value)
+    quick = _torch.layout_check(spec.shape, spec.stride, spec.dtype, spec.device)
+    assert quick is not None
+    assert quick(changed(value))
+    others = [make(value.device) for make in LAYOUTS.values()]
+    others += [
+        torch.empty_like(value, dtype=torch.int16),
+        value.to("meta"),
+        value[None],
+        nn.Parameter(value, requires_grad=False),
+        None,
+        [value],
+    ]
+    assert all(spec.accepts(other) for other in others if quick(other))
 
 
 def test_strides_that_say_nothing() -> None:

@@ -15,7 +15,7 @@ from breakable_backend import lowering
 from breakable_backend.backend import executors_of
 from breakable_backend.executor import Entry
 from breakable_backend.recording import EagerStep
-from checks import compile_both
+from checks import assert_same, compile_both
 
 
 def entry_of(compiled: Callable[..., Any]) -> Entry:
@@ -72,6 +72,29 @@ def test_a_marked_op_that_returns_a_view_runs_in_each_call(device: torch.device,
             compiled(torch.rand(3, device=device))
         assert len(ran) == before + 1
         torch._dynamo.reset()
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_bits_of_arguments_that_are_loaded_together(
+    dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Arguments that one launch brings to their bridges keep all bits, those of a signalling NaN too."""
+
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view(torch.int16) + 1, y.view(torch.int16) + 1
+
+    compiled, eager = compile_both(f, options)
+    bits = torch.tensor([0x7C01, 0x7F81, 0x7C15, 1], dtype=torch.int16, device=device)
+    with torch.no_grad():
+        for shift in range(5):
+            x, y = (bits + shift).view(dtype), (bits.flip(0) - shift).view(dtype)
+            assert_same(compiled(x, y), eager(x, y))
+    replay = entry_of(compiled).replay
+    assert replay is not None
+    assert "copy_together" in replay.source
 
 
 # --- AOTAutograd's wrappers ---------------------------------------------------------------------------------------------------

@@ -87,9 +87,8 @@ class Maker:
             self.driver.release(self._graphs)
         self._graphs.clear()
 
-    @staticmethod
-    def _copy(name: str) -> Copy:
-        return Copy(Slot(f"{name}_bridge"), Slot(name))
+    def _copy(self, name: str) -> Copy:
+        return Copy(Slot(f"{name}_bridge"), Slot(name), self.device)
 
 
 @pytest.fixture
@@ -147,6 +146,19 @@ def several_bridges(maker: Maker) -> Recording:
     z = maker.bridge("z", torch.zeros(2, 3, device=maker.device, dtype=torch.int64))
     maker.capture(lambda: {"sum": x + y * z}, loads=["x", "y", "z"])
     return maker.recording(["x", "y", "z"], [Slot("c")], [call("c", clone_exact, Slot("sum"))])
+
+
+def bridges_together(maker: Maker) -> Recording:
+    """Bridges of few dtypes, so that several are loaded by one launch, and one by itself."""
+    like = torch.zeros(2, 3, device=maker.device)
+    dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.bfloat16, "e": torch.int64}
+    inside = [maker.bridge(name, like.to(dtype)) for name, dtype in dtypes.items()]
+
+    def total() -> dict[str, Tensor]:
+        return {"sum": sum(inside[1:], inside[0]) + 1}
+
+    maker.capture(total, loads=[*dtypes])
+    return maker.recording([*dtypes], [Slot("f")], [call("f", clone_exact, Slot("sum"))])
 
 
 def expanded_bridge(maker: Maker) -> Recording:
@@ -282,6 +294,7 @@ def results_named_like_helpers(maker: Maker) -> Recording:
 RECORDINGS = [
     one_of_each,
     several_bridges,
+    bridges_together,
     expanded_bridge,
     written_input,
     all_kinds_of_arguments,
@@ -351,7 +364,7 @@ def test_source(tape: Maker) -> None:
 def replay(args, stream):
     x = args[0]
     args.clear()
-    if not isinstance(x, Tensor) or x.shape != x_shape or x.stride() != x_stride or x.dtype is not x_dtype or x.device != x_device:
+    if not fits(x):
         check_argument('x', x_spec, x)
     if x.data_ptr() != x_bridge_address:
         x_bridge.copy_(x)
@@ -360,14 +373,14 @@ def replay(args, stream):
     graph_0(stream)
     # eager: silly::triple: tagged cudagraph_unsafe at model.py:12 in forward: y = triple(x)
     z = silly_triple(y)  # model.py:12
-    if not isinstance(z, Tensor) or z.shape != z_shape or z.stride() != z_stride or z.dtype is not x_dtype or z.device != z_device:
+    if not fits(z):
         reject(z_call, z)
     if z.data_ptr() != z_bridge_address:
         z_bridge.copy_(z)
         copied.copies += 1
     del z
     graph_1(stream)
-    sum_fresh = clone_exact(sum)
+    sum_fresh = sum.clone()
     t = aten_t_default(sum_fresh)
     del sum_fresh
     return [t, None, 7]
@@ -405,13 +418,71 @@ def replay(args, stream):
     y = args[1]
     z = args[2]
     args.clear()
-    copied.copies += load_all((x_bridge, y_bridge, z_bridge,), (x, y, z,))
-    del x, y, z
+    if x.data_ptr() != x_bridge_address:
+        x_bridge.copy_(x)
+        copied.copies += 1
+    del x
+    copied.copies += load_all((y_bridge,), (y,))
+    del y
+    if z.data_ptr() != z_bridge_address:
+        z_bridge.copy_(z)
+        copied.copies += 1
+    del z
     graph_0(stream)
-    c = clone_exact(sum)
+    c = sum.clone()
     return [c]
 """,
     )
+
+
+def test_source_of_bridges_together(tape: Maker) -> None:
+    """Bridges of one dtype are loaded by one launch; those of two bytes as integers, so that all bits are kept."""
+    golden(
+        emit(bridges_together(tape)).source,
+        """\
+def replay(args, stream):
+    a = args[0]
+    b = args[1]
+    c = args[2]
+    d = args[3]
+    e = args[4]
+    args.clear()
+    if a.data_ptr() != a_bridge_address and c.data_ptr() != c_bridge_address:
+        copy_together(bridges, [a, c])
+        copied.copies += 2
+    else:
+        copied.copies += load_all((a_bridge, c_bridge,), (a, c,))
+    del a, c
+    if b.data_ptr() != b_bridge_address and d.data_ptr() != d_bridge_address:
+        copy_together(bridges_1, [b.view(torch_int16), d.view(torch_int16)])
+        copied.copies += 2
+    else:
+        copied.copies += load_all((b_bridge, d_bridge,), (b, d,))
+    del b, d
+    if e.data_ptr() != e_bridge_address:
+        e_bridge.copy_(e)
+        copied.copies += 1
+    del e
+    graph_0(stream)
+    f = sum.clone()
+    return [f]
+""",
+    )
+
+
+@pytest.mark.parametrize("there", ["a", "b", "e"])
+def test_value_that_is_at_its_bridge(there: str, maker: Maker) -> None:
+    """A value that lies where its bridge is already is not copied; the others are."""
+    recording = bridges_together(maker)
+    replay = emit(recording)
+    values = inputs(recording, 0, maker.device)
+    (want,) = interpret(recording, values, stream := maker.stream())
+    place = recording.arguments.index(there)
+    values[place] = recording.constants[f"{there}_bridge"].tensor
+    (got,) = replay.function([*values], stream)
+    maker.driver.end(stream)
+    assert torch.equal(got, want)
+    assert replay.tally.copies == 4
 
 
 def test_source_is_stable(tape: Maker) -> None:
