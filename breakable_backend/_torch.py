@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
+import itertools
 import math
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -25,6 +27,7 @@ import torch._inductor.config
 from torch import fx
 from torch._dynamo import convert_frame as _convert_frame
 from torch._dynamo import eval_frame as _eval_frame
+from torch._dynamo import trace_rules
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list, _TorchDynamoContext
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
@@ -132,6 +135,7 @@ def trace_inference(
         stack.enter_context(_eager_kernels())
         stack.enter_context(_entered_around(around))
         stack.enter_context(torch._inductor.config.patch(fallback_random=True))
+        stack.enter_context(_real_first_call())
         if keep_floats:
             stack.enter_context(_python_floats())
         return aot_module_simplified(
@@ -273,6 +277,24 @@ def _values_only() -> dict[OpOverload, Callable[..., Any]]:
 
 def _asks_for_gradients(tensor: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
+
+
+@contextmanager
+def _real_first_call() -> Iterator[None]:
+    """Have AOT compile for real tensors where Dynamo cuts a graph at DDP's buckets.
+
+    There AOT's function is to return fake tensors once, to tell the next part its strides. But Dynamo makes that call only of
+    the backends that are its own, and runs the parts of others on fake tensors; the first real call would return the fakes.
+    """
+    context = TracingContext.try_get()
+    if context is None or not context.fakify_first_call:
+        yield
+        return
+    context.fakify_first_call = False
+    try:
+        yield
+    finally:
+        context.fakify_first_call = True
 
 
 @contextmanager
@@ -528,10 +550,10 @@ def _wrappers_of_module(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _frames_of_module(module: torch.nn.Module) -> Iterator[Any]:
-    """The forwards of children, and functions that they hold, that Dynamo compiled as frames of their own."""
+    """The forwards of children, and functions that they hold, that Dynamo compiled, or gave up, as frames of their own."""
     for child in torch.nn.Module.modules(module):
         for function in (getattr(child.forward, "__func__", None), *list(vars(child).values())):
-            if isinstance(function, FunctionType) and _entries(function.__code__):
+            if isinstance(function, FunctionType) and _is_frame(function.__code__):
                 yield function
 
 
@@ -543,8 +565,13 @@ def _called_by(function: Any) -> Iterator[Any]:
         if isinstance(value, torch.nn.Module):
             if any(True for _ in _wrappers_of_module(value)):
                 yield value
-        elif _is_wrapper(value) or (isinstance(value, FunctionType) and _entries(value.__code__)):
+        elif _is_wrapper(value) or (isinstance(value, FunctionType) and _is_frame(value.__code__)):
             yield value
+
+
+def _is_frame(code: CodeType) -> bool:
+    """Whether Dynamo has compiled ``code`` as a frame of its own, or has tried to and given it up."""
+    return bool(_entries(code)) or (code in input_codes and _failure(code) is not None)
 
 
 def holds_compiled(function: Any) -> bool:
@@ -598,12 +625,31 @@ _MODULE_CALLS = [getattr(torch.nn.Module, name).__code__ for name in ("_wrapped_
 
 
 def _why_skipped(code: CodeType) -> str:
+    if (failure := _failure(code)) is not None:
+        return failure
+    if trace_rules.check(code):
+        return "Dynamo skips the file that it is in, and compiles what it calls"
+    return "it has no op on tensors, or was called where Dynamo compiles nothing (inside of vmap or of a dispatch mode)"
+
+
+def _failure(code: CodeType) -> str | None:
+    """Why Dynamo gave ``code`` up when it last tried, as far as it remembers (64 attempts); None: it did not."""
     place = (code.co_name, code.co_filename, code.co_firstlineno)
     for attempt in reversed(get_compilation_metrics()):
         if attempt.fail_reason and place == (attempt.co_name, attempt.co_filename, attempt.co_firstlineno):
-            first = str(attempt.fail_reason).strip().splitlines()[0]
-            return f"{first}: compile what is around vmap and its like" if "functorch" in first else first
-    return "it has no op on tensors, or was called where Dynamo compiles nothing (inside of vmap or of a dispatch mode)"
+            return _told(str(attempt.fail_reason), attempt.fail_user_frame_filename, attempt.fail_user_frame_lineno)
+    return None
+
+
+def _told(reason: str, file: str | None, line: int | None) -> str:
+    """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on behind that."""
+    first, *rest = (text.strip() for text in reason.splitlines() if text.strip())
+    told = first + (f", at {file}:{line}" if file else "")
+    behind = itertools.dropwhile(lambda text: "another graph break occurred" not in text, rest)
+    told += "".join(f"; {text}" for text in itertools.islice(behind, 1, 2))
+    if file and "fsdp" in Path(file).parts:
+        told += "; FSDP's hooks are not traced, and the modules between them are compiled one by one"
+    return f"{told}: compile what is around vmap and its like" if "functorch" in first else told
 
 
 def stance() -> str:

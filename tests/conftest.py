@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 import breakable_backend
 from breakable_backend import BreakableCUDAGraph
@@ -100,3 +102,12 @@ def make(kind: str) -> Iterator[Callable[..., BreakableCUDAGraph]]:
         graph.reset()
     gc.collect()
     assert all(map(settled, drivers))
+
+
+@pytest.fixture
+def group(device: torch.device, tmp_path: Path) -> Iterator[Any]:
+    """A process group of one."""
+    kind = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(kind, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ from checks import program_of
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
 SIZE = 1 << 18
 """Elements, so many that a collective is under way for a while."""
-
-
-@pytest.fixture
-def group(device: torch.device, tmp_path: Path) -> Iterator[Any]:
-    """A process group of one."""
-    kind = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(kind, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def ops() -> Any:

@@ -400,10 +400,42 @@ def test_what_dynamo_skips(skip: str, build: Build, device: torch.device) -> Non
             call(compiled, torch.rand(2, 3, device=device))
     report = explain(compiled)
     assert "at the first call" not in str(report)
-    (where,) = report.skipped
+    where, *callees = report.skipped
     code = function.forward.__func__.__code__ if isinstance(function, nn.Module) else function.__code__
     assert where == f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
-    assert why in report.skipped[where], report.skipped
+    assert all(callee.startswith("smooth (") for callee in callees)  # what the module calls
+    assert all(why in reason for reason in report.skipped.values()), report.skipped
+    assert f"Dynamo compiled nothing of {where}" in str(report)
+
+
+class Looping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return looping(x)
+
+
+class LoopingItself(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.sin(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "given_up"),
+    [
+        (lambda: lambda x: looping(x + 1) * 2, looping.__code__),
+        (lambda: Calls(Looping()), looping.__code__),
+        (lambda: Calls(Calls(LoopingItself())), LoopingItself.forward.__code__),
+    ],
+    ids=["function", "function of a child", "child"],
+)
+def test_what_dynamo_gives_up_in_a_callee(make: Any, given_up: Any, build: Build, device: torch.device) -> None:
+    """A callee that Dynamo gave up, while its caller is compiled around it, is told by name and line, with both causes."""
+    report = explain(used(build(make()), device))
+    where = f"{given_up.co_name} ({given_up.co_filename}:{given_up.co_firstlineno})"
+    assert report.skipped[where].startswith("Call to `torch._dynamo.graph_break()`, at ")
+    assert report.skipped[where].endswith("; graph break in loop")
     assert f"Dynamo compiled nothing of {where}" in str(report)
 
 

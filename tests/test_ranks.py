@@ -1,0 +1,336 @@
+"""Several processes: wrappers that shard a model or average its gradients, and collectives between ranks.
+
+Each test spawns its ranks, which compare with eager by themselves. On the CPU they talk over gloo, on GPUs over NCCL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import breakable_backend
+import ranks
+import silly
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
+from checks import assert_same, program_of
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
+Wrap = Callable[[nn.Module, torch.device], nn.Module]
+
+on_each_kind = pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def spawn(body: ranks.Body, size: int, kind: str, folder: Path) -> None:
+    if kind == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs: there is {torch.cuda.device_count()}")
+    ranks.run(body, size, kind, folder)
+
+
+def options_on(device: torch.device) -> dict[str, Any]:
+    return {"driver": "cuda" if device.type == "cuda" else "tape", "min_kernels": 1}
+
+
+# --- wrappers -------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.sin()
+
+
+def in_buckets(model: nn.Module, device: torch.device) -> nn.Module:
+    """Gradients are averaged in several buckets, and Dynamo cuts its graph at each."""
+    return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+
+
+def averaged(model: nn.Module, device: torch.device) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fully_sharded(model: nn.Module, device: torch.device) -> nn.Module:
+    """Each block by itself, and the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def sharded_root(model: nn.Module, device: torch.device) -> nn.Module:
+    """The root alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+def flat(model: nn.Module, device: torch.device, *, original: bool = True) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=device, use_orig_params=original)
+
+
+def flat_alone(model: nn.Module, device: torch.device) -> nn.Module:
+    """With flat parameters alone, of which Dynamo takes nothing."""
+    return flat(model, device, original=False)
+
+
+WRAPPERS: dict[Wrap, tuple[int, str]] = {
+    averaged: (1, "Dynamo skips the file that it is in, and compiles what it calls"),
+    in_buckets: (1, "Dynamo skips the file that it is in, and compiles what it calls"),
+    fully_sharded: (1, "FSDP's hooks are not traced, and the modules between them are compiled one by one"),
+    sharded_root: (1, ""),
+    flat: (1, "Dynamo skips the file that it is in, and compiles what it calls"),
+    flat_alone: (0, "FSDP with use_orig_params=False"),
+}
+"""How a model is wrapped: graphs at least, and what the report says of what Dynamo skips."""
+
+
+def wrapped(wrap: Wrap, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    width = 40_000 if wrap is in_buckets else 16  # more than a megabyte for each weight, the least that a bucket takes
+    return wrap(Net(width).to(device), device)
+
+
+def without_gradients(device: torch.device) -> None:
+    """Each wrapper, compiled around the model: results are eager's, and the report has a line for all that ran."""
+    for wrap, (graphs, why) in WRAPPERS.items():
+        torch.compiler.reset()
+        reference, model = wrapped(wrap, device), wrapped(wrap, device)
+        compiled = torch.compile(model, backend="breakable_cg", options=options_on(device))
+        with torch.no_grad():
+            for _ in range(6):
+                x = torch.randn(4, 8, device=device)
+                assert torch.equal(compiled(x), reference(x)), wrap.__name__
+        report = explain(compiled)
+        what = f"{wrap.__name__}: {report}"
+        assert len(report.programs) >= graphs, what
+        assert len(report.programs) == len(explain().programs), what
+        assert report.eager_graphs == (), what
+        assert all(program.calls for program in report.programs), what
+        told(report, wrap, why)
+        breakable_backend.reset(compiled)
+
+
+def with_gradients(device: torch.device) -> None:
+    """The same in training: gradients are eager's, and each graph, which runs eagerly, has its line."""
+    for wrap, (graphs, why) in WRAPPERS.items():
+        torch.compiler.reset()
+        reference, model = wrapped(wrap, device), wrapped(wrap, device)
+        compiled = torch.compile(model, backend="breakable_cg", options=options_on(device))
+        for _ in range(3):
+            x = torch.randn(4, 8, device=device)
+            for function in (compiled, reference):
+                function(x).square().sum().backward()
+            for (name, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+                assert_same(local(mine.grad), local(theirs.grad), f"{wrap.__name__}, {name}")
+        report = explain(compiled)
+        what = f"{wrap.__name__}: {report}"
+        assert (report.programs, explain().programs) == ((), ()), what
+        assert len(report.eager_graphs) >= graphs, what
+        assert len(report.eager_graphs) == len(explain().eager_graphs), what
+        assert str(report).count("eager, because it needs gradients") == len(report.eager_graphs), what
+        told(report, wrap, why)
+
+
+def local(gradient: Any) -> Tensor | None:
+    """A rank's own part; None where it has none."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+
+
+def told(report: breakable_backend.Report, wrap: Wrap, why: str) -> None:
+    assert bool(report.skipped) == bool(why), (wrap.__name__, report.skipped)
+    assert "at the first call" not in str(report), wrap.__name__
+    if why:
+        assert any(why in reason for reason in report.skipped.values()), (wrap.__name__, report.skipped)
+        assert all(f"Dynamo compiled nothing of {where}" in str(report) for where in report.skipped)
+
+
+@on_each_kind
+@pytest.mark.parametrize("size", [1, 2])
+def test_wrappers(size: int, kind: str, tmp_path: Path) -> None:
+    """Line 9: DDP and FSDP around a model: right, each graph has its line, and what Dynamo skips is told as that."""
+    spawn(without_gradients, size, kind, tmp_path)
+
+
+@on_each_kind
+@pytest.mark.parametrize("size", [1, 2])
+def test_wrappers_in_training(size: int, kind: str, tmp_path: Path) -> None:
+    """Line 9: the same where gradients are needed."""
+    spawn(with_gradients, size, kind, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Profiler record function")  # Dynamo's, of a line of DDP's
+def test_buckets(group: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 1: Dynamo cuts a graph at DDP's buckets; each part is captured, and gives real tensors from the first call on."""
+    reference, model = wrapped(in_buckets, device), wrapped(in_buckets, device)
+    compiled = torch.compile(model, backend="breakable_cg", options={**options, "min_kernels": 1})
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(4, 8, device=device)
+            got, want = compiled(x), reference(x)
+            assert type(got) is Tensor
+            assert torch.equal(got, want)
+    programs = explain(compiled).programs
+    assert len(programs) >= 2
+    assert [(program.num_graph_segments, program.replays) for program in programs] == [(1, 3)] * len(programs)
+
+
+# --- collectives ----------------------------------------------------------------------------------------------------------
+
+SIZE = 1 << 16
+"""Elements, so many that a collective is under way for a while."""
+
+
+def ops() -> Any:
+    return torch.ops._c10d_functional
+
+
+def all_reduce(x: Tensor, name: str) -> Tensor:
+    return ops().wait_tensor(ops().all_reduce(x * 2, "sum", name)) + 1
+
+
+def all_gather(x: Tensor, name: str) -> Tensor:
+    return ops().wait_tensor(ops().all_gather_into_tensor(x * 2, dist.get_world_size(), name)) + 1
+
+
+def reduce_scatter(x: Tensor, name: str) -> Tensor:
+    return ops().wait_tensor(ops().reduce_scatter_tensor(x * 2, "sum", dist.get_world_size(), name)) + 1
+
+
+def broadcast(x: Tensor, name: str) -> Tensor:
+    return ops().wait_tensor(ops().broadcast(x * 2, 0, name)) + 1
+
+
+def late(x: Tensor, name: str) -> Tensor:
+    """Two collectives under way at once, which are waited for in the other order."""
+    first, second = ops().all_reduce(x * 2, "sum", name), ops().all_reduce(x + 1, "max", name)
+    return ops().wait_tensor(second) * 3 + ops().wait_tensor(first)
+
+
+def chain(x: Tensor, name: str) -> Tensor:
+    """One collective takes the result of another, over an eager step."""
+    return all_gather(silly.triple(reduce_scatter(x, name)), name)
+
+
+COLLECTIVES = (all_reduce, all_gather, reduce_scatter, broadcast, late, chain)
+
+
+def between(function: Callable[[Tensor, str], Tensor]) -> Callable[[Tensor, str], Tensor]:
+    """``function`` between two eager steps."""
+
+    def call(x: Tensor, name: str) -> Tensor:
+        return silly.triple(function(silly.triple(x.sin()), name).cos()) + 1
+
+    return call
+
+
+def values(device: torch.device) -> Tensor:
+    """Other values in each rank."""
+    return torch.randn(SIZE, device=device) + dist.get_rank()
+
+
+def world() -> Any:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def replayed(device: torch.device) -> None:
+    """Each collective, alone and between two eager steps, over several calls."""
+    group = world()
+    for function in (*COLLECTIVES, *map(between, COLLECTIVES)):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="breakable_cg", options=options_on(device))
+        issued = []
+        with torch.no_grad():
+            for _ in range(7):
+                x = values(device)
+                before = group._get_sequence_number_for_group()
+                got = compiled(x, group.group_name)
+                issued.append(group._get_sequence_number_for_group() - before)
+                assert torch.equal(got, function(x, group.group_name)), function
+        program = program_of(compiled)
+        assert program.replays == 5
+        assert program.num_graph_segments >= 1
+        assert not any("collective" in reason.op or "wait" in reason.op for reason in program.reasons)
+        # each is issued once in each call; of what a graph launches NCCL's group counts nothing
+        assert issued == [issued[0]] * 7 if device.type == "cpu" else issued == [*issued[:1] * 2, 0, 0, 0, 0, 0], issued
+        breakable_backend.reset(compiled)
+
+
+def apart(device: torch.device) -> None:
+    """While one rank replays, another runs plainly, or records, or is not compiled at all."""
+    group, rank = world(), dist.get_rank()
+    for function in (all_reduce, between(all_gather), chain):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="breakable_cg", options=options_on(device))
+        with torch.no_grad():
+            for call in range(14):
+                if call == 4 + 4 * rank:
+                    breakable_backend.reset(compiled)
+                x = values(device)
+                mine = function if call == 10 + rank else compiled
+                assert torch.equal(mine(x, group.group_name), function(x, group.group_name)), (function, call)
+        assert program_of(compiled).replays >= 3
+
+
+def by_hand(device: torch.device) -> None:
+    """Collectives under ``capture``, with an eager step between them."""
+    group, x = world(), values(device)
+    name, triple = group.group_name, eager_on_graph(lambda x: x * 3)
+
+    def function(x: Tensor) -> Tensor:
+        return all_gather(triple(all_reduce(x, name)), name)
+
+    with torch.no_grad():
+        function(x)
+        graph = BreakableCUDAGraph(driver=options_on(device)["driver"])
+        with capture(graph):
+            y = function(x)
+        assert torch.equal(y, function(x))
+        for call in range(6):
+            x.copy_(values(device))
+            if call == 2 + dist.get_rank():
+                y.copy_(function(x))  # this rank does by hand what the others replay
+            else:
+                graph.replay()
+            assert torch.equal(y, function(x)), call
+    assert graph.replays == 5
+
+
+def left_alone(device: torch.device) -> None:
+    """The group ends while recordings with its collectives are alive, and they after it."""
+    group = world()
+    compiled = torch.compile(between(all_reduce), backend="breakable_cg", options=options_on(device))
+    with torch.no_grad():
+        for _ in range(4):
+            compiled(values(device), group.group_name)
+    assert program_of(compiled).replays == 2
+
+
+@on_each_kind
+@pytest.mark.parametrize("body", [replayed, apart, by_hand, left_alone], ids=lambda body: body.__name__)
+def test_collectives(body: ranks.Body, kind: str, tmp_path: Path) -> None:
+    """Lines 1 and 3: two ranks' collectives in captured segments: eager's results, and no rank waits for ever."""
+    spawn(body, 2, kind, tmp_path)
