@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, policy
-from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
+from breakable_backend.backend import executors_of
+from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
 from breakable_backend.executor import PUT_OFF
 from breakable_backend.failures import passing
 from test_executor import Make, entries, ways
@@ -469,3 +471,206 @@ def test_one_call_waits_for_a_busy_pool(build: Make) -> None:
         assert seen.waits[4:] == [0.0, LOCK_TIMEOUT, LOCK_TIMEOUT]
     finally:
         build.driver.lock = lock
+
+
+# --- on a GPU, for real -----------------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda", 0)
+GIB = 1 << 30
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """Have this process no more than ``size`` bytes of the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def cached(size: int) -> None:
+    """Have torch's allocator hold ``size`` bytes for nobody. A capture cannot use them, nor give them back."""
+    hog = torch.empty(size, dtype=torch.uint8, device=CUDA)
+    del hog
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("others", [False, True])
+def test_memory_that_a_capture_cannot_have(others: bool) -> None:
+    """A capture that runs out of memory costs one plain call and no memory; the next recording has what nobody uses."""
+
+    def function(x: Tensor, n: int) -> Tensor:
+        y = silly.triple(x.sin() * 2)
+        return silly.triple((y.expand(n) + 1).cos().sum() * 2 + x).cos() + 1
+
+    ours = torch.compile(function, backend="breakable_cg", options={"driver": "cuda"}, dynamic=True)
+    x = torch.ones(1, device=CUDA)
+    n = int(0.6 * GIB / 4)
+    with torch.no_grad(), limited(4 * GIB):
+        for _ in range(3):
+            ours(x, 1000)
+        (executor,) = executors_of(ours)
+        driver = executor.driver
+        if not others:
+            executor.reset()
+        torch.cuda.empty_cache()
+        reserved, held = torch.cuda.memory_reserved(), driver.live_blocks()
+        want = function(x, n)
+        assert torch.equal(ours(x, n), want)
+        torch.cuda.empty_cache()
+        cached(int(3.2 * GIB))
+        assert torch.equal(ours(x, n), want)
+        assert executor.statistics.plain[f"could not be recorded: {PUT_OFF['memory']}"] == 1
+        assert driver.live_blocks() == held
+        assert driver.pool_bytes() == 0 or others
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= reserved + (64 << 20)
+        cached(int(3.2 * GIB))
+        assert torch.equal(ours(x, n), want)
+        assert torch.equal(ours(x, n), want)
+        assert [entry.replays for entry in entries(executor) if entry.trials.failures] == [1]
+
+
+@pytest.mark.gpu
+def test_the_plain_rest_has_the_memory_that_a_capture_took() -> None:
+    """What a failed capture has taken of the device is back before the rest runs, with the recordings of others if need be."""
+
+    def function(x: Tensor, n: int) -> Tensor:
+        y = silly.triple(x.sin() * 2)
+        a = y.expand(n) + 1
+        b = a.cos()
+        return silly.triple((a * b).sum() + x).cos() + 1
+
+    ours = torch.compile(function, backend="breakable_cg", options={"driver": "cuda"}, dynamic=True)
+    x = torch.ones(1, device=CUDA)
+    with torch.no_grad(), limited(4 * GIB):
+        for _ in range(3):
+            ours(x, 1000)
+        n = int(1.2 * GIB / 4)  # three of them at once: 3.6 GiB
+        torch.cuda.empty_cache()
+        want = function(x, n)
+        torch.cuda.empty_cache()
+        ours(x, n)
+        torch.cuda.empty_cache()
+        hog = torch.empty(int(0.8 * GIB), dtype=torch.uint8, device=CUDA)
+
+        def leave() -> Any:  # at the third of them, as if another process had given its memory back
+            nonlocal hog
+            del hog
+
+        real = torch.OutOfMemoryError
+        assert real is not None
+        (executor,) = executors_of(ours)
+        capture = executor.driver.capture
+
+        def fails(body: Callable[[], Any]) -> Any:
+            try:
+                return capture(body)
+            except CaptureError:
+                leave()
+                torch.cuda.empty_cache()
+                raise
+
+        executor.driver.capture = fails  # type: ignore[method-assign]
+        try:
+            assert torch.equal(ours(x, n), want)
+        finally:
+            del executor.driver.capture  # type: ignore[method-assign]
+        for _ in range(3):
+            assert torch.equal(ours(x, n), want)
+            assert torch.equal(ours(x, 1000), function(x, 1000))
+        assert [entry.replays > 0 for entry in entries(executor)] == [True, True]
+
+
+@torch.library.custom_op("passing::beside", mutates_args=())
+def beside(x: Tensor) -> Tensor:
+    """``x + 1``, while another thread does what ``meanwhile`` says; what that raises is its own."""
+    if meanwhile:
+
+        def work() -> None:
+            with torch.cuda.device(x.device), torch.cuda.stream(torch.cuda.Stream(x.device)):
+                try:
+                    meanwhile[0]()
+                except RuntimeError as error:
+                    raised.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(60)
+    return x + 1
+
+
+@beside.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+meanwhile: list[Callable[[], Any]] = []
+raised: list[str] = []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("work", [torch.cuda.synchronize, lambda: torch.rand(16, device=CUDA)], ids=["waits", "draws"])
+def test_what_another_thread_does_in_a_capture(work: Callable[[], Any]) -> None:
+    """Another thread's ``synchronize()`` or draw, in the middle of a capture, costs one plain call at most; then all is captured."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(torch.ops.passing.beside(x.sin()) * 2, 0.5).cos() + 1
+
+    ours = torch.compile(function, backend="breakable_cg", options={"driver": "cuda"})
+    x = torch.ones(64, device=CUDA)
+    with torch.no_grad():
+        ours(x)
+        for number in range(6):
+            if number == 0:
+                meanwhile.append(work)
+            torch.manual_seed(number)
+            got = ours(x)
+            meanwhile.clear()
+            torch.manual_seed(number)
+            assert torch.equal(got, function(x)), number
+        (executor,) = executors_of(ours)
+        assert executor.statistics.recordings == 1 and executor.scope.forced == {}
+        (entry,) = entries(executor)
+        assert entry.replays >= 4 and entry.trials.failures <= 1
+        drawn = torch.rand(4, device=CUDA)  # the generator works
+        assert drawn.unique().numel() > 1
+
+
+@pytest.mark.gpu
+def test_a_capture_of_another_thread_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another thread's ``with capture`` goes on, one call waits for it, all are plain, and later ones are recorded."""
+    monkeypatch.setattr(generator, "WAIT", 0.2)
+    ours = torch.compile(
+        lambda x: silly.triple(x.sin() * 2).cos() + 1, backend="breakable_cg", options={"driver": "cuda"}
+    )
+    x, began, done = torch.ones(64, device=CUDA), threading.Event(), threading.Event()
+
+    def captures() -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(CUDA)), capture(BreakableCUDAGraph(driver="cuda")):
+            torch.ones(4, device=CUDA) + 1
+            began.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=captures)
+    with torch.no_grad():
+        want = ours(x)
+        thread.start()
+        began.wait(60)
+        taken = []
+        for _ in range(6):
+            started = time.monotonic()
+            assert torch.equal(ours(x), want)
+            taken.append(time.monotonic() - started)
+        done.set()
+        thread.join(60)
+        for _ in range(8):
+            assert torch.equal(ours(x), want)
+    (executor,) = executors_of(ours)
+    plain = executor.statistics.plain
+    assert plain[f"could not be recorded: {PUT_OFF['busy']}"] == 3, plain
+    assert sum(seconds > 0.15 for seconds in taken) == 1, taken
+    assert [entry.replays for entry in entries(executor)] == [5]
