@@ -186,6 +186,7 @@ class Executor:
         self.journal = Journal(log, name)
         self._written = written_inputs(lowered.module)
         self._cut()
+        driver.tenants.append(weakref.ref(self, driver.tenants.remove))
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
         weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False
 
@@ -612,6 +613,18 @@ class Executor:
             self._drop_set(addresses, why, wait=wait)
         if wait:
             self.driver.release(())  # the pool may have outlived its last graph
+
+    def vacate(self) -> None:
+        """Free what is recorded now, since memory ran out in another recording; keys stay, and are recorded again when called."""
+        why = "memory ran out in another recording"
+        entries = [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
+        for entry in entries:
+            if entry.recording is not None:
+                self.journal.tell(f"recording {entry.number} goes: {why}")
+                entry.why = why
+        with self._changing:
+            gone = _emptied(entries, self.statistics)
+        _release(gone, self.driver, wait=True)
 
     def reset(self) -> None:
         """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.

@@ -458,7 +458,7 @@ class _Recorder:
             if failed is None:
                 return
             if self.put_off is not None:
-                self._give_back(position)
+                self._give_back(position, self.put_off.cause)
         else:
             failed = self.put_off.reason
         with self.driver.drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
@@ -575,7 +575,7 @@ class _Recorder:
             self.failed[position] = reason
         return reason
 
-    def _give_back(self, position: int) -> None:
+    def _give_back(self, position: int, cause: Passing) -> None:
         """Give back what was captured before segment ``position``: the rest of the program may need the memory."""
         graphs = self.graphs()
         self.steps.clear()
@@ -583,6 +583,8 @@ class _Recorder:
         for before in range(position):
             self.drop_dead(before)
         self.driver.release(graphs)
+        if cause == "memory":
+            self.driver.vacate()
 
     def graphs(self) -> list[CapturedGraph]:
         """What was captured so far."""

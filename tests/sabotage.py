@@ -1776,7 +1776,7 @@ FAULTS = (
     Fault(
         "a-failed-recording-keeps-its-graphs",
         "recording.py",
-        "                self._give_back(position)\n",
+        "                self._give_back(position, self.put_off.cause)\n",
         "                self.dead = last_uses(self.binding.program)\n",
         "test_passing.py::test_the_rest_of_the_call_has_the_memory[tape]",
     ),

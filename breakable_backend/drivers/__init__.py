@@ -68,6 +68,13 @@ class CaptureSession(Protocol):
         """Events of segments that the eager step just run has waited for: to be recorded before it at each replay."""
 
 
+class Tenant(Protocol):
+    """Who has recordings in a driver's pool, and can make them anew."""
+
+    def vacate(self) -> None:
+        """Release them now. No call is replaying one, and the driver's lock is the caller's."""
+
+
 class CaptureDriver(Protocol):
     """Captures and replays on one device, in one memory pool."""
 
@@ -79,6 +86,8 @@ class CaptureDriver(Protocol):
     """Seconds that a call waits for the lock: ``LOCK_TIMEOUT``, or none, while one holder has it for longer than that."""
     busy: bool
     """Whether a call of a compiled function is under way. Who has got the lock, and finds this, is inside of that call."""
+    tenants: list[Callable[[], Tenant | None]]
+    """Weak references."""
     deferred: deque[Callable[[], None]]
     """What is to be done once no call is under way, by whoever ends one."""
 
@@ -120,6 +129,12 @@ class CaptureDriver(Protocol):
         """A capture ran out of memory, and another begins: give the device what the allocator holds for nobody.
 
         Under a capture the allocator cannot do that itself.
+        """
+
+    def vacate(self) -> None:
+        """Memory ran out in a recording, whose graphs are released: free memory in the pool goes back, with all its tenants.
+
+        A pool gives nothing back while there is a graph in it, and what a plain call needs may be there.
         """
 
     def is_capturing(self) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
@@ -228,6 +228,7 @@ class CudaDriver:
         self.patience = LOCK_TIMEOUT
         self.busy = False
         locks.in_child(self, CudaDriver._forked)
+        self.tenants: list[Callable[[], Tenant | None]] = []
         self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
         self._draws = Draws.of(self.device)
@@ -294,6 +295,14 @@ class CudaDriver:
 
     def make_room(self) -> None:
         """Give the device what torch's allocator holds for nobody."""
+        torch.cuda.empty_cache()
+
+    def vacate(self) -> None:
+        blocks = (block for segment in self._segments() for block in segment["blocks"])
+        if self._live and any(block["state"] == "inactive" for block in blocks):
+            for tenant in [tenant() for tenant in list(self.tenants)]:
+                if tenant is not None:
+                    tenant.vacate()
         torch.cuda.empty_cache()
 
     def is_capturing(self) -> bool:

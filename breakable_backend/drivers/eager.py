@@ -19,7 +19,7 @@ from torch import fx
 from breakable_backend import _torch, locks
 from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession, Tenant
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
 
@@ -87,6 +87,7 @@ class EagerDriver:
         self.patience = LOCK_TIMEOUT
         self.busy = False
         locks.in_child(self, EagerDriver._forked)
+        self.tenants: list[Callable[[], Tenant | None]] = []
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[RerunGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
@@ -158,6 +159,9 @@ class EagerDriver:
 
     def make_room(self) -> None:
         """Nothing to do: what runs op by op allocates as it always does."""
+
+    def vacate(self) -> None:
+        """Nothing to do: there is no free memory in a pool."""
 
     def is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

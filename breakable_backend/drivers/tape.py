@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active, locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.effects import is_asynchronous, written_values
@@ -406,6 +406,7 @@ class TapeDriver:
         self.patience = LOCK_TIMEOUT
         self.busy = False
         locks.in_child(self, TapeDriver._forked)
+        self.tenants: list[Callable[[], Tenant | None]] = []
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
         self._brought: dict[int, int] = {}
@@ -455,6 +456,9 @@ class TapeDriver:
 
     def make_room(self) -> None:
         """Nothing to do: what runs op by op allocates as it always does."""
+
+    def vacate(self) -> None:
+        """Nothing to do: there is no free memory in a pool."""
 
     def is_capturing(self) -> bool:
         return _active.get() not in (None, self)
