@@ -27,7 +27,7 @@ class Lowered:
     module: fx.GraphModule
     static: frozenset[int]
     unmet: frozenset[str] = frozenset()
-    """What ``eager_ops`` names, and this graph does not call."""
+    """What is marked, and how, and this graph does not call."""
 
 
 @dataclass(frozen=True)

@@ -220,20 +220,28 @@ class Marks:
             yield
 
     def unmet(self, module: fx.GraphModule) -> frozenset[str]:
-        """What ``eager_ops`` names, and neither the lowered graph nor the one before it calls."""
+        """What is marked, with how, and neither the lowered graph nor the one before it calls."""
         ops = {
             op for node in module.graph.nodes if node.op == "call_function" for op in effective_ops(node)
         } | self._ops
         overloads = [op for op in ops if isinstance(op, _torch.OpOverload)]
         met = {name for op in overloads for name in (op.name(), op_name(op), str(op._schema.name))}
-        missing, functions = set(self.eager_ops.names) - met, self.eager_ops.functions
+        named = self._missing(self.eager_ops.names - met, self.eager_ops.functions)
+        marked = self._missing(_marked - met, _marked_functions)
+        return frozenset(
+            [f"{name} is named in eager_ops" for name in named] + [f"{name} is marked by mark_eager" for name in marked]
+        )
+
+    def _missing(self, names: Iterable[str], functions: Iterable[Any]) -> set[str]:
+        """Those of ``names`` that are not there by a function's name, and the functions that are not there by theirs."""
+        missing = set(names)
         for function in functions:
-            names = _op_of_function(function)
+            ops_of_it = _op_of_function(function)
             if any(function is called for called in self._functions):
-                missing.difference_update(names)
-            elif not names:
+                missing.difference_update(ops_of_it)
+            elif not ops_of_it:
                 missing.add(getattr(function, "__name__", str(function)))
-        return frozenset(missing)
+        return missing
 
 
 def _why_function(target: Any, eager_ops: EagerOps) -> str:

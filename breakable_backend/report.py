@@ -265,7 +265,7 @@ def explain(
     programs = [_program(executor, measured) for executor in executors]
     if compiled is not None and executors:
         unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
-        notes = (f"{name} is named in eager_ops, and no graph of this function calls it" for name in sorted(unmet))
+        notes = (f"{mark}, and no graph of this function calls it" for mark in sorted(unmet))
         programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
     return Report(
         tuple(programs),

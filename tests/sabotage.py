@@ -77,6 +77,14 @@ FAULTS = (
         "if False:",
         "test_capture_hostile.py::test_what_a_foreign_capture_would_freeze[cpu-False]",
     ),
+    # --- marks ---
+    Fault(
+        "marks-that-meet-nothing-are-not-told",
+        "marking.py",
+        "marked = self._missing(_marked - met, _marked_functions)",
+        "marked: set[str] = set()",
+        "test_contract_reasons.py::test_marks_without_effect_are_told[cpu]",
+    ),
     # --- what dies ---
     Fault(
         "the-host-waits-for-what-dies",

@@ -464,7 +464,7 @@ def test_a_mark_ends(device: torch.device, options: dict[str, Any]) -> None:
 
 
 def test_marks_without_effect_are_told(device: torch.device, options: dict[str, Any]) -> None:
-    """Line 9: what ``eager_ops`` names and no graph of the function calls is in the report."""
+    """Line 9: what ``eager_ops`` names, or ``mark_eager`` was given, and no graph of the function calls is in the report."""
 
     def f(x: Tensor) -> Tensor:
         y = x.sin() + 1
@@ -473,11 +473,25 @@ def test_marks_without_effect_are_told(device: torch.device, options: dict[str, 
 
     marks = ["aten::sin", "aten::sort", functional.softmax, functional.interpolate, torch.ops.aten.topk.default]
     compiled = torch.compile(f, backend="breakable_cg", options={**options, "eager_ops": marks})
-    with torch.no_grad():
-        compiled(torch.rand(3, device=device))
+    ours = ["aten::cos", "aten::add", functional.pixel_shuffle, functional.fold, torch.Tensor.softmax]
+    try:
+        for mark in ours:
+            mark_eager(mark)
+        with torch.no_grad():
+            compiled(torch.rand(3, device=device))
+    finally:
+        for mark in ours:
+            unmark_eager(mark)
     notes = [note for program in explain(compiled).programs for note in program.notes]
-    names = ["aten::sort", "aten::topk.default", "interpolate"]
-    assert notes == [f"{name} is named in eager_ops, and no graph of this function calls it" for name in names]
+    told = [
+        "aten::cos is marked by mark_eager",
+        "aten::pixel_shuffle is marked by mark_eager",
+        "aten::sort is named in eager_ops",
+        "aten::topk.default is named in eager_ops",
+        "fold is marked by mark_eager",
+        "interpolate is named in eager_ops",
+    ]
+    assert notes == [f"{mark}, and no graph of this function calls it" for mark in told]
     assert notes[0] in str(explain(compiled))
 
 
