@@ -25,8 +25,9 @@ from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import tensors_of
-from breakable_backend.errors import InternalError, PartitionError
+from breakable_backend.errors import PartitionError
 from breakable_backend.executor import Executor, scope_for
+from breakable_backend.faults import internal
 from breakable_backend.flat import FlatGraph
 from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.marking import EagerOps, Scope
@@ -95,13 +96,7 @@ class Backend:
         except (_torch.DynamoError, Warning):  # this package's own errors are among the first, which Dynamo passes on
             raise
         except Exception as error:  # Dynamo would ask for a report to PyTorch
-            log.error("this is a fault of breakable_backend", exc_info=error)
-            raise InternalError(
-                f"breakable_cg failed inside, with {type(error).__name__}: {error}",
-                original=error,
-                fix="that is a fault of the package breakable_backend, and not of PyTorch: please report it there, with the "
-                "traceback. Until it is mended, run this function uncompiled or with backend='eager'",
-            ) from error
+            raise internal(error, log) from error
 
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None

@@ -33,8 +33,9 @@ from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import written_values
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line
+from breakable_backend.faults import raise_if_ours
 from breakable_backend.functions import Mark
-from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside
+from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside, log
 from breakable_backend.marking import live_reason, seen_in_parts
 from breakable_backend.options import Options
 from breakable_backend.profiling import span
@@ -139,7 +140,13 @@ class capture:
     ) -> None:
         door, self._door = self._door, None
         assert door is not None
-        door.close(error)
+        try:
+            door.close(error)
+        except Exception as fault:
+            raise_if_ours(fault, log)
+            raise
+        if isinstance(error, Exception):
+            raise_if_ours(error, log)
 
 
 def is_capturing() -> bool:

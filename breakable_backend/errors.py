@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -114,7 +115,12 @@ def defined_at(function: Any) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error is, and what it says first: ``ValueError: too small``."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {without_advice((str(error).strip().splitlines() or [''])[0])}"
+
+
+def without_advice(text: str) -> str:
+    """What torch says of an assertion of its own, without the advice to report it to PyTorch: it was not asked by the user."""
+    return re.sub(r",? ?please report a bug to PyTorch\.?", "", text)
 
 
 def _line(file: str, line: int, function: str) -> str:

@@ -30,6 +30,7 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureDriver
 from breakable_backend.effects import python_floats, written_inputs
 from breakable_backend.errors import CaptureError, PartitionError, Passing, first_line
 from breakable_backend.failures import passing
+from breakable_backend.faults import raise_if_ours
 from breakable_backend.journal import Journal
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
@@ -221,6 +222,7 @@ class Executor:
             CaptureError: called inside somebody else's capture, and an eager step cannot run there.
             ReplayError: an argument does not fit what was recorded.
             EagerOutputError: an eager step's result does not fit what was recorded.
+            InternalError: a fault of this package.
         """
         self.statistics.calls += 1
         driver = self.driver
@@ -253,6 +255,9 @@ class Executor:
                 return self._locked(args, stream, driver)
             finally:
                 driver.end(stream)
+        except Exception as error:
+            raise_if_ours(error, log)
+            raise
         finally:
             call.over, driver.busy = True, False
             driver.lock.release()
@@ -319,11 +324,15 @@ class Executor:
     def _plain(self, args: list[Any], why: str, level: int = logging.INFO) -> list[Any]:
         self._count_plain(why, level)
         with span(f"{self.name}: plain, {why}"):
-            if not self.debug:
-                return (self._straight or self._write_plain()).function(args)
-            values = list(args)
-            args.clear()
-            return run_plain(self.program, values, debug=True, drawing=self.driver.drawing)
+            try:
+                if not self.debug:
+                    return (self._straight or self._write_plain()).function(args)
+                values = list(args)
+                args.clear()
+                return run_plain(self.program, values, debug=True, drawing=self.driver.drawing)
+            except Exception as error:
+                raise_if_ours(error, log)
+                raise
 
     def _write_plain(self) -> Plain:
         """The function of plain calls, made for the first of them."""

@@ -25,6 +25,7 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
+from breakable_backend.faults import raise_if_ours
 from breakable_backend.functions import Mark
 from breakable_backend.journal import Journal
 from breakable_backend.options import Options
@@ -229,6 +230,7 @@ class BreakableCUDAGraph:
                         self.replays += 1
                     except Exception as error:
                         blame(error, driver, self.journal.name, [captured.recording])
+                        raise_if_ours(error, log)
                         raise
                     finally:
                         driver.end(stream)

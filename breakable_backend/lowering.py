@@ -14,6 +14,7 @@ from torch import fx
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.effects import bodies, tensors_of, written_arguments
+from breakable_backend.errors import without_advice
 from breakable_backend.marking import EagerOps, Marks, is_marked
 
 AMBIENT_KEY = "breakable_cg_ambient"
@@ -193,7 +194,7 @@ def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, .
 
 def _first_line(error: Exception) -> str:
     """What an error says first, with its kind where that says more than the text."""
-    text = next(iter(str(error).strip().splitlines()), "")
+    text = without_advice(next(iter(str(error).strip().splitlines()), ""))
     return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 

@@ -85,6 +85,21 @@ FAULTS = (
         "marked: set[str] = set()",
         "test_contract_reasons.py::test_marks_without_effect_are_told[cpu]",
     ),
+    # --- faults of the package ---
+    Fault(
+        "faults-in-a-call-are-nobodys",
+        "executor.py",
+        "            raise_if_ours(error, log)\n            raise\n        finally:",
+        "            raise\n        finally:",
+        "test_faults.py::test_a_fault_in_a_call[cpu-check_places-2]",
+    ),
+    Fault(
+        "what-has-no-frame-is-ours",
+        "faults.py",
+        "!= calls_others",
+        "!= ''",
+        "test_faults.py::test_errors_of_functions_without_a_frame[cpu]",
+    ),
     # --- what dies ---
     Fault(
         "the-host-waits-for-what-dies",

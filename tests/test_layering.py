@@ -26,6 +26,7 @@ LAYERS = {
     "seen": 1,
     "structure": 1,
     "tapes": 1,
+    "faults": 2,
     "failures": 2,
     "gradients": 2,
     "options": 2,
