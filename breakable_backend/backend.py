@@ -96,7 +96,8 @@ class Backend:
         except (_torch.DynamoError, Warning):  # this package's own errors are among the first, which Dynamo passes on
             raise
         except Exception as error:  # Dynamo would ask for a report to PyTorch
-            raise internal(error, log) from error
+            told = internal(error, log)
+            raise told from error
 
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None

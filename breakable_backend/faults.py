@@ -49,7 +49,8 @@ def raise_if_ours(error: Exception, log: logging.Logger) -> None:
         InternalError: it is.
     """
     if not isinstance(error, _OF_ITS_OWN) and is_ours(error):
-        raise internal(error, log) from error
+        told = internal(error, log)
+        raise told from error
 
 
 def is_ours(error: BaseException) -> bool:
