@@ -6,9 +6,12 @@ straight line of launches and eager calls.
 
 from breakable_backend.backend import breakable_cg as breakable_cg
 from breakable_backend.backend import reset as reset
+from breakable_backend.bound import BoundCall as BoundCall
+from breakable_backend.bound import bind as bind
 from breakable_backend.capture import break_graph as break_graph
 from breakable_backend.capture import capture as capture
 from breakable_backend.capture import is_capturing as is_capturing
+from breakable_backend.errors import BindError as BindError
 from breakable_backend.errors import BreakableError as BreakableError
 from breakable_backend.errors import CaptureError as CaptureError
 from breakable_backend.errors import DivergenceError as DivergenceError
@@ -27,6 +30,8 @@ from breakable_backend.report import Report as Report
 from breakable_backend.report import explain as explain
 
 __all__ = [
+    "BindError",
+    "BoundCall",
     "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
@@ -37,6 +42,7 @@ __all__ = [
     "PartitionError",
     "ReplayError",
     "Report",
+    "bind",
     "break_graph",
     "breakable_cg",
     "capture",

@@ -13,6 +13,7 @@ import itertools
 import math
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,8 +29,8 @@ from torch import fx
 from torch._dynamo import convert_frame as _convert_frame
 from torch._dynamo import eval_frame as _eval_frame
 from torch._dynamo import trace_rules
-from torch._dynamo.convert_frame import input_codes
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list, _TorchDynamoContext
+from torch._dynamo.convert_frame import input_codes, output_codes
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, _TorchDynamoContext
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -534,7 +535,8 @@ def _parts(compiled: Any) -> tuple[list[Any], list[Any]]:
             inner = getattr(thing, "_torchdynamo_orig_callable", None) or getattr(thing, "__wrapped__", None)
             pending += [inner, *_called_by(thing)]
         elif callable(thing) and not isinstance(thing, type):
-            pending += [type(thing).__call__, *filter(_is_wrapper, getattr(thing, "__dict__", {}).values())]
+            held = getattr(thing, "__dict__", {})
+            pending += [type(thing).__call__, held.get("__wrapped__"), *filter(_is_wrapper, held.values())]
     return wrappers, functions
 
 
@@ -720,6 +722,135 @@ def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
     else:
         with env.ignore_fresh_unbacked_symbols():
             yield
+
+
+# --- Dynamo's code, called without its guards -------------------------------------------------------------------------
+# Checked on torch 2.11, 2.13, 2.14.1 and 2.15, Python 3.11 and 3.13.
+
+
+def dynamo_frames(outer: FrameType) -> tuple[list[FrameType], list[FrameType]]:
+    """The frames of code that Dynamo made, and those around the outermost of them: of what runs, up to ``outer``."""
+    made: list[FrameType] = []
+    around: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not outer:
+        if frame.f_code in output_codes:
+            made.append(frame)
+            around.clear()
+        elif made:
+            around.append(frame)
+        frame = frame.f_back
+    return made, around
+
+
+def passes_on(frame: FrameType) -> bool:
+    """Whether a frame belongs to what calls a module or a compiled function, and does nothing else unless there are hooks."""
+    return frame.f_code in (_COMPILE_WRAPPER, OptimizedModule.__call__.__code__, *_MODULE_CALLS)
+
+
+def owner_of_call(frame: FrameType) -> object:
+    """Whose method runs in ``frame``, called by torch's own code: of a module, or of what was compiled; None if of nothing."""
+    caller = frame.f_back
+    if caller is None:
+        return None
+    if caller.f_code in _MODULE_CALLS:
+        return caller.f_locals.get("self")
+    return getattr(caller.f_locals.get("fn"), "__self__", None) if caller.f_code is _COMPILE_WRAPPER else None
+
+
+def hooks_around(frames: Iterable[FrameType]) -> list[Mapping[Any, Any]]:
+    """Where the hooks of the modules that ``frames`` call are kept, and those of all modules: empty while there are none."""
+    called = [frame.f_locals["self"] for frame in frames if frame.f_code is not _COMPILE_WRAPPER]
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    of_all = torch.nn.modules.module
+    return [
+        *(getattr(module, kind) for module in dict.fromkeys(called) for kind in kinds),
+        *(getattr(of_all, f"_global{kind}") for kind in kinds),
+    ]
+
+
+def graph_called_by(code: CodeType) -> str:
+    """The global by which Dynamo's code calls its graph, if it calls one and nothing else that was compiled; else empty.
+
+    Code that draws from Python's ``random`` before it calls the graph is no such code.
+    """
+    graphs = [name for name in code.co_names if name.startswith("__compiled_fn")]
+    more = [name for name in code.co_names if name.startswith(("__resume_at", "__gen_rand"))]
+    return graphs[0] if len(graphs) == 1 and not more else ""
+
+
+def function_in(compiled: Any, frame: FrameType) -> FunctionType | None:
+    """The function behind ``compiled`` whose code Dynamo made another of, which runs in ``frame``; None where that is not clear."""
+    code = frame.f_code
+    found = []
+    for function in _parts(compiled)[1]:
+        original = function.__code__
+        same = all(getattr(original, name) == getattr(code, name) for name in _KEPT_OF_CODE)
+        names = original.co_varnames[: argument_count(original)] == code.co_varnames[: argument_count(code)]
+        cells = dict(zip(original.co_freevars, function.__closure__ or (), strict=True))
+        closed = all(_content(cells[name]) is frame.f_locals.get(name) for name in original.co_freevars)
+        if same and names and closed and function not in found:
+            found.append(function)
+    return found[0] if len(found) == 1 else None
+
+
+_KEPT_OF_CODE = ("co_name", "co_qualname", "co_filename", "co_firstlineno", "co_freevars")
+"""What Dynamo's code has of the code that it was made from."""
+
+
+def argument_count(code: CodeType) -> int:
+    """How many local variables of ``code`` are arguments, ``*args`` and ``**kwargs`` included."""
+    star = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return code.co_argcount + code.co_kwonlyargcount + star
+
+
+def unguarded(function: FunctionType, code: CodeType, graph: Callable[..., Any]) -> FunctionType:
+    """``function`` as Dynamo compiled it to ``code``, calling ``graph`` for its graph, and without guards.
+
+    ``graph`` has a name among the globals of ``function``, as what Dynamo compiles has; it goes when the result does.
+    """
+    name = graph_called_by(code)
+    own = f"{name}_bound_{next(_bound_numbers)}"
+    code = code.replace(co_names=tuple(own if known == name else known for known in code.co_names))
+    result = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    result.__kwdefaults__ = function.__kwdefaults__
+    function.__globals__[own] = graph
+    weakref.finalize(result, function.__globals__.pop, own, None).atexit = False
+    return result
+
+
+_bound_numbers = itertools.count()
+
+
+def graph_behind(function: FunctionType, code: CodeType) -> Callable[..., Any]:
+    """What Dynamo's ``code`` of ``function`` calls for its graph, without what keeps Dynamo from tracing into it."""
+    graph = function.__globals__[graph_called_by(code)]
+    return cast(Callable[..., Any], getattr(graph, "_torchdynamo_orig_callable", graph))
+
+
+def global_state() -> Callable[[], bool]:
+    """Asks whether grad mode, autocast and torch's other global settings that Dynamo guards on are as they are now."""
+    return torch._C._dynamo.guards.GlobalStateGuard().check
+
+
+def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Asks, in one C++ call, whether tensors have the types, dtypes, devices, layouts and so on of ``tensors``, in order.
+
+    They have to be different objects, as ``tensors`` are.
+    """
+    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    guards: Any = torch._C._dynamo.guards.TensorGuards
+    return cast(Callable[..., bool], guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check)
+
+
+def function_modes() -> list[Any]:
+    """The modes that see torch functions, as ``torch.set_default_device`` makes one."""
+    return [torch._C._get_function_stack_at(number) for number in range(torch._C._len_torch_function_stack())]
+
+
+number_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+frame_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""What compiles the frames that run in this thread now; None: nothing."""
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------

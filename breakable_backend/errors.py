@@ -6,6 +6,7 @@
     ├── OptionsError              an option, a mark or a driver that cannot be (also a ValueError)
     ├── PartitionError            a graph that cannot be cut into segments as asked
     ├── CaptureError              a segment, or a call, that cannot be captured
+    ├── BindError                 a function that cannot be bound
     ├── ReplayError               a call that does not fit what was recorded
     │   ├── EagerOutputError      an eager step returned something else than it was recorded with
     │   └── DivergenceError       a replay that went another way than eager, or that would
@@ -81,8 +82,12 @@ class CaptureError(BreakableError):
     """
 
 
+class BindError(BreakableError):
+    """A compiled function that cannot be bound: its call is not one captured graph, or Python code runs around it."""
+
+
 class ReplayError(BreakableError):
-    """A call that does not fit what was recorded: another device, dtype or shape than the graph was compiled for."""
+    """A call that does not fit what was recorded, or what was bound: another device, dtype or shape than that is for."""
 
 
 class EagerOutputError(ReplayError):

@@ -131,6 +131,10 @@ class Statistics:
     finished_copies: int = 0
     """Replays and copies of recordings that are gone."""
     lowering_seconds: float = 0.0
+    bound: int = 0
+    """Calls of bound functions, which did not ask Dynamo's guards."""
+    misfits: Counter[str] = field(default_factory=Counter)
+    """Calls of bound functions that did not fit, by why."""
 
 
 @dataclass(frozen=True)
@@ -661,6 +665,7 @@ class Executor:
                     self.statistics,
                     plain=Counter(self.statistics.plain),
                     recorded=Counter(self.statistics.recorded),
+                    misfits=Counter(self.statistics.misfits),
                 ),
                 tuple(self.notes),
                 tuple(KeySnapshot(e, e.recording, e.replay, e.calls, e.replays) for e in entries),

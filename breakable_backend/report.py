@@ -155,6 +155,10 @@ class ProgramReport:
     recordings: tuple[RecordingReport, ...]
     debug: str | None
     """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
+    bound_calls: int = 0
+    """Calls of bound functions, which did not ask Dynamo's guards; among ``calls``."""
+    misfits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Calls of bound functions that did not fit, by why."""
 
     @property
     def main(self) -> RecordingReport | None:
@@ -321,6 +325,8 @@ def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramR
         executable_bytes=executor.driver.executable_bytes(),
         recordings=recordings,
         debug=executor.options.debug,
+        bound_calls=statistics.bound,
+        misfits=dict(statistics.misfits),
     )
 
 
@@ -503,6 +509,10 @@ def _program_lines(program: ProgramReport) -> Iterator[str]:
         yield f"  ran plainly {count}x: {why}"
     for why, count in program.recorded.items():
         yield f"  recorded {count}x: {why}"
+    if program.bound_calls or program.misfits:
+        yield f"  bound calls {program.bound_calls}, calls that did not fit what was bound {sum(program.misfits.values())}"
+    for why, count in program.misfits.items():
+        yield f"  did not fit {count}x: {why}"
     for note in program.notes:
         yield f"  note: {note}"
     if program.reasons:

@@ -159,6 +159,63 @@ FAULTS = (
         "",
         "test_plain.py::test_source_goes_with_what_was_compiled[cpu]",
     ),
+    # --- bound calls ---
+    Fault(
+        "a-bound-call-takes-parameters-that-moved",
+        "bound.py",
+        "if list(map(data_ptr, static(handed))) != addresses:",
+        "if False:",
+        "test_bound.py::test_parameters_that_move[cpu-inputs-moves_data]",
+    ),
+    Fault(
+        "a-bound-call-takes-tensors-of-another-kind",
+        "bound.py",
+        "if not like(*tensors(handed)):",
+        "if False:",
+        "test_bound.py::test_tensors_that_are_no_arguments[cpu]",
+    ),
+    Fault(
+        "a-bound-call-does-not-look-at-modes",
+        "bound.py",
+        "self._settings()\n            and",
+        "True\n            and",
+        "test_bound.py::test_state_around_it[cpu-gradients]",
+    ),
+    Fault(
+        "a-bound-call-does-not-look-at-training",
+        "bound.py",
+        "            and list(map(_training, self._modules)) == self._training\n",
+        "",
+        "test_bound.py::test_state_around_it[cpu-training]",
+    ),
+    Fault(
+        "bound-values-are-compared-without-their-types",
+        "inputs.py",
+        '    elif like.kind in _ATOMS:\n        yield f"if type({name}) is not {constant(like.kind)} or',
+        '    elif like.kind in _ATOMS:\n        yield f"if',
+        "test_bound.py::test_misfits[cpu-an int that is a bool]",
+    ),
+    Fault(
+        "bound-arguments-need-not-be-one-tensor",
+        "inputs.py",
+        '            yield f"if {name} is not {places[like.number]}: return False"',
+        "            pass",
+        "test_bound.py::test_one_tensor_for_two_arguments[cpu]",
+    ),
+    Fault(
+        "code-around-a-compiled-function-is-left-out",
+        "bound.py",
+        "if not _torch.passes_on(around)",
+        "if False",
+        "test_bound.py::test_code_around_a_compiled_function[cpu]",
+    ),
+    Fault(
+        "a-bound-call-leaves-its-graph-behind",
+        "_torch.py",
+        "    weakref.finalize(result, function.__globals__.pop, own, None).atexit = False\n",
+        "",
+        "test_bound.py::test_the_model_goes[cpu]",
+    ),
     # --- forks ---
     Fault(
         "a-child-waits-for-locks-of-threads-that-it-lacks",

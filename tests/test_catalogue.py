@@ -337,6 +337,10 @@ CASES: dict[str, Case] = {
     "recompute and backward exclude each other": Case("eager_on_graph(recompute=True, backward=plain)(plain)  # here"),
     "mutates_args takes a tuple of names, got": Case("eager_on_graph(mutates_args='x')(plain)  # here"),
     "mutates_args: there is no parameter": Case("eager_on_graph(mutates_args=('y',))(plain)  # here"),
+    "bind takes no check=": Case("bind(compile(plain), x, check='all')  # here"),
+    "is not compiled, so there is nothing to bind": Case("bind(plain, x)  # here"),
+    "this call cannot be bound": Case("f = compile(lambda x: silly.triple(x))\nbind(f, x, misfit='raise')  # here"),
+    "this call does not fit what was bound": Case("f = bind(compile(plain), x, misfit='raise')\nf(x[:1])  # here"),
     # reports
     "is not a directory": Case("open(folder / 'a', 'w').close()\nexport(graph, folder / 'a')  # here"),
     "export: nothing was compiled by breakable_cg yet": Case("export(compile(plain), folder)  # here"),

@@ -12,6 +12,8 @@ import breakable_backend
 from breakable_backend.options import Options
 
 EXPORTS = [
+    "BindError",
+    "BoundCall",
     "BreakableCUDAGraph",
     "BreakableError",
     "CaptureError",
@@ -22,6 +24,7 @@ EXPORTS = [
     "PartitionError",
     "ReplayError",
     "Report",
+    "bind",
     "break_graph",
     "breakable_cg",
     "capture",

@@ -1,0 +1,204 @@
+"""What the arguments of a call are like, and a quick test whether those of another call are like them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+
+_ATOMS = (int, str, bytes, slice, range, torch.Size, torch.device, torch.dtype)
+"""Types whose values are compared, and not taken for one and the same object."""
+_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+Test = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a call, without its tensors. Objects that are neither tensors, containers nor plain values are held."""
+
+    args: _Like
+    kwargs: _Like
+    alike: Callable[..., bool]
+    """Asks whether the tensors, each taken once, are like those of the call."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Inputs | None, str]:
+        """None, and why, where there is a tensor of a kind that cannot be compared in microseconds."""
+        tensors: list[torch.Tensor] = []
+        likes = _like(args, tensors), _like(_Keywords(kwargs), tensors)
+        for tensor in tensors:
+            if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
+                return None, f"an argument is a {type(tensor).__name__} of layout {tensor.layout}"
+        return cls(*likes, _torch.tensors_like(tensors)), ""
+
+    def checker(self, first: Callable[[], bool]) -> Test:
+        """A function of ``args`` and ``kwargs``, made of source: ``first()``, and whether these are like those of the call."""
+        names: dict[str, Any] = {"first": first, "alike": self.alike}
+        places: dict[int, str] = {}
+        lines = [
+            "if not first(): return False",
+            *_source(self.args, "args", names, places),
+            *_source_of_kwargs(self.kwargs, names, places),
+            f"return alike({', '.join(places[number] for number in sorted(places))})",
+        ]
+        body = "\n    ".join(lines)
+        exec(compile(f"def fits(args, kwargs):\n    {body}\n", "<breakable_cg inputs>", "exec"), names)
+        return names.pop("fits")  # type: ignore[no-any-return]
+
+    def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Which argument is not like that of the call, and how; empty if all are."""
+        seen: dict[int, Any] = {}
+        for name, like, value in (("args", self.args, args), ("kwargs", self.kwargs, _Keywords(kwargs))):
+            if why := next(_differences(like, value, name, seen), ""):
+                return why
+        if len({id(tensor) for tensor in seen.values()}) != len(seen):
+            return "two arguments are one tensor"
+        return ""
+
+
+@dataclass(frozen=True)
+class _Like:
+    """One argument, or a part of one."""
+
+    kind: type
+    parts: tuple[_Like, ...] | None = None
+    """Of a container."""
+    keys: tuple[Any, ...] | None = None
+    """Of a container that has them."""
+    value: Any = None
+    """Of what is neither a container nor a tensor."""
+    number: int = -1
+    """Of a tensor: which one it is."""
+    tensor: _Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a tensor is like."""
+
+    kind: type
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Tensor:
+        strided = tensor.layout is torch.strided
+        stride = tensor.stride() if strided else ()
+        return cls(type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), stride, tensor.requires_grad)
+
+    def __str__(self) -> str:
+        grad = ", requiring grad" if self.requires_grad else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"a {self.kind.__name__} of {dtype}{list(self.shape)} with stride {list(self.stride)} on {self.device}{grad}"
+
+
+class _Keywords(dict[str, Any]):
+    """Keyword arguments, whose order says nothing."""
+
+
+def _like(value: Any, tensors: list[torch.Tensor]) -> _Like:
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        number = next((number for number, known in enumerate(tensors) if known is value), len(tensors))
+        if number == len(tensors):
+            tensors.append(value)
+        return _Like(kind, number=number, tensor=_Tensor.of(value))
+    if kind in (list, tuple) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        return _Like(kind, tuple(_like(item, tensors) for item in value))
+    if kind in (dict, OrderedDict, _Keywords):
+        return _Like(kind, tuple(_like(item, tensors) for item in value.values()), tuple(value))
+    return _Like(kind, value=value)
+
+
+def _source(like: _Like, name: str, names: dict[str, Any], places: dict[int, str]) -> Iterator[str]:
+    """Lines that return False unless the variable ``name`` is like ``like``. ``places`` has the variables of tensors."""
+
+    def constant(value: Any) -> str:
+        chosen = f"c{len(names)}"
+        names[chosen] = value
+        return chosen
+
+    if like.tensor is not None:
+        if like.number in places:
+            yield f"if {name} is not {places[like.number]}: return False"
+        else:
+            places[like.number] = name
+    elif like.parts is not None:
+        kind, parts = constant(like.kind), [f"{name}_{number}" for number in range(len(like.parts))]
+        yield f"if type({name}) is not {kind} or len({name}) != {len(parts)}: return False"
+        if like.keys:
+            yield f"if tuple({name}) != {constant(like.keys)}: return False"
+            yield f"if tuple(map(type, {name})) != {constant(tuple(map(type, like.keys)))}: return False"
+        if parts:
+            yield f"{', '.join(parts)}, = {name}{'.values()' if like.keys is not None else ''}"
+        for part, inner in zip(parts, like.parts, strict=True):
+            yield from _source(inner, part, names, places)
+    elif like.kind in (float, complex):
+        yield f"if type({name}) is not {constant(like.kind)} or repr({name}) != {repr(like.value)!r}: return False"
+    elif like.kind in _ATOMS:
+        yield f"if type({name}) is not {constant(like.kind)} or {name} != {constant(like.value)}: return False"
+    else:
+        yield f"if {name} is not {constant(like.value)}: return False"
+
+
+def _source_of_kwargs(like: _Like, names: dict[str, Any], places: dict[int, str]) -> Iterator[str]:
+    """Of keyword arguments, whose order says nothing."""
+    assert like.parts is not None
+    assert like.keys is not None
+    yield f"if len(kwargs) != {len(like.keys)}: return False"
+    for number, (key, part) in enumerate(zip(like.keys, like.parts, strict=True)):
+        yield f"if {key!r} not in kwargs: return False"
+        yield f"kwargs_{number} = kwargs[{key!r}]"
+        yield from _source(part, f"kwargs_{number}", names, places)
+
+
+def _differences(like: _Like, value: Any, name: str, seen: dict[int, Any]) -> Iterator[str]:
+    """The same question as that of :func:`_source`, slowly, with answers."""
+    if like.tensor is not None:
+        if not isinstance(value, torch.Tensor):
+            yield f"{name} is a {type(value).__name__}, and was {like.tensor}"
+        elif _Tensor.of(value) != like.tensor:
+            yield f"{name} is {_Tensor.of(value)}, and was {like.tensor}"
+        elif seen.setdefault(like.number, value) is not value:
+            yield f"{name} is another tensor than an argument before it, and was the same"
+    elif like.parts is not None:
+        same: Any = value
+        if type(value) is not like.kind or len(same) != len(like.parts):
+            yield f"{name} is a {type(value).__name__}{_length(value)}, and was a {like.kind.__name__} of {len(like.parts)}"
+        elif (keys := _keys(like, same)) is None:
+            yield f"{name} has the keys {list(same)}, and had {list(like.keys or ())}"
+        else:
+            for key, part in zip(keys, like.parts, strict=True):
+                yield from _differences(part, same[key], f"{name}[{key!r}]", seen)
+    elif type(value) is not like.kind or (
+        repr(value) != repr(like.value) if _by_text(like) else value is not like.value
+    ):
+        yield f"{name} is {value!r}, and was {like.value!r}"
+
+
+def _keys(like: _Like, value: Any) -> Any:
+    """By what to take the parts of ``value``; None if its keys are not those of ``like``."""
+    if like.keys is None:
+        return range(len(value))
+    if isinstance(value, _Keywords):
+        return like.keys if set(value) == set(like.keys) else None
+    same = tuple(value) == like.keys and tuple(map(type, value)) == tuple(map(type, like.keys))
+    return like.keys if same else None
+
+
+def _length(value: Any) -> str:
+    return f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
+
+
+def _by_text(like: _Like) -> bool:
+    """Whether two values are told apart by what they look like: ``-0.0`` is not ``0.0``, and a NaN is like another."""
+    return like.kind in (float, complex, *_ATOMS)
