@@ -1868,6 +1868,20 @@ FAULTS = (
         "test_passing.py::test_the_rest_of_the_call_has_the_memory[tape]",
     ),
     Fault(
+        "a-swollen-pool-keeps-its-memory",
+        "recording.py",
+        '        if cause == "memory":\n            self.driver.vacate()\n',
+        "",
+        "test_passing.py::test_others_vacate_a_pool[tape]",
+    ),
+    Fault(
+        "what-is-vacated-is-gone-for-good",
+        "executor.py",
+        "        _release(gone, self.driver, wait=True)\n\n    def reset",
+        "        _release(gone, self.driver, wait=True)\n        self.sets.clear()\n\n    def reset",
+        "test_passing.py::test_others_vacate_a_pool[tape]",
+    ),
+    Fault(
         "each-call-waits-for-a-busy-pool",
         "executor.py",
         "            lose_patience(driver)\n",

@@ -17,8 +17,9 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, policy
+from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain, policy
 from breakable_backend.backend import executors_of
+from breakable_backend.buffers import Bridge
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
 from breakable_backend.executor import PUT_OFF
 from breakable_backend.failures import passing
@@ -281,6 +282,28 @@ def test_any_failures(build: Make, data: strategies.DataObject) -> None:
     assert build.driver.live_blocks() == 0
 
 
+def test_reported(device: torch.device, options: dict[str, Any]) -> None:
+    """The report counts the recordings of a key that failed, with the last reason and its line, as text too."""
+    compiled = torch.compile(three, backend="breakable_cg", options=options)
+    x = torch.ones(4, device=device)
+    with torch.no_grad():
+        compiled(x)
+        (executor,) = executors_of(compiled)
+        for _ in range(2):
+            with failing(executor.driver, 1):
+                assert torch.equal(compiled(x), three(x))
+        report = explain(compiled)
+        (recording,) = report.programs[0].recordings
+        assert (recording.failures, recording.num_graphs, recording.refused) == (2, 0, "")
+        assert "cos" in recording.last_failure and "CUDA out of memory" in recording.last_failure
+        assert report.programs[0].plain_calls == {"warm-up": 1, "could not be recorded: memory ran out": 2}
+        assert "key 0: recording failed 2x for reasons that pass; aten::cos: could not be captured" in str(report)
+        for _ in range(4):
+            assert torch.equal(compiled(x), three(x))
+        (recording,) = explain(compiled).programs[0].recordings
+        assert (recording.failures, recording.num_graphs, recording.replays) == (2, 3, 2)
+
+
 # --- what passes ----------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +405,40 @@ def test_a_block_can_be_captured_again(
         x.fill_(3.0)
         graph.replay()
         assert torch.equal(y, block(x))
+
+
+@pytest.mark.parametrize("where", ["in an eager function", "for the bridge of its result"])
+def test_a_block_that_fails_between_segments(
+    make: Callable[..., BreakableCUDAGraph], device: torch.device, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out between two segments reaches the caller; nothing is left, and another capture works."""
+    graph, x = make(), torch.ones(4, device=device)
+
+    def refuse(*args: Any) -> None:
+        raise CAUSES["memory"]()
+
+    @eager_on_graph
+    def step(x: Tensor) -> Tensor:
+        if fails and where == "in an eager function":
+            refuse()
+        return x * 2
+
+    fails = [1]
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            if where != "in an eager function":
+                patch.setattr(Bridge, "like", refuse)
+            with pytest.raises(torch.OutOfMemoryError), capture(graph):
+                step(x.sin() + 1).cos() + 1
+        fails.clear()
+        driver = graph._made_driver()
+        gc.collect()  # the error that pytest has kept
+        assert not driver.is_capturing() and driver.live_blocks() == 0 and driver.pool_bytes() == 0
+        with capture(graph):
+            y = step(x.sin() + 1).cos() + 1
+        x.fill_(3.0)
+        graph.replay()
+        assert torch.equal(y, (x.sin() + 1).mul(2).cos() + 1)
 
 
 @pytest.mark.parametrize("begins", range(4))
