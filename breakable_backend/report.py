@@ -269,7 +269,9 @@ def explain(
     programs = [_program(executor, measured) for executor in executors]
     if compiled is not None and executors:
         unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
-        notes = (f"{mark}, and no graph of this function calls it" for mark in sorted(unmet))
+        notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
+        if not _torch.holds_compiled(compiled):
+            notes.append(NOT_ITSELF.format(type(compiled).__name__))
         programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
     return Report(
         tuple(programs),
@@ -481,6 +483,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
 
 
+NOT_ITSELF = (
+    "the {} that was asked for is not compiled itself: this is of its code, compiled for what calls it or for another "
+    "object (a copy of a module that was compiled in place is not compiled)"
+)
 STANCES = {
     stance: f"torch.compiler.set_stance({stance!r}) is on, {what}"
     for stance, what in (

@@ -346,6 +346,13 @@ FAULTS = (
         "",
         "test_ranks.py::test_buckets[cpu]",
     ),
+    Fault(
+        "a-copy-passes-for-compiled",
+        "report.py",
+        "if not _torch.holds_compiled(compiled):",
+        "if False:",
+        "test_copies.py::test_a_copy_of_what_was_compiled_in_place_can_be_compiled[cpu]",
+    ),
     # --- what a report reaches ---
     Fault(
         "callees-are-in-no-report",
