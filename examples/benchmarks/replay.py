@@ -264,7 +264,7 @@ class Llama(Workload):
     CACHE = 128
     """Longer than the prompt and the calls between two rewinds."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, batch: int = 1) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, StaticCache
 
         AttentionInterface.register("replay_benchmark", _llama_attention)
@@ -283,14 +283,14 @@ class Llama(Workload):
             model: Any = AutoModelForCausalLM
             self.module = model.from_config(self.config, attn_implementation="replay_benchmark", dtype=dtype).eval()
         self.cache: Any = StaticCache(self.config, max_cache_len=self.CACHE)
-        self.cache.early_initialization(1, heads, width // heads, dtype, device)
+        self.cache.early_initialization(batch, heads, width // heads, dtype, device)
         layers_of_cache: list[Any] = self.cache.layers
         for layer in layers_of_cache:  # a prompt, as it were
             layer.keys.normal_()
             layer.values.normal_()
         self.rewind()
-        self.positions = torch.full((1, 1), self.PROMPT, device=device)
-        self.inputs = list(torch.randint(self.config.vocab_size, (5, 1, 1), device=device).unbind())
+        self.positions = torch.full((batch, 1), self.PROMPT, device=device)
+        self.inputs = list(torch.randint(self.config.vocab_size, (5, batch, 1), device=device).unbind())
         self.inputs = [token.clone() for token in self.inputs]
 
     def caller(self, module: Callable[..., Any]) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,290 @@
+"""Where the time of a call goes, in turns within one process: a host that slows down slows all contenders alike.
+
+    PYTHONPATH=. python examples/benchmarks/turns.py                       # all of it
+    PYTHONPATH=. python examples/benchmarks/turns.py transformer llama     # some parts
+
+- ``transformer``: the transformer of ``replay.py`` with 16 breaks and with none. The floor is the loop that a patient user
+  writes: the same pieces captured by hand, launches, direct calls of the attention, a copy of each result, of the input
+  and of the output. Above it the generated replay, the executor (the same with its key, lock and stream), and what
+  ``torch.compile`` returned, with fresh and with static outputs; then ``mode="reduce-overhead"``.
+- ``llama``: a decode step of the Llama of ``replay.py``, batch 1, 8 and 64.
+- ``table``: a model of 2, 64, 256 and 1,024 parameters with 0, 1, 16 and 64 breaks: what of the host's time is whose. The
+  floor is a loop of the same launches, eager calls and copies; ``Dynamo`` is a backend that returns one result for ever.
+
+Host: microseconds to issue a call, in loops of 5 calls that start with an idle GPU. Total: until the GPU is done, in
+loops of 50. Each number is the median of the turns; a ratio is the median of the turns' ratios to the floor.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import replay  # from beside this file
+import torch
+from torch import Tensor, nn
+
+from breakable_backend.backend import executors_of
+from breakable_backend.executor import Entry, Executor
+from breakable_backend.recording import EagerStep, GraphStep, Slot
+
+TURNS = 11
+Call = Callable[[Tensor], object]
+
+
+def host(call: Call, inputs: Sequence[Tensor], loops: int = 8) -> float:
+    taken = []
+    for _ in range(loops):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for x in inputs:
+            call(x)
+        taken.append((time.perf_counter() - start) / len(inputs) * 1e6)
+    return median(taken)
+
+
+def total(call: Call, inputs: Sequence[Tensor], loops: int = 10) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(loops):
+        for x in inputs:
+            call(x)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / loops / len(inputs) * 1e6
+
+
+def in_turns(
+    contenders: dict[str, Call], inputs: Sequence[Tensor], rewind: Callable[[], None], turns: int = TURNS
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Host and total of each contender in each turn."""
+    rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contenders}
+    for _ in range(turns):
+        for name, call in contenders.items():
+            rewind()
+            call(inputs[0])
+            rows[name][0].append(host(call, inputs))
+            rewind()
+            rows[name][1].append(total(call, inputs))
+    return rows
+
+
+def show(title: str, rows: dict[str, tuple[list[float], list[float]]]) -> None:
+    """A line for each contender, with ratios to the first."""
+    floor = next(iter(rows.values()))
+    for name, row in rows.items():
+        ratios = [median(mine / base for mine, base in zip(row[i], floor[i], strict=True)) for i in (0, 1)]
+        print(
+            f"{title}: {name:26} host {median(row[0]):8.1f} us {ratios[0]:5.2f} x  total {median(row[1]):8.1f} us {ratios[1]:5.2f} x",
+            flush=True,
+        )
+
+
+def inside(compiled: Callable[..., Any], call: Call, x: Tensor) -> tuple[Executor, Entry, list[Any]]:
+    """The executor that ``call`` of ``compiled`` comes to, what it replays for ``x``, and with which arguments."""
+    seen: list[tuple[Executor, Entry, list[Any]]] = []
+    executors = executors_of(compiled)
+    for executor in executors:
+        executor.tap = lambda entry, args, executor=executor: seen.append((executor, entry, args))  # type: ignore[misc]
+    call(x)
+    for executor in executors:
+        executor.tap = None
+    (found,) = seen
+    return found
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+def by_hand(work: replay.Workload) -> Call:
+    """The floor: pieces of the model captured by hand, with a copy of its output."""
+    pieces = replay.ByHand(work, whole=work.breaks == 0)
+    launch, stream = pieces.runtime.cudaGraphLaunch, torch.cuda.current_stream().cuda_stream
+    attend, steps, last, bridge, output = work.attend, pieces.eager_steps, pieces.last, pieces.input, pieces.output
+
+    def call(x: Tensor, pieces: object = pieces) -> Tensor:
+        bridge.copy_(x)
+        for executable, arguments, result in steps:
+            launch(executable, stream)
+            result.copy_(attend(*arguments))
+        launch(last, stream)
+        return output.clone()  # type: ignore[no-any-return]
+
+    return call
+
+
+def contenders(work: replay.Workload, *, rival: bool = True) -> dict[str, Call]:
+    """All that is compared on ``work``, warm, each checked against eager."""
+    compiled = torch.compile(work.module, backend="breakable_cg")
+    static = torch.compile(work.module, backend="breakable_cg", options={"outputs": "static"})
+    calls = {"by hand": by_hand(work), "compiled": work.caller(compiled), "static outputs": work.caller(static)}
+    if rival:
+        torch._inductor.config.graph_partition = True
+        calls["reduce-overhead"] = work.caller(torch.compile(work.module, mode="reduce-overhead"))
+    eager = work.caller(work.module)
+    for name, call in calls.items():
+        for x in work.inputs:
+            work.rewind()
+            want = eager(x)
+            work.rewind()
+            got = call(x)
+            assert name == "reduce-overhead" or torch.equal(got, want), f"{name} differs from eager"
+    work.rewind()
+    executor, entry, args = inside(compiled, calls["compiled"], work.inputs[0])
+    assert entry.replay is not None
+    function, stream = entry.replay.function, torch.cuda.current_stream().cuda_stream
+    rest = {name: calls.pop(name) for name in [*calls] if name != "by hand"}
+    calls["replay function"] = lambda _: function(list(args), stream)
+    calls["executor"] = lambda _: executor(list(args))
+    return {**calls, **rest, "eager": eager}
+
+
+def transformer() -> None:
+    for breaks in (16, 0):
+        torch.compiler.reset()
+        work = replay.workload(f"breaks-{breaks}", torch.device("cuda"))
+        show(f"transformer, {breaks} breaks", in_turns(contenders(work), work.inputs, work.rewind))
+
+
+def llama() -> None:
+    for batch in (1, 8, 64):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        work = replay.Llama(torch.device("cuda"), batch)
+        show(f"llama, batch {batch}", in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, turns=5))
+
+
+# --- whose the host's time is --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("turns::step", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def step(x: Tensor) -> Tensor:
+    """What no graph may hold, and takes little."""
+    return x + 1
+
+
+@step.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Layers(nn.Module):
+    """Layers of two parameters each, and breaks spread over them."""
+
+    def __init__(self, parameters: int, breaks: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(parameters // 2))
+        self.breaks = breaks
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = 0
+        for number, layer in enumerate(self.layers, 1):
+            x = layer(x).relu()
+            while made * len(self.layers) < number * self.breaks:
+                x = step(x).tanh() * 0.5
+                made += 1
+        return x
+
+
+def floor_of(entry: Entry, bridge: Tensor) -> Call:
+    """A loop of the launches, eager calls and copies of a recording."""
+    from cuda.bindings import runtime
+
+    assert entry.recording is not None
+    constants = entry.recording.constants
+    pieces: list[tuple[Any, Any, Any, Any]] = []
+    pending: list[tuple[Callable[..., Any], Any, Any]] = []
+    for part in entry.recording.steps:
+        if isinstance(part, EagerStep):
+            (call,) = part.calls
+            (argument,) = call.args
+            pending = [(call.function, constants[argument.name], None)]
+        elif isinstance(part, GraphStep):
+            target = constants[part.loads[0].bridge.name].tensor
+            function, argument, _ = pending.pop() if pending else (None, None, None)
+            executable = runtime.cudaGraphExec_t(part.graph._graph.raw_cuda_graph_exec())  # type: ignore[attr-defined]
+            pieces.append((executable, function, argument, target))
+    (output,) = entry.recording.epilogue
+    (place,) = output.args
+    assert isinstance(place, Slot)
+    result, launch, stream = constants[place.name], runtime.cudaGraphLaunch, torch.cuda.current_stream().cuda_stream
+    (first, *_), *rest = pieces
+
+    def call(x: Tensor) -> Tensor:
+        bridge.copy_(x)
+        launch(first, stream)
+        for executable, function, argument, target in rest:
+            target.copy_(function(argument))
+            launch(executable, stream)
+        return result.clone()  # type: ignore[no-any-return]
+
+    return call
+
+
+def table() -> None:
+    print("host us a call: all | by hand + replay's own + executor's own + torch.compile's own (Dynamo alone) | total")
+    for parameters in (2, 64, 256, 1024):
+        for breaks in (0, 1, 16, 64):
+            torch.compiler.reset()
+            torch.manual_seed(0)
+            model = Layers(parameters, breaks).cuda().eval()
+            inputs = [torch.randn(4, 16, device="cuda") for _ in range(5)]
+            compiled = torch.compile(model, backend="breakable_cg", options={"min_kernels": 1})
+            for x in inputs:
+                assert torch.equal(compiled(x), model(x))
+            executor, entry, args = inside(compiled, compiled, inputs[0])
+            constant = torch.compile(model, backend=_constant)
+            constant(inputs[0])
+            assert entry.recording is not None
+            assert entry.replay is not None
+            function, stream = entry.replay.function, torch.cuda.current_stream().cuda_stream
+            first = entry.recording.steps[0]
+            assert isinstance(first, GraphStep)
+            bridge = entry.recording.constants[first.loads[0].bridge.name].tensor
+            calls: dict[str, Call] = {
+                "floor": floor_of(entry, bridge),
+                "replay": lambda _, f=function, a=args, s=stream: f(list(a), s),  # type: ignore[misc]
+                "executor": lambda _, e=executor, a=args: e(list(a)),  # type: ignore[misc]
+                "compiled": compiled,
+                "dynamo": constant,
+            }
+            rows = in_turns(calls, inputs, lambda: None, turns=5)
+            floor, replayed, executed, whole, dynamo = (median(host) for host, _ in rows.values())
+            print(
+                f"{parameters:5} parameters, {breaks:2} breaks: {whole:7.1f} | {floor:7.1f} + {replayed - floor:6.1f} + "
+                f"{executed - replayed:6.1f} + {whole - executed:6.1f} ({dynamo:6.1f}) | {median(rows['compiled'][1]):7.1f}",
+                flush=True,
+            )
+
+
+def _constant(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend whose function returns one result for ever: what Dynamo costs."""
+    result: Any = None
+
+    def constant(*args: Any) -> Any:
+        nonlocal result
+        if result is None:
+            result = gm(*args)
+        return result
+
+    return constant
+
+
+PARTS = {"transformer": transformer, "llama": llama, "table": table}
+
+
+def main(chosen: Sequence[str]) -> int:
+    if not torch.cuda.is_available():
+        print("needs a GPU")
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    with torch.no_grad():
+        for name in chosen or PARTS:
+            PARTS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
