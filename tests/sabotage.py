@@ -240,6 +240,20 @@ FAULTS = (
     ),
     # --- what a call leaves out ---
     Fault(
+        "a-set-that-went-is-used",
+        "executor.py",
+        "if dropped is self._last:",
+        "if False:",
+        "test_executor.py::test_reset[tape]",
+    ),
+    Fault(
+        "a-new-set-is-older-than-the-last",
+        "executor.py",
+        "            self._last = None\n        if admission",
+        "        if admission",
+        "test_executor.py::test_sets_stand_in_order_of_use[tape]",
+    ),
+    Fault(
         "copies-together-change-bits",
         "replay.py",
         "if (bits := fused_as(dtype)) is not dtype:",
@@ -429,8 +443,8 @@ FAULTS = (
     Fault(
         "alignment-not-in-the-key",
         "executor.py",
-        "data_ptr(args[index]) % buffers.ALIGNMENT for",
-        "0 for",
+        "if args[index].data_ptr() % buffers.ALIGNMENT:",
+        "if False:",
         "test_contract_keys.py::test_alignments[cpu]",
     ),
     Fault(
@@ -1126,8 +1140,8 @@ FAULTS = (
     Fault(
         "addresses-not-in-the-key",
         "executor.py",
-        "return Key(addresses, shapes)",
-        "return Key((), shapes)",
+        "if addresses is not None and self._keys.are_at(addresses.pointers, args):",
+        "if addresses is not None:",
         "test_contract_keys.py::test_swapped_parameter_data[cpu]",
     ),
     Fault(
@@ -1182,8 +1196,8 @@ FAULTS = (
     Fault(
         "reentrant-call-not-plain",
         "executor.py",
-        'if in_call():\n            return self._plain(args, "called inside an eager step")\n        ',
-        "",
+        "if (outer := current_call.get()) is not None and not outer.over:",
+        "if False:",
         "test_concurrency.py::test_a_thread_with_the_context_of_an_eager_step[cpu]",
     ),
     Fault(

@@ -361,6 +361,31 @@ def test_address_sets_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -
     assert ways(executor, [weights[1], make.ones(3)]) == ["replay"]
 
 
+def test_sets_stand_in_order_of_use(make: Make) -> None:
+    """Sets of addresses stand in the order in which they were used last, whether by a replay or as new ones."""
+    executor = make(lambda x, w: (w * x).sin(), make.ones(3), make.ones(3), static=[1])
+    first, second, third = (torch.full((3,), float(n), device=make.device) for n in range(3))
+    for used in (first, second):
+        ways(executor, *([make.ones(3), used] for _ in range(3)))
+    for used in (first, first, third, first, second, second):
+        executor([make.ones(3), used])
+        assert next(reversed(executor.sets)) == (used.data_ptr(),)
+
+
+def test_static_input_at_another_address(make: Make) -> None:
+    """A static input whose memory was swapped is another key, also where somebody keeps the memory of before."""
+    executor = make(lambda x, w: (w * x).sin(), make.ones(3), make.ones(3), static=[1])
+    weight = make.ones(3)
+    before = weight.data
+    assert ways(executor, *([make.ones(3), weight] for _ in range(3))) == ["warm-up", "record", "replay"]
+    weight.data = make.ones(3) * 2
+    assert ways(executor, *([make.ones(3), weight] for _ in range(3))) == ["warm-up", "record", "replay"]
+    assert torch.equal(executor([make.ones(3), weight])[0], weight.sin())
+    weight.data = before
+    assert ways(executor, [make.ones(3), weight]) == ["replay"]
+    assert torch.equal(executor([make.ones(3), weight])[0], before.sin())
+
+
 def test_shape_keys_are_bounded_for_each_set(make: Make) -> None:
     """``max_recordings`` counts the keys of one set of addresses."""
     executor = make(

@@ -310,8 +310,8 @@ class CudaDriver:
         try:
             if self._several and _torch.current_device() != self._index:
                 with torch.cuda.device(self._index):
-                    return torch.cuda.is_current_stream_capturing()
-            return torch.cuda.is_current_stream_capturing()
+                    return _torch.is_stream_capturing()
+            return _torch.is_stream_capturing()
         except torch.AcceleratorError:
             return False
 
