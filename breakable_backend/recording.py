@@ -406,6 +406,12 @@ def record(
                 else:
                     recorder.eager(segment)
                 recorder.drop_dead(position)
+            try:
+                return recorder.finish()
+            except torch.OutOfMemoryError as error:
+                if recorder.put_off is not None:
+                    raise
+                recorder.give_up(error)
             return recorder.finish()
     except BaseException:
         graphs = recorder.graphs()
@@ -574,6 +580,13 @@ class _Recorder:
         else:
             self.failed[position] = reason
         return reason
+
+    def give_up(self, error: Exception) -> None:
+        """All went well, but there is no memory for copies of the results: they get that of the graphs."""
+        behind = len(self.binding.program.segments)
+        reason = Reason("capture_failed", f"results could not be copied: {first_line(error)}", "")
+        self.put_off = PutOff(behind, "memory", reason)
+        self._give_back(behind, "memory")
 
     def _give_back(self, position: int, cause: Passing) -> None:
         """Give back what was captured before segment ``position``: the rest of the program may need the memory."""

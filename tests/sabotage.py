@@ -1903,6 +1903,13 @@ FAULTS = (
         "test_passing.py::test_others_vacate_a_pool[tape]",
     ),
     Fault(
+        "results-that-find-no-memory-end-the-call",
+        "recording.py",
+        "                recorder.give_up(error)\n",
+        "                raise\n",
+        "test_passing.py::test_no_memory_for_the_results[tape]",
+    ),
+    Fault(
         "each-call-waits-for-a-busy-pool",
         "executor.py",
         "            lose_patience(driver)\n",

@@ -17,7 +17,7 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain, policy
+from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain, policy, recording
 from breakable_backend.backend import executors_of
 from breakable_backend.buffers import Bridge
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
@@ -221,6 +221,29 @@ def test_memory_that_runs_out_in_an_eager_step(build: Make) -> None:
     assert build.driver.live_blocks() == 0
     found = ways(executor, *([build.ones(3)] for _ in range(3)))
     assert found == [f"waits to be recorded again: {PUT_OFF['memory']}", "record", "replay"]
+
+
+def test_no_memory_for_the_results(build: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all was captured, and only the copies of the results find no memory, they get what the graphs have."""
+    executor = build(three, build.ones(4))
+    executor([build.ones(4)])
+    real, held = recording.clone_exact, []
+
+    def clone(x: Tensor) -> Tensor:
+        held.append(build.driver.live_blocks())
+        if len(held) == 1:
+            raise CAUSES["memory"]()
+        return real(x)
+
+    monkeypatch.setattr(recording, "clone_exact", clone)
+    (got,) = executor([build.ones(4)])
+    monkeypatch.undo()
+    assert torch.equal(got, three(build.ones(4)))
+    assert len(held) == 2 and held[1] < held[0]
+    assert build.driver.live_blocks() == 0
+    (entry,) = entries(executor)
+    assert entry.trials.reason.startswith("results could not be copied: OutOfMemoryError: CUDA out of memory")
+    assert ways(executor, [build.ones(4)], [build.ones(4)]) == ["record", "replay"]
 
 
 def test_not_an_error_without_auto_break(build: Make) -> None:

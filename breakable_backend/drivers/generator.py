@@ -234,7 +234,7 @@ class Draws:
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Held around raw draws: no capture of another thread is under way, unless one goes on for ``WAIT`` seconds."""
-        taken = draws.take()
+        taken = draws.take(again=False)
         try:
             if taken:
                 self.mend()
