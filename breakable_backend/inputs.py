@@ -88,17 +88,25 @@ class _Tensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     requires_grad: bool
+    lazy: str
+    """What else tells it from others, in words: a lazy conjugate, an inference tensor."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Tensor:
         strided = tensor.layout is torch.strided
         stride = tensor.stride() if strided else ()
-        return cls(type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), stride, tensor.requires_grad)
+        kinds = (
+            ("conjugated", tensor.is_conj()),
+            ("negated", tensor.is_neg()),
+            ("of inference mode", tensor.is_inference()),
+        )
+        lazy = "".join(f", {word}" for word, true in kinds if true)
+        return cls(type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), stride, tensor.requires_grad, lazy)
 
     def __str__(self) -> str:
-        grad = ", requiring grad" if self.requires_grad else ""
+        more = f"{', requiring grad' if self.requires_grad else ''}{self.lazy}"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"a {self.kind.__name__} of {dtype}{list(self.shape)} with stride {list(self.stride)} on {self.device}{grad}"
+        return f"a {self.kind.__name__} of {dtype}{list(self.shape)} with stride {list(self.stride)} on {self.device}{more}"
 
 
 class _Keywords(dict[str, Any]):

@@ -240,12 +240,19 @@ def with_rest(
     return (x.sin() + y) * scale
 
 
+def inference_clone(x: Tensor) -> Tensor:
+    """A copy that autograd knows nothing of."""
+    with torch.inference_mode():
+        return x.clone()
+
+
 MISFITS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Any, ...]], str]] = {
     "shape": (lambda x, y: (x[:2], y[:2]), "args[0] is a Tensor of float32[2, 4]"),
     "stride": (lambda x, y: (x.t().contiguous().t(), y), "with stride [1, 3]"),
     "dtype": (lambda x, y: (x.double(), y), "args[0] is a Tensor of float64"),
     "kind": (lambda x, y: (nn.Parameter(x, requires_grad=False), y), "args[0] is a Parameter"),
     "gradients": (lambda x, y: (x.clone().requires_grad_(), y), "requiring grad"),
+    "inference tensor": (lambda x, y: (inference_clone(x), y), "of inference mode"),
     "no tensor": (lambda x, y: (x, 2.0), "args[1] is a float"),
     "one tensor twice": (lambda x, y: (x, x), "one tensor"),
     "an argument more": (lambda x, y: (x, y, *FITTING[:1]), "args is a tuple of 3"),
@@ -703,6 +710,33 @@ def test_compare_mode(device: torch.device, options: dict[str, Any]) -> None:
     bound = bind(compiled, torch.rand(3, 4, device=device))
     x = torch.rand(3, 4, device=device)
     assert_same(bound(x), eager(x))
+
+
+def test_in_an_eager_step(device: torch.device, options: dict[str, Any]) -> None:
+    """A bound call that an eager step of another call makes is right."""
+    inner, _ = compile_both(lambda x: x.cos() * 3, options)
+    bound = bind(inner, torch.rand(4, device=device))
+    step = breakable_backend.eager_on_graph(fake=torch.empty_like)(lambda x: bound(x) + 1)
+    outer, _ = compile_both(lambda x: step(x.sin() + 1).exp() * 2, options)
+    for _ in range(4):
+        x = torch.rand(4, device=device)
+        assert_same(outer(x), ((x.sin() + 1).cos() * 3 + 1).exp() * 2)
+    whole = bind(outer, torch.rand(4, device=device), misfit="raise")
+    assert_same(whole(x), ((x.sin() + 1).cos() * 3 + 1).exp() * 2)
+
+
+def test_under_capture(device: torch.device, kind: str, options: dict[str, Any]) -> None:
+    """In ``with capture(graph)`` a bound call becomes a part of the graph, as a compiled one does."""
+    compiled, eager = compile_both(Scaled().to(device).eval(), options)
+    x = torch.rand(3, 4, device=device)
+    bound = bind(compiled, x)
+    graph = breakable_backend.BreakableCUDAGraph(driver=kind)
+    with breakable_backend.capture(graph):
+        result = bound(x)
+    x.copy_(torch.rand(3, 4, device=device))
+    graph.replay()
+    assert_same(result, eager(x))
+    graph.reset()
 
 
 # --- threads and streams --------------------------------------------------------------------------------------------------
