@@ -1289,7 +1289,7 @@ FAULTS = (
         "drivers/tape.py",
         "self.lock = locks.lock()",
         'self.lock = __import__("unittest.mock").mock.MagicMock()',
-        "test_executor.py::test_busy_pool[tape]",
+        "test_passing.py::test_one_call_waits_for_a_busy_pool[tape]",
     ),
     # --- lowering: what AOT must keep, and the state around each node ---
     Fault(
