@@ -106,10 +106,14 @@ WRAPPERS: dict[Wrap, tuple[int, str]] = {
 """How a model is wrapped: graphs at least, and what the report says of what Dynamo skips."""
 
 
-def wrapped(wrap: Wrap, device: torch.device) -> nn.Module:
+def unwrapped(wrap: Wrap, device: torch.device) -> Net:
     torch.manual_seed(0)
     width = 40_000 if wrap is in_buckets else 16  # more than a megabyte for each weight, the least that a bucket takes
-    return wrap(Net(width).to(device), device)
+    return Net(width).to(device)
+
+
+def wrapped(wrap: Wrap, device: torch.device) -> nn.Module:
+    return wrap(unwrapped(wrap, device), device)
 
 
 def without_gradients(device: torch.device) -> None:
@@ -130,6 +134,34 @@ def without_gradients(device: torch.device) -> None:
         assert all(program.calls for program in report.programs), what
         told(report, wrap, why)
         breakable_backend.reset(compiled)
+
+
+def compiled_inside(device: torch.device) -> None:
+    """The wrapper around what is compiled: the model, or each block where blocks are sharded."""
+    for wrap in (averaged, in_buckets, fully_sharded, flat):
+        torch.compiler.reset()
+        reference, net = wrapped(wrap, device), unwrapped(wrap, device)
+        for part in net.blocks if wrap is fully_sharded else [net]:
+            part.compile(backend="breakable_cg", options=options_on(device))
+        model = wrap(net, device)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                for _ in range(4):
+                    x = torch.randn(4, 8, device=device)
+                    results = [function(x) for function in (model, reference)]
+                    assert torch.equal(*results), (wrap.__name__, grad)
+                    if grad:
+                        for result in results:
+                            result.square().sum().backward()
+        for (name, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert_same(local(mine.grad), local(theirs.grad), f"{wrap.__name__}, {name}")
+        report = explain(model)
+        what = f"{wrap.__name__}: {report}"
+        assert (len(report.programs) >= 1, len(report.eager_graphs) >= 1) == (True, True), what
+        assert report.programs == explain().programs, what
+        assert report.eager_graphs == explain().eager_graphs, what
+        assert "is not compiled itself" not in str(report), what
+        breakable_backend.reset(model)
 
 
 def with_gradients(device: torch.device) -> None:
@@ -178,6 +210,33 @@ def test_wrappers(size: int, kind: str, tmp_path: Path) -> None:
 def test_wrappers_in_training(size: int, kind: str, tmp_path: Path) -> None:
     """Line 9: the same where gradients are needed."""
     spawn(with_gradients, size, kind, tmp_path)
+
+
+@on_each_kind
+def test_wrappers_around_compiled_modules(kind: str, tmp_path: Path) -> None:
+    """Line 9: a wrapper around a module that was compiled in place, without gradients and with them."""
+    spawn(compiled_inside, 2, kind, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of torch: DataParallel is deprecated; a graph needs gradients; sizes differ
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+def test_data_parallel(inside: bool) -> None:
+    """Line 11: replicas of a compiled module run in threads, a GPU each; so does a compiled wrapper's module."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    device, options = torch.device("cuda", 0), options_on(torch.device("cuda", 0))
+    net = unwrapped(averaged, device)
+    reference = nn.DataParallel(net, [0, 1])
+    if inside:
+        model: Any = nn.DataParallel(torch.compile(net, backend="breakable_cg", options=options), [0, 1])
+    else:
+        model = torch.compile(nn.DataParallel(net, [0, 1]), backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(8, 8, device=device)
+            assert torch.equal(model(x), reference(x))
+    assert "at the first call" not in str(explain(model))
 
 
 @pytest.mark.filterwarnings("ignore:Profiler record function")  # Dynamo's, of a line of DDP's
