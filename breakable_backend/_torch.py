@@ -1076,8 +1076,12 @@ def address_of(tensor: torch.Tensor) -> int:
 
 def non_owning(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor at the same address, of the same geometry, that does not keep the memory alive."""
-    storage = tensor.untyped_storage()
-    return Geometry.of(tensor).on(storage_at(storage.data_ptr(), storage.nbytes(), tensor.device))
+    return Geometry.of(tensor).on(unowned_storage(tensor.untyped_storage()))
+
+
+def unowned_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Another storage over the same memory, which does not keep it alive."""
+    return storage_at(storage.data_ptr(), storage.nbytes(), storage.device)
 
 
 def storage_at(address: int, num_bytes: int, device: torch.device) -> torch.UntypedStorage:
@@ -1349,6 +1353,17 @@ def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
 def release_pool(device: int, pool: tuple[int, int]) -> None:
     """Give up one use of ``pool``: that of a graph whose ``capture_end`` failed, which will never give it up itself."""
     torch._C._cuda_releasePool(device, pool)
+
+
+@contextmanager
+def allocating_to_pool(device: int, pool: tuple[int, int]) -> Iterator[None]:
+    """Have this thread allocate in ``pool``, which is in use and stays so. Read on 2.11, 2.13, 2.14.1 and 2.15."""
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+    try:
+        yield
+    finally:
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> bool:

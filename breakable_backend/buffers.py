@@ -86,6 +86,24 @@ class Bridge:
         flat = torch.empty(extent(value), dtype=value.dtype, device=device)
         return cls(flat.as_strided(value.shape, value.stride()), flat, bits)
 
+    @classmethod
+    def zeros(cls, value: torch.Tensor) -> Bridge:
+        """A bridge for ``value`` where that is, with zeros in it."""
+        bridge = cls.like(value, value.device)
+        bridge.tensor.untyped_storage().fill_(0)
+        return bridge
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory from its first element to its last."""
+        return extent(self.tensor) * self.tensor.element_size()
+
+    def on(self, storage: torch.UntypedStorage) -> Bridge:
+        """The same bridge on another storage over its memory."""
+        tensor, flat = (t if t is None else _torch.Geometry.of(t).on(storage) for t in (self.tensor, self.flat))
+        assert tensor is not None
+        return Bridge(tensor, flat, self.bits)
+
     def load(self, source: torch.Tensor) -> int:
         """Copy ``source`` in, unless it is at the bridge's address already; returns the number of copies, 0 or 1."""
         if source.data_ptr() == self.tensor.data_ptr():

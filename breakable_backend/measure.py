@@ -21,7 +21,7 @@ from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor, run_deferred
 from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.partition import under_ambient
-from breakable_backend.recording import EagerStep, GraphStep, Recording
+from breakable_backend.recording import KEPT_INPUT, EagerStep, GraphStep, Recording
 from breakable_backend.replay import Mark, emit
 
 PAYS, LOSES = 1.05, 0.95
@@ -229,6 +229,8 @@ def _tapped(executors: Sequence[Executor], into: dict[Entry, tuple[Executor, lis
 def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
     """Arguments like those of the last replay, from what the executor and the recording keep of them.
 
+    The bridge of a large input shares its memory with other values: zeros take its place, which are safe to index with.
+
     Raises:
         OptionsError: an input is read in place, or by eager steps alone, and so is kept nowhere.
     """
@@ -245,7 +247,8 @@ def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
         elif value.kind == "number":
             values.append(next(numbers))
         elif isinstance(bridge, Bridge):
-            values.append(bridge.tensor.clone())
+            kept = entry.recording.most is None or bridge.num_bytes <= KEPT_INPUT
+            values.append(bridge.tensor.clone() if kept else Bridge.zeros(bridge.tensor).tensor)
         else:
             raise OptionsError(
                 f"the input {value.name} is not kept between calls, so there is nothing to replay",
@@ -629,8 +632,9 @@ def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
 
 
 def _copy_us(bridge: Bridge) -> float:
-    source = clone_exact(bridge.tensor)
-    return _Bench(source.device, ()).times(lambda: bridge.load(source)).host_us
+    # Into memory of its own: that of the bridge may be another value's, in a call of another thread.
+    source, target = clone_exact(bridge.tensor), Bridge.zeros(bridge.tensor)
+    return _Bench(source.device, ()).times(lambda: target.load(source)).host_us
 
 
 def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: float) -> Iterator[Advice]:

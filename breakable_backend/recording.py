@@ -3,16 +3,18 @@
 A recording is a list of steps over *slots*. A slot is a name: of an argument, of what an eager call returned in this
 call, or of a constant, which is a tensor that keeps its address (memory of the pool, a bridge) or a plain number.
 
-Who owns what: the recording owns its bridges and the tensors that captured segments made, as long as it lives; a later
-recording in the same pool therefore never takes memory that a value of this one crosses segments in. Arguments, static
-inputs too, belong to the caller and are in no constant, not even as a view.
+Who owns what: memory that captured segments read or make is the pool's. While a recording is made, each value and each
+bridge holds its part of the pool until its last reader was recorded; then later segments may get it, and so may later
+recordings. Replays keep the order, and so do calls. The recording itself knows addresses. What it does hold: results that
+are static, bridges of small inputs, and everything where a tool asks for that. Arguments, static inputs too, belong to the
+caller and are in no constant, not even as a view.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
@@ -23,7 +25,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, load_all
+from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, extent, load_all
 from breakable_backend.debug import watched, watched_segment
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.effects import draws, is_checked_by_nobody, is_view, producer_of, tensors_of
@@ -123,6 +125,37 @@ Step = GraphStep | EagerStep
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes that are needed at once, at most."""
+
+    bridges: int = 0
+    values: int = 0
+    """What captured segments hand on, to other steps or to the caller."""
+
+    @classmethod
+    def by(cls, constants: Iterable[Any], others: Collection[int] = ()) -> Held:
+        """What tensors and bridges hold; storages with keys in ``others`` hold nothing."""
+        sizes: dict[int, int] = {}
+        bridges: set[int] = set()
+        for value in constants:
+            tensor = value.tensor if isinstance(value, Bridge) else value
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                key = _torch.storage_key(tensor)
+                sizes[key] = 0 if key in others else tensor.untyped_storage().nbytes()
+                if isinstance(value, Bridge):
+                    bridges.add(key)
+        bridged = sum(sizes[key] for key in bridges)
+        return cls(bridged, sum(sizes.values()) - bridged)
+
+    def or_more(self, other: Held) -> Held:
+        """The most of both."""
+        return Held(max(self.bridges, other.bridges), max(self.values, other.values))
+
+    def __add__(self, other: Held) -> Held:
+        return Held(self.bridges + other.bridges, self.values + other.values)
+
+
+@dataclass(frozen=True)
 class Recording:
     """What is left of a program for one key: nothing to decide, everything to do."""
 
@@ -136,6 +169,8 @@ class Recording:
     constants: Mapping[str, Any] = field(repr=False)
     addresses: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Where captured segments expect static inputs, bridges and what else they take, by slot."""
+    most: Held | None = None
+    """What is needed at once, at most; None if everything is held as long as the recording lives."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -147,17 +182,19 @@ class Recording:
         return sum(len(step.loads) + len(step.stores) for step in self.steps if isinstance(step, GraphStep))
 
     @property
+    def held(self) -> Held:
+        """Memory that it needs at once, at most: of the pool, and what it holds as long as it lives."""
+        return self.most if self.most is not None else Held.by(self.constants.values())
+
+    @property
     def bridge_bytes(self) -> int:
-        bridges = [value for value in self.constants.values() if isinstance(value, Bridge)]
-        return sum(bridge.tensor.untyped_storage().nbytes() for bridge in bridges)
+        """Memory of the bridges that are needed at once, at most."""
+        return self.held.bridges
 
     @property
     def held_bytes(self) -> int:
-        """Memory that it keeps between calls, bridges not counted."""
-        bridged = {_torch.storage_key(value.tensor) for value in self.constants.values() if isinstance(value, Bridge)}
-        tensors = [value for value in self.constants.values() if isinstance(value, torch.Tensor)]
-        held = {_torch.storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(size for key, size in held.items() if key not in bridged)
+        """Memory of what segments hand on that is needed at once, at most; bridges are not counted."""
+        return self.held.values
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------------
@@ -359,6 +396,13 @@ class Plan:
     debug: bool = False
     """See :class:`Binding`."""
     observer: Observer | None = None
+    keep: bool = False
+    """Whether every value and bridge is held as long as the recording lives. An observer looks at them, so there it is."""
+
+
+KEPT_INPUT = 1 << 16
+"""Bytes. The bridge of an input that takes no more keeps its memory, and so the input of the last call, between calls:
+measurements replay with it."""
 
 
 @dataclass
@@ -405,7 +449,7 @@ def record(
                     recorder.capture(position, segment)
                 else:
                     recorder.eager(segment)
-                recorder.drop_dead(position)
+                recorder.retire(position)
             try:
                 return recorder.finish()
             except torch.OutOfMemoryError as error:
@@ -434,6 +478,17 @@ class _Recorder:
         """Inputs whose bridge holds their present version."""
         self.intact: dict[str, Slot] = {}
         """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
+        self.keep = plan.keep or plan.observer is not None or not driver.reuses_memory
+        self.owners: dict[str, torch.Tensor | Bridge] = {}
+        """What holds memory of the pool, by slot. Constants lie at the same addresses, and hold nothing."""
+        self.owner_of: dict[int, str] = {}
+        """Whose memory the storage of a constant lies over, by the key of that storage."""
+        self.pinned: set[str] = set()
+        """Slots of values that an eager step has returned an alias of: it may be read when they are not any more."""
+        self.made_for: dict[str, int] = {}
+        """The segment that each bridge was made for, by slot."""
+        self.lives = _Lifetimes.of(binding.program)
+        self.most = Held()
         self.steps: list[Step] = []
         self.addresses: dict[str, int] = {}
         static = {value.name for value in binding.program.inputs if value.kind == "static"}
@@ -480,12 +535,12 @@ class _Recorder:
         loads: list[Copy] = []
         try:
             for name in segment.inputs:
-                if (copy := self._bridge(name)) is not None:
+                if (copy := self._bridge(name, position)) is not None:
                     loads.append(copy)
             self.copies += load_all(
                 [self.values[copy.bridge.name] for copy in loads], [self.values[copy.value.name] for copy in loads]
             )
-        except torch.OutOfMemoryError as error:
+        except (CaptureError, torch.OutOfMemoryError) as error:
             return self._capture_failed(position, segment, loads, error)
         inputs = [self._inside(name) for name in segment.inputs]
         observer = self.plan.observer
@@ -512,9 +567,7 @@ class _Recorder:
             and self._is_input(access.storage)
         )
         self.steps.append(GraphStep(graph, tuple(loads), stores, segment))
-        for name, result in zip(segment.outputs, results, strict=True):
-            self.values[name] = self.constants[name] = result
-            self.home[name] = Slot(name)
+        self._take(segment.outputs, results, inputs)
         try:
             graph.replay(self.stream)
         except ReplayError as error:
@@ -525,19 +578,83 @@ class _Recorder:
             self.intact.pop(access.storage, None)
         for copy in stores:
             self.copies += self.values[copy.bridge.name].store(self.values[copy.value.name])
+        for copy in loads:
+            if not self._is_input(copy.value.name) and copy.value.name not in self.lives.returned:
+                del self.values[copy.value.name]  # the bridge is where it lives from here on
         return None
+
+    def _take(self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """What a captured segment made. It holds its memory until its last reader is recorded."""
+        storages = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in tensors_of(inputs)}
+        lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]] = {**storages}
+        for name, result in zip(names, results, strict=True):
+            self.home[name] = Slot(name)
+            self.values[name] = self.constants[name] = result
+            if self._is_held(name) or not self._is_memory(result):
+                continue
+            key = _torch.storage_key(result)
+            owner, place = lent[key] if key in lent else (self.driver.lend(result).untyped_storage(), None)
+            place = place if place is not None else _torch.unowned_storage(owner)
+            lent[key] = owner, place
+            geometry = _torch.Geometry.of(result)
+            self._hold(name, geometry.on(owner), place)
+            self.values[name] = self.constants[name] = geometry.on(place)
+        self._look()
+
+    def _is_held(self, name: str) -> bool:
+        """Whether the recording holds a value and its bridge as long as it lives."""
+        return self.keep or (not self.plan.fresh_outputs and name in self.lives.returned)
+
+    def _is_memory(self, value: Any) -> bool:
+        """Whether ``value`` is a tensor in memory of the pool."""
+        return (
+            type(value) is torch.Tensor
+            and value.layout is torch.strided
+            and value.device == self.driver.device
+            and value.untyped_storage().nbytes() > 0
+        )
+
+    def _hold(self, slot: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
+        """Have ``owner`` hold the memory behind ``place``, on which the constants of ``slot`` lie."""
+        self.owners[slot] = owner
+        self.owner_of[int(place._cdata)] = slot
+
+    def _look(self) -> None:
+        """Note how much memory is needed now, beside what is held for good."""
+        self.most = self.most.or_more(Held.by(self.owners.values()))
+
+    def retire(self, position: int) -> None:
+        """Give up the memory of what no step behind ``position`` reads."""
+        for name in self.lives.ends.get(position, ()):
+            if name not in self.lives.returned:
+                self._give_up(name)
+                self.values.pop(name, None)
+                self.home.pop(name, None)
+            if name not in self.lives.returned or name in self.intact:
+                self._give_up(_bridge_name(name))
+        for name in self.lives.unloaded.get(position, ()):
+            self._give_up(_bridge_name(name))
+        # Where nothing is kept, constants and arguments go as early as in a plain call.
+        for name in self.dead[position] if self.put_off is not None else ():
+            for held in (name, _bridge_name(name), _inside_name(name)):
+                self.values.pop(held, None)
+                self.constants.pop(held, None)
+
+    def _give_up(self, slot: str) -> None:
+        if slot not in self.pinned:
+            self.owners.pop(slot, None)
 
     def _is_input(self, name: str) -> bool:
         return name in self.binding.values
 
-    def _bridge(self, name: str) -> Copy | None:
-        """Make ``name`` reachable for a captured segment; returns the copy that this takes on each call, if any."""
+    def _bridge(self, name: str, position: int) -> Copy | None:
+        """Make ``name`` reachable for segment ``position``; returns the copy that this takes on each call, if any."""
         if name not in self.outside or name in self.loaded:
             return None
         bridge = Slot(_bridge_name(name))
         if bridge.name not in self.values:
-            self.values[bridge.name] = Bridge.like(self.values[name], self.driver.device)
-            self.constants[bridge.name] = self.values[bridge.name]
+            self.values[bridge.name] = self.constants[bridge.name] = self._made_bridge(name, bridge.name)
+            self.made_for[bridge.name] = position
         self.loaded.add(name)
         if not self._is_input(name):
             # From here on the bridge is where this value lives, for eager steps too.
@@ -547,24 +664,48 @@ class _Recorder:
             self.home[name] = inside
         return Copy(bridge, Slot(name), self.values[name].device)
 
-    def _unbridge(self, name: str) -> None:
-        """Undo ``_bridge``: the segment that asked for it is no graph, so replay will not load this bridge there."""
+    def _made_bridge(self, name: str, slot: str) -> Bridge:
+        """A bridge for ``name``, in memory of the pool that it holds until its last captured reader is recorded."""
+        value = self.values[name]
+        small = self._is_input(name) and extent(value) * value.element_size() <= KEPT_INPUT
+        if self._is_held(name) or small or value.numel() == 0:
+            return Bridge.like(value, self.driver.device)
+        with self.driver.allocating():
+            made = Bridge.like(value, self.driver.device)
+        owner = made.on(self.driver.lend(made.tensor).untyped_storage())
+        place = _torch.unowned_storage(owner.tensor.untyped_storage())
+        self._hold(slot, owner, place)
+        return made.on(place)
+
+    def _unbridge(self, copy: Copy, position: int) -> None:
+        """Undo ``_bridge``: segment ``position``, which asked for it, is no graph, so no replay loads this bridge there."""
+        name = copy.value.name
         self.loaded.discard(name)
         if not self._is_input(name):
             self.intact.pop(name)
             self.home[name] = Slot(name)
+            self.constants.pop(_inside_name(name))
+        if self.made_for.get(copy.bridge.name) == position:  # and no graph before it knows the bridge's address
+            for slots in (self.values, self.constants, self.owners):
+                slots.pop(copy.bridge.name, None)
 
     def _inside(self, name: str) -> Any:
         """``name`` as a captured segment sees it."""
         if name in self.outside:
-            return self.values[_bridge_name(name)].tensor
+            bridge = _bridge_name(name)
+            owner = self.owners.get(bridge, self.values[bridge])
+            return owner.tensor
         home = self.home[name]
-        return self.values[home.name] if isinstance(home, Slot) else home
+        # The tensor that holds the memory, not the one that only lies there: what a segment makes may be an alias of it.
+        return self.owners.get(home.name, self.values[home.name]) if isinstance(home, Slot) else home
 
     def _capture_failed(self, position: int, segment: GraphSegment, loads: Sequence[Copy], error: Exception) -> Reason:
         """Why a segment runs eagerly: for good, or, if what was in the way passes, in this call."""
         for copy in loads:
-            self._unbridge(copy.value.name)
+            self._unbridge(copy, position)
+        for name in segment.outputs:  # of a graph that could not be launched
+            self.owners.pop(name, None)
+            self.constants.pop(name, None)
         first = next((node for node in segment.module.graph.nodes if node.op == "call_function"), None)
         ours = error if isinstance(error, BreakableError) else None
         what = ours.what if ours is not None else first_line(error)
@@ -594,7 +735,7 @@ class _Recorder:
         self.steps.clear()
         self.dead = last_uses(self.binding.program)
         for before in range(position):
-            self.drop_dead(before)
+            self.retire(before)
         self.driver.release(graphs)
         if cause == "memory":
             self.driver.vacate()
@@ -603,13 +744,6 @@ class _Recorder:
         """What was captured so far."""
         return [step.graph for step in self.steps if isinstance(step, GraphStep)]
 
-    def drop_dead(self, position: int) -> None:
-        """Where nothing is kept: let go of what nobody reads behind segment ``position``, as a plain call does."""
-        for name in self.dead[position] if self.put_off is not None else ():
-            for held in (name, _bridge_name(name), _inside_name(name)):
-                self.values.pop(held, None)
-                self.constants.pop(held, None)
-
     # eager segments
 
     def eager(self, segment: EagerSegment) -> None:
@@ -617,12 +751,14 @@ class _Recorder:
         local = dict(self.values)
         kept = []
         observer = self.plan.observer
-        for call in calls:
+        for call, dead in zip(calls, _dead_after(calls, segment.outputs), strict=True):
             local[call.result] = perform(call if observer is None else observer.call(call), local)
             if self._is_constant_view(call, local[call.result]):
                 self.constants[call.result] = local[call.result]
             else:
                 kept.append(call)
+            for name in dead:
+                del local[name]
         self.steps.append(EagerStep(tuple(kept), segment.reasons, segment))
         for access in segment.writes:
             if self._is_input(access.storage):
@@ -633,6 +769,8 @@ class _Recorder:
             self.home[name] = Slot(name)
             if isinstance(local[name], torch.Tensor):
                 self.outside.add(name)
+            places = (_torch.storage_key(t) for t in tensors_of(local[name]) if t.layout is torch.strided)
+            self.pinned.update(self.owner_of[place] for place in places if place in self.owner_of)
 
     def _is_constant_view(self, call: Call, made: Any) -> bool:
         """Whether a call only makes a view of memory that stays where it is, so that it need not be made again.
@@ -690,6 +828,8 @@ class _Recorder:
         outputs = list(_fill(tuple(returned), local))
         if self.put_off is not None:
             return Recorded(Recording((), {}, (), (), (), {}), outputs, self.failed, self.copies, self.put_off)
+        if not self.plan.fresh_outputs:
+            self.constants.update((f"{slot}.pinned", self.owners[slot]) for slot in self.pinned & self.owners.keys())
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={
@@ -702,6 +842,7 @@ class _Recorder:
             returned=tuple(returned),
             constants=self.constants,
             addresses=self.addresses | places_of(self.constants),
+            most=None if self.keep else self.most + Held.by(self.constants.values(), self.owner_of),
         )
         return Recorded(recording, outputs, self.failed, self.copies)
 
@@ -722,6 +863,47 @@ class _Recorder:
         self.steps.clear()
         self.constants.clear()
         self.values.clear()
+        self.owners.clear()
+
+
+@dataclass(frozen=True)
+class _Lifetimes:
+    """When the values of a program are read last."""
+
+    ends: Mapping[int, tuple[str, ...]]
+    """Values that captured segments or eager steps make, by the last segment that takes or makes them."""
+    unloaded: Mapping[int, tuple[str, ...]]
+    """Inputs, by the last captured segment that takes them."""
+    returned: frozenset[str]
+    """What the outputs are made of."""
+
+    @classmethod
+    def of(cls, program: Program) -> _Lifetimes:
+        inputs = {value.name for value in program.inputs} | set(program.sizes)
+        ends: dict[str, int] = {}
+        unloaded: dict[str, int] = {}
+        for position, segment in enumerate(program.segments):
+            ends.update((name, position) for name in (*segment.inputs, *segment.outputs) if name not in inputs)
+            if isinstance(segment, GraphSegment):
+                unloaded.update((name, position) for name in segment.inputs if name in inputs)
+        return cls(_by_value(ends), _by_value(unloaded), frozenset(program.epilogue.inputs))
+
+
+def _by_value(positions: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
+    names: dict[int, tuple[str, ...]] = {}
+    for name, position in positions.items():
+        names[position] = (*names.get(position, ()), name)
+    return names
+
+
+def _dead_after(calls: Sequence[Call], outputs: Sequence[str]) -> list[tuple[str, ...]]:
+    """For each call, results of these calls that no later one takes, and that do not leave the segment."""
+    last = {call.result: position for position, call in enumerate(calls)}
+    for position, call in enumerate(calls):
+        slots = [leaf.name for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
+        last.update((name, position) for name in slots if name in last)
+    dead = _by_value({name: position for name, position in last.items() if name not in outputs})
+    return [dead.get(position, ()) for position in range(len(calls))]
 
 
 def is_view_call(call: Call) -> bool:

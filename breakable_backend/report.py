@@ -107,7 +107,7 @@ class RecordingReport:
     """Copies that were made, recording included; one is left out where the value is in place already."""
     bridge_bytes: int
     held_bytes: int
-    """Bytes of pool memory that it holds between calls, bridges not counted."""
+    """Bytes of pool memory for what segments hand on, as much as is needed at once; bridges are not counted."""
     warmup_seconds: float
     record_seconds: float
     why: str

@@ -42,9 +42,9 @@ def test_reset_of_one_function(device: torch.device, options: dict[str, Any]) ->
     warm(first, device)
     warm(second, device)
     driver = driver_of(first)
-    both = driver.live_blocks()
+    both = driver.live_graphs()
     breakable_backend.reset(first)
-    assert 0 < driver.live_blocks() < both
+    assert 0 < driver.live_graphs() < both
     captures = program_of(first).captures
     with torch.no_grad():
         for _ in range(4):
@@ -52,7 +52,7 @@ def test_reset_of_one_function(device: torch.device, options: dict[str, Any]) ->
             assert_same(first(x), eager(x))
     assert program_of(first).captures == 2 * captures
     breakable_backend.reset()
-    assert driver.live_blocks() == 0
+    assert driver.live_blocks() == driver.live_graphs() == 0
 
 
 @pytest.mark.parametrize("reset", [torch._dynamo.reset, torch.compiler.reset, breakable_backend.reset])
@@ -61,11 +61,11 @@ def test_reset_frees_at_once(reset: Any, device: torch.device, options: dict[str
     compiled, eager = compile_both(silly.Block(4).to(device), options)
     warm(compiled, device)
     driver = driver_of(compiled)
-    assert driver.live_blocks() > 0
+    assert driver.live_graphs() > 0
     gc.disable()
     try:
         reset()
-        assert driver.live_blocks() == 0
+        assert driver.live_blocks() == driver.live_graphs() == 0
     finally:
         gc.enable()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_one_of_several_instances_dropped(device: torch.device, options: dict[st
         warm(block, device)
     (driver,) = {executor.driver for executor in breakable_backend.breakable_cg.executors}
     assert driver is not None
-    before = driver.live_blocks()
+    before = driver.live_graphs()
     captures = sum(program.captures for program in breakable_backend.explain().programs)
     weight = weakref.ref(blocks[0].linear.weight)
     if device.type == "cuda":
@@ -104,7 +104,7 @@ def test_one_of_several_instances_dropped(device: torch.device, options: dict[st
     del block, blocks[0]
     gc.collect()
     assert weight() is None
-    assert driver.live_blocks() == before * 2 // 3  # two of three are left
+    assert driver.live_graphs() == before * 2 // 3  # two of three are left
     for block in blocks:
         warm(block, device)
     assert sum(program.captures for program in breakable_backend.explain().programs) == captures
@@ -139,7 +139,7 @@ def test_reset_inside_a_call(device: torch.device, options: dict[str, Any]) -> N
         silly.hooks.clear()
     driver = driver_of(compiled)
     breakable_backend.reset()
-    assert driver.live_blocks() == 0
+    assert driver.live_blocks() == driver.live_graphs() == 0
     del eager
 
 

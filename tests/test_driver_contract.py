@@ -6,6 +6,7 @@ The last section holds what only the tape driver promises, since a GPU cannot be
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import re
 import threading
@@ -683,6 +684,42 @@ def test_inside_memory_is_owned(session: Session) -> None:
     assert z.tolist() == [1, 3, 5]
 
 
+def test_lent_memory_is_somebodys(driver: CaptureDriver) -> None:
+    """What is lent is not given to later segments while somebody holds it."""
+    session = Session(driver)
+    x = session.ramp(1024)
+    first, made = session.capture(lambda: x + 1)
+    owner = driver.lend(made)
+    del made
+    second, _ = session.capture(lambda: (x * 7).sin() * 2)
+    session.replay(first, second)
+    assert torch.equal(owner, x + 1)
+    del owner
+    driver.release([first, second])
+
+
+def test_memory_between_captures(driver: CaptureDriver) -> None:
+    """What is allocated in the pool between two captures is memory that segments read at its address, held or not."""
+    session = Session(driver)
+    stream = driver.begin()
+    with driver.lock, driver.recording():
+        with driver.allocating():
+            made = torch.empty(1024, device=session.device)
+        owner = driver.lend(made)
+        del made
+        place = _torch.non_owning(owner)
+        place.fill_(3)
+        graph, result = driver.capture(functools.partial(torch.mul, owner, 2))
+        del owner
+        gc.collect()
+        place.fill_(4)
+        graph.replay(stream)
+        assert torch.equal(result, torch.full_like(result, 8))
+    driver.end(stream)
+    del result
+    driver.release([graph])
+
+
 def test_release_frees(driver: CaptureDriver) -> None:
     """Released graphs give back what they made: no live block is left."""
     session = Session(driver)
@@ -1005,6 +1042,38 @@ def test_other_threads_are_not_taped(tape: Session) -> None:
     assert (x.tolist(), y.tolist()) == ([0, 1, 2], [1, 2, 3])
     tape.replay(graph)
     assert (x.tolist(), y.tolist()) == ([1, 2, 3], [1, 2, 3])
+
+
+def test_what_nobody_holds_is_overwritten(tape: Session) -> None:
+    """A segment may get memory that nobody held any more when it was captured: its replay overwrites that."""
+    x = tape.ramp(4)
+    first, made = tape.capture(lambda: x + 1)
+    owner = tape.driver.lend(made)
+    del made
+    place = _torch.non_owning(owner)
+    between, _ = tape.capture(lambda: x * 2)
+    del owner
+    after, _ = tape.capture(lambda: x * 3)
+    tape.replay(first, between)
+    assert torch.equal(place, x + 1)
+    tape.replay(after)
+    assert place.isnan().all()
+    tape.replay(first)
+    assert torch.equal(place, x + 1)
+
+
+def test_memory_between_captures_is_the_next_graphs(tape: Session) -> None:
+    """What was allocated between captures is there as long as the graph that was captured next, held or not."""
+    made = torch.zeros(4)
+    memory = _torch.StorageWeakRef(made.untyped_storage())
+    owner = tape.driver.lend(made)
+    del made
+    graph, _ = tape.capture(functools.partial(torch.mul, owner, 2))
+    del owner
+    gc.collect()
+    assert _torch.live_storage(memory) is not None
+    tape.driver.release([graph])
+    assert _torch.live_storage(memory) is None
 
 
 def test_dropped_graphs_free(tape: Session) -> None:

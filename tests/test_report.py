@@ -80,7 +80,7 @@ graph 0: 3 captured, 3 eager (tape on cpu)
     silly::triple  1      tagged cudagraph_unsafe  model.py:3 in f: y = silly.triple(x.sin() + y)
     silly::triple  2      tagged cudagraph_unsafe  model.py:6 in f: return silly.triple(y).cos(), silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
-    0    3       5      3         3        4            48 B     0.0 ms
+    0    3       5      3         3        4            36 B     0.0 ms
     step            ops  kernels  bridges     module  what                     at
     0     captured  2    2        2 in, 24 B          aten::sin ... aten::add  model.py:3 in f
     1     eager     1                                 silly::triple            model.py:3 in f
@@ -118,7 +118,7 @@ graph 0: 2 captured, 1 eager (tape on cpu)
                           which no captured graph can do
     silly::triple  1      tagged cudagraph_unsafe                                                                model.py:6 in f: y = silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
-    0    2       4      2         2        2            36 B     0.0 ms
+    0    2       4      2         2        2            24 B     0.0 ms
     step            ops  kernels  bridges     module  what                      at
     0     captured  2    2        1 in, 12 B          aten::sin ... aten::add   model.py:3 in f
     1     eager     3                                 silly::triple, aten::add  model.py:3 in f

@@ -90,6 +90,8 @@ class CaptureDriver(Protocol):
     """Weak references."""
     deferred: deque[Callable[[], None]]
     """What is to be done once no call is under way, by whoever ends one."""
+    reuses_memory: bool
+    """Whether later captures may get memory of the pool that nothing refers to any more."""
 
     def begin(self) -> int:
         """Order this call behind the last one that used the pool; returns the current stream's raw handle.
@@ -117,6 +119,20 @@ class CaptureDriver(Protocol):
             CaptureError: ``body`` did what no capture can hold, or raised; ``__cause__`` is what came out of it. The
                 process is repaired: no capture is active, the random state is as before, no storage was written, and
                 the next capture works.
+        """
+
+    def allocating(self) -> AbstractContextManager[None]:
+        """What this thread allocates on the device in it, outside of a capture, is memory of the pool. Within :meth:`recording`.
+
+        Raises:
+            CaptureError: there is no pool, and none can be opened.
+        """
+
+    def lend(self, made: torch.Tensor) -> torch.Tensor:
+        """``made``, which the last capture returned or :meth:`allocating` made, as the tensor that holds its memory.
+
+        Once nothing refers to the storage of what this returns, later captures may get the memory. What was captured
+        before reads and writes it on at its address. Only where memory is reused.
         """
 
     def session(self) -> AbstractContextManager[CaptureSession]:
@@ -162,3 +178,6 @@ class CaptureDriver(Protocol):
 
     def live_blocks(self) -> int:
         """Allocated blocks in the pool: 0 after everything was released."""
+
+    def live_graphs(self) -> int:
+        """Graphs that were captured and not released."""

@@ -217,6 +217,7 @@ class CudaDriver:
     """Captures CUDA graphs on one device. See :class:`breakable_backend.drivers.CaptureDriver`."""
 
     name = "cuda"
+    reuses_memory = True
 
     def __init__(self, device: torch.device, pool: Any = None, capture_error_mode: str = "thread_local") -> None:
         self.capture_error_mode = capture_error_mode
@@ -374,6 +375,27 @@ class CudaDriver:
                     ) from error
                 raise
             return session.end(), result
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """The pool for what this thread allocates: blocks of the capture stream, as captures get them."""
+        assert self._recordings, "allocating outside recording()"
+        if self._pool is None:
+            try:
+                with self.turn():
+                    self._open_pool()
+            except Exception as error:
+                raise as_passing(CaptureError(first_line(error)), error) from error
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.stream(self.stream),
+            _torch.allocating_to_pool(self._index, self._pool),
+        ):
+            yield
+
+    def lend(self, made: torch.Tensor) -> torch.Tensor:
+        """``made`` itself: torch's allocator counts who holds its storage."""
+        return made
 
     @contextmanager
     def session(self) -> Iterator[CudaSession]:
@@ -618,6 +640,9 @@ class CudaDriver:
     def live_blocks(self) -> int:
         """Allocated blocks in the pool."""
         return sum(block["state"] == "active_allocated" for segment in self._segments() for block in segment["blocks"])
+
+    def live_graphs(self) -> int:
+        return len(self._live)
 
     def _segments(self) -> list[dict[str, Any]]:
         pool = self._pool  # as it is now: other threads may open and close pools

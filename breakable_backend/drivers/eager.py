@@ -78,6 +78,7 @@ class EagerDriver:
     """
 
     name = "eager"
+    reuses_memory = False
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and device.index is None:
@@ -149,6 +150,14 @@ class EagerDriver:
             return torch.cuda.get_rng_state(self.device)
         return torch.get_rng_state()
 
+    def allocating(self) -> AbstractContextManager[None]:
+        """Nothing to hold: there is no pool."""
+        return nullcontext()
+
+    def lend(self, made: torch.Tensor) -> torch.Tensor:
+        """There is nothing to lend: each segment keeps its memory."""
+        raise NotImplementedError
+
     def session(self) -> AbstractContextManager[CaptureSession]:
         """There is none: the body of a ``with`` statement cannot be run again. The tape driver takes its place."""
         raise NotImplementedError
@@ -191,6 +200,9 @@ class EagerDriver:
 
     def live_blocks(self) -> int:
         return sum(len(graph.made) for graph in self._live())
+
+    def live_graphs(self) -> int:
+        return len(self._live())
 
     def _live(self) -> list[RerunGraph]:
         with self._adopting:

@@ -3,7 +3,8 @@
 A real capture runs no kernel: it notes launches and addresses. The tape driver has to run the ops, since the code that
 it captures is Python that may look at shapes, and so it takes everything back afterwards: storages that were written,
 the random state, and the values of what was made inside, which turn into poison. A stale address, a missing replay or
-a host read therefore fails here as it does on a GPU. Streams, pool reuse and kernels that allocate are what it lacks.
+a host read therefore fails here as it does on a GPU. What was lent and is no longer held is overwritten by each segment
+that was captured afterwards: any of them may have got the memory. Streams, and kernels that allocate, are what it lacks.
 """
 
 from __future__ import annotations
@@ -146,6 +147,24 @@ class _Outside:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """Memory of the pool that somebody holds by another storage, a twin, as long as it is needed."""
+
+    twin: _torch.StorageWeakRef
+    memory: _torch.StorageWeakRef
+    dtype: torch.dtype
+
+    @property
+    def is_held(self) -> bool:
+        return _torch.live_storage(self.twin) is not None
+
+    def spoil(self) -> None:
+        """Overwrite it, as whoever gets it next does."""
+        if (memory := _torch.live_storage(self.memory)) is not None:
+            _poison(memory, self.dtype)
+
+
 class TapeGraph:
     """One captured segment as a tape of ATen calls.
 
@@ -157,8 +176,19 @@ class TapeGraph:
         ReplayError: from :meth:`replay`, if memory from outside is gone, or the graph was released.
     """
 
-    def __init__(self, tape: _Tape, draws_random: bool, brought: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        tape: _Tape,
+        draws_random: bool,
+        brought: Mapping[int, int],
+        free: Sequence[_Lent] = (),
+        given: Sequence[torch.UntypedStorage] = (),
+    ) -> None:
         self.draws_random = draws_random
+        self._free = free
+        """What was free in the pool when this was captured, and so may be this graph's memory too."""
+        self._given = given
+        """Memory of the pool that was allocated for it between captures."""
         self._brought = brought
         """Memory of the present call's arguments: addresses and bytes."""
         self.num_kernels = len(tape.ops)
@@ -166,7 +196,7 @@ class TapeGraph:
         self._device_type = tape.device.type
         self._ops = tape.ops
         self._outside = list(tape.outside.values())
-        self._released = False
+        self.released = False
 
     def kernels(self) -> tuple[str, ...]:
         """The taped ops."""
@@ -176,10 +206,12 @@ class TapeGraph:
         return dot_of_names(self.kernels())
 
     def replay(self, stream: int) -> None:
-        if self._released:
+        if self.released:
             raise ReplayError("a graph was replayed after its release", fix="capture it again")
         for memory in self._outside:
             memory.check(self._brought)
+        for lent in self._free:
+            lent.spoil()
         # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
         with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
             for op in self._ops:
@@ -187,8 +219,9 @@ class TapeGraph:
 
     def release(self) -> None:
         """Drop the tape and all that it owns. Results that the caller still holds keep their own storage."""
-        self._released = True
+        self.released = True
         self._ops, self._outside, self.made = [], [], {}
+        self._free, self._given = (), ()
 
 
 class _Taping(_torch.TorchDispatchMode):
@@ -216,9 +249,13 @@ class _Taping(_torch.TorchDispatchMode):
 class _Tape:
     """Runs the ops that it is handed, and keeps what is needed to undo them and to do them again."""
 
-    def __init__(self, device: torch.device, generator: torch.Generator) -> None:
+    def __init__(
+        self, device: torch.device, generator: torch.Generator, lent: Mapping[int, _Lent] | None = None
+    ) -> None:
         self.device = device
         self.generator = generator
+        self.lent = lent or {}
+        """What the driver has lent, by the key of the twin."""
         self.ops: list[_Op] = []
         self.made: dict[int, tuple[torch.UntypedStorage, torch.dtype | None]] = {}
         self.outside: dict[int, _Outside] = {}
@@ -334,11 +371,17 @@ class _Tape:
         key = _torch.storage_key(tensor)
         if key in self.made:
             return tensor.data
-        storage = tensor.untyped_storage()
+        storage = self._lender(tensor.untyped_storage())
         if key not in self.outside:
             label = f"the {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} tensor that {func} takes"
             self.outside[key] = _Outside(_torch.StorageWeakRef(storage), storage.data_ptr(), storage.nbytes(), label)
         return _torch.non_owning(tensor)
+
+    def _lender(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """The storage of a graph where ``storage`` is its twin: the memory is there as long as the graph is."""
+        lent = self.lent.get(int(storage._cdata))
+        memory = _torch.live_storage(lent.memory) if lent is not None else None
+        return storage if memory is None else self._lender(memory)
 
     def undo(self) -> None:
         """Take back what the ops did. Latest first: two storages may lie over the same memory."""
@@ -397,6 +440,7 @@ class TapeDriver:
     """
 
     name = "tape"
+    reuses_memory = True
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and device.index is None:
@@ -410,6 +454,11 @@ class TapeDriver:
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
         self._brought: dict[int, int] = {}
+        self._lent: dict[int, _Lent] = {}
+        """By the key of the twin, which the weak reference keeps from being used again."""
+        self._given: list[torch.UntypedStorage] = []
+        """Memory that was allocated between captures: the next graph's to own."""
+        self._last: weakref.ref[TapeGraph] | None = None
         self._adopting = locks.lock()
 
     def _forked(self) -> None:
@@ -467,6 +516,34 @@ class TapeDriver:
         """Count what ``graph`` owns as the pool's."""
         with self._adopting:
             self._graphs.add(graph)
+            self._last = weakref.ref(graph)
+
+    def allocating(self) -> AbstractContextManager[None]:
+        """Nothing to hold: :meth:`lend` sees what was made."""
+        return nullcontext()
+
+    def lend(self, made: torch.Tensor) -> torch.Tensor:
+        """A tensor on a twin storage: so one can tell when nobody needs the memory, which the tape goes on using."""
+        storage = made.untyped_storage()
+        if storage.nbytes() == 0:
+            return made
+        last = self._last() if self._last is not None else None
+        if last is None or _torch.storage_key(made) not in last.made:
+            self._given.append(storage)
+        twin = _torch.twin_storage(storage)
+        refs = _torch.StorageWeakRef(twin), _torch.StorageWeakRef(storage)
+        self._lent[int(twin._cdata)] = _Lent(*refs, made.dtype)
+        return _torch.Geometry.of(made).on(twin)
+
+    def free(self) -> tuple[_Lent, ...]:
+        """What was lent and is not held any more."""
+        self._lent = {key: lent for key, lent in self._lent.items() if _torch.live_storage(lent.memory) is not None}
+        return tuple(lent for lent in self._lent.values() if not lent.is_held)
+
+    def taken(self) -> tuple[torch.UntypedStorage, ...]:
+        """What was allocated between captures, taken from the driver."""
+        given, self._given = tuple(self._given), []
+        return given
 
     def give_up(self, why: str) -> None:
         """Nothing to do: what runs op by op fails where the device does."""
@@ -490,6 +567,10 @@ class TapeDriver:
     def live_blocks(self) -> int:
         return len(self._made())
 
+    def live_graphs(self) -> int:
+        with self._adopting:
+            return sum(not graph.released for graph in self._graphs)
+
     def _made(self) -> dict[int, torch.UntypedStorage]:
         with self._adopting:
             graphs = list(self._graphs)
@@ -506,6 +587,7 @@ class TapeSession:
         if driver.device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[driver.device.index])
         self._states: list[torch.Tensor] = []
+        self._free: tuple[_Lent, ...] = ()
         self._tape: _Tape | None = None
         self._token: active.Held[TapeDriver | None] | None = None
 
@@ -515,7 +597,9 @@ class TapeSession:
         self.driver.lock.acquire()
         self._token = _active.set(self.driver)
         self._states = [generator.get_state() for generator in self._generators]
-        self._tape = self.taping.tape = self.host_reads.tape = _Tape(self.driver.device, self._generators[-1])
+        self._free = self.driver.free()
+        tape = _Tape(self.driver.device, self._generators[-1], self.driver._lent)
+        self._tape = self.taping.tape = self.host_reads.tape = tape
 
     def end(self) -> CapturedGraph:
         tape = self._tape
@@ -526,7 +610,8 @@ class TapeSession:
             if tape.refusal is not None:
                 raise tape.refusal
             drew = not torch.equal(self._states[-1], self._generators[-1].get_state())
-            graph = TapeGraph(tape, draws_random=drew, brought=self.driver._brought)
+            given = self.driver.taken()
+            graph = TapeGraph(tape, drew, self.driver._brought, self._free, given)
         except Exception as error:
             raise _failure(error) from error
         finally:
@@ -551,6 +636,8 @@ class TapeSession:
         assert tape is not None, "ended without a beginning"
         assert token is not None
         self._tape = self._token = self.taping.tape = self.host_reads.tape = None
+        self._free = ()
+        self.driver.taken()  # of a capture that failed nobody reads it
         _active.reset(token)
         try:
             tape.undo()
