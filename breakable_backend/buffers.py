@@ -90,7 +90,7 @@ class Bridge:
     def zeros(cls, value: torch.Tensor) -> Bridge:
         """A bridge for ``value`` where that is, with zeros in it."""
         bridge = cls.like(value, value.device)
-        bridge.tensor.untyped_storage().fill_(0)
+        (bridge.tensor if bridge.flat is None else bridge.flat).zero_()
         return bridge
 
     @property

@@ -1238,7 +1238,7 @@ FAULTS = (
     Fault(
         "failed-capture-leaves-loads-done",
         "recording.py",
-        "self._unbridge(copy.value.name)",
+        "self._unbridge(copy, made=copy.bridge.name not in known)",
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
