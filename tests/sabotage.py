@@ -1238,7 +1238,7 @@ FAULTS = (
     Fault(
         "failed-capture-leaves-loads-done",
         "recording.py",
-        "self._unbridge(copy, made=copy.bridge.name not in known)",
+        "self._unbridge(copy, position)",
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
