@@ -7,6 +7,7 @@ that runs into it. The line that the error has to show ends in ``# here``. What 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import linecache
 import re
@@ -225,6 +226,13 @@ def failing_begin(patch: pytest.MonkeyPatch) -> Any:
         raise RuntimeError("CUDA error: out of memory")
 
     patch.setattr(driver, "_open_pool", full, raising=False)
+    return driver
+
+
+def failing_allocation(patch: pytest.MonkeyPatch) -> Any:
+    """The same, which has its turn."""
+    driver = failing_begin(patch)
+    patch.setattr(driver, "turn", contextlib.nullcontext, raising=False)
     return driver
 
 
@@ -458,6 +466,7 @@ CASES: dict[str, Case] = {
     ),
     "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
     "drivers/cuda.py: begin_capture": Case("planted.begin_capture()  # here", failing_begin),
+    "drivers/cuda.py: allocating": Case("with planted.allocating():  # here\n    pass", failing_allocation),
     "another thread's capture went on for": Case("planted.begin_capture()  # here", long_capture),
     "CUDA has no stream to give": Case("planted(torch.device('cuda', 9))  # here", no_stream),
     "a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
@@ -663,6 +672,7 @@ REPEATS = {
     "drivers/cuda.py: end_capture": "CUDA error",
     "drivers/cuda.py: refuse": "the GPU is lost to this process",
     "drivers/cuda.py: begin_capture": "CUDA error",
+    "drivers/cuda.py: allocating": "CUDA error",
 }
 """Places with no text of their own: they say what another error, or CUDA, has said. A row has this in its place."""
 
