@@ -905,6 +905,18 @@ def above_autograd() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def composites_as_ops() -> Iterator[None]:
+    """Have composite ops reach dispatch modes whole, as under inference mode: autograd, which takes them apart, is left out."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, True):
+        yield
+
+
+def with_autograd() -> AbstractContextManager[None]:
+    """The way back, for code within that records gradients itself."""
+    return _seen_again("AutogradFunctionality")
+
+
 _HIDDEN_BY_MODES = ("ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
 """What the dispatcher leaves out around a mode: a view is not known for one there, and a lazy ``conj()`` is read as it lies."""
 

@@ -11,16 +11,16 @@ import operator
 import re
 import threading
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
@@ -36,7 +36,7 @@ from breakable_backend.errors import BreakableError, CaptureError, OptionsError,
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.functions import Mark
 from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside, log
-from breakable_backend.marking import live_reason, seen_in_parts
+from breakable_backend.marking import live_reason, marked_composites, marked_functions
 from breakable_backend.options import Options
 from breakable_backend.profiling import span
 from breakable_backend.program import Op, Reason, described
@@ -125,12 +125,6 @@ class capture:
             driver = TapeDriver(driver.device)
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        if parts := seen_in_parts():
-            warnings.warn(
-                f"a capture sees {', '.join(parts)} taken apart already, so the mark has no effect in it: put the call under "
-                "eager_region(), or into a function marked by eager_on_graph",
-                stacklevel=2,
-            )
         self._door = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
         self._door.open()
         return self.graph
@@ -193,6 +187,22 @@ class _Watcher(Watching):
         self.door = door
 
 
+class _MarkedFunctions(TorchFunctionMode):
+    """Sees calls of the functions of torch's that are marked and no ops, where the body's own code calls them."""
+
+    def __init__(self, door: _Door, functions: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.door, self.functions = door, functions
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(func is function for function in self.functions):
+            mark = Mark(func, func.__name__, "")
+            return self.door.call(mark, args, kwargs or {}, why="marked by mark_eager")
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class _Door:
     """One capture under way: implements :class:`active.BreakHandler`."""
@@ -225,6 +235,9 @@ class _Door:
 
     def __post_init__(self) -> None:
         self.witness = Witness(self.driver.device) if self.options.debug == "compare" else None
+        self.whole = marked_composites(entirely=_records_gradients())
+        """Marked ops that are made of others, and that this capture sees as a whole."""
+        self._refuse_gradients()
 
     def open(self) -> None:
         with ExitStack() as stack:
@@ -245,8 +258,21 @@ class _Door:
             token = active.handler.set(self)
             stack.callback(active.handler.reset, token)
             self._begin()
-            stack.enter_context(_Watcher(self))
+            self.watcher = stack.enter_context(_Watcher(self))
+            if self.whole:
+                stack.enter_context(_torch.composites_as_ops())
+            if functions := marked_functions():
+                stack.enter_context(_MarkedFunctions(self, functions))
             self.stack = stack.pop_all()
+
+    def _refuse_gradients(self) -> None:
+        """Raise where autograd would take marked ops apart before the capture sees them."""
+        if self.whole and _records_gradients():
+            raise CaptureError(
+                f"{', '.join(self.whole)} is marked by mark_eager, and autograd takes it apart before a capture sees it",
+                where=user_line(),
+                fix="capture under torch.no_grad() or torch.inference_mode(), or put the call under eager_region()",
+            )
 
     def close(self, error: BaseException | None) -> None:
         kept = False
@@ -324,10 +350,16 @@ class _Door:
         if active.handler.get() is not self and threading.get_ident() == self.thread:
             self.failed = _other_context(user_line())  # autograd's threads have no context, and belong to the body
             raise self.failed
+        self._refuse_gradients()
         if found := live_reason(func, args, kwargs, self.driver.device):
             if found.refused:
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
             return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
+        if _torch.is_composite(func) and (
+            kernel := _torch.kernel_made_of_ops(func, args, self.driver.device.type, active.autocast.get())
+        ):
+            with self.watcher:
+                return kernel(*args, **kwargs)
         taken = tensors_on(self.driver.device, (args, kwargs))
         if taken or getattr(kwargs.get("device"), "type", "") == self.driver.device.type:
             self.session.touch()
@@ -370,7 +402,9 @@ class _Door:
 
     # breaks
 
-    def call(self, mark: Mark, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(
+        self, mark: Mark, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str = "marked by eager_on_graph"
+    ) -> Any:
         """Run a marked function as an eager step."""
         if not self.capturing:
             return mark.function(*args, **kwargs)
@@ -380,7 +414,7 @@ class _Door:
                 where=user_line(),
                 fix="call it outside of vmap and its like, on tensors",
             )
-        reason = Reason("marked", "marked by eager_on_graph", mark.name, user_line())
+        reason = Reason("marked", why, mark.name, user_line())
         return self._break(mark.function, mark.name, reason, args, kwargs, mark)
 
     def _break(
@@ -406,7 +440,8 @@ class _Door:
             run = (mark.capture_stub if mark is not None else None) or function
             if self.witness is not None:
                 run = self.witness.attend(run, name, reason.source)
-            result = run(*args, **kwargs)
+            with _torch.with_autograd() if self.whole else nullcontext():
+                result = run(*args, **kwargs)
         except BaseException as error:
             self.failed = error
             raise
@@ -491,6 +526,10 @@ class _Door:
             tensor = isinstance(leaf, torch.Tensor)
             self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
         return Slot(name)
+
+
+def _records_gradients() -> bool:
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _record(event: torch.cuda.Event) -> None:

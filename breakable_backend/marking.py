@@ -251,10 +251,15 @@ def _why_function(target: Any, eager_ops: EagerOps) -> str:
     return f"a part of {name}, which is named in eager_ops" if any(target is f for f in eager_ops.functions) else ""
 
 
-def seen_in_parts() -> list[str]:
-    """What is marked by ``mark_eager`` and reaches a dispatch mode in parts only: composite ops, functions that are no op."""
-    names = [name for name in sorted(_marked) if _torch.is_composite_by_name(name)]
-    return names + [function.__name__ for function in _marked_functions if not _op_of_function(function)]
+def marked_composites(*, entirely: bool) -> list[str]:
+    """The ops marked by ``mark_eager`` that autograd takes apart before a dispatch mode sees them: all, or some, overloads."""
+    names = [name for name in sorted(_marked) if any(map(_torch.is_composite, _torch.find_overloads(name)))]
+    return [name for name in names if _torch.is_composite_by_name(name)] if entirely else names
+
+
+def marked_functions() -> tuple[Any, ...]:
+    """The functions of torch's marked by ``mark_eager`` that are no op: Python calls them, and no dispatch mode sees that."""
+    return tuple(function for function in _marked_functions if not _op_of_function(function))
 
 
 # --- rules --------------------------------------------------------------------------------------------------------------

@@ -1504,11 +1504,18 @@ FAULTS = (
         "test_contract_reasons.py::test_marks_without_effect_are_told[cpu]",
     ),
     Fault(
-        "a-capture-does-not-tell-what-it-sees-in-parts",
+        "a-capture-sees-marked-ops-in-parts",
         "capture.py",
-        "if parts := seen_in_parts():",
-        "if False:",
-        "test_contract_reasons.py::test_marks_that_a_capture_sees_in_parts[cpu]",
+        "stack.enter_context(_torch.composites_as_ops())",
+        "pass",
+        "test_contract_reasons.py::test_marks_of_composite_ops_in_a_capture[cpu-linear-no_grad]",
+    ),
+    Fault(
+        "marked-parts-are-captured-under-inference-mode",
+        "capture.py",
+        "if _torch.is_composite(func) and (",
+        "if False and (",
+        "test_contract_reasons.py::test_marks_of_parts_in_a_capture[cpu]",
     ),
     Fault(
         "only-some-errors-of-aot-are-refusals",

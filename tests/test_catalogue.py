@@ -441,6 +441,14 @@ CASES: dict[str, Case] = {
     "was called under a transform of torch.func, inside a capture": Case(
         in_body("torch.func.vmap(eager_on_graph(plain))(x)  # here")
     ),
+    "is marked by mark_eager, and autograd takes it apart before a capture sees it": Case(
+        "mark_eager('aten::softmax')\n"
+        "try:\n"
+        "    with torch.enable_grad(), capture(graph):  # here\n"
+        "        pass\n"
+        "finally:\n"
+        "    unmark_eager('aten::softmax')"
+    ),
     "needs gradients, which do not pass a break": Case(
         "with torch.enable_grad(), capture(graph):\n    y = eager_on_graph(lambda x: x * leaf())(x)  # here"
     ),

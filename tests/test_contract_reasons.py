@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -495,13 +497,73 @@ def test_marks_without_effect_are_told(device: torch.device, options: dict[str, 
     assert notes[0] in str(explain(compiled))
 
 
-def test_marks_that_a_capture_sees_in_parts(kind: str) -> None:
-    """Line 9: by the second door, a mark of what is taken apart is said to have no effect; one of a plain op has its effect."""
-    graph = BreakableCUDAGraph(driver=kind)
-    mark_eager(functional.softmax)
+WHOLE = {
+    "linear": (lambda x: functional.linear(x, x), "aten::linear"),
+    "matmul": (lambda x: x @ x, torch.matmul),
+    "einsum": (lambda x: torch.einsum("ij,kj->ik", x, x), "aten::einsum"),
+    "layer_norm": (lambda x: functional.layer_norm(x, (8,)), functional.layer_norm),
+    "attention": (lambda x: functional.scaled_dot_product_attention(x, x, x), functional.scaled_dot_product_attention),
+    "dropout": (lambda x: functional.dropout(x, 0.5), torch.ops.aten.dropout.default),
+    "a method": (lambda x: x.softmax(-1), functional.softmax),
+    "inside a loss": (lambda x: functional.cross_entropy(x, x), "aten::log_softmax"),
+    "a function that is no op": (lambda x: functional.gumbel_softmax(x), functional.gumbel_softmax),
+}
+"""Calls, and marks of what they call that reach a dispatch mode in parts."""
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("case", WHOLE)
+def test_marks_of_composite_ops_in_a_capture(
+    kind: str, device: torch.device, case: str, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Line 9: by the second door too what is made of other ops is marked as a whole: one eager step, and eager's bits."""
+    call, marked = WHOLE[case]
+    graph, x = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device)
+    mark_eager(marked)
     try:
-        with pytest.warns(UserWarning, match="a capture sees aten::softmax taken apart already"), capture(graph):
+        with mode():
+            torch.manual_seed(0)
+            with capture(graph):
+                y = call((x + 1) * 2) * 3
+            torch.manual_seed(0)
+            assert_same(y, call((x + 1) * 2) * 3)
+            for seed in range(3):
+                x.copy_(torch.rand(8, 8, device=device))
+                torch.manual_seed(seed)
+                graph.replay()
+                torch.manual_seed(seed)
+                assert_same(y, call((x + 1) * 2) * 3)
+    finally:
+        unmark_eager(marked)
+    program = explain(graph).programs[0]
+    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1), str(explain(graph))
+    assert [reason.text for reason in program.reasons] == ["marked by mark_eager"]
+    graph.reset()
+
+
+def test_marks_of_parts_in_a_capture(kind: str, device: torch.device) -> None:
+    """Line 9: a mark of an op that another is made of holds under inference mode too, where the other comes as a whole."""
+    graph, x = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device)
+    mark_eager("aten::mm")
+    try:
+        with torch.inference_mode(), capture(graph):
+            functional.linear(x, x) + 1
+    finally:
+        unmark_eager("aten::mm")
+    assert explain(graph).programs[0].num_eager_segments == 1
+    graph.reset()
+
+
+def test_marks_of_composite_ops_with_gradients(kind: str, device: torch.device) -> None:
+    """Line 9: where autograd takes a marked op apart first, a capture is an error at its beginning, or where it is turned on."""
+    graph, x = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device)
+    mark_eager(functional.softmax)
+    words = "aten::softmax is marked by mark_eager, and autograd takes it apart"
+    try:
+        with pytest.raises(CaptureError, match=words), capture(graph):
             pass
+        with torch.no_grad(), pytest.raises(CaptureError, match=words), capture(graph), torch.enable_grad():
+            x + 1
     finally:
         unmark_eager(functional.softmax)
         graph.reset()
