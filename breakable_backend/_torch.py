@@ -2,6 +2,9 @@
 
 Checked on torch 2.11.0 (CUDA 13.0 and CPU) and on 2.13.0, 2.14.1 and 2.15.0 (CPU), unless a line says otherwise: all names are at
 the same place on these.
+
+What ``import torch`` leaves out is imported where it is needed: Dynamo, AOTAutograd, Inductor and symbols take longer to
+import than all else together, and a program that marks its functions may never compile them.
 """
 
 from __future__ import annotations
@@ -19,29 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-import sympy
 import torch
-import torch._dynamo
-import torch._inductor.config
 from torch import fx
-from torch._dynamo import convert_frame as _convert_frame
-from torch._dynamo import eval_frame as _eval_frame
-from torch._dynamo import trace_rules
-from torch._dynamo.convert_frame import input_codes, output_codes
-from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, _TorchDynamoContext
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
-from torch._dynamo.external_utils import wrap_inline
-from torch._dynamo.resume_execution import ContinueExecutionCache
-from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
-from torch._dynamo.utils import get_compilation_metrics, get_metrics_context, graph_break_reasons
-from torch._functorch._aot_autograd import graph_compile
-from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
-from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
-from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 from torch._library import utils as library_utils
 from torch._library.custom_ops import OPDEFS
 from torch._logging._internal import trace_structured
@@ -49,7 +34,6 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback as _fx_traceback
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.utils.stateless import _reparametrize_module
@@ -61,9 +45,11 @@ from torch.utils._python_dispatch import (
     _pop_mode_temporarily,
     is_traceable_wrapper_subclass,
 )
-from torch.utils._sympy.printers import PythonPrinter
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.dlpack import from_dlpack
+
+if TYPE_CHECKING:
+    import sympy
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,24 +70,49 @@ __all__ = [
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-DynamoError = TorchDynamoException
-"""What Dynamo raises to steer itself, such as a request to trace again: never to be caught."""
+def dynamo_error() -> type[Exception]:
+    """What Dynamo raises to steer itself, such as a request to trace again: never to be caught. Our own errors are among it."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    _passed_on_by_dynamo()
+    return TorchDynamoException
 
 
-class CompileTimeError(ShortenTraceback):
+def is_dynamos(error: Exception) -> bool:
+    """Whether ``error`` is such a one."""
+    return "torch._dynamo" in sys.modules and isinstance(error, dynamo_error())
+
+
+class _Error(RuntimeError):
+    """What errors are while Dynamo is not loaded."""
+
+
+class CompileTimeError(_Error):
     """An exception that Dynamo hands to the caller unchanged.
 
     Whatever else a backend raises while compiling reaches the user as ``BackendCompilerFailed``. Dynamo lets a
-    ``ShortenTraceback`` through; without a first useful frame it leaves the traceback alone.
+    ``ShortenTraceback`` through; without a first useful frame it leaves the traceback alone. That is a class of Dynamo's: it
+    becomes the base of this one before the first error that Dynamo could see.
     """
 
+    first_useful_frame = None
+
     def __init__(self, *args: Any) -> None:
+        if "torch._dynamo" in sys.modules:
+            _passed_on_by_dynamo()
         self._text = str(args[0]) if args else ""
-        super().__init__(*args, first_useful_frame=None)
+        super().__init__(*args, **({} if _Error in CompileTimeError.__bases__ else {"first_useful_frame": None}))
 
     def __str__(self) -> str:
         """The text as it was given, without Dynamo's notes below it, which ask for a report to PyTorch."""
         return self._text
+
+
+def _passed_on_by_dynamo() -> None:
+    """Make our errors such as Dynamo passes on."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    CompileTimeError.__bases__ = (ShortenTraceback,)
 
 
 # --- Dynamo and AOTAutograd -------------------------------------------------------------------------------------------
@@ -130,12 +141,15 @@ def trace_inference(
     ``around`` has what to enter around each call of some composite ops, of which the graph will have the parts.
     With ``keep_floats`` a Python float that varies stays a number; else AOT computes with 0-d tensors in its place.
     """
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._inductor import config
+
     kept = (*keep_alive, *find_overloads("aten::_assert_async"))
     with ExitStack() as stack:
         stack.enter_context(_side_effects(kept))
         stack.enter_context(_eager_kernels())
         stack.enter_context(_entered_around(around))
-        stack.enter_context(torch._inductor.config.patch(fallback_random=True))
+        stack.enter_context(config.patch(fallback_random=True))
         stack.enter_context(_real_first_call())
         if keep_floats:
             stack.enter_context(_python_floats())
@@ -306,6 +320,10 @@ def _python_floats() -> Iterator[None]:
     turns arithmetic with the number into arithmetic with the tensor, which rounds otherwise, and has Dynamo compile
     again, for each value, where it cannot. Other threads' AOT does as always; checked on torch 2.11 to 2.15.
     """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch._functorch._aot_autograd import graph_compile
+
     scope, name, thread = vars(graph_compile), "tensorify_python_scalars", threading.get_ident()
     pass_of_aot = scope[name]
 
@@ -331,6 +349,9 @@ def _floats_of_sizes(module: fx.GraphModule, env: Any) -> set[str]:
 
     Such a guard computes in an order of its own, and might fail for the very value that it was made for.
     """
+    import sympy
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
     values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
     guards = [guard.expr for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
     symbols = {symbol for value in values for symbol in free_symbols(value)}
@@ -428,6 +449,8 @@ def is_static(tensor: torch.Tensor) -> bool:
 
 def graph_breaks() -> dict[str, int]:
     """Dynamo's graph breaks since its last reset: how many, by reason. The user's line is in the reason's first line."""
+    from torch._dynamo.utils import graph_break_reasons
+
     times: Counter[str] = Counter()
     texts: dict[str, str] = {}
     for broken in graph_break_reasons:
@@ -445,16 +468,22 @@ def graph_breaks() -> dict[str, int]:
 # What `torch.compile` returns is, or has in it, a function `compile_wrapper` of Dynamo's. It closes over `fn`, which was compiled,
 # and over `callback`, which compiles the frames that run below it. Checked on torch 2.11, 2.13, 2.14.1 and 2.15.
 
-_COMPILE_WRAPPER: CodeType | None = next(
-    (
-        constant
-        for constant in _TorchDynamoContext.__call__.__code__.co_consts
-        if isinstance(constant, CodeType) and constant.co_name == "compile_wrapper"
-    ),
-    None,
-)
-_INLINED = wrap_inline(lambda: None).__code__
-"""Of what Dynamo wraps around functions in files that it skips, such as those of ``torch.nn``."""
+
+@functools.cache
+def _compile_wrapper() -> CodeType | None:
+    from torch._dynamo.eval_frame import _TorchDynamoContext
+
+    constants = _TorchDynamoContext.__call__.__code__.co_consts
+    return next((c for c in constants if isinstance(c, CodeType) and c.co_name == "compile_wrapper"), None)
+
+
+@functools.cache
+def _inlined() -> CodeType:
+    """Of what Dynamo wraps around functions in files that it skips, such as those of ``torch.nn``."""
+    from torch._dynamo.external_utils import wrap_inline
+
+    return wrap_inline(lambda: None).__code__
+
 
 Subject = tuple[object, str]
 """What graphs are filed by: what compiles them, what was compiled, its code; of a method, the object and the method's name."""
@@ -464,7 +493,7 @@ def running_compiled() -> Iterator[Subject]:
     """The compiled functions that are running in this thread, from the innermost: twice each, as ``callback`` and as ``fn``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _COMPILE_WRAPPER:
+        if frame.f_code is _compile_wrapper():
             yield from _subjects(frame.f_locals)
         frame = frame.f_back
 
@@ -479,7 +508,7 @@ def _subjects(names: Mapping[str, Any]) -> Iterator[Subject]:
     if callable(callback := names.get("callback")):
         yield callback, ""
     function = names.get("fn")
-    while getattr(function, "__code__", None) is _INLINED:
+    while getattr(function, "__code__", None) is _inlined():
         function = function.__wrapped__  # type: ignore[union-attr]
     if isinstance(function, MethodType):
         owner = function.__self__
@@ -505,7 +534,7 @@ def _content(cell: Any) -> Any:
 
 
 def _is_wrapper(value: Any) -> bool:
-    return isinstance(value, FunctionType) and value.__code__ is _COMPILE_WRAPPER
+    return isinstance(value, FunctionType) and value.__code__ is _compile_wrapper()
 
 
 def _parts(compiled: Any) -> tuple[list[Any], list[Any]]:
@@ -573,6 +602,8 @@ def _called_by(function: Any) -> Iterator[Any]:
 
 def _is_frame(code: CodeType) -> bool:
     """Whether Dynamo has compiled ``code`` as a frame of its own, or has tried to and given it up."""
+    from torch._dynamo.convert_frame import input_codes
+
     return bool(_entries(code)) or (code in input_codes and _failure(code) is not None)
 
 
@@ -583,7 +614,7 @@ def holds_compiled(function: Any) -> bool:
 
 def codes_of(compiled: Any) -> list[CodeType]:
     """The code of the functions behind ``compiled`` that Dynamo compiles, but for that which it wraps around all of torch's."""
-    return [code for function in _parts(compiled)[1] if (code := function.__code__) is not _INLINED]
+    return [code for function in _parts(compiled)[1] if (code := function.__code__) is not _inlined()]
 
 
 def code_under_compilation() -> tuple[CodeType, CodeType] | None:
@@ -591,29 +622,43 @@ def code_under_compilation() -> tuple[CodeType, CodeType] | None:
 
     What Dynamo wraps around torch's own functions is one code for all: see :func:`is_shared`.
     """
-    if current_compile_id() is None or (transaction := InstructionTranslator.current_tx()) is None:
+    if current_compile_id() is None or (transaction := _tracing()) is None:
         return None
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
     code = whole = transaction.f_code
     while (resumed := ContinueExecutionCache.generated_code_metadata.get(whole)) is not None:
         whole = resumed.code
     return code, whole
 
 
+def _tracing() -> InstructionTranslator | None:
+    """What Dynamo traces with in this thread; None: it does not."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return cast("InstructionTranslator | None", InstructionTranslator.current_tx())
+
+
 def is_shared(code: CodeType) -> bool:
     """Whether it is the one code that Dynamo wraps around all of torch's own functions."""
-    return code is _INLINED
+    return code is _inlined()
 
 
 def at_recompile_limit(codes: Iterable[CodeType] | None = None) -> list[str]:
     """Those of ``codes`` that Dynamo will not compile again, as ``name (file:line)``; None: of all."""
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import input_codes
+
     if codes is None:
         codes = [code for ref in list(input_codes.seen) if (code := ref()) is not None]
-    limit = torch._dynamo.config.recompile_limit
+    limit = config.recompile_limit
     return [place_of(code) for code in dict.fromkeys(codes) if len(_entries(code)) >= limit]
 
 
 def skipped(codes: Iterable[CodeType]) -> dict[str, str]:
     """Those of ``codes`` that Dynamo was asked to compile, and of which there is nothing, as ``name (file:line)``; and why."""
+    from torch._dynamo.convert_frame import input_codes
+
     asked = [
         code
         for code in dict.fromkeys(codes)
@@ -629,6 +674,8 @@ _MODULE_CALLS = [getattr(torch.nn.Module, name).__code__ for name in ("_wrapped_
 def _why_skipped(code: CodeType) -> str:
     if (failure := _failure(code)) is not None:
         return failure
+    from torch._dynamo import trace_rules
+
     if trace_rules.check(code):
         return "Dynamo skips the file that it is in, and compiles what it calls"
     return "it has no op on tensors, or was called where Dynamo compiles nothing (inside of vmap or of a dispatch mode)"
@@ -636,6 +683,8 @@ def _why_skipped(code: CodeType) -> str:
 
 def _failure(code: CodeType) -> str | None:
     """Why Dynamo gave ``code`` up when it last tried, as far as it remembers (64 attempts); None: it did not."""
+    from torch._dynamo.utils import get_compilation_metrics
+
     place = (code.co_name, code.co_filename, code.co_firstlineno)
     for attempt in reversed(get_compilation_metrics()):
         if attempt.fail_reason and place == (attempt.co_name, attempt.co_filename, attempt.co_firstlineno):
@@ -656,7 +705,9 @@ def _told(reason: str, file: str | None, line: int | None) -> str:
 
 def stance() -> str:
     """What ``torch.compiler.set_stance`` has set, now: ``"default"``, ``"force_eager"`` and so on."""
-    return _eval_frame._stance.stance
+    from torch._dynamo import eval_frame
+
+    return eval_frame._stance.stance
 
 
 def place_of(code: CodeType) -> str:
@@ -666,25 +717,53 @@ def place_of(code: CodeType) -> str:
 
 def _entries(code: CodeType) -> list[Any]:
     """Dynamo's versions of ``code``. They belong to C++, which may drop one at any moment, in any thread: only to be counted."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
     return _debug_get_cache_entry_list(code)
 
 
 def constant_under_dynamo(function: F) -> F:
     """Have Dynamo call ``function`` while it traces, and take what it returns as a constant."""
-    return cast(F, torch._dynamo.assume_constant_result(function))
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # all that torch.compiler.assume_constant_result does
+    return function
 
 
 def break_of_dynamo(reason: str) -> Callable[[F], F]:
-    """Have Dynamo break its graph where ``function`` is called, and call it as it is."""
-    return cast(Callable[[F], F], torch.compiler.disable(reason=reason))
+    """Have Dynamo break its graph where ``function`` is called, and call it as it is.
+
+    As ``torch.compiler.disable`` does, which imports Dynamo at once.
+    """
+
+    def around(function: F) -> F:
+        uncompiled: list[Callable[..., Any]] = []
+
+        @constant_under_dynamo
+        def prepare() -> None:
+            if not uncompiled:
+                uncompiled.append(torch.compiler.disable(function, reason=reason))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                prepare()
+                return uncompiled[0](*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return around
 
 
 def keep_with_code(thing: object) -> bool:
     """Keep ``thing`` alive as long as the code that Dynamo is making now; False where nobody keeps that code, as in an export."""
-    output = InstructionTranslator.current_tx().output
+    from torch._dynamo import convert_frame
+
+    transaction = _tracing()
+    assert transaction is not None
+    output = transaction.output
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not output.export:  # an export lets go of the code, and its graph goes on
-        if frame.f_code.co_name == "_compile_inner" and frame.f_code.co_filename == _convert_frame.__file__:
+        if frame.f_code.co_name == "_compile_inner" and frame.f_code.co_filename == convert_frame.__file__:
             # What Dynamo calls when the code dies, and keeps until then. There is nothing to call.
             output.cleanups.append(cast(Any, functools.partial(id, thing)))
             return True
@@ -694,7 +773,8 @@ def keep_with_code(thing: object) -> bool:
 
 def refuses_graph_breaks() -> bool:
     """Whether Dynamo, which is tracing the caller, was told ``fullgraph=True``."""
-    transaction = InstructionTranslator.current_tx()
+    transaction = _tracing()
+    assert transaction is not None
     return bool(transaction.one_graph or transaction.error_on_graph_break)
 
 
@@ -730,6 +810,8 @@ def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
 
 def dynamo_frames(outer: FrameType) -> tuple[list[FrameType], list[FrameType]]:
     """The frames of code that Dynamo made, and those around the outermost of them: of what runs, up to ``outer``."""
+    from torch._dynamo.convert_frame import output_codes
+
     made: list[FrameType] = []
     around: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
@@ -745,7 +827,9 @@ def dynamo_frames(outer: FrameType) -> tuple[list[FrameType], list[FrameType]]:
 
 def passes_on(frame: FrameType) -> bool:
     """Whether a frame belongs to what calls a module or a compiled function, and does nothing else unless there are hooks."""
-    return frame.f_code in (_COMPILE_WRAPPER, OptimizedModule.__call__.__code__, *_MODULE_CALLS)
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return frame.f_code in (_compile_wrapper(), OptimizedModule.__call__.__code__, *_MODULE_CALLS)
 
 
 def owner_of_call(frame: FrameType) -> object:
@@ -755,12 +839,12 @@ def owner_of_call(frame: FrameType) -> object:
         return None
     if caller.f_code in _MODULE_CALLS:
         return caller.f_locals.get("self")
-    return getattr(caller.f_locals.get("fn"), "__self__", None) if caller.f_code is _COMPILE_WRAPPER else None
+    return getattr(caller.f_locals.get("fn"), "__self__", None) if caller.f_code is _compile_wrapper() else None
 
 
 def hooks_around(frames: Iterable[FrameType]) -> list[Mapping[Any, Any]]:
     """Where the hooks of the modules that ``frames`` call are kept, and those of all modules: empty while there are none."""
-    called = [frame.f_locals["self"] for frame in frames if frame.f_code is not _COMPILE_WRAPPER]
+    called = [frame.f_locals["self"] for frame in frames if frame.f_code is not _compile_wrapper()]
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_all = torch.nn.modules.module
     return [
@@ -871,7 +955,11 @@ def current_compilation() -> object:
 
 def recompile_reason() -> str | None:
     """Why Dynamo compiles again what it compiled before; None for the first time, and outside of a compilation."""
-    return cast(str | None, get_metrics_context()._metrics.get("recompile_reason")) if current_compile_id() else None
+    if current_compile_id() is None:
+        return None
+    from torch._dynamo.utils import get_metrics_context
+
+    return cast(str | None, get_metrics_context()._metrics.get("recompile_reason"))
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str], compile_id: Any) -> None:
@@ -957,10 +1045,19 @@ def swapped(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Abs
 # --- symbols ----------------------------------------------------------------------------------------------------------
 
 
+def free_symbols(value: Any) -> Any:
+    """The symbols in a number, a fake tensor, or several."""
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.free_symbols(value)
+
+
 def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
     """The plain number that a backed ``SymInt``, ``SymFloat`` or ``SymBool`` has under ``symbols``; others unchanged."""
     if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value
+    import sympy
+
     result = sympy.sympify(value.node.expr).xreplace({s: sympy.Integer(v) for s, v in symbols.items()})
     if isinstance(value, torch.SymInt):
         return int(result)
@@ -969,6 +1066,8 @@ def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
 
 def numbers_of(values: Sequence[Any], symbols: Sequence[sympy.Symbol]) -> Callable[..., tuple[int, ...]]:
     """A function that takes what ``symbols`` are and returns what ``values``, ints or ``SymInt`` of them, then are."""
+    from torch.utils._sympy.printers import PythonPrinter
+
     texts = [PythonPrinter().doprint(v.node.expr) if isinstance(v, torch.SymInt) else str(v) for v in values]
     text = f"lambda {', '.join(map(str, symbols))}: ({''.join(f'{text}, ' for text in texts)})"
     function: Callable[..., tuple[int, ...]] = eval(text, {"math": math, "torch": torch})
@@ -987,13 +1086,17 @@ def is_ragged(value: Any) -> bool:
 
 def is_argument_float(value: Any) -> bool:
     """Whether a number is a float argument of the compiled function, as Dynamo hands it over once it has varied."""
-    return isinstance(value, torch.SymFloat) and symbol_is_type(value.node.expr, SymT.FLOAT)
+    if not isinstance(value, torch.SymFloat):
+        return False
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    return symbol_is_type(value.node.expr, SymT.FLOAT)
 
 
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
     """The symbol that ``value`` consists of, if it is nothing else."""
     expr = value.node.expr
-    return expr if isinstance(expr, sympy.Symbol) else None
+    return expr if expr.is_Symbol else None
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -1153,6 +1256,8 @@ def without_alias_check() -> Iterator[None]:
 
     Under a dispatch mode an op does not see the caller's autocast, so that call would not be like eager.
     """
+    from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
+
     stack = _get_current_dispatch_mode_stack()
     if stack and isinstance(stack[-1], _AnalyzeCustomOpInputOutputMode):
         with _pop_mode_temporarily():
@@ -1279,6 +1384,8 @@ def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], des
     ``kernel`` and ``constants`` are numbers in torch's table of kernels, as they stand in a graph. What autotuning sets to
     zero is written too. Looked at on torch 2.11, 2.13, 2.14.1 and 2.15.
     """
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
+
     tensors = [name for name, value in named.items() if isinstance(value, torch.Tensor)]
     tuner = kernel_side_table.get_kernel(kernel)
     found = {
@@ -1313,6 +1420,11 @@ def results_like(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any])
     with mode:
         results = op(*fakes[0], **fakes[1])
     return pytree.tree_map_only(torch.Tensor, real, results)
+
+
+def is_region(op: Any) -> bool:
+    """Whether a higher-order op is a call of a region that is compiled once: ``invoke_subgraph``."""
+    return isinstance(op, HigherOrderOperator) and op.name() == "invoke_subgraph"
 
 
 def dense_kernel(op: HigherOrderOperator) -> Callable[..., Any]:

@@ -93,7 +93,7 @@ class Backend:
         """
         try:
             return self._compile(gm, example_inputs, options, mode)
-        except (_torch.DynamoError, Warning):  # this package's own errors are among the first, which Dynamo passes on
+        except (_torch.dynamo_error(), Warning):  # our own errors are among the first, which Dynamo passes on
             raise
         except Exception as error:  # Dynamo would ask for a report to PyTorch
             told = internal(error, log)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 
 from breakable_backend import _torch
+
+if TYPE_CHECKING:
+    import sympy
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
@@ -269,7 +268,7 @@ def python_floats(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def is_pinned(node: fx.Node) -> bool:
     """Whether a call made a size that depends on values, and a check has since told the compiler what it is."""
-    return not free_symbols(node.meta.get("val")) >= _torch.symbols_made(node)
+    return not _torch.free_symbols(node.meta.get("val")) >= _torch.symbols_made(node)
 
 
 def is_checked_by_nobody(node: fx.Node) -> bool:
@@ -294,7 +293,7 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        symbols = free_symbols(node.meta.get("val"))
+        symbols = _torch.free_symbols(node.meta.get("val"))
         if is_number(node):
             of_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
             comes_late = of_data and schema_name(node) not in _SHAPE_READS and node not in floats

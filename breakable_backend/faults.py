@@ -22,7 +22,7 @@ _PACKAGE, _TORCH, _PYTHON = (
     for path in (os.path.dirname(__file__), os.path.dirname(torch.__file__), sysconfig.get_path("stdlib"))
 )
 _OF_ITS_OWN = (
-    *(BreakableError, _torch.DynamoError, Warning),
+    *(BreakableError, Warning),
     *(torch.AcceleratorError, torch.OutOfMemoryError, MemoryError, RecursionError),
 )
 """What has a meaning of its own, wherever it comes up."""
@@ -48,7 +48,7 @@ def raise_if_ours(error: Exception, log: logging.Logger) -> None:
     Raises:
         InternalError: it is.
     """
-    if not isinstance(error, _OF_ITS_OWN) and is_ours(error):
+    if not (isinstance(error, _OF_ITS_OWN) or _torch.is_dynamos(error)) and is_ours(error):
         told = internal(error, log)
         raise told from error
 

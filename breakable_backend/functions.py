@@ -129,8 +129,8 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     name = getattr(function, "__qualname__", type(function).__name__)
     mark = Mark(_with_gradients(function, said), name, source, original=function, **said)
     function = mark.function
-    why = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
-    uncompiled = torch.compiler.disable(functools.partial(run_inline, function), reason=why)
+    uncompiled: list[Callable[..., Any]] = []
+    """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
     exporting = torch.compiler.is_exporting
 
@@ -140,6 +140,9 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
 
     @_torch.constant_under_dynamo
     def refuse(why: str) -> None:
+        if not uncompiled:
+            reason = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
+            uncompiled.append(torch.compiler.disable(functools.partial(run_inline, function), reason=reason))
         if _torch.refuses_graph_breaks():
             raise PartitionError(
                 f"{name} cannot be one node: {why}",
@@ -153,7 +156,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
             why, call = _plan(site_number, args, kwargs)
             if why:
                 refuse(why)
-                return uncompiled(*args, **kwargs)
+                return uncompiled[0](*args, **kwargs)
             return _opaque(call)
         if held() is None or (handler := active.handler.get()) is None:
             if exporting():

@@ -157,7 +157,7 @@ def lower(
         apart = _torch.apart(example_inputs)
         kept = _kept_ops(gm, eager_ops)
         function = _torch.trace_inference(gm, apart, inference, training, kept, around, keep_floats)
-    except (CannotLower, _torch.DynamoError):
+    except (CannotLower, _torch.dynamo_error()):
         raise
     except Exception as error:  # AOTAutograd raises whatever its parts raise
         if error in ours:

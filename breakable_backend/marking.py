@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.traceback import annotate, get_current_meta
 
 from breakable_backend import _torch, ops
@@ -334,9 +333,9 @@ def host_read(node: fx.Node, scope: Scope) -> str:
 def data_dependent(node: fx.Node, scope: Scope) -> str:
     nodes = [node, *node.all_input_nodes]
     values = [of.meta.get("val") for of in nodes]
-    if any(free_symbols(leaf) - scope.symbols for leaf in pytree.tree_leaves(values)) or not scope.late.isdisjoint(
-        nodes
-    ):
+    if any(
+        _torch.free_symbols(leaf) - scope.symbols for leaf in pytree.tree_leaves(values)
+    ) or not scope.late.isdisjoint(nodes):
         return "has a size or number that is known only at run time"
     return ""
 

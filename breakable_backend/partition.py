@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
 from breakable_backend.buffers import extent
@@ -73,9 +72,9 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
     """
     graph = lowered.module.graph
     arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
-    known = frozenset().union(*(free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
+    known = frozenset().union(*(_torch.free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
     floats = {node: held for node, held in python_floats(graph).items() if held.name in scope.host_scalars}
-    known = known.union(*(free_symbols(node.meta["val"]) for node in floats))
+    known = known.union(*(_torch.free_symbols(node.meta["val"]) for node in floats))
     scope = dataclasses.replace(
         scope,
         symbols=known,

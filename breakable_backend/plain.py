@@ -14,12 +14,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from breakable_backend import _torch
 from breakable_backend.active import BreakHandler
@@ -32,6 +30,9 @@ from breakable_backend.program import EagerSegment, GraphSegment, Program, last_
 from breakable_backend.recording import Binding, Call, EagerStep, Recording, Slot, State, must_fit, perform, reject
 from breakable_backend.replay import emit
 from breakable_backend.sites import Mark
+
+if TYPE_CHECKING:
+    import sympy
 
 Drawing = Callable[[], AbstractContextManager[None]]
 """What is held around ops that draw: :meth:`breakable_backend.drivers.CaptureDriver.drawing`."""
@@ -117,7 +118,7 @@ class _Graph:
             yield call
             return
         numbers = (*fake.shape, *fake.stride())
-        symbols = sorted(free_symbols(numbers), key=str)
+        symbols = sorted(_torch.free_symbols(numbers), key=str)
         if not symbols:
             yield replace(call, spec=TensorSpec.of(fake))
             return

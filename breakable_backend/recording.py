@@ -17,9 +17,8 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-import sympy
 import torch
 from torch import fx
 
@@ -55,6 +54,9 @@ from breakable_backend.program import (
     source_line,
 )
 from breakable_backend.seen import without_autocast_cache
+
+if TYPE_CHECKING:
+    import sympy
 
 # --- what a recording is ------------------------------------------------------------------------------------------------
 

@@ -187,7 +187,7 @@ class Site:
             except PartitionError as error:
                 self.error = error
                 return Expected()
-            except _torch.DynamoError:
+            except _torch.dynamo_error():
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
                 self.error = self._needs_fake(error)

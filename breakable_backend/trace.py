@@ -188,7 +188,7 @@ class Watch:
                     result = kernel(*args, **kwargs)
                 self._stored(first, result)
                 return result
-        elif func is _torch.invoke_subgraph:
+        elif _torch.is_region(func):
             with self.watching():
                 return args[0](*args[2:])
         return self._run(func, args, kwargs, written_values(func, args, kwargs))

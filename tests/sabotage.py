@@ -250,6 +250,21 @@ FAULTS = (
         "        if True:\n",
         "test_debug_eager.py::test_a_lost_device_is_no_error_of_a_release",
     ),
+    # --- imports ---
+    Fault(
+        "the-import-brings-sympy",
+        "buffers.py",
+        "if TYPE_CHECKING:\n    import sympy",
+        "import sympy",
+        "test_public_api.py::test_an_import_brings_no_compiler",
+    ),
+    Fault(
+        "errors-are-not-of-dynamos",
+        "_torch.py",
+        "    CompileTimeError.__bases__ = (ShortenTraceback,)",
+        "    assert ShortenTraceback",
+        "test_public_api.py::test_errors_pass_through_dynamo_whenever_it_was_imported",
+    ),
     # --- plain calls ---
     Fault(
         "plain-calls-go-through-the-graph-each-time",
@@ -491,7 +506,7 @@ FAULTS = (
     Fault(
         "callees-are-in-no-report",
         "_torch.py",
-        "if frame.f_code is _COMPILE_WRAPPER:",
+        "if frame.f_code is _compile_wrapper():",
         "if False:",
         "test_report_reach.py::test_a_callee_behind_an_object[cpu]",
     ),

@@ -25,6 +25,7 @@ import breakable_backend
 import silly
 from breakable_backend import BreakableError, ReplayError, _torch, backend, device_errors, errors, sites
 from breakable_backend.drivers import cuda, generator, nodes, ordering, streams, tape
+from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.structure import Unholdable
@@ -149,7 +150,7 @@ def machine(
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(cuda, "torch", seen)
-        patch.setattr(cuda, "cudart", None)
+        patch.setattr(cuda, "cudart", Bindings("cuda.bindings.missing"))
 
     return plant
 

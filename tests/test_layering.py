@@ -34,6 +34,7 @@ LAYERS = {
     "policy": 2,
     "program": 2,
     "sites": 2,
+    "drivers.bindings": 2,
     "drivers.ordering": 3,
     "ops": 3,
     "buffers": 4,

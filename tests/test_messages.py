@@ -29,6 +29,7 @@ from breakable_backend import (
     unmark_eager,
 )
 from breakable_backend.drivers import cuda as cuda_driver
+from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.tape import FIX, TapeDriver
 from breakable_backend.executor import Executor
 from test_report import from_file
@@ -203,13 +204,17 @@ def test_no_graph_to_capture_into() -> None:
 # --- machines -----------------------------------------------------------------------------------------------------------------
 
 
+MISSING = Bindings("cuda.bindings.missing")
+"""As on a machine without cuda-python."""
+
+
 def machine(
     monkeypatch: pytest.MonkeyPatch,
     *,
     hip: str | None = None,
     gpu: bool = True,
     allocator: str = "native",
-    bindings: Any = None,
+    bindings: Any = MISSING,
 ) -> None:
     """Have the CUDA driver's module see such a machine; the rest of torch is left alone."""
     cuda = types.SimpleNamespace(is_available=lambda: gpu, get_allocator_backend=lambda: allocator)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
 import torch
@@ -73,3 +75,52 @@ def test_entry_point() -> None:
 def test_typed() -> None:
     """The package tells type checkers that it is typed."""
     assert importlib.resources.files(breakable_backend).joinpath("py.typed").is_file()
+
+
+def printed_by(program: str) -> str:
+    """What a new Python process prints that runs ``program``."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_an_import_brings_no_compiler() -> None:
+    """Importing the package, and marking and calling functions, loads none of what only compiling needs."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import breakable_backend
+@breakable_backend.eager_on_graph
+def f(x):
+    return x + 1
+@breakable_backend.eager_on_graph(mutates_args=("x",), recompute=True)
+def g(x):
+    return x.add_(1)
+f(torch.ones(2)), breakable_backend.break_graph(), breakable_backend.is_capturing()
+heavy = "torch._dynamo torch._inductor torch._functorch.aot_autograd torch.distributed.fsdp sympy networkx rich cuda.bindings.runtime cuda.bindings.driver"
+print(*(name for name in heavy.split() if name in set(sys.modules) - before))
+"""
+    assert printed_by(program) == ""
+
+
+def test_errors_pass_through_dynamo_whenever_it_was_imported() -> None:
+    """An error of ours is no ``BackendCompilerFailed``, though Dynamo, and its base class, came after it was first made."""
+    program = """
+import sys, torch, breakable_backend
+from breakable_backend import BreakableError, OptionsError, PartitionError, eager_on_graph
+early = OptionsError("early")
+assert "torch._dynamo" not in sys.modules
+def failed(function, **how):
+    try:
+        torch.compile(function, **how)(torch.ones(2))
+    except Exception as error:
+        return f"{type(error).__name__} {isinstance(error, BreakableError)}"
+marked, other = eager_on_graph(lambda x, what: x + 1), type("Other", (), {})()
+print(
+    failed(torch.sin, backend="breakable_cg", options={"driver": "none"}),
+    failed(lambda x: marked(x.sin(), other) + 1, backend="eager", fullgraph=True),
+    early,
+    sep="; ",
+)
+"""
+    assert printed_by(program) == "OptionsError True; PartitionError True; early"

@@ -22,6 +22,7 @@ import torch
 
 from breakable_backend import _torch, locks
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
+from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
@@ -30,10 +31,7 @@ from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing, passing
 
-try:
-    from cuda.bindings import runtime as cudart
-except ImportError:  # pragma: no cover - a machine without CUDA
-    cudart = None
+cudart = Bindings("cuda.bindings.runtime")
 
 T = TypeVar("T")
 SETTLE, MAX_SETTLE = 0.02, 1.0
@@ -58,7 +56,7 @@ def require_cuda() -> None:
             "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep",
             fix="take backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF, or use driver='tape'",
         )
-    if cudart is None:
+    if not cudart.found():
         raise OptionsError("driver='cuda' needs cuda-python, which cannot be imported", fix="pip install cuda-python")
 
 

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, locks
+from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.errors import CaptureError, ReplayError
 from breakable_backend.failures import passing
 
-try:
-    from cuda.bindings import runtime as cudart
-except ImportError:  # pragma: no cover - a machine without CUDA
-    cudart = None
+cudart = Bindings("cuda.bindings.runtime")
 
 WAIT = 5.0
 """Seconds that one capture may last while others wait for its end. Under ``with capture`` its code is the user's, and

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from breakable_backend import _torch
+from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.errors import ReplayError
 
-try:
-    from cuda.bindings import driver as cuda
-except ImportError:  # pragma: no cover - a machine without CUDA
-    cuda = None
+cuda = Bindings("cuda.bindings.driver")
 
 
 @dataclass(frozen=True)

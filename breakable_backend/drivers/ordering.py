@@ -8,12 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
+from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.errors import ReplayError, user_line
 
-try:
-    from cuda.bindings import runtime as cudart
-except ImportError:  # pragma: no cover - a machine without CUDA
-    cudart = None
+cudart = Bindings("cuda.bindings.runtime")
 
 IDLE = 64
 """Pieces of work on one stream, one after the other, until the other streams are forgotten."""

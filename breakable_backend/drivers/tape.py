@@ -286,7 +286,7 @@ class _Tape:
         if func.name() == "triton_kernel_wrapper_mutation":
             return self._run(func, args, kwargs, _torch.pytree.tree_leaves(written_values(func, args, kwargs)))
         with _Taping(self), _HostReads(self):
-            if func is _torch.invoke_subgraph:
+            if _torch.is_region(func):
                 return args[0](*args[2:])
             if func.name() in HIGHER_ORDER_OF_OPS:
                 return _torch.dense_kernel(func)(*args, **kwargs)
