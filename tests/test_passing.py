@@ -327,6 +327,48 @@ def test_reported(device: torch.device, options: dict[str, Any]) -> None:
         assert (recording.failures, recording.num_graphs, recording.replays) == (2, 3, 2)
 
 
+def woven(x: Tensor) -> tuple[Tensor, ...]:
+    """Values that cross one break, two and three; a view of one, a write to another, results of each kind."""
+    a = x.sin() * 2
+    b = silly.triple(a)
+    c = b.cos() + a
+    d = silly.triple(c[1:])
+    b.add_(c)
+    e = (a + 1) * c
+    f = silly.triple(e.view(-1)) + d.sum()
+    return f * b + 1, c * 2, a, d, b
+
+
+@hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    calls=strategies.lists(
+        strategies.tuples(
+            strategies.integers(2, 4), strategies.sets(strategies.integers(0, 3), max_size=2), strategies.booleans()
+        ),
+        max_size=20,
+    )
+)
+def test_any_failures_among_keys(build: Make, calls: list[tuple[int, set[int], bool]]) -> None:
+    """Keys that share a pool, some of whose recordings fail, and now and then all have to go: results are eager's, and stay so."""
+    executor = build(woven, build.ones(7), mode="symbolic", max_recordings=2)
+    kept: list[Any] = []
+    got: Any
+    want: Any
+    for number, (size, fails, vacates) in enumerate(calls):
+        x = build.ones(size) * (number + 1)
+        with failing(build.driver, *fails):
+            got = executor([x.clone()])
+        kept.append((got, woven(x)))
+        if vacates and number % 3 == 0:
+            executor.vacate()
+    for got, want in kept:
+        assert all(torch.equal(mine, eagers) for mine, eagers in zip(got, want, strict=True))
+    kept.clear()
+    executor.reset()
+    got = want = None
+    assert build.driver.live_blocks() == 0
+
+
 # --- what passes ----------------------------------------------------------------------------------------------------------
 
 
