@@ -33,6 +33,7 @@ from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import written_values
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line
+from breakable_backend.failures import as_passing
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.functions import Mark
 from breakable_backend.graph import BreakableCUDAGraph, Captured, Outside, log
@@ -291,7 +292,7 @@ class _Door:
                     if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
                         where = user_line(error.__traceback__)
                         what, fix = explained(error)
-                        raise CaptureError(what, where=where, fix=fix or FIX) from error
+                        raise as_passing(CaptureError(what, where=where, fix=fix or FIX), error) from error
         finally:
             if not kept:
                 graphs = [step.graph for step in self.steps if isinstance(step, GraphStep)]
@@ -299,11 +300,12 @@ class _Door:
                 self.steps.clear()
             self.constants, self.held, self.parameters, self.outside = {}, {}, {}, {}
         if error is None and self.failed is not None:
-            raise CaptureError(
+            nothing = CaptureError(
                 f"nothing was captured, since an error was caught inside: {first_line(self.failed)}",
                 where=user_line(self.failed.__traceback__),
                 fix="catch it outside of the capture",
-            ) from self.failed
+            )
+            raise as_passing(nothing, self.failed) from self.failed
 
     def _keep(self) -> None:
         bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
@@ -342,7 +344,11 @@ class _Door:
         self.steps.append(GraphStep(graph, self.loads, ops=tuple(self.ops)))
         self.loads = ()
         self.ops.clear()
-        graph.replay(self.stream)
+        try:
+            graph.replay(self.stream)
+        except Exception as error:
+            self.failed = error
+            raise
 
     def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.capturing:
@@ -581,7 +587,8 @@ def _is_plain(tree: Any) -> bool:
 
 def _placed(error: CaptureError, where: str) -> CaptureError:
     """A driver's error, with the user's line, and with what to do at this door."""
-    return CaptureError(error.what, where=where, fix=FIX if error.fix in ("", tape.FIX) else error.fix)
+    placed = CaptureError(error.what, where=where, fix=FIX if error.fix in ("", tape.FIX) else error.fix)
+    return as_passing(placed, error)
 
 
 def _other_context(where: str) -> CaptureError:

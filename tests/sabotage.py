@@ -2052,6 +2052,20 @@ FAULTS = (
         "test_passing.py::test_no_memory_for_the_results[tape]",
     ),
     Fault(
+        "a-launch-that-fails-in-a-capture-is-forgotten",
+        "capture.py",
+        "        except Exception as error:\n            self.failed = error\n            raise\n",
+        "        except KeyError as error:\n            self.failed = error\n            raise\n",
+        "test_passing.py::test_a_launch_that_fails[cpu]",
+    ),
+    Fault(
+        "placed-errors-do-not-pass",
+        "capture.py",
+        "return as_passing(placed, error)",
+        "return placed",
+        "test_passing.py::test_a_block_that_could_not_begin[cpu-2]",
+    ),
+    Fault(
         "each-call-waits-for-a-busy-pool",
         "executor.py",
         "            lose_patience(driver)\n",

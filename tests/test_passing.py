@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import hypothesis
@@ -17,7 +17,16 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain, policy, recording
+from breakable_backend import (
+    BreakableCUDAGraph,
+    CaptureError,
+    ReplayError,
+    capture,
+    eager_on_graph,
+    explain,
+    policy,
+    recording,
+)
 from breakable_backend.backend import executors_of
 from breakable_backend.buffers import Bridge
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
@@ -512,14 +521,56 @@ def test_a_block_that_could_not_begin(
 ) -> None:
     """A segment that cannot begin, or end, is a typed error; nothing is left of the capture, and another one works."""
     graph, x = make(), torch.ones(4, device=device)
-    with torch.no_grad(), pytest.raises(CaptureError, match="out of memory"):
+    with torch.no_grad(), pytest.raises(CaptureError, match="out of memory") as caught:
         with sessions_failing(graph._made_driver(), begins):
             with capture(graph):
                 block(x)
+    assert caught.value.passing == "memory"
+    del caught
     driver = graph._made_driver()
     gc.collect()  # the error that pytest has kept
     assert not driver.is_capturing() and driver.live_blocks() == 0 and driver.pool_bytes() == 0
     with torch.no_grad():
+        with capture(graph):
+            y = block(x)
+        x.fill_(3.0)
+        graph.replay()
+        assert torch.equal(y, block(x))
+
+
+def test_a_launch_that_fails(make: Callable[..., BreakableCUDAGraph], device: torch.device) -> None:
+    """A segment that is captured and cannot be launched ends the capture, though its error is caught inside; another works."""
+    graph, x = make(), torch.ones(4, device=device)
+    driver = graph._made_driver()
+    real = driver.session
+
+    def refuse(stream: int) -> None:
+        busy = ReplayError("somebody else has the generator")
+        busy.passing = "busy"
+        raise busy
+
+    @contextmanager
+    def session() -> Iterator[Any]:
+        with real() as made:
+            end = made.end
+
+            def ends() -> Any:
+                captured = end()
+                captured.replay = refuse  # type: ignore[method-assign]
+                return captured
+
+            made.end = ends  # type: ignore[method-assign]
+            yield made
+
+    driver.session = session  # type: ignore[method-assign, assignment]
+    with torch.no_grad():
+        with pytest.raises(CaptureError, match="nothing was captured, since an error was caught inside") as caught:
+            with capture(graph), suppress(ReplayError):
+                block(x)
+        assert caught.value.passing == "busy"
+        del caught, driver.session  # type: ignore[method-assign]
+        gc.collect()
+        assert not driver.is_capturing() and driver.live_blocks() == 0 and driver.pool_bytes() == 0
         with capture(graph):
             y = block(x)
         x.fill_(3.0)
