@@ -206,8 +206,8 @@ class _State:
         self._settings = _torch.global_state()
         self._inference = torch.is_inference_mode_enabled()
         self._function_modes = _torch.function_modes()
-        self._modules, self._hooks = list(modules), tuple(hooks)
-        self._training = [module.training for module in modules]
+        self._modules = [module for module in modules if _torch.may_read_training(module)]
+        self._training, self._hooks = [module.training for module in self._modules], tuple(hooks)
 
     def same(self) -> bool:
         """Whether all is as it was. In microseconds: see :meth:`differs`."""
@@ -258,8 +258,8 @@ class _Replayed:
     """A replay, as it was under way."""
 
     executor: Executor
-    statics: tuple[torch.Tensor, ...]
-    """What keeps its address."""
+    args: tuple[Any, ...]
+    """What the executor was given."""
     made: list[FrameType]
     around: list[FrameType]
 
@@ -278,9 +278,7 @@ class _Tap:
             self._before(entry, args)
         if self._thread == threading.get_ident():
             made, around = _torch.dynamo_frames(self._outer)
-            inputs = self._executor.program.inputs
-            statics = tuple(args[value.index] for value in inputs if value.kind == "static")
-            self._found.append(_Replayed(self._executor, statics, made, around))
+            self._found.append(_Replayed(self._executor, tuple(args), made, around))
 
     def close(self) -> None:
         """See nothing more. Another thread may have put its own before this one by now."""
@@ -335,9 +333,8 @@ def _bound(
     inputs, why = Inputs.of(args, kwargs)
     if inputs is None:
         return None, why
-    graph = _torch.graph_behind(function, code)
     handed = _handed(function, code, before, args, kwargs)
-    lean = _Graph.of(handed, replayed.statics, graph)
+    lean = _Graph.of(handed, replayed, _torch.graph_behind(function, code))
     if lean is None:
         return None, "a parameter does not reach the graph as it is"
     modules = _modules_of(frame)
@@ -400,9 +397,13 @@ class _Graph:
     """What takes the place of the graph in Dynamo's code: looks at what it is handed, and calls the graph."""
 
     graph: Callable[..., Any]
-    static: tuple[int, ...]
+    executor: Executor
+    written: tuple[int, ...] | None
+    """If the executor takes what is handed over as it is: the inputs whose versions are counted up before."""
+    static: list[int]
     """Where the tensors are that keep their addresses, among what is handed over."""
     addresses: list[int]
+    """Theirs, each in its place."""
     tensors: tuple[int, ...]
     """Where the other tensors are."""
     like: Callable[..., bool]
@@ -410,38 +411,62 @@ class _Graph:
     numbers: tuple[tuple[int, Any], ...]
 
     @classmethod
-    def of(cls, handed: tuple[Any, ...], statics: Sequence[torch.Tensor], graph: Callable[..., Any]) -> _Graph | None:
-        """None: not all of ``statics`` are among what was ``handed`` over."""
-        known = set(map(id, statics))
-        static = tuple(position for position, value in enumerate(handed) if id(value) in known)
+    def of(cls, handed: tuple[Any, ...], replayed: _Replayed, graph: Callable[..., Any]) -> _Graph | None:
+        """Of what Dynamo's code hands over. None: not all that keeps its address is among that."""
+        args, executor = replayed.args, replayed.executor
+        known = {id(args[value.index]) for value in executor.program.inputs if value.kind == "static"}
+        static = [position for position, value in enumerate(handed) if id(value) in known]
         if known != {id(handed[position]) for position in static}:
             return None
+        same = len(handed) == len(args) and all(
+            one is other if isinstance(one, torch.Tensor) else one == other
+            for one, other in zip(handed, args, strict=True)
+        )
         rest = [(position, value) for position, value in enumerate(handed) if position not in static]
         tensors = [(position, value) for position, value in rest if isinstance(value, torch.Tensor)]
+        places = range(max(static, default=-1) + 1)
         return cls(
             graph,
+            executor,
+            getattr(graph, "written", None) if same and not torch.is_grad_enabled() else None,
             static,
-            [handed[position].data_ptr() for position in static],
+            [handed[position].data_ptr() if position in static else 0 for position in places],
             tuple(position for position, _ in tensors),
             _torch.tensors_like([value for _, value in tensors]),
             tuple((position, value) for position, value in rest if not isinstance(value, torch.Tensor)),
         )
 
     def checked(self) -> Callable[..., Any]:
-        """As a function."""
-        graph, addresses, like = self.graph, self.addresses, self.like
-        static, tensors = _picker(self.static), _picker(self.tensors)
-        data_ptr, unlike = torch.Tensor.data_ptr, "a tensor that the graph reads is not like the one before"
+        """As a function. Where it can, it calls the executor, and spares it to look at addresses again."""
+        graph, executor, written, static, addresses = (
+            self.graph,
+            self.executor,
+            self.written,
+            self.static,
+            self.addresses,
+        )
+        are_at, like, tensors = _torch.are_at, self.like, _picker(self.tensors)
         numbers, expected = _picker([at for at, _ in self.numbers]), tuple(value for _, value in self.numbers)
+        count_up = torch.autograd.graph.increment_version
+        known = None
 
         def checked(*handed: Any) -> Any:
-            if list(map(data_ptr, static(handed))) != addresses:
+            nonlocal known
+            args = [*handed]
+            if static and not are_at(args, addresses, static):
                 raise _Misfit(MOVED)
             if not like(*tensors(handed)):
-                raise _Misfit(unlike)
+                raise _Misfit("a tensor that the graph reads is not like the one before")
             if expected and numbers(handed) != expected:
                 raise _Misfit("a number that the graph reads is another")
-            return graph(*handed)
+            if written is None:
+                return graph(*handed)
+            del handed
+            if written:
+                count_up([args[position] for position in written])
+            if (last := executor.last) is not known:
+                known = last if last is not None and last.pointers == addresses else None
+            return executor(args, known)
 
         return checked
 

@@ -177,7 +177,7 @@ class Executor:
         self._changing = locks.lock()
         """Held while the dictionaries change, and what their entries hold."""
         self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
-        self._last: AddressSet | None = None
+        self.last: AddressSet | None = None
         """The one among them that was replayed last."""
         self.debug = options.debug == "eager"
         self.scope = scope
@@ -221,11 +221,12 @@ class Executor:
 
     # calls
 
-    def __call__(self, args: list[Any]) -> list[Any]:
+    def __call__(self, args: list[Any], known: AddressSet | None = None) -> list[Any]:
         """Run once.
 
         Args:
             args: the arguments of the lowered graph; cleared, so that what only this call needs can go early.
+            known: the addresses that they have, if the caller has looked.
 
         Raises:
             CaptureError: called inside somebody else's capture, and an eager step cannot run there.
@@ -261,7 +262,7 @@ class Executor:
         try:
             stream = driver.begin()
             try:
-                return self._locked(args, stream, driver)
+                return self._locked(args, stream, driver, known)
             finally:
                 driver.end(stream)
         except Exception as error:
@@ -273,9 +274,11 @@ class Executor:
             if driver.deferred:
                 run_deferred(driver)
 
-    def _locked(self, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
-        addresses, entry = self._last, None
-        if addresses is not None and self._keys.are_at(addresses.pointers, args):
+    def _locked(
+        self, args: list[Any], stream: int, driver: CaptureDriver, known: AddressSet | None = None
+    ) -> list[Any]:
+        addresses, entry = self.last, None
+        if addresses is not None and (addresses is known or self._keys.are_at(addresses.pointers, args)):
             entry = addresses.entries.get(self._keys.shapes(args))
         if entry is None:
             key = self._read_key(args)
@@ -394,7 +397,7 @@ class Executor:
             )
             with self._changing:
                 self.sets[key.addresses] = addresses
-            self._last = None
+            self.last = None
         if admission.evicts_key:
             shapes, oldest_entry = next(iter(addresses.entries.items()))
             self._remember(oldest_entry, "it was evicted for other keys")
@@ -452,8 +455,8 @@ class Executor:
         addresses.last_call = self.statistics.calls
         if len(addresses.entries) > 1:
             addresses.entries.move_to_end(entry.key.shapes)
-        if addresses is not self._last:  # which is the youngest
-            self._last = addresses
+        if addresses is not self.last:  # which is the youngest
+            self.last = addresses
             self.sets.move_to_end(entry.key.addresses)
 
     def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
@@ -628,8 +631,8 @@ class Executor:
         """Forget a set. ``wait``: free it now, and wait for the GPU where it is still in use."""
         with self._changing:
             dropped = self.sets.pop(addresses, None)
-            if dropped is self._last:
-                self._last = None
+            if dropped is self.last:
+                self.last = None
         if dropped is not None:
             entries = list(dropped.entries.values())
             for entry in entries:

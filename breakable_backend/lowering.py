@@ -189,6 +189,7 @@ def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, .
         finally:
             set_grad_enabled(True)
 
+    call.written = written  # type: ignore[attr-defined]
     return call
 
 

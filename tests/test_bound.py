@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -526,7 +527,7 @@ def test_the_model_goes(device: torch.device, options: dict[str, Any]) -> None:
     bound = bind(compiled, x)
     parameter = weakref.ref(compiled._orig_mod.linear.weight)
     added = [name for name in set(globals()) - names if "_bound_" in name]
-    assert len(added) == 1
+    assert len(added) == 2
     del compiled
     bound(x)
     assert parameter() is not None
@@ -560,8 +561,9 @@ class Hooked(Scaled):
 
 
 CANNOT: dict[str, tuple[Callable[[], Any], str]] = {
-    "graph break": (lambda: breaks_the_graph, "several graphs"),
-    "Python's random": (lambda: draws_in_python, "random"),
+    "graph break": (lambda: breaks_the_graph, "several graphs|Dynamo broke its graph"),
+    # On CUDA each number is a key of its own, and so there is no replay to bind.
+    "Python's random": (lambda: draws_in_python, "random|another key"),
     "nothing to capture": (lambda: silly.triple, "nothing"),
 }
 
@@ -574,14 +576,14 @@ def test_what_cannot_be_bound(name: str, device: torch.device, options: dict[str
     compiled, eager = compile_both(make(), options)
     x = torch.rand(4, device=device)
     bound = bind(compiled, x)
-    assert text in bound.why_not
+    assert re.search(text, bound.why_not)
     random.seed(6)
     got = bound(x)
     random.seed(6)
     assert_same(got, eager(x))
     with pytest.raises(BindError) as raised:
         bind(compiled, x, misfit="raise")
-    assert text in raised.value.what
+    assert re.search(text, raised.value.what)
 
 
 @pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
