@@ -62,6 +62,16 @@ class BreakableError(_torch.CompileTimeError):
             )
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, has the text and the attributes as they are, and is not built anew."""
+        return _remade, (type(self), self.args, vars(self).copy())
+
+
+def _remade(kind: type[BreakableError], args: tuple[Any, ...], attributes: dict[str, Any]) -> BreakableError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
 
 class OptionsError(BreakableError, ValueError):
     """An unknown option, a value that is not allowed, a name that is no op, a driver that this machine lacks, or nothing to export.

@@ -297,19 +297,23 @@ def region(node: fx.Node, scope: Scope) -> str:
     return why if isinstance(why, str) else "inside eager_region" if why else ""
 
 
-_CAPTURABLE_HIGHER_ORDER = ("invoke_subgraph", "triton_kernel_wrapper_mutation", "flex_attention")
+_CAPTURABLE_HIGHER_ORDER = ("invoke_subgraph", "triton_kernel_wrapper_mutation")
+_FROM_THE_HOST = ("flex_attention", "flex_attention_backward")
+"""What runs uncompiled here makes tensors of numbers that Python has, which CUDA captures no copy of."""
 
 
 def higher_order(node: fx.Node, scope: Scope) -> str:
     if not isinstance(node.target, _torch.HigherOrderOperator):
         return ""
     for op in effective_ops(node):
-        if isinstance(op, _torch.HigherOrderOperator) and op.name() not in _CAPTURABLE_HIGHER_ORDER:
-            return (
-                "decides on the host what to run"
-                if op is node.target
-                else f"calls {op.name()}, which the host decides on"
-            )
+        if not isinstance(op, _torch.HigherOrderOperator) or op.name() in _CAPTURABLE_HIGHER_ORDER:
+            continue
+        if op.name() in _FROM_THE_HOST:
+            why = "copies numbers from the host while it runs uncompiled"
+            return why if op is node.target else f"calls {op.name()}, which {why}"
+        return (
+            "decides on the host what to run" if op is node.target else f"calls {op.name()}, which the host decides on"
+        )
     return ""
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-LIMIT = 170.0
+LIMIT = 100.0
 """Seconds, after which a rank writes where its threads are and ends, and a little later all are killed."""
-GROUP_LIMIT = datetime.timedelta(seconds=100)
+GROUP_LIMIT = datetime.timedelta(seconds=80)
 """For one collective."""
 
 Body = Callable[[torch.device], None]
