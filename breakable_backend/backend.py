@@ -6,6 +6,7 @@ Reading order from here: ``lowering``, ``partition``, ``program``, ``recording``
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -26,7 +27,7 @@ from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.effects import tensors_of
 from breakable_backend.errors import PartitionError
-from breakable_backend.executor import Executor, scope_for
+from breakable_backend.executor import Executor, scope_for, when_idle
 from breakable_backend.faults import internal
 from breakable_backend.flat import FlatGraph
 from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
@@ -175,8 +176,16 @@ class Backend:
         for executor in self.executors:
             executor.reset()
             executor.callers.gone = True
+        self.free()
         for function in self.as_traced:
             function.callers.gone = True
+
+    def free(self) -> None:
+        """Have back, now, what was let go of and the GPU may be at work on still."""
+        with self._lock:
+            drivers = list(self._drivers.values())
+        for driver in drivers:
+            when_idle(driver, functools.partial(driver.release, ()))
 
     def _driver(self, options: Options, lowered: Lowered) -> CaptureDriver:
         kind, device = options.driver, _capture_device(lowered)
@@ -234,6 +243,8 @@ def reset(compiled: Any = None) -> None:
     """
     for executor in executors_of(compiled):
         executor.reset()
+    if compiled is None:
+        breakable_cg.free()
 
 
 def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:

@@ -666,10 +666,7 @@ class Executor:
         Waits for a call that another thread is in; during a call of its own thread (from an eager step) it takes effect
         when that ends.
         """
-        self.driver.deferred.append(self._drop_all)
-        if not in_call() and self.driver.lock.acquire(timeout=LOCK_TIMEOUT):
-            self.driver.lock.release()
-        run_deferred(self.driver)
+        when_idle(self.driver, self._drop_all)
 
     # tools
 
@@ -716,6 +713,14 @@ def lose_patience(driver: CaptureDriver) -> None:
     if driver.patience:
         driver.patience = 0.0
         driver.deferred.append(functools.partial(setattr, driver, "patience", LOCK_TIMEOUT))
+
+
+def when_idle(driver: CaptureDriver, do: Callable[[], None]) -> None:
+    """Do something once no call is under way: wait for another thread's; a call of this thread does it when it ends."""
+    driver.deferred.append(do)
+    if not in_call() and driver.lock.acquire(timeout=LOCK_TIMEOUT):
+        driver.lock.release()
+    run_deferred(driver)
 
 
 def run_deferred(driver: CaptureDriver) -> None:

@@ -23,6 +23,7 @@ from breakable_backend.compare import Checker
 from breakable_backend.device_errors import blame
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
+from breakable_backend.drivers.ordering import replayed_inside
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.faults import raise_if_ours
@@ -93,15 +94,9 @@ class Captured:
         self.replay = _checked_once(self, replay) if checker is None else _compared(self, replay, checker)
         self.compared = checker is not None
         self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
-        self.alive = self._alive()
-
-    def _alive(self) -> str:
-        """What happens anew in each replay, so that nobody else's capture may hold one; empty if nothing does."""
-        if self.breaks:
-            return "with eager steps"
-        if any(graph.draws_random for graph in self.recording.graphs):
-            return "that draws random numbers"
-        return "that is compared with eager" if self.compared else ""
+        # A bare launch does not ask whose capture it is in: CUDA refuses it there.
+        drawing = any(graph.draws_random for graph in self.recording.graphs)
+        self.asks = bool(self.breaks or drawing or self.compared or self.driver.name != "cuda")
 
     def run(self, stream: int) -> None:
         """Replay, between the driver's ``begin`` and ``end``."""
@@ -195,9 +190,8 @@ class BreakableCUDAGraph:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
 
         Raises:
-            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; it has eager
-                steps, or draws random numbers, and a CUDA graph capture that is not ours is active; or the stream of
-                the last replay has been captured by somebody else for 5 seconds.
+            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; a CUDA graph
+                capture that is not ours is active, or has been for 5 seconds on the stream of the last replay.
             EagerOutputError: an eager function returned what cannot take the place of its result at capture.
         """
         if _held() is not None and (handler := active.handler.get()) is not None:
@@ -207,12 +201,9 @@ class BreakableCUDAGraph:
         if captured is None:
             raise self._failure()
         driver, only = captured.driver, captured.only
-        if captured.alive and driver.is_capturing():
-            raise ReplayError(
-                f"a graph {captured.alive} was replayed inside somebody else's capture, which would freeze that",
-                where=user_line(),
-                fix="replay it outside, or capture with `with capture(graph)`, where it becomes an eager step",
-            )
+        if captured.asks and driver.is_capturing():
+            refused = replayed_inside()
+            raise refused
         # In one piece, without _begin_use, _end_use and `with driver.lock` (0.07 us): a launch takes 5 us in all.
         driver.lock.acquire()
         try:

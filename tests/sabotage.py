@@ -66,16 +66,16 @@ FAULTS = (
     Fault(
         "a-foreign-capture-waits-for-us",
         "drivers/ordering.py",
-        "        if is_captured(stream):\n            return\n        if stream not in",
-        "        if stream not in",
+        "        if is_captured(stream):\n            refused",
+        "        if False:\n            refused",
         "test_ordering.py::test_work_in_somebody_elses_capture_is_in_no_order",
     ),
     Fault(
-        "a-foreign-capture-freezes-draws",
+        "a-foreign-capture-holds-a-replay",
         "graph.py",
-        "if any(graph.draws_random for graph in self.recording.graphs):",
-        "if False:",
-        "test_capture_hostile.py::test_what_a_foreign_capture_would_freeze[cpu-False]",
+        "if captured.asks and driver.is_capturing():",
+        "if captured.breaks and driver.is_capturing():",
+        "test_capture_hostile.py::test_no_foreign_capture_holds_a_replay[cpu-draws]",
     ),
     # --- marks ---
     Fault(

@@ -486,7 +486,7 @@ CASES: dict[str, Case] = {
     "somebody else has been capturing the stream of the last replay for": Case(
         "planted.follow(2)  # here", captured_stream
     ),
-    "was replayed inside somebody else's capture, which would freeze that": Case(
+    "a graph was replayed inside somebody else's capture, which can hold no launch of a graph": Case(
         in_body("eager_on_graph(plain)(x)") + "\nplanted()\ngraph.replay()  # here", foreign_capture
     ),
     "that an eager function takes is gone": Case(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import breakable_backend
 import silly
 from breakable_backend import CaptureError, PartitionError, policy
 from breakable_backend import executor as module
@@ -26,6 +27,7 @@ from breakable_backend.executor import Entry, Executor, scope_for
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
+from checks import compile_both
 from gpu import settled
 from test_marking import cuda, host, trace
 
@@ -538,6 +540,30 @@ def test_a_death_does_not_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> N
     gc.collect()
     assert (waits, settles) == ([False, False], [1, 2])
     assert settled(make.driver)
+
+
+def test_a_reset_waits_for_what_was_dropped(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a reset of everything nothing is left, of functions that were dropped before either, whatever the GPU is at."""
+    compiled, _ = compile_both(lambda x: silly.triple(x.sin() + 1) + 1, options)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(torch.ones(4, device=device))
+    (driver,) = {executor.driver for executor in executors_of(compiled)}
+    waits, real = [], driver.release
+
+    def release(graphs: Any, owner: Any = None, *, wait: bool = True) -> None:
+        waits.append(wait)
+        real(graphs, owner, wait=wait)
+
+    monkeypatch.setattr(driver, "release", release)
+    del compiled
+    torch._dynamo.reset()
+    assert waits[-1] and driver.live_blocks() == 0
+    waits.clear()
+    breakable_backend.reset()
+    assert waits == [True]
 
 
 def test_executor_that_is_dropped(make: Make) -> None:

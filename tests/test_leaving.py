@@ -127,6 +127,6 @@ def test_a_model_that_dies_while_the_gpu_is_busy(no_grad: None, door: str) -> No
     done.record()
     del model, function
     gc.collect()
-    assert not done.query() and driver.live_blocks() > 0
+    assert not done.query() and driver.live_graphs() > 0
     assert settled(driver)
     assert done.query()

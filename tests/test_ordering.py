@@ -81,13 +81,17 @@ def test_streams_that_are_idle_are_forgotten(streams: Streams) -> None:
 
 
 def test_work_in_somebody_elses_capture_is_in_no_order(streams: Streams) -> None:
-    """What goes into a foreign capture waits for nothing, is waited for by nobody, and leaves no event in it."""
+    """What would go into a foreign capture is refused: it waits for nothing there, and leaves no event behind."""
     order = Order(torch.device("cuda", 0))
     streams.piece(order, 1)
     streams.captured = {3}
-    assert streams.piece(order, 3) == []
+    with pytest.raises(ReplayError, match="inside somebody else's capture"):
+        streams.piece(order, 3)
+    assert streams.said == []
     assert streams.piece(order, 2) == ["event on 1", "2 waits", "event on 2"]
-    assert streams.piece(order, 3) == []
+    with pytest.raises(ReplayError, match="inside somebody else's capture"):
+        streams.piece(order, 3)
+    assert streams.said == []
     assert streams.piece(order, 1) == ["1 waits", "event on 1"]
 
 

@@ -26,7 +26,7 @@ from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
-from breakable_backend.drivers.ordering import Order, relaxed
+from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, relaxed
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing, passing
@@ -111,7 +111,9 @@ class CudaGraph:
             self._refuse(cudart.cudaGetErrorString(status)[1].decode())
 
     def _refuse(self, why: str, passes: Passing = "") -> NoReturn:
-        refused = ReplayError(f"cudaGraphLaunch failed: {why}")
+        refused = ReplayError(
+            f"cudaGraphLaunch failed: {why}", fix=REPLAY_OUTSIDE if "when stream is capturing" in why else ""
+        )
         refused.passing = passes
         raise refused
 

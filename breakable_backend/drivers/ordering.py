@@ -25,6 +25,18 @@ def is_captured(stream: int) -> bool:
     return bool(status)
 
 
+REPLAY_OUTSIDE = "replay it outside, or capture with `with capture(graph)`, where it becomes an eager step"
+
+
+def replayed_inside() -> ReplayError:
+    """What a replay on a stream that somebody else captures is told: CUDA takes no launch of a graph into a capture."""
+    return ReplayError(
+        "a graph was replayed inside somebody else's capture, which can hold no launch of a graph",
+        where=user_line(),
+        fix=REPLAY_OUTSIDE,
+    )
+
+
 @contextmanager
 def relaxed() -> Iterator[None]:
     """Have this thread ask CUDA about events while somebody else's thread captures in "global" mode, without an end to that."""
@@ -42,8 +54,8 @@ class Order:
     While all work comes on one stream there are no events. From the second stream on each piece ends with one, until
     one stream has had the last ``IDLE`` pieces to itself. Whoever uses it holds a lock.
 
-    A piece of work on a stream that somebody else captures does not happen now: it takes part in no order. An event
-    recorded there would belong to that capture, and to wait there for one from outside would end it.
+    Nothing is recorded on a stream that somebody else captures, and nothing waits there: an event would belong to that
+    capture, and a wait for one from outside would end it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,10 +73,11 @@ class Order:
         """Order ``stream``, which is the current one and not the last, behind the last.
 
         Raises:
-            ReplayError: the last stream has been captured by somebody else for ``WAIT`` seconds.
+            ReplayError: somebody else captures ``stream``, or has captured the last one for ``WAIT`` seconds.
         """
         if is_captured(stream):
-            return
+            refused = replayed_inside()
+            raise refused
         if stream not in self._streams:
             self._streams[stream] = torch.cuda.current_stream(self.device)
         if self.last is not None:
