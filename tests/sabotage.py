@@ -1401,7 +1401,7 @@ FAULTS = (
     Fault(
         "reset-releases-nothing",
         "executor.py",
-        "self.driver.deferred.append(self._drop_all)",
+        "when_idle(self.driver, self._drop_all)",
         "pass",
         "test_contract_release.py::test_reset_of_one_function[cpu]",
     ),
