@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -194,7 +193,7 @@ def is_call(op: Any) -> bool:
 
 def direct(op: Any, site: int) -> Callable[..., Any]:
     """What a call of ``op`` runs, without the dispatcher: takes all of its arguments but the site."""
-    run = functools.partial(sites[site].run, own=True)
+    run = sites[site].straight()
     if op is OP:
         return run
     num_written = sites[site].num_written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import operator
@@ -17,6 +18,7 @@ import torch
 from breakable_backend import _torch, active, locks
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
 from breakable_backend.overlap import known_apart
+from breakable_backend.straight import Run, straight
 from breakable_backend.structure import (
     Result,
     Structure,
@@ -264,15 +266,29 @@ class Site:
             ):
                 holder = [self._call(self._function, given, ints, floats, modules)]
                 taken = self._take(holder, given, bool(needs), EagerOutputError)
-        self._check(taken)
-        made = taken.roots
-        if traced:
-            made = [copy_of(root) for root in made]
-        if taken.ints:
-            made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
+        made = self._made(taken, traced)
         if needs:
             leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
             made = [*made, Tape.handle(leaves, taken.members)]
+        return made
+
+    def straight(self) -> Run:
+        """:meth:`run` as a replay calls it, by a short way where there is one."""
+        run = functools.partial(self.run, own=True)
+
+        def take(holder: list[Any], tensors: list[Any]) -> list[Any]:
+            return self._made(self._take(holder, tensors, False, EagerOutputError), False)
+
+        layouts = [(spec.shape, spec.stride, spec.dtype, spec.device) for spec in self.expected.specs]
+        capture = active.handler.held.get
+        return straight(self.mark.function, self.arguments, self.expected.result, layouts, capture, run, take)
+
+    def _made(self, taken: Result, traced: bool) -> list[torch.Tensor]:
+        """What the op returns of a result: its roots, and behind them its ints."""
+        self._check(taken)
+        made = [copy_of(root) for root in taken.roots] if traced else taken.roots
+        if taken.ints:
+            made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
         return made
 
     def _check(self, taken: Result) -> None:

@@ -382,6 +382,34 @@ FAULTS = (
     ),
     # --- what a call leaves out ---
     Fault(
+        "kept-results-are-handed-out",
+        "straight.py",
+        "or sys.getrefcount(made[place]) != _ALONE",
+        "",
+        "test_host_time.py::test_marked_functions_are_called_straight[cpu-keeps]",
+    ),
+    Fault(
+        "memory-of-others-is-handed-out",
+        "straight.py",
+        "or _torch.owners_of_storage(made[place]) != 1",
+        "",
+        "test_host_time.py::test_a_result_that_its_function_keeps_is_the_callers[cpu-keeps_a_view]",
+    ),
+    Fault(
+        "results-of-any-layout-are-handed-out",
+        "straight.py",
+        "not fits(made[place])",
+        "False",
+        "test_host_time.py::test_a_result_that_does_not_fit_is_an_error[cpu]",
+    ),
+    Fault(
+        "a-kept-container-is-handed-out",
+        "straight.py",
+        "        del returned  # the function may have kept the container\n",
+        "",
+        "test_host_time.py::test_marked_functions_are_called_straight[cpu-listed]",
+    ),
+    Fault(
         "a-set-that-went-is-used",
         "executor.py",
         "if dropped is self.last:",
@@ -839,8 +867,8 @@ FAULTS = (
     Fault(
         "results-on-memory-of-tapes",
         "sites.py",
-        "            made = [copy_of(root) for root in made]",
-        "            pass",
+        "made = [copy_of(root) for root in taken.roots] if traced else taken.roots",
+        "made = taken.roots",
         "test_functions_gradients.py::test_memory_that_compiled_code_uses_again[inductor-cpu]",
     ),
     Fault(

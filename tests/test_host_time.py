@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import breakable_backend
 import silly
-from breakable_backend import lowering
+from breakable_backend import lowering, sites
 from breakable_backend.backend import executors_of
 from breakable_backend.executor import Entry
 from breakable_backend.recording import EagerStep
@@ -95,6 +96,127 @@ def test_bits_of_arguments_that_are_loaded_together(
     replay = entry_of(compiled).replay
     assert replay is not None
     assert "copy_together" in replay.source
+
+
+# --- marked functions -------------------------------------------------------------------------------------------------------
+
+
+class Marked:
+    """Functions to mark. What the last one returned is kept by those that say so."""
+
+    kept: Any = None
+
+    @staticmethod
+    def one(x: Tensor) -> Tensor:
+        return x + 1
+
+    @staticmethod
+    def several(x: Tensor, *, by: float, twice: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return x * by, twice[0] + twice[1]
+
+    @staticmethod
+    def listed(x: Tensor) -> list[Tensor]:
+        return [x + 1, x + 2]
+
+    @staticmethod
+    def nothing(x: Tensor) -> None:
+        Marked.kept = None
+
+    @staticmethod
+    def keeps(x: Tensor) -> Tensor:
+        Marked.kept = x + 1
+        return Marked.kept
+
+    @staticmethod
+    def keeps_a_view(x: Tensor) -> Tensor:
+        result = x + 1
+        Marked.kept = result.data[1:]
+        return result
+
+    @staticmethod
+    def keeps_the_list(x: Tensor) -> list[Tensor]:
+        Marked.kept = [x + 1, x + 2]
+        return Marked.kept
+
+    @staticmethod
+    def argument(x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def nested(x: Tensor) -> dict[str, tuple[Tensor]]:
+        return {"x": (x + 1,)}
+
+
+STRAIGHT = {"one", "several", "listed", "nothing"}
+
+
+@pytest.mark.parametrize("name", [name for name, value in vars(Marked).items() if isinstance(value, staticmethod)])
+def test_marked_functions_are_called_straight(
+    name: str, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a marked function returns is taken apart only where it may be shared, kept or nested; it is right in each case."""
+    function = getattr(Marked, name)
+    marked = breakable_backend.eager_on_graph(function)
+
+    def f(x: Tensor, call: Callable[..., Any]) -> tuple[Any, Tensor]:
+        y = x.sin() + 1
+        result = call(y, by=2.0, twice=[y, y]) if name == "several" else call(y)
+        last = result["x"][0] if name == "nested" else result[-1] if isinstance(result, tuple | list) else result
+        return result, (y if last is None else last).cos() + 1
+
+    taken = []
+    real = sites.take_result
+    monkeypatch.setattr(sites, "take_result", lambda *args, **how: (taken.append(1), real(*args, **how))[1])
+    compiled = torch.compile(lambda x: f(x, marked), backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for number in range(5):
+            taken.clear()
+            x = torch.rand(3, device=device)
+            assert_same(compiled(x), f(x, function))
+            assert bool(taken) == (name not in STRAIGHT) or number < 2
+    assert entry_of(compiled).replays == 3
+
+
+@pytest.mark.parametrize("name", ["keeps", "keeps_a_view"])
+def test_a_result_that_its_function_keeps_is_the_callers(
+    name: str, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 4: a marked function that keeps its result, by whatever handle, and writes it again changes no result of a replay."""
+    function = getattr(Marked, name)
+    marked = breakable_backend.eager_on_graph(function)
+    compiled = torch.compile(lambda x: marked(x.sin() + 1), backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.rand(3, device=device)
+            result = compiled(x)
+            Marked.kept.zero_()
+            assert torch.equal(result, x.sin() + 1 + 1)
+
+
+def test_a_result_that_does_not_fit_is_an_error(device: torch.device, options: dict[str, Any]) -> None:
+    """A marked function that returns what it did not return when it was compiled is an error, from a replay too."""
+    wrong: list[Callable[[], Any]] = []
+
+    @breakable_backend.eager_on_graph(fake=lambda x: torch.empty_like(x))
+    def f(x: Tensor) -> Any:
+        return wrong[0]() if wrong else x + 1
+
+    compiled = torch.compile(lambda x: f(x.sin() + 1).cos() + 1, backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for _ in range(4):
+            compiled(torch.rand(3, device=device))
+        for bad in (
+            lambda: torch.rand(4, device=device),
+            lambda: torch.rand(3, device=device).double(),
+            lambda: (torch.rand(3, device=device),),
+            lambda: None,
+        ):
+            wrong[:] = [bad]
+            with pytest.raises(breakable_backend.EagerOutputError, match="returned"):
+                compiled(torch.rand(3, device=device))
+        wrong.clear()
+        x = torch.rand(3, device=device)
+        assert torch.equal(compiled(x), (x.sin() + 1 + 1).cos() + 1)
 
 
 # --- AOTAutograd's wrappers ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ LAYERS = {
     "errors": 1,
     "inputs": 1,
     "seen": 1,
+    "straight": 1,
     "structure": 1,
     "tapes": 1,
     "faults": 2,
