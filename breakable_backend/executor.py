@@ -32,6 +32,7 @@ from breakable_backend.errors import CaptureError, PartitionError, Passing, firs
 from breakable_backend.failures import passing
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.journal import Journal
+from breakable_backend.lifetimes import needed
 from breakable_backend.lowering import Lowered
 from breakable_backend.marking import Scope
 from breakable_backend.options import Options
@@ -40,12 +41,15 @@ from breakable_backend.partition import partition
 from breakable_backend.plain import Plain, run_plain, write_plain
 from breakable_backend.profiling import Marks, active, span, step_names
 from breakable_backend.program import Program, Reason
-from breakable_backend.recording import Plan, Recorded, Recording, check_places, record
+from breakable_backend.recording import Binding, Plan, Recorded, Recording, check_places, record
 from breakable_backend.replay import Replay, emit
 from breakable_backend.sources import show_program
 from breakable_backend.witness import Witness
 
 log = logging.getLogger(__name__)
+
+MOVED = "moved to a larger pool"
+"""Why recordings went that are made anew at the next call of their key."""
 
 PUT_OFF: Mapping[Passing, str] = {
     "memory": "memory ran out",
@@ -187,6 +191,8 @@ class Executor:
         """Of the values of host scalars, and of the addresses of written inputs."""
         self.notes: list[str] = []
         """What the executor changed its mind about, for the report."""
+        self.moves, self.most_moved = 0, 0
+        """How often a key of this program outgrew the pool; and the bytes that it had then, at most."""
         self.tap: Callable[[Entry, list[Any]], None] | None = None
         """Shown what is replayed, before it is; measurements set it for a call."""
         self.dropped: OrderedDict[Key, str] = OrderedDict()
@@ -533,6 +539,8 @@ class Executor:
         started = time.perf_counter()
         if entry.trials.cause == "memory":
             driver.make_room()
+        if driver.reuses_memory and witness is None:
+            self._make_way(needed(program, Binding.of(program, values).symbols), driver)
         try:
             with span(f"{self.name}: record"):
                 recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
@@ -568,6 +576,30 @@ class Executor:
         if failed:
             self._demote(program, failed)
         return outputs
+
+    def _make_way(self, need: int, driver: CaptureDriver) -> None:
+        """Where the pool is too small for what is recorded next: all else leaves it, and is recorded in a larger one when called.
+
+        The old pool goes before the new one is made. That takes a wait for the GPU, once for each size that outgrows a pool.
+        """
+        if not driver.room.holds(need):
+            before = driver.pool_bytes()
+            for tenant in [tenant() for tenant in list(driver.tenants)]:
+                if tenant is not None:
+                    tenant.vacate(MOVED)
+            self._tell_of_move(before, driver.pool_bytes())
+        driver.room = driver.room.having(need)
+
+    def _tell_of_move(self, before: int, kept: int) -> None:
+        self.moves += 1
+        self.most_moved = max(self.most_moved, before)
+        text = (
+            f"{MOVED}: {self.moves} time{'s' * (self.moves != 1)}, out of one of {self.most_moved / 2**20:,.1f} MiB at most, "
+            f"of which {kept / 2**20:,.1f} MiB were held beside the new one at last"
+        )
+        with self._changing:
+            self.notes = [note for note in self.notes if not note.startswith(MOVED)] + [text]
+        self.journal.tell(text)
 
     def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded) -> list[Any]:
         """What is left of a call whose recording failed for a reason that passes: it was a plain one."""
@@ -648,9 +680,8 @@ class Executor:
         if wait:
             self.driver.release(())  # the pool may have outlived its last graph
 
-    def vacate(self) -> None:
-        """Free what is recorded now, since memory ran out in another recording; keys stay, and are recorded again when called."""
-        why = "memory ran out in another recording"
+    def vacate(self, why: str) -> None:
+        """Free what is recorded now; keys stay, and are recorded again when called."""
         entries = [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
         for entry in entries:
             if entry.recording is not None:

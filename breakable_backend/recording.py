@@ -39,6 +39,7 @@ from breakable_backend.errors import (
     first_line,
 )
 from breakable_backend.failures import passing
+from breakable_backend.lifetimes import Lifetimes, by_value
 from breakable_backend.lowering import ambient_of, is_opaque
 from breakable_backend.marking import label
 from breakable_backend.ops import direct, is_call
@@ -489,7 +490,7 @@ class _Recorder:
         """Slots of values that an eager step has returned an alias of: it may be read when they are not any more."""
         self.made_for: dict[str, int] = {}
         """The segment that each bridge was made for, by slot."""
-        self.lives = _Lifetimes.of(binding.program)
+        self.lives = Lifetimes.of(binding.program)
         self.most = Held()
         self.steps: list[Step] = []
         self.addresses: dict[str, int] = {}
@@ -868,43 +869,13 @@ class _Recorder:
         self.owners.clear()
 
 
-@dataclass(frozen=True)
-class _Lifetimes:
-    """When the values of a program are read last."""
-
-    ends: Mapping[int, tuple[str, ...]]
-    """Values that captured segments or eager steps make, by the last segment that takes or makes them."""
-    unloaded: Mapping[int, tuple[str, ...]]
-    """Inputs, by the last captured segment that takes them."""
-    returned: frozenset[str]
-    """What the outputs are made of."""
-
-    @classmethod
-    def of(cls, program: Program) -> _Lifetimes:
-        inputs = {value.name for value in program.inputs} | set(program.sizes)
-        ends: dict[str, int] = {}
-        unloaded: dict[str, int] = {}
-        for position, segment in enumerate(program.segments):
-            ends.update((name, position) for name in (*segment.inputs, *segment.outputs) if name not in inputs)
-            if isinstance(segment, GraphSegment):
-                unloaded.update((name, position) for name in segment.inputs if name in inputs)
-        return cls(_by_value(ends), _by_value(unloaded), frozenset(program.epilogue.inputs))
-
-
-def _by_value(positions: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
-    names: dict[int, tuple[str, ...]] = {}
-    for name, position in positions.items():
-        names[position] = (*names.get(position, ()), name)
-    return names
-
-
 def _dead_after(calls: Sequence[Call], outputs: Sequence[str]) -> list[tuple[str, ...]]:
     """For each call, results of these calls that no later one takes, and that do not leave the segment."""
     last = {call.result: position for position, call in enumerate(calls)}
     for position, call in enumerate(calls):
         slots = [leaf.name for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
         last.update((name, position) for name in slots if name in last)
-    dead = _by_value({name: position for name, position in last.items() if name not in outputs})
+    dead = by_value({name: position for name, position in last.items() if name not in outputs})
     return [dead.get(position, ()) for position in range(len(calls))]
 
 

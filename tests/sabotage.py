@@ -124,6 +124,41 @@ FAULTS = (
     ),
     # --- lifetimes ---
     Fault(
+        "a-pool-is-never-outgrown",
+        "executor.py",
+        "        if not driver.room.holds(need):",
+        "        if False:",
+        "test_lifetimes.py::test_smaller_keys_move_to_the_pool_of_a_larger_one[cpu-ascending]",
+    ),
+    Fault(
+        "every-key-has-a-pool-to-itself",
+        "policy.py",
+        "return need <= self.largest or",
+        "return",
+        "test_lifetimes.py::test_smaller_keys_move_to_the_pool_of_a_larger_one[cpu-descending]",
+    ),
+    Fault(
+        "the-largest-is-forgotten",
+        "policy.py",
+        "return self if need <= self.largest else Room(need, self.outgrown + self.largest)",
+        "return Room(need, self.outgrown + self.largest)",
+        "test_policy.py::test_a_smaller_recording_finds_room",
+    ),
+    Fault(
+        "nothing-is-spared",
+        "policy.py",
+        "max(SPARE, int(WASTE * need))",
+        "int(WASTE * need)",
+        "test_lifetimes.py::test_what_is_spared_makes_no_move[cpu]",
+    ),
+    Fault(
+        "bridges-take-no-memory",
+        "lifetimes.py",
+        "            alive.update((name, _bytes(inputs[name], symbols)) for name in segment.inputs if name in inputs)",
+        "            pass",
+        "test_lifetimes.py::test_what_is_needed_at_once[cpu]",
+    ),
+    Fault(
         "what-was-a-large-input-is-measured",
         "measure.py",
         "values.append(bridge.tensor.clone() if kept else Bridge.zeros(bridge.tensor).tensor)",
@@ -139,7 +174,7 @@ FAULTS = (
     ),
     Fault(
         "a-written-value-goes-before-its-last-reader",
-        "recording.py",
+        "lifetimes.py",
         "ends.update((name, position) for name in (*segment.inputs, *segment.outputs) if name not in inputs)",
         "ends.update((name, position) for name in segment.outputs if name not in inputs)",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-written_in_between-fresh]",

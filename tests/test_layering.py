@@ -37,6 +37,7 @@ LAYERS = {
     "sites": 2,
     "drivers.bindings": 2,
     "drivers.ordering": 3,
+    "lifetimes": 3,
     "ops": 3,
     "buffers": 4,
     "debug": 4,

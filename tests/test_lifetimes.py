@@ -17,10 +17,11 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import _torch, recording
+from breakable_backend import _torch, policy, recording
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.lifetimes import needed
 from checks import assert_same, check, compile_both, entries_of, program_of
 from test_contract_property import SIDE, Straight, programs
 
@@ -380,8 +381,12 @@ def test_random_programs_in_one_pool(part: int, device: torch.device, options: d
     run_examples()
 
 
-def test_keys_of_one_program_share_the_pool(device: torch.device, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("spare", [0, policy.SPARE])
+def test_keys_of_one_program_share_the_pool(
+    spare: int, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys of all sizes, largest first and smallest first, are exact in whatever order they are called."""
+    monkeypatch.setattr(policy, "SPARE", spare)
     numbers = random.Random(0)
 
     def f(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,3 +403,104 @@ def test_keys_of_one_program_share_the_pool(device: torch.device, options: dict[
                 churn(device, numbers)
                 x = torch.rand(size * 7, device=device)
                 assert_same(compiled(x), f(x), f"size {size}")
+
+
+# --- a larger key ------------------------------------------------------------------------------------------------------------
+
+
+def grows(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.sin()
+    z = silly.triple(y)
+    return breaks(z + y, 3) * y, y
+
+
+@pytest.mark.parametrize("sizes", [range(1, 9), range(8, 0, -1)], ids=["ascending", "descending"])
+def test_smaller_keys_move_to_the_pool_of_a_larger_one(
+    sizes: range, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that outgrows the pool has a new one to itself; the smaller are recorded anew in that, and then all replay."""
+    monkeypatch.setattr(policy, "SPARE", 0)
+    compiled, _ = compile_both(grows, options, dynamic=True)
+
+    def calls(times: int) -> None:
+        for _ in range(times):
+            for size in sizes:
+                x = torch.rand(size * 100, device=device)
+                assert_same(compiled(x), grows(x), f"size {size}")
+
+    with torch.no_grad():
+        calls(3)
+        settled = program_of(compiled)
+        calls(3)
+    after = program_of(compiled)
+    assert after.captures == settled.captures
+    assert [recording.num_graphs for recording in after.recordings] == [settled.num_graph_segments] * 8
+    moves = 7 if sizes[0] == 1 else 0
+    assert dict(after.recorded).get("moved to a larger pool", 0) == moves
+    assert [note.partition(", out")[0] for note in after.notes] == ["moved to a larger pool: 7 times"][:moves]
+    (executor,) = executors_of(compiled)
+    assert executor.driver is not None
+    assert executor.driver.live_graphs() == 8 * settled.num_graph_segments
+
+
+def test_other_programs_move_too(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever recorded in a pool that is outgrown leaves it; a key that needs no more than the largest leaves all as it is."""
+    monkeypatch.setattr(policy, "SPARE", 0)
+    small, large, middle = (torch.rand(size, device=device) for size in (300, 900, 500))
+    one, _ = compile_both(lambda x: breaks(x, 2), options)
+    other, _ = compile_both(lambda x: breaks(x + 1, 2) * x, options)
+    with torch.no_grad():
+        for _ in range(3):
+            one(small)
+        for _ in range(3):
+            other(large)
+        assert [recording.num_graphs for recording in program_of(one).recordings] == [0]
+        for _ in range(2):
+            assert_same(one(small), breaks(small, 2))
+            assert_same(other(large), breaks(large + 1, 2) * large)
+        third, _ = compile_both(lambda x: breaks(x - 1, 2), options)
+        for _ in range(3):
+            assert_same(third(middle), breaks(middle - 1, 2))
+    assert dict(program_of(one).recorded) == {"first of this program": 1, "moved to a larger pool": 1}
+    assert dict(program_of(other).recorded) == {"first of this program": 1}
+
+
+def test_what_is_spared_makes_no_move(device: torch.device, options: dict[str, Any]) -> None:
+    """A pool may waste a little: small keys stay where they are, whatever comes."""
+    compiled, _ = compile_both(grows, options, dynamic=True)
+    with torch.no_grad():
+        for size in range(1, 6):
+            for _ in range(3):
+                compiled(torch.rand(size * 100, device=device))
+    after = program_of(compiled)
+    assert "moved to a larger pool" not in after.recorded and after.notes == ()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_pool_is_as_large_as_its_largest_key() -> None:
+    """Keys that come one after the other, each larger, take no more in the end than the largest alone."""
+    sizes, taken = [(number + 1) << 20 for number in range(8)], []
+    for order in (sizes[-1:], sizes[::-1], sizes):
+        torch.compiler.reset()
+        compiled, _ = compile_both(grows, {"driver": "cuda"}, dynamic=True)
+        for _ in range(4):
+            for size in order:
+                x = torch.rand(size, device="cuda")
+                assert_same(compiled(x), grows(x))
+        taken.append(driver_behind(compiled).pool_bytes())
+    assert max(taken) <= 1.1 * taken[0], taken
+
+
+def test_what_is_needed_at_once(device: torch.device, options: dict[str, Any]) -> None:
+    """What a key needs is told from its program before it is recorded, as it is counted after it."""
+    for function in (crosses(1), crosses(9), read_twice, bridged_twice, an_input_twice):
+        torch.compiler.reset()
+        compiled, _ = compile_both(function, options)
+        with torch.no_grad():
+            for call in range(3):
+                compiled(*vectors(call, device))
+        (executor,) = executors_of(compiled)
+        assert needed(executor.program, {}) == held(compiled) * 4 * ROWS

@@ -389,7 +389,7 @@ def test_others_vacate_a_pool(build: Make, monkeypatch: pytest.MonkeyPatch) -> N
     def vacate() -> None:
         for tenant in build.driver.tenants:
             if (found := tenant()) is not None:
-                found.vacate()
+                found.vacate("memory ran out in another recording")
 
     monkeypatch.setattr(build.driver, "vacate", vacate)
     with failing(build.driver, 1):

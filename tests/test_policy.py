@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies
 
 from breakable_backend import policy
-from breakable_backend.policy import Admission, Held, Trials, Variety
+from breakable_backend.policy import Admission, Held, Room, Trials, Variety
 
 BOUND = 3
 
@@ -143,3 +143,25 @@ def test_a_segment_that_is_always_disturbed_is_to_blame() -> None:
     assert settled.is_due(102) and not settled.blames_the_segment
     assert (settled.failures, settled.reason) == (policy.MAX_DISTURBED + 2, "at last")
     assert settled.failed(102, "disturbed", "again").next_call == 103
+
+
+# --- pools ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_smaller_recording_finds_room() -> None:
+    """One that needs no more than the largest takes nothing new of a pool, and is never too much for it."""
+    room = Room(largest=100 << 20)
+    assert room.having(99 << 20) == room.having(100 << 20) == room
+    assert room.holds(1) and room.holds(100 << 20)
+
+
+def test_a_pool_is_outgrown() -> None:
+    """A larger one is recorded beside the others while a tenth of what it needs, or a little, would be wasted on it."""
+    assert Room().holds(1 << 40)
+    assert Room(largest=policy.SPARE).holds(policy.SPARE + 1) and not Room(largest=policy.SPARE + 1).holds(
+        policy.SPARE + 2
+    )
+    assert Room(largest=100 << 20).holds(1000 << 20) and not Room(largest=101 << 20).holds(1000 << 20)
+    # What was wasted before counts too.
+    room = Room(largest=60 << 20).having(700 << 20)
+    assert room == Room(700 << 20, 60 << 20) and not room.holds(7000 << 20)

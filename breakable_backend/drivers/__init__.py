@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from breakable_backend.policy import Room
+
 T = TypeVar("T")
 
 LOCK_TIMEOUT = 5.0
@@ -71,8 +73,8 @@ class CaptureSession(Protocol):
 class Tenant(Protocol):
     """Who has recordings in a driver's pool, and can make them anew."""
 
-    def vacate(self) -> None:
-        """Release them now. No call is replaying one, and the driver's lock is the caller's."""
+    def vacate(self, why: str) -> None:
+        """Release them now, and say why. No call is replaying one, and the driver's lock is the caller's."""
 
 
 class CaptureDriver(Protocol):
@@ -90,6 +92,8 @@ class CaptureDriver(Protocol):
     """Weak references."""
     deferred: deque[Callable[[], None]]
     """What is to be done once no call is under way, by whoever ends one."""
+    room: Room
+    """What recordings in the pool need; written by who records, and empty again when the pool goes."""
     reuses_memory: bool
     """Whether later captures may get memory of the pool that nothing refers to any more."""
 

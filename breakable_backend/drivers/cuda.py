@@ -30,6 +30,7 @@ from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, relaxed
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing, passing
+from breakable_backend.policy import Room
 
 cudart = Bindings("cuda.bindings.runtime")
 
@@ -230,6 +231,7 @@ class CudaDriver:
         self.busy = False
         locks.in_child(self, CudaDriver._forked)
         self.tenants: list[Callable[[], Tenant | None]] = []
+        self.room = Room()
         self.deferred: deque[Callable[[], None]] = deque()
         self._index: int = self.device.index
         self._draws = Draws.of(self.device)
@@ -303,7 +305,7 @@ class CudaDriver:
         if self._live and any(block["state"] == "inactive" for block in blocks):
             for tenant in [tenant() for tenant in list(self.tenants)]:
                 if tenant is not None:
-                    tenant.vacate()
+                    tenant.vacate("memory ran out in another recording")
         torch.cuda.empty_cache()
 
     def is_capturing(self) -> bool:
@@ -628,6 +630,7 @@ class CudaDriver:
         """Let go of the pool: its memory is in torch's cache, and is freed when the cache is emptied, or memory is short."""
         self._drop_keeper()
         self._pool = None
+        self.room = Room()
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""

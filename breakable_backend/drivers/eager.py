@@ -22,6 +22,7 @@ from breakable_backend.active import Modes
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession, Tenant
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
+from breakable_backend.policy import Room
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class EagerDriver:
         self.busy = False
         locks.in_child(self, EagerDriver._forked)
         self.tenants: list[Callable[[], Tenant | None]] = []
+        self.room = Room()
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[RerunGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event() if device.type == "cuda" else None

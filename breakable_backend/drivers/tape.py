@@ -26,6 +26,7 @@ from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.effects import is_asynchronous, written_values
 from breakable_backend.errors import CaptureError, ReplayError, user_line
 from breakable_backend.failures import as_passing
+from breakable_backend.policy import Room
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -451,6 +452,7 @@ class TapeDriver:
         self.busy = False
         locks.in_child(self, TapeDriver._forked)
         self.tenants: list[Callable[[], Tenant | None]] = []
+        self.room = Room()
         self.deferred: deque[Callable[[], None]] = deque()
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
         self._brought: dict[int, int] = {}
@@ -554,6 +556,8 @@ class TapeDriver:
             graph.release()
         if owner is not None:
             owner.clear()
+        if not self.live_graphs():
+            self.room = Room()
 
     def settle(self) -> None:
         """Nothing to do: a release does all at once."""
