@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 
 from breakable_backend import _torch
 from breakable_backend.program import GraphSegment, Program, outputs_of
+
+if TYPE_CHECKING:
+    import sympy
 
 
 @dataclass(frozen=True)
