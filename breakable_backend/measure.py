@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from breakable_backend import active
+from breakable_backend import active, policy
 from breakable_backend.buffers import Bridge, clone_exact
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor, run_deferred
 from breakable_backend.graph import BreakableCUDAGraph
 from breakable_backend.partition import under_ambient
-from breakable_backend.recording import KEPT_INPUT, EagerStep, GraphStep, Recording
+from breakable_backend.recording import EagerStep, GraphStep, Recording
 from breakable_backend.replay import Mark, emit
 
 PAYS, LOSES = 1.05, 0.95
@@ -247,7 +247,7 @@ def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
         elif value.kind == "number":
             values.append(next(numbers))
         elif isinstance(bridge, Bridge):
-            kept = entry.recording.most is None or bridge.num_bytes <= KEPT_INPUT
+            kept = entry.recording.most is None or bridge.num_bytes <= policy.KEPT_INPUT
             values.append(bridge.tensor.clone() if kept else Bridge.zeros(bridge.tensor).tensor)
         else:
             raise OptionsError(

@@ -32,6 +32,9 @@ SPARE = 16 << 20
 """Bytes of a pool that may be of no use to its largest recording before all are made anew in another pool."""
 WASTE = 0.1
 """The same as a share of what the largest recording needs."""
+KEPT_INPUT = 1 << 16
+"""Bytes. The bridge of an input that takes no more keeps its memory, and so the input of the last call, between calls:
+measurements replay with it."""
 
 
 # --- admission ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import fx
 
-from breakable_backend import _torch
+from breakable_backend import _torch, policy
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, extent, load_all
 from breakable_backend.debug import watched, watched_segment
@@ -403,11 +403,6 @@ class Plan:
     """Whether every value and bridge is held as long as the recording lives. An observer looks at them, so there it is."""
 
 
-KEPT_INPUT = 1 << 16
-"""Bytes. The bridge of an input that takes no more keeps its memory, and so the input of the last call, between calls:
-measurements replay with it."""
-
-
 @dataclass
 class Recorded:
     """What came of recording one call."""
@@ -670,7 +665,7 @@ class _Recorder:
     def _made_bridge(self, name: str, slot: str) -> Bridge:
         """A bridge for ``name``, in memory of the pool that it holds until its last captured reader is recorded."""
         value = self.values[name]
-        small = self._is_input(name) and extent(value) * value.element_size() <= KEPT_INPUT
+        small = self._is_input(name) and extent(value) * value.element_size() <= policy.KEPT_INPUT
         if self._is_held(name) or small or value.numel() == 0:
             return Bridge.like(value, self.driver.device)
         with self.driver.allocating():

@@ -17,7 +17,7 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import _torch, policy, recording
+from breakable_backend import _torch, policy
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver
@@ -39,7 +39,7 @@ library.impl("echo", torch.empty_like, "Meta")
 @pytest.fixture(autouse=True)
 def no_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bridges of small inputs, too, are in the pool."""
-    monkeypatch.setattr(recording, "KEPT_INPUT", 0)
+    monkeypatch.setattr(policy, "KEPT_INPUT", 0)
 
 
 def vectors(call: int, device: torch.device) -> tuple[Tensor, ...]:

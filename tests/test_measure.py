@@ -18,7 +18,7 @@ from breakable_backend import (
     eager_on_graph,
     explain,
     mark_eager,
-    recording,
+    policy,
     unmark_eager,
 )
 from breakable_backend import measure as module
@@ -222,8 +222,7 @@ def test_large_inputs_are_not_kept(
     options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bridge of a large input is other values' memory after a call: zeros are measured, which no index fails on."""
-    monkeypatch.setattr(recording, "KEPT_INPUT", 0)
-    monkeypatch.setattr(module, "KEPT_INPUT", 0)
+    monkeypatch.setattr(policy, "KEPT_INPUT", 0)
     table = torch.arange(12.0, device=device).reshape(4, 3)
 
     def f(index: Tensor) -> Tensor:

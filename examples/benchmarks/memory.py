@@ -347,6 +347,7 @@ def show(title: str, rows: list[tuple[str, Taken | str]]) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    torch._dynamo.config.recompile_limit = 64  # torch 2.11 compiles each size by itself
     parser.add_argument("--one", help="one contender, here; prints JSON")
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--layers", type=int, default=16)
