@@ -34,6 +34,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback as _fx_traceback
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import _side_effectful_functions
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.utils.stateless import _reparametrize_module
@@ -1079,8 +1080,13 @@ def swapped(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Abs
 # --- symbols ----------------------------------------------------------------------------------------------------------
 
 
+_NO_SYMBOLS: frozenset[Any] = frozenset()
+
+
 def free_symbols(value: Any) -> Any:
     """The symbols in a number, a fake tensor, or several."""
+    if type(value) in (FakeTensor, torch.Tensor) and not value._has_symbolic_sizes_strides:
+        return _NO_SYMBOLS  # nearly always, and told in no time
     from torch.fx.experimental import symbolic_shapes
 
     return symbolic_shapes.free_symbols(value)
@@ -1125,6 +1131,17 @@ def is_argument_float(value: Any) -> bool:
     from torch.utils._sympy.symbol import SymT, symbol_is_type
 
     return symbol_is_type(value.node.expr, SymT.FLOAT)
+
+
+def lazy_module(attributes: Mapping[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A module without code until somebody asks: see :func:`make_code`."""
+    return _LazyGraphModule(dict(attributes), graph, name)
+
+
+def make_code(module: fx.GraphModule) -> None:
+    """Have ``module`` make its code, if it has none yet."""
+    if isinstance(module, _LazyGraphModule):
+        module.real_recompile()
 
 
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:

@@ -37,7 +37,9 @@ def producer_of(node: fx.Node) -> fx.Node:
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors in a node's ``meta["val"]``, which may be one, a nest of them, or none."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)] if value is not None else []
 
 
 def bodies(node: fx.Node) -> list[fx.GraphModule]:

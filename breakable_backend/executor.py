@@ -466,7 +466,7 @@ class Executor:
             self.sets.move_to_end(entry.key.addresses)
 
     def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
-        me = weakref.ref(self)
+        me, ending = weakref.ref(self), sys.is_finalizing  # at the end of a process modules lose their names
 
         def drop() -> None:
             if (executor := me()) is not None:
@@ -474,7 +474,7 @@ class Executor:
                 executor.driver.settle()
 
         def died(_: Any) -> None:
-            if (executor := me()) is not None and not sys.is_finalizing():
+            if not ending() and (executor := me()) is not None:
                 executor.driver.deferred.append(drop)
                 run_deferred(executor.driver)
 

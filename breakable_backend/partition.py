@@ -413,20 +413,24 @@ class _Draft:
     def _copy(self, node: fx.Node) -> None:
         self.local[node] = self.graph.node_copy(node, self.resolve)
         # A view that several segments make has a name in each: it may be constant in one and not in another.
-        self.local[node].name = self.builder.unique(node.name) if node in self.builder.flow.views else node.name
+        _rename(self.local[node], self.builder.unique(node.name) if node in self.builder.flow.views else node.name)
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         before = next(iter(self.graph.nodes), None)
-        last = list(self.placeholders.values())[-1] if self.placeholders else None
+        last = next(reversed(self.placeholders.values()), None)
         with self.graph.inserting_after(last) if last else self.graph.inserting_before(before):
             placeholder = self.graph.placeholder(node.name)
-        placeholder.name = node.name
+        _rename(placeholder, node.name)
         placeholder.meta = dict(node.meta)
         return placeholder
 
     def module(self) -> fx.GraphModule:
-        self.graph.lint()
-        return fx.GraphModule(self.attributes, self.graph, "Segment")
+        return _torch.lazy_module(self.attributes, self.graph, "Segment")
+
+
+def _rename(node: fx.Node, name: str) -> None:
+    if node.name != name:  # to set it takes as long as to make the node
+        node.name = name
 
 
 def under_ambient(graph: fx.Graph) -> None:

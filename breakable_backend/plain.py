@@ -30,6 +30,7 @@ from breakable_backend.program import EagerSegment, GraphSegment, Program, last_
 from breakable_backend.recording import Binding, Call, EagerStep, Recording, Slot, State, must_fit, perform, reject
 from breakable_backend.replay import emit
 from breakable_backend.sites import Mark
+from breakable_backend.sources import with_code
 
 if TYPE_CHECKING:
     import sympy
@@ -234,7 +235,7 @@ def run_plain(
                 slots.update(zip(segment.outputs, results, strict=True))
         for name in dead:
             del slots[name]
-    return list(program.epilogue.module(*(slots[name] for name in program.epilogue.inputs)))
+    return list(with_code(program.epilogue.module)(*(slots[name] for name in program.epilogue.inputs)))
 
 
 @dataclass(frozen=True)

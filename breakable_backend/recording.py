@@ -55,6 +55,7 @@ from breakable_backend.program import (
     source_line,
 )
 from breakable_backend.seen import without_autocast_cache
+from breakable_backend.sources import with_code
 
 if TYPE_CHECKING:
     import sympy
@@ -304,7 +305,8 @@ class Binding:
 
     def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:
         """A captured segment as a function of its inputs."""
-        return watched_segment(segment.module, f"segment {position}") if self.debug else segment.module
+        module = with_code(segment.module)
+        return watched_segment(module, f"segment {position}") if self.debug else module
 
     def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
         """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for direct functions."""
@@ -545,7 +547,7 @@ class _Recorder:
         body = (
             self.binding.captured(position, segment)
             if observer is None
-            else observer.captured(position, segment.module)
+            else observer.captured(position, with_code(segment.module))
         )
         try:
             with without_autocast_cache():

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from breakable_backend import locks
+from breakable_backend import _torch, locks
 from breakable_backend.program import EagerSegment, GraphSegment, Program, Segment
 
 PREFIX = "breakable_cg"
@@ -65,9 +65,16 @@ def file_name(*parts: object, suffix: str = "py") -> str:
 
 def module_text(module: fx.GraphModule, about: str) -> str:
     """``module`` as Python that runs: a class with the same ``forward``, and below it those of the modules in it."""
-    str(module)  # a lazy module has no code before that
+    with_code(module)
     comment = "".join(f"# {line}\n" for line in about.splitlines())
     return f"{comment}{_HEAD}\n\n{_readable(module)}"
+
+
+def with_code(module: fx.GraphModule) -> fx.GraphModule:
+    """``module``, which has code from here on: a segment has none before it is recorded, or printed."""
+    with _printing:
+        _torch.make_code(module)
+    return module
 
 
 def _readable(module: fx.GraphModule) -> str:

@@ -285,6 +285,14 @@ FAULTS = (
         "        if True:\n",
         "test_debug_eager.py::test_a_lost_device_is_no_error_of_a_release",
     ),
+    # --- compile time ---
+    Fault(
+        "segments-get-code-at-once",
+        "partition.py",
+        'return _torch.lazy_module(self.attributes, self.graph, "Segment")',
+        'return fx.GraphModule(self.attributes, self.graph, "Segment")',
+        "test_partition.py::test_segments_have_no_code_before_they_are_recorded",
+    ),
     # --- imports ---
     Fault(
         "the-import-brings-sympy",

@@ -15,6 +15,7 @@ import silly
 from breakable_backend import explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers.eager import EagerDriver
+from breakable_backend.sources import with_code
 from silly import aliasing, mutating
 
 
@@ -65,7 +66,7 @@ def test_python_of_a_segment_runs(device: torch.device, debug: dict[str, Any]) -
         with torch.no_grad():
             compiled(torch.ones(4, device=device))
             (executor,) = executors_of(compiled)
-            codes = {segment.module.forward.__code__ for segment in executor.program.graph_segments}
+            codes = {with_code(segment.module).forward.__code__ for segment in executor.program.graph_segments}
             executor.reset()
             for _ in range(4):
                 entered = []

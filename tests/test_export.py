@@ -61,7 +61,7 @@ breakable_cg_graph_0_replay_0_step_2.dot    graph 0 replay 0, step 2 captured, 3
 
 
 def test_segments_stay_as_they_are(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
-    """An export compiles nothing anew that calls in other threads run meanwhile, bodies of regions included."""
+    """An export compiles nothing anew that recordings in other threads run meanwhile, bodies of regions included."""
 
     @torch.compiler.nested_compile_region
     def region(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def test_segments_stay_as_they_are(device: torch.device, options: dict[str, Any]
             compiled(torch.ones(4, device=device))
     (executor,) = executors_of(compiled)
     program = executor.program
-    modules = [module for part in (*program.segments, program.epilogue) for module in part.module.modules()]
+    modules = [module for segment in program.graph_segments for module in segment.module.modules()]
     before = [(type(module).forward, type(module).forward.__code__) for module in modules]
     export(compiled, tmp_path)
     assert [(type(module).forward, type(module).forward.__code__) for module in modules] == before

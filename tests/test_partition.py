@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from breakable_backend.lowering import Lowered
 from breakable_backend.marking import EagerOps, Scope
 from breakable_backend.partition import partition
 from breakable_backend.program import EagerSegment, GraphSegment, Program, Reason, Segment
+from breakable_backend.sources import with_code
 from test_marking import CUDA, SCOPE, Maker, cuda, host, trace
 
 aten = torch.ops.aten
@@ -593,3 +595,45 @@ def test_subgraphs_go_with_their_call() -> None:
     assert isinstance(eager, EagerSegment)
     assert str(eager.reasons[0]) == "cond: decides on the host what to run"
     assert len([name for name, _ in eager.module.named_children()]) == 2
+
+
+# --- how long it takes --------------------------------------------------------------------------------------------------
+
+
+def test_takes_as_long_as_the_graph_is_long() -> None:
+    """A partition makes a bounded number of calls for each node, however many nodes there are."""
+
+    def of(blocks: int) -> Lowered:
+        def f(x: Tensor) -> tuple[Tensor]:
+            for _ in range(blocks):
+                x = silly.triple((x.sin() + 1).view(2, 2)).view(4) * 2
+            return (x,)
+
+        return Lowered(trace(f, cuda(4)), frozenset())
+
+    calls = []
+    for blocks in (20, 80):
+        lowered = of(blocks)
+        nodes = len(lowered.module.graph.nodes)
+        made = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal made
+            made += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            partition(lowered, SCOPE, min_kernels=1)
+        finally:
+            sys.setprofile(None)
+        calls.append(made / nodes)
+    assert calls[1] < 1.2 * calls[0]
+    assert max(calls) < 600  # today some 400, of 0.1 us each
+
+
+def test_segments_have_no_code_before_they_are_recorded() -> None:
+    """Nothing is generated for a segment that may never run as a module."""
+    program = part(lambda x: silly.triple(x.sin() + 1).cos(), cuda(4))
+    forwards = {type(segment.module).forward for segment in program.segments}
+    assert len(forwards) == 1  # of the module that has none
+    assert "sin = torch.ops.aten.sin" in with_code(program.segments[0].module).code
