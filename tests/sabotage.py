@@ -41,6 +41,8 @@ class Fault:
     """Node id below the folder of tests."""
     gpu: bool = False
     """Whether only a GPU shows it."""
+    since: str = "2.11"
+    """The torch from which on it makes a difference: what it takes away cures what older ones do not have."""
 
     def source(self) -> str:
         """The text of the module with the fault in it."""
@@ -1638,6 +1640,7 @@ FAULTS = (
         '    "tag_activation_checkpoint": checkpointed,\n',
         "",
         "test_traced.py::test_trains_as_eager[cpu-checkpoint]",
+        since="2.13",
     ),
     Fault(
         "checkpoints-forget-their-contexts",
@@ -1843,6 +1846,7 @@ FAULTS = (
         "or is_pinned(node):",
         "or False:",
         "test_effects.py::test_checks[cpu-counted]",
+        since="2.13",
     ),
     Fault(
         "assertions-go-unnoticed",

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sabotage import FAULTS, Fault, copy_to, run
 
@@ -18,6 +19,8 @@ BROKEN = re.compile(r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError
 )
 def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
     """The named test fails by its own assertions, not because the package cannot be imported."""
+    if torch.__version__ < fault.since:  # a TorchVersion, which compares as versions do
+        pytest.skip(f"makes a difference from torch {fault.since} on")
     copy_to(tmp_path)
     fault.apply(tmp_path)
     code, output = run(tmp_path, [fault.test], gpu=fault.gpu)
