@@ -5,18 +5,20 @@
 
 - ``transformer``: the transformer of ``replay.py`` with 16 breaks and with none. The floor is the loop that a patient user
   writes: the same pieces captured by hand, launches, direct calls of the attention, a copy of each result, of the input
-  and of the output. Above it the generated replay, the executor (the same with its key, lock and stream), and what
-  ``torch.compile`` returned, with fresh and with static outputs; then ``mode="reduce-overhead"``.
+  and of the output. Above it the generated replay, the executor (the same with its key, lock and stream), a bound call, and
+  what ``torch.compile`` returned, with fresh and with static outputs; then ``mode="reduce-overhead"``.
 - ``llama``: a decode step of the Llama of ``replay.py``, batch 1, 8 and 64.
 - ``table``: a model of 2, 64, 256 and 1,024 parameters with 0, 1, 16 and 64 breaks: what of the host's time is whose. The
   floor is a loop of the same launches, eager calls and copies; ``Dynamo`` is a backend that returns one result for ever.
 
-Host: microseconds to issue a call, in loops of 5 calls that start with an idle GPU. Total: until the GPU is done, in
-loops of 50. Each number is the median of the turns; a ratio is the median of the turns' ratios to the floor.
+Host: microseconds to issue a call, in 5 calls that start with an idle GPU. Total: until the GPU is done, in loops of 20.
+Turns are short and many, since what slows the host down comes and goes within a second: each number is the median of the
+turns, and a ratio the median of the turns' ratios to the floor.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,26 +29,24 @@ import replay  # from beside this file
 import torch
 from torch import Tensor, nn
 
+from breakable_backend import bind
 from breakable_backend.backend import executors_of
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.recording import EagerStep, GraphStep, Slot
 
-TURNS = 11
+TURNS = 60
 Call = Callable[[Tensor], object]
 
 
-def host(call: Call, inputs: Sequence[Tensor], loops: int = 8) -> float:
-    taken = []
-    for _ in range(loops):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for x in inputs:
-            call(x)
-        taken.append((time.perf_counter() - start) / len(inputs) * 1e6)
-    return median(taken)
+def host(call: Call, inputs: Sequence[Tensor]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for x in inputs:
+        call(x)
+    return (time.perf_counter() - start) / len(inputs) * 1e6
 
 
-def total(call: Call, inputs: Sequence[Tensor], loops: int = 10) -> float:
+def total(call: Call, inputs: Sequence[Tensor], loops: int = 4) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(loops):
@@ -61,6 +61,8 @@ def in_turns(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Host and total of each contender in each turn."""
     rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contenders}
+    gc.collect()
+    gc.disable()  # a collection would fall to one of them
     for _ in range(turns):
         for name, call in contenders.items():
             rewind()
@@ -68,6 +70,7 @@ def in_turns(
             rows[name][0].append(host(call, inputs))
             rewind()
             rows[name][1].append(total(call, inputs))
+    gc.enable()
     return rows
 
 
@@ -138,7 +141,21 @@ def contenders(work: replay.Workload, *, rival: bool = True) -> dict[str, Call]:
     rest = {name: calls.pop(name) for name in [*calls] if name != "by hand"}
     calls["replay function"] = lambda _: function(list(args), stream)
     calls["executor"] = lambda _: executor(list(args))
+    calls["bound"] = work.caller(bound(work, compiled))
     return {**calls, **rest, "eager": eager}
+
+
+def bound(work: replay.Workload, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled`` without Dynamo's guards, for the inputs of ``work``."""
+    made: list[Callable[..., Any]] = []
+
+    def binding(*args: Any, **kwargs: Any) -> Any:
+        made.append(bind(compiled, *args, misfit="raise", **kwargs))
+        return compiled(*args, **kwargs)
+
+    work.caller(binding)(work.inputs[0])
+    work.rewind()
+    return made[0]
 
 
 def transformer() -> None:
@@ -153,7 +170,7 @@ def llama() -> None:
         torch.compiler.reset()
         torch.manual_seed(0)
         work = replay.Llama(torch.device("cuda"), batch)
-        show(f"llama, batch {batch}", in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, turns=5))
+        show(f"llama, batch {batch}", in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, turns=12))
 
 
 # --- whose the host's time is --------------------------------------------------------------------------------------------
@@ -224,7 +241,9 @@ def floor_of(entry: Entry, bridge: Tensor) -> Call:
 
 
 def table() -> None:
-    print("host us a call: all | by hand + replay's own + executor's own + torch.compile's own (Dynamo alone) | total")
+    print(
+        "host us a call: all | by hand + replay's own + executor's own + torch.compile's own (Dynamo alone) | bound | total"
+    )
     for parameters in (2, 64, 256, 1024):
         for breaks in (0, 1, 16, 64):
             torch.compiler.reset()
@@ -249,12 +268,14 @@ def table() -> None:
                 "executor": lambda _, e=executor, a=args: e(list(a)),  # type: ignore[misc]
                 "compiled": compiled,
                 "dynamo": constant,
+                "bound": bind(compiled, inputs[0], misfit="raise"),
             }
-            rows = in_turns(calls, inputs, lambda: None, turns=5)
-            floor, replayed, executed, whole, dynamo = (median(host) for host, _ in rows.values())
+            rows = in_turns(calls, inputs, lambda: None, turns=25)
+            floor, replayed, executed, whole, dynamo, short = (median(host) for host, _ in rows.values())
             print(
                 f"{parameters:5} parameters, {breaks:2} breaks: {whole:7.1f} | {floor:7.1f} + {replayed - floor:6.1f} + "
-                f"{executed - replayed:6.1f} + {whole - executed:6.1f} ({dynamo:6.1f}) | {median(rows['compiled'][1]):7.1f}",
+                f"{executed - replayed:6.1f} + {whole - executed:6.1f} ({dynamo:6.1f}) | bound {short:7.1f} | "
+                f"{median(rows['compiled'][1]):7.1f}",
                 flush=True,
             )
 
