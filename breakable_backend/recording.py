@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -478,7 +478,8 @@ class _Recorder:
         """Inputs whose bridge holds their present version."""
         self.intact: dict[str, Slot] = {}
         """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
-        self.keep = plan.keep or plan.observer is not None or not driver.reuses_memory
+        # A static result may be an argument of the next call: no step may get its memory before that has been read.
+        self.keep = plan.keep or plan.observer is not None or not plan.fresh_outputs or not driver.reuses_memory
         self.owners: dict[str, torch.Tensor | Bridge] = {}
         """What holds memory of the pool, by slot. Constants lie at the same addresses, and hold nothing."""
         self.owner_of: dict[int, str] = {}
@@ -534,7 +535,7 @@ class _Recorder:
         """
         loads: list[Copy] = []
         try:
-            for name in segment.inputs:
+            for name in (*segment.inputs, *self._early()):
                 if (copy := self._bridge(name, position)) is not None:
                     loads.append(copy)
             self.copies += load_all(
@@ -583,6 +584,15 @@ class _Recorder:
                 del self.values[copy.value.name]  # the bridge is where it lives from here on
         return None
 
+    def _early(self) -> Iterator[str]:
+        """Inputs that are loaded before anything is launched, with static results.
+
+        They may be such results, in memory that segments before their first reader use for themselves.
+        """
+        if not self.plan.fresh_outputs and not any(isinstance(step, GraphStep) for step in self.steps):
+            for names in self.lives.unloaded.values():
+                yield from names
+
     def _take(self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any]) -> None:
         """What a captured segment made. It holds its memory until its last reader is recorded."""
         storages = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in tensors_of(inputs)}
@@ -590,7 +600,7 @@ class _Recorder:
         for name, result in zip(names, results, strict=True):
             self.home[name] = Slot(name)
             self.values[name] = self.constants[name] = result
-            if self._is_held(name) or not self._is_memory(result):
+            if self.keep or not self._is_memory(result):
                 continue
             key = _torch.storage_key(result)
             owner, place = lent[key] if key in lent else (self.driver.lend(result).untyped_storage(), None)
@@ -600,10 +610,6 @@ class _Recorder:
             self._hold(name, geometry.on(owner), place)
             self.values[name] = self.constants[name] = geometry.on(place)
         self._look()
-
-    def _is_held(self, name: str) -> bool:
-        """Whether the recording holds a value and its bridge as long as it lives."""
-        return self.keep or (not self.plan.fresh_outputs and name in self.lives.returned)
 
     def _is_memory(self, value: Any) -> bool:
         """Whether ``value`` is a tensor in memory of the pool."""
@@ -668,7 +674,7 @@ class _Recorder:
         """A bridge for ``name``, in memory of the pool that it holds until its last captured reader is recorded."""
         value = self.values[name]
         small = self._is_input(name) and extent(value) * value.element_size() <= policy.KEPT_INPUT
-        if self._is_held(name) or small or value.numel() == 0:
+        if self.keep or small or value.numel() == 0:
             return Bridge.like(value, self.driver.device)
         with self.driver.allocating():
             made = Bridge.like(value, self.driver.device)
@@ -828,8 +834,6 @@ class _Recorder:
         outputs = list(_fill(tuple(returned), local))
         if self.put_off is not None:
             return Recorded(Recording((), {}, (), (), (), {}), outputs, self.failed, self.copies, self.put_off)
-        if not self.plan.fresh_outputs:
-            self.constants.update((f"{slot}.pinned", self.owners[slot]) for slot in self.pinned & self.owners.keys())
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={

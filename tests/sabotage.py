@@ -219,9 +219,16 @@ FAULTS = (
     Fault(
         "static-results-go",
         "recording.py",
-        "return self.keep or (not self.plan.fresh_outputs and name in self.lives.returned)",
-        "return self.keep",
+        "or not plan.fresh_outputs or not driver.reuses_memory",
+        "or not driver.reuses_memory",
         "test_lifetimes.py::test_static_results_are_held[cpu]",
+    ),
+    Fault(
+        "static-results-are-read-late",
+        "recording.py",
+        "for name in (*segment.inputs, *self._early()):",
+        "for name in segment.inputs:",
+        "test_lifetimes.py::test_static_results_fed_back_to_a_late_reader[cpu]",
     ),
     Fault(
         "nothing-goes",

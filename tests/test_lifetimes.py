@@ -7,6 +7,7 @@ up too early has other numbers there, as it may have on a GPU.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.lifetimes import needed
+from breakable_backend.recording import GraphStep
 from checks import assert_same, check, compile_both, entries_of, program_of
 from test_contract_property import SIDE, Straight, programs
 
@@ -238,7 +240,7 @@ def test_nothing_is_held_between_calls(
 
 
 def test_static_results_are_held(device: torch.device, options: dict[str, Any]) -> None:
-    """With ``outputs="static"`` what the caller reads after the call is held as long as the recording, and nothing else."""
+    """With ``outputs="static"`` no step has memory of another: a result may be the next call's argument."""
     compiled, _ = compile_both(returned_early, {**options, "outputs": "static"})
     with torch.no_grad():
         for call in range(4):
@@ -246,12 +248,32 @@ def test_static_results_are_held(device: torch.device, options: dict[str, Any]) 
     (executor,) = executors_of(compiled)
     (entry,) = entries_of(executor)
     assert entry.recording is not None
-    assert entry.recording.held_bytes + entry.recording.bridge_bytes <= 5 * 4 * ROWS
+    assert entry.recording.held_bytes >= 4 * 4 * ROWS
     if isinstance(executor.driver, TapeDriver):
         memory = {key for graph in entry.recording.graphs for key in graph.made}  # type: ignore[attr-defined]
         assert _torch.storage_key(results[0]) in memory and _torch.storage_key(results[2]) in memory
     else:
-        assert executor.driver is not None and executor.driver.live_blocks() >= 2
+        assert executor.driver is not None and executor.driver.live_blocks() >= 4
+
+
+def test_static_results_fed_back_to_a_late_reader(device: torch.device, options: dict[str, Any]) -> None:
+    """An argument that may be a static result is read before anything is launched, however late its first reader is."""
+
+    def f(x: Tensor, state: Tensor) -> Tensor:
+        return breaks((x.sin() * 2).cos() + x, 2) * state + state.sin()
+
+    compiled, _ = compile_both(f, {**options, "outputs": "static"})
+    mine = theirs = torch.rand(ROWS, device=device)
+    with torch.no_grad():
+        for call in range(8):
+            (x,) = vectors(call, device)
+            mine, theirs = compiled(x, mine), f(x, theirs)
+            assert_same(mine, theirs, f"call {call + 1}")
+    (executor,) = executors_of(compiled)
+    (entry,) = entries_of(executor)
+    assert entry.recording is not None
+    loads = [len(step.loads) for step in entry.recording.steps if isinstance(step, GraphStep)]
+    assert loads == [2, 1, 1]
 
 
 def test_compare_mode_keeps_everything(device: torch.device, options: dict[str, Any]) -> None:
@@ -504,3 +526,37 @@ def test_what_is_needed_at_once(device: torch.device, options: dict[str, Any]) -
                 compiled(*vectors(call, device))
         (executor,) = executors_of(compiled)
         assert needed(executor.program, {}) == held(compiled) * 4 * ROWS
+
+
+# --- threads -----------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_share_a_pool(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of several threads, with keys that move to larger pools, do what eager does."""
+    monkeypatch.setattr(policy, "SPARE", 0)
+    compiled, _ = compile_both(grows, options, dynamic=True)
+    with torch.no_grad():
+        for size in (10, 20):
+            compiled(torch.rand(size, device=device))
+    errors: list[BaseException] = []
+
+    def calls(seed: int) -> None:
+        numbers = random.Random(seed)
+        try:
+            with torch.no_grad():
+                for call in range(30):
+                    x = torch.rand(10 * (1 + numbers.randrange(8)), device=device)
+                    assert_same(compiled(x), grows(x), f"thread {seed}, call {call + 1}")
+        except BaseException as error:  # noqa: BLE001 - told by the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=calls, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert errors == []
+    (executor,) = executors_of(compiled)
+    assert executor.driver is not None and executor.driver.live_graphs() > 0
