@@ -35,6 +35,8 @@ from breakable_backend.policy import Room
 cudart = Bindings("cuda.bindings.runtime")
 
 T = TypeVar("T")
+FREES = "breakable_cg frees"
+"""The name of threads that give back what has died."""
 SETTLE, MAX_SETTLE = 0.02, 1.0
 """Seconds between two looks whether the GPU is done with what leaves: at first, and at most."""
 log = logging.getLogger(__name__)
@@ -560,7 +562,7 @@ class CudaDriver:
             finally:
                 self.lock.release()
         if (self._leaving or self._unreturned) and self._settler is None:
-            self._settler = threading.Thread(target=self._settle, name="breakable_cg frees", daemon=True)
+            self._settler = threading.Thread(target=self._settle, name=FREES, daemon=True)
             with suppress(RuntimeError):  # the process ends, and takes all with it
                 self._settler.start()
 
