@@ -968,6 +968,7 @@ def function_modes() -> list[Any]:
 
 
 number_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+number_of_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 frame_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 """What compiles the frames that run in this thread now; None: nothing."""
 

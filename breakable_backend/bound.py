@@ -209,20 +209,29 @@ class _State:
         self._modules = [module for module in modules if _torch.may_read_training(module)]
         self._training, self._hooks = [module.training for module in self._modules], tuple(hooks)
 
-    def same(self) -> bool:
-        """Whether all is as it was. In microseconds: see :meth:`differs`."""
-        return (
-            self._settings()
-            and torch.is_inference_mode_enabled() is self._inference
-            and _torch.number_of_function_modes() == len(self._function_modes)
-            and (not self._function_modes or _torch.function_modes() == self._function_modes)
-            and not _torch.dispatch_mode_active()
-            and _torch.frame_callback() is None
-            and list(map(_training, self._modules)) == self._training
-            and not any(self._hooks)
-            and _torch.stance() == "default"
-            and not self._executor.callers.gone
-        )
+    def test(self) -> Callable[[], bool]:
+        """Asks whether all is as it was, in microseconds: see :meth:`differs`. A function without a look at this object."""
+        settings, is_inference, inference = self._settings, torch.is_inference_mode_enabled, self._inference
+        count, function_modes, seen = _torch.number_of_function_modes, _torch.function_modes, self._function_modes
+        number, dispatch_modes, frame_callback = len(seen), _torch.number_of_dispatch_modes, _torch.frame_callback
+        modules, training, hooks = self._modules, self._training, self._hooks
+        stance, callers = _torch.stance, self._executor.callers
+
+        def same() -> bool:
+            return (
+                settings()
+                and is_inference() is inference
+                and count() == number
+                and (number == 0 or function_modes() == seen)
+                and dispatch_modes() == 0
+                and frame_callback() is None
+                and list(map(_training, modules)) == training
+                and not any(hooks)
+                and stance() == "default"
+                and not callers.gone
+            )
+
+        return same
 
     def differs(self) -> str:
         """What is not as it was; empty if all is."""
@@ -334,14 +343,18 @@ def _bound(
     if inputs is None:
         return None, why
     handed = _handed(function, code, before, args, kwargs)
-    lean = _Graph.of(handed, replayed, _torch.graph_behind(function, code))
+    own = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    others = _handed(function, code, before, *own)
+    own_ids = {id(leaf) for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)}
+    arguments = frozenset(position for position, value in enumerate(others) if id(value) in own_ids)
+    lean = _Graph.of(handed, arguments, replayed, _torch.graph_behind(function, code))
     if lean is None:
         return None, "a parameter does not reach the graph as it is"
     modules = _modules_of(frame)
     binding = _Binding(executor, inputs, _State(executor, modules, hooks), before, code)
     binding.function = _torch.unguarded(function, code, lean.checked())
     if check:
-        binding.fits = inputs.checker(binding.state.same)
+        binding.fits = inputs.checker(binding.state.test())
     return binding, ""
 
 
@@ -405,14 +418,16 @@ class _Graph:
     addresses: list[int]
     """Theirs, each in its place."""
     tensors: tuple[int, ...]
-    """Where the other tensors are."""
+    """Where tensors are that the code finds by itself: neither static, nor arguments, which were looked at before."""
     like: Callable[..., bool]
     """Asks whether those are like what they were."""
     numbers: tuple[tuple[int, Any], ...]
 
     @classmethod
-    def of(cls, handed: tuple[Any, ...], replayed: _Replayed, graph: Callable[..., Any]) -> _Graph | None:
-        """Of what Dynamo's code hands over. None: not all that keeps its address is among that."""
+    def of(
+        cls, handed: tuple[Any, ...], arguments: frozenset[int], replayed: _Replayed, graph: Callable[..., Any]
+    ) -> _Graph | None:
+        """Of what Dynamo's code hands over; ``arguments`` has where arguments of the call are. None: a static input is not among it."""
         args, executor = replayed.args, replayed.executor
         known = {id(args[value.index]) for value in executor.program.inputs if value.kind == "static"}
         static = [position for position, value in enumerate(handed) if id(value) in known]
@@ -424,6 +439,7 @@ class _Graph:
         )
         rest = [(position, value) for position, value in enumerate(handed) if position not in static]
         tensors = [(position, value) for position, value in rest if isinstance(value, torch.Tensor)]
+        tensors = [(position, value) for position, value in tensors if position not in arguments]
         places = range(max(static, default=-1) + 1)
         return cls(
             graph,
@@ -447,7 +463,7 @@ class _Graph:
         )
         are_at, like, tensors = _torch.are_at, self.like, _picker(self.tensors)
         numbers, expected = _picker([at for at, _ in self.numbers]), tuple(value for _, value in self.numbers)
-        count_up = torch.autograd.graph.increment_version
+        count_up, found = torch.autograd.graph.increment_version, bool(self.tensors)
         known = None
 
         def checked(*handed: Any) -> Any:
@@ -455,7 +471,7 @@ class _Graph:
             args = [*handed]
             if static and not are_at(args, addresses, static):
                 raise _Misfit(MOVED)
-            if not like(*tensors(handed)):
+            if found and not like(*tensors(handed)):
                 raise _Misfit("a tensor that the graph reads is not like the one before")
             if expected and numbers(handed) != expected:
                 raise _Misfit("a number that the graph reads is another")
