@@ -19,18 +19,19 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 
-from breakable_backend import _torch
+from breakable_backend import _torch, resolved
 from breakable_backend._torch import pytree
 from breakable_backend.backend import eager_graphs_of, executors_of
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.inputs import Inputs
 from breakable_backend.profiling import active, span
+from breakable_backend.program import outputs_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CHECKS = ("inputs", "nothing")
+CHECKS = ("inputs", "parameters", "nothing")
 MISFITS = ("call", "raise")
 MAX_CALLS = 4
 """Calls until it is given up to bind a function: one runs plainly, one records, one is the replay that is looked at."""
@@ -44,7 +45,7 @@ GONE = "Dynamo was reset since it was bound"
 def bind(
     compiled: Callable[..., T],
     *args: Any,
-    check: Literal["inputs", "nothing"] = "inputs",
+    check: Literal["inputs", "parameters", "nothing"] = "inputs",
     misfit: Literal["call", "raise"] = "call",
     **kwargs: Any,
 ) -> BoundCall[T]:
@@ -66,8 +67,9 @@ def bind(
             ``requires_grad``; numbers, strings and the like for equal ones; lists, tuples and dicts for those of the same structure;
             all else for itself. Which arguments are one tensor is a part of that.
         check: ``"inputs"``: each call looks whether its arguments are such ones, and whether grad mode, autocast, the other modes of
-            torch and the ``training`` of modules are as they were. ``"nothing"``: it does not look, and other arguments are undefined
-            behaviour. Whether a parameter has moved is looked at in both.
+            torch and the ``training`` of modules are as they were, and where parameters lie. ``"parameters"``: only the latter;
+            other arguments are undefined behaviour. ``"nothing"``: nor that, and no parameter is read where that is possible. Parameters
+            that die, or whose memory is freed, are noticed; those that are given other memory while somebody keeps the old are not.
         misfit: what comes of a call that does not fit, and of a function that cannot be bound: ``"call"``: ``compiled`` is called,
             :attr:`BoundCall.misfits` counts it, and :attr:`BoundCall.why_not` says why nothing is bound. ``"raise"``: an error.
         kwargs: keyword arguments of the call.
@@ -90,7 +92,7 @@ def bind(
             f"{getattr(compiled, '__qualname__', type(compiled).__name__)} is not compiled, so there is nothing to bind",
             fix='bind what torch.compile(..., backend="breakable_cg") returned',
         )
-    return BoundCall(compiled, check == "inputs", misfit == "raise", args, kwargs)
+    return BoundCall(compiled, check, misfit == "raise", args, kwargs)
 
 
 class BoundCall(Generic[T]):
@@ -105,7 +107,7 @@ class BoundCall(Generic[T]):
     """
 
     def __init__(
-        self, compiled: Callable[..., T], check: bool, raises: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, compiled: Callable[..., T], check: str, raises: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.__wrapped__ = compiled
         self.check, self.raises = check, raises
@@ -267,6 +269,7 @@ class _Replayed:
     """A replay, as it was under way."""
 
     executor: Executor
+    entry: Entry
     args: tuple[Any, ...]
     """What the executor was given."""
     made: list[FrameType]
@@ -287,7 +290,7 @@ class _Tap:
             self._before(entry, args)
         if self._thread == threading.get_ident():
             made, around = _torch.dynamo_frames(self._outer)
-            self._found.append(_Replayed(self._executor, tuple(args), made, around))
+            self._found.append(_Replayed(self._executor, entry, tuple(args), made, around))
 
     def close(self) -> None:
         """See nothing more. Another thread may have put its own before this one by now."""
@@ -299,7 +302,7 @@ class _Tap:
 
 
 def _observed(
-    compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
+    compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
 ) -> tuple[Any, _Binding | None, str]:
     """Call ``compiled``: its result; if it was one replay, what to bind; and why it cannot be bound, if that is sure."""
     found: list[_Replayed] = []
@@ -320,7 +323,7 @@ def _observed(
 
 
 def _bound(
-    compiled: Callable[..., Any], found: list[_Replayed], args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
+    compiled: Callable[..., Any], found: list[_Replayed], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
 ) -> tuple[_Binding | None, str]:
     replayed = found[0]
     executor = replayed.executor
@@ -343,6 +346,7 @@ def _bound(
     if inputs is None:
         return None, why
     handed = _handed(function, code, before, args, kwargs)
+    # Once more with tensors that are nobody else's: where they arrive, arguments arrive.
     own = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     others = _handed(function, code, before, *own)
     own_ids = {id(leaf) for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)}
@@ -353,9 +357,41 @@ def _bound(
     modules = _modules_of(frame)
     binding = _Binding(executor, inputs, _State(executor, modules, hooks), before, code)
     binding.function = _torch.unguarded(function, code, lean.checked())
-    if check:
+    if check == "inputs":
         binding.fits = inputs.checker(binding.state.test())
+    if check == "nothing" and lean.written == () and executor.options.debug is None:
+        binding.function = _resolved(replayed, lean, binding, function, handed, others, own) or binding.function
     return binding, ""
+
+
+def _resolved(
+    replayed: _Replayed,
+    lean: _Graph,
+    binding: _Binding,
+    function: Any,
+    handed: tuple[Any, ...],
+    others: tuple[Any, ...],
+    own: tuple[tuple[Any, ...], dict[str, Any]],
+) -> Callable[..., Any] | None:
+    """The call without Dynamo's code, where that does nothing that cannot be written down; ``own`` arrives as ``others``."""
+    executor, entry = replayed.executor, replayed.entry
+    if entry.replay is None or lean.tensors or not resolved.is_pure(binding.code):
+        return None
+    leaves = {id(leaf): text for text, leaf in (*resolved.paths(own[0], "args"), *resolved.paths(own[1], "kwargs"))}
+    placed = {at: leaves.get(id(value), "") for at, value in enumerate(others) if isinstance(value, torch.Tensor)}
+    placed = {at: text for at, text in placed.items() if at not in lean.static}
+    outputs = [torch.empty(0) for _ in outputs_of(executor.program.epilogue.module)]
+    leaves |= {id(output): f"outputs[{number}]" for number, output in enumerate(outputs)}
+    made = _torch.unguarded(function, binding.code, lambda *_: outputs)(*binding.before, *own[0], **own[1])
+    result = resolved.source_of(made, leaves)
+    if result is None or not all(placed.values()):
+        return None
+    slow, before = binding.function, binding.before
+    otherwise = (lambda *args, **kwargs: slow(*before, *args, **kwargs)) if before else slow
+    found = resolved.resolve(executor, entry, entry.replay, handed, placed, lean.static, result, otherwise)
+    if found is not None:
+        binding.before = ()
+    return found
 
 
 def _handed(

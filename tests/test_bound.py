@@ -177,22 +177,25 @@ def test_arguments_that_share_memory(device: torch.device, options: dict[str, An
     assert_same(memory, again)
 
 
+class Keeper:
+    """Keeps what it computed last."""
+
+    last: Tensor
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Set an attribute."""
+        self.last = x.sin() + 1
+        return self.last * 2
+
+
 def test_what_python_code_does(device: torch.device, options: dict[str, Any]) -> None:
     """What the function does to Python objects is done in each bound call."""
-    seen: list[Tensor] = []
-
-    def f(x: Tensor) -> Tensor:
-        y = x.sin() + 1
-        seen.append(y)
-        return y * 2
-
-    compiled, _ = compile_both(f, options)
-    bound = bind(compiled, torch.zeros(4, device=device))
-    seen.clear()
+    keeper = Keeper()
+    compiled, _ = compile_both(keeper.keep, options)
+    bound = bind(compiled, torch.zeros(4, device=device), misfit="raise")
     x = torch.rand(4, device=device)
-    result = bound(x)
-    assert len(seen) == 1
-    assert_same(seen[0] * 2, result)
+    assert_same(bound(x), keeper.last * 2)
+    assert_same(keeper.last, x.sin() + 1)
 
 
 def test_random_numbers(device: torch.device, options: dict[str, Any]) -> None:
@@ -423,7 +426,7 @@ def converts(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("move", [moves_data, assigns, replaces, converts])
-@pytest.mark.parametrize("check", ["inputs", "nothing"])
+@pytest.mark.parametrize("check", ["inputs", "parameters"])
 def test_parameters_that_move(move: Any, check: Any, device: torch.device, options: dict[str, Any]) -> None:
     """A parameter that is elsewhere is noticed by the next call, and bound anew once it is recorded anew."""
     compiled, _ = compile_both(Scaled().to(device).eval(), options)
@@ -535,6 +538,127 @@ def test_the_model_goes(device: torch.device, options: dict[str, Any]) -> None:
     gc.collect()
     assert parameter() is None
     assert not [name for name in globals() if "_bound_" in name]
+
+
+# --- without a look ---------------------------------------------------------------------------------------------------------
+
+
+def is_resolved(bound: Any) -> bool:
+    """Whether no code of Dynamo's runs in a call."""
+    return bound._binding.function.__name__ == "resolved"
+
+
+def test_nothing_is_looked_at(device: torch.device, options: dict[str, Any]) -> None:
+    """With ``check="nothing"`` a call is the replay: each call computes on its arguments, wherever they are in containers."""
+
+    def f(x: Tensor, more: list[Any], *rest: Tensor, named: dict[str, Any]) -> Any:
+        y = silly.triple(x.sin() + more[0] * more[1]["n"]) + rest[0]
+        return {"y": y, "pair": (y[0], x), "list": [named["a"] * y, None, 3, "text"]}
+
+    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x, a, b, c = (torch.rand(4, device=device) for _ in range(4))
+        return (x, [a, {"n": 2}], b), {"named": {"a": c}}
+
+    compiled, _ = compile_both(f, options)
+    args, kwargs = make()
+    bound = bind(compiled, *args, **kwargs, check="nothing", misfit="raise")
+    assert is_resolved(bound)
+    before = replays(compiled)
+    for _ in range(4):
+        args, kwargs = make()
+        got, want = bound(*args, **kwargs), f(*args, **kwargs)
+        assert_same(got, want)
+        assert got["pair"][1] is args[0]
+    assert replays(compiled) == before + 4
+
+
+class Weighted(nn.Module):
+    """An eager step reads a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A segment on each side."""
+        return silly.attention(x.sin() + 1, self.weight, self.weight).cos() * 2
+
+
+def test_what_needs_dynamos_code(device: torch.device, options: dict[str, Any]) -> None:
+    """Where Dynamo's code changes Python objects, or an eager step takes a parameter, that code runs, and all is right."""
+    keeper = Keeper()
+    compiled, _ = compile_both(keeper.keep, options)
+    x = torch.rand(4, device=device)
+    bound = bind(compiled, x, check="nothing")
+    assert not is_resolved(bound)
+    keeper.last = x
+    assert_same(bound(x), keeper.last * 2)
+    assert_same(keeper.last, x.sin() + 1)
+
+    model = Weighted().to(device)
+    compiled, eager = compile_both(model, options)
+    bound = bind(compiled, x, check="nothing")
+    assert not is_resolved(bound)
+    compiled._orig_mod.weight.data = torch.rand(4, device=device)
+    assert_same(bound(x), compiled._orig_mod(x))
+    assert not torch.equal(bound(x), eager(x))
+
+
+@pytest.mark.parametrize("move", [moves_data, assigns, replaces, converts])
+def test_memory_that_goes_is_noticed(move: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Without a look, parameters that die or whose memory is freed are noticed, and it is bound anew."""
+    compiled, _ = compile_both(Scaled().to(device).eval(), options)
+    model = compiled._orig_mod
+    x = torch.rand(3, 4, device=device)
+    bound = bind(compiled, x, check="nothing")
+    assert is_resolved(bound)
+    move(model)
+    gc.collect()
+    for _ in range(5):
+        x = torch.rand(3, 4, device=device)
+        assert_same(bound(x), model(x))
+    assert bound.misfits.total() >= 1
+    before, count = bound.misfits.total(), replays(compiled)
+    assert_same(bound(x), model(x))
+    assert (bound.misfits.total(), replays(compiled)) == (before, count + 1)
+    assert is_resolved(bound)
+
+
+@pytest.mark.parametrize("what", ["reset", "eager step", "profile", "alignment", "dispatch mode", "capture"])
+def test_no_plain_replay(what: str, device: torch.device, kind: str, options: dict[str, Any]) -> None:
+    """Without a look, what is no plain replay of this recording goes the longer way, and is right."""
+    compiled, eager = compile_both(Scaled().to(device).eval(), options)
+    x = torch.rand(3, 4, device=device)
+    bound = bind(compiled, x, check="nothing")
+    assert is_resolved(bound)
+    if what == "reset":
+        breakable_backend.reset(compiled)
+        assert_same([bound(x) for _ in range(4)], [eager(x) for _ in range(4)])
+    elif what == "eager step":
+        step = breakable_backend.eager_on_graph(fake=torch.empty_like)(lambda x: bound(x) + 1)
+        outer, _ = compile_both(lambda x: step(x.sin() + 1).exp() * 2, options)
+        for _ in range(4):
+            assert_same(outer(x), (eager(x.sin() + 1) + 1).exp() * 2)
+    elif what == "profile":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+            assert_same(bound(x), eager(x))
+    elif what == "alignment":
+        memory = torch.rand(13, device=device)
+        for start in (0, 1, 0, 1, 1):
+            part = memory[start : start + 12].view(3, 4)
+            assert_same(bound(part), eager(part))
+    elif what == "dispatch mode":
+        with Passing():
+            got = bound(x)
+        assert_same(got, eager(x))
+    else:
+        graph = breakable_backend.BreakableCUDAGraph(driver=kind)
+        with breakable_backend.capture(graph):
+            result = bound(x)
+        graph.replay()
+        assert_same(result, eager(x))
+        graph.reset()
+    assert_same(bound(x), eager(x))
 
 
 # --- what cannot be bound -------------------------------------------------------------------------------------------------
@@ -669,7 +793,7 @@ def test_kinds_of_callables(what: str, device: torch.device, options: dict[str, 
 def test_wrong_options() -> None:
     """Options that there are not, and functions that are not compiled, are errors."""
     compiled, eager = compile_both(lambda x: x.sin() + 1, {"driver": "tape"})
-    with pytest.raises(OptionsError, match="check is one of 'inputs', 'nothing'"):
+    with pytest.raises(OptionsError, match="check is one of 'inputs', 'parameters', 'nothing'"):
         bind(compiled, torch.zeros(2), check="everything")  # type: ignore[arg-type]
     with pytest.raises(OptionsError, match="misfit is one of"):
         bind(compiled, torch.zeros(2), misfit="ignore")  # type: ignore[arg-type]

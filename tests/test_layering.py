@@ -69,6 +69,7 @@ LAYERS = {
     "executor": 10,
     "graph": 10,
     "backend": 11,
+    "resolved": 11,
     "capture": 11,
     "measure": 11,
     "page": 11,
