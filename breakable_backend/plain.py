@@ -79,6 +79,8 @@ class _Graph:
         self.sources = _symbol_sources(self.module.graph)
         self.sizes: dict[sympy.Symbol, Slot] = {}
         """Where the symbols are that some check needs."""
+        self.layouts: dict[tuple[Any, ...], Slot] = {}
+        """What some results look like, by sizes and strides as text, dtype and device."""
         self.reads: list[Call] = []
         """What reads them, before all else."""
 
@@ -125,9 +127,19 @@ class _Graph:
             return
         yield call
         if self.sources.keys() >= set(symbols):  # else it is of a size known only at run time
-            look = _Look(call, _torch.numbers_of(numbers, symbols), fake.dim(), fake.dtype, fake.device)
-            slots = (Slot(node.name), *map(self._size, symbols))
-            yield Call(self._free(f"{node.name}_fits"), look, slots, {}, "fits")
+            slots = (Slot(node.name), self._layout(fake, symbols))
+            yield Call(self._free(f"{node.name}_fits"), _Look(call), slots, {}, "fits")
+
+    def _layout(self, fake: torch.Tensor, symbols: list[sympy.Symbol]) -> Slot:
+        """What results like ``fake`` look like in this call."""
+        numbers = (*fake.shape, *fake.stride())
+        key = (*map(str, numbers), fake.dim(), fake.dtype, fake.device)
+        if key not in self.layouts:
+            self.layouts[key] = Slot(self._free(f"layout_{len(self.layouts)}"))
+            layout = _Layout(_torch.numbers_of(numbers, symbols), fake)
+            sizes = tuple(map(self._size, symbols))
+            self.reads.append(Call(self.layouts[key].name, layout, sizes, {}, "layout"))
+        return self.layouts[key]
 
     def _size(self, symbol: sympy.Symbol) -> Slot:
         """The number that ``symbol`` is in this call."""
@@ -175,28 +187,46 @@ class _Turn:
             yield
 
 
+class _Layout:
+    """What results look like whose sizes hang on those of the arguments."""
+
+    MAX = 64
+    """Sizes that are remembered."""
+
+    def __init__(self, numbers: Callable[..., tuple[int, ...]], like: torch.Tensor) -> None:
+        self.numbers, self.dimensions, self.dtype, self.device = numbers, like.dim(), like.dtype, like.device
+        self.known: dict[tuple[int, ...], _Expected] = {}
+
+    def __call__(self, *symbols: int) -> _Expected:
+        """What they look like in a call in which the symbols have these values."""
+        found = self.known.get(symbols)
+        if found is None:
+            numbers = self.numbers(*symbols)
+            shape, stride = numbers[: self.dimensions], numbers[self.dimensions :]
+            spec = TensorSpec(shape, stride, self.dtype, self.device)
+            if len(self.known) >= self.MAX:
+                self.known.clear()
+            found = self.known[symbols] = (
+                _torch.layout_check(shape, stride, self.dtype, self.device) or spec.accepts,
+                spec,
+            )
+        return found
+
+
+_Expected = tuple[Callable[[Any], bool], TensorSpec]
+"""A quick test that only tensors of the spec pass, and the spec."""
+
+
 @dataclass(frozen=True)
 class _Look:
-    """Whether what a call returned looks as its fake does, whose sizes hang on those of the arguments."""
+    """Whether what a call returned is what its fake said."""
 
     call: Call
-    numbers: Callable[..., tuple[int, ...]]
-    """Sizes and strides, from the values of the symbols."""
-    dimensions: int
-    dtype: torch.dtype
-    device: torch.device
 
-    def __call__(self, result: Any, *symbols: int) -> None:
-        numbers = self.numbers(*symbols)
-        shape, stride = numbers[: self.dimensions], numbers[self.dimensions :]
-        if (
-            not isinstance(result, torch.Tensor)
-            or result.shape != shape
-            or result.stride() != stride
-            or result.dtype is not self.dtype
-            or result.device != self.device
-        ):
-            reject(replace(self.call, spec=TensorSpec(shape, stride, self.dtype, self.device)), result)
+    def __call__(self, result: Any, expected: _Expected) -> None:
+        fits, spec = expected
+        if not fits(result):
+            reject(replace(self.call, spec=spec), result)
 
 
 # --- step by step -------------------------------------------------------------------------------------------------------
