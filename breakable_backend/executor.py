@@ -256,7 +256,8 @@ class Executor:
             return self._plain(args, "called inside an eager step")
         if _torch.dispatch_mode_active():
             return self._plain(args, "a dispatch mode is active")
-        if not driver.lock.acquire(True, driver.patience):
+        # With a time limit, a lock that is free takes three times as long (0.7 us, H100).
+        if not driver.lock.acquire(False) and not driver.lock.acquire(True, driver.patience):
             lose_patience(driver)
             return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
         if driver.busy:  # with this thread, whose eager step has left the context of its call

@@ -16,7 +16,7 @@ from breakable_backend import lowering, sites
 from breakable_backend.backend import executors_of
 from breakable_backend.executor import Entry
 from breakable_backend.recording import EagerStep
-from checks import assert_same, compile_both
+from checks import assert_same, check, compile_both
 
 
 def entry_of(compiled: Callable[..., Any]) -> Entry:
@@ -96,6 +96,26 @@ def test_bits_of_arguments_that_are_loaded_together(
     replay = entry_of(compiled).replay
     assert replay is not None
     assert "copy_together" in replay.source
+
+
+@pytest.mark.parametrize("kind", ["op", "function"])
+def test_a_result_that_is_given_is_not_copied(kind: str, device: torch.device, options: dict[str, Any]) -> None:
+    """What a marked op or function writes into memory of a captured segment is read there: no copy is left but the input's."""
+
+    @breakable_backend.eager_on_graph(mutates_args=("target",))
+    def add_into(target: Tensor, x: Tensor) -> None:
+        target.add_(x)
+
+    write = silly.add_into if kind == "op" else add_into
+
+    def f(x: Tensor) -> Tensor:
+        for _ in range(3):
+            target = torch.zeros_like(x)
+            write(target, x.sin())
+            x = target.cos() + 1
+        return x
+
+    check(f, lambda _: (torch.rand(4, device=device),), device=device, options=options, captured=4, eager=3, copies=1)
 
 
 # --- marked functions -------------------------------------------------------------------------------------------------------
