@@ -775,8 +775,17 @@ class _Recorder:
             self.home[name] = Slot(name)
             if isinstance(local[name], torch.Tensor):
                 self.outside.add(name)
-            places = (_torch.storage_key(t) for t in tensors_of(local[name]) if t.layout is torch.strided)
-            self.pinned.update(self.owner_of[place] for place in places if place in self.owner_of)
+            self.pinned.update(self._behind(local[name]))
+
+    def _behind(self, value: Any) -> Iterator[str]:
+        """Slots whose memory tensors in ``value`` lie in, on whatever storage: DLPack makes others over the same memory."""
+        for tensor in tensors_of(value):
+            if tensor.layout is torch.strided and tensor.device == self.driver.device:
+                address = tensor.untyped_storage().data_ptr()
+                for slot, owner in self.owners.items():
+                    memory = (owner.tensor if isinstance(owner, Bridge) else owner).untyped_storage()
+                    if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():
+                        yield slot
 
     def _is_constant_view(self, call: Call, made: Any) -> bool:
         """Whether a call only makes a view of memory that stays where it is, so that it need not be made again.
@@ -855,7 +864,10 @@ class _Recorder:
         if not (self.plan.fresh_outputs and isinstance(place, Slot) and isinstance(local[place.name], torch.Tensor)):
             return False
         # By storage, not by name: an op that returns its argument, against its schema, hands out our memory too.
-        return not self._is_input(place.name) and _torch.storage_key(local[place.name]) in self._owned_storages()
+        if self._is_input(place.name):
+            return False
+        value = local[place.name]
+        return _torch.storage_key(value) in self._owned_storages() or any(True for _ in self._behind(value))
 
     def _owned_storages(self) -> frozenset[int]:
         owned = (value for name, value in self.constants.items() if not self._is_input(name))

@@ -126,6 +126,13 @@ FAULTS = (
     ),
     # --- lifetimes ---
     Fault(
+        "aliases-are-told-by-their-storage",
+        "recording.py",
+        "if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():",
+        "if memory._cdata == tensor.untyped_storage()._cdata:",
+        "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-over_the_same-fresh]",
+    ),
+    Fault(
         "a-pool-is-never-outgrown",
         "executor.py",
         "        if not driver.room.holds(need):",
@@ -1284,8 +1291,8 @@ FAULTS = (
     Fault(
         "eager-result-is-read-where-it-was",
         "recording.py",
-        "self.outside.add(name)\n            places",
-        "pass\n            places",
+        "self.outside.add(name)\n            self.pinned",
+        "pass\n            self.pinned",
         "test_contract_stale.py::test_eager_result_is_bridged[cpu]",
     ),
     Fault(

@@ -33,6 +33,13 @@ library = torch.library.Library("lifetimes", "FRAGMENT")
 library.define("handed_back(Tensor x) -> Tensor", tags=silly.UNSAFE)
 library.impl("handed_back", lambda x: x, "CompositeExplicitAutograd")
 library.impl("handed_back", torch.empty_like, "Meta")
+library.define("over_the_same(Tensor x) -> Tensor", tags=silly.UNSAFE)
+library.impl(
+    "over_the_same",
+    lambda x: _torch.Geometry.of(x).on(_torch.twin_storage(x.untyped_storage())),
+    "CompositeExplicitAutograd",
+)
+library.impl("over_the_same", torch.empty_like, "Meta")
 library.define("echo(Tensor x) -> Tensor")
 library.impl("echo", lambda x: x, "CompositeExplicitAutograd")
 library.impl("echo", torch.empty_like, "Meta")
@@ -125,6 +132,13 @@ def handed_back(x: Tensor) -> Tensor:
     return breaks(x.cos(), 2) * y
 
 
+def over_the_same(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on another storage over the memory, as DLPack makes one."""
+    y = torch.ops.lifetimes.over_the_same(x.sin())
+    z = torch.ops.lifetimes.over_the_same(x.cos())
+    return breaks(x.cos(), 2) * y, z
+
+
 def echoed(x: Tensor) -> Tensor:
     """A captured op returns what another segment made, against its schema, and that is not read any more."""
     y = x.sin()
@@ -143,6 +157,7 @@ VALUES = [
     returned_early,
     a_bridge_that_was_written,
     handed_back,
+    over_the_same,
     echoed,
 ]
 WRITING = [written_in_between, an_input_written_by_an_eager_step]
@@ -171,7 +186,7 @@ def test_a_value_lives_until_its_last_reader(
 @pytest.mark.parametrize("function", VALUES, ids=named)
 def test_aliases_are_as_before(function: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> None:
     """What a call returns is the caller's, however its memory is used again."""
-    if function in (handed_back, echoed):
+    if function in (handed_back, over_the_same, echoed):
         pytest.skip("what an op returns against its schema is a copy")
     check(function, lambda call: vectors(call, device), device=device, options=options)
 
