@@ -863,10 +863,10 @@ class _Recorder:
         """Whether the caller would get memory of this recording, which the next call changes."""
         if not (self.plan.fresh_outputs and isinstance(place, Slot) and isinstance(local[place.name], torch.Tensor)):
             return False
-        # By storage, not by name: an op that returns its argument, against its schema, hands out our memory too.
-        if self._is_input(place.name):
-            return False
-        value = local[place.name]
+        return not self._is_input(place.name) and self._is_ours(local[place.name])
+
+    def _is_ours(self, value: torch.Tensor) -> bool:
+        """Whether ``value`` lies in our memory. Not by its name: an op that returns its argument, against its schema, hands it out."""
         return _torch.storage_key(value) in self._owned_storages() or any(True for _ in self._behind(value))
 
     def _owned_storages(self) -> frozenset[int]:

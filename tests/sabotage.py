@@ -1354,7 +1354,7 @@ FAULTS = (
     Fault(
         "pool-memory-told-by-name",
         "recording.py",
-        "_torch.storage_key(local[place.name]) in self._owned_storages()",
+        "self._is_ours(local[place.name])",
         "place.name in self.constants",
         "test_contract_gaps.py::test_eager_op_that_returns_its_argument[cpu]",
     ),
