@@ -732,24 +732,25 @@ def constant_under_dynamo(function: F) -> F:
 def break_of_dynamo(reason: str) -> Callable[[F], F]:
     """Have Dynamo break its graph where ``function`` is called, and call it as it is.
 
-    As ``torch.compiler.disable`` does, which imports Dynamo at once.
+    What ``torch.compiler.disable`` does, but that this imports Dynamo when there is something to compile, and not before.
     """
+    frames: Any = torch._C._dynamo.eval_frame
 
     def around(function: F) -> F:
         uncompiled: list[Callable[..., Any]] = []
 
-        @constant_under_dynamo
-        def prepare() -> None:
-            if not uncompiled:
-                uncompiled.append(torch.compiler.disable(function, reason=reason))
-
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():
-                prepare()
-                return uncompiled[0](*args, **kwargs)
-            return function(*args, **kwargs)
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            if not uncompiled:
+                uncompiled.append(torch.compiler.disable(function))
+            return uncompiled[0](*args, **kwargs)
 
+        told: Any = call
+        told._torchdynamo_disable, told._torchdynamo_disable_msg = True, reason
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(told.__code__, skip)  # of this frame alone
         return cast(F, call)
 
     return around

@@ -311,6 +311,13 @@ FAULTS = (
     ),
     # --- imports ---
     Fault(
+        "dynamo-compiles-what-a-break-calls",
+        "_torch.py",
+        "        frames.set_code_exec_strategy(told.__code__, skip)",
+        "        assert skip",
+        "test_capture.py::test_a_bare_break_in_compiled_code",
+    ),
+    Fault(
         "the-import-brings-sympy",
         "buffers.py",
         "if TYPE_CHECKING:\n    import sympy",

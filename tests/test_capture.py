@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import breakable_backend
 import silly
@@ -482,6 +483,24 @@ def test_error_in_an_eager_function(make: MakeGraph, device: torch.device) -> No
     assert caught.value is error
     error = None
     replays_equal(graph, lambda x: bend(x + 1), x, y)
+
+
+def test_a_bare_break_in_compiled_code() -> None:
+    """It breaks Dynamo's graph at the user's line, once, and Dynamo compiles nothing of ours; outside of a capture too."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin()
+        break_graph()
+        return y.cos()
+
+    counter = CompileCounter()
+    compiled, x = torch.compile(f, backend=counter), torch.ones(3)
+    for _ in range(2):
+        assert torch.equal(compiled(x), f(x))
+    assert counter.frame_count == 2
+    ((reason, times),) = _torch.graph_breaks().items()
+    assert times == 1
+    assert f"{__file__}:" in reason and "break_graph()" in reason.splitlines()[0]
 
 
 def test_error_in_a_segment(make: MakeGraph, device: torch.device) -> None:
