@@ -711,6 +711,13 @@ def stance() -> str:
     return eval_frame._stance.stance
 
 
+def stance_is_default() -> Callable[[], bool]:
+    """Asks whether no stance is set, in each call, without an import."""
+    from torch._dynamo import eval_frame
+
+    return lambda: eval_frame._stance.stance == "default"
+
+
 def place_of(code: CodeType) -> str:
     """``name (file:line)``."""
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
@@ -895,11 +902,14 @@ def unguarded(function: FunctionType, code: CodeType, graph: Callable[..., Any])
 
     ``graph`` has a name among the globals of ``function``, as what Dynamo compiles has; it goes when the result does.
     """
+    from torch._dynamo.eval_frame import skip_code
+
     name, suffix = graph_called_by(code), f"_bound_{next(_bound_numbers)}"
     others = {name: graph, "__import_torch_dot__dynamo_dot_utils": _UNRECORDED}
     code = code.replace(co_names=tuple(f"{known}{suffix}" if known in others else known for known in code.co_names))
     result = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     result.__kwdefaults__ = function.__kwdefaults__
+    skip_code(code)  # it was compiled
     added = {f"{known}{suffix}": value for known, value in others.items()}
     function.__globals__.update(added)
     weakref.finalize(result, _take_out, function.__globals__, tuple(added)).atexit = False

@@ -72,7 +72,7 @@ def bind(
             that die, or whose memory is freed, are noticed; those that are given other memory while somebody keeps the old are not.
         misfit: what comes of a call that does not fit, and of a function that cannot be bound: ``"call"``: ``compiled`` is called,
             :attr:`BoundCall.misfits` counts it, and :attr:`BoundCall.why_not` says why nothing is bound. ``"raise"``: an error.
-        kwargs: keyword arguments of the call.
+        kwargs: keyword arguments of the call. What is named ``check`` or ``misfit`` cannot be among them.
 
     Returns:
         a callable. ``compiled`` is called with the arguments until they are recorded, with all that a call does: three times, or
@@ -217,7 +217,7 @@ class _State:
         count, function_modes, seen = _torch.number_of_function_modes, _torch.function_modes, self._function_modes
         number, dispatch_modes, frame_callback = len(seen), _torch.number_of_dispatch_modes, _torch.frame_callback
         modules, training, hooks = self._modules, self._training, self._hooks
-        stance, callers = _torch.stance, self._executor.callers
+        stance_is_default, callers = _torch.stance_is_default(), self._executor.callers
 
         def same() -> bool:
             return (
@@ -229,7 +229,7 @@ class _State:
                 and frame_callback() is None
                 and list(map(_training, modules)) == training
                 and not any(hooks)
-                and stance() == "default"
+                and stance_is_default()
                 and not callers.gone
             )
 
@@ -327,6 +327,8 @@ def _bound(
 ) -> tuple[_Binding | None, str]:
     replayed = found[0]
     executor = replayed.executor
+    if _torch.frame_callback() is not None:
+        return None, "it was bound in a function that Dynamo compiles"
     if len(found) > 1 or len(replayed.made) != 1:
         return None, "its call is several graphs"
     frame = replayed.made[0]

@@ -522,6 +522,41 @@ def test_tensors_that_are_no_arguments(device: torch.device, options: dict[str, 
     assert list(bound.misfits) == ["a tensor that the graph reads is not like the one before"]
 
 
+class Cache:
+    """An object that holds a tensor."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+def test_tensors_in_objects(device: torch.device, options: dict[str, Any]) -> None:
+    """An object is itself; the tensors in it are read anew, and looked at."""
+    compiled, eager = compile_both(lambda x, cache: (x + cache.keys.sum()).sin() * 2, options)
+    x, cache = torch.rand(4, device=device), Cache(torch.rand(3, device=device))
+    bound = bind(compiled, x, cache)
+    cache.keys = torch.rand(3, device=device)
+    assert_same(bound(x, cache), eager(x, cache))
+    assert not bound.misfits
+    cache.keys = torch.rand(5, device=device)
+    assert_same(bound(x, cache), eager(x, cache))
+    assert bound.misfits.total() == 1
+    assert_same(bound(x, Cache(cache.keys)), eager(x, cache))
+    assert bound.misfits.total() == 2
+
+
+def test_binding_in_a_compiled_function(device: torch.device, options: dict[str, Any]) -> None:
+    """Binding in a function that Dynamo runs breaks nothing: what comes of it is right."""
+    compiled, eager = compile_both(lambda x: x.sin() * 2, options)
+    x = torch.rand(4, device=device)
+
+    def outer(x: Tensor) -> Any:
+        torch._dynamo.graph_break()
+        return torch._dynamo.disable(bind)(compiled, x)
+
+    bound = torch.compile(outer, backend="breakable_cg", options=options)(x)
+    assert_same(bound(x), eager(x))
+
+
 def test_the_model_goes(device: torch.device, options: dict[str, Any]) -> None:
     """A bound call keeps what is compiled, and leaves nothing behind when it goes itself."""
     compiled, _ = compile_both(Scaled().to(device).eval(), options)
