@@ -1464,6 +1464,22 @@ def wait_tensor() -> OpOverload:
     return op
 
 
+def before_groups_end(release: Callable[[], None]) -> None:
+    """Have ``release`` called before a process group gives up its communicators.
+
+    NCCL waits, without end, until all graphs that hold its work are gone. (torch 2.11 to 2.15)
+    """
+    group = torch.distributed.ProcessGroup
+    shutdown = group.shutdown
+
+    @functools.wraps(shutdown)
+    def released(*args: Any, **kwargs: Any) -> Any:
+        release()
+        return shutdown(*args, **kwargs)
+
+    group.shutdown = released  # type: ignore[method-assign]
+
+
 def results_like(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a call of ``op`` would return, without the call: its arguments where it returns those, else empty tensors."""
     mode = FakeTensorMode()

@@ -25,11 +25,12 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.effects import tensors_of
+from breakable_backend.effects import schema_name, tensors_of
 from breakable_backend.errors import PartitionError
 from breakable_backend.executor import Executor, scope_for, when_idle
 from breakable_backend.faults import internal
 from breakable_backend.flat import FlatGraph
+from breakable_backend.groups import is_collective, leaves_with_groups
 from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.marking import EagerOps, Scope
 from breakable_backend.options import Options
@@ -121,6 +122,8 @@ class Backend:
             executor.statistics.lowering_seconds = time.perf_counter() - started
             with self._lock:
                 self._executors.add(executor)
+            if any(is_collective(schema_name(node)) for node in lowered.module.graph.nodes):
+                leaves_with_groups(executor)
             return executor
 
         flat = FlatGraph.of(gm, example_inputs)

@@ -748,6 +748,12 @@ class Executor:
         """
         when_idle(self.driver, self._drop_all)
 
+    def leave(self, why: str) -> None:
+        """As :meth:`reset`, and waits for nothing: what the GPU is still at is freed when that ends."""
+        self.driver.deferred.append(functools.partial(self._drop_all, why, wait=False))
+        run_deferred(self.driver)
+        self.driver.settle()
+
     # tools
 
     def snapshot(self) -> Snapshot:

@@ -28,6 +28,7 @@ from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.functions import Mark
+from breakable_backend.groups import is_collective, leaves_with_groups
 from breakable_backend.journal import Journal
 from breakable_backend.options import Options
 from breakable_backend.profiling import Marks, step_names
@@ -279,6 +280,11 @@ class BreakableCUDAGraph:
         """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
         self._expire(RESET)
 
+    def leave(self, why: str) -> None:
+        """As :meth:`reset`, and waits for nothing; the next replay is an error that says ``why``."""
+        if self._captured is not None:
+            self._expire(f"{why}; the graph was released")
+
     def _failure(self) -> ReplayError:
         return ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
 
@@ -378,6 +384,9 @@ class BreakableCUDAGraph:
             eager_steps=captured.breaks,
             bridge_bytes=recording.bridge_bytes,
         )
+        segments = [step for step in recording.steps if isinstance(step, GraphStep)]
+        if any(is_collective(op.op) for segment in segments for op in segment.ops):
+            leaves_with_groups(self)
         self._release = weakref.finalize(self, captured.release)
         self._release.atexit = False
 

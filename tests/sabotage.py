@@ -624,6 +624,20 @@ FAULTS = (
         "if False:",
         "test_copies.py::test_a_copy_of_what_was_compiled_in_place_can_be_compiled[cpu]",
     ),
+    Fault(
+        "flex-attention-takes-its-segment-along",
+        "marking.py",
+        '("invoke_subgraph", "triton_kernel_wrapper_mutation")',
+        '("invoke_subgraph", "triton_kernel_wrapper_mutation", "flex_attention")',
+        "test_flex_attention.py::test_between_segments[cpu-plain]",
+    ),
+    Fault(
+        "a-group-waits-for-graphs",
+        "groups.py",
+        "holder.leave(",
+        "str(",
+        "test_collectives.py::test_a_group_that_ends_releases[cpu]",
+    ),
     # --- what a report reaches ---
     Fault(
         "callees-are-in-no-report",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from test_process_end import process
-
-PROGRAM = """
+HEAD = """
 import breakable_backend as bb, torch
+"""
+PROGRAM = """
 torch.set_grad_enabled(False)
 @torch.library.custom_op("allocators::triple", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def triple(x: torch.Tensor) -> torch.Tensor:
@@ -46,6 +51,22 @@ print("right")
 """
 
 
+def process(code: str, setting: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process whose allocator has ``setting``."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+    environment = {**{key: value for key, value in os.environ.items() if key not in names}, "PYTHONPATH": path}
+    if setting:
+        environment[names[1]] = setting
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HEAD + code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("setting", "fraction"),
@@ -60,7 +81,7 @@ print("right")
 )
 def test_settings(setting: str, fraction: float) -> None:
     """Lines 3 and 10: results are eager's, and the memory of pools comes back, under each setting of torch's allocator."""
-    done = process(f"fraction = {fraction}\n{PROGRAM}", PYTORCH_CUDA_ALLOC_CONF=setting, PYTORCH_ALLOC_CONF=setting)
+    done = process(f"fraction = {fraction}\n{PROGRAM}", setting)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
 
 
@@ -75,5 +96,5 @@ try:
 except bb.OptionsError as error:
     print(error.fix)
 """
-    done = process(code, PYTORCH_CUDA_ALLOC_CONF=setting, PYTORCH_ALLOC_CONF=setting)
+    done = process(code, setting)
     assert (done.returncode, done.stdout.partition(" of")[0]) == (0, f"take {setting} out"), done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import silly
-from breakable_backend import _torch
+from breakable_backend import BreakableCUDAGraph, ReplayError, _torch, capture
 from breakable_backend.drivers import tape
 from breakable_backend.effects import WAIT
 from checks import program_of
@@ -115,3 +117,36 @@ def test_the_tape_waits_for_each_result(monkeypatch: pytest.MonkeyPatch) -> None
     made = [torch.ones(2), torch.zeros(2)]
     assert tape._Awaited(lambda: made)() == made  # type: ignore[arg-type]
     assert [id(tensor) for tensor in waited] == [id(tensor) for tensor in made]
+
+
+def test_a_group_that_ends_releases(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
+    """Line 10: before a group ends, all that holds its collectives is freed: NCCL waits for such graphs without end."""
+    for number in range(2):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{tmp_path}/{number}",
+            rank=0,
+            world_size=1,
+        )
+        assert dist.group.WORLD is not None
+        name = dist.group.WORLD.group_name
+        torch.compiler.reset()
+        compile_alike = functools.partial(torch.compile, backend="breakable_cg", options={**options, "min_kernels": 1})
+        with_group, without = compile_alike(over_a_break), compile_alike(lambda x: x.sin() + 1)
+        graphs = [BreakableCUDAGraph(driver=options["driver"]) for _ in range(2)]
+        x = torch.randn(SIZE, device=device)
+        with torch.no_grad():
+            for _ in range(4):
+                with_group(x, name), without(x)
+            with capture(graphs[0]):
+                gathered(x, name)
+            with capture(graphs[1]):
+                x.sin()
+        assert len(program_of(with_group).recordings) == 1
+        dist.destroy_process_group()
+        assert program_of(with_group).recordings == ()
+        assert len(program_of(without).recordings) == 1
+        with pytest.raises(ReplayError, match="a process group ended; the graph was released"):
+            graphs[0].replay()
+        graphs[1].replay()
+        graphs[1].reset()

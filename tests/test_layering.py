@@ -19,6 +19,7 @@ LAYERS = {
     "locks": 0,
     "active": 1,
     "callers": 1,
+    "groups": 1,
     "difference": 1,
     "effects": 1,
     "overlap": 1,
