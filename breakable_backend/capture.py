@@ -242,6 +242,8 @@ class _Door:
 
     def open(self) -> None:
         with ExitStack() as stack:
+            if self.driver.device.type == "cuda":
+                stack.callback(_back_on, torch.cuda.current_stream(self.driver.device))
             stack.enter_context(self.driver.lock)
             stack.enter_context(span(f"{self.graph.journal.name}: capture"))
             stack.enter_context(without_autocast_cache())
@@ -532,6 +534,16 @@ class _Door:
             tensor = isinstance(leaf, torch.Tensor)
             self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
         return Slot(name)
+
+
+def _back_on(stream: torch.cuda.Stream) -> None:
+    """Have ``stream`` as the current one again.
+
+    Where a segment ends inside of ``with torch.cuda.stream(side)``, that statement goes back to the stream of captures.
+    """
+    if torch.cuda.current_stream(stream.device) != stream:
+        with torch.cuda.device(stream.device):
+            torch.cuda.set_stream(stream)
 
 
 def _records_gradients() -> bool:

@@ -87,6 +87,21 @@ FAULTS = (
         "marked: set[str] = set()",
         "test_contract_reasons.py::test_marks_without_effect_are_told[cpu]",
     ),
+    Fault(
+        "a-cache-is-emptied-beside-a-capture",
+        "drivers/cuda.py",
+        "            if captures.take():  # torch empties no",
+        "            if captures._count >= 0:  # torch empties no",
+        "test_leaving.py::test_no_cache_is_emptied_beside_a_capture",
+    ),
+    Fault(
+        "the-stream-of-captures-stays-current",
+        "capture.py",
+        "stack.callback(_back_on, torch.cuda.current_stream(self.driver.device))",
+        "pass",
+        "test_capture.py::test_break_on_a_side_stream",
+        gpu=True,
+    ),
     # --- faults of the package ---
     Fault(
         "faults-in-a-call-are-nobodys",

@@ -846,6 +846,7 @@ def test_break_on_a_side_stream() -> None:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             marked_bend(x + 1)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     with capture(graph):
         y = marked_bend(x + 1)
     replays_equal(graph, lambda x: bend(x + 1), x, y)

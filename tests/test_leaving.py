@@ -54,6 +54,7 @@ def driver_on(gpu: Gpu) -> Any:
     driver.lock, driver.busy, driver._lost, driver._recordings = threading.RLock(), False, False, 0
     driver._leaving, driver._live, driver._order = deque(), set(), gpu
     driver._pool, driver._keeper, driver._settler, driver._unreturned = (0, 1), object(), None, False
+    driver._given_pool = None
     driver.is_capturing = lambda: False
     return driver
 
@@ -97,6 +98,29 @@ def test_the_pool_of_others_stays(gpu: Gpu) -> None:
         setattr(driver, keeps, before)
     time.sleep(0.02)
     assert driver._pool is not None and driver._settler is None and gpu.said == []
+
+
+def test_a_pool_of_the_callers_is_waited_for(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dies in a ``MemPool`` is waited for: the pool may die with it, and must not do so in another thread."""
+    monkeypatch.setattr(torch.cuda, "MemPool", type("MemPool", (), {}))
+    driver, owner = driver_on(gpu), [object()]
+    driver._given_pool = torch.cuda.MemPool()
+    driver.release((), owner, wait=False)
+    driver.settle()
+    assert gpu.said == ["waits", "waits", "empties the cache"] and owner == [] and driver._settler is None
+
+
+def test_no_cache_is_emptied_beside_a_capture(gpu: Gpu) -> None:
+    """While another thread captures, nothing is given back in the background; it is afterwards."""
+    gpu.working = False
+    driver, owner = driver_on(gpu), [object()]
+    assert cuda.captures.take()
+    driver.release((), owner, wait=False)
+    driver.settle()
+    time.sleep(0.05)
+    assert gpu.said == []
+    cuda.captures.give()
+    assert within(5, lambda: gpu.said == ["empties the cache"])
 
 
 def test_a_reset_waits(gpu: Gpu) -> None:

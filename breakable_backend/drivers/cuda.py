@@ -24,7 +24,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
+from breakable_backend.drivers.generator import Draws, captures, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, relaxed
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
@@ -556,6 +556,11 @@ class CudaDriver:
     def settle(self) -> None:
         if self._lost:
             return
+        if isinstance(self._given_pool, torch.cuda.MemPool):
+            self.release(
+                ()
+            )  # it may die with this driver, and ends the process if it does so beside somebody's capture
+            return
         if not self.is_capturing() and self.lock.acquire(blocking=False):
             try:
                 self._settled()
@@ -581,19 +586,31 @@ class CudaDriver:
         while not (done or self._lost):
             time.sleep(pause)
             pause = min(2 * pause, MAX_SETTLE)
-            if self.lock.acquire(blocking=False):
+            if captures.take():  # torch empties no cache while anybody captures
                 try:
-                    done = self._settled()
-                    if done and self._unreturned:
-                        self._unreturned = False
-                        # Fails while anybody captures; what then stays cached, the allocator frees when it needs it.
-                        with relaxed(), suppress(RuntimeError):
-                            torch.cuda.empty_cache()
+                    done = self._settled_now()
                 finally:
-                    self.lock.release()
+                    captures.give()
         self._settler = None
         if self._leaving:  # from somebody who saw this thread
             self.settle()
+
+    def _settled_now(self) -> bool:
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            if not self._settled():
+                return False
+            if self._unreturned:
+                self._unreturned = False
+                with (
+                    relaxed(),
+                    suppress(RuntimeError),
+                ):  # somebody else's capture: what stays cached is freed when needed
+                    torch.cuda.empty_cache()
+            return True
+        finally:
+            self.lock.release()
 
     def _give_back(self) -> None:
         """Free what leaves, if its last launches are over: bridges go back to the allocator with their owner."""
