@@ -5,7 +5,7 @@
 
 Each contender runs in a process of its own. *Peak* is the most that torch's allocator had handed out at once beyond what
 the model takes; *steady* is what it keeps reserved after calls, once its cache was emptied, beyond the same. CUDA's own
-memory for executable graphs is beside both, and is told apart.
+memory for executable graphs is beside both, and is told apart: of what the device has less, where nothing else runs on it.
 """
 
 from __future__ import annotations
@@ -293,11 +293,14 @@ def measure(name: str, args: argparse.Namespace) -> Taken:
     notes = ""
     if name == "ours":
         report = breakable_backend.explain()
-        notes = "; ".join(
-            f"pool {p.pool_bytes / MIB:,.0f}, {p.num_graph_segments} segments, plain {dict(p.plain_calls)}, captures {p.captures}"
-            f"{', ' + ', '.join(p.notes) if p.notes else ''}"
-            for p in report.programs
+        programs = report.programs
+        notes = (
+            f"pool {programs[0].pool_bytes / MIB:,.0f} MiB, executables {programs[0].executable_bytes / MIB:,.0f} MiB, "
+            f"programs {len(programs)}, captures {sum(p.captures for p in programs)}, "
+            f"live keys {sum(r.num_graphs > 0 for p in programs for r in p.recordings)}, "
+            f"moves {sum(p.recorded.get('moved to a larger pool', 0) for p in programs)}"
         )
+        notes += "".join(f"; {note}" for note in programs[-1].notes)
     if args.check:
         notes = f"differs from eager by {wrong:g}{'; ' + notes if notes else ''}"
     return Taken(base / MIB, peak / MIB, replay_peak / MIB, steady / MIB, max(0, outside) / MIB, notes)
@@ -314,7 +317,11 @@ def table(names: list[str], args: argparse.Namespace, rest: list[str]) -> list[t
     rows: list[tuple[str, Taken | str]] = []
     for name in names:
         command = [sys.executable, __file__, "--one", name, *rest]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        except subprocess.TimeoutExpired:
+            rows.append((name, f"not done in {args.timeout:g} s"))
+            continue
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
             rows.append((name, f"failed: {(done.stderr.strip().splitlines() or ['no word'])[-1][:160]}"))
