@@ -1099,6 +1099,8 @@ def free_symbols(value: Any) -> Any:
     """The symbols in a number, a fake tensor, or several."""
     if type(value) in (FakeTensor, torch.Tensor) and not value._has_symbolic_sizes_strides:
         return _NO_SYMBOLS  # nearly always, and told in no time
+    if type(value) in (list, tuple):
+        return _NO_SYMBOLS.union(*map(free_symbols, value))
     from torch.fx.experimental import symbolic_shapes
 
     return symbolic_shapes.free_symbols(value)
@@ -1357,7 +1359,7 @@ def overloads(target: Any) -> list[OpOverload]:
 
 def schema_name(op: Any) -> str:
     """``ns::op`` of an overload, which tables of ops hold; empty for all else."""
-    return str(op._schema.name) if isinstance(op, OpOverload) else ""
+    return op._overloadpacket._qualified_op_name if isinstance(op, OpOverload) else ""  # the schema's takes 1 us
 
 
 def op_names() -> list[str]:

@@ -78,7 +78,11 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         written = written_values(node.target, node.args, node.kwargs)
     else:
         written = []
-    return list(dict.fromkeys(leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)))
+    return (
+        list(dict.fromkeys(leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)))
+        if written
+        else []
+    )
 
 
 _ON_COPIES = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")

@@ -338,7 +338,7 @@ def data_dependent(node: fx.Node, scope: Scope) -> str:
     nodes = [node, *node.all_input_nodes]
     values = [of.meta.get("val") for of in nodes]
     if any(
-        _torch.free_symbols(leaf) - scope.symbols for leaf in pytree.tree_leaves(values)
+        _torch.free_symbols(value) - scope.symbols for value in values if value is not None
     ) or not scope.late.isdisjoint(nodes):
         return "has a size or number that is known only at run time"
     return ""

@@ -3,6 +3,7 @@
     PYTHONPATH=. python examples/benchmarks/plain.py                    # all of it
     PYTHONPATH=. python examples/benchmarks/plain.py calls compiling    # some parts
     PYTHONPATH=. python examples/benchmarks/plain.py --smoke            # few turns: does the script run?
+    PYTHONPATH=. python examples/benchmarks/plain.py startup --rounds=1 # of fresh processes; by default three
 
 - ``calls``: calls that run plainly, against ``aot_eager`` in turns: 100 small ops, and 60 marked ones, in programs without
   a segment, with one key too many, with arguments that overlap, and with a busy pool. The median of the turns' ratios; on a
@@ -39,6 +40,7 @@ from breakable_backend.plain import write_plain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMOKE = "--smoke" in sys.argv
+ROUNDS = 1 if SMOKE else next((int(word.partition("=")[2]) for word in sys.argv if word.startswith("--rounds=")), 3)
 TURNS = 3 if SMOKE else 41
 clock = time.perf_counter if DEVICE.type == "cuda" else time.thread_time
 
@@ -229,7 +231,7 @@ def three_calls(contender: str) -> None:
 
 def startup() -> None:
     taken: dict[str, list[float]] = {"ours": [], "reduce-overhead": []}
-    for _ in range(1 if SMOKE else 3):
+    for _ in range(ROUNDS):
         for contender, times in taken.items():
             with tempfile.TemporaryDirectory() as caches:
                 env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
