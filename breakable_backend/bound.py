@@ -22,6 +22,7 @@ import torch
 from breakable_backend import _torch, resolved
 from breakable_backend._torch import pytree
 from breakable_backend.backend import eager_graphs_of, executors_of
+from breakable_backend.effects import written_inputs
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.inputs import Inputs
@@ -361,8 +362,19 @@ def _bound(
     binding.function = _torch.unguarded(function, code, lean.checked())
     if check == "inputs":
         binding.fits = inputs.checker(binding.state.test())
-    if check == "nothing" and lean.written == () and executor.options.debug is None:
-        binding.function = _resolved(replayed, lean, binding, function, handed, others, own) or binding.function
+    if lean.written == () and executor.options.debug is None:
+        same = None
+        if check != "nothing":
+            inlined = (
+                [cell.cell_contents for cell in function.__closure__ or ()]
+                if _torch.is_shared(function.__code__)
+                else []
+            )
+            roots = [root for root in (*before, *inlined) if isinstance(root, torch.nn.Module)]
+            same = resolved.look(roots, [handed[at] for at in lean.static])
+        if check == "nothing" or (same is not None and not lean.numbers):
+            made = _resolved(replayed, lean, binding, function, handed, others, own, same)
+            binding.function = made or binding.function
     return binding, ""
 
 
@@ -374,10 +386,13 @@ def _resolved(
     handed: tuple[Any, ...],
     others: tuple[Any, ...],
     own: tuple[tuple[Any, ...], dict[str, Any]],
+    same: Callable[[], bool] | None,
 ) -> Callable[..., Any] | None:
     """The call without Dynamo's code, where that does nothing that cannot be written down; ``own`` arrives as ``others``."""
     executor, entry = replayed.executor, replayed.entry
-    if entry.replay is None or lean.tensors or not resolved.is_pure(binding.code):
+    written = written_inputs(executor.lowered.module)
+    moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)
+    if entry.replay is None or lean.tensors or moves or not resolved.is_pure(binding.code):
         return None
     leaves = {id(leaf): text for text, leaf in (*resolved.paths(own[0], "args"), *resolved.paths(own[1], "kwargs"))}
     placed = {at: leaves.get(id(value), "") for at, value in enumerate(others) if isinstance(value, torch.Tensor)}
@@ -390,7 +405,7 @@ def _resolved(
         return None
     slow, before = binding.function, binding.before
     otherwise = (lambda *args, **kwargs: slow(*before, *args, **kwargs)) if before else slow
-    found = resolved.resolve(executor, entry, entry.replay, handed, placed, lean.static, result, otherwise)
+    found = resolved.resolve(executor, entry, entry.replay, handed, placed, lean.static, result, same, otherwise)
     if found is not None:
         binding.before = ()
     return found

@@ -1,4 +1,4 @@
-"""Bound calls of which nothing is left but the replay: no parameter is read, and no code of Dynamo's runs.
+"""Bound calls of which little is left but the replay: no code of Dynamo's runs.
 
 Where Dynamo's code does nothing but hand arguments and parameters to the graph, and put the result together, both can be
 written down once: which argument goes where, and what the result is made of.
@@ -7,6 +7,7 @@ written down once: which argument goes where, and what the result is made of.
 from __future__ import annotations
 
 import dis
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from breakable_backend import _torch
 from breakable_backend.executor import Entry, Executor
 from breakable_backend.replay import Replay
 
@@ -87,6 +89,41 @@ class Memory:
         self._watched = [weakref.ref(thing, gone) for t in tensors for thing in (t, t.untyped_storage())]
 
 
+def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> Callable[[], bool] | None:
+    """Asks whether ``tensors`` are where they are now: in the modules below ``roots``, and in memory. None: some are in none.
+
+    Every place of a tensor counts, and that the modules are what they were.
+    """
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    wanted = {id(tensor) for tensor in tensors}
+    places = [
+        (held, name, tensor)
+        for module in modules
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if id(tensor) in wanted
+    ]
+    if {id(tensor) for *_, tensor in places} != wanted:
+        return None
+    below = [(module._modules, name, child) for module in modules for name, child in module._modules.items()]
+    holders, names = [held for held, *_ in places], [name for _, name, _ in places]
+    addresses = [0 if tensor is None else tensor.data_ptr() for *_, tensor in places]
+    everywhere, are_at = list(range(len(places))), _torch.are_at
+    parents, children = [parent for parent, *_ in below], [child for *_, child in below]
+    names_of_children = [name for _, name, _ in below]
+    del places, below, tensors, wanted
+
+    def same() -> bool:
+        try:
+            found = list(map(operator.getitem, holders, names))
+            modules = map(operator.getitem, parents, names_of_children)
+            return all(map(operator.is_, modules, children)) and are_at(found, addresses, everywhere)
+        except (KeyError, RuntimeError, TypeError):  # taken out, or None by now
+            return False
+
+    return same
+
+
 def resolve(
     executor: Executor,
     entry: Entry,
@@ -95,6 +132,7 @@ def resolve(
     placed: dict[int, str],
     static: Sequence[int],
     result: str,
+    same: Callable[[], bool] | None,
     otherwise: Callable[..., Any],
 ) -> Callable[..., Any] | None:
     """A function of the caller's arguments that is a replay; None if an eager step takes a static input.
@@ -107,6 +145,7 @@ def resolve(
         placed: which argument is where among that, as source.
         static: where the static inputs are.
         result: what is returned, as source of ``outputs`` and the arguments.
+        same: asks in each call whether static inputs are where they were; None: nobody asks.
         otherwise: called with the arguments where there is no such replay now.
     """
     named = replay.function.__code__.co_varnames  # slots keep their names
@@ -123,9 +162,10 @@ def resolve(
         "entry": weakref.ref(entry),
         "replay": weakref.ref(replay),
         "otherwise": otherwise,
+        "same": same,
     }
     lines = [
-        "if not freed:",
+        f"if not freed{'' if same is None else ' and same()'}:",
         "    values = template.copy()",
         *(f"    values[{at}] = {text}" for at, text in placed.items()),
         "    outputs = replay_at(values, entry(), replay())",

@@ -388,7 +388,7 @@ FAULTS = (
         "bound.py",
         "last if last is not None and last.pointers == addresses else None",
         "last",
-        "test_bound.py::test_written_inputs[cpu]",
+        "test_bound.py::test_written_inputs[cpu-inputs]",
     ),
     Fault(
         "a-bound-call-takes-tensors-of-another-kind",
@@ -452,6 +452,20 @@ FAULTS = (
         "    if any(names_at[at] in named for at in static):",
         "    if False:",
         "test_bound.py::test_what_needs_dynamos_code[cpu]",
+    ),
+    Fault(
+        "addresses-are-not-looked-at",
+        "resolved.py",
+        "and are_at(found, addresses, everywhere)",
+        "",
+        "test_bound.py::test_parameters_that_move[cpu-inputs-moves_data]",
+    ),
+    Fault(
+        "children-are-not-looked-at",
+        "resolved.py",
+        "all(map(operator.is_, modules, children)) and",
+        "",
+        "test_bound.py::test_parameters_that_move[cpu-inputs-replaces]",
     ),
     Fault(
         "freed-memory-is-not-heard-of",

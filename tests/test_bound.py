@@ -147,7 +147,8 @@ def test_keywords_in_any_order(device: torch.device, options: dict[str, Any]) ->
     assert not bound.misfits
 
 
-def test_written_inputs(device: torch.device, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("check", ["inputs", "parameters", "nothing"])
+def test_written_inputs(check: Any, device: torch.device, options: dict[str, Any]) -> None:
     """What the function writes is written once, at the caller's tensor, wherever that lies."""
 
     def f(cache: Tensor, x: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def test_written_inputs(device: torch.device, options: dict[str, Any]) -> None:
 
     compiled, eager = compile_both(f, options)
     caches = [torch.zeros(4, device=device) for _ in range(6)]
-    bound = bind(compiled, torch.zeros(4, device=device), torch.ones(4, device=device))
+    bound = bind(compiled, torch.zeros(4, device=device), torch.ones(4, device=device), check=check)
     for cache in caches:
         x, other = torch.rand(4, device=device), cache.clone()
         assert_same(bound(cache, x), eager(other, x))
@@ -605,6 +606,17 @@ def test_nothing_is_looked_at(device: torch.device, options: dict[str, Any]) -> 
         assert_same(got, want)
         assert got["pair"][1] is args[0]
     assert replays(compiled) == before + 4
+
+
+@pytest.mark.parametrize("check", ["inputs", "parameters", "nothing"])
+def test_dynamos_code_is_left_out(check: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """A module whose code only computes is called without Dynamo's code, whatever is looked at; torch's own containers too."""
+    for model in (Scaled().to(device).eval(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(device)):
+        compiled, eager = compile_both(model, options)
+        bound = bind(compiled, torch.rand(3, 4, device=device), check=check)
+        assert is_resolved(bound)
+        x = torch.rand(3, 4, device=device)
+        assert_same(bound(x), eager(x))
 
 
 class Weighted(nn.Module):
