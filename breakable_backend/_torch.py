@@ -20,9 +20,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import fx
@@ -778,6 +780,156 @@ def keep_with_code(thing: object) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def forget_code_of(thing: object, reason: str) -> None:
+    """Have Dynamo compile again what it made while ``thing`` was kept by :func:`keep_with_code`, and nothing else."""
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+    from torch._dynamo.utils import CleanupManager
+
+    for code in [code for ref in list(input_codes.seen) if (code := ref()) is not None]:
+        for entry in _entries(code):
+            kept = CleanupManager.instance.get(entry.code) or ()
+            if any(isinstance(hook, functools.partial) and thing in hook.args for hook in kept):
+                guards = entry.guard_manager
+                if (state := guards.extra_state) is not None:
+                    state.invalidate(guards.cache_entry, DeletedGuardManagerWrapper(reason))
+                return
+
+
+# What has to be known of a call before Dynamo can trace it is learned by running the frame as Python, once. torch has nothing
+# for that: a frame that is skipped is skipped for good, also for others that share its code, and what it calls is compiled.
+
+
+class _Thread(threading.local):
+    tracing = 0
+    """How many frames Dynamo is converting, one in the other."""
+    asked = False
+    """Whether the frame that is being converted is to run as Python."""
+    python = 0
+    """How many frames are running as Python."""
+
+
+thread = _Thread()
+
+
+class _ThisOnce:
+    """Is there while a frame runs as Python: Dynamo's C++ code keeps the answer that holds it until the frame returns."""
+
+    def __init__(self) -> None:
+        thread.python += 1
+
+    def __del__(self) -> None:
+        thread.python -= 1
+
+
+def run_as_python(reason: str) -> NoReturn:
+    """Have the frame that Dynamo is tracing run as Python this once, and all that it calls; see :func:`can_run_as_python`."""
+    from torch._dynamo.exc import SkipFrame
+
+    thread.asked = True
+    skip = SkipFrame(reason)
+    raise skip
+
+
+def can_run_as_python() -> bool:
+    """Whether what is being traced is the frame of a call: an export has none."""
+    return thread.tracing > 0
+
+
+def heed_requests_for_python() -> None:
+    """Have Dynamo heed :func:`run_as_python`, from now on, or from when it is imported."""
+    if "torch._dynamo.convert_frame" in sys.modules:
+        _heed(sys.modules["torch._dynamo.convert_frame"])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Sees to what is to happen when Dynamo is imported: no frame can be converted before."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != "torch._dynamo.convert_frame":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _heed(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _heed(convert_frame: Any) -> None:
+    """Wrap Dynamo's callback, such that the state of the code, which others may share, stays as it is."""
+    plain = convert_frame.CatchErrorsWrapper.__call__
+    if getattr(plain, "heeds_requests_for_python", False):
+        return
+
+    @functools.wraps(plain)
+    def convert(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        outer, thread.asked = thread.asked, False
+        state = dict(frame_state)
+        thread.tracing += 1
+        try:
+            answer = plain(self, frame, cache_entry, frame_state)
+        except Exception:
+            if not thread.asked:
+                raise
+        finally:
+            thread.tracing -= 1
+            asked, thread.asked = thread.asked, outer
+        if not asked:
+            return answer
+        frame_state.clear()
+        frame_state.update(state)
+        _count_as_compiled()
+        return _this_once()
+
+    # Dynamo looks past the frames of its own file for who called the frame that it is to convert.
+    convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)  # type: ignore[attr-defined]
+    convert.heeds_requests_for_python = True  # type: ignore[attr-defined]
+    convert_frame.CatchErrorsWrapper.__call__ = convert
+
+
+def _this_once() -> Any:
+    """Tells Dynamo's C++ code to run a frame as it is, and to look at nothing that it calls."""
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
+    from torch._dynamo.types import ConvertFrameReturn
+
+    strategy = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.SKIP)
+    answer = ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
+    answer.this_once = _ThisOnce()  # type: ignore[attr-defined]
+    return answer
+
+
+def _count_as_compiled() -> None:
+    """Under ``fullgraph=True`` a call in which no frame was compiled is an error. torch 2.11 does not look."""
+    count = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is not None and (compiled := count(-1)) >= 0:
+        count(compiled + 1)
+
+
+def until_reset() -> dict[str, Any]:
+    """A dictionary that ``torch._dynamo.reset()`` forgets."""
+    from torch._dynamo.code_context import code_context
+
+    return code_context.get_context(until_reset.__code__)
+
+
+def has_hint(number: Any) -> bool:
+    """Whether one knows what a symbolic number is in the call that is being traced."""
+    return isinstance(number, int | float) or number.node.hint is not None
+
+
+def hint_of(number: Any) -> int:
+    """The number that a symbolic int is in the call that is being traced."""
+    return number if type(number) is int else int(number.node.hint)
 
 
 def refuses_graph_breaks() -> bool:

@@ -18,11 +18,12 @@ from typing import Any, TypeVar, overload
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.errors import OptionsError, PartitionError, defined_at
+from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line
 from breakable_backend.gradients import recomputed, with_backward
+from breakable_backend.learning import Asked
 from breakable_backend.ops import writing_op
 from breakable_backend.sites import Mark as Mark
-from breakable_backend.sites import Site, numbers, run_inline, sites
+from breakable_backend.sites import Site, learned_of, numbers, run_inline, see_result, sites, why_a_break
 from breakable_backend.structure import Structure, foreign, leaves_of, put_together, take_apart, view_of, with_leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,8 +71,8 @@ def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 -
         enable: False returns ``function`` itself. It may also stand alone in the place of ``function``, as in
             ``eager_on_graph(False)(f)``.
         mutates_args: names of tensor arguments that it writes, such as a cache.
-        fake: what computes shapes under ``torch.compile``, with the same signature; by default the function itself, on
-            fake tensors, once for each shape.
+        fake: what computes shapes under ``torch.compile``, on fake tensors and with the same signature. Without it the first
+            call runs as plain Python, and shapes are learned from it.
         host_only: whether its plain results, and plain fields of objects in its result, may change between replays of a
             ``capture``: nothing captured uses them.
         capture_stub: called instead of the function while capturing, with the same arguments.
@@ -84,8 +85,8 @@ def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 -
     results are tensors and plain values (int, float, bool, str, None) in lists, tuples, dicts with string keys, named
     tuples, dataclasses and classes registered with pytree; arguments may be modules, as ``self`` of a method. A call with
     other arguments, and one that writes a tensor which needs gradients, is a graph break of Dynamo's, and a
-    :class:`PartitionError` under fullgraph. An int that it returns is known at run time only; other plain values have to be
-    the same at each call.
+    :class:`PartitionError` under fullgraph. An int that it returns is known at run time only; other plain values are
+    constants. Where they, or layouts, differ from call to call, there is a graph break for good.
 
     Gradients flow to tensor arguments and to parameters of modules among the arguments. They do not flow to what the
     function closes over: under compilation that is an error. With ``backward`` the body runs without autograd, and
@@ -100,9 +101,9 @@ def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 -
     Raises:
         OptionsError: not a function, ``enable`` is no bool or is said twice, ``mutates_args`` names no parameter of it, or
             both of ``recompute`` and ``backward``.
-        PartitionError: from the compiled call, a function that cannot run on fake tensors and has no ``fake``, or whose
-            arguments or result no graph can hold.
-        EagerOutputError: from the compiled call, a result other than the one on fake tensors.
+        PartitionError: from the compiled call under fullgraph, arguments or a result that no graph can hold, or a result
+            whose layout differs from call to call; and a ``fake`` that reads values.
+        EagerOutputError: from the compiled call, a result other than ``fake`` or earlier calls told.
     """
     if isinstance(function, bool):
         if "enable" in said:
@@ -132,10 +133,13 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     uncompiled: list[Callable[..., Any]] = []
     """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
-    exporting = torch.compiler.is_exporting
+    exporting, thread = torch.compiler.is_exporting, _torch.thread
+
+    if mark.fake is None:
+        _torch.heed_requests_for_python()
 
     @_torch.constant_under_dynamo
-    def site_number(structure: Structure) -> int:
+    def site_number(structure: Structure) -> tuple[int, str]:
         return _site(mark, structure)  # Dynamo passes no frozen dataclass to such a function (torch 2.11)
 
     @_torch.constant_under_dynamo
@@ -144,11 +148,13 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
             reason = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
             uncompiled.append(torch.compiler.disable(functools.partial(run_inline, function), reason=reason))
         if _torch.refuses_graph_breaks():
-            raise PartitionError(
-                f"{name} cannot be one node: {why}",
-                where=source,
-                fix="pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True",
+            learned = why_a_break(mark, why)
+            cure = "pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True"
+            refused = PartitionError(
+                f"{name} cannot be one node: {why}", where=source, fix=learned.cure if learned else cure
             )
+            refused.__context__ = learned.error if learned else None  # Dynamo raises it again, without its cause
+            raise refused
 
     @functools.wraps(function, updated=())
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +171,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
                     "mark; export with strict=True, which keeps it",
                     stacklevel=2,
                 )
-            return function(*args, **kwargs)
+            return _learn(mark, args, kwargs) if thread.python else function(*args, **kwargs)
         return handler.call(mark, args, kwargs)
 
     marked.run_eager = function  # type: ignore[attr-defined]
@@ -211,7 +217,9 @@ def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
 # Dynamo traces `_opaque` and what it calls, down to the call of the op.
 
 
-def _plan(site_number: Callable[[Structure], int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
+def _plan(
+    site_number: Callable[[Structure], tuple[int, str]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Any]:
     """Why a call cannot be one node, empty if it can; and what the op is called with."""
     other = foreign((args, kwargs))
     if other:
@@ -219,7 +227,9 @@ def _plan(site_number: Callable[[Structure], int], args: tuple[Any, ...], kwargs
     given: list[torch.Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
-    site = site_number(take_apart((args, kwargs), given, ints, floats))
+    site, why = site_number(take_apart((args, kwargs), given, ints, floats))
+    if why:
+        return why, None
     order, num_written = _order(site)
     tensors = [given[place] for place in order]
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors[:num_written]]):  # noqa: C419 - traced
@@ -253,11 +263,8 @@ def _opaque(call: Any) -> Any:
     return put_together(structure, leaf)
 
 
-def _site(mark: Mark, structure: Structure) -> int:
-    """A number for the call of ``mark`` that Dynamo is tracing."""
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-    )
+def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
+    """A number for the call of ``mark`` that Dynamo is tracing; or why it cannot be one node."""
     modules: dict[int, weakref.ref[torch.nn.Module]] = {}
     number = next(numbers)
     for leaf in leaves_of(structure):
@@ -265,20 +272,59 @@ def _site(mark: Mark, structure: Structure) -> int:
             # Dynamo guards on the module's identity and holds it while it traces.
             module = ctypes.cast(leaf[1], ctypes.py_object).value
             modules[leaf[1]] = weakref.ref(module, lambda _: mark.sites.pop(number, None))
-    written = _written(mark, structure)
-    rest = [place for place in _places(structure) if place not in written]
-    order = (*written, *rest)
-    arguments = with_leaves(structure, lambda leaf: _moved(leaf, order))
+    arguments, order, num_written = _arranged(mark, structure)
+    autocast, grad = _modes()
+    learned = learned_of(mark, (arguments, autocast, grad), modules.keys())
+    if learned.why_not:
+        return 0, learned.why_not
     try:
         asked = mark.known.setdefault(_torch.current_compilation(), {})
-        known = asked.setdefault((arguments, autocast, torch.is_grad_enabled()), {})
+        known = asked.setdefault((arguments, autocast, grad), {})
     except TypeError:  # somebody's pytree node with a context that cannot be hashed
         known = {}
-    site = Site(number, mark, arguments, order, len(written), autocast, torch.is_grad_enabled(), modules, known)
+    site = Site(number, mark, arguments, order, num_written, autocast, grad, modules, known, learned)
     sites[number] = site
     if not _torch.keep_with_code(site):
         mark.sites[number] = site
-    return number
+    return number, ""
+
+
+def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, ...], int]:
+    """How arguments are put together from the tensors of an op; in which order it takes them, and how many it writes."""
+    written = _written(mark, structure)
+    order = (*written, *(place for place in _places(structure) if place not in written))
+    return with_leaves(structure, lambda leaf: _moved(leaf, order)), order, len(written)
+
+
+def _modes() -> tuple[tuple[tuple[str, torch.dtype], ...], bool]:
+    """Autocast, by type of device, and whether gradients are on."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return autocast, torch.is_grad_enabled()
+
+
+def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows what it returns."""
+    if mark.fake is not None or foreign((args, kwargs)):
+        return mark.function(*args, **kwargs)
+    given: list[torch.Tensor] = []
+    ints: list[int] = []
+    floats: list[float] = []
+    structure = take_apart((args, kwargs), given, ints, floats)
+    arguments, order, _ = _arranged(mark, structure)
+    modules = [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "module"]
+    learned = learned_of(mark, (arguments, *_modes()), modules)
+    tensors = [given[place] for place in order]
+    needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+    try:
+        asked = Asked.of(needs if any(needs) else [], tensors, ints, floats)
+    except Exception as error:  # noqa: BLE001 - some tensors, such as sparse ones, cannot be asked how they lie
+        learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
+        return mark.function(*args, **kwargs)
+    holder = [mark.function(*args, **kwargs)]
+    see_result(mark, learned, asked, holder, tensors)
+    return holder[0]
 
 
 def _places(structure: Structure) -> list[int]:
@@ -325,17 +371,11 @@ def _order(number: int) -> tuple[tuple[int, ...], int]:
 @_torch.constant_under_dynamo
 def _result(number: int) -> Structure:
     """How the result of a call that was just traced is put together."""
-    site = sites[number]
-    if site.error is not None:
-        raise site.error
-    return site.expected.result
+    return sites[number].settle().result
 
 
 @_torch.constant_under_dynamo
 def _writer(number: int) -> str:
-    """The name of the op for a call that writes arguments and was just run on fake tensors."""
-    site = sites[number]
-    if site.error is not None:
-        raise site.error
-    expected = site.expected
-    return writing_op(site.num_written, len(expected.specs) + bool(expected.num_ints))
+    """The name of the op for a call that writes arguments and was just traced up to there."""
+    expected = sites[number].settle()
+    return writing_op(sites[number].num_written, len(expected.specs) + bool(expected.num_ints))

@@ -24,6 +24,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.backend import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.buffers import Bridge
+from breakable_backend.callers import found_by
 from breakable_backend.errors import OptionsError
 from breakable_backend.executor import Entry, Executor, KeySnapshot
 from breakable_backend.graph import BreakableCUDAGraph
@@ -33,6 +34,7 @@ from breakable_backend.measure import Measured, measure_compiled, measure_graph
 from breakable_backend.page import page
 from breakable_backend.program import GraphSegment, Op, Reason, Segment, described, module_path, source_line
 from breakable_backend.recording import Copy, EagerStep, Recording, Step
+from breakable_backend.sites import breaks, learning
 
 SCHEMA = 1
 """Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
@@ -180,6 +182,8 @@ class Report:
     """Functions that were called, and of which Dynamo has compiled nothing, with why. They run uncompiled."""
     stance: str
     """What ``torch.compiler.set_stance`` has set: ``"default"``, or what compiles less than that."""
+    learning: Mapping[str, str]
+    """Marked functions whose results are not known yet, with where they are defined. Calls run as plain Python until then."""
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -226,7 +230,8 @@ def explain(
     Args:
         compiled: what ``torch.compile`` returned, or a :class:`BreakableCUDAGraph`; None for all functions of this
             backend. Or a function or module that is not compiled, with arguments: it is compiled with ``options`` and
-            called once, plainly, and nothing is captured. Compiling it alike later takes what was compiled here.
+            called once, plainly, and nothing is captured; up to twice more, where marked functions are learned first.
+            Compiling it alike later takes what was compiled here.
         args: arguments for a call, before it is reported on.
         options: as of ``torch.compile``, for what is not compiled yet.
         measure: whether to time each step of each recording, and the whole against eager. With ``args`` that call is
@@ -248,7 +253,7 @@ def explain(
         )
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
-        return Report((_captured(compiled, timed),), (), {}, (), {}, "default")
+        return Report((_captured(compiled, timed),), (), {}, (), {}, "default", {})
     measured: Mapping[Entry, Measured] = {}
     if compiled is not None and _is_plain(compiled):
         if not (args or kwargs):
@@ -263,6 +268,9 @@ def explain(
         measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
     elif args or kwargs:
         compiled(*args, **kwargs)
+        for _ in range(2):  # a float or bool in a result takes two calls
+            if found_by(_torch.subjects_of(compiled), learning()):
+                compiled(*args, **kwargs)
     executors = executors_of(compiled)
     programs = [_program(executor, measured) for executor in executors]
     if compiled is not None and executors:
@@ -271,14 +279,28 @@ def explain(
         if not _torch.holds_compiled(compiled):
             notes.append(NOT_ITSELF.format(type(compiled).__name__))
         programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
+    waiting = learning() if compiled is None else found_by(_torch.subjects_of(compiled), learning())
+    codes = () if compiled is None else _torch.codes_of(compiled)
+    learners = {id(item.callers.whole) for item in waiting}
     return Report(
         tuple(programs),
         tuple(eager_graphs_of(compiled)),
-        _torch.graph_breaks(),
+        {_with_cause(why): count for why, count in _torch.graph_breaks().items()},
         tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
-        {} if compiled is None else _torch.skipped(_torch.codes_of(compiled)),
+        _torch.skipped(code for code in codes if id(code) not in learners),
         _torch.stance(),
+        {item.mark.name: item.mark.source for item in waiting},
     )
+
+
+def _with_cause(graph_break: str) -> str:
+    """Why Dynamo broke the graph; of a marked function, with what its calls were seen to return."""
+    named = (
+        f"{name}, marked by eager_on_graph, is no node: {why}"
+        for name, why in breaks().items()
+        if f"{name}, marked" in graph_break
+    )
+    return next(named, graph_break)
 
 
 def _is_plain(function: Any) -> bool:
@@ -462,7 +484,7 @@ def _is_view(target: Any) -> bool:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    if not report.programs and not report.eager_graphs and not report.skipped:
+    if not (report.programs or report.eager_graphs or report.skipped or report.learning):
         yield f"nothing was compiled by breakable_cg yet: {STANCES.get(report.stance, 'it compiles at the first call')}"
     elif report.stance in STANCES:
         yield STANCES[report.stance]
@@ -475,6 +497,9 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"  at {graph.source}"
     for why, count in report.graph_breaks.items():
         yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
+    for name, source in report.learning.items():
+        yield f"learning what {name} returns: its caller ran as plain Python, and is compiled at a later call"
+        yield f"  at {source}"
     for where, why in report.skipped.items():
         yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {why}"
     for where in report.at_recompile_limit:

@@ -1,14 +1,14 @@
-"""Calls of marked functions in compiled code: what they return, told by a run on fake tensors, and their run on real ones."""
+"""Calls of marked functions in compiled code: what they return, as ``fake`` or earlier calls tell, and their run on real tensors."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import inspect
 import itertools
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, active, locks
+from breakable_backend.callers import Callers
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
+from breakable_backend.learning import Asked, Expected, Learned, Spec
 from breakable_backend.overlap import known_apart
 from breakable_backend.straight import Run, straight
 from breakable_backend.structure import (
@@ -62,6 +64,73 @@ class Mark:
         return self.original or self.function
 
 
+def learned_of(mark: Mark, key: tuple[Any, ...], modules: Iterable[int]) -> Learned:
+    """What calls of ``mark`` returned whose arguments are put together alike, in the same modes; since Dynamo was reset.
+
+    Args:
+        mark: the function.
+        key: how the arguments are put together, and the modes.
+        modules: addresses of modules among the arguments. What is known of them goes when they go.
+    """
+    by_mark = _torch.until_reset().setdefault("breakable_cg", weakref.WeakKeyDictionary())
+    entries: list[tuple[tuple[Any, ...], Learned, list[Any]]] = by_mark.setdefault(mark, [])
+    for entry in list(entries):
+        if entry[0] == key and all(module() is not None for module in entry[2]):
+            return entry[1]
+    held = [weakref.ref(ctypes.cast(address, ctypes.py_object).value) for address in modules]
+    made = key, Learned(), held
+    entries[:] = [entry for entry in entries if all(module() is not None for module in entry[2])]
+    entries.append(made)
+    return made[1]
+
+
+@dataclass(eq=False)
+class Learning:
+    """A function whose call ran as Python, so that what a marked function returns is learned."""
+
+    mark: Mark
+    callers: Callers
+
+
+def learning() -> list[Learning]:
+    """What is not compiled yet, because marked functions in it have not run, or not often enough."""
+    return [waiting for _, learned in _all_learned() for waiting in learned.waiting.values()]
+
+
+def why_a_break(mark: Mark, why: str) -> Learned | None:
+    """What was learned of calls that are breaks for the reason ``why``; None if that is none of their results."""
+    found = (learned for other, learned in _all_learned() if other is mark and learned.why_not == why)
+    return next(found, None)
+
+
+def breaks() -> dict[str, str]:
+    """Marked functions of which some calls are breaks for good, by name; and why."""
+    return {mark.name: learned.why_not for mark, learned in _all_learned() if learned.why_not}
+
+
+def _all_learned() -> list[tuple[Mark, Learned]]:
+    by_mark: Mapping[Mark, list[tuple[Any, Learned, Any]]] = _torch.until_reset().get("breakable_cg", {})
+    return [(mark, learned) for mark, entries in list(by_mark.items()) for _, learned, _ in list(entries)]
+
+
+def see_result(
+    mark: Mark, learned: Learned, asked: Asked, holder: list[Any], arguments: Sequence[torch.Tensor]
+) -> None:
+    """Learn from a result of a call that ran as Python. Nothing of it is kept."""
+    recording, declared = any(asked.needs), mark.backward is not None
+    try:
+        taken = take_result(holder, arguments, recording=recording, exact=not declared, copies=False)
+        if not recording and torch.is_grad_enabled() and any(root.requires_grad for root in taken.roots):
+            raise _closed_over()
+    except Unholdable as error:
+        learned.why_not, learned.cure = f"it returned {error.what}", error.fix
+        learned.error = error.with_traceback(None)  # which would keep the result
+    except Exception as error:  # noqa: BLE001 - some tensors cannot be asked how they lie; the call was right
+        learned.why_not = f"nobody can tell how its result is laid out: {first_line(error)}"
+    else:
+        learned.add(asked, expected_of(taken, declared))
+
+
 def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Marked functions that ``function`` calls are part of its break."""
     if active.handler.held.get() is None:
@@ -76,64 +145,8 @@ def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # --- a call -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a tensor that an op returns looks like."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Spec:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
-
-    def without_symbols(self) -> Spec:
-        """The same with ``ANY`` for each symbol, which a site outlives."""
-        return replace(self, shape=_numbers_of(self.shape), stride=_numbers_of(self.stride))
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor looks so."""
-        return (
-            tensor.dtype is self.dtype
-            and tensor.device == self.device
-            and _match(self.shape, tensor.shape)
-            and _match(self.stride, tensor.stride())
-        )
-
-    def empty(self) -> torch.Tensor:
-        """A new tensor that looks so."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-    def __str__(self) -> str:
-        shape, stride = (", ".join("?" if size == ANY else str(size) for size in s) for s in (self.shape, self.stride))
-        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] with stride [{stride}] on {self.device}"
-
-
-ANY = -1
-"""In place of a size that is a symbol."""
-
-
-def _numbers_of(sizes: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(size if type(size) is int else ANY for size in sizes)
-
-
-def _match(wanted: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
-    return wanted == sizes or (
-        len(wanted) == len(sizes) and all(want in (ANY, size) for want, size in zip(wanted, sizes, strict=True))
-    )
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a call returns, as the run on fake tensors told."""
-
-    result: Structure = ("plain", None)
-    specs: tuple[Spec, ...] = ()
-    """Of the roots: the tensors that own the memory of the fresh results."""
-    differentiable: tuple[bool, ...] = ()
-    num_ints: int = 0
+Call = tuple[list[bool], Sequence[torch.Tensor], list[int], list[float]]
+"""What a call was given: which tensors need gradients, the tensors, ints and floats."""
 
 
 @dataclass(eq=False)
@@ -149,8 +162,11 @@ class Site:
     grad: bool
     modules: dict[int, weakref.ref[torch.nn.Module]]
     known: dict[Any, Expected]
-    """What calls like this one return, by the layouts of the arguments. Sites that differ in nothing share it."""
-    expected: Expected = Expected()
+    """What ``fake`` told, by the layouts of the arguments. Sites that differ in nothing share it."""
+    learned: Learned
+    """What such calls were seen to return."""
+    is_known: bool = False
+    expected: Expected = field(default_factory=Expected)
     gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
     """Dimensions, dtype and device of the gradients that the backward computes."""
     error: PartitionError | None = None
@@ -159,7 +175,7 @@ class Site:
 
     @property
     def declared(self) -> bool:
-        """Whether the run on fake tensors is not the function's own, so that it cannot tell what needs gradients."""
+        """Whether what tells layouts, or gradients, is not the function itself, so that it cannot tell what needs gradients."""
         return self.mark.fake is not None or self.mark.backward is not None
 
     # on fake tensors
@@ -167,7 +183,7 @@ class Site:
     def fake(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
         """What the op returns, as fake tensors."""
         expected = self.learn(needs, tensors, ints, floats)
-        if self.error is not None:
+        if not self.is_known:
             return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # autograd wants its handle
         made = [spec.empty() for spec in expected.specs]
         if expected.num_ints:
@@ -177,29 +193,71 @@ class Site:
         return made
 
     def learn(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
-        """Run the function on fake tensors, unless that was done for these layouts."""
+        """Find out what the call returns, for arguments of these layouts: fake tensors."""
         if needs:
             wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
             self.gradients = tuple((tensor.dim(), tensor.dtype, tensor.device) for tensor in wanting)
-        key = _layouts(needs, tensors, ints, floats)
-        if key is None or key not in self.known:
-            try:
-                with _torch.ignore_fresh_symbols(tensors), self._ambient():
-                    expected = self._ask(needs, tensors, ints, floats)
-            except PartitionError as error:
-                self.error = error
-                return Expected()
-            except _torch.dynamo_error():
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever the function raises on tensors without values
-                self.error = self._needs_fake(error)
-                return Expected()
-            if key is None:
-                self.expected = replace(expected, specs=tuple(spec.without_symbols() for spec in expected.specs))
-                return expected
-            self.known[key] = expected
-        self.expected = self.known[key]
+        expected = (
+            self._remember(needs, tensors, ints, floats)
+            if self.mark.fake is None
+            else self._told(needs, tensors, ints, floats)
+        )
+        self.is_known = expected is not None
+        if expected is None:
+            return Expected()
+        self.expected = expected.without_symbols()
+        return expected
+
+    def settle(self) -> Expected:
+        """What the call that was just traced returns.
+
+        Raises:
+            PartitionError: nobody can tell.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self.is_known:
+            if not _torch.can_run_as_python():
+                raise self._failure(
+                    "nothing yet: its result is not known before its first call", _GIVE_FAKE, PartitionError
+                )
+            callers = Callers()
+            self.learned.waiting[id(callers.whole)] = Learning(self.mark, callers)
+            _torch.run_as_python(f"{self.mark.name} has not run yet, and its result is not known")
+        if self.learned.waiting and (code := _torch.code_under_compilation()) is not None:
+            self.learned.waiting.pop(id(code[1]), None)
         return self.expected
+
+    def _remember(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
+        asked = Asked.of(needs, tensors, ints, floats)
+        found = self.learned.find(asked)
+        if found is None and asked.can_be_specialised:
+            found = self.learned.find(asked.specialised())
+        if found is None and self.is_known:  # a compiler that asks again may lay out arguments otherwise
+            found, rule = self.expected, self.expected.rule
+            if rule is not None:
+                found = replace(found, specs=rule.specs(found.specs, asked.numbers))
+        return found
+
+    def _told(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
+        """What ``fake`` says, which is asked once for the same layouts."""
+        key = _layouts(needs, tensors, ints, floats)
+        if key is not None and key in self.known:
+            return self.known[key]
+        try:
+            with _torch.ignore_fresh_symbols(tensors), self._ambient():
+                expected = self._ask(needs, tensors, ints, floats)
+        except PartitionError as error:
+            self.error = error
+            return None
+        except _torch.dynamo_error():
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it raises on tensors without values
+            self.error = self._failed_on_fakes(error)
+            return None
+        if key is not None:
+            self.known[key] = expected
+        return expected
 
     def _ask(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
         given = [tensor.detach() for tensor in tensors]
@@ -212,13 +270,9 @@ class Site:
                     modules[leaf[1]] = _twin(
                         self._module(leaf[1]), dict(zip(leaf[2], (given[p] for p in leaf[3]), strict=True))
                     )
-            holder = [self._call(self.mark.fake or self.mark.body, given, ints, floats, modules)]
+            holder = [self._call(self.mark.fake, given, ints, floats, modules)]  # type: ignore[arg-type]
             taken = self._take(holder, given, bool(needs), PartitionError)
-        if self.declared:
-            differentiable = tuple(root.is_floating_point() or root.is_complex() for root in taken.roots)
-        else:
-            differentiable = tuple(map(bool, taken.members))
-        return Expected(taken.structure, tuple(map(Spec.of, taken.roots)), differentiable, len(taken.ints))
+        return expected_of(taken, self.declared)
 
     def look_for_overlaps(self, tensors: Sequence[torch.Tensor]) -> None:
         """Note which tensors share memory with one that is written. A compiler that functionalises parts them later."""
@@ -252,7 +306,7 @@ class Site:
             own: whether the caller sees to autocast and grad mode, and passes modules' own tensors: a replay does.
 
         Raises:
-            EagerOutputError: the result is not what the run on fake tensors said.
+            EagerOutputError: the result is not what ``fake`` or earlier calls told.
         """
         if own and not needs:
             modules = {address: self._module(address) for address in self.modules}
@@ -266,7 +320,7 @@ class Site:
             ):
                 holder = [self._call(self._function, given, ints, floats, modules)]
                 taken = self._take(holder, given, bool(needs), EagerOutputError)
-        made = self._made(taken, traced)
+        made = self._made(taken, traced, (needs, given, ints, floats))
         if needs:
             leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
             made = [*made, Tape.handle(leaves, taken.members)]
@@ -276,27 +330,31 @@ class Site:
         """:meth:`run` as a replay calls it, by a short way where there is one."""
         run = functools.partial(self.run, own=True)
 
-        def take(holder: list[Any], tensors: list[Any]) -> list[Any]:
-            return self._made(self._take(holder, tensors, False, EagerOutputError), False)
+        def take(holder: list[Any], tensors: list[Any], ints: list[int], floats: list[float]) -> list[Any]:
+            taken = self._take(holder, tensors, False, EagerOutputError)
+            return self._made(taken, False, ([], tensors, ints, floats))
 
         layouts = [(spec.shape, spec.stride, spec.dtype, spec.device) for spec in self.expected.specs]
         capture = active.handler.held.get
         return straight(self.mark.function, self.arguments, self.expected.result, layouts, capture, run, take)
 
-    def _made(self, taken: Result, traced: bool) -> list[torch.Tensor]:
-        """What the op returns of a result: its roots, and behind them its ints."""
-        self._check(taken)
+    def _made(self, taken: Result, traced: bool, call: Call) -> list[torch.Tensor]:
+        """What the op returns of a result of a call: its roots, and behind them its ints."""
+        self._check(taken, call)
         made = [copy_of(root) for root in taken.roots] if traced else taken.roots
         if taken.ints:
             made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
         return made
 
-    def _check(self, taken: Result) -> None:
-        if taken.structure != self.expected.result:
-            raise self._mismatch(f"put together as {taken.structure}", str(self.expected.result))
-        for root, want in zip(taken.roots, self.expected.specs, strict=True):
+    def _check(self, taken: Result, call: Call) -> None:
+        wanted = self.expected
+        if taken.structure != wanted.result:
+            raise self._mismatch(call, taken, f"put together as {taken.structure}", str(wanted.result))
+        _, tensors, ints, _ = call
+        specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, tensors, ints)
+        for root, want in zip(taken.roots, specs, strict=True):
             if not want.fits(root):
-                raise self._mismatch(str(Spec.of(root)), str(want))
+                raise self._mismatch(call, taken, str(Spec.of(root)), str(want))
 
     def _function(self, *args: Any, **kwargs: Any) -> Any:
         return run_inline(self.mark.function, *args, **kwargs)
@@ -372,10 +430,7 @@ class Site:
             taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
             leaves = [tensor for tensor in arguments if tensor.requires_grad] if recording else []
             if self._loses_gradients(taken, leaves, recording):
-                raise Unholdable(
-                    "a tensor that needs gradients of what the function closes over, which compiled code cannot give",
-                    "pass that tensor or module as an argument, or compute under torch.no_grad()",
-                )
+                raise _closed_over()
         except Unholdable as error:
             raise self._failure(error.what, error.fix, kind) from None
         return taken
@@ -400,26 +455,55 @@ class Site:
 
     # errors
 
-    def _needs_fake(self, error: Exception) -> PartitionError:
-        try:
-            signature = str(inspect.signature(self.mark.body))
-        except ValueError:  # a builtin
-            signature = "(...)"
+    def _failed_on_fakes(self, error: Exception) -> PartitionError:
         failed = PartitionError(
-            f"{self.mark.name} cannot run on fake tensors, which tell the shapes of its result: {first_line(error)}",
+            f"fake= of {self.mark.name} cannot run on fake tensors, which have no values: {first_line(error)}",
             where=self.mark.source,
-            fix=f"give the shapes: @eager_on_graph(fake=shapes), def shapes{signature}: return torch.empty_like(...)",
+            fix="compute the layout of the result from those of the arguments, as in torch.empty_like(x)",
         )
         failed.__cause__ = error
         return failed
 
-    def _mismatch(self, got: str, wanted: str) -> BreakableError:
-        fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
+    def _mismatch(self, call: Call, taken: Result, got: str, wanted: str) -> BreakableError:
+        if self.mark.fake is not None:
+            fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
+        else:
+            self.learned.add(Asked.of(*call), expected_of(taken, self.declared))
+            _torch.forget_code_of(self, f"{self.mark.name} returned something else")
+            fix = (
+                "call again: from now on such calls are graph breaks; for one graph return the same structure, plain values and "
+                "layout wherever the layouts of the arguments are the same"
+            )
         return self._failure(f"{got}, but was compiled for {wanted}", fix, EagerOutputError)
 
     def _failure(self, what: str, fix: str, kind: type[BreakableError]) -> BreakableError:
         return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)
 
+
+def expected_of(taken: Result, declared: bool) -> Expected:
+    """What a call returns that returned this.
+
+    Args:
+        taken: what it returned.
+        declared: whether what computes gradients is not the function's own, so that results cannot tell what needs some.
+    """
+    if declared:
+        differentiable = tuple(root.is_floating_point() or root.is_complex() for root in taken.roots)
+    else:
+        differentiable = tuple(map(bool, taken.members))
+    return Expected(taken.structure, tuple(map(Spec.of, taken.roots)), differentiable, len(taken.ints))
+
+
+def _closed_over() -> Unholdable:
+    return Unholdable(
+        "a tensor that needs gradients of what the function closes over, which compiled code cannot give",
+        "pass that tensor or module as an argument, or compute under torch.no_grad()",
+    )
+
+
+_GIVE_FAKE = (
+    "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
+)
 
 _swapping = locks.lock()
 """Held while a module has tensors that are not its own."""

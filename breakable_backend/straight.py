@@ -18,8 +18,8 @@ Structure = tuple[Any, ...]
 """As in :mod:`breakable_backend.structure`."""
 Run = Callable[[list[bool], bool, list[Any], list[int], list[float]], list[Any]]
 """Takes what the op of a marked function takes, but for the site."""
-Take = Callable[[list[Any], list[Any]], list[Any]]
-"""Takes a result apart: what alone holds it, and the tensors that the function was given."""
+Take = Callable[[list[Any], list[Any], list[int], list[float]], list[Any]]
+"""Takes a result apart: what alone holds it, and the tensors and numbers that the function was given."""
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -78,14 +78,14 @@ def straight(
         if kind is not torch.Tensor and type(returned) is not kind:
             holder = [returned]
             del returned
-            return take(holder, tensors)
+            return take(holder, tensors, ints, floats)
         made = parts(returned)
         del returned  # the function may have kept the container
         if check(made):
             return made
         holder = made if kind is torch.Tensor else [kind(made) if made else None]
         del made
-        return take(holder, tensors)
+        return take(holder, tensors, ints, floats)
 
     return run_straight
 

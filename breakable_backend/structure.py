@@ -244,7 +244,9 @@ class Result:
     ints: list[Any]
 
 
-def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool) -> Result:
+def take_result(
+    holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool, copies: bool = True
+) -> Result:
     """Take a result apart: aliases of arguments told from fresh memory, of which there is one root for each storage.
 
     Args:
@@ -252,6 +254,7 @@ def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recordi
         arguments: the tensors that the function was called with.
         recording: whether autograd was recording, so that results know what they need.
         exact: whether what needs no gradient is said of each of several results that share memory.
+        copies: whether what the function kept is copied. Who wants to know the layout alone needs no copies.
 
     Raises:
         Unholdable: what compiled code cannot hold.
@@ -270,7 +273,7 @@ def take_result(holder: list[Any], arguments: Sequence[torch.Tensor], *, recordi
     if any(tensor.layout is not torch.strided for tensor in tensors):
         raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
     del result
-    taker = _Taker(tensors, arguments, _references(tensors), recording, exact)
+    taker = _Taker(tensors, arguments, _references(tensors), recording, exact, copies)
     taker.take()
 
     def leaf(structure: Structure) -> Structure:
@@ -297,9 +300,10 @@ class _Taker:
         references: Mapping[int, int],
         recording: bool,
         exact: bool,
+        copies: bool,
     ) -> None:
         self.tensors, self.arguments, self.references = tensors, arguments, references
-        self.recording, self.exact = recording, exact
+        self.recording, self.exact, self.copies = recording, exact, copies
         self.places: list[Structure] = [()] * len(tensors)
         """The leaf for each tensor."""
         self.roots: list[torch.Tensor] = []
@@ -314,7 +318,7 @@ class _Taker:
             key = _torch.storage_key(tensor)
             if key not in owners:
                 groups.setdefault(key, []).append(number)
-            elif self.recording and not _is_view(tensor):
+            elif self.recording and not _is_view(tensor, self.arguments):
                 groups[-1 - number] = [number]  # a copy: traced code could not make a view with that gradient
             else:
                 self.places[number] = self._alias(tensor, owners[key])
@@ -356,7 +360,9 @@ class _Taker:
             members = _shares([(tensor, _apart(geometry(tensor), where[2])) for tensor in wanting], where[0][0])
         if root.is_conj() or root.is_neg():
             root = root.resolve_conj().resolve_neg()
-        elif copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording)):
+        elif self.copies and (
+            copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording))
+        ):
             root = copy_of(root)
         self.roots.append(root)
         self.members.append(members)
@@ -418,12 +424,14 @@ _VIEWS = frozenset(
 )
 
 
-def _is_view(tensor: torch.Tensor) -> bool:
+def _is_view(tensor: torch.Tensor, arguments: Sequence[torch.Tensor]) -> bool:
     """Whether, for autograd too, a tensor in the memory of an argument is a view of it: traced code can make it again."""
+    ends = [argument.grad_fn for argument in arguments]
     step = tensor.grad_fn
-    while step is not None and step.name() in _VIEWS:
+    while step is not None and step.name() in _VIEWS and not any(step is end for end in ends):
         step = step.next_functions[0][0]
-    return step is None or step.name() == "torch::autograd::AccumulateGrad"
+    leaf = step is None or step.name() == "torch::autograd::AccumulateGrad"
+    return leaf or any(step is end for end in ends)
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> dict[int, int]:

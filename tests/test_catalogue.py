@@ -135,7 +135,9 @@ graph = BreakableCUDAGraph(driver="tape")
 def plain(x): return x.sin() + 1
 def fails(): raise KeyError("mine")
 def compile(function, **options): return torch.compile(function, backend="breakable_cg", options={**TAPE, **options})
-def call_as_one_node(marked, dynamic=None): torch.compile(lambda x: marked(x + 1), backend="breakable_cg", fullgraph=True, dynamic=dynamic, options=TAPE)(x)
+def call_as_one_node(marked, dynamic=None):
+    compiled = torch.compile(lambda x: marked(x + 1), backend="breakable_cg", fullgraph=True, dynamic=dynamic, options=TAPE)
+    compiled(x), compiled(x)
 def leaf(): return torch.ones(3, requires_grad=True)
 """
 """What every ``model.py`` begins with."""
@@ -388,8 +390,8 @@ CASES: dict[str, Case] = {
     ),
     "keeps for its backward is gone: saved_tensors_hooks kept a copy of its handle instead": Case(
         "@eager_on_graph  # here\ndef square(x): return x * x\n\ntorch.set_grad_enabled(True)\n"
-        "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):\n"
-        "    out = torch.compile(lambda x: square(x.sin()) * 2, backend='aot_eager')(leaf())\nout.sum().backward()"
+        "f = torch.compile(lambda x: square(x.sin()) * 2, backend='aot_eager')\nf(leaf())\n"
+        "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor): out = f(leaf())\nout.sum().backward()"
     ),
     "reads memory around a tensor that it writes, which the backend has copied without that": Case(
         "@eager_on_graph(mutates_args=('a',), fake=lambda a, b: torch.empty_like(b))  # here\n"
@@ -400,7 +402,9 @@ CASES: dict[str, Case] = {
     "cannot be one node": Case(
         "@eager_on_graph  # here\ndef unwrap(thing): return x + 1\n\nthing = object()\ncall_as_one_node(lambda x: unwrap(thing))"
     ),
-    "cannot run on fake tensors, which tell the shapes of its result": Case(returns("x * 2 if x.sum() > 0 else x")),
+    "cannot run on fake tensors, which have no values": Case(
+        returns("x * 2", fake="lambda x: x * 2 if x.sum() > 0 else x")
+    ),
     "returned": Case(returns("x[:2] * 2", fake="lambda x: x * 2")),
     "a tensor that needs gradients of what the function closes over, which compiled code cannot give": Case(
         "with torch.enable_grad():\n    weight = leaf()\n    "
@@ -408,7 +412,7 @@ CASES: dict[str, Case] = {
     ),
     "what compiled code cannot hold": Case(returns("object()")),
     "a float that depends on values": Case(
-        "call_as_one_node(eager_on_graph(lambda x: x.shape[0] / 3), dynamic=True)  # here"
+        "call_as_one_node(eager_on_graph(fake=lambda x: x.shape[0] / 3)(lambda x: x.shape[0] / 3), dynamic=True)  # here"
     ),
     "a sparse tensor, which compiled code cannot hold": Case(returns("x.to_sparse()")),
     "a view of an argument as another dtype": Case(returns("x.view(torch.int32)")),

@@ -405,12 +405,12 @@ def test_marked_function_that_keeps_an_argument(device: torch.device, compared: 
 def test_argument_kept_while_recording(device: torch.device, compared: dict[str, Any]) -> None:
     """The call that records hands out the same memory, and counts too; a clone is nothing to complain about."""
     compiled = torch.compile(lambda x: keeps_first(x + 1) * 2, backend="breakable_cg", options=compared)
-    run(compiled, device, 1)
+    run(compiled, device, 2)
     stored["on"] = True
-    run(compiled, device, 1, first=1)
-    diverges(compiled, device, "an op that keeps its buffers")
+    run(compiled, device, 1, first=2)
+    diverges(compiled, device, "an op that keeps its buffers", call=4)
     stored["kept"] = stored["kept"].clone()
-    run(compiled, device, 2, first=3)
+    run(compiled, device, 2, first=4)
 
 
 def test_function_that_keeps_what_is_its_callers(device: torch.device, compared: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ LAYERS = {
     "overlap": 1,
     "errors": 1,
     "inputs": 1,
+    "learning": 1,
     "seen": 1,
     "straight": 1,
     "structure": 1,

@@ -1,0 +1,370 @@
+"""What calls of marked functions return, as it was seen in calls that ran as Python.
+
+A *sample* is one call: what it was given, as far as the layout of its result may depend on it, and how the result was laid
+out. Of a call whose sizes are symbols, each number of the result is explained by the numbers of the arguments, such that
+all samples agree. Whether it is so, every call is asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch, locks
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor that an op returns looks like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+    def without_symbols(self) -> Spec:
+        """The same with ``ANY`` for each symbol, which a site outlives."""
+        return replace(self, shape=_numbers_of(self.shape), stride=_numbers_of(self.stride))
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor looks so."""
+        return (
+            tensor.dtype is self.dtype
+            and tensor.device == self.device
+            and _match(self.shape, tensor.shape)
+            and (_match(self.stride, tensor.stride()) or _same_strides(self, tensor))
+        )
+
+    def empty(self) -> torch.Tensor:
+        """A new tensor that looks so."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        shape, stride = (", ".join("?" if size == ANY else str(size) for size in s) for s in (self.shape, self.stride))
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] with stride [{stride}] on {self.device}"
+
+
+ANY = -1
+"""In place of a size that is a symbol."""
+
+
+def _numbers_of(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(size if type(size) is int else ANY for size in sizes)
+
+
+def _match(wanted: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
+    return wanted == sizes or (
+        len(wanted) == len(sizes) and all(want in (ANY, size) for want, size in zip(wanted, sizes, strict=True))
+    )
+
+
+def _same_strides(spec: Spec, tensor: torch.Tensor) -> bool:
+    """Whether strides are the same where they matter: not in dimensions of size 1."""
+    pairs = zip(spec.stride, tensor.stride(), tensor.shape, strict=True)
+    return all(want in (ANY, stride) or size == 1 for want, stride, size in pairs)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a call returns."""
+
+    result: tuple[Any, ...] = ("plain", None)
+    specs: tuple[Spec, ...] = ()
+    """Of the roots: the tensors that own the memory of the fresh results."""
+    differentiable: tuple[bool, ...] = ()
+    num_ints: int = 0
+    rule: Rule | None = field(default=None, compare=False)
+    """How sizes that are symbols come of those of the arguments; None: there are none, or ``fake`` has told."""
+
+    def without_symbols(self) -> Expected:
+        return replace(self, specs=tuple(spec.without_symbols() for spec in self.specs))
+
+
+# --- what a call was given ----------------------------------------------------------------------------------------------
+
+
+Given = tuple[tuple[Any, ...], tuple[str | None, ...]]
+"""The numbers that a call is given: sizes, strides of what is not dense, and ints; and its floats, bit for bit."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call is given, as far as the layout of its result may depend on it."""
+
+    kind: tuple[Any, ...]
+    """Which tensors need gradients; dtype, device, and the order in memory of each."""
+    numbers: tuple[Any, ...]
+    """Sizes, strides of what is not dense, and ints. Some may be symbols."""
+    floats: tuple[Any, ...]
+    num_sizes: int
+    """How many of the numbers are no ints."""
+
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        """Which tensors need gradients; empty: none."""
+        return self.kind[0]  # type: ignore[no-any-return]
+
+    @classmethod
+    def of(
+        cls, needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]
+    ) -> Asked:
+        orders = tuple(_order_in_memory(tensor) for tensor in tensors)
+        kind = tuple((t.dtype, t.device, t.dim(), order) for t, order in zip(tensors, orders, strict=True))
+        numbers = _numbers(tensors, orders)
+        return cls((tuple(needs), kind), (*numbers, *ints), tuple(floats), len(numbers))
+
+    @property
+    def is_symbolic(self) -> bool:
+        return not all(type(number) in (int, float) for number in (*self.numbers, *self.floats))
+
+    @property
+    def can_be_specialised(self) -> bool:
+        return self.is_symbolic and all(_torch.has_hint(number) for number in (*self.numbers, *self.floats))
+
+    def specialised(self) -> Asked:
+        """The same with numbers for symbols: Dynamo guards on them then."""
+        return replace(self, numbers=tuple(map(int, self.numbers)), floats=tuple(map(float, self.floats)))
+
+    @property
+    def given(self) -> Given:
+        """What samples are looked up by; None for symbols."""
+        floats = tuple(value.hex() if type(value) is float else None for value in self.floats)  # -0.0 is not 0.0
+        return tuple(number if type(number) is int else None for number in self.numbers), floats
+
+    def agrees(self, sample: Given) -> bool:
+        """Whether this is what a call was given, for some values of the symbols."""
+        return all(
+            mine is None or mine == theirs
+            for ours, other in zip(self.given, sample, strict=True)
+            for mine, theirs in zip(ours, other, strict=True)
+        )
+
+
+def _numbers(tensors: Sequence[torch.Tensor], orders: Sequence[Any]) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for tensor, order in zip(tensors, orders, strict=True):
+        found.extend(tensor.shape)
+        if order is None:
+            found.extend(tensor.stride())
+    return tuple(found)
+
+
+def _order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the outermost in memory to the innermost, without those of size 1; None where there are gaps."""
+    if not all(_torch.has_hint(number) for number in (*tensor.shape, *tensor.stride())):
+        return tuple(range(tensor.dim()))
+    shape, stride = list(map(_torch.hint_of, tensor.shape)), list(map(_torch.hint_of, tensor.stride()))
+    order = dense_order(shape, stride)
+    return None if order is None else tuple(dim for dim in order if shape[dim] != 1)
+
+
+def dense_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    """The dimensions from the outermost in memory to the innermost; None where there are gaps between elements."""
+    order = sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1, dim))
+    steps = dense_strides(shape, order)
+    fits = all(shape[dim] == 1 or steps[dim] == stride[dim] for dim in order)
+    return tuple(order) if fits or 0 in shape else None
+
+
+def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
+    """The strides of a tensor without gaps."""
+    steps, step = [1] * len(shape), 1
+    for dim in reversed(order):
+        steps[dim] = step
+        step = step * (1 if type(shape[dim]) is int and shape[dim] == 0 else shape[dim])
+    return tuple(steps)
+
+
+# --- what calls returned ------------------------------------------------------------------------------------------------
+
+Term = tuple[Any, ...]
+"""A number of a result: ``(a,)`` is a constant, ``(a, p, b)`` is ``a`` times the number ``p`` of the arguments and ``b`` more,
+``(p, q)`` the product of two."""
+
+
+def _value(term: Term, numbers: Sequence[Any]) -> Any:
+    if len(term) == 1:
+        return term[0]
+    if len(term) == 2:
+        return numbers[term[0]] * numbers[term[1]]
+    scaled = numbers[term[1]] if term[0] == 1 else numbers[term[1]] * term[0]
+    return scaled + term[2] if term[2] else scaled
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the sizes of a result come of those of the arguments."""
+
+    orders: tuple[Any, ...]
+    """Of the arguments, in memory: which of their numbers count."""
+    shapes: tuple[tuple[Term, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    """The order in memory of each root."""
+
+    def specs(self, like: Sequence[Spec], numbers: Sequence[Any]) -> tuple[Spec, ...]:
+        made = []
+        for spec, terms, order in zip(like, self.shapes, self.strides, strict=True):
+            shape = tuple(_value(term, numbers) for term in terms)
+            made.append(replace(spec, shape=shape, stride=dense_strides(shape, order)))
+        return tuple(made)
+
+    def specs_of(self, like: Sequence[Spec], tensors: Sequence[torch.Tensor], ints: Sequence[int]) -> tuple[Spec, ...]:
+        return self.specs(like, (*_numbers(tensors, self.orders), *ints))
+
+
+@dataclass
+class _Sample:
+    expected: Expected
+    seen: int = 1
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether what it returned is more than a coincidence: a float or bool often depends on values."""
+        return self.seen > 1 or not _has_values(self.expected.result)
+
+
+class Learned:
+    """What calls of one marked function returned that are put together alike."""
+
+    def __init__(self) -> None:
+        self.why_not = ""
+        """Why such calls are breaks for good; empty: they are not."""
+        self.cure = "return the same structure and layout wherever the arguments are laid out alike; or compile without fullgraph=True"
+        """What helps then."""
+        self.error: Exception | None = None
+        """What said so, if it was an error."""
+        self.waiting: dict[int, Any] = {}
+        """Those that run as Python until this is known, by the identity of their code."""
+        self._samples: dict[tuple[Any, ...], dict[Given, _Sample]] = {}
+        self._lock = locks.lock()
+
+    def add(self, asked: Asked, expected: Expected) -> None:
+        """Note what a call returned."""
+        with self._lock:
+            samples = self._samples.setdefault(asked.kind, {})
+            sample = samples.get(asked.given)
+            if sample is None:
+                if len(samples) >= MAX_SAMPLES:
+                    samples.pop(next(iter(samples)))
+                samples[asked.given] = _Sample(expected)
+            elif sample.expected == expected:
+                sample.seen += 1
+            else:
+                self.why_not = f"its result differs from call to call: {_difference(sample.expected, expected)}"
+
+    def find(self, asked: Asked) -> Expected | None:
+        """What a call will return; None where that is not known yet."""
+        with self._lock:
+            samples = dict(self._samples.get(asked.kind, {}))
+        return _explained(asked, samples) if asked.is_symbolic else _known(asked, samples)
+
+
+MAX_SAMPLES = 64
+"""How many calls of one kind are remembered."""
+
+
+def _known(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | None:
+    sample = samples.get(asked.given)
+    if sample is not None:
+        return sample.expected if sample.is_sure else None
+    sizes = asked.numbers[: asked.num_sizes]
+    alike = [sample.expected for (numbers, _), sample in samples.items() if numbers[: asked.num_sizes] == sizes]
+    return alike[0] if len(alike) > 1 and all(other == alike[0] for other in alike) else None  # whatever the numbers
+
+
+def _explained(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | None:
+    """What a call returns whose sizes are symbols, explained by all calls that it may be one of."""
+    found = {given: sample for given, sample in samples.items() if asked.agrees(given)}
+    if not found or (len(found) < 2 and not _is_now(next(iter(found)), asked)):
+        return None
+    like = next(iter(found.values())).expected
+    if _has_views(like.result) or not all(_is_alike(sample.expected, like) for sample in found.values()):
+        return None
+    if _has_values(like.result) and sum(sample.seen for sample in found.values()) < 2:
+        return None
+    given = [numbers for numbers, _ in found]
+    shapes, strides = [], []
+    for number in range(len(like.specs)):
+        specs = [sample.expected.specs[number] for sample in found.values()]
+        terms = [_term([spec.shape[dim] for spec in specs], given, asked, dim) for dim in range(len(specs[0].shape))]
+        order = _common_order(specs)
+        if order is None or None in terms:
+            return None
+        shapes.append(tuple(terms))
+        strides.append(order)
+    rule = Rule(tuple(order for *_, order in asked.kind[1]), tuple(shapes), tuple(strides))  # type: ignore[arg-type]
+    return replace(like, specs=rule.specs(like.specs, asked.numbers), rule=rule)
+
+
+def _is_now(sample: Given, asked: Asked) -> bool:
+    """Whether a sample has the sizes of the call that is being traced, as far as these are known."""
+    hints = (_torch.hint_of(number) if _torch.has_hint(number) else None for number in asked.numbers)
+    return all(hint is None or hint == number for hint, number in zip(hints, sample[0], strict=True))
+
+
+def _common_order(specs: Sequence[Spec]) -> tuple[int, ...] | None:
+    """The order in memory of all of these; None where they differ or have gaps."""
+    telling = [spec for spec in specs if 1 not in spec.shape and 0 not in spec.shape] or specs
+    orders = {dense_order(spec.shape, spec.stride) for spec in telling}
+    return orders.pop() if len(orders) == 1 else None
+
+
+def _term(values: list[int], samples: list[tuple[int, ...]], asked: Asked, dim: int) -> Term | None:
+    """What one number of a result is; None where nothing simple explains it in all samples."""
+    symbols = [place for place, number in enumerate(asked.numbers) if type(number) is not int]
+    symbols.sort(
+        key=lambda place: (place != dim, place >= asked.num_sizes)
+    )  # the same dimension, then sizes, then ints
+    for place in symbols:
+        if all(sample[place] == value for sample, value in zip(samples, values, strict=True)):
+            return 1, place, 0
+    if len(set(values)) == 1:
+        return (values[0],)
+    for place in symbols:
+        points = dict(zip((sample[place] for sample in samples), values, strict=True))
+        (x, y), (u, v) = list(points.items())[:2] if len(points) > 1 else [(0, 0), (0, 0)]
+        if u == x or (v - y) % (u - x):
+            continue
+        slope = (v - y) // (u - x)
+        if all(slope * (sample[place] - x) + y == value for sample, value in zip(samples, values, strict=True)):
+            return slope, place, y - slope * x
+    for place, other in itertools.combinations_with_replacement(symbols, 2):
+        if all(sample[place] * sample[other] == value for sample, value in zip(samples, values, strict=True)):
+            return place, other
+    return None
+
+
+def _is_alike(one: Expected, other: Expected) -> bool:
+    return (one.result, one.differentiable, one.num_ints) == (other.result, other.differentiable, other.num_ints) and [
+        (len(spec.shape), spec.dtype, spec.device) for spec in one.specs
+    ] == [(len(spec.shape), spec.dtype, spec.device) for spec in other.specs]
+
+
+def _has_views(structure: Any) -> bool:
+    return isinstance(structure, tuple) and (structure[:1] == ("view",) or any(map(_has_views, structure)))
+
+
+def _has_values(structure: tuple[Any, ...]) -> bool:
+    """Whether a result has plain values in it that often depend on those of tensors."""
+    if structure[0] == "plain":
+        return isinstance(structure[1], bool | float)
+    return any(_has_values(item) for item in structure[-1]) if structure[0] in _CONTAINERS else False
+
+
+_CONTAINERS = ("list", "tuple", "dict", "named", "data", "node")
+
+
+def _difference(one: Expected, other: Expected) -> str:
+    if one.result == other.result:
+        for first, second in zip(one.specs, other.specs, strict=False):
+            if first != second:
+                return f"{first}, and {second}"
+    return f"put together as {one.result}, and as {other.result}"

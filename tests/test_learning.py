@@ -1,0 +1,503 @@
+"""Marks without ``fake=``: the first call runs as Python, and what it returned is what compiled code expects from then on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from breakable_backend import EagerOutputError, PartitionError, eager_on_graph, explain
+from breakable_backend.backend import executors_of
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+Compile = Callable[..., Any]
+
+
+@pytest.fixture
+def compile_ours(options: dict[str, Any]) -> Compile:
+    return lambda function, **kwargs: torch.compile(
+        function, backend="breakable_cg", options={"min_kernels": 1, **options}, **kwargs
+    )
+
+
+@eager_on_graph
+def clip(x: Tensor) -> Tensor:
+    return x / x.norm() if float(x.norm()) > 1 else x + 0
+
+
+class Layer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return clip(x.sin() * 3).cos()
+
+
+class Stack(nn.Module):
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def shape(compiled: Any) -> list[tuple[int, int, int]]:
+    """Captured segments, eager ones and replays, program by program."""
+    return [(p.num_graph_segments, p.num_eager_segments, p.replays) for p in explain(compiled).programs]
+
+
+def vectors(device: torch.device, count: int, size: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(device) * number for number in range(1, count + 1)]
+
+
+# --- the calls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_calls_of_a_loop_over_layers(compile_ours: Compile, device: torch.device, fullgraph: bool) -> None:
+    """Call 1 learns, call 2 is plain, call 3 records, call 4 replays: one program, captured around each eager step."""
+    model = Stack()
+    compiled = compile_ours(model, fullgraph=fullgraph)
+    seen = []
+    for x in vectors(device, 5):
+        assert torch.equal(compiled(x), model(x))
+        seen.append([(*counts, executors_of(compiled)[0].snapshot().statistics.captures) for counts in shape(compiled)])
+    captured = 4 if device.type == "cuda" else 3
+    assert [len(programs) for programs in seen] == [0, 1, 1, 1, 1]
+    assert seen[1][0][:2] == (seen[4][0][0], 3)
+    assert seen[1][0][0] >= captured - 1
+    assert [programs[0][2] for programs in seen[1:]] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_every_call_is_eagers(compile_ours: Compile, device: torch.device, fullgraph: bool) -> None:
+    """The body runs once per call, on real tensors: appends, counters and values are eager's from the first call on."""
+
+    def run(wrap: Compile) -> Any:
+        kept: list[Tensor] = []
+        notes: list[Any] = []
+
+        @eager_on_graph
+        def remember(x: Tensor) -> Tensor:
+            kept.append(x.clone())
+            notes.append((type(x), x.tolist(), float(x.cpu().numpy().sum())))
+            return x + len(kept)
+
+        function = wrap(lambda x: remember(x * 2) * 2)
+        return [function(x).tolist() for x in vectors(device, 6)], [k.tolist() for k in kept], notes
+
+    assert run(lambda function: compile_ours(function, fullgraph=fullgraph)) == run(lambda function: function)
+
+
+def test_exceptions_of_a_call_that_learns(compile_ours: Compile, device: torch.device) -> None:
+    """What the body raises reaches the caller as the same object, also while it learns; the next call learns."""
+    error = ValueError("mine")
+    errors = [error]
+
+    @eager_on_graph
+    def fails(x: Tensor) -> Tensor:
+        if errors:
+            raise errors.pop()
+        return x * 2 if x.sum() > 0 else x
+
+    compiled = compile_ours(lambda x: fails(x.sin()) + 1, fullgraph=True)
+    x = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match="mine") as caught:
+        compiled(x)
+    assert caught.value is error
+    for _ in range(4):
+        assert torch.equal(compiled(x), x.sin() * 2 + 1)
+    assert shape(compiled)[0][2] == 1
+
+
+def test_report_says_that_it_learns(compile_ours: Compile, device: torch.device) -> None:
+    """Until compiled code is there, the report names the function that it waits for."""
+
+    @eager_on_graph
+    def routed(x: Tensor) -> Tensor:
+        return x[: int(x.numel() // 2)] * float(x.max())
+
+    compiled, other = compile_ours(lambda x: routed(x + 1) * 2), compile_ours(lambda x: x + 1)
+    x = torch.ones(4, device=device)
+    compiled(x)
+    other(x)
+    report = explain(compiled)
+    assert list(report.learning) == ["test_report_says_that_it_learns.<locals>.routed"]
+    assert "test_learning.py" in str(report)
+    assert "learning what" in str(report)
+    assert not report.skipped
+    assert not explain(other).learning
+    compiled(x)
+    assert not explain(compiled).learning
+    assert "learning what" not in str(explain(compiled))
+
+
+# --- what others have stays ---------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
+class Marked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return clip(x * 2)
+
+
+def test_models_that_share_code_keep_what_they_have(compile_ours: Compile, device: torch.device) -> None:
+    """While one model learns, another one of the same classes neither recompiles nor loses its recording."""
+    first = compile_ours(Plain(nn.Tanh(), nn.Tanh()))
+    x = torch.ones(4, device=device)
+    for _ in range(4):
+        first(x)
+    before = shape(first)
+    second_model = Plain(nn.Tanh(), Marked())
+    second = compile_ours(second_model)
+    second(x)
+    first(x)
+    assert shape(first) == [(*before[0][:2], before[0][2] + 1)]
+    for _ in range(4):
+        assert torch.equal(second(x), second_model(x))
+    first(x)
+    report = explain(first).programs[0]
+    assert (report.replays, dict(report.recorded)) == (
+        before[0][2] + 2,
+        {"first": 1} if "first" in report.recorded else dict(report.recorded),
+    )
+    assert sum(report.recorded.values()) == 1
+
+
+def test_the_second_model_of_a_class(compile_ours: Compile, device: torch.device) -> None:
+    """A second model of the same class, on other layouts, learns on its own; the first one replays on."""
+    one, two = compile_ours(Stack()), compile_ours(Stack())
+    a, b = torch.ones(4, device=device), torch.ones(2, 3, device=device)
+    for _ in range(4):
+        one(a)
+    replays = sum(counts[2] for counts in shape(one))
+    two(b)
+    one(a)
+    assert sum(counts[2] for counts in shape(one)) == replays + 1
+    for _ in range(4):
+        assert torch.equal(two(b), Stack()(b))
+    one(a)
+    assert sum(counts[2] for counts in shape(one)) >= replays + 2
+
+
+def test_learning_in_threads(compile_ours: Compile, device: torch.device) -> None:
+    """A model learns in one thread while another one of its classes is called in others."""
+    base = compile_ours(Stack(2))
+    x = torch.ones(4, device=device)
+    for _ in range(4):
+        base(x)
+    wrong: list[Any] = []
+    stop = threading.Event()
+
+    def call() -> None:
+        want = Stack(2)(x)
+        while not stop.is_set():
+            with torch.no_grad():
+                if not torch.equal(base(x), want):
+                    wrong.append("base")
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(3):
+            model = Plain(nn.Tanh(), Marked(), Layer())
+            y = torch.ones(number + 2, device=device)
+            compiled = compile_ours(model)
+            for _ in range(4):
+                if not torch.equal(compiled(y), model(y)):
+                    wrong.append(number)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert not wrong
+    assert sum(sum(p.recorded.values()) for p in explain(base).programs if p.num_graph_segments) >= 1
+
+
+# --- results that vary --------------------------------------------------------------------------------------------------------
+
+
+def test_varying_layouts_are_a_break(compile_ours: Compile, device: torch.device) -> None:
+    """A result whose layout varies costs one error at most, and is a break from then on, with that as the reason."""
+
+    @eager_on_graph
+    def positive(x: Tensor) -> Tensor:
+        return x[x > 0]
+
+    def model(x: Tensor) -> Tensor:
+        return positive(x.sin()).cos() * 2
+
+    compiled = compile_ours(model)
+    errors = []
+    for number in range(8):
+        x = torch.arange(8.0, device=device) - number
+        try:
+            assert torch.equal(compiled(x), model(x))
+        except EagerOutputError as error:
+            errors.append(str(error))
+    assert all("positive returned" in error for error in errors)
+    assert len(errors) <= 1
+    assert any("differs from call to call" in why for why in explain(compiled).graph_breaks)
+
+
+def test_varying_layouts_in_one_call(compile_ours: Compile, device: torch.device) -> None:
+    """Two calls in the frame that learns, with results of other layouts: a break at once, and an error under fullgraph."""
+
+    @eager_on_graph
+    def positive(x: Tensor) -> Tensor:
+        return x[x > 0]
+
+    def model(x: Tensor) -> Tensor:
+        return positive(x.sin()).sum() + positive(x.cos()).sum()
+
+    x = torch.arange(8.0, device=device)
+    compiled = compile_ours(model)
+    for _ in range(4):
+        assert torch.equal(compiled(x), model(x))
+    strict = compile_ours(lambda x: model(x) + 1, fullgraph=True)
+    with pytest.raises(PartitionError, match="differs from call to call"):
+        strict(x)
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "in a tuple"])
+def test_varying_values(compile_ours: Compile, device: torch.device, kind: str) -> None:
+    """A float or bool in the result that depends on values is right in every call."""
+
+    @eager_on_graph
+    def measured(x: Tensor) -> Any:
+        if kind == "in a tuple":
+            return x * 2, {"norm": float(x.norm())}
+        return float(x.norm()) if kind == "float" else bool(x.sum() > 0)
+
+    def model(x: Tensor) -> Tensor:
+        found = measured(x.sin())
+        return found[0] * found[1]["norm"] if kind == "in a tuple" else x.cos() * found
+
+    compiled = compile_ours(model)
+    for number, x in enumerate(vectors(device, 6)):
+        x = x * (-1) ** number
+        assert torch.equal(compiled(x), model(x))
+    assert any("differs from call to call" in why for why in explain(compiled).graph_breaks)
+
+
+@pytest.mark.parametrize("what", [0.5, True, "name", None])
+def test_values_that_stay(compile_ours: Compile, device: torch.device, what: Any) -> None:
+    """A plain value that is the same in each call is a constant, and no break."""
+    marked = eager_on_graph(lambda x: (x * 2 if float(x.sum()) > 0 else x * 1, what))
+
+    def model(x: Tensor) -> Tensor:
+        y, value = marked(x.sin())
+        return y.cos() * (2 if value else 3)
+
+    compiled = compile_ours(model, fullgraph=True)
+    for x in vectors(device, 6):
+        assert torch.equal(compiled(x), model(x))
+    assert shape(compiled)[0][2] >= 2
+
+
+# --- sizes that change ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_sizes(compile_ours: Compile, device: torch.device, dynamic: bool | None) -> None:
+    """Shapes of results follow those of the arguments, also where Dynamo leaves sizes open."""
+
+    @eager_on_graph
+    def halves(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        n = x.shape[0]
+        low = float(x.min())
+        return x.reshape(-1)[: n * 2].reshape(n, 2) + low, x.t().contiguous().t() * scale
+
+    def model(x: Tensor) -> Tensor:
+        a, b = halves(x.sin(), 0.5)
+        return (a.sum(1, keepdim=True) + b).cos()
+
+    compiled = compile_ours(model, dynamic=dynamic, fullgraph=True)
+    for n in (3, 3, 4, 4, 5, 5, 6, 6, 3, 4, 5, 6):
+        x = torch.randn(n, 4, device=device)
+        assert torch.equal(compiled(x), model(x))
+    if dynamic is not False:
+        assert len(explain(compiled).programs) <= 3
+
+
+def test_an_int_that_counts_up(compile_ours: Compile, device: torch.device) -> None:
+    """A position that is another one in each call is learned from two calls, and not in each."""
+    seen = []
+
+    @eager_on_graph
+    def shifted(x: Tensor, position: int) -> Tensor:
+        seen.append(position)
+        return x + position * float(x.sum() > 0)
+
+    compiled = compile_ours(lambda x, position: shifted(x.sin(), position).cos(), fullgraph=True)
+    x = torch.ones(3, device=device)
+    for position in range(2, 10):
+        compiled(x, position)
+    assert seen == list(range(2, 10))
+    report = explain(compiled)
+    assert not report.learning
+    assert sum(sum(p.plain_calls.values()) + p.replays + p.captures for p in report.programs) >= 5
+
+
+# --- the rest of a mark -----------------------------------------------------------------------------------------------------------
+
+
+def test_written_arguments(compile_ours: Compile, device: torch.device) -> None:
+    """A function that writes an argument is learned like another one, and writes once in each call."""
+
+    @eager_on_graph(mutates_args=("cache",))
+    def append(cache: Tensor, x: Tensor) -> Tensor:
+        cache.add_(x if float(x.sum()) > 0 else -x)
+        return cache * 2
+
+    def model(cache: Tensor, x: Tensor) -> Tensor:
+        return append(cache, x.sin()).cos() + cache
+
+    compiled = compile_ours(model, fullgraph=True)
+    mine, theirs = torch.zeros(4, device=device), torch.zeros(4, device=device)
+    for x in vectors(device, 6):
+        assert torch.equal(compiled(mine, x), model(theirs, x))
+        assert torch.equal(mine, theirs)
+    assert shape(compiled)[0][2] >= 2
+
+
+@pytest.mark.parametrize("backend", ["breakable_cg", "eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
+def test_gradients(backend: str, device: torch.device) -> None:
+    """Gradients are eager's in the call that learns, and in those after it."""
+
+    @eager_on_graph
+    def gated(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ w if float(x.detach().sum()) > 0 else x - w.sum()
+        return y, x[:1]
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        a, b = gated(x.sin(), w)
+        return a.cos().sum() + (b * 2).sum()
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.enable_grad():
+        for number in range(4):
+            x = (torch.randn(3, 3, device=device) + number - 1).requires_grad_()
+            w = torch.randn(3, 3, device=device, requires_grad=True)
+            got, want = torch.autograd.grad(compiled(x, w), (x, w)), torch.autograd.grad(model(x, w), (x, w))
+            assert all(torch.allclose(g, t) for g, t in zip(got, want, strict=True)), number
+
+
+def test_behind_a_graph_break(compile_ours: Compile, device: torch.device) -> None:
+    """What goes on behind a graph break learns too; what is before it is compiled at once."""
+
+    def model(x: Tensor) -> Tensor:
+        y = x.sin() * 2
+        torch._dynamo.graph_break()
+        return clip(y + 1).cos()
+
+    compiled = compile_ours(model)
+    for x in vectors(device, 6):
+        assert torch.equal(compiled(x), model(x))
+    assert len(explain(compiled).programs) == 2
+
+
+@torch._dynamo.disable(recursive=False)
+def outside(x: Tensor) -> Tensor:
+    return inside(x) + 1
+
+
+def inside(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def test_dynamo_sees_who_called(compile_ours: Compile, device: torch.device) -> None:
+    """What only the called frames of are compiled stays uncompiled: Dynamo finds the frame that says so on the stack."""
+    compiled = compile_ours(lambda x: outside(x.sin()).cos())
+    for x in vectors(device, 4):
+        assert torch.equal(compiled(x), (x.sin() * 2 + 1).cos())
+    text = "".join(program.text for program in explain(compiled).programs)
+    assert "mul" in text
+    assert "add" not in text
+
+
+def test_marks_before_dynamo_is_imported(tmp_path: Path) -> None:
+    """A function that is marked before anybody imports Dynamo learns as others do."""
+    code = """
+import sys
+from breakable_backend import eager_on_graph
+import torch
+log = []
+@eager_on_graph
+def host(x):
+    log.append(type(x))
+    return x * x.max().item()
+assert "torch._dynamo" not in sys.modules
+compiled = torch.compile(lambda x: host(x + 1) * 2, backend="eager", fullgraph=True)
+for _ in range(3):
+    compiled(torch.ones(2))
+assert log == [torch.Tensor] * 3, log
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
+
+
+def test_an_export_needs_fake(device: torch.device) -> None:
+    """An export runs nothing for real, so it is told what to write."""
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return clip(x.sin() * 2)
+
+    with pytest.raises(Exception, match="its result is not known before its first call"):
+        torch.export.export(Module(), (torch.ones(3, device=device),), strict=True)
+
+
+def test_objects_are_a_break(compile_ours: Compile, device: torch.device) -> None:
+    """A result that no graph can hold is a break, and an error under fullgraph once it is known."""
+
+    class Box:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    boxed = eager_on_graph(lambda x: Box(x * 2))
+
+    def model(x: Tensor) -> Tensor:
+        return boxed(x.sin()).tensor.cos()
+
+    compiled, strict = compile_ours(model), compile_ours(lambda x: model(x) + 1, fullgraph=True)
+    x = torch.ones(3, device=device)
+    for _ in range(4):
+        assert torch.equal(compiled(x), model(x))
+    with pytest.raises(PartitionError, match="Box"):
+        strict(x)
+
+
+def test_arguments_that_nobody_can_describe(compile_ours: Compile, device: torch.device) -> None:
+    """A sparse argument has no strides: the call that would learn is right all the same, and so are those after it."""
+    total = eager_on_graph(lambda x: x.to_dense() * 2)
+    compiled = compile_ours(lambda x, y: total(x) + y.sin())
+    x, y = torch.eye(3, device=device).to_sparse(), torch.ones(3, device=device)
+    for _ in range(4):
+        assert torch.equal(compiled(x, y), torch.eye(3, device=device) * 2 + y.sin())
+
+
+def test_explaining_with_arguments(device: torch.device, options: dict[str, Any]) -> None:
+    """A function that is explained with arguments is called until it is compiled."""
+    report = explain(Stack(), torch.ones(4, device=device), options=options)
+    assert len(report.programs) == 1
+    assert not report.learning
