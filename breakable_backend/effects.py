@@ -274,7 +274,8 @@ def python_floats(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def is_pinned(node: fx.Node) -> bool:
     """Whether a call made a size that depends on values, and a check has since told the compiler what it is."""
-    return not _torch.free_symbols(node.meta.get("val")) >= _torch.symbols_made(node)
+    made = _torch.symbols_made(node)
+    return bool(made) and not _torch.free_symbols(node.meta.get("val")) >= made
 
 
 def is_checked_by_nobody(node: fx.Node) -> bool:
