@@ -595,8 +595,9 @@ class _Recorder:
 
     def _take(self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any]) -> None:
         """What a captured segment made. It holds its memory until its last reader is recorded."""
-        storages = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in tensors_of(inputs)}
-        lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]] = {**storages}
+        with_memory = [tensor for tensor in tensors_of(inputs) if tensor.layout is torch.strided]
+        lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]]
+        lent = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in with_memory}
         for name, result in zip(names, results, strict=True):
             self.home[name] = Slot(name)
             self.values[name] = self.constants[name] = result
