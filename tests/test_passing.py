@@ -870,3 +870,62 @@ def test_a_capture_of_another_thread_that_goes_on(monkeypatch: pytest.MonkeyPatc
     assert plain[f"could not be recorded: {PUT_OFF['busy']}"] == 3, plain
     assert sum(seconds > 0.15 for seconds in taken) == 1, taken
     assert [entry.replays for entry in entries(executor)] == [6]
+
+
+@pytest.mark.gpu
+def test_a_thread_that_synchronises_all_the_time() -> None:
+    """While another thread synchronises in a loop calls are right; once it has stopped, all is captured in a few calls."""
+    ours = torch.compile(lambda x: silly.triple((x @ x).sin() * 2).cos() + 1, backend="breakable_cg")
+    x, done = torch.randn(64, 64, device=CUDA), threading.Event()
+
+    def synchronises() -> None:
+        while not done.is_set():
+            with suppress(RuntimeError):
+                torch.cuda.synchronize()
+
+    thread = threading.Thread(target=synchronises)
+    with torch.no_grad():
+        want = ours(x)
+        thread.start()
+        try:
+            for _ in range(8):
+                assert torch.equal(ours(x), want)
+        finally:
+            done.set()
+            thread.join(60)
+        for _ in range(10):
+            assert torch.equal(ours(x), want)
+    (executor,) = executors_of(ours)
+    (entry,) = entries(executor)
+    assert entry.replays >= 1 and executor.scope.forced == {} and entry.captures == 2
+
+
+@pytest.mark.gpu
+def test_failed_recordings_leave_no_memory() -> None:
+    """However often memory runs out under a capture, at either door: nothing of it stays with the device or the allocator."""
+    n, x = int(0.6 * GIB / 4), torch.ones(1, device=CUDA)
+    graph = BreakableCUDAGraph(driver="cuda")
+    ours = torch.compile(lambda x: silly.triple((x.expand(n) + 1).cos().sum() * 2).sin() + x, backend="breakable_cg")
+    left = []
+    with torch.no_grad(), limited(4 * GIB):
+        for _ in range(6):
+            cached(int(3.2 * GIB))
+            ours(x)
+            cached(int(3.2 * GIB))
+            ours(x)
+            (executor,) = executors_of(ours)
+            assert entries(executor)[0].trials.failures == 1
+            executor.reset()
+            cached(int(3.2 * GIB))
+            with pytest.raises(torch.OutOfMemoryError), capture(graph):
+                doubled(x)
+                (x.expand(n) + 1).cos()
+            gc.collect()
+            torch.cuda.empty_cache()
+            left.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+            with capture(graph):
+                y = doubled(x) + 1
+            graph.replay()
+            assert y.item() == 3
+            graph.reset()
+    assert left[1] == left[-1], left
