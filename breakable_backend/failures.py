@@ -6,6 +6,7 @@ torch 2.11 to 2.15).
 
 from __future__ import annotations
 
+import threading
 from typing import TypeVar
 
 import torch
@@ -23,8 +24,11 @@ _DISTURBED = (
     "due to a previous error during capture",
     "for a CUDA generator not in capture mode",  # somebody else's capture has ended, and took the generator out of it
     "Offset increment outside graph capture",
+    "cudaStreamCaptureStatusInvalidated",  # torch's allocator has looked at the capture
     "_STATUS_ALLOC_FAILED",  # a library had no memory, or asked for it where a capture forbids that
 )
+_HIDDEN = "_STATUS_EXECUTION_FAILED"
+"""What a library says of a launch that CUDA has refused. Why, it does not say: the capture may have been invalid before."""
 _BUSY = ("Only one capture at a time is allowed",)
 _LOST = (
     "assert",
@@ -52,6 +56,8 @@ def passing(error: BaseException) -> Passing:
         if number == OUT_OF_MEMORY or text.startswith(("CUDA error: out of memory", "CUDA out of memory")):
             return "memory"
         if number == CAPTURE_INVALIDATED or any(part in text for part in _DISTURBED):
+            return "disturbed"
+        if _HIDDEN in text and threading.active_count() > 1:
             return "disturbed"
         if any(part in text for part in _BUSY):
             return "busy"

@@ -2290,6 +2290,13 @@ FAULTS = (
         "test_passing.py::test_a_block_that_could_not_begin[cpu-2]",
     ),
     Fault(
+        "what-libraries-hide-is-never-another-threads",
+        "failures.py",
+        "if _HIDDEN in text and threading.active_count() > 1:",
+        "if False:",
+        "test_passing.py::test_what_libraries_hide",
+    ),
+    Fault(
         "each-call-waits-for-a-busy-pool",
         "executor.py",
         "            lose_patience(driver)\n",

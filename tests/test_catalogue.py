@@ -236,6 +236,8 @@ def failing_allocation(patch: pytest.MonkeyPatch) -> Any:
     """The same, which has its turn."""
     driver = failing_begin(patch)
     patch.setattr(driver, "turn", contextlib.nullcontext, raising=False)
+    turns = SimpleNamespace(begin_capture=lambda: None, end_capture=lambda: None)
+    patch.setattr(driver, "_draws", turns, raising=False)
     return driver
 
 

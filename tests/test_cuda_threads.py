@@ -12,8 +12,19 @@ import pytest
 import torch
 from torch.nn import functional
 
-from breakable_backend import BreakableCUDAGraph, BreakableError, breakable_cg, capture, eager_on_graph, explain, reset
+from breakable_backend import (
+    BreakableCUDAGraph,
+    BreakableError,
+    CaptureError,
+    breakable_cg,
+    capture,
+    eager_on_graph,
+    explain,
+    reset,
+)
 from breakable_backend.backend import executors_of
+from breakable_backend.drivers import generator
+from breakable_backend.drivers.cuda import CudaDriver
 from crowd import Crowd
 from gpu import compiled
 
@@ -156,6 +167,38 @@ def test_an_eager_step_may_wait_for_a_thread_that_draws() -> None:
     with capture(BreakableCUDAGraph(driver="cuda")):
         z = waits(x * 2) * 2
     assert set(z.tolist()) == {6.0} and set(y.tolist()) == {0.0, 2.0}
+
+
+def test_no_memory_of_another_threads_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recording allocates in its pool is in its pool, though another thread captures meanwhile, which it waits for."""
+    monkeypatch.setattr(generator, "WAIT", 0.2)
+    driver, began, done = CudaDriver(CUDA), threading.Event(), threading.Event()
+
+    def captures() -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(CUDA)), capture(BreakableCUDAGraph(driver="cuda")):
+            torch.ones(4, device=CUDA) + 1
+            began.set()
+            done.wait(60)
+
+    stream = driver.begin()
+    with driver.lock, driver.recording():
+        with driver.allocating():
+            first = torch.empty(1024, device=CUDA)
+        thread = threading.Thread(target=captures)
+        thread.start()
+        began.wait(60)
+        with pytest.raises(CaptureError, match="another thread's capture went on") as caught, driver.allocating():
+            torch.empty(1024, device=CUDA)
+        assert caught.value.passing == "busy"
+        done.set()
+        thread.join(60)
+        with driver.allocating():
+            second = torch.empty(1024, device=CUDA)
+        assert driver.live_blocks() == 2
+    driver.end(stream)
+    del first, second
+    driver.release(())
+    assert driver.pool_bytes() == 0
 
 
 def test_no_stream_of_torchs_is_captured() -> None:

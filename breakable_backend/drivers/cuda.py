@@ -382,20 +382,28 @@ class CudaDriver:
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
-        """The pool for what this thread allocates: blocks of the capture stream, as captures get them."""
+        """The pool for what this thread allocates: blocks of the capture stream, as captures get them.
+
+        It is in a capture's turn. All drivers capture on that stream, and while another thread does, what is allocated on
+        it goes to that capture's pool, and is gone with it.
+        """
         assert self._recordings, "allocating outside recording()"
-        if self._pool is None:
-            try:
-                with self.turn():
-                    self._open_pool()
-            except Exception as error:
-                raise as_passing(CaptureError(first_line(error)), error) from error
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.stream(self.stream),
-            _torch.allocating_to_pool(self._index, self._pool),
-        ):
-            yield
+        self._draws.begin_capture()
+        try:
+            if self._pool is None:
+                try:
+                    with self.turn():
+                        self._open_pool()
+                except Exception as error:
+                    raise as_passing(CaptureError(first_line(error)), error) from error
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.stream(self.stream),
+                _torch.allocating_to_pool(self._index, self._pool),
+            ):
+                yield
+        finally:
+            self._draws.end_capture()
 
     def lend(self, made: torch.Tensor) -> torch.Tensor:
         """``made`` itself: torch's allocator counts who holds its storage."""
