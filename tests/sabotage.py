@@ -141,13 +141,6 @@ FAULTS = (
     ),
     # --- lifetimes ---
     Fault(
-        "every-input-has-strides",
-        "recording.py",
-        "with_memory = [tensor for tensor in tensors_of(inputs) if tensor.layout is torch.strided]",
-        "with_memory = tensors_of(inputs)",
-        "test_lifetimes.py::test_inputs_without_strides[cpu]",
-    ),
-    Fault(
         "aliases-are-told-by-their-storage",
         "recording.py",
         "if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():",

@@ -191,25 +191,6 @@ def test_aliases_are_as_before(function: Callable[..., Any], device: torch.devic
     check(function, lambda call: vectors(call, device), device=device, options=options)
 
 
-@torch.no_grad()
-def test_inputs_without_strides(device: torch.device, options: dict[str, Any]) -> None:
-    """A segment may read a sparse tensor where it is, and what it makes has its lifetime."""
-
-    class Sparse(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("matrix", torch.eye(8, device=device).to_sparse().coalesce())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return breaks(torch.sparse.mm(self.matrix, x.sin()[:, None])[:, 0], 2)
-
-    model = Sparse()
-    compiled, _ = compile_both(model, options)
-    for _ in range(4):
-        x = torch.rand(8, device=device)
-        assert_same(compiled(x), model(x))
-
-
 # --- and no longer ---------------------------------------------------------------------------------------------------------
 
 
