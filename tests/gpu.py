@@ -18,7 +18,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def settled(driver: CaptureDriver) -> bool:
-    """Whether a driver has nothing left, soon: what dies goes when the GPU is done with it, and nobody waits for that."""
+    """Whether a driver has nothing left, at once or soon."""
     until = time.monotonic() + 10
     while time.monotonic() < until and (driver.live_blocks() or driver.pool_bytes()):
         time.sleep(0.01)

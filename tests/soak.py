@@ -59,9 +59,6 @@ class Left:
         torch.compiler.reset()
         for _ in range(3):
             gc.collect()
-            for thread in threading.enumerate():
-                if thread.name == cuda.FREES:
-                    thread.join(60)  # it gives back what has died while the GPU was at work
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

@@ -172,7 +172,11 @@ class CaptureDriver(Protocol):
         """
 
     def settle(self) -> None:
-        """After a release without a wait: no call may come. What leaves goes in time, and the pool with its last graph."""
+        """After a release without a wait: no call may come.
+
+        Where nothing else is captured here the host waits after all, and the pool goes. Else what leaves goes at the end
+        of a later call.
+        """
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
-import threading
 import time
 import weakref
 from collections import deque
@@ -24,7 +23,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.generator import Draws, captures, end, hold_for_ever, registry
+from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, relaxed
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
@@ -35,10 +34,6 @@ from breakable_backend.policy import Room
 cudart = Bindings("cuda.bindings.runtime")
 
 T = TypeVar("T")
-FREES = "breakable_cg frees"
-"""The name of threads that give back what has died."""
-SETTLE, MAX_SETTLE = 0.02, 1.0
-"""Seconds between two looks whether the GPU is done with what leaves: at first, and at most."""
 log = logging.getLogger(__name__)
 
 
@@ -247,10 +242,6 @@ class CudaDriver:
         self._several = torch.cuda.device_count() > 1
         self._order = Order(self.device)
         self._leaving: deque[_Leaving] = deque()
-        self._settler: threading.Thread | None = None
-        """Gives back what leaves while no call comes."""
-        self._unreturned = False
-        """Whether torch's allocator caches the memory of a pool that is gone."""
         self._lost = False
         """Whether the device is in error, which nothing in this process ends."""
         self._first = False
@@ -562,61 +553,12 @@ class CudaDriver:
                 self.lock.release()
 
     def settle(self) -> None:
-        if self._lost:
-            return
-        if isinstance(self._given_pool, torch.cuda.MemPool):
-            self.release(
-                ()
-            )  # it may die with this driver, and ends the process if it does so beside somebody's capture
-            return
-        if not self.is_capturing() and self.lock.acquire(blocking=False):
-            try:
-                self._settled()
-            finally:
-                self.lock.release()
-        if (self._leaving or self._unreturned) and self._settler is None:
-            self._settler = threading.Thread(target=self._settle, name=FREES, daemon=True)
-            with suppress(RuntimeError):  # the process ends, and takes all with it
-                self._settler.start()
-
-    def _settled(self) -> bool:
-        """Give back what can be, in the lock, and let go of a pool without graphs; whether nothing is left that leaves."""
-        self._give_back()
-        if not (self._live or self._leaving or self.busy or self._recordings or self._pool is None):
-            self._close_pool()
-            self._unreturned = True
-        return not self._leaving
-
-    def _settle(self) -> None:
-        """In a thread of its own, since nobody may call any more: look until all is given back."""
-        pause = SETTLE
-        done = False
-        while not (done or self._lost):
-            time.sleep(pause)
-            pause = min(2 * pause, MAX_SETTLE)
-            if captures.take():  # torch empties no cache while anybody captures
-                try:
-                    done = self._settled_now()
-                finally:
-                    captures.give()
-        self._settler = None
-        if self._leaving:  # from somebody who saw this thread
-            self.settle()
-
-    def _settled_now(self) -> bool:
-        if not self.lock.acquire(blocking=False):
-            return False
+        if self._lost or self.is_capturing() or not self.lock.acquire(blocking=False):
+            return  # at the end of the call that is under way
         try:
-            if not self._settled():
-                return False
-            if self._unreturned:
-                self._unreturned = False
-                with (
-                    relaxed(),
-                    suppress(RuntimeError),
-                ):  # somebody else's capture: what stays cached is freed when needed
-                    torch.cuda.empty_cache()
-            return True
+            leaving = {graph for leaving in self._leaving for graph in leaving.graphs}
+            if not (self.busy or self._recordings) and self._live <= leaving:
+                self.release(())  # nothing here serves any more: nobody minds a wait
         finally:
             self.lock.release()
 
@@ -636,7 +578,6 @@ class CudaDriver:
                 leaving.owner.clear()
         if wait and not self._live and not self._leaving:
             self._close_pool()
-            torch.cuda.empty_cache()
 
     def _is_over(self, leaving: _Leaving, wait: bool) -> bool:
         """Whether the last launches of what leaves are over; False too where CUDA does not tell, as on a lost device."""
@@ -654,10 +595,10 @@ class CudaDriver:
             return False
 
     def _close_pool(self) -> None:
-        """Let go of the pool: its memory is in torch's cache, and is freed when the cache is emptied, or memory is short."""
         self._drop_keeper()
         self._pool = None
         self.room = Room()
+        torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool holds reserved."""
