@@ -183,8 +183,8 @@ def measure_compiled(
 def _replayed(
     compiled: Any, executors_of: Callable[[Any], Sequence[Executor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[Entry, tuple[Executor, list[Any]]]:
-    """What a call replays, with its arguments. A call that runs plainly, or records, is made again."""
-    for _ in range(3):
+    """What a call replays, with its arguments. A call that learns, runs plainly, or records, is made again."""
+    for _ in range(5):  # two that learn what marked functions return, a plain one, one that records, one that replays
         found: dict[Entry, tuple[Executor, list[Any]]] = {}
         executors = executors_of(compiled)
         calls = sum(executor.statistics.calls for executor in executors)

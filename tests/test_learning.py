@@ -500,6 +500,12 @@ def test_arguments_that_nobody_can_describe(compile_ours: Compile, device: torch
         assert torch.equal(compiled(x, y), torch.eye(3, device=device) * 2 + y.sin())
 
 
+def test_measuring_with_arguments(device: torch.device, compile_ours: Compile) -> None:
+    """What was not called yet is called until it replays, and measured then."""
+    report = explain(compile_ours(Stack()), torch.ones(4, device=device), measure=True)
+    assert report.programs[0].recordings[0].measured is not None
+
+
 def test_explaining_with_arguments(device: torch.device, options: dict[str, Any]) -> None:
     """A function that is explained with arguments is called until it is compiled."""
     report = explain(Stack(), torch.ones(4, device=device), options=options)
