@@ -827,6 +827,13 @@ FAULTS = (
         "test_learning.py::test_calls_of_a_loop_over_layers[cpu-False]",
     ),
     Fault(
+        "marked-functions-run-while-they-are-traced",
+        "ops.py",
+        "_NEVER_EARLY = (torch.Tag.nondeterministic_seeded,)",
+        "_NEVER_EARLY: tuple[torch.Tag, ...] = ()",
+        "test_learning.py::test_constant_tensors[cpu-aot_eager-fake1]",
+    ),
+    Fault(
         "dynamo-takes-us-for-the-caller",
         "_torch.py",
         "convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)  #",
