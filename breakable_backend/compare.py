@@ -115,6 +115,9 @@ class _Compared:
     def dot(self) -> str:
         return self.graph.dot()
 
+    def copier(self, like: torch.Tensor) -> None:
+        """None: what is compared is slow anyway."""
+
     def replay(self, stream: int) -> None:
         self.checker.launch(self.position, self.graph, stream)
 

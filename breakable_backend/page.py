@@ -56,9 +56,7 @@ def text_lines(text: str) -> Lines:
 
 _LAUNCH = re.compile(r"    graph_\d+(_\d+)?\(\w+\)$")
 _REASON = re.compile(r"    # eager: ")
-_LOAD = re.compile(
-    r"    if \w+\.data_ptr\(\) != | {8}\w+\.copy_\(| {8}copy_together\w*\(| {4,8}copied\w*\.copies \+= (\d+$|load_all)| {4}else:$"
-)
+_LOAD = re.compile(r"    if \w+\.data_ptr\(\) != |    copied\w*\.copies \+= load_all")
 _STORE = re.compile(r"    copied\w*\.copies \+= \w+\.store\(")
 _DELETE = re.compile(r"    del ")
 _CHECK = re.compile(r"    if not fits\w*\(")
@@ -95,12 +93,13 @@ def source_lines(source: str, steps: Sequence[Mapping[str, Any]]) -> Lines:
 def _first_load(lines: Sequence[str], launch: int) -> int:
     """The line at which the loads for a launch begin: statements, each with perhaps a deletion behind it."""
     first = launch
-    while first > 0:
-        last = first - 1 if _DELETE.match(lines[first - 1]) else first
-        if not _LOAD.match(lines[last - 1]):
-            break
-        first = last - 1
-    return first
+    while True:
+        start = first - 2 if _DELETE.match(lines[first - 1]) else first - 1
+        while lines[start].startswith("        ") or lines[start] == "    else:":
+            start -= 1
+        if not _LOAD.match(lines[start]):
+            return first
+        first = start
 
 
 def _behind(lines: Sequence[str], number: int, *patterns: re.Pattern[str]) -> int:

@@ -21,6 +21,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, clones_exactly, fused_as, load_all
+from breakable_backend.drivers import CapturedGraph
 from breakable_backend.recording import (
     Call,
     Copy,
@@ -146,7 +147,7 @@ class _Writer:
         for position, step in enumerate(self.recording.steps):
             yield from self._marked(position)
             if isinstance(step, GraphStep):
-                yield from self._loads(step.loads)
+                yield from self._loads(step)
                 yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
                 for copy in step.stores:
                     bridge = self._constant(copy.bridge)
@@ -169,10 +170,10 @@ class _Writer:
         if self.mark is not None:
             yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
 
-    def _loads(self, loads: tuple[Copy, ...]) -> Iterator[_Statement]:
+    def _loads(self, step: GraphStep) -> Iterator[_Statement]:
         """The copies into bridges, those of one dtype and device in one launch; a bridge that is rare by itself loads."""
         groups: dict[Any, list[Copy]] = defaultdict(list)
-        for copy in loads:
+        for copy in step.loads:
             bridge: Bridge = self.recording.constants[copy.bridge.name]
             plain = bridge.flat is None and bridge.bits is None
             groups[(bridge.tensor.dtype, copy.device) if plain else None].append(copy)
@@ -180,7 +181,7 @@ class _Writer:
             if group is None or (len(copies) > 1 and copies[0].device is None):
                 yield _Statement((self._load_all(copies),), frozenset(copy.value.name for copy in copies))
             elif len(copies) == 1:
-                yield self._load(copies[0])
+                yield self._load(copies[0], step.graph)
             else:
                 yield self._load_together(copies)
 
@@ -196,11 +197,19 @@ class _Writer:
         bridges, values = ", ".join(self._constant(c.bridge) for c in copies), ", ".join(c.value.name for c in copies)
         return self._counted(f"{self._bind('load_all', load_all)}(({bridges},), ({values},))")
 
-    def _load(self, copy: Copy) -> _Statement:
-        target = self._bind(copy.bridge.name, self.recording.constants[copy.bridge.name].tensor)
-        value = copy.value.name
-        lines = (f"if {self._elsewhere(copy)}:", f"    {target}.copy_({value})", f"    {self._counted(1)}")
-        return _Statement(lines, frozenset((value,)))
+    def _load(self, copy: Copy, graph: CapturedGraph) -> _Statement:
+        tensor: torch.Tensor = self.recording.constants[copy.bridge.name].tensor
+        target, value = self._bind(copy.bridge.name, tensor), copy.value.name
+        short = graph.copier(tensor) if copy.device == tensor.device else None
+        lines = [f"if {self._elsewhere(copy)}:"]
+        if short is None:
+            lines += [f"    {target}.copy_({value})"]
+        else:
+            address, raw = self._bind(f"{copy.bridge.name}_address", tensor.data_ptr()), self._bind("copy_bytes", short)
+            lines += [f"    if {self._fits(value, TensorSpec.of(tensor))}:"]
+            lines += [f"        {raw}({address}, {value}.data_ptr(), {self.stream})"]
+            lines += ["    else:", f"        {target}.copy_({value})"]
+        return _Statement((*lines, f"    {self._counted(1)}"), frozenset((value,)))
 
     def _load_together(self, copies: Sequence[Copy]) -> _Statement:
         targets = [self.recording.constants[copy.bridge.name].tensor for copy in copies]
@@ -229,7 +238,13 @@ class _Writer:
             uses |= used
         if call.function is operator.getitem:
             line = f"{name} = {arguments[0]}[{arguments[1]}]"
-        elif call.function is clone_exact and self._clones_exactly(call.args[0]):
+        elif call.function is clone_exact and (source := self._clones_exactly(call.args[0])) is not None:
+            short = self.recording.graphs[-1].copier(source) if self.recording.graphs else None
+            if short is not None:
+                empty, address = self._bind("empty_like", torch.empty_like), source.data_ptr()
+                place = self._bind(f"{arguments[0]}_address", address)
+                line = f"{self._bind('copy_bytes', short)}({name}.data_ptr(), {place}, {self.stream})"
+                return _Statement((f"{name} = {empty}({arguments[0]})", line), uses, name)
             line = f"{name} = {arguments[0]}.clone()"
         else:
             line = f"{name} = {self._function(call)}({', '.join(arguments)})"
@@ -251,9 +266,9 @@ class _Writer:
             quick = self.quick[spec] = _torch.layout_check(*layout) or spec.accepts
         return f"{self._bind('fits', quick)}({name})"
 
-    def _clones_exactly(self, place: Slot) -> bool:
+    def _clones_exactly(self, place: Slot) -> torch.Tensor | None:
         value = self.recording.constants.get(place.name)
-        return isinstance(value, torch.Tensor) and clones_exactly(value)
+        return value if isinstance(value, torch.Tensor) and clones_exactly(value) else None
 
     def _function(self, call: Call) -> str:
         if call.function is clone_exact:

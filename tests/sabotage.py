@@ -491,6 +491,21 @@ FAULTS = (
     ),
     # --- what a call leaves out ---
     Fault(
+        "bytes-are-copied-of-what-is-not-plain",
+        "replay.py",
+        "if {self._fits(value, TensorSpec.of(tensor))}:",
+        "if True:",
+        "test_replay.py::test_bytes_of_what_is_not_plain",
+    ),
+    Fault(
+        "bytes-are-copied-of-what-has-gaps",
+        "drivers/cuda.py",
+        "or _torch.extent(like.shape, like.stride()) != like.numel()",
+        "",
+        "test_host_time.py::test_arguments_and_results_of_any_layout[cuda-with gaps]",
+        gpu=True,
+    ),
+    Fault(
         "kept-results-are-handed-out",
         "straight.py",
         "or sys.getrefcount(made[place]) != _ALONE",
@@ -1341,8 +1356,8 @@ FAULTS = (
     Fault(
         "emitted-skips-a-load",
         "replay.py",
-        "yield from self._loads(step.loads)",
-        "yield from self._loads(step.loads[1:])",
+        "        for copy in step.loads:\n",
+        "        for copy in step.loads[1:]:\n",
         "test_contract_stale.py::test_fresh_inputs[cpu]",
     ),
     Fault(

@@ -146,6 +146,23 @@ def test_replay_computes(session: Session) -> None:
     assert torch.equal(y, expected)
 
 
+def test_copies_bytes(session: Session) -> None:
+    """A graph's way to copy, if it has one, copies all bytes of what has no gaps, and of nothing else."""
+    graph, _ = session.capture(lambda: session.ramp(4) + 1)
+    for like in (session.normal(3, 5), session.normal(5, 3).t(), session.normal(7).to(torch.bfloat16)):
+        source, target = session.normal(*like.shape).to(like.dtype).as_strided_(like.shape, like.stride()), like.clone()
+        copy = graph.copier(like)
+        assert (copy is not None) == (session.device.type == "cuda")
+        if copy is not None:
+            with session.driver.lock:
+                stream = session.driver.begin()
+                copy(target.data_ptr(), source.data_ptr(), stream)
+                session.driver.end(stream)
+            assert torch.equal(target, source)
+    for other in (session.normal(3, 8)[:, ::2], session.normal(3, 1).expand(3, 4), session.normal(0), torch.rand(3)):
+        assert graph.copier(other) is None
+
+
 def test_replay_reads_new_values(session: Session) -> None:
     """Each replay reads what its inputs hold by then, at the address of the capture, and writes the same results."""
     x = session.ramp(4)

@@ -240,6 +240,33 @@ def test_a_result_that_does_not_fit_is_an_error(device: torch.device, options: d
         assert torch.equal(compiled(x), (x.sin() + 1 + 1).cos() + 1)
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.t(),
+    "with gaps": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, 6),
+    "behind an offset": lambda x: x[1:],
+    "off 16 bytes": lambda x: x.view(-1)[1:13].view(3, 4),
+    "two bytes": lambda x: x.to(torch.bfloat16),
+    "complex": lambda x: x.to(torch.complex64).conj(),
+    "empty": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arguments_and_results_of_any_layout(name: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an argument, the result of an eager step and an output are the same bits as in eager, whatever their layout."""
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = silly.fragile(x + 1)
+        return y + x, (y * 2)[..., :1]
+
+    def argument(_: int) -> tuple[Tensor]:
+        return (LAYOUTS[name](torch.randn(4, 6, device=device)),)
+
+    check(f, argument, device=device, options=options)
+
+
 # --- AOTAutograd's wrappers ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import gc
 import linecache
@@ -13,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, ReplayError
-from breakable_backend.buffers import Bridge, TensorSpec, clone_exact
+from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, extent
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.drivers.tape import TapeDriver, TapeGraph
 from breakable_backend.lowering import Ambient
 from breakable_backend.program import Reason
 from breakable_backend.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
@@ -351,6 +352,56 @@ def test_emit_equals_interpret(build: Callable[[Maker], Recording], maker: Maker
             assert replay.tally.copies == tally.copies
     maker.driver.end(stream)
     replay.forget()
+
+
+# --- copies of bytes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has the tape copy bytes as a CUDA graph does; how many, each time."""
+    sizes: list[int] = []
+
+    def copier(self: TapeGraph, like: Tensor) -> Callable[[int, int, int], None] | None:
+        size = like.numel() * like.element_size()
+        if size == 0 or extent(like) != like.numel():
+            return None
+
+        def copy(target: int, source: int, stream: int) -> None:
+            sizes.append(size)
+            ctypes.memmove(target, source, size)
+
+        return copy
+
+    monkeypatch.setattr(TapeGraph, "copier", copier)
+    return sizes
+
+
+@pytest.mark.parametrize("build", RECORDINGS, ids=lambda build: build.__name__)
+def test_bytes_are_copied(build: Callable[[Maker], Recording], tape: Maker, copied_bytes: list[int]) -> None:
+    """A replay that copies bytes equals the interpreter."""
+    test_emit_equals_interpret(build, tape)
+    plain = (one_of_each, several_bridges, bridges_together, written_input)
+    assert bool(copied_bytes) or build not in plain
+
+
+def test_bytes_of_what_is_not_plain(tape: Maker, copied_bytes: list[int]) -> None:
+    """What does not lie as its bridge, is read lazily, or is no plain tensor, is copied by torch."""
+    like = torch.zeros(2, 3)
+    x = tape.bridge("x", like)
+    tape.capture(lambda: {"y": x + 1}, loads=["x"])
+    recording = tape.recording(["x"], [Slot("y")])
+    replay = emit(recording)
+    z = torch.rand(2, 3, dtype=torch.complex64)
+    lazy = z.conj().imag
+    assert lazy.is_neg()
+    values = [torch.rand(3, 2).t(), torch.rand(2, 6)[:, ::2], lazy, nn.Parameter(torch.rand(2, 3), requires_grad=False)]
+    for value in values:
+        assert torch.equal(replay.function([value], 0)[0], value + 1)
+    assert copied_bytes == []
+    value = torch.rand(2, 3)
+    assert torch.equal(replay.function([value], 0)[0], value + 1)
+    assert copied_bytes == [24]
 
 
 # --- the source ---------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,12 @@ class CapturedGraph(Protocol):
     def replay(self, stream: int) -> None:
         """Launch on ``stream``, which must be the current one (a raw handle from :meth:`CaptureDriver.begin`)."""
 
+    def copier(self, like: torch.Tensor) -> Callable[[int, int, int], None] | None:
+        """What copies as many bytes as ``like`` has from one address of its device to another: target, source, stream of a replay.
+
+        None where torch's own copy is as quick, or ``like`` has gaps between its elements.
+        """
+
 
 class CaptureSession(Protocol):
     """Segments captured one after the other in the middle of the caller's own code."""

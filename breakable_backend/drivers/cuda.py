@@ -108,6 +108,20 @@ class CudaGraph:
         if status:
             self._refuse(cudart.cudaGetErrorString(status)[1].decode())
 
+    def copier(self, like: torch.Tensor) -> Callable[[int, int, int], None] | None:
+        size = like.numel() * like.element_size()
+        if size == 0 or _torch.extent(like.shape, like.stride()) != like.numel() or like.device.index != self._index:
+            return None
+        memcpy, kind = cudart.cudaMemcpyAsync, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+
+        def copy(target: int, source: int, stream: int) -> None:
+            (status,) = memcpy(target, source, size, kind, stream)
+            if status:
+                torch.cuda.current_stream().synchronize()  # which says so as torch's own copy would, if the device is lost
+                torch.cuda.check_error(int(status))
+
+        return copy
+
     def _refuse(self, why: str, passes: Passing = "") -> NoReturn:
         refused = ReplayError(
             f"cudaGraphLaunch failed: {why}", fix=REPLAY_OUTSIDE if "when stream is capturing" in why else ""
@@ -161,6 +175,20 @@ class CudaGraphAmongGPUs(CudaGraph):
         (status,) = cudart.cudaGraphLaunch(self._executable, stream)
         if status:
             self._refuse(cudart.cudaGetErrorString(status)[1].decode())
+
+    def copier(self, like: torch.Tensor) -> Callable[[int, int, int], None] | None:
+        copy, index = super().copier(like), self._index
+        if copy is None:
+            return None
+
+        def copy_there(target: int, source: int, stream: int) -> None:
+            if _torch.current_device() == index:
+                copy(target, source, stream)
+            else:
+                with torch.cuda.device(index):
+                    copy(target, source, stream)
+
+        return copy_there
 
 
 class WaitingGraph(CudaGraph):

@@ -206,6 +206,9 @@ class TapeGraph:
     def dot(self) -> str:
         return dot_of_names(self.kernels())
 
+    def copier(self, like: torch.Tensor) -> None:
+        """None: torch's own copy is as quick."""
+
     def replay(self, stream: int) -> None:
         if self.released:
             raise ReplayError("a graph was replayed after its release", fix="capture it again")
