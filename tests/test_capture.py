@@ -714,10 +714,12 @@ def test_who_waits_for_the_last_launch(
             y = marked_bend(x * weight)
         driver = graph.driver
         assert driver is not None
-        release = driver.release
-        monkeypatch.setattr(
-            driver, "release", lambda *given, wait, release=release: (waits.append(wait), release(*given, wait=wait))
-        )
+
+        def release(graphs: Any, *given: Any, wait: bool = True, real: Callable[..., None] = driver.release) -> None:
+            waits.extend([wait] if graphs else [])
+            real(graphs, *given, wait=wait)
+
+        monkeypatch.setattr(driver, "release", release)
         if how == "reset":
             graph.reset()
         elif how == "parameter":

@@ -525,7 +525,7 @@ def test_a_death_does_not_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> N
     waits, settles, real, settle = [], [], make.driver.release, make.driver.settle
 
     def release(graphs: Any, owner: Any = None, *, wait: bool = True) -> None:
-        waits.append(wait)
+        waits.extend([wait] if graphs else [])
         real(graphs, owner, wait=wait)
 
     monkeypatch.setattr(make.driver, "release", release)
