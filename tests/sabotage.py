@@ -846,7 +846,7 @@ FAULTS = (
         "ops.py",
         "_NEVER_EARLY = (torch.Tag.nondeterministic_seeded,)",
         "_NEVER_EARLY: tuple[torch.Tag, ...] = ()",
-        "test_learning.py::test_constant_tensors[cpu-aot_eager-fake1]",
+        "test_learning.py::test_constant_tensors[cpu-aot_eager-fake]",
     ),
     Fault(
         "dynamo-takes-us-for-the-caller",

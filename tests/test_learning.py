@@ -362,9 +362,11 @@ def test_an_int_that_counts_up(compile_ours: Compile, device: torch.device) -> N
     assert sum(sum(p.plain_calls.values()) + p.replays + p.captures for p in report.programs) >= 5
 
 
-@pytest.mark.parametrize("fake", [None, lambda y: torch.empty_like(y)])
+@pytest.mark.parametrize("fake", [None, lambda y: torch.empty_like(y)], ids=["learned", "fake"])
 @pytest.mark.parametrize("backend", ["breakable_cg", "eager", "aot_eager"])
-def test_constant_tensors(backend: str, fake: Callable[..., Any] | None, device: torch.device) -> None:
+def test_constant_tensors(
+    backend: str, fake: Callable[..., Any] | None, device: torch.device, options: dict[str, Any]
+) -> None:
     """A function whose arguments are constants runs once per call: no compiler runs it while it traces."""
     seen: list[type] = []
 
@@ -373,8 +375,12 @@ def test_constant_tensors(backend: str, fake: Callable[..., Any] | None, device:
         return y * 2
 
     marked = eager_on_graph(fake=fake)(host)
-    compiled = torch.compile(lambda x: (x.sin() + marked(torch.tensor(2.0))).cos(), backend=backend, fullgraph=True)
-    x = torch.ones(3, device=device)
+
+    def model(x: Tensor) -> Tensor:
+        return (x.sin() + marked(torch.tensor(2.0))).cos()
+
+    ours = {"options": options} if backend == "breakable_cg" else {}
+    compiled, x = torch.compile(model, backend=backend, fullgraph=True, **ours), torch.ones(3, device=device)
     for number in range(5):
         assert torch.equal(compiled(x), (x.sin() + 4).cos())
         assert seen == [Tensor] * (number + 1)
