@@ -351,12 +351,16 @@ class Executor:
         try:
             if entry.replay is not replay or self._keys.shapes(args) != entry.key.shapes:
                 return None
+            addresses = self.last
+            if addresses is None or addresses.entries.get(entry.key.shapes) is not entry:
+                addresses = self.sets[entry.key.addresses]
             stream = driver.begin()
             try:
                 self.statistics.calls += 1
                 entry.calls += 1
                 entry.replays += 1
                 entry.last_call = self.statistics.calls
+                self._touch(entry, addresses)
                 driver.bring(args)
                 return replay.function(args, stream)
             except Exception as error:

@@ -461,6 +461,13 @@ FAULTS = (
         "test_bound.py::test_parameters_that_move[cpu-inputs-replaces]",
     ),
     Fault(
+        "what-is-bound-looks-idle",
+        "executor.py",
+        "                self._touch(entry, addresses)\n                driver.bring(args)\n",
+        "                driver.bring(args)\n",
+        "test_bound.py::test_what_is_bound_is_in_use[cpu]",
+    ),
+    Fault(
         "freed-memory-is-not-heard-of",
         "resolved.py",
         "for thing in (t, t.untyped_storage())",
