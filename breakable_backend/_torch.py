@@ -922,6 +922,27 @@ def until_reset() -> dict[str, Any]:
     return code_context.get_context(until_reset.__code__)
 
 
+_TRACERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.proxy_tensor")
+
+
+class _Tags(list[torch.Tag]):
+    """Tags that say to tracers alone that the op draws: they run no such op on tensors whose values they know.
+
+    Others would take the tag for more than that: AOTAutograd's partitioner saves random states around such an op.
+    """
+
+    def __contains__(self, tag: object) -> bool:
+        drawn = tag is torch.Tag.nondeterministic_seeded or tag == torch.Tag.nondeterministic_seeded
+        if drawn and sys._getframe(1).f_globals.get("__name__") in _TRACERS:
+            return True
+        return super().__contains__(tag)
+
+
+def never_run_on_constants(op: OpOverload) -> None:
+    """Have nobody run ``op`` for real while tracing, where its tensors are constants of the traced code."""
+    op._tags = _Tags(op.tags)
+
+
 def has_hint(number: Any) -> bool:
     """Whether one knows what a symbolic number is in the call that is being traced."""
     return isinstance(number, int | float) or number.node.hint is not None

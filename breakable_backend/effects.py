@@ -315,8 +315,6 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
 
 def draws(node: fx.Node) -> bool:
     """Whether a call is said to draw random numbers: by PyTorch's tags, or by those that a custom op was given."""
-    if getattr(node.target, "namespace", "") == "breakable_cg":
-        return False  # calls of marked functions have the tag for another reason, and are eager anyway
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

@@ -15,9 +15,8 @@ from breakable_backend.tapes import Tape, tape_of
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
 _library = torch.library.Library("breakable_cg", "FRAGMENT")
-_NEVER_EARLY = (torch.Tag.nondeterministic_seeded,)
-"""Tracing runs an op for real where it knows the values of all tensors that it takes, unless it says that it draws."""
-_library.define(f"shapes(int site, bool[] needs, {_REST}) -> ()", tags=_NEVER_EARLY)
+_library.define(f"shapes(int site, bool[] needs, {_REST}) -> ()")
+_torch.never_run_on_constants(torch.ops.breakable_cg.shapes.default)
 _library.define("number(int site, Tensor numbers, int position) -> SymInt")
 _library.define(
     "backward(int site, Tensor handle, Tensor?[] grads, SymInt[] sizes) -> Tensor[]",
@@ -86,8 +85,9 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
     written = "".join(f"Tensor(a{number}!) written_{number}, " for number in range(num_written))
     returns = "Tensor[]" if num_results is None else f"({', '.join(['Tensor'] * num_results)})"
     schema = f"{name}(int site, bool[] needs, bool traced, {written}{_REST}) -> {returns}"
-    _library.define(schema.replace("-> (Tensor)", "-> Tensor"), tags=(torch.Tag.cudagraph_unsafe, *_NEVER_EARLY))
+    _library.define(schema.replace("-> (Tensor)", "-> Tensor"), tags=(torch.Tag.cudagraph_unsafe,))
     op = getattr(torch.ops.breakable_cg, name).default
+    _torch.never_run_on_constants(op)
 
     def packed(made: list[torch.Tensor]) -> Any:
         if num_results is None:
