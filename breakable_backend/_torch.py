@@ -150,6 +150,10 @@ def trace_inference(
     kept = (*keep_alive, *find_overloads("aten::_assert_async"))
     with ExitStack() as stack:
         stack.enter_context(_side_effects(kept))
+        for op in keep_alive:
+            if isinstance(op, OpOverload):
+                stack.callback(setattr, op, "_tags", op._tags)
+                never_run_on_constants(op)
         stack.enter_context(_eager_kernels())
         stack.enter_context(_entered_around(around))
         stack.enter_context(config.patch(fallback_random=True))

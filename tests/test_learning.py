@@ -535,3 +535,34 @@ def test_explaining_with_arguments(device: torch.device, options: dict[str, Any]
     report = explain(Stack(), torch.ones(4, device=device), options=options)
     assert len(report.programs) == 1
     assert not report.learning
+
+
+runs: list[int] = []
+
+
+@torch.library.custom_op("learning::twice", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def twice(x: Tensor) -> Tensor:
+    runs.append(1)
+    return x * 2
+
+
+twice.register_fake(lambda x: torch.empty_like(x))
+
+
+def test_marked_ops_on_constant_tensors(compile_ours: Compile, device: torch.device) -> None:
+    """A marked op whose argument is a constant runs once per call; in call 1 as often as Dynamo itself has it."""
+
+    def count(compiled: Compile) -> list[int]:
+        counts = []
+        for _ in range(4):
+            runs.clear()
+            compiled(torch.ones(3, device=device))
+            counts.append(len(runs))
+        return counts
+
+    def model(x: Tensor) -> Tensor:
+        return (x.sin() + twice(torch.tensor(2.0, device=device))).cos()
+
+    dynamos = count(torch.compile(model, backend="eager"))
+    torch.compiler.reset()
+    assert count(compile_ours(model)) == [dynamos[0], 1, 1, 1]
