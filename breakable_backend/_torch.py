@@ -174,12 +174,13 @@ def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tup
     """Which inputs' versions a call of ``lowered`` has to count up, if that is all that AOT's wrappers would do around it.
 
     None where they do more: take subclasses apart, make outputs again that alias inputs, mark sizes of outputs, leave
-    another grad mode, switch autocast off, fake a first call. (They switch gradients off in each case.) To be asked while AOT
-    compiles ``lowered``, which it made of ``gm``. Read in the wrappers of torch 2.11 to 2.15.
+    another grad mode, fake a first call. (They switch gradients off in each case. That they switch off an autocast of the
+    caller is for the caller of this to know: AOT has switched it off by now.) To be asked while AOT compiles ``lowered``,
+    which it made of ``gm``. Read in the wrappers of torch 2.11 to 2.15.
     """
     context = TracingContext.try_get()
     facts = context.fw_metadata if context is not None else None
-    if context is None or facts is None or context.fakify_first_call or any_autocast_enabled():
+    if context is None or facts is None or context.fakify_first_call:
         return None
     more = (
         *(facts.num_outputs_aliased, facts.num_mutated_inp_runtime_indices, facts.num_intermediate_bases),

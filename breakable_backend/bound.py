@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
@@ -415,20 +416,20 @@ def _handed(
     function: Any, code: CodeType, before: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """What Dynamo's code hands to the graph for these arguments. The graph is not called."""
+    found: list[tuple[Any, ...]] = []
 
     def graph(*handed: Any) -> Any:
-        raise _Handed(handed)
+        found.append(handed)
+        raise _Handed
 
-    try:
+    with suppress(_Handed):
         _torch.unguarded(function, code, graph)(*before, *args, **kwargs)
-    except _Handed as found:
-        return found.values
-    raise AssertionError("Dynamo's code calls its graph")
+    (handed,) = found
+    return handed
 
 
 class _Handed(Exception):
-    def __init__(self, values: tuple[Any, ...]) -> None:
-        self.values = values
+    """The graph would be called now."""
 
 
 def _before(frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:

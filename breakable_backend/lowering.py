@@ -110,6 +110,8 @@ def lower(
         if isinstance(value, torch.Tensor) and value.layout not in (torch.strided, torch.jagged):
             raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")
 
+    autocast = _torch.any_autocast_enabled()
+    """Whether AOT's wrapper has one of the caller's to switch off around each call."""
     inner: list[Callable[[list[Any]], Any]] = []
     written: tuple[int, ...] | None = None
     """Where nothing of AOT's has to run around a call: the inputs whose versions are counted up."""
@@ -125,7 +127,7 @@ def lower(
 
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         nonlocal written
-        written = _torch.written_without_wrappers(gm, module)
+        written = None if autocast else _torch.written_without_wrappers(gm, module)
         out_of_place_views(module)
         if lost := lost_outs(module, outs):
             raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")

@@ -94,6 +94,19 @@ def test_callers_autocast(device: torch.device, options: dict[str, Any]) -> None
     )
 
 
+def test_autocast_switched_off_inside_the_callers(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 7: where a graph switches off the autocast that the caller has around the call, products stay as exact as eager's."""
+
+    def f(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            y = silly.marked_product(x @ w, w)
+            z = (y + 1) @ w
+        return y, z
+
+    under = with_caller(device, lambda: bfloat16(device))
+    check(f, matrices(device), device=device, options=options, captured=2, eager=1, under=under)
+
+
 def test_marked_matmul_under_autocast(device: torch.device, options: dict[str, Any]) -> None:
     """Line 7: a marked op that multiplies rounds to bfloat16 where eager does."""
 
