@@ -117,6 +117,10 @@ def _kind(result: Structure, count: int) -> type | None:
 _GIVEN = {"tensor": "tensors", "int": "ints", "float": "floats"}
 
 
+class _Rare(Exception):
+    """A container that no source is written for."""
+
+
 def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any, Any, Any], Any] | None:
     """A call of ``function`` with arguments put together from tensors, ints and floats; None for rare containers."""
     names: dict[str, Any] = {"function": function}
@@ -133,7 +137,7 @@ def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any,
         if kind == "plain":
             return bound(structure[1])
         if kind not in ("list", "tuple", "dict"):
-            raise LookupError(kind)
+            raise _Rare
         items = [text(item) for item in structure[-1]]
         if kind == "dict":
             return f"{{{', '.join(f'{bound(key)}: {item}' for key, item in zip(structure[1], items, strict=True))}}}"
@@ -145,7 +149,7 @@ def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any,
     try:
         given = [text(item) for item in positional[-1]]
         given += [f"{name}={text(item)}" for name, item in zip(named[1], named[-1], strict=True)]
-    except LookupError:
+    except _Rare:
         return None
     made: Callable[[Any, Any, Any], Any] = eval(f"lambda tensors, ints, floats: function({', '.join(given)})", names)
     return made
