@@ -192,7 +192,9 @@ def view_leaf(kind: str, number: int, base: Geometry, where: Geometry, detached:
     inside = where[2] - base[2] >= 0 and where[2] - base[2] + extent(where) <= extent(base)
     if not (plain and inside):
         return ("view", kind, number, detached, None, where)
-    return ("view", kind, number, detached, (where[2] - base[2], extent(where), dense, back), where)
+    start = where[2] - base[2]
+    # Where the base itself lies is no part of the leaf: an argument may lie elsewhere in its storage in another call.
+    return ("view", kind, number, detached, (start, extent(where), dense, back), (where[0], where[1], start))
 
 
 def _steps(shape: Sequence[int]) -> tuple[int, ...]:

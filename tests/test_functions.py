@@ -261,6 +261,30 @@ def test_aliases_of_arguments(compile_with: Callable[..., Any], device: torch.de
         assert close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["fake", "learned"])
+def test_view_of_an_argument_that_begins_elsewhere(
+    compile_with: Callable[..., Any], device: torch.device, told: bool
+) -> None:
+    """A view of an argument is the same wherever the argument begins in its storage, which nothing guards on."""
+
+    def behind(x: Tensor) -> Tensor:
+        return x[1:]
+
+    marked = eager_on_graph(behind, fake=behind) if told else eager_on_graph(behind)
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        tail = marked(x)
+        return tail * 2, tail
+
+    compiled = compile_with(model)
+    for offset in (4, 4, 4, 0, 0, 8, 4):
+        x = torch.randn(16, device=device)[offset : offset + 8]
+        product, tail = compiled(x)
+        assert close(product, x[1:] * 2)
+        assert tail.data_ptr() == x[1:].data_ptr()
+        assert close(tail, x[1:])
+
+
 class Layer(nn.Module):
     """A method that looks at values and uses a parameter, a buffer and an attribute of its module."""
 
