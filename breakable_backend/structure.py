@@ -220,6 +220,22 @@ def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
     return made.detach() if detached else made
 
 
+def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tensor]) -> bool:
+    """Whether two structures put the same together of these arguments, which may be, or lie in, each other."""
+
+    def place(leaf: Structure) -> Structure:
+        if leaf[0] != "argument" and leaf[:2] != ("view", "argument"):
+            return leaf
+        whole = leaf[0] == "argument"
+        tensor = arguments[leaf[1]] if whole else view_of(arguments[leaf[2]], leaf)
+        return ("argument", (_torch.storage_key(tensor), *_looks(tensor)), leaf[2 if whole else 3])
+
+    try:
+        return bool(with_leaves(one, place) == with_leaves(other, place))
+    except (RuntimeError, IndexError):  # there is no such part of an argument
+        return False
+
+
 # --- results ------------------------------------------------------------------------------------------------------------
 
 Member = tuple[torch.Tensor, Geometry | None]
@@ -332,11 +348,15 @@ class _Taker:
         for number, argument in enumerate(self.arguments):
             if _torch.storage_key(argument) == _torch.storage_key(tensor) and _looks(argument) == _looks(tensor):
                 return ("argument", number, self._is_detached(tensor, argument.requires_grad))
-        base = self.arguments[owner]
-        if _bits(base) != _bits(tensor):
+        leaves = []
+        for number, base in enumerate(self.arguments):
+            if _torch.storage_key(base) == _torch.storage_key(tensor) and _bits(base) == _bits(tensor):
+                detached = self._is_detached(tensor, base.requires_grad)
+                leaves.append(view_leaf("argument", number, geometry(base), geometry(tensor), detached))
+        if not leaves or _bits(self.arguments[owner]) != _bits(tensor):
             raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
-        detached = self._is_detached(tensor, base.requires_grad)
-        return view_leaf("argument", owner, geometry(base), geometry(tensor), detached)
+        # Rather of one that it lies in: in another call the arguments may lie apart.
+        return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
 
     def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
         return self.recording and base_needs and not tensor.requires_grad

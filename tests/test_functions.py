@@ -285,6 +285,30 @@ def test_view_of_an_argument_that_begins_elsewhere(
         assert close(tail, x[1:])
 
 
+def test_arguments_that_lie_in_each_other(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A result that is, or views, one argument is told by where it lies, though other arguments may lie there too."""
+
+    def second(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y, y[1:]
+
+    marked = eager_on_graph(second, fake=second)
+
+    def model(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        whole, tail = marked(x, y)
+        return tail * 2, tail, whole
+
+    compiled = compile_with(model)
+    for starts in ((0, 4), (0, 4), (0, 4), None, (4, 0), (8, 8), (0, 4), None):
+        if starts is None:
+            x, y = torch.randn(8, device=device), torch.randn(8, device=device)
+        else:
+            storage = torch.randn(24, device=device)
+            x, y = (storage[start : start + 8] for start in starts)
+        product, tail, whole = compiled(x, y)
+        assert close(product, y[1:] * 2)
+        assert (whole.data_ptr(), tail.data_ptr()) == (y.data_ptr(), y[1:].data_ptr())
+
+
 class Layer(nn.Module):
     """A method that looks at values and uses a parameter, a buffer and an attribute of its module."""
 
