@@ -1509,6 +1509,20 @@ def without_alias_check() -> Iterator[None]:
         yield
 
 
+def forward_ad_active() -> bool:
+    """Whether forward-mode AD is on: tensors may carry tangents, which only eager computes. (torch 2.11 to 2.15)"""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def guard_on_forward_ad() -> None:
+    """Have Dynamo compile anew where forward-mode AD is entered or left, which it asks inside of ``torch.func`` alone."""
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import GlobalStateSource
+
+    if (context := TracingContext.try_get()) is not None:
+        context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))
+
+
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Whether autocast is on, for whatever device."""
 

@@ -220,6 +220,7 @@ class _State:
         number, dispatch_modes, frame_callback = len(seen), _torch.number_of_dispatch_modes, _torch.frame_callback
         modules, training, hooks = self._modules, self._training, self._hooks
         stance_is_default, callers = _torch.stance_is_default(), self._executor.callers
+        forward_ad = _torch.forward_ad_active
 
         def same() -> bool:
             return (
@@ -233,6 +234,7 @@ class _State:
                 and not any(hooks)
                 and stance_is_default()
                 and not callers.gone
+                and not forward_ad()
             )
 
         return same
@@ -243,6 +245,8 @@ class _State:
             return GONE
         if not self._settings():
             return "grad mode, autocast or another global setting of torch is not as it was"
+        if _torch.forward_ad_active():
+            return "forward-mode AD is on"
         if torch.is_inference_mode_enabled() is not self._inference:
             return f"inference mode is {'off' if self._inference else 'on'}"
         if _torch.function_modes() != self._function_modes:
@@ -472,7 +476,7 @@ class _Graph:
     addresses: list[int]
     """Theirs, each in its place."""
     tensors: tuple[int, ...]
-    """Where tensors are that the code finds by itself: neither static, nor arguments, which were looked at before."""
+    """Where tensors are that the code finds by itself: not arguments, which were looked at before; static ones with gradients on."""
     like: Callable[..., bool]
     """Asks whether those are like what they were."""
     numbers: tuple[tuple[int, Any], ...]
@@ -492,7 +496,9 @@ class _Graph:
             for one, other in zip(handed, args, strict=True)
         )
         rest = [(position, value) for position, value in enumerate(handed) if position not in static]
-        tensors = [(position, value) for position, value in rest if isinstance(value, torch.Tensor)]
+        # With gradients on, a parameter that asks for one by now would be as if it did not.
+        looked_at = [*enumerate(handed)] if torch.is_grad_enabled() else rest
+        tensors = [(position, value) for position, value in looked_at if isinstance(value, torch.Tensor)]
         tensors = [(position, value) for position, value in tensors if position not in arguments]
         places = range(max(static, default=-1) + 1)
         return cls(
@@ -523,7 +529,11 @@ class _Graph:
         def checked(*handed: Any) -> Any:
             nonlocal known
             args = [*handed]
-            if static and not are_at(args, addresses, static):
+            try:
+                moved = static and not are_at(args, addresses, static)
+            except TypeError:  # a parameter that is None by now
+                moved = True
+            if moved:
                 raise _Misfit(MOVED)
             if found and not like(*tensors(handed)):
                 raise _Misfit("a tensor that the graph reads is not like the one before")

@@ -102,6 +102,9 @@ def lower(
     Raises:
         CannotLower: an output needs a gradient, or AOTAutograd does not take the graph or would not keep it right.
     """
+    _torch.guard_on_forward_ad()
+    if _torch.forward_ad_active():
+        raise CannotLower("forward-mode AD is on, and tensors may carry tangents")
     if needs_gradients(gm):
         raise CannotLower(NEEDS_GRADIENTS)
     if any(node.target is _torch.ENTER_INFERENCE_MODE for node in gm.graph.nodes):

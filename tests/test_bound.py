@@ -446,6 +446,34 @@ def test_parameters_that_move(move: Any, check: Any, device: torch.device, optio
     assert replays(compiled) == count + 1
 
 
+def test_parameters_that_are_none(device: torch.device, options: dict[str, Any]) -> None:
+    """A parameter that is None by now is noticed as one that moved."""
+    compiled, _ = compile_both(Scaled().to(device).eval(), options)
+    model = compiled._orig_mod
+    bound = bind(compiled, torch.rand(3, 4, device=device))
+    model.linear.bias = None
+    for _ in range(4):
+        x = torch.rand(3, 4, device=device)
+        assert_same(bound(x), model(x))
+    assert 1 <= bound.misfits.total() <= 3
+
+
+def test_parameters_that_ask_for_gradients(device: torch.device, options: dict[str, Any]) -> None:
+    """With gradients on, a parameter that asks for one by now does not fit: the result needs it."""
+    model = Scaled().to(device).eval().requires_grad_(False)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    x = torch.rand(3, 4, device=device)
+    with torch.enable_grad():
+        bound = bind(compiled, x)
+        assert not bound(x).requires_grad
+        assert not bound.misfits
+        model.linear.bias.requires_grad_(True)
+        assert bound(x).requires_grad
+        model.linear.bias.requires_grad_(False)
+        assert not bound(x).requires_grad
+    assert bound.misfits == {"a tensor that the graph reads is not like the one before": 1}
+
+
 def test_parameters_of_another_dtype(device: torch.device, options: dict[str, Any]) -> None:
     """A model that is converted is compiled anew by the call that notices."""
     compiled, _ = compile_both(Scaled().to(device).eval(), options)
