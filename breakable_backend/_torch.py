@@ -1075,6 +1075,11 @@ def argument_count(code: CodeType) -> int:
     return code.co_argcount + code.co_kwonlyargcount + star
 
 
+def takes_any_keyword(code: CodeType) -> bool:
+    """Whether ``code`` has a ``**kwargs``: it sees in which order a caller names arguments."""
+    return bool(code.co_flags & inspect.CO_VARKEYWORDS)
+
+
 def unguarded(function: FunctionType, code: CodeType, graph: Callable[..., Any]) -> FunctionType:
     """``function`` as Dynamo compiled it to ``code``, calling ``graph`` for its graph, and without guards.
 
@@ -1510,7 +1515,7 @@ def without_alias_check() -> Iterator[None]:
 
 
 def forward_ad_active() -> bool:
-    """Whether forward-mode AD is on: tensors may carry tangents, which only eager computes. (torch 2.11 to 2.15)"""
+    """Whether forward-mode AD is on (torch 2.11 to 2.15): tensors may carry tangents, which eager alone computes."""
     return torch.autograd.forward_ad._current_level >= 0
 
 

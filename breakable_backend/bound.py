@@ -350,7 +350,7 @@ def _bound(
     before = _before(frame, args, kwargs)
     if function is None or before is None:
         return None, "how its arguments reach what Dynamo compiled is not clear"
-    inputs, why = Inputs.of(args, kwargs)
+    inputs, why = Inputs.of(args, kwargs, ordered=_torch.takes_any_keyword(function.__code__))
     if inputs is None:
         return None, why
     handed = _handed(function, code, before, args, kwargs)
@@ -531,7 +531,7 @@ class _Graph:
             args = [*handed]
             try:
                 moved = static and not are_at(args, addresses, static)
-            except TypeError:  # a parameter that is None by now
+            except (TypeError, RuntimeError):  # a parameter that is None by now
                 moved = True
             if moved:
                 raise _Misfit(MOVED)

@@ -28,10 +28,13 @@ class Inputs:
     """Asks whether the tensors, each taken once, are like those of the call."""
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Inputs | None, str]:
-        """None, and why, where there is a tensor of a kind that cannot be compared in microseconds."""
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], *, ordered: bool = False) -> tuple[Inputs | None, str]:
+        """Of the arguments of a call. ``ordered``: the function sees in which order keyword arguments come.
+
+        None, and why, where there is a tensor of a kind that cannot be compared in microseconds.
+        """
         tensors: list[torch.Tensor] = []
-        likes = _like(args, tensors), _like(_Keywords(kwargs), tensors)
+        likes = _like(args, tensors), _like(kwargs if ordered else _Keywords(kwargs), tensors)
         for tensor in tensors:
             if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
                 return None, f"an argument is a {type(tensor).__name__} of layout {tensor.layout}"
@@ -44,7 +47,7 @@ class Inputs:
         lines = [
             "if not first(): return False",
             *_source(self.args, "args", names, places),
-            *_source_of_kwargs(self.kwargs, names, places),
+            *(_source_of_kwargs if self.kwargs.kind is _Keywords else _source)(self.kwargs, "kwargs", names, places),
             f"return alike({', '.join(places[number] for number in sorted(places))})",
         ]
         body = "\n    ".join(lines)
@@ -54,7 +57,8 @@ class Inputs:
     def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Which argument is not like that of the call, and how; empty if all are."""
         seen: dict[int, Any] = {}
-        for name, like, value in (("args", self.args, args), ("kwargs", self.kwargs, _Keywords(kwargs))):
+        keywords = _Keywords(kwargs) if self.kwargs.kind is _Keywords else kwargs
+        for name, like, value in (("args", self.args, args), ("kwargs", self.kwargs, keywords)):
             if why := next(_differences(like, value, name, seen), ""):
                 return why
         if len({id(tensor) for tensor in seen.values()}) != len(seen):
@@ -158,15 +162,15 @@ def _source(like: _Like, name: str, names: dict[str, Any], places: dict[int, str
         yield f"if {name} is not {constant(like.value)}: return False"
 
 
-def _source_of_kwargs(like: _Like, names: dict[str, Any], places: dict[int, str]) -> Iterator[str]:
+def _source_of_kwargs(like: _Like, name: str, names: dict[str, Any], places: dict[int, str]) -> Iterator[str]:
     """Of keyword arguments, whose order says nothing."""
     assert like.parts is not None
     assert like.keys is not None
-    yield f"if len(kwargs) != {len(like.keys)}: return False"
+    yield f"if len({name}) != {len(like.keys)}: return False"
     for number, (key, part) in enumerate(zip(like.keys, like.parts, strict=True)):
-        yield f"if {key!r} not in kwargs: return False"
-        yield f"kwargs_{number} = kwargs[{key!r}]"
-        yield from _source(part, f"kwargs_{number}", names, places)
+        yield f"if {key!r} not in {name}: return False"
+        yield f"{name}_{number} = {name}[{key!r}]"
+        yield from _source(part, f"{name}_{number}", names, places)
 
 
 def _differences(like: _Like, value: Any, name: str, seen: dict[int, Any]) -> Iterator[str]:
