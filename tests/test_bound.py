@@ -476,7 +476,7 @@ def test_parameters_that_are_none(device: torch.device, options: dict[str, Any])
 
 @pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 def test_parameters_that_ask_for_gradients(device: torch.device, options: dict[str, Any]) -> None:
-    """With gradients on, a parameter that asks for one by now does not fit. (Dynamo of torch 2.11 does not look itself.)"""
+    """With gradients on, a parameter that asks for one by now does not fit (Dynamo of torch 2.11 does not look itself)."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(device).requires_grad_(False)
     compiled = torch.compile(model, backend="breakable_cg", options=options)
     x = torch.rand(3, 4, device=device)
