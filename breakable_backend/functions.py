@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import functools
 import inspect
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,8 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     function = mark.function
     uncompiled: list[Callable[..., Any]] = []
     """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
+    identity = f"marked function {next(_identities)}"
+    """What Dynamo guards on by its value: of functions, and so of those that it takes as constant, it guards the code alone."""
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
     exporting, thread = torch.compiler.is_exporting, _torch.thread
 
@@ -139,7 +142,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
         _torch.heed_requests_for_python()
 
     @_torch.constant_under_dynamo
-    def site_number(structure: Structure) -> tuple[int, str]:
+    def site_number(structure: Structure, _identity: str) -> tuple[int, str]:
         return _site(mark, structure)  # Dynamo passes no frozen dataclass to such a function (torch 2.11)
 
     @_torch.constant_under_dynamo
@@ -159,7 +162,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     @functools.wraps(function, updated=())
     def marked(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            why, call = _plan(site_number, args, kwargs)
+            why, call = _plan(site_number, identity, args, kwargs)
             if why:
                 refuse(why)
                 return uncompiled[0](*args, **kwargs)
@@ -177,6 +180,9 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     marked.run_eager = function  # type: ignore[attr-defined]
     marked.mark = mark  # type: ignore[attr-defined]
     return marked
+
+
+_identities = itertools.count()
 
 
 def _with_gradients(function: Callable[..., Any], said: Mapping[str, Any]) -> Callable[..., Any]:
@@ -218,7 +224,10 @@ def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
 
 
 def _plan(
-    site_number: Callable[[Structure], tuple[int, str]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    site_number: Callable[[Structure, str], tuple[int, str]],
+    identity: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[str, Any]:
     """Why a call cannot be one node, empty if it can; and what the op is called with."""
     other = foreign((args, kwargs))
@@ -227,7 +236,7 @@ def _plan(
     given: list[torch.Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
-    site, why = site_number(take_apart((args, kwargs), given, ints, floats))
+    site, why = site_number(take_apart((args, kwargs), given, ints, floats), identity)
     if why:
         return why, None
     order, num_written = _order(site)

@@ -121,7 +121,12 @@ def see_result(
     recording, declared = any(asked.needs), mark.backward is not None
     try:
         taken = take_result(holder, arguments, recording=recording, exact=not declared, copies=False)
-        if not recording and torch.is_grad_enabled() and any(root.requires_grad for root in taken.roots):
+        if recording:
+            given = [*arguments, *(tensor.grad_fn for tensor in arguments)]
+            lost = not declared and reaches_others(taken.members, given)
+        else:
+            lost = torch.is_grad_enabled() and any(root.requires_grad for root in taken.roots)
+        if lost:
             raise _closed_over()
     except Unholdable as error:
         learned.why_not, learned.cure = f"it returned {error.what}", error.fix
@@ -437,9 +442,9 @@ class Site:
         return taken
 
     def _loses_gradients(self, taken: Result, leaves: list[torch.Tensor], recording: bool) -> bool:
-        """Whether a result needs gradients of what is no argument; a run on fake tensors would have failed on that."""
+        """Whether a result needs gradients of what is no argument, which a backward of compiled code would lose."""
         if recording:
-            return self.mark.fake is not None and reaches_others(taken.members, leaves)
+            return reaches_others(taken.members, leaves)
         return self.grad and any(root.requires_grad for root in taken.roots)
 
     @contextmanager

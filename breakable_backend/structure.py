@@ -138,10 +138,19 @@ def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
     if kind == "dict":
         return dict(zip(structure[1], items))  # noqa: B905 - Dynamo traces this
     if kind == "named":
-        return tuple.__new__(structure[1], items)  # calling it needs a guard, and a result's class has no source
+        return _named(structure[1], items)
     if kind == "node":
         return _torch.PYTREE_NODES[structure[1]].unflatten_fn(items, structure[2])
     return _dataclass(structure[1], structure[2], items)
+
+
+def _named(kind: Any, items: Sequence[Any]) -> Any:
+    """A named tuple, a result of torch's (``torch.return_types.topk``), or a size."""
+    if kind is torch.Size:
+        return torch.Size(items)
+    if torch.compiler.is_dynamo_compiling() or hasattr(kind, "_fields"):
+        return tuple.__new__(kind, items)  # calling it needs a guard, and a result's class has no source
+    return kind(items)  # torch's are made in no other way
 
 
 def _dataclass(kind: type, names: Sequence[str], items: Sequence[Any]) -> Any:
@@ -286,6 +295,15 @@ def take_result(
     ints: list[Any] = []
     floats: list[Any] = []
     structure = take_apart(result, tensors, ints, floats)
+    kinds = {float: floats, int: ints, str: [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "plain"]}
+    for kind, values in kinds.items():
+        strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
+        if strange is not None:  # such as numpy.float64, which is a float
+            raise Unholdable(
+                f"what compiled code cannot hold: {type(strange).__name__}", f"return it as {kind.__name__}"
+            )
+    if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
+        raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
     if not all(isinstance(value, float) for value in floats):
         raise Unholdable("a float that depends on values", "return it as a tensor, or in whole numbers as an int")
     if any(tensor.layout is not torch.strided for tensor in tensors):

@@ -64,11 +64,11 @@ def tape_of(handle: torch.Tensor) -> Tape | None:
     return _tapes.get(int(handle.item()))
 
 
-def reaches_others(members: Sequence[Sequence[Member]], leaves: Sequence[torch.Tensor]) -> bool:
-    """Whether results need gradients of tensors that are not among the leaves."""
-    known = {id(leaf) for leaf in leaves}
+def reaches_others(members: Sequence[Sequence[Member]], ends: Sequence[Any]) -> bool:
+    """Whether results need gradients of tensors that are not among the ends: leaves, and nodes of autograd's graph."""
+    known = {id(end) for end in ends if isinstance(end, torch.Tensor)}
     pending: list[Any] = [tensor.grad_fn for group in members for tensor, _ in group]
-    seen: set[Any] = set()
+    seen: set[Any] = {end for end in ends if not isinstance(end, torch.Tensor)}
     while pending:
         node = pending.pop()
         if node is None or node in seen:

@@ -1043,3 +1043,39 @@ def test_export(device: torch.device, options: dict[str, Any]) -> None:
     assert [executor.program.segments[1].reasons[0].text for executor in executors] == ["marked by eager_on_graph"]
     with pytest.warns(UserWarning, match="torch.export takes doubled apart"):
         torch.export.export(Exported(), (x,), strict=False)
+
+
+@pytest.mark.parametrize("fake", [None, torch.empty_like], ids=["learned", "fake"])
+def test_functions_of_one_code(compile_with: Callable[..., Any], device: torch.device, fake: Any) -> None:
+    """Two marked functions that share their code, made in a factory, are two: what is compiled for one never runs the other."""
+
+    def make(factor: int) -> Callable[..., Any]:
+        @eager_on_graph(fake=fake)
+        def scaled(x: Tensor) -> Tensor:
+            return x * factor
+
+        return compile_with(lambda x: scaled(x.sin()) + 1)  # type: ignore[no-any-return]
+
+    made = [make(1), make(2), make(3)]
+    x = torch.ones(3, device=device)
+    for _ in range(5):
+        for factor, compiled in enumerate(made, 1):
+            assert torch.equal(compiled(x), x.sin() * factor + 1)
+
+
+def test_tuples_of_torchs_own(compile_with: Callable[..., Any], device: torch.device) -> None:
+    """A size, and what ``topk`` returns, are tuples that are made in a way of their own: as arguments and as results."""
+
+    @eager_on_graph
+    def both(found: Any, size: torch.Size) -> Any:
+        assert type(found) is torch.return_types.topk
+        assert type(size) is torch.Size
+        return (found.values.sum() * torch.ones(size, device=device)).topk(2)
+
+    def model(x: Tensor) -> Any:
+        return both((x * 2).topk(2), x.shape).values * 2
+
+    compiled = compile_with(model)
+    for number in range(5):
+        x = torch.arange(4.0, device=device) + number
+        assert torch.equal(compiled(x), model(x))

@@ -703,3 +703,23 @@ def test_parametrized_modules(compile_with: Function, device: torch.device) -> N
     learned(compile_with(mine))(x).square().sum().backward()
     theirs(x).square().sum().backward()
     assert same_gradients(list(mine.parameters()), list(theirs.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it behind a break
+@pytest.mark.parametrize("backend", ["breakable_cg", "eager", "aot_eager"])
+def test_closures_without_fake_are_a_break(options: dict[str, Any], device: torch.device, backend: str) -> None:
+    """Where a call has shown that a function needs gradients of what it closes over, calls are breaks, and the gradients right."""
+    weight = torch.full((4,), 2.0, device=device, requires_grad=True)
+
+    @eager_on_graph
+    def scaled(x: Tensor) -> Tensor:
+        return x * weight
+
+    ours = {"options": options} if backend == "breakable_cg" else {}
+    compiled = torch.compile(lambda x: scaled(x.sin()) * 2, backend=backend, **ours)
+    for _ in range(4):
+        x = torch.randn(4, device=device, requires_grad=True)
+        compiled(x).sum().backward()
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, x.detach().sin() * 2)
+        weight.grad = None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -566,3 +567,18 @@ def test_marked_ops_on_constant_tensors(compile_ours: Compile, device: torch.dev
     dynamos = count(torch.compile(model, backend="eager"))
     torch.compiler.reset()
     assert count(compile_ours(model)) == [dynamos[0], 1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), 2**63, -(2**63) - 1], ids=["numpy", "large", "small"])
+def test_numbers_that_no_graph_can_hold(compile_ours: Compile, device: torch.device, value: Any) -> None:
+    """A number of a class of its own, or one of more than 64 bits, is a break, and reaches the caller as it is."""
+
+    @eager_on_graph
+    def with_number(x: Tensor) -> tuple[Tensor, Any]:
+        return x * 2, value
+
+    compiled = compile_ours(lambda x: with_number(x.sin()))
+    for x in vectors(device, 5):
+        made, number = compiled(x)
+        assert torch.equal(made, x.sin() * 2)
+        assert (type(number), number) == (type(value), value)
