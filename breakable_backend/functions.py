@@ -24,8 +24,27 @@ from breakable_backend.gradients import recomputed, with_backward
 from breakable_backend.learning import Asked
 from breakable_backend.ops import writing_op
 from breakable_backend.sites import Mark as Mark
-from breakable_backend.sites import Site, learned_of, numbers, run_inline, see_result, sites, why_a_break
-from breakable_backend.structure import Structure, foreign, leaves_of, put_together, take_apart, view_of, with_leaves
+from breakable_backend.sites import (
+    CHANGED_A_CONTAINER,
+    Site,
+    learned_of,
+    numbers,
+    run_inline,
+    see_result,
+    sites,
+    why_a_break,
+)
+from breakable_backend.structure import (
+    Structure,
+    contents,
+    foreign,
+    is_changed,
+    leaves_of,
+    put_together,
+    take_apart,
+    view_of,
+    with_leaves,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -331,7 +350,11 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     except Exception as error:  # noqa: BLE001 - some tensors, such as sparse ones, cannot be asked how they lie
         learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
         return mark.function(*args, **kwargs)
+    before = contents((args, kwargs))
     holder = [mark.function(*args, **kwargs)]
+    if is_changed((args, kwargs), before):
+        learned.why_not = CHANGED_A_CONTAINER
+        return holder[0]
     see_result(mark, learned, asked, holder, tensors)
     return holder[0]
 

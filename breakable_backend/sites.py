@@ -22,10 +22,13 @@ from breakable_backend.learning import Asked, Expected, Learned, Spec
 from breakable_backend.overlap import known_apart
 from breakable_backend.straight import Run, straight
 from breakable_backend.structure import (
+    LEAVES,
     Result,
     Structure,
     Unholdable,
+    contents,
     copy_of,
+    is_changed,
     is_the_same,
     leaves_of,
     put_together,
@@ -427,7 +430,32 @@ class Site:
             return place if kind == "plain" else places[kind][place]
 
         args, kwargs = put_together(self.arguments, leaf)
-        return function(*args, **kwargs)
+        if not self._gets_containers or function is self.mark.fake:
+            return function(*args, **kwargs)
+        before = contents((args, kwargs))
+        result = function(*args, **kwargs)
+        if is_changed((args, kwargs), before):
+            if self.mark.fake is None:
+                self.learned.why_not = CHANGED_A_CONTAINER
+                _torch.forget_code_of(self, f"{self.mark.name} changed a container")
+            raise EagerOutputError(
+                f"{self.mark.name}: {CHANGED_A_CONTAINER}, and compiled code has given it a copy of that",
+                where=self.mark.source,
+                fix="return what is to be put there, and put it there outside of the function",
+            )
+        return result
+
+    @functools.cached_property
+    def _gets_containers(self) -> bool:
+        """Whether among the arguments are containers that can be written."""
+
+        def can_be_written(structure: Structure) -> bool:
+            if structure[0] in LEAVES:
+                return False
+            return structure[0] not in ("tuple", "named") or any(map(can_be_written, structure[-1]))
+
+        positional, named = self.arguments[-1]
+        return any(map(can_be_written, (*positional[-1], *named[-1])))
 
     def _take(
         self, holder: list[Any], arguments: Sequence[torch.Tensor], recording: bool, kind: type[BreakableError]
@@ -506,6 +534,8 @@ def _closed_over() -> Unholdable:
         "pass that tensor or module as an argument, or compute under torch.no_grad()",
     )
 
+
+CHANGED_A_CONTAINER = "it changed what a container among its arguments holds"
 
 _GIVE_FAKE = (
     "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"

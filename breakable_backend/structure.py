@@ -77,6 +77,26 @@ def _enums_in(value: Any) -> Iterator[enum.Enum]:
             yield from _enums_in(item)
 
 
+def contents(value: Any) -> list[Any]:
+    """What the containers in ``value`` hold, flat; to be compared by :func:`is_changed` later."""
+    items = None if isinstance(value, (torch.Tensor, torch.nn.Module)) else children(value)
+    if items is None:
+        return [value]
+    found: list[Any] = [len(items), *(value if type(value) is dict else ())]
+    for item in items:
+        found.extend(contents(item))
+    return found
+
+
+def is_changed(value: Any, before: list[Any]) -> bool:
+    """Whether a container in ``value`` holds other things than before. The values of tensors do not count."""
+    now = contents(value)
+    return len(now) != len(before) or not all(
+        one is other or (isinstance(one, (bool, int, float, str)) and one == other)
+        for one, other in zip(now, before, strict=True)
+    )
+
+
 def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
     """The structure of ``value``, whose tensors and numbers go to the lists; of a module, its parameters and buffers."""
     if isinstance(value, torch.Tensor):
@@ -300,7 +320,8 @@ def take_result(
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
         if strange is not None:  # such as numpy.float64, which is a float
             raise Unholdable(
-                f"what compiled code cannot hold: {type(strange).__name__}", f"return it as {kind.__name__}"
+                "a number or text of a class of its own, which compiled code cannot hold",
+                f"return it as {kind.__name__}",
             )
     if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
         raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")

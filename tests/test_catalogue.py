@@ -404,6 +404,11 @@ CASES: dict[str, Case] = {
     "cannot be one node": Case(
         "@eager_on_graph  # here\ndef unwrap(thing): return x + 1\n\nthing = object()\ncall_as_one_node(lambda x: unwrap(thing))"
     ),
+    "and compiled code has given it a copy of that": Case(
+        "@eager_on_graph(fake=lambda x, kept: x * 2)  # here\n"
+        "def keep(x, kept):\n    kept.append(x)\n    return x * 2\n\n"
+        "compile(lambda x: keep(x + 1, []))(x)"
+    ),
     "cannot run on fake tensors, which have no values": Case(
         returns("x * 2", fake="lambda x: x * 2 if x.sum() > 0 else x")
     ),
@@ -413,6 +418,10 @@ CASES: dict[str, Case] = {
         + returns("x * weight", fake="lambda x: torch.empty_like(x)")
     ),
     "what compiled code cannot hold": Case(returns("object()")),
+    "a number or text of a class of its own, which compiled code cannot hold": Case(
+        returns("__import__('numpy').float64(1.5)")
+    ),
+    "an int of more than 64 bits": Case(returns("2**63")),
     "a float that depends on values": Case(
         "call_as_one_node(eager_on_graph(fake=lambda x: x.shape[0] / 3)(lambda x: x.shape[0] / 3), dynamic=True)  # here"
     ),

@@ -582,3 +582,22 @@ def test_numbers_that_no_graph_can_hold(compile_ours: Compile, device: torch.dev
         made, number = compiled(x)
         assert torch.equal(made, x.sin() * 2)
         assert (type(number), number) == (type(value), value)
+
+
+def test_containers_that_a_call_changes(compile_ours: Compile, device: torch.device) -> None:
+    """A function that puts something into a list that it is given is a break: its caller has it there, in each call."""
+
+    @eager_on_graph
+    def keep(x: Tensor, kept: list[Tensor]) -> Tensor:
+        kept.append(x.clone())
+        return x * len(kept)
+
+    def model(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        kept = [x]
+        return keep(x * 2, kept) + 1, kept
+
+    compiled = compile_ours(model)
+    for x in vectors(device, 5):
+        (made, kept), (wanted, other) = compiled(x), model(x)
+        assert torch.equal(made, wanted)
+        assert [one.tolist() for one in kept] == [one.tolist() for one in other]
