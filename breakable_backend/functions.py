@@ -23,7 +23,6 @@ from breakable_backend.errors import OptionsError, PartitionError, defined_at, f
 from breakable_backend.gradients import recomputed, with_backward
 from breakable_backend.learning import Asked
 from breakable_backend.ops import writing_op
-from breakable_backend.sites import Mark as Mark
 from breakable_backend.sites import (
     CHANGED_A_CONTAINER,
     Site,
@@ -34,6 +33,7 @@ from breakable_backend.sites import (
     sites,
     why_a_break,
 )
+from breakable_backend.sites import Mark as Mark
 from breakable_backend.structure import (
     Structure,
     contents,
