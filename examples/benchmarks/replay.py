@@ -385,6 +385,19 @@ def prepare_full_graph(work: Workload, smoke: bool) -> Prepared:
     return ByHand(work, whole=True).prepared()
 
 
+def without_aot(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend whose function returns one result for ever: what Dynamo costs."""
+    result: Any = None
+
+    def constant(*args: Any) -> Any:
+        nonlocal result
+        if result is None:
+            result = gm(*args)
+        return result
+
+    return constant
+
+
 def prepare_constant(work: Workload, smoke: bool) -> Prepared:
     """With the settings of AOTAutograd that this backend uses; the first call runs the model, later ones nothing."""
     from torch._dynamo.backends.common import aot_autograd
@@ -401,17 +414,6 @@ def prepare_constant(work: Workload, smoke: bool) -> Prepared:
 
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed
-
-    def without_aot(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        result: Any = None
-
-        def constant(*args: Any) -> Any:
-            nonlocal result
-            if result is None:
-                result = gm(*args)
-            return result
-
-        return constant
 
     def tell(row: Row) -> None:
         torch.compiler.reset()

@@ -254,7 +254,7 @@ def table() -> None:
             for x in inputs:
                 assert torch.equal(compiled(x), model(x))
             executor, entry, args = inside(compiled, compiled, inputs[0])
-            constant = torch.compile(model, backend=_constant)
+            constant = torch.compile(model, backend=replay.without_aot)
             constant(inputs[0])
             assert entry.recording is not None
             assert entry.replay is not None
@@ -278,19 +278,6 @@ def table() -> None:
                 f"{median(rows['compiled'][1]):7.1f}",
                 flush=True,
             )
-
-
-def _constant(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A backend whose function returns one result for ever: what Dynamo costs."""
-    result: Any = None
-
-    def constant(*args: Any) -> Any:
-        nonlocal result
-        if result is None:
-            result = gm(*args)
-        return result
-
-    return constant
 
 
 PARTS = {"transformer": transformer, "llama": llama, "table": table}
