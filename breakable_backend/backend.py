@@ -21,22 +21,22 @@ from torch import fx
 
 from breakable_backend import _torch, locks
 from breakable_backend.callers import Callers, found_by
+from breakable_backend.calling.executor import Executor, scope_for, when_idle
+from breakable_backend.compiling.flat import FlatGraph
+from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
+from breakable_backend.compiling.traced import as_eager
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
+from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.effects import schema_name, tensors_of
 from breakable_backend.errors import PartitionError
-from breakable_backend.executor import Executor, scope_for, when_idle
 from breakable_backend.faults import internal
-from breakable_backend.flat import FlatGraph
-from breakable_backend.groups import is_collective, leaves_with_groups
-from breakable_backend.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
-from breakable_backend.marking import EagerOps, Scope
+from breakable_backend.ir.effects import schema_name, tensors_of
+from breakable_backend.ir.program import source_line
+from breakable_backend.marks.marking import EagerOps, Scope
 from breakable_backend.options import Options
-from breakable_backend.program import source_line
-from breakable_backend.sources import show_module
-from breakable_backend.traced import as_eager
+from breakable_backend.tools.sources import show_module
 
 log = logging.getLogger(__name__)
 

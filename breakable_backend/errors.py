@@ -23,15 +23,12 @@ import linecache
 import os
 import re
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-import torch
-
-from breakable_backend import _torch
+from breakable_backend import _torch, files
 
 Passing = Literal["", "memory", "busy", "disturbed"]
 """What was in the way of a capture and passes: memory ran out; somebody else had what it needs; something made it invalid,
@@ -107,10 +104,7 @@ class EagerOutputError(ReplayError):
     """
 
 
-_LIBRARIES = tuple(
-    os.path.join(path, "")
-    for path in (os.path.dirname(torch.__file__), os.path.dirname(__file__), sysconfig.get_path("stdlib"))
-)
+_LIBRARIES = (files.TORCH, files.PACKAGE, files.PYTHON)
 _NOT_FILES = ("<breakable_cg", "<eval_with_key>", "<string>", "<frozen")
 
 

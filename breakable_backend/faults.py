@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import dis
 import logging
-import os
-import sysconfig
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import torch
 
-from breakable_backend import _torch
+from breakable_backend import _torch, files
 from breakable_backend.errors import BreakableError, InternalError, without_advice
 
-_PACKAGE, _TORCH, _PYTHON = (
-    os.path.join(path, "")
-    for path in (os.path.dirname(__file__), os.path.dirname(torch.__file__), sysconfig.get_path("stdlib"))
-)
 _OF_ITS_OWN = (
     *(BreakableError, Warning),
     *(torch.AcceleratorError, torch.OutOfMemoryError, MemoryError, RecursionError),
@@ -62,9 +56,9 @@ def is_ours(error: BaseException) -> bool:
     calls_others = "CALL_FUNCTION_EX"
     for frame, instruction in reversed(list(_frames(error.__traceback__))):
         file = frame.f_code.co_filename
-        if file.startswith(_PACKAGE):
+        if file.startswith(files.PACKAGE):
             return dis.opname[frame.f_code.co_code[instruction]] != calls_others
-        if not (file.startswith(_TORCH) or (file.startswith(_PYTHON) and "site-packages" not in file)):
+        if not (file.startswith(files.TORCH) or (file.startswith(files.PYTHON) and "site-packages" not in file)):
             return False
     return False
 

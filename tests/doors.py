@@ -19,8 +19,8 @@ import breakable_backend
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.program import GraphSegment
-from breakable_backend.recording import GraphStep
+from breakable_backend.ir.program import GraphSegment
+from breakable_backend.recordings.recording import GraphStep
 from checks import assert_same, snapshot
 
 Inputs = Callable[[int, torch.device], tuple[Any, ...]]

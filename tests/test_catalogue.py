@@ -23,12 +23,14 @@ import torch
 
 import breakable_backend
 import silly
-from breakable_backend import BreakableError, ReplayError, _torch, backend, device_errors, errors, sites
+from breakable_backend import BreakableError, ReplayError, _torch, backend, errors
+from breakable_backend.calling import device_errors
 from breakable_backend.drivers import cuda, generator, nodes, ordering, streams, tape
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.structure import Unholdable
+from breakable_backend.marks import sites
+from breakable_backend.marks.structure import Unholdable
 
 ROOT = Path(breakable_backend.__file__).parent
 DOCS = Path(__file__).parents[1] / "docs"
@@ -387,7 +389,7 @@ CASES: dict[str, Case] = {
         "def inferred(x):\n    with torch.inference_mode(): return x * 2  # here\n\n"
         "compile(inferred, auto_break=False)(x)"
     ),
-    "executor.py: cannot be captured": Case(
+    "calling/executor.py: cannot be captured": Case(
         "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"
     ),
     "keeps for its backward is gone: saved_tensors_hooks kept a copy of its handle instead": Case(
@@ -433,7 +435,7 @@ CASES: dict[str, Case] = {
     ),
     "breakable_cg failed inside, with": Case("compile(plain)(x)  # here", broken_partition),
     # capturing
-    "recording.py: _capture_failed": Case(
+    "recordings/recording.py: _capture_failed": Case(
         "def item(x):\n    return x * x.max().item()  # here\n\n"
         "op = torch.library.custom_op('catalogue::item', item, mutates_args=(), schema='(Tensor x) -> Tensor')\n"
         "op.register_fake(torch.empty_like)\n"
@@ -444,7 +446,7 @@ CASES: dict[str, Case] = {
         "def f(x):\n    return silly.triple(x + 1)  # here\n\nf = compile(f)\nf(x), planted(), f(x)", foreign_capture
     ),
     "capture_error_mode does not take": Case("capture(graph, capture_error_mode='mine')  # here"),
-    "capture.py: a capture was begun inside a capture": Case(in_body("with capture(graph): pass  # here")),
+    "capturing/capture.py: a capture was begun inside a capture": Case(in_body("with capture(graph): pass  # here")),
     "another CUDA graph capture is active": Case("planted()\nwith capture(graph):  # here\n    pass", foreign_capture),
     "the graph is being": Case(in_body("eager_on_graph(lambda: capture(graph).__enter__())()  # here")),
     "code of another context (a task of asyncio?) ran while a capture was under way in this thread": Case(
@@ -472,10 +474,10 @@ CASES: dict[str, Case] = {
         "@eager_on_graph\ndef fails():\n    raise KeyError('mine')  # here\n\n"
         + in_body("try: fails()\n    except KeyError: pass")
     ),
-    "capture.py: close": Case(
+    "capturing/capture.py: close": Case(
         in_body("try: x.tolist()\n    except CaptureError: pass\n    raise KeyError('mine')  # here")
     ),
-    "capture.py: _placed": Case(in_body("x.tolist()  # here")),
+    "capturing/capture.py: _placed": Case(in_body("x.tolist()  # here")),
     "which cannot be written back": Case(in_body("eager_on_graph(lambda x: {x + 1})(x)  # here")),
     "which no captured graph can do": Case(in_body("x.tolist()  # here")),
     "the captured code raised": Case(
@@ -666,7 +668,7 @@ def c():
 @pytest.mark.gpu
 def test_a_capture_that_fails_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """CUDA's own error shows the line inside of the op that did what no capture can do, as the tape does."""
-    code = CASES["recording.py: _capture_failed"].code.replace("catalogue::item", "catalogue::item_on_cuda")
+    code = CASES["recordings/recording.py: _capture_failed"].code.replace("catalogue::item", "catalogue::item_on_cuda")
     error, source = run_into(Case('x, TAPE["driver"] = x.cuda(), "cuda"\n' + code), monkeypatch, tmp_path)
     assert isinstance(error, breakable_backend.CaptureError)
     assert "capturing" in error.what
@@ -688,9 +690,9 @@ def rows() -> dict[str, list[list[str]]]:
 
 
 REPEATS = {
-    "recording.py: _capture_failed": "which no captured graph can do",
-    "capture.py: close": "CUDA error",
-    "capture.py: _placed": "which no captured graph can do",
+    "recordings/recording.py: _capture_failed": "which no captured graph can do",
+    "capturing/capture.py: close": "CUDA error",
+    "capturing/capture.py: _placed": "which no captured graph can do",
     "drivers/tape.py: _failure": "which no captured graph can do",
     "drivers/cuda.py: capture": "CUDA error",
     "drivers/cuda.py: end_capture": "CUDA error",

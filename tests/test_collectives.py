@@ -15,7 +15,7 @@ from torch import Tensor
 import silly
 from breakable_backend import BreakableCUDAGraph, ReplayError, _torch, capture
 from breakable_backend.drivers import tape
-from breakable_backend.effects import WAIT
+from breakable_backend.ir.effects import WAIT
 from checks import program_of
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")

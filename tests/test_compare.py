@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import silly
 from breakable_backend import BreakableCUDAGraph, DivergenceError, ReplayError, _torch, capture, eager_on_graph, reset
 from breakable_backend.backend import executors_of
-from breakable_backend.buffers import Bridge
-from breakable_backend.compare import Checker, _Wrong
-from breakable_backend.difference import difference
+from breakable_backend.calling.executor import Entry
 from breakable_backend.errors import CAUSES
-from breakable_backend.executor import Entry
-from breakable_backend.recording import GraphStep, Recording
+from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.recording import GraphStep, Recording
+from breakable_backend.tools.compare import Checker, _Wrong
+from breakable_backend.tools.difference import difference
 from checks import check, entries_of
 from silly import aliasing, mutating
 

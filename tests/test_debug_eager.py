@@ -15,7 +15,7 @@ import silly
 from breakable_backend import explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers.eager import EagerDriver
-from breakable_backend.sources import with_code
+from breakable_backend.tools.sources import with_code
 from silly import aliasing, mutating
 
 
@@ -113,11 +113,11 @@ def test_error_has_the_line_of_the_user(device: torch.device, debug: dict[str, A
 def test_log(device: torch.device, debug: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """On request there is a line for each step of each call, with shapes and the user's line."""
     compiled = torch.compile(stepped, backend="breakable_cg", options=debug)
-    with torch.no_grad(), caplog.at_level(logging.DEBUG, logger="breakable_backend.debug"):
+    with torch.no_grad(), caplog.at_level(logging.DEBUG, logger="breakable_backend.tools.debug"):
         for number in range(4):
             caplog.clear()
             compiled(torch.ones(4, device=device))
-            lines = [record.getMessage() for record in caplog.records if record.name == "breakable_backend.debug"]
+            lines = [record.getMessage() for record in caplog.records if record.name == "breakable_backend.tools.debug"]
             assert len(lines) == 3, (number, lines)  # two segments and an eager step
             assert "test_debug_eager.py" in lines[1]
             assert "triple" in lines[1]

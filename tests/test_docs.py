@@ -20,10 +20,15 @@ import pytest
 import torch
 
 import breakable_backend
-from breakable_backend import errors, executor, measure, policy, program, report
+from breakable_backend import errors
 from breakable_backend.backend import EagerGraph
+from breakable_backend.calling import executor, policy
+from breakable_backend.drivers import room
 from breakable_backend.errors import BreakableError
-from breakable_backend.marking import RULES
+from breakable_backend.ir import program
+from breakable_backend.marks.marking import RULES
+from breakable_backend.recordings import buffers
+from breakable_backend.tools import measure, report
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
@@ -133,7 +138,7 @@ def test_rules_page() -> None:
 def test_limits_page() -> None:
     """Each limit has its line, with its value."""
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+)", PAGES["semantics"], re.MULTILINE))
-    everything = {**vars(executor), **vars(policy)}
+    everything = {**vars(executor), **vars(policy), **vars(room), "KEPT_INPUT": buffers.KEPT_INPUT}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits
 

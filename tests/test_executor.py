@@ -18,14 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import breakable_backend
 import silly
-from breakable_backend import CaptureError, PartitionError, policy
-from breakable_backend import executor as module
+from breakable_backend import CaptureError, PartitionError
 from breakable_backend.active import calling, in_call
 from breakable_backend.backend import executors_of
+from breakable_backend.calling import executor as module
+from breakable_backend.calling import policy
+from breakable_backend.calling.executor import Entry, Executor, scope_for
+from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.executor import Entry, Executor, scope_for
-from breakable_backend.lowering import Lowered
-from breakable_backend.marking import Scope
+from breakable_backend.marks.marking import Scope
 from breakable_backend.options import Options
 from checks import compile_both
 from gpu import settled

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend import InternalError, capture, eager_on_graph, executor
-from breakable_backend import graph as graph_module
+from breakable_backend import InternalError, capture, eager_on_graph
+from breakable_backend.calling import executor
+from breakable_backend.capturing import graph as graph_module
+from breakable_backend.compiling.lowering import Ambient
 from breakable_backend.errors import first_line
 from breakable_backend.faults import internal, raise_if_ours
-from breakable_backend.lowering import Ambient
 from checks import compile_both
 from doors import MakeGraph, bend, marked_bend, replays_equal
 

@@ -32,7 +32,7 @@ from breakable_backend import (
     is_capturing,
 )
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.sites import sites
+from breakable_backend.marks.sites import sites
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph, tapes
+from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph
+from breakable_backend.marks import tapes
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")

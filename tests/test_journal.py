@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import silly
-from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, policy, reset
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, reset
+from breakable_backend.calling import policy
 
 TESTS = Path(__file__).parent
 
@@ -90,7 +91,7 @@ def test_line_of_a_log_record(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(2):
             compiled(torch.ones(4))
     reset(compiled)
-    files = {record.filename for record in caplog.records if record.name == "breakable_backend.executor"}
+    files = {record.filename for record in caplog.records if record.name == "breakable_backend.calling.executor"}
     assert files == {"executor.py"}
 
 
@@ -254,7 +255,9 @@ def test_torch_logs(watched_run: tuple[str, Path]) -> None:
 
 def test_torch_logs_of_one_module() -> None:
     """``TORCH_LOGS`` takes the name of one module of the package too."""
-    assert run(TORCH_LOGS="breakable_backend.executor").count("graph 0: recording 0 (first of this program)") == 1
+    assert (
+        run(TORCH_LOGS="breakable_backend.calling.executor").count("graph 0: recording 0 (first of this program)") == 1
+    )
 
 
 def test_silent_without_torch_logs() -> None:

@@ -18,12 +18,13 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import _torch, policy
+from breakable_backend import _torch
 from breakable_backend.backend import executors_of
-from breakable_backend.drivers import CaptureDriver
+from breakable_backend.drivers import CaptureDriver, room
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.lifetimes import needed
-from breakable_backend.recording import GraphStep
+from breakable_backend.ir.lifetimes import needed
+from breakable_backend.recordings import buffers
+from breakable_backend.recordings.recording import GraphStep
 from checks import assert_same, check, compile_both, entries_of, program_of
 from test_contract_property import SIDE, Straight, programs
 
@@ -48,7 +49,7 @@ library.impl("echo", torch.empty_like, "Meta")
 @pytest.fixture(autouse=True)
 def no_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bridges of small inputs, too, are in the pool."""
-    monkeypatch.setattr(policy, "KEPT_INPUT", 0)
+    monkeypatch.setattr(buffers, "KEPT_INPUT", 0)
 
 
 def vectors(call: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -418,12 +419,12 @@ def test_random_programs_in_one_pool(part: int, device: torch.device, options: d
     run_examples()
 
 
-@pytest.mark.parametrize("spare", [0, policy.SPARE])
+@pytest.mark.parametrize("spare", [0, room.SPARE])
 def test_keys_of_one_program_share_the_pool(
     spare: int, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys of all sizes, largest first and smallest first, are exact in whatever order they are called."""
-    monkeypatch.setattr(policy, "SPARE", spare)
+    monkeypatch.setattr(room, "SPARE", spare)
     numbers = random.Random(0)
 
     def f(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -456,7 +457,7 @@ def test_smaller_keys_move_to_the_pool_of_a_larger_one(
     sizes: range, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key that outgrows the pool has a new one to itself; the smaller are recorded anew in that, and then all replay."""
-    monkeypatch.setattr(policy, "SPARE", 0)
+    monkeypatch.setattr(room, "SPARE", 0)
     compiled, _ = compile_both(grows, options, dynamic=True)
 
     def calls(times: int) -> None:
@@ -484,7 +485,7 @@ def test_other_programs_move_too(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever recorded in a pool that is outgrown leaves it; a key that needs no more than the largest leaves all as it is."""
-    monkeypatch.setattr(policy, "SPARE", 0)
+    monkeypatch.setattr(room, "SPARE", 0)
     small, large, middle = (torch.rand(size, device=device) for size in (300, 900, 500))
     one, _ = compile_both(lambda x: breaks(x, 2), options)
     other, _ = compile_both(lambda x: breaks(x + 1, 2) * x, options)
@@ -550,7 +551,7 @@ def test_threads_that_share_a_pool(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls of several threads, with keys that move to larger pools, do what eager does."""
-    monkeypatch.setattr(policy, "SPARE", 0)
+    monkeypatch.setattr(room, "SPARE", 0)
     compiled, _ = compile_both(grows, options, dynamic=True)
     with torch.no_grad():
         for size in (10, 20):

@@ -13,9 +13,9 @@ from torch.fx.node import _side_effectful_functions
 
 import silly
 from breakable_backend import _torch, mark_eager, unmark_eager
-from breakable_backend.lowering import Ambient, CannotLower, Lowered, ambient_of, lower, needs_gradients
-from breakable_backend.marking import REGION_KEY, EagerOps, schema_name
-from breakable_backend.program import source_line
+from breakable_backend.compiling.lowering import Ambient, CannotLower, Lowered, ambient_of, lower, needs_gradients
+from breakable_backend.ir.program import source_line
+from breakable_backend.marks.marking import REGION_KEY, EagerOps, schema_name
 
 BF16 = ("cpu", torch.bfloat16, True)
 F16 = ("cpu", torch.float16, True)

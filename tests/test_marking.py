@@ -22,7 +22,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 import breakable_backend
 import silly
 from breakable_backend import OptionsError, eager_region, mark_eager, unmark_eager
-from breakable_backend.marking import (
+from breakable_backend.ir.program import Reason, source_line
+from breakable_backend.marks.marking import (
     REGION_KEY,
     RULES,
     WHOLE_PROGRAM,
@@ -47,7 +48,6 @@ from breakable_backend.marking import (
     stream_operation,
     waits_for_host,
 )
-from breakable_backend.program import Reason, source_line
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)

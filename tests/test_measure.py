@@ -18,11 +18,11 @@ from breakable_backend import (
     eager_on_graph,
     explain,
     mark_eager,
-    policy,
     unmark_eager,
 )
-from breakable_backend import measure as module
-from breakable_backend.measure import Advice, BreakCost, Measured, StepTime
+from breakable_backend.calling import policy
+from breakable_backend.tools import measure as module
+from breakable_backend.tools.measure import Advice, BreakCost, Measured, StepTime
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +267,7 @@ def test_advice(options: dict[str, Any], device: torch.device, monkeypatch: pyte
 
 def test_no_advice_on_launches_where_the_gpu_is_busy() -> None:
     """Where the GPU works all the time, fewer launches would not help, and the advice says so alone."""
-    from breakable_backend.recording import Recording
+    from breakable_backend.recordings.recording import Recording
 
     recording = Recording((), {}, (), (), (), {})
     (advice,) = module._advice(recording, (), (BreakCost(1, "op", "", 90.0, 0.9),), 0.95, 1.0)

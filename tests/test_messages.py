@@ -30,10 +30,10 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
+from breakable_backend.calling.executor import Executor
 from breakable_backend.drivers import cuda as cuda_driver
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.tape import FIX, TapeDriver
-from breakable_backend.executor import Executor
 from test_report import from_file
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import breakable_backend
 import silly
 from breakable_backend import _torch
-from breakable_backend.overlap import Fixed, Region, any_clash, any_touch
+from breakable_backend.ir.overlap import Fixed, Region, any_clash, any_touch
 from checks import program_of
 
 SHARED = "arguments share memory, and one is written"

@@ -8,8 +8,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from breakable_backend import policy
-from breakable_backend.policy import Admission, Held, Room, Trials, Variety
+from breakable_backend.calling import policy
+from breakable_backend.calling.policy import Admission, Held, Trials, Variety
+from breakable_backend.drivers.room import SPARE, Room
 
 BOUND = 3
 
@@ -158,9 +159,7 @@ def test_a_smaller_recording_finds_room() -> None:
 def test_a_pool_is_outgrown() -> None:
     """A larger one is recorded beside the others while a tenth of what it needs, or a little, would be wasted on it."""
     assert Room().holds(1 << 40)
-    assert Room(largest=policy.SPARE).holds(policy.SPARE + 1) and not Room(largest=policy.SPARE + 1).holds(
-        policy.SPARE + 2
-    )
+    assert Room(largest=SPARE).holds(SPARE + 1) and not Room(largest=SPARE + 1).holds(SPARE + 2)
     assert Room(largest=100 << 20).holds(1000 << 20) and not Room(largest=101 << 20).holds(1000 << 20)
     # What was wasted before counts too.
     room = Room(largest=60 << 20).having(700 << 20)

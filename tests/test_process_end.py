@@ -16,7 +16,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, ReplayError, capture, eager_on_graph
-from breakable_backend.device_errors import blame, segments
+from breakable_backend.calling.device_errors import blame, segments
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.failures import is_device_error
 from checks import compile_both

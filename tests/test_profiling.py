@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain, profiling, reset
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain, reset
 from breakable_backend.backend import executors_of
-from breakable_backend.executor import Entry
+from breakable_backend.calling.executor import Entry
+from breakable_backend.tools import profiling
 from test_debug_eager import MODELS
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend.program import (
+from breakable_backend.ir.program import (
     Access,
     EagerSegment,
     Epilogue,

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, ReplayError
-from breakable_backend.buffers import Bridge, TensorSpec, clone_exact, extent
+from breakable_backend.compiling.lowering import Ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver, TapeGraph
-from breakable_backend.lowering import Ambient
-from breakable_backend.program import Reason
-from breakable_backend.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
-from breakable_backend.replay import Replay, Tally, emit, interpret
+from breakable_backend.ir.layout import TensorSpec, extent
+from breakable_backend.ir.program import Reason
+from breakable_backend.recordings.buffers import Bridge, clone_exact
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
+from breakable_backend.recordings.replay import Replay, Tally, emit, interpret
 from test_partition import golden
 
 REASON = Reason("marked", "tagged cudagraph_unsafe", "silly::triple", "model.py:12 in forward: y = triple(x)")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend import BreakableCUDAGraph, capture, sources
+from breakable_backend import BreakableCUDAGraph, capture
 from breakable_backend.backend import executors_of
-from breakable_backend.executor import Executor
+from breakable_backend.calling.executor import Executor
+from breakable_backend.tools import sources
 from test_partition import golden
 
 # depyf says at each use that all branches should be run, and leaves the files that it reads to the collector.

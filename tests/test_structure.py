@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from breakable_backend.structure import (
+from breakable_backend.marks.structure import (
     Unholdable,
     foreign,
     geometry,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend import effects
 from breakable_backend.backend import executors_of
+from breakable_backend.ir import effects
 from checks import program_of
 
 triton: Any = pytest.importorskip("triton", reason="needs Triton, which comes with PyTorch for CUDA")

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from breakable_backend.policy import Room
+from breakable_backend.drivers.room import Room
 
 T = TypeVar("T")
 

@@ -26,10 +26,10 @@ from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, relaxed
+from breakable_backend.drivers.room import Room
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing, passing
-from breakable_backend.policy import Room
 
 cudart = Bindings("cuda.bindings.runtime")
 

@@ -21,8 +21,8 @@ from breakable_backend._torch import pytree
 from breakable_backend.active import Modes
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession, Tenant
 from breakable_backend.drivers.nodes import dot_of_names
+from breakable_backend.drivers.room import Room
 from breakable_backend.errors import ReplayError
-from breakable_backend.policy import Room
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from breakable_backend.drivers.ordering import is_captured
+from breakable_backend.drivers.seen import seen_by
 from breakable_backend.errors import CaptureError, first_line
-from breakable_backend.seen import seen_by
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from breakable_backend import _torch, active, locks
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
-from breakable_backend.effects import is_asynchronous, written_values
+from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError, ReplayError, user_line
 from breakable_backend.failures import as_passing
-from breakable_backend.policy import Room
+from breakable_backend.ir.effects import is_asynchronous, written_values
 
 T = TypeVar("T")
 aten = torch.ops.aten

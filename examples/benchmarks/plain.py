@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 import breakable_backend
 from breakable_backend.backend import executors_of
-from breakable_backend.partition import partition
-from breakable_backend.plain import write_plain
+from breakable_backend.compiling.partition import partition
+from breakable_backend.recordings.plain import write_plain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMOKE = "--smoke" in sys.argv

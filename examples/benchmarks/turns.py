@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from breakable_backend import bind
 from breakable_backend.backend import executors_of
-from breakable_backend.executor import Entry, Executor
-from breakable_backend.recording import EagerStep, GraphStep, Slot
+from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.recordings.recording import EagerStep, GraphStep, Slot
 
 TURNS = 60
 Call = Callable[[Tensor], object]

@@ -1,0 +1,1 @@
+"""What happens in each call of a compiled graph."""

@@ -1,0 +1,577 @@
+"""Calls without Dynamo's guards, for engines that know their inputs: what :func:`bind` makes.
+
+A bound call runs the code that Dynamo made for the call that it was bound with. That code reads parameters where they are now, calls
+the graph, puts the result together, and has the Python side effects that Dynamo saw. So what a bound call does is what the compiled
+function does; only the question whether Dynamo's code fits is asked by less: of the inputs, the modes of torch, and where parameters
+lie.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend._torch import pytree
+from breakable_backend.backend import eager_graphs_of, executors_of
+from breakable_backend.calling import resolved
+from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.inputs import Inputs
+from breakable_backend.errors import BindError, OptionsError, ReplayError
+from breakable_backend.ir.effects import written_inputs
+from breakable_backend.ir.program import outputs_of
+from breakable_backend.tools.profiling import active, span
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CHECKS = ("inputs", "parameters", "nothing")
+MISFITS = ("call", "raise")
+MAX_CALLS = 4
+"""Calls until it is given up to bind a function: one runs plainly, one records, one is the replay that is looked at."""
+MAX_TOLD = 32
+"""Reasons of calls that did not fit that are told apart: with each a text is kept."""
+
+MOVED = "a parameter, or what else keeps its address, is not where it was"
+GONE = "Dynamo was reset since it was bound"
+
+
+def bind(
+    compiled: Callable[..., T],
+    *args: Any,
+    check: Literal["inputs", "parameters", "nothing"] = "inputs",
+    misfit: Literal["call", "raise"] = "call",
+    **kwargs: Any,
+) -> BoundCall[T]:
+    """``compiled`` for calls with inputs like these, without Dynamo's guards.
+
+    >>> import torch
+    >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
+    >>> bound = bind(compiled, torch.zeros(2))
+    >>> bound(torch.zeros(2))
+    tensor([1., 1.])
+
+    What a bound call does is what ``compiled`` does. What is not asked in each call is whether Python values that ``compiled``
+    reads by itself are the same: attributes of modules other than ``training``, globals, what functions close over. Whoever changes
+    one of those binds anew.
+
+    Args:
+        compiled: what ``torch.compile`` returned. Its whole call has to be one graph. The bound call keeps it.
+        args: the arguments of a call. Tensors stand for all tensors of the same type, dtype, device, shape, strides and
+            ``requires_grad``; numbers, strings and the like for equal ones; lists, tuples and dicts for those of the same structure;
+            all else for itself. Which arguments are one tensor is a part of that.
+        check: ``"inputs"``: each call looks whether its arguments are such ones, and whether grad mode, autocast, the other modes of
+            torch and the ``training`` of modules are as they were, and where parameters lie. ``"parameters"``: only the latter;
+            other arguments are undefined behaviour. ``"nothing"``: nor that, and no parameter is read where that is possible. Parameters
+            that die, or whose memory is freed, are noticed; those that are given other memory while somebody keeps the old are not.
+        misfit: what comes of a call that does not fit, and of a function that cannot be bound: ``"call"``: ``compiled`` is called,
+            :attr:`BoundCall.misfits` counts it, and :attr:`BoundCall.why_not` says why nothing is bound. ``"raise"``: an error.
+        kwargs: keyword arguments of the call. What is named ``check`` or ``misfit`` cannot be among them.
+
+    Returns:
+        a callable. ``compiled`` is called with the arguments until they are recorded, with all that a call does: three times, or
+        once where they are recorded already.
+
+    Raises:
+        BindError: with ``misfit="raise"``, the function cannot be bound.
+        OptionsError: ``check`` or ``misfit`` is none of the above, or ``compiled`` is not compiled.
+    """
+    if check not in CHECKS or misfit not in MISFITS:
+        raise OptionsError(
+            f"bind takes no check={check!r} with misfit={misfit!r}",
+            fix=f"check is one of {', '.join(map(repr, CHECKS))}; misfit is one of {', '.join(map(repr, MISFITS))}",
+        )
+    if not _torch.holds_compiled(compiled):
+        raise OptionsError(
+            f"{getattr(compiled, '__qualname__', type(compiled).__name__)} is not compiled, so there is nothing to bind",
+            fix='bind what torch.compile(..., backend="breakable_cg") returned',
+        )
+    return BoundCall(compiled, check, misfit == "raise", args, kwargs)
+
+
+class BoundCall(Generic[T]):
+    """A compiled function for calls with inputs of one kind: what :func:`bind` returns. Calls from several threads are fine.
+
+    >>> compiled = torch.compile(lambda x: x.cos() * 2, backend="breakable_cg", options={"driver": "tape"})
+    >>> bound = bind(compiled, torch.zeros(2))
+    >>> bound(torch.zeros(3)).tolist()
+    [2.0, 2.0, 2.0]
+    >>> bound.misfits.total()
+    1
+    """
+
+    def __init__(
+        self, compiled: Callable[..., T], check: str, raises: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.__wrapped__ = compiled
+        self.check, self.raises = check, raises
+        self.misfits = Counter[str]()
+        """Calls that went to ``compiled``, by why they did not fit."""
+        self.why_not = ""
+        """Why nothing is bound, so that all calls go to ``compiled``; empty if something is."""
+        self._binding: _Binding | None = None
+        for _ in range(MAX_CALLS):
+            _, self._binding, self.why_not = _observed(compiled, args, kwargs, check)
+            if self._binding is not None or self.why_not:
+                break
+        else:
+            self.why_not = _why_unrecorded(compiled)
+        if self.why_not and raises:
+            raise BindError(
+                f"this call cannot be bound: {self.why_not}",
+                fix='call the compiled function itself, or let it be called: bind(..., misfit="call")',
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T:
+        """Call once.
+
+        Raises:
+            ReplayError: with ``misfit="raise"``, the call does not fit.
+            Exception: what a call of the compiled function raises.
+        """
+        binding = self._binding
+        # In a function that is being compiled: then the bound one is a part of that.
+        if binding is None or torch.compiler.is_compiling():
+            return self.__wrapped__(*args, **kwargs)
+        if binding.fits is not None and not binding.fits(args, kwargs):
+            return self._misfit(binding, binding.why(args, kwargs), args, kwargs)
+        binding.executor.statistics.bound += 1
+        try:
+            if active():
+                with span(f"{binding.executor.name}: bound call"):
+                    return binding.function(*binding.before, *args, **kwargs)  # type: ignore[no-any-return]
+            return binding.function(*binding.before, *args, **kwargs)  # type: ignore[no-any-return]
+        except _Misfit as misfit:
+            why = misfit.why
+        binding.executor.statistics.bound -= 1
+        return self._misfit(binding, why, args, kwargs)
+
+    def _misfit(self, binding: _Binding, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        """A call that does not fit. If that is for ever, it is bound anew as soon as it is recorded anew."""
+        counts = binding.executor.statistics.misfits
+        told = why if why in counts or len(counts) < MAX_TOLD else "other reasons"
+        for counted in (self.misfits, counts):
+            counted[told] += 1
+        if self.raises:
+            raise ReplayError(
+                f"this call does not fit what was bound: {why}",
+                fix='bind anew, or let such calls go to the compiled function: bind(..., misfit="call")',
+            )
+        if why not in (MOVED, GONE):
+            return self.__wrapped__(*args, **kwargs)
+        result, found, why_not = _observed(self.__wrapped__, args, kwargs, self.check)
+        if found is not None:
+            self._binding = found
+        elif why_not:
+            self._binding, self.why_not = None, why_not
+        return result  # type: ignore[no-any-return]
+
+
+class _Misfit(Exception):
+    """Found on the way from Dynamo's code to the graph: nothing has been done yet."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+@dataclass(eq=False)
+class _Binding:
+    """What was resolved once."""
+
+    executor: Executor
+    inputs: Inputs
+    state: _State
+    before: tuple[Any, ...]
+    """Arguments of Dynamo's code before the caller's: the module whose method it is."""
+    code: CodeType
+    """Dynamo's own; what it installed among the globals lives as long."""
+    fits: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
+    function: Callable[..., Any] = operator.not_
+
+    def why(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        return self.state.differs() or self.inputs.differs(args, kwargs) or "it has changed while it was looked at"
+
+
+class _State:
+    """What a call depends on besides its arguments, and that is looked at in each: it is as it was when this was made."""
+
+    def __init__(
+        self, executor: Executor, modules: Sequence[torch.nn.Module], hooks: Sequence[Mapping[Any, Any]]
+    ) -> None:
+        self._executor = executor
+        self._settings = _torch.global_state()
+        self._inference = torch.is_inference_mode_enabled()
+        self._function_modes = _torch.function_modes()
+        self._modules = [module for module in modules if _torch.may_read_training(module)]
+        self._training, self._hooks = [module.training for module in self._modules], tuple(hooks)
+
+    def test(self) -> Callable[[], bool]:
+        """Asks whether all is as it was, in microseconds: see :meth:`differs`. A function without a look at this object."""
+        settings, is_inference, inference = self._settings, torch.is_inference_mode_enabled, self._inference
+        count, function_modes, seen = _torch.number_of_function_modes, _torch.function_modes, self._function_modes
+        number, dispatch_modes, frame_callback = len(seen), _torch.number_of_dispatch_modes, _torch.frame_callback
+        modules, training, hooks = self._modules, self._training, self._hooks
+        stance_is_default, callers = _torch.stance_is_default(), self._executor.callers
+        forward_ad = _torch.forward_ad_active
+
+        def same() -> bool:
+            return (
+                settings()
+                and is_inference() is inference
+                and count() == number
+                and (number == 0 or function_modes() == seen)
+                and dispatch_modes() == 0
+                and frame_callback() is None
+                and list(map(_training, modules)) == training
+                and not any(hooks)
+                and stance_is_default()
+                and not callers.gone
+                and not forward_ad()
+            )
+
+        return same
+
+    def differs(self) -> str:
+        """What is not as it was; empty if all is."""
+        if self._executor.callers.gone:
+            return GONE
+        if not self._settings():
+            return "grad mode, autocast or another global setting of torch is not as it was"
+        if _torch.forward_ad_active():
+            return "forward-mode AD is on"
+        if torch.is_inference_mode_enabled() is not self._inference:
+            return f"inference mode is {'off' if self._inference else 'on'}"
+        if _torch.function_modes() != self._function_modes:
+            return "another mode sees torch functions (torch.set_default_device is one)"
+        if _torch.dispatch_mode_active():
+            return "a dispatch mode is active"
+        if _torch.frame_callback() is not None:
+            return "it was called by a function that Dynamo compiles"
+        if list(map(_training, self._modules)) != self._training:
+            return "a module is in training mode that was in evaluation mode, or the reverse"
+        if any(self._hooks):
+            return "a module has hooks that it had not"
+        if _torch.stance() != "default":
+            return f"torch.compiler.set_stance({_torch.stance()!r}) is on"
+        return ""
+
+
+_training = operator.attrgetter("training")
+
+
+# --- binding --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Replayed:
+    """A replay, as it was under way."""
+
+    executor: Executor
+    entry: Entry
+    args: tuple[Any, ...]
+    """What the executor was given."""
+    made: list[FrameType]
+    around: list[FrameType]
+
+
+class _Tap:
+    """Sees what ``executor`` replays in this thread, and the Python code that leads there."""
+
+    def __init__(self, executor: Executor, outer: FrameType, found: list[_Replayed]) -> None:
+        self._executor, self._outer, self._found = executor, outer, found
+        self._thread: int | None = threading.get_ident()
+        self._before = executor.tap
+        executor.tap = self
+
+    def __call__(self, entry: Entry, args: list[Any]) -> None:
+        if self._before is not None:
+            self._before(entry, args)
+        if self._thread == threading.get_ident():
+            made, around = _torch.dynamo_frames(self._outer)
+            self._found.append(_Replayed(self._executor, entry, tuple(args), made, around))
+
+    def close(self) -> None:
+        """See nothing more. Another thread may have put its own before this one by now."""
+        self._thread = None
+        while isinstance(before := self._before, _Tap) and before._thread is None:
+            self._before = before._before
+        if self._executor.tap is self:
+            self._executor.tap = self._before
+
+
+def _observed(
+    compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
+) -> tuple[Any, _Binding | None, str]:
+    """Call ``compiled``: its result; if it was one replay, what to bind; and why it cannot be bound, if that is sure."""
+    found: list[_Replayed] = []
+    here = sys._getframe()
+    taps = [_Tap(executor, here, found) for executor in executors_of(compiled)]
+    try:
+        result = compiled(*args, **kwargs)
+    finally:
+        for tap in taps:
+            tap.close()
+    try:
+        if not found:
+            return result, None, _why_never(compiled)
+        binding, why = _bound(compiled, found, args, kwargs, check)
+        return result, binding, why
+    finally:
+        found.clear()  # frames hold what was in them
+
+
+def _bound(
+    compiled: Callable[..., Any], found: list[_Replayed], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
+) -> tuple[_Binding | None, str]:
+    replayed = found[0]
+    executor = replayed.executor
+    if _torch.frame_callback() is not None:
+        return None, "it was bound in a function that Dynamo compiles"
+    if len(found) > 1 or len(replayed.made) != 1:
+        return None, "its call is several graphs"
+    frame = replayed.made[0]
+    code = frame.f_code
+    if not _torch.graph_called_by(code):
+        return None, "Dynamo broke its graph, or it draws from Python's random"
+    if strange := [around.f_code.co_name for around in replayed.around if not _torch.passes_on(around)]:
+        return None, f"Python code runs around what is compiled: {', '.join(strange)}"
+    hooks = _torch.hooks_around(replayed.around)
+    if any(hooks):
+        return None, "a module has hooks that run around what is compiled"
+    function = _torch.function_in(compiled, frame)
+    before = _before(frame, args, kwargs)
+    if function is None or before is None:
+        return None, "how its arguments reach what Dynamo compiled is not clear"
+    inputs, why = Inputs.of(args, kwargs, ordered=_torch.takes_any_keyword(function.__code__))
+    if inputs is None:
+        return None, why
+    handed = _handed(function, code, before, args, kwargs)
+    # Once more with tensors that are nobody else's: where they arrive, arguments arrive.
+    own = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    others = _handed(function, code, before, *own)
+    own_ids = {id(leaf) for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)}
+    arguments = frozenset(position for position, value in enumerate(others) if id(value) in own_ids)
+    lean = _Graph.of(handed, arguments, replayed, _torch.graph_behind(function, code))
+    if lean is None:
+        return None, "a parameter does not reach the graph as it is"
+    modules = _modules_of(frame)
+    binding = _Binding(executor, inputs, _State(executor, modules, hooks), before, code)
+    binding.function = _torch.unguarded(function, code, lean.checked())
+    if check == "inputs":
+        binding.fits = inputs.checker(binding.state.test())
+    if lean.written == () and executor.options.debug is None:
+        same = None
+        if check != "nothing":
+            inlined = (
+                [cell.cell_contents for cell in function.__closure__ or ()]
+                if _torch.is_shared(function.__code__)
+                else []
+            )
+            roots = [root for root in (*before, *inlined) if isinstance(root, torch.nn.Module)]
+            same = resolved.look(roots, [handed[at] for at in lean.static])
+        if check == "nothing" or (same is not None and not lean.numbers):
+            made = _resolved(replayed, lean, binding, function, handed, others, own, same)
+            binding.function = made or binding.function
+    return binding, ""
+
+
+def _resolved(
+    replayed: _Replayed,
+    lean: _Graph,
+    binding: _Binding,
+    function: Any,
+    handed: tuple[Any, ...],
+    others: tuple[Any, ...],
+    own: tuple[tuple[Any, ...], dict[str, Any]],
+    same: Callable[[], bool] | None,
+) -> Callable[..., Any] | None:
+    """The call without Dynamo's code, where that does nothing that cannot be written down; ``own`` arrives as ``others``."""
+    executor, entry = replayed.executor, replayed.entry
+    written = written_inputs(executor.lowered.module)
+    moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)
+    if entry.replay is None or lean.tensors or moves or not resolved.is_pure(binding.code):
+        return None
+    leaves = {id(leaf): text for text, leaf in (*resolved.paths(own[0], "args"), *resolved.paths(own[1], "kwargs"))}
+    placed = {at: leaves.get(id(value), "") for at, value in enumerate(others) if isinstance(value, torch.Tensor)}
+    placed = {at: text for at, text in placed.items() if at not in lean.static}
+    outputs = [torch.empty(0) for _ in outputs_of(executor.program.epilogue.module)]
+    leaves |= {id(output): f"outputs[{number}]" for number, output in enumerate(outputs)}
+    made = _torch.unguarded(function, binding.code, lambda *_: outputs)(*binding.before, *own[0], **own[1])
+    result = resolved.source_of(made, leaves)
+    if result is None or not all(placed.values()):
+        return None
+    slow, before = binding.function, binding.before
+    otherwise = (lambda *args, **kwargs: slow(*before, *args, **kwargs)) if before else slow
+    found = resolved.resolve(executor, entry, entry.replay, handed, placed, lean.static, result, same, otherwise)
+    if found is not None:
+        binding.before = ()
+    return found
+
+
+def _handed(
+    function: Any, code: CodeType, before: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What Dynamo's code hands to the graph for these arguments. The graph is not called."""
+    found: list[tuple[Any, ...]] = []
+
+    def graph(*handed: Any) -> Any:
+        found.append(handed)
+        raise _Handed
+
+    with suppress(_Handed):
+        _torch.unguarded(function, code, graph)(*before, *args, **kwargs)
+    (handed,) = found
+    return handed
+
+
+class _Handed(Exception):
+    """The graph would be called now."""
+
+
+def _before(frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What the code in ``frame`` was called with before ``args``; None if it was not called with these arguments."""
+    code, values = frame.f_code, frame.f_locals
+    names = code.co_varnames[: _torch.argument_count(code)]
+    plain = code.co_argcount + code.co_kwonlyargcount
+    positional = [values.get(name) for name in names[: code.co_argcount]]
+    named = {name: values.get(name) for name in names[:plain]}
+    for more in (values.get(name) for name in names[plain:]):
+        if isinstance(more, dict):
+            named |= more
+        elif isinstance(more, tuple):
+            positional += more
+    owner = _torch.owner_of_call(frame)
+    before = tuple(positional[:1]) if positional and owner is not None and positional[0] is owner else ()
+    taken = positional[len(before) : len(before) + len(args)]
+    same = len(taken) == len(args) and all(map(operator.is_, taken, args))
+    return before if same and all(key in named and named[key] is value for key, value in kwargs.items()) else None
+
+
+def _modules_of(frame: FrameType) -> list[torch.nn.Module]:
+    """The modules that code can read, with their children: of its arguments, of what it closes over, and of its globals."""
+    named = (frame.f_globals.get(name) for name in frame.f_code.co_names)
+    leaves = pytree.tree_leaves([*frame.f_locals.values(), *named])
+    roots = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Module)]
+    return list(dict.fromkeys(module for root in roots for module in root.modules()))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What takes the place of the graph in Dynamo's code: looks at what it is handed, and calls the graph."""
+
+    graph: Callable[..., Any]
+    executor: Executor
+    written: tuple[int, ...] | None
+    """If the executor takes what is handed over as it is: the inputs whose versions are counted up before."""
+    static: list[int]
+    """Where the tensors are that keep their addresses, among what is handed over."""
+    addresses: list[int]
+    """Theirs, each in its place."""
+    tensors: tuple[int, ...]
+    """Where tensors are that the code finds by itself: not arguments, which were looked at before; static ones with gradients on."""
+    like: Callable[..., bool]
+    """Asks whether those are like what they were."""
+    numbers: tuple[tuple[int, Any], ...]
+
+    @classmethod
+    def of(
+        cls, handed: tuple[Any, ...], arguments: frozenset[int], replayed: _Replayed, graph: Callable[..., Any]
+    ) -> _Graph | None:
+        """Of what Dynamo's code hands over; ``arguments`` has where arguments of the call are. None: a static input is not among it."""
+        args, executor = replayed.args, replayed.executor
+        known = {id(args[value.index]) for value in executor.program.inputs if value.kind == "static"}
+        static = [position for position, value in enumerate(handed) if id(value) in known]
+        if known != {id(handed[position]) for position in static}:
+            return None
+        same = len(handed) == len(args) and all(
+            one is other if isinstance(one, torch.Tensor) else one == other
+            for one, other in zip(handed, args, strict=True)
+        )
+        rest = [(position, value) for position, value in enumerate(handed) if position not in static]
+        # With gradients on, a parameter that asks for one by now would be as if it did not.
+        looked_at = [*enumerate(handed)] if torch.is_grad_enabled() else rest
+        tensors = [(position, value) for position, value in looked_at if isinstance(value, torch.Tensor)]
+        tensors = [(position, value) for position, value in tensors if position not in arguments]
+        places = range(max(static, default=-1) + 1)
+        return cls(
+            graph,
+            executor,
+            getattr(graph, "written", None) if same and not torch.is_grad_enabled() else None,
+            static,
+            [handed[position].data_ptr() if position in static else 0 for position in places],
+            tuple(position for position, _ in tensors),
+            _torch.tensors_like([value for _, value in tensors]),
+            tuple((position, value) for position, value in rest if not isinstance(value, torch.Tensor)),
+        )
+
+    def checked(self) -> Callable[..., Any]:
+        """As a function. Where it can, it calls the executor, and spares it to look at addresses again."""
+        graph, executor, written, static, addresses = (
+            self.graph,
+            self.executor,
+            self.written,
+            self.static,
+            self.addresses,
+        )
+        are_at, like, tensors = _torch.are_at, self.like, _picker(self.tensors)
+        numbers, expected = _picker([at for at, _ in self.numbers]), tuple(value for _, value in self.numbers)
+        count_up, found = torch.autograd.graph.increment_version, bool(self.tensors)
+        known = None
+
+        def checked(*handed: Any) -> Any:
+            nonlocal known
+            args = [*handed]
+            try:
+                moved = static and not are_at(args, addresses, static)
+            except (TypeError, RuntimeError):  # a parameter that is None by now
+                moved = True
+            if moved:
+                raise _Misfit(MOVED)
+            if found and not like(*tensors(handed)):
+                raise _Misfit("a tensor that the graph reads is not like the one before")
+            if expected and numbers(handed) != expected:
+                raise _Misfit("a number that the graph reads is another")
+            if written is None:
+                return graph(*handed)
+            del handed
+            if written:
+                count_up([args[position] for position in written])
+            if (last := executor.last) is not known:
+                known = last if last is not None and last.pointers == addresses else None
+            return executor(args, known)
+
+        return checked
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Takes the values at ``positions``."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return (lambda values: (values[positions[0]],)) if positions else (lambda _: ())
+
+
+# --- why not --------------------------------------------------------------------------------------------------------------
+
+
+def _why_never(compiled: Callable[..., Any]) -> str:
+    """Why nothing of what was just called will ever be replayed; empty if something may be."""
+    executors = executors_of(compiled)
+    if not executors:
+        graphs = eager_graphs_of(compiled)
+        return f"nothing of it is captured: {graphs[-1].why}" if graphs else "breakable_cg compiled nothing of it"
+    return "" if any(executor.capturable for executor in executors) else "it has nothing to capture"
+
+
+def _why_unrecorded(compiled: Callable[..., Any]) -> str:
+    plain = {why for executor in executors_of(compiled) for why in executor.snapshot().statistics.plain}
+    whys = ", ".join(sorted(plain - {"warm-up"})) or "each call made another key"
+    return f"it was not replayed in {MAX_CALLS} calls: {whys}"

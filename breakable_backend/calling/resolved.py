@@ -1,0 +1,178 @@
+"""Bound calls of which little is left but the replay: no code of Dynamo's runs.
+
+Where Dynamo's code does nothing but hand arguments and parameters to the graph, and put the result together, both can be
+written down once: which argument goes where, and what the result is made of.
+"""
+
+from __future__ import annotations
+
+import dis
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.recordings.replay import Replay
+
+_PURE = (
+    "RESUME NOP CACHE EXTENDED_ARG COPY_FREE_VARS MAKE_CELL PUSH_NULL PRECALL KW_NAMES CALL COPY SWAP POP_TOP "
+    "STORE_FAST DELETE_FAST BINARY_SUBSCR RETURN_VALUE RETURN_CONST LIST_EXTEND LIST_TO_TUPLE CALL_INTRINSIC_1 "
+    "STORE_FAST_LOAD_FAST STORE_FAST_STORE_FAST NOT_TAKEN"
+).split()
+"""What code may consist of, beside ``LOAD_...`` and ``BUILD_...``: it writes no object that was there before."""
+_GATES = "POP_JUMP_FORWARD_IF_FALSE POP_JUMP_FORWARD_IF_TRUE POP_JUMP_IF_FALSE POP_JUMP_IF_TRUE JUMP_FORWARD IS_OP TO_BOOL".split()
+"""And, on torch 2.15, around the recording of a range."""
+_CALLS = 3
+"""Of the graph, and of the two functions that record a range in a profile."""
+
+
+def is_pure(code: CodeType) -> bool:
+    """Whether Dynamo's code only reads, calls its graph, and makes new lists, tuples and dicts."""
+    instructions = list(dis.get_instructions(code))
+    calls = sum(i.opname in ("CALL", "CALL_KW", "CALL_FUNCTION_EX", "CALL_METHOD") for i in instructions)
+    known = {*_PURE, *(_GATES if "_is_profiler_enabled" in code.co_names else ())}
+    return calls <= _CALLS and all(
+        i.opname in known or i.opname.startswith(("LOAD_", "BUILD_")) or (i.opname == "BINARY_OP" and i.argrepr == "[]")
+        for i in instructions
+    )
+
+
+def source_of(value: Any, leaves: dict[int, str]) -> str | None:
+    """Source that makes ``value`` again, with ``leaves`` (by ``id``) in it; None where that is more than a plain structure."""
+    if (text := leaves.get(id(value))) is not None:
+        return text
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return repr(value)
+    if kind is dict:
+        parts = [(key, source_of(item, leaves)) for key, item in value.items()]
+        if any(type(key) not in (str, int) or part is None for key, part in parts):
+            return None
+        return f"{{{', '.join(f'{key!r}: {part}' for key, part in parts)}}}"
+    if kind in (list, tuple):
+        items = [source_of(item, leaves) for item in value]
+        if None in items:
+            return None
+        return f"[{', '.join(map(str, items))}]" if kind is list else f"({''.join(f'{item}, ' for item in items)})"
+    return None
+
+
+def paths(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The tensors in lists, tuples and dicts, each with the source that reads it."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        for number, item in enumerate(value):
+            yield from paths(item, f"{name}[{number}]")
+    elif type(value) is dict:
+        for key, item in value.items():
+            if type(key) in (str, int):
+                yield from paths(item, f"{name}[{key!r}]")
+
+
+class Memory:
+    """Whether the memory of tensors is still there. It holds none of them."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.freed: list[bool] = []
+        """Not empty once one has died, or its memory has."""
+        freed = self.freed
+
+        def gone(_: Any) -> None:
+            freed.append(True)
+
+        self._watched = [weakref.ref(thing, gone) for t in tensors for thing in (t, t.untyped_storage())]
+
+
+def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> Callable[[], bool] | None:
+    """Asks whether ``tensors`` are where they are now: in the modules below ``roots``, and in memory. None: some are in none.
+
+    Every place of a tensor counts, and that the modules are what they were.
+    """
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    wanted = {id(tensor) for tensor in tensors}
+    places = [
+        (held, name, tensor)
+        for module in modules
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if id(tensor) in wanted
+    ]
+    if {id(tensor) for *_, tensor in places} != wanted:
+        return None
+    below = [(module._modules, name, child) for module in modules for name, child in module._modules.items()]
+    holders, names = [held for held, *_ in places], [name for _, name, _ in places]
+    addresses = [0 if tensor is None else tensor.data_ptr() for *_, tensor in places]
+    everywhere, are_at = list(range(len(places))), _torch.are_at
+    parents, children = [parent for parent, *_ in below], [child for *_, child in below]
+    names_of_children = [name for _, name, _ in below]
+    del places, below, tensors, wanted
+
+    def same() -> bool:
+        try:
+            found = list(map(operator.getitem, holders, names))
+            modules = map(operator.getitem, parents, names_of_children)
+            return all(map(operator.is_, modules, children)) and are_at(found, addresses, everywhere)
+        except (KeyError, RuntimeError, TypeError):  # taken out, or None by now
+            return False
+
+    return same
+
+
+def resolve(
+    executor: Executor,
+    entry: Entry,
+    replay: Replay,
+    handed: Sequence[Any],
+    placed: dict[int, str],
+    static: Sequence[int],
+    result: str,
+    same: Callable[[], bool] | None,
+    otherwise: Callable[..., Any],
+) -> Callable[..., Any] | None:
+    """A function of the caller's arguments that is a replay; None if an eager step takes a static input.
+
+    Args:
+        executor: whose replay.
+        entry: its key.
+        replay: what has to be there still.
+        handed: what the executor is given.
+        placed: which argument is where among that, as source.
+        static: where the static inputs are.
+        result: what is returned, as source of ``outputs`` and the arguments.
+        same: asks in each call whether static inputs are where they were; None: nobody asks.
+        otherwise: called with the arguments where there is no such replay now.
+    """
+    named = replay.function.__code__.co_varnames  # slots keep their names
+    names_at = {value.index: value.name for value in executor.program.inputs}
+    if any(names_at[at] in named for at in static):
+        return None
+    template = [None if at in placed or at in static else value for at, value in enumerate(handed)]
+    memory = Memory([handed[at] for at in static])
+    scope = {
+        "template": template,
+        "freed": memory.freed,
+        "memory": memory,
+        "replay_at": executor.replay_at,
+        "entry": weakref.ref(entry),
+        "replay": weakref.ref(replay),
+        "otherwise": otherwise,
+        "same": same,
+    }
+    lines = [
+        f"if not freed{'' if same is None else ' and same()'}:",
+        "    values = template.copy()",
+        *(f"    values[{at}] = {text}" for at, text in placed.items()),
+        "    outputs = replay_at(values, entry(), replay())",
+        "    if outputs is not None:",
+        f"        return {result}",
+        "return otherwise(*args, **kwargs)",
+    ]
+    body = "\n    ".join(lines)
+    exec(compile(f"def resolved(*args, **kwargs):\n    {body}\n", "<breakable_cg bound call>", "exec"), scope)
+    return scope.pop("resolved")  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""``with capture(graph):``, for code that is not compiled."""

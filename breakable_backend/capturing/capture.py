@@ -1,0 +1,615 @@
+"""The second door: ``with capture(graph):`` around any code, and ``graph.replay()``.
+
+The body runs once, for real. Each stretch of it between two breaks is captured, and launched as soon as its capture
+ends, so eager functions see real data. What comes of it is the same :class:`Recording` that a compiled function has.
+"""
+
+from __future__ import annotations
+
+import keyword
+import operator
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from breakable_backend import _torch, active
+from breakable_backend._torch import pytree
+from breakable_backend.active import Modes
+from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, log
+from breakable_backend.capturing.trace import Watching
+from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
+from breakable_backend.drivers.cuda import CudaDriver
+from breakable_backend.drivers.seen import without_autocast_cache
+from breakable_backend.drivers.streams import explained
+from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line
+from breakable_backend.failures import as_passing
+from breakable_backend.faults import raise_if_ours
+from breakable_backend.ir.effects import written_values
+from breakable_backend.ir.program import Op, Reason, described
+from breakable_backend.marks.functions import Mark
+from breakable_backend.marks.marking import live_reason, marked_composites, marked_functions
+from breakable_backend.marks.results import Parts, fields, tensors_on
+from breakable_backend.options import Options
+from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.recording import (
+    Call,
+    Copy,
+    EagerStep,
+    GraphStep,
+    Recording,
+    Slot,
+    Step,
+    places_of,
+)
+from breakable_backend.tools.compare import Checker
+from breakable_backend.tools.profiling import span
+from breakable_backend.tools.witness import Witness
+
+FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
+
+
+class capture:
+    """Capture the body of a ``with`` statement into ``graph``. The body runs once, for real.
+
+    >>> from breakable_backend import BreakableCUDAGraph, capture
+    >>> x, graph = torch.zeros(2), BreakableCUDAGraph(driver="tape")
+    >>> with capture(graph):
+    ...     y = x + 1
+    >>> _ = x.fill_(4)
+    >>> graph.replay(); y
+    tensor([5., 5.])
+
+    Tensors made inside are the graph's own, and valid until its next replay. Inputs are read at their address at each
+    replay. Marked functions, marked ops and what no capture can hold run eagerly, between segments, on real data.
+
+    Args:
+        graph: what to capture into; what it held before is released.
+        stream: where to capture, instead of a stream of the graph's own; of CUDA.
+        capture_error_mode: as in ``torch.cuda.graph``.
+        barrier: called before each eager step while capturing, such as a barrier of ranks: a rank that is ahead then waits
+            between two segments, and not within one. It runs before a mark's own ``barrier``, and not at replay.
+        debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one at each replay. ``"compare"``: each
+            replay of a segment is compared with its ops, issued one by one.
+        tolerance: how far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; bit for bit by default.
+
+    Raises:
+        OptionsError: an argument that it does not take.
+        CaptureError: a capture is active already; or, at the line of the body that is to blame, what can be neither
+            captured nor run eagerly, such as a value read on the host.
+    """
+
+    def __init__(
+        self,
+        graph: BreakableCUDAGraph,
+        stream: torch.cuda.Stream | None = None,
+        capture_error_mode: str = "thread_local",
+        *,
+        barrier: Callable[[], None] | None = None,
+        debug: str | None = None,
+        tolerance: tuple[float, float] | None = None,
+    ) -> None:
+        if not isinstance(graph, BreakableCUDAGraph):
+            raise OptionsError(
+                f"capture takes a BreakableCUDAGraph, got {type(graph).__name__}",
+                fix="graph = BreakableCUDAGraph(), then: with capture(graph): ...",
+            )
+        if capture_error_mode not in ("global", "thread_local", "relaxed"):
+            raise OptionsError(
+                f"capture_error_mode does not take {capture_error_mode!r}", fix="global, thread_local or relaxed"
+            )
+        if barrier is not None and not callable(barrier):
+            raise OptionsError(f"barrier takes a function, got {barrier!r}")
+        self.graph, self.stream, self.mode, self.barrier = graph, stream, capture_error_mode, barrier
+        said = {"debug": debug, "tolerance": tolerance}
+        self.options = Options.parse({name: value for name, value in said.items() if value is not None})
+        self._door: _Door | None = None
+
+    def __enter__(self) -> BreakableCUDAGraph:
+        if active.handler.get() is not None:
+            raise CaptureError("a capture was begun inside a capture", where=user_line(), fix="captures do not nest")
+        if any(isinstance(mode, _Watcher) and mode.door.capturing for mode in _torch.dispatch_modes()):
+            error = _other_context(user_line())
+            raise error
+        driver = self.graph._made_driver()
+        if self.options.debug == "eager":
+            driver = TapeDriver(driver.device)
+        if driver.is_capturing():
+            raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
+        self._door = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
+        self._door.open()
+        return self.graph
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        door, self._door = self._door, None
+        assert door is not None
+        try:
+            door.close(error)
+        except Exception as fault:
+            raise_if_ours(fault, log)
+            raise
+        if isinstance(error, Exception):
+            raise_if_ours(error, log)
+
+
+def is_capturing() -> bool:
+    """Whether this code is being captured by :class:`capture`; False in an eager function, which is not.
+
+    >>> from breakable_backend import BreakableCUDAGraph, capture, is_capturing
+    >>> with capture(BreakableCUDAGraph(driver="tape")):
+    ...     inside = is_capturing()
+    >>> inside, is_capturing()
+    (True, False)
+    """
+    return active.handler.get() is not None
+
+
+# Dynamo of torch 2.15 would trace it, and freeze whether a capture is under way; that of older ones could not.
+@_torch.break_of_dynamo("break_graph() ends a segment of the capture that it is called in")
+def break_graph() -> None:
+    """End the segment here, and begin another: what comes after is launched by a graph of its own.
+
+    Outside of a capture it does nothing, but that in compiled code it breaks Dynamo's graph.
+
+    >>> from breakable_backend import BreakableCUDAGraph, break_graph, capture
+    >>> with capture(BreakableCUDAGraph(driver="tape")) as graph:
+    ...     y = torch.ones(2) + 1
+    ...     break_graph()
+    ...     z = y * 2
+    >>> graph
+    BreakableCUDAGraph(2 segments, 1 eager steps, 0 replays)
+    """
+    handler = active.handler.get()
+    if handler is not None:
+        handler.call(Mark(_nothing, "break_graph", ""), (), {})
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Watcher(Watching):
+    """Sees every op of the body."""
+
+    def __init__(self, door: _Door) -> None:
+        super().__init__(door.op)
+        self.door = door
+
+
+class _MarkedFunctions(TorchFunctionMode):
+    """Sees calls of the functions of torch's that are marked and no ops, where the body's own code calls them."""
+
+    def __init__(self, door: _Door, functions: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.door, self.functions = door, functions
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(func is function for function in self.functions):
+            mark = Mark(func, func.__name__, "")
+            return self.door.call(mark, args, kwargs or {}, why="marked by mark_eager")
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Door:
+    """One capture under way: implements :class:`active.BreakHandler`."""
+
+    graph: BreakableCUDAGraph
+    driver: CaptureDriver
+    options: Options
+    capture_stream: torch.cuda.Stream | None
+    error_mode: str
+    barrier: Callable[[], None] | None
+    steps: list[Step] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+    loads: tuple[Copy, ...] = ()
+    """Copies of the last eager step's results, which the next segment begins with."""
+    made: dict[int, tuple[_torch.StorageWeakRef, int]] = field(default_factory=dict)
+    """Storages made in segments, and in which. The weak references keep the keys from being used again."""
+    held: dict[int, Any] = field(default_factory=dict)
+    parameters: dict[int, Any] = field(default_factory=dict)
+    """Held while capturing, and watched later, with their memory."""
+    written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
+    """Storages from outside that segments write."""
+    ops: list[Op] = field(default_factory=list)
+    """What the segment under way has run."""
+    outside: dict[int, Outside] = field(default_factory=dict)
+    """Tensors whose memory is held or watched, by the key of their storage."""
+    failed: BaseException | None = None
+    capturing: bool = False
+    started: float = field(default_factory=time.perf_counter)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def __post_init__(self) -> None:
+        self.witness = Witness(self.driver.device) if self.options.debug == "compare" else None
+        self.whole = marked_composites(entirely=_records_gradients())
+        """Marked ops that are made of others, and that this capture sees as a whole."""
+        self._refuse_gradients()
+
+    def open(self) -> None:
+        with ExitStack() as stack:
+            if self.driver.device.type == "cuda":
+                stack.callback(_back_on, torch.cuda.current_stream(self.driver.device))
+            stack.enter_context(self.driver.lock)
+            stack.enter_context(span(f"{self.graph.journal.name}: capture"))
+            stack.enter_context(without_autocast_cache())
+            self.graph._begin_use("captured", CaptureError)
+            stack.callback(self.graph._end_use)
+            self.graph._free()
+            self.graph.debug = self.options.debug
+            self.modes = replace(Modes.current(), autocast=(), grad=False)
+            self.stream = self.driver.begin()
+            stack.callback(self.driver.end, self.stream)
+            if isinstance(self.driver, CudaDriver):
+                stack.enter_context(self.driver.capturing_on(self.capture_stream, self.error_mode))
+            stack.enter_context(self.driver.recording())
+            self.session: CaptureSession = stack.enter_context(self.driver.session())
+            token = active.handler.set(self)
+            stack.callback(active.handler.reset, token)
+            self._begin()
+            self.watcher = stack.enter_context(_Watcher(self))
+            if self.whole:
+                stack.enter_context(_torch.composites_as_ops())
+            if functions := marked_functions():
+                stack.enter_context(_MarkedFunctions(self, functions))
+            self.stack = stack.pop_all()
+
+    def _refuse_gradients(self) -> None:
+        """Raise where autograd would take marked ops apart before the capture sees them."""
+        if self.whole and _records_gradients():
+            raise CaptureError(
+                f"{', '.join(self.whole)} is marked by mark_eager, and autograd takes it apart before a capture sees it",
+                where=user_line(),
+                fix="capture under torch.no_grad() or torch.inference_mode(), or put the call under eager_region()",
+            )
+
+    def close(self, error: BaseException | None) -> None:
+        kept = False
+        try:
+            with self.stack:
+                if error is None and self.failed is None:
+                    self._end()
+                    self._keep()
+                    kept = True
+                elif self.capturing:
+                    self.capturing = False
+                    spoilt = self.session.abandon()
+                    if isinstance(error, CaptureError) and not error.blamed:
+                        error = _placed(error, user_line(error.__traceback__))
+                        raise error
+                    if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
+                        where = user_line(error.__traceback__)
+                        what, fix = explained(error)
+                        raise as_passing(CaptureError(what, where=where, fix=fix or FIX), error) from error
+        finally:
+            if not kept:
+                graphs = [step.graph for step in self.steps if isinstance(step, GraphStep)]
+                self.driver.release(graphs, [*self.steps, self.constants, self.held])
+                self.steps.clear()
+            self.constants, self.held, self.parameters, self.outside = {}, {}, {}, {}
+        if error is None and self.failed is not None:
+            nothing = CaptureError(
+                f"nothing was captured, since an error was caught inside: {first_line(self.failed)}",
+                where=user_line(self.failed.__traceback__),
+                fix="catch it outside of the capture",
+            )
+            raise as_passing(nothing, self.failed) from self.failed
+
+    def _keep(self) -> None:
+        bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
+        recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges))
+        # One that the body itself gave other memory is not among them: the graph keeps the memory that it reads.
+        watched = {key: value for key, value in self.parameters.items() if _torch.storage_key(value) == key}
+        captured = Captured(
+            self.driver,
+            recording,
+            held=[storage for key, storage in self.held.items() if key not in watched],
+            written=list(self.written.values()),
+            outside=tuple(self.outside.values()),
+            modes=self.modes,
+            journal=self.graph.journal,
+            checker=Checker(recording, self.witness, self.options.tolerance) if self.witness is not None else None,
+        )
+        self.graph._take(captured, list(watched.values()))
+        self.graph.record_seconds = time.perf_counter() - self.started
+
+    # segments
+
+    def _begin(self) -> None:
+        self.session.begin()
+        self.capturing = True
+        if self.witness is not None:
+            self.watch, self.script = self.witness.begin(len(self.steps))
+
+    def _end(self) -> None:
+        self.capturing = False
+        try:
+            graph = self.session.end()
+        except CaptureError as error:
+            self.failed = error
+            placed = _placed(error, error.blamed or user_line())
+            raise placed from error.__cause__
+        self.steps.append(GraphStep(graph, self.loads, ops=tuple(self.ops)))
+        self.loads = ()
+        self.ops.clear()
+        try:
+            graph.replay(self.stream)
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.capturing:
+            return func(*args, **kwargs)
+        if active.handler.get() is not self and threading.get_ident() == self.thread:
+            self.failed = _other_context(user_line())  # autograd's threads have no context, and belong to the body
+            raise self.failed
+        self._refuse_gradients()
+        if found := live_reason(func, args, kwargs, self.driver.device):
+            if found.refused:
+                raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
+            return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
+        if _torch.is_composite(func) and (
+            kernel := _torch.kernel_made_of_ops(func, args, self.driver.device.type, active.autocast.get())
+        ):
+            with self.watcher:
+                return kernel(*args, **kwargs)
+        taken = tensors_on(self.driver.device, (args, kwargs))
+        if taken or getattr(kwargs.get("device"), "type", "") == self.driver.device.type:
+            self.session.touch()
+        for tensor in taken:
+            self._reads(tensor)
+        if isinstance(func, _torch.OpOverload):
+            for tensor in tensors_on(self.driver.device, written_values(func, args, kwargs)):
+                if (key := _torch.storage_key(tensor)) not in self.made:
+                    self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
+        result = func(*args, **kwargs) if self.witness is None else self._issue(func, args, kwargs)
+        for tensor in tensors_on(self.driver.device, result):
+            self._makes(tensor)
+        if not getattr(func, "is_view", False):
+            self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
+        return result
+
+    def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op, and write it down for compare mode."""
+        self.watch.label = _op_label(func)
+        self.watch.source = user_line()
+        return self.script.issue(self.watch, func, args, kwargs)
+
+    def _reads(self, tensor: torch.Tensor) -> None:
+        key = _torch.storage_key(tensor)
+        if key not in self.made and key not in self.outside:
+            address = tensor.untyped_storage().data_ptr()
+            self.outside[key] = Outside(weakref.ref(tensor), address, user_line())
+        if key in self.made:
+            if self.made[key][1] != len(self.steps):
+                self.held[key] = tensor.untyped_storage()  # it crosses a break: nobody else may have its memory
+        else:
+            self.held[key] = tensor.untyped_storage()
+            if isinstance(tensor, nn.Parameter):
+                self.parameters[key] = tensor
+
+    def _makes(self, tensor: torch.Tensor) -> None:
+        key = _torch.storage_key(tensor)
+        if key not in self.made and key not in self.held:
+            self.made[key] = (_torch.StorageWeakRef(tensor.untyped_storage()), len(self.steps))
+
+    # breaks
+
+    def call(
+        self, mark: Mark, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str = "marked by eager_on_graph"
+    ) -> Any:
+        """Run a marked function as an eager step."""
+        if not self.capturing:
+            return mark.function(*args, **kwargs)
+        if any(isinstance(leaf, torch.Tensor) and _torch.is_transformed(leaf) for _, leaf in fields((args, kwargs))):
+            raise CaptureError(
+                f"{mark.name} was called under a transform of torch.func, inside a capture",
+                where=user_line(),
+                fix="call it outside of vmap and its like, on tensors",
+            )
+        reason = Reason("marked", why, mark.name, user_line())
+        return self._break(mark.function, mark.name, reason, args, kwargs, mark)
+
+    def _break(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        reason: Reason,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        mark: Mark | None = None,
+    ) -> Any:
+        self._end()
+        # Before the call, which may change the containers and objects that it is given.
+        given = pytree.tree_flatten((args, dict(kwargs)))
+        known = {key for key, (ref, _) in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
+        taken = tensors_on(self.driver.device, (args, kwargs))  # alive until their keys are compared
+        known |= set(map(_torch.storage_key, taken))
+        token = active.handler.set(None)
+        try:
+            for barrier in (self.barrier, mark.barrier if mark is not None else None):
+                if barrier is not None:
+                    barrier()
+            run = (mark.capture_stub if mark is not None else None) or function
+            if self.witness is not None:
+                run = self.witness.attend(run, name, reason.source)
+            with _torch.with_autograd() if self.whole else nullcontext():
+                result = run(*args, **kwargs)
+        except BaseException as error:
+            self.failed = error
+            raise
+        finally:
+            active.handler.reset(token)
+        try:
+            if (
+                mark is not None
+                and torch.is_grad_enabled()
+                and any(tensor.requires_grad for tensor in tensors_on(self.driver.device, result))
+            ):
+                raise CaptureError(
+                    f"the result of {name} needs gradients, which do not pass a break",
+                    where=reason.source,
+                    fix="capture under torch.no_grad(), or compile with torch.compile, where they pass",
+                )
+            parts = Parts.of(
+                result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
+            )
+            del taken
+            returned = self._note(function, name, reason, given, parts, result)
+            self._begin()
+        except BaseException as error:
+            self.failed = error
+            raise
+        return returned
+
+    def _note(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        reason: Reason,
+        flat: tuple[list[Any], pytree.TreeSpec],
+        parts: Parts,
+        result: Any,
+    ) -> Any:
+        """Write the eager step down; returns the result as captured code may use it: on bridges."""
+        base = re.sub(r"\W+", "_", re.split(r"::|\.", name)[-1]).strip("_") + f"_{len(self.steps)}"
+        calls: list[Call] = []
+        for number, event in enumerate(self.session.events()):
+            name_of_event = f"{base}_event_{number}"
+            self.constants[name_of_event] = event
+            calls.append(Call(f"{name_of_event}_recorded", _record, (Slot(name_of_event),), {}, "event"))
+        leaves, spec = flat
+        slots = [
+            self._argument(leaf, f"{base}_argument_{number}", calls, reason.source)
+            for number, leaf in enumerate(leaves)
+        ]
+        given: tuple[Any, ...] = pytree.tree_unflatten(slots, spec)
+        modes = Modes.current()
+        ambient = modes if modes != self.modes else None
+        if _is_plain(given) and all(map(_is_name, given[1])):
+            calls.append(Call(base, function, tuple(given[0]), given[1], name, reason.source, ambient=ambient))
+        else:
+            packed = _Packed(function, spec)
+            calls.append(Call(base, packed, tuple(slots), {}, name, reason.source, ambient=ambient))
+        fresh = parts.fresh(result)
+        if not parts.is_trivial:
+            calls.append(Call(f"{base}_parts", parts.check, (Slot(base),), {}, "check"))
+        bridges, loads = [], []
+        for number, source in enumerate(fresh):
+            with torch.inference_mode(False):
+                bridge = Bridge.like(source, self.driver.device)
+            bridge.load(source)
+            bridges.append(bridge.tensor)
+            self.held[_torch.storage_key(bridge.tensor)] = bridge.tensor.untyped_storage()
+            value, place = f"{base}_{number}", f"{base}_bridge_{number}"
+            calls.append(Call(value, operator.getitem, (Slot(f"{base}_parts"), number), {}, "part"))
+            self.constants[place] = bridge
+            loads.append(Copy(Slot(place), Slot(value)))
+        self.steps.append(EagerStep(tuple(calls), (reason,)))
+        self.loads = tuple(loads)
+        return parts.on(result, bridges)
+
+    def _argument(self, leaf: Any, name: str, calls: list[Call], source: str) -> Any:
+        """What stands for an argument in the recorded call: parameters and modules weakly, all else as it is."""
+        if leaf is None or type(leaf) in (int, float, bool, str):
+            return leaf
+        if isinstance(leaf, nn.Module | nn.Parameter):
+            calls.append(Call(name, _Alive(weakref.ref(leaf), type(leaf).__name__, source), (), {}, "alive"))
+        else:
+            tensor = isinstance(leaf, torch.Tensor)
+            self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
+        return Slot(name)
+
+
+def _back_on(stream: torch.cuda.Stream) -> None:
+    """Have ``stream`` as the current one again.
+
+    Where a segment ends inside of ``with torch.cuda.stream(side)``, that statement goes back to the stream of captures.
+    """
+    if torch.cuda.current_stream(stream.device) != stream:
+        with torch.cuda.device(stream.device):
+            torch.cuda.set_stream(stream)
+
+
+def _records_gradients() -> bool:
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def _record(event: torch.cuda.Event) -> None:
+    """Have an event that a segment recorded tell code outside of a capture that the segment is done."""
+    event.record()
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Calls a function with arguments in containers that source text does not spell."""
+
+    function: Callable[..., Any]
+    spec: Any
+
+    def __call__(self, *leaves: Any) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return self.function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Alive:
+    """An argument that the graph does not own."""
+
+    ref: weakref.ref[Any]
+    kind: str
+    source: str
+    """Where the eager function was called with it."""
+
+    def __call__(self) -> Any:
+        value = self.ref()
+        if value is None:
+            raise ReplayError(
+                f"a {self.kind} that an eager function takes is gone", where=self.source, fix="keep the model alive"
+            )
+        return value
+
+
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text)
+
+
+def _is_plain(tree: Any) -> bool:
+    if type(tree) in (tuple, list):
+        return all(map(_is_plain, tree))
+    if type(tree) is dict:
+        return all(type(key) in (str, int) and _is_plain(value) for key, value in tree.items())
+    return bool(pytree.tree_structure(tree).is_leaf())
+
+
+def _placed(error: CaptureError, where: str) -> CaptureError:
+    """A driver's error, with the user's line, and with what to do at this door."""
+    placed = CaptureError(error.what, where=where, fix=FIX if error.fix in ("", tape.FIX) else error.fix)
+    return as_passing(placed, error)
+
+
+def _other_context(where: str) -> CaptureError:
+    return CaptureError(
+        "code of another context (a task of asyncio?) ran while a capture was under way in this thread",
+        where=where,
+        fix="do not await inside of a capture",
+    )
+
+
+def _op_label(func: Any) -> str:
+    return str(func._schema.name) if isinstance(func, _torch.OpOverload) else str(func.name())

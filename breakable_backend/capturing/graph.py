@@ -1,0 +1,457 @@
+"""What a capture by hand leaves: a graph that owns its memory, and that can be replayed.
+
+:mod:`breakable_backend.capturing.capture` makes it. Replays, resets and the death of a parameter come in any order and from any
+thread: nothing is freed while it is in use, and what is gone says why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any, NoReturn
+
+import torch
+
+from breakable_backend import _torch, active
+from breakable_backend.active import Modes
+from breakable_backend.calling.device_errors import blame
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.drivers.cuda import CudaDriver, require_cuda
+from breakable_backend.drivers.groups import is_collective, leaves_with_groups
+from breakable_backend.drivers.ordering import replayed_inside
+from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
+from breakable_backend.faults import raise_if_ours
+from breakable_backend.marks.functions import Mark
+from breakable_backend.options import Options
+from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording, check_places, refuse_place
+from breakable_backend.recordings.replay import Replay, Tally, emit
+from breakable_backend.tools.compare import Checker
+from breakable_backend.tools.journal import Journal
+from breakable_backend.tools.profiling import Marks, step_names
+from breakable_backend.tools.profiling import active as profiling
+
+log = logging.getLogger(__name__)
+"""One log for the door: the name is in docs/tools.md."""
+
+_held = active.handler.held.get
+RESET = "nothing was captured: the graph was reset"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where captured memory lives. Graphs that share one are replayed one after the other, on whatever streams."""
+
+    driver: CaptureDriver
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A tensor that segments read at its address."""
+
+    ref: weakref.ref[torch.Tensor]
+    address: int
+    source: str
+
+    def check(self) -> None:
+        """Raise if it has other memory now. One that is gone can tell nothing; the graph holds its memory."""
+        tensor = self.ref()
+        if tensor is not None and (address := tensor.untyped_storage().data_ptr()) != self.address:
+            what = f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
+            refuse_place(what, freed=address == 0, where=self.source)
+
+
+@dataclass(eq=False)
+class Captured:
+    """What a graph owns."""
+
+    driver: CaptureDriver
+    recording: Recording
+    held: list[Any]
+    """Storages that segments read."""
+    written: list[_torch.StorageWeakRef]
+    """Storages from outside that segments write."""
+    outside: tuple[Outside, ...]
+    """Tensors from outside that segments read."""
+    modes: Modes
+    """What a replay runs in, but for eager steps that say otherwise."""
+    journal: Journal
+    checker: InitVar[Checker | None]
+    """What compares replays with eager."""
+    watched: list[weakref.ref[Any]] = field(default_factory=list)
+    """The parameters among what segments read, and their storages: they are the model's."""
+    profiled: tuple[Replay, Marks] | None = None
+    """The replay with a mark before each step; made when a profiler is first active."""
+    only: Callable[[int], None] | None = None
+    """The launch that is all of a replay, where there is no break; set by the first replay."""
+
+    def __post_init__(self, checker: Checker | None) -> None:
+        replay = emit(self.recording if checker is None else checker.recording, name=f"{self.journal.name} replay")
+        self.replay = _checked_once(self, replay) if checker is None else _compared(self, replay, checker)
+        self.compared = checker is not None
+        self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
+        # A bare launch does not ask whose capture it is in: CUDA refuses it there.
+        drawing = any(graph.draws_random for graph in self.recording.graphs)
+        self.asks = bool(self.breaks or drawing or self.compared or self.driver.name != "cuda")
+
+    def run(self, stream: int) -> None:
+        """Replay, between the driver's ``begin`` and ``end``."""
+        if self.breaks and not self.modes.are_current():
+            with self.modes.enter():
+                self.run(stream)
+        elif self.compared or not profiling():
+            self.replay.function([], stream)
+        else:
+            self._run_profiled(stream)
+
+    def _run_profiled(self, stream: int) -> None:
+        if self.profiled is None:
+            self.check()  # this may be the first replay
+            name = self.journal.name
+            marks = Marks(name, step_names(self.recording))
+            self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
+        replay, marks = self.profiled
+        marks.run(replay.function, [], stream)
+
+    def check(self) -> None:
+        """Raise if what segments read is not where it was when they were captured."""
+        check_places(self.recording, ())
+        for tensor in self.outside:
+            tensor.check()
+
+    def release(self, *, wait: bool = False) -> None:
+        """Free everything; ``wait``: now, after the last launch, and not a little later."""
+        graphs = self.recording.graphs
+        self.replay.forget()
+        if self.profiled is not None:
+            self.profiled[0].forget()
+        owner = [self.recording, self.replay, self.profiled, self.only, self.held]
+        self.recording = self.replay = self.profiled = self.only = None  # type: ignore[assignment]
+        self.held = []
+        self.watched.clear()
+        self.driver.release(graphs, owner, wait=wait)
+        if not wait:
+            self.driver.settle()
+
+
+class BreakableCUDAGraph:
+    """A captured piece of code, with eager steps in it.
+
+    >>> from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph
+    >>> @eager_on_graph
+    ... def double_if_positive(x):
+    ...     return x * 2 if x.sum() > 0 else x + 0
+    >>> x = torch.ones(3)
+    >>> graph = BreakableCUDAGraph(driver="tape")
+    >>> with capture(graph):
+    ...     y = double_if_positive(x + 1) - 1
+    >>> y
+    tensor([3., 3., 3.])
+    >>> _ = x.fill_(-5)
+    >>> graph.replay(); y
+    tensor([-5., -5., -5.])
+
+    It owns the memory of its segments, the bridges of its eager steps, and every tensor from outside that its segments
+    read, but for parameters: when one of those dies, or its memory is freed since it was given other (``param.data = ...``,
+    ``module.to(...)``), the graph releases all it has. :meth:`check` looks for whatever else has moved.
+
+    Args:
+        pool: what :meth:`pool` of another graph returned, to share its memory; or a ``torch.cuda.MemPool``, which the graph
+            keeps alive; or a handle from ``torch.cuda.graph_pool_handle()``, which lives as long as a graph in it does. Once a
+            capture has failed in it, graphs go to pools of their own. The tape has no pools.
+        driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
+            ``"tape"``; by default what ``BREAKABLE_CG_DRIVER`` says, else ``"auto"``.
+
+    Raises:
+        OptionsError: no such driver, no GPU for it, or no pool.
+    """
+
+    def __init__(self, pool: Any = None, driver: str | None = None) -> None:
+        self._choice = Options.parse({} if driver is None else {"driver": driver}).driver
+        self._given_pool = _checked_pool(pool)
+        self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
+        self._captured: Captured | None = None
+        self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
+        """Frees what was captured when the graph is dropped."""
+        self._gone = ""
+        """Why there is nothing, or will be nothing as soon as it is not in use any more."""
+        self._use = ""
+        """What is being done with it: "captured" or "replayed". Written under the driver's lock."""
+        self.debug: str | None = None
+        self.replays = 0
+        self.record_seconds = 0.0
+        self.journal = Journal(log, f"capture {next(_numbers)}")
+
+    def replay(self) -> None:
+        """Run it again on the current stream: what is at the addresses of the inputs now is read.
+
+        Raises:
+            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; a CUDA graph
+                capture that is not ours is active, or has been for 5 seconds on the stream of the last replay.
+            EagerOutputError: an eager function returned what cannot take the place of its result at capture.
+        """
+        if _held() is not None and (handler := active.handler.get()) is not None:
+            handler.call(Mark(self.replay, "BreakableCUDAGraph.replay", ""), (), {})
+            return
+        captured = self._captured
+        if captured is None:
+            raise self._failure()
+        driver, only = captured.driver, captured.only
+        if captured.asks and driver.is_capturing():
+            refused = replayed_inside()
+            raise refused
+        # In one piece, without _begin_use, _end_use and `with driver.lock` (0.07 us): a launch takes 5 us in all.
+        driver.lock.acquire()
+        try:
+            if self._use:
+                self._refuse_use(ReplayError)
+            self._use = "replayed"  # before the look at what there is: from here on nobody frees it
+            try:
+                if self._captured is captured and not self._gone:
+                    stream = driver.begin()
+                    try:
+                        if only is not None and not profiling():
+                            only(stream)
+                        else:
+                            captured.run(stream)
+                        self.replays += 1
+                    except Exception as error:
+                        blame(error, driver, self.journal.name, [captured.recording])
+                        raise_if_ours(error, log)
+                        raise
+                    finally:
+                        driver.end(stream)
+                    return
+            finally:
+                self._use = ""
+                if self._gone:
+                    self._free()
+        finally:
+            driver.lock.release()
+        self.replay()  # before the lock was ours, another thread has reset it, or captured anew
+
+    def run(self, stream: int) -> None:
+        """What :meth:`replay` does between taking the pool and giving it back."""
+        assert self._captured is not None
+        self._captured.run(stream)
+
+    @property
+    def modes(self) -> Modes:
+        """What a replay runs in, but for eager steps that say otherwise."""
+        assert self._captured is not None
+        return self._captured.modes
+
+    def check(self) -> None:
+        """Look whether all that the graph reads is where it was when it was captured.
+
+        A replay looks once, and hears of a parameter's memory that is freed. It does not see one that was given other memory
+        while somebody keeps the old (weights that are swapped, to be swapped back): call this after such a change.
+
+        >>> from breakable_backend import BreakableCUDAGraph, DivergenceError, capture
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> graph = BreakableCUDAGraph(driver="tape")
+        >>> with torch.no_grad(), capture(graph):
+        ...     y = weight * 2
+        >>> graph.check()
+        >>> old, weight.data = weight.data, torch.zeros(2)
+        >>> try:
+        ...     graph.check()
+        ... except DivergenceError as error:
+        ...     print(error.cause)
+        address moved
+
+        Raises:
+            DivergenceError: something has moved, or its memory was freed.
+            ReplayError: nothing is captured.
+        """
+        captured = self._captured
+        if captured is None:
+            raise self._failure()
+        with captured.driver.lock:
+            if self._captured is captured:
+                captured.check()
+
+    def reset(self) -> None:
+        """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
+        self._expire(RESET)
+
+    def leave(self, why: str) -> None:
+        """As :meth:`reset`, and waits for nothing; the next replay is an error that says ``why``."""
+        if self._captured is not None:
+            self._expire(f"{why}; the graph was released")
+
+    def _failure(self) -> ReplayError:
+        return ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
+
+    def _begin_use(self, use: str, error: type[BreakableError]) -> None:
+        if self._use:
+            self._refuse_use(error)
+        self._use = use
+
+    def _refuse_use(self, error: type[BreakableError]) -> NoReturn:
+        twice = error(
+            f"the graph is being {self._use} already",
+            where=user_line(),
+            fix="an eager step neither replays nor captures its own graph",
+        )
+        raise twice
+
+    def _end_use(self) -> None:
+        self._use = ""
+        if self._gone:
+            self._free()
+
+    def _free(self) -> None:
+        self._captured = None
+        release, self._release = self._release, None
+        if release is not None and (found := release.detach()) is not None:  # None: another thread has come here too
+            found[1](wait=self._gone in ("", RESET))  # what dies does so while others serve
+            self.journal.tell(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
+
+    def _expire(self, why: str) -> None:
+        # Whoever uses it says so first and looks for a reason then; we do it the other way round. So somebody frees it,
+        # and nobody while it is in use.
+        self._gone = why
+        if not self._use:
+            self._free()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CaptureError(
+            "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses",
+            where=user_line(),
+            fix="make a new one, and capture into that",
+        )
+
+    def pool(self) -> Pool:
+        """The pool, for ``BreakableCUDAGraph(pool=...)``."""
+        return Pool(self._made_driver())
+
+    @property
+    def recording(self) -> Recording | None:
+        """The steps, once captured."""
+        return self._captured.recording if self._captured is not None else None
+
+    @property
+    def written(self) -> list[torch.UntypedStorage]:
+        """Storages from outside that its segments write."""
+        refs = self._captured.written if self._captured is not None else []
+        return [storage for ref in refs if (storage := _torch.live_storage(ref)) is not None]
+
+    @property
+    def driver(self) -> CaptureDriver | None:
+        """What captured it, or will; None before that is known."""
+        return self._captured.driver if self._captured is not None else self._driver
+
+    @property
+    def tally(self) -> Tally | None:
+        """What replays counted; None before a capture."""
+        return self._captured.replay.tally if self._captured is not None else None
+
+    @property
+    def source(self) -> str:
+        """The generated replay, as Python; empty before a capture."""
+        return self._captured.replay.source if self._captured is not None else ""
+
+    def __repr__(self) -> str:
+        captured = self._captured
+        if captured is None:
+            return "BreakableCUDAGraph(nothing captured)"
+        recording = captured.recording
+        return f"BreakableCUDAGraph({len(recording.graphs)} segments, {captured.breaks} eager steps, {self.replays} replays)"
+
+    def _made_driver(self) -> CaptureDriver:
+        if self._driver is None:
+            self._driver = _driver(self._choice, self._given_pool)
+        return self._driver
+
+    def _take(self, captured: Captured, parameters: Sequence[torch.Tensor]) -> None:
+        """Own what was captured, until one of ``parameters`` dies, or its memory does."""
+        self._captured, self._gone, self.replays = captured, "", 0
+        for parameter in parameters:
+            captured.watched += self._watch(parameter)
+        recording = captured.recording
+        self.journal.recorded(
+            0,
+            "captured",
+            lambda: step_names(recording),
+            captured.replay.source,
+            graphs=len(recording.graphs),
+            eager_steps=captured.breaks,
+            bridge_bytes=recording.bridge_bytes,
+        )
+        segments = [step for step in recording.steps if isinstance(step, GraphStep)]
+        if any(is_collective(op.op) for segment in segments for op in segment.ops):
+            leaves_with_groups(self)
+        self._release = weakref.finalize(self, captured.release)
+        self._release.atexit = False
+
+    def _watch(self, parameter: torch.Tensor) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        """Hear of the end of a parameter, and of its memory alone: nothing has to be looked at in each replay."""
+        me, what = weakref.ref(self), f"a {type(parameter).__name__}"
+
+        def expire(why: str) -> None:
+            if (graph := me()) is not None and not sys.is_finalizing():
+                graph._expire(f"{what} {why}; the graph was released")
+
+        def moved(_: Any) -> None:
+            if alive() is not None:
+                expire("was given other memory, and the graph reads the old, which is freed")
+
+        alive = weakref.ref(parameter, lambda _: expire("died, which the graph reads"))
+        return alive, weakref.ref(parameter.untyped_storage(), moved)
+
+
+def _checked_pool(pool: Any) -> Any:
+    handle = isinstance(pool, tuple) and len(pool) == 2 and all(isinstance(number, int) for number in pool)
+    if pool is None or handle or isinstance(pool, Pool | torch.cuda.MemPool):
+        return pool
+    raise OptionsError(
+        f"pool takes a torch.cuda.MemPool, a handle or another graph's pool(), got {type(pool).__name__}",
+        fix="BreakableCUDAGraph(pool=other.pool())",
+    )
+
+
+_numbers = itertools.count()
+
+
+def _driver(choice: str, pool: Any = None) -> CaptureDriver:
+    if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()):
+        require_cuda()
+        return CudaDriver(torch.device("cuda", torch.cuda.current_device()), pool)
+    if choice == "auto":
+        warnings.warn(
+            "there is no GPU: the tape driver shows what would be captured, not how fast; driver='tape' chooses that",
+            stacklevel=4,
+        )
+    return TapeDriver(torch.device("cpu"))
+
+
+def _checked_once(captured: Captured, replay: Replay) -> Replay:
+    """``replay``, whose first call looks whether all that it reads is in its place."""
+
+    def first(args: list[Any], stream: int) -> list[Any]:
+        captured.check()
+        captured.replay = replay
+        if not captured.breaks:
+            (step,) = captured.recording.steps
+            assert isinstance(step, GraphStep), step
+            captured.only = step.graph.replay
+        return replay.function(args, stream)
+
+    return replace(replay, function=first)
+
+
+def _compared(captured: Captured, replay: Replay, checker: Checker) -> Replay:
+    """``replay``, with each step compared."""
+    compared = checker.around(replay.function)
+
+    def checked(args: list[Any], stream: int) -> list[Any]:
+        captured.check()
+        return compared(args, stream)
+
+    return replace(replay, function=checked)

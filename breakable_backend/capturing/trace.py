@@ -1,0 +1,438 @@
+"""What a piece of code issues on a device: its ops in order, with their numbers and their memory; and how to undo it.
+
+Compare mode watches a segment when it is captured, and again when it runs eagerly for comparison: the two traces tell
+what a capture has frozen. A trace owns no memory, unless it is asked to.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch, active
+from breakable_backend._torch import Geometry, pytree
+from breakable_backend.drivers.tape import ALLOCATING
+from breakable_backend.ir.effects import written_values
+from breakable_backend.ir.program import source_line
+from breakable_backend.marks.marking import label
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A storage that an op took, and that is neither an input of the code nor made in it."""
+
+    key: int
+    address: int
+    written: bool
+
+
+@dataclass(frozen=True)
+class Issued:
+    """One op."""
+
+    op: str
+    label: str
+    """What the user called: the op of the graph, in whose Python this one may be."""
+    source: str
+    numbers: tuple[str, ...]
+    """Arguments that are no tensors, and the values of tensors on the host."""
+    outside: tuple[Memory, ...]
+
+
+@dataclass
+class Root:
+    """A storage that was made in the code."""
+
+    ref: _torch.StorageWeakRef
+    num_bytes: int
+    geometry: Geometry
+    """Of the tensor that it was made for."""
+    made_by: int
+    """Position of the op."""
+    written_by: int
+    """Position of the last op that wrote it."""
+    storage: torch.UntypedStorage | None
+    """The storage itself, where the trace is to keep it."""
+
+    def tensor(self) -> torch.Tensor | None:
+        """What lies there now; None if that is gone."""
+        storage = self.storage if self.storage is not None else _torch.live_storage(self.ref)
+        if storage is None or storage.nbytes() != self.num_bytes:
+            return None
+        return self.geometry.on(storage)
+
+
+@dataclass
+class Trace:
+    """What was issued."""
+
+    ops: list[Issued] = field(default_factory=list)
+    roots: list[Root] = field(default_factory=list)
+    draws_random: bool = False
+
+    def addresses(self) -> set[int]:
+        """Where the storages from outside lie that it takes."""
+        return {memory.address for op in self.ops for memory in op.outside}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Where one trace is not like another."""
+
+    kind: str
+    """``"path"``: another op; ``"number"``; ``"memory"``."""
+    position: int
+    op: Issued
+    """The op of the second trace; of the first, where the second has ended."""
+    was: Issued | None
+
+
+def first_change(before: Trace, now: Trace) -> Change | None:
+    """The first op of ``now`` that is not as in ``before``."""
+    for position, (was, op) in enumerate(zip(before.ops, now.ops, strict=False)):
+        if was.op != op.op:
+            return Change("path", position, op, was)
+        if was.numbers != op.numbers:
+            return Change("number", position, op, was)
+        if [memory.address for memory in was.outside] != [memory.address for memory in op.outside]:
+            return Change("memory", position, op, was)
+    if len(before.ops) == len(now.ops):
+        return None
+    position = min(len(before.ops), len(now.ops))
+    longer = now if len(now.ops) > position else before
+    return Change("path", position, longer.ops[position], None)
+
+
+@dataclass
+class Given:
+    """Memory that ops in Python got, or made and did not return: what they may have stored away."""
+
+    storages: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
+    """By key. The weak references keep the keys from being used again."""
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Note one."""
+        self.storages.setdefault(int(storage._cdata), _torch.StorageWeakRef(storage))
+
+    def prune(self) -> None:
+        """Forget what nobody has stored."""
+        self.storages = {key: ref for key, ref in self.storages.items() if _torch.live_storage(ref) is not None}
+
+
+class Undo:
+    """Storages as they were before they were written."""
+
+    def __init__(self) -> None:
+        self.saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, Geometry, Issued | None]] = {}
+        """By address: one memory may have several storages."""
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """The storage of ``tensor`` is about to be written."""
+        address = _torch.address_of(tensor)
+        if address and address not in self.saved:
+            storage = tensor.untyped_storage()
+            self.saved[address] = (storage, storage.clone(), Geometry.of(tensor), None)
+
+    def wrote(self, tensor: torch.Tensor, op: Issued) -> None:
+        """Who was first to write it."""
+        if (address := _torch.address_of(tensor)) in self.saved:
+            storage, before, geometry, first = self.saved[address]
+            self.saved[address] = (storage, before, geometry, first or op)
+
+    def restore(self) -> None:
+        """Put everything back. Latest first: two storages may lie over the same memory."""
+        for storage, before, _, _ in reversed(self.saved.values()):
+            storage.copy_(before)
+
+
+class Watch:
+    """Issues ops one by one and notes them. With ``undo``, what they write of others' is saved first."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        given: Given,
+        inputs: Sequence[Any] = (),
+        undo: Undo | None = None,
+        like: Trace | None = None,
+    ) -> None:
+        self.device, self.given, self.undo, self.like = device, given, undo, like
+        self.trace = Trace()
+        self.made: dict[int, int] = {}
+        """Storages made in the code, by key, with the number of the root."""
+        self.inputs = {_torch.storage_key(tensor) for tensor in inputs if isinstance(tensor, torch.Tensor)}
+        self.label, self.source = "", ""
+        """What the user's code is at."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See every op inside."""
+        with Watching(self.issue):
+            yield
+
+    def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one op, or the ops that it is made of."""
+        if isinstance(func, _torch.OpOverload):
+            kernel = _torch.kernel_made_of_ops(func, args, self.device.type, active.autocast.get(), watching=True)
+            if kernel is not None:
+                for tensor in self._on_device((args, kwargs)):
+                    self.given.add(tensor.untyped_storage())
+                first = len(self.trace.roots)
+                with self.watching():
+                    result = kernel(*args, **kwargs)
+                self._stored(first, result)
+                return result
+        elif _torch.is_region(func):
+            with self.watching():
+                return args[0](*args[2:])
+        return self._run(func, args, kwargs, written_values(func, args, kwargs))
+
+    def _stored(self, first: int, result: Any) -> None:
+        returned = {_torch.storage_key(tensor) for tensor in self._on_device(result)}
+        for root in self.trace.roots[first:]:
+            storage = _torch.live_storage(root.ref)
+            if storage is not None and int(storage._cdata) not in returned:
+                self.given.add(storage)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Any) -> Any:
+        written = self._on_device(written)
+        if self.undo is not None:
+            for tensor in written:
+                if _torch.storage_key(tensor) not in self.made:
+                    self.undo.save(tensor)
+        self.trace.draws_random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        result = func(*args, **kwargs)
+        self._note(func, (args, kwargs), result, written)
+        return result
+
+    def _note(self, func: Any, arguments: Any, result: Any, written: Sequence[torch.Tensor]) -> None:
+        taken, outputs = self._on_device(arguments), self._on_device(result)
+        position = len(self.trace.ops)
+        known = self.made.keys() | {_torch.storage_key(tensor) for tensor in taken}
+        fresh = [tensor for tensor in outputs if _torch.storage_key(tensor) not in known]
+        if (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ()):
+            return  # a view launches nothing
+        for tensor in fresh:
+            self._root(tensor, position, _torch.schema_name(func) in ALLOCATING)
+        for tensor in written:
+            if (number := self.made.get(_torch.storage_key(tensor))) is not None:
+                self.trace.roots[number].written_by = position
+        op = Issued(str(func), self.label, self.source, self._numbers(arguments), self._outside(taken, written))
+        self.trace.ops.append(op)
+        if self.undo is not None:
+            for tensor in written:
+                if _torch.storage_key(tensor) not in self.made:
+                    self.undo.wrote(tensor, op)
+
+    def _root(self, tensor: torch.Tensor, position: int, empty: bool) -> None:
+        key, storage = _torch.storage_key(tensor), tensor.untyped_storage()
+        if key in self.made:
+            return
+        number = self.made[key] = len(self.trace.roots)
+        if empty and self.undo is not None:
+            self._fill(storage, number)
+        self.trace.roots.append(
+            Root(
+                _torch.StorageWeakRef(storage),
+                storage.nbytes(),
+                Geometry.of(tensor),
+                position,
+                position,
+                storage if self.undo is not None else None,
+            )
+        )
+
+    def _fill(self, storage: torch.UntypedStorage, number: int) -> None:
+        """What nothing writes in new memory is whatever was there: have it be what is there in the recording."""
+        roots = self.like.roots if self.like is not None else []
+        there = _torch.live_storage(roots[number].ref) if number < len(roots) else None
+        if there is not None and there.nbytes() == storage.nbytes():
+            storage.copy_(there)
+        else:
+            storage.fill_(0)  # type: ignore[attr-defined]
+
+    def _outside(self, taken: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> tuple[Memory, ...]:
+        ours = self.made.keys() | self.inputs
+        wrote = {_torch.storage_key(tensor) for tensor in written}
+        storages = {_torch.storage_key(tensor): tensor.untyped_storage().data_ptr() for tensor in taken}
+        return tuple(Memory(key, address, key in wrote) for key, address in storages.items() if key not in ours)
+
+    def _numbers(self, arguments: Any) -> tuple[str, ...]:
+        numbers = []
+        for leaf in pytree.tree_leaves(arguments):
+            if isinstance(leaf, torch.Tensor):
+                if leaf.device != self.device and leaf.device.type == "cpu" and leaf.numel() == 1:
+                    numbers.append(repr(leaf.item()))
+            elif not isinstance(leaf, torch.Generator):
+                numbers.append(repr(leaf))
+        return tuple(numbers)
+
+    def _on_device(self, tree: Any) -> list[torch.Tensor]:
+        leaves = pytree.tree_leaves(tree)
+        return [
+            leaf
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and leaf.device == self.device and leaf.layout is torch.strided
+        ]
+
+
+class Watching(_torch.TorchDispatchMode):
+    """Hands each op to ``issue``, below autograd and in program order."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, issue: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._issue = issue
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
+        return self._issue(func, args, kwargs or {})
+
+
+# --- code that can be watched -------------------------------------------------------------------------------------------
+
+
+def run_module(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch) -> tuple[Any, ...]:
+    """Run a segment's module node by node; each op is noted with the node that issued it.
+
+    Values go after their last use, as in the module's own code: a capture is to have the memory that it has without us.
+    """
+    environment: dict[fx.Node, Any] = {}
+    order = {node: position for position, node in enumerate(module.graph.nodes)}
+    last: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in order:
+        last[max(node.users, key=order.__getitem__, default=node)].append(node)
+    given = iter(inputs)
+    *nodes, output = module.graph.nodes
+    with watch.watching():
+        for node in nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
+            if node.op == "placeholder":
+                environment[node] = next(given)
+            elif node.op == "get_attr":
+                environment[node] = _attribute(module, node.target)
+            else:
+                assert node.op == "call_function", node.op
+                watch.label, watch.source = label(node), source_line(node)
+                environment[node] = node.target(*args, **kwargs)
+            del args, kwargs
+            for dead in last[node]:
+                del environment[dead]
+    return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor among the arguments of a taped op."""
+
+    geometry: Geometry
+    root: int
+    """Number of the storage, of one made by the script; else -1."""
+    address: int = 0
+    num_bytes: int = 0
+
+    def tensor(self, storages: Mapping[int, torch.UntypedStorage]) -> torch.Tensor:
+        if self.root >= 0:
+            return self.geometry.on(storages[self.root])
+        return self.geometry.on(_torch.storage_at(self.address, self.num_bytes, self.geometry.device))
+
+
+@dataclass(frozen=True)
+class _Line:
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    fresh: tuple[tuple[int, int], ...]
+    """Leaves of the result that are new memory, with the numbers of their storages."""
+    label: str
+    source: str
+    grad: bool
+
+
+@dataclass
+class Script:
+    """Ops that were issued once and can be issued again, on what is at their addresses then.
+
+    Memory from outside is read at its address, and not owned; what the ops made is made anew.
+    """
+
+    lines: list[_Line] = field(default_factory=list)
+    made: dict[int, tuple[int, _torch.StorageWeakRef]] = field(default_factory=dict)
+
+    def issue(self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op under ``watch``, and write it down."""
+        if func is torch.ops.aten.lift_fresh.default and args[0].device == watch.device:
+            with _torch.without_modes():
+                constant = args[0].clone()  # the tensor behind a literal dies with the line that wrote it
+            result, owned = watch.issue(func, args, kwargs), frozenset((_torch.storage_key(constant),))
+            self._write(watch, torch.ops.aten.clone.default, (constant,), {}, result, owned)
+            return result
+        result = watch.issue(func, args, kwargs)
+        self._write(watch, func, args, kwargs, result)
+        return result
+
+    def _write(
+        self, watch: Watch, func: Any, args: Any, kwargs: Any, result: Any, owned: frozenset[int] = frozenset()
+    ) -> None:
+        inputs = {_torch.storage_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if has_memory(leaf)}
+        fresh: dict[int, tuple[int, int]] = {}
+        for position, leaf in enumerate(pytree.tree_leaves(result)):
+            if has_memory(leaf) and leaf.device == watch.device:
+                key = _torch.storage_key(leaf)
+                if key not in inputs and key not in self.made:
+                    self.made[key] = (len(self.made), _torch.StorageWeakRef(leaf.untyped_storage()))
+                    fresh[key] = (position, self.made[key][0])
+        taken, named = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: self._place(watch, tensor, owned), (args, kwargs)
+        )
+        self.lines.append(
+            _Line(func, taken, named, tuple(fresh.values()), watch.label, watch.source, torch.is_grad_enabled())
+        )
+
+    def _place(self, watch: Watch, tensor: torch.Tensor, owned: frozenset[int]) -> Any:
+        if tensor.device != watch.device:
+            return tensor.clone()  # a host number, which kernels take by value
+        key, storage = _torch.storage_key(tensor), tensor.untyped_storage()
+        if key in owned:
+            return tensor
+        root = self.made[key][0] if key in self.made else -1
+        return _Place(Geometry.of(tensor), root, storage.data_ptr(), storage.nbytes())
+
+    def run(self, watch: Watch) -> None:
+        """Issue all ops again."""
+        storages: dict[int, torch.UntypedStorage] = {}
+        # The ops were seen below autograd and autocast: the state around a replay must not reach them.
+        with torch.inference_mode(), torch.autocast(watch.device.type, enabled=False):
+            for line in self.lines:
+                args, kwargs = pytree.tree_map_only(_Place, lambda p: p.tensor(storages), (line.args, line.kwargs))
+                watch.label, watch.source = line.label, line.source
+                with torch.set_grad_enabled(line.grad), watch.watching():
+                    leaves = pytree.tree_leaves(line.func(*args, **kwargs))
+                for position, number in line.fresh:
+                    storages[number] = leaves[position].untyped_storage()
+
+
+def has_memory(leaf: Any) -> bool:
+    """Whether ``leaf`` is a tensor in a storage of its own or another's: a strided one."""
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided

@@ -1,0 +1,1 @@
+"""From the graph that Dynamo traced to a program."""

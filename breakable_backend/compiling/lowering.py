@@ -1,0 +1,311 @@
+"""Dynamo's graph to an ATen graph: what AOTAutograd must keep, and what has to be written down before it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch, active
+from breakable_backend._torch import pytree
+from breakable_backend.errors import without_advice
+from breakable_backend.ir.effects import bodies, tensors_of, written_arguments
+from breakable_backend.marks.marking import EagerOps, Marks, is_marked
+
+AMBIENT_KEY = "breakable_cg_ambient"
+OUT_KEY = "breakable_cg_out"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ATen graph in which mutation stands in program order, and which of its arguments are static inputs."""
+
+    module: fx.GraphModule
+    static: frozenset[int]
+    unmet: frozenset[str] = frozenset()
+    """What is marked, and how, and this graph does not call."""
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """The state in which eager would run a node, where it is not what compiled code runs in (no autocast, no grad)."""
+
+    autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()
+    """Enabled autocasts: device type, dtype, whether casts are cached."""
+    grad: bool = False
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """This state, for a ``with`` statement."""
+        token = active.autocast.set(tuple(device for device, _, _ in self.autocast))
+        try:
+            with ExitStack() as stack:
+                for device, dtype, cache in self.autocast:
+                    stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
+                if self.grad:
+                    stack.enter_context(torch.enable_grad())
+                yield
+        finally:
+            active.autocast.reset(token)
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` as a target for a graph's node, run in this state."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.enter():
+                return function(*args, **kwargs)
+
+        call.__name__ = re.sub(r"\W", "_", str(function))
+        return call
+
+
+def ambient_of(node: fx.Node) -> Ambient | None:
+    """The state that ``node`` needs when it runs; None if that is what compiled code runs in, or cannot matter.
+
+    It matters to ops that are not torch's own. Theirs were traced below autocast and grad mode: the casts are in the
+    graph, and a second time would be one too many.
+    """
+    return node.meta.get("custom", {}).get(AMBIENT_KEY) if is_opaque(node) else None
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether a node calls somebody's own op: code that sees the ambient state, and whose fake may be wrong."""
+    return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
+
+
+class CannotLower(Exception):
+    """A graph that has to run as Dynamo traced it; the text says why."""
+
+
+NEEDS_GRADIENTS = "it needs gradients"
+
+
+def lower(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_lowered: Callable[[Lowered], Callable[[list[Any]], Any]],
+    eager_ops: EagerOps,
+    *,
+    keep_floats: bool = True,
+) -> Callable[..., Any]:
+    """Trace ``gm`` to ATen, have ``compile_lowered`` compile that, and return what Dynamo may call.
+
+    Unused marked calls and unused random draws survive. Each node of the ATen graph carries in ``meta["custom"]``
+    the ambient state that it was traced under, and marks of torch functions. With ``keep_floats`` a Python float that
+    varies stays a number.
+
+    Raises:
+        CannotLower: an output needs a gradient, or AOTAutograd does not take the graph or would not keep it right.
+    """
+    _torch.guard_on_forward_ad()
+    if _torch.forward_ad_active():
+        raise CannotLower("forward-mode AD is on, and tensors may carry tangents")
+    if needs_gradients(gm):
+        raise CannotLower(NEEDS_GRADIENTS)
+    if any(node.target is _torch.ENTER_INFERENCE_MODE for node in gm.graph.nodes):
+        raise CannotLower("it enters or leaves inference mode")
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.layout not in (torch.strided, torch.jagged):
+            raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")
+
+    autocast = _torch.any_autocast_enabled()
+    """Whether AOT's wrapper has one of the caller's to switch off around each call."""
+    inner: list[Callable[[list[Any]], Any]] = []
+    written: tuple[int, ...] | None = None
+    """Where nothing of AOT's has to run around a call: the inputs whose versions are counted up."""
+    ours: list[Exception] = []
+    """What went wrong behind AOTAutograd."""
+
+    def inference(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        try:
+            return compiled_by_us(module, inputs)
+        except Exception as error:
+            ours.append(error)
+            raise
+
+    def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        nonlocal written
+        written = None if autocast else _torch.written_without_wrappers(gm, module)
+        out_of_place_views(module)
+        if lost := lost_outs(module, outs):
+            raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
+        compiled = compile_lowered(Lowered(module, _torch.static_input_indices(), marks.unmet(module)))
+
+        first = True
+
+        def boxed(args: list[Any]) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                with _torch.without_alias_check():
+                    return compiled(args)
+            return compiled(args)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        inner.append(compiled)
+        return boxed
+
+    def training(_module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        raise CannotLower(NEEDS_GRADIENTS)
+
+    note_ambient(gm)
+    outs = note_outs(gm)
+    marks = Marks(eager_ops)
+    marks.annotate(gm)
+    around = marks.taken_apart(_called_ops(gm))
+    try:
+        apart = _torch.apart(example_inputs)
+        kept = _kept_ops(gm, eager_ops)
+        function = _torch.trace_inference(gm, apart, inference, training, kept, around, keep_floats)
+    except (CannotLower, _torch.dynamo_error()):
+        raise
+    except Exception as error:  # AOTAutograd raises whatever its parts raise
+        if error in ours:
+            raise
+        raise CannotLower(f"AOTAutograd does not take it: {_first_line(error)}") from error
+    if written is not None:
+        function = without_wrappers(inner[-1], written)
+    function.executor = inner[-1]  # type: ignore[attr-defined]
+    return function
+
+
+def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, ...]) -> Callable[..., Any]:
+    """``compiled`` as Dynamo calls it, with what is left of AOT's wrappers where no output and no argument needs them.
+
+    They take 10 to 25 us a call (CPU, torch 2.13).
+    """
+    count_up = torch.autograd.graph.increment_version
+    is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, _torch.set_grad_enabled
+
+    def call(*args: Any) -> Any:
+        values = list(args)
+        if written:
+            count_up([values[index] for index in written])
+        if not is_grad_enabled():
+            return compiled(values)
+        set_grad_enabled(False)
+        try:
+            return compiled(values)
+        finally:
+            set_grad_enabled(True)
+
+    call.written = written  # type: ignore[attr-defined]
+    return call
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, with its kind where that says more than the text."""
+    text = without_advice(next(iter(str(error).strip().splitlines()), ""))
+    return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def needs_gradients(gm: fx.GraphModule) -> bool:
+    """Whether a caller could ask for gradients through ``gm``: Dynamo's fake outputs know."""
+    output = gm.graph.output_node()
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad for node in output.all_input_nodes for tensor in tensors_of(node.meta.get("example_value"))
+    )
+
+
+def note_outs(gm: fx.GraphModule) -> dict[int, str]:
+    """Number each call with ``out=`` in ``node.meta["custom"]``, which survives AOT; returns what each of them calls."""
+    outs: dict[int, str] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.kwargs.get("out") is not None:
+            node.meta["custom"] = {**node.meta.get("custom", {}), OUT_KEY: len(outs)}
+            outs[len(outs)] = getattr(node.target, "__name__", str(node.target))
+    return outs
+
+
+def lost_outs(module: fx.GraphModule, outs: dict[int, str]) -> str:
+    """A call with ``out=`` of which no op in the ATen graph writes anything; empty if there is none.
+
+    Some of torch's composite kernels take another branch while they are traced, and there forget what they were to write
+    to: ``torch.linalg.matrix_rank`` does on torch 2.11 to 2.15.
+    """
+    written = {node.meta.get("custom", {}).get(OUT_KEY) for node in module.graph.nodes if written_arguments(node)}
+    return next((name for number, name in outs.items() if number not in written), "")
+
+
+def note_ambient(gm: fx.GraphModule) -> None:
+    """Write the ambient state around each node of a Dynamo graph to ``node.meta["custom"]``, which survives AOT.
+
+    AOT compiles autocast and grad mode into the ATen ops and leaves no trace of them; an opaque op under
+    ``with torch.autocast(...)`` would then run without it.
+    """
+    _note(gm, dict(_caller_autocast()), torch.is_grad_enabled())
+
+
+def _note(gm: fx.GraphModule, autocast: dict[str, tuple[str, torch.dtype, bool]], grad: bool) -> None:
+    saved: dict[Any, tuple[str, tuple[str, torch.dtype, bool] | None]] = {}
+    for node in gm.graph.nodes:
+        if node.target is _torch.ENTER_AUTOCAST:
+            device, dtype, enabled, cache = (*node.args, None, None, None)[:4]
+            saved[node] = (str(device), autocast.pop(str(device), None))
+            if enabled or enabled is None:
+                autocast[str(device)] = (
+                    str(device),
+                    dtype or torch.get_autocast_dtype(str(device)),
+                    torch.is_autocast_cache_enabled() if cache is None else cache,
+                )
+        elif node.target is _torch.EXIT_AUTOCAST:
+            device, before = saved[node.args[0]]
+            autocast.pop(device, None)
+            if before is not None:
+                autocast[device] = before
+        elif node.target is _torch.SET_GRAD_ENABLED:
+            grad = bool(node.args[0])
+        elif autocast or grad:
+            ambient = Ambient(tuple(autocast.values()), grad)
+            node.meta["custom"] = {**node.meta.get("custom", {}), AMBIENT_KEY: ambient}
+            for body in bodies(node):
+                _note(body, dict(autocast), grad)
+
+
+def out_of_place_views(module: fx.GraphModule) -> None:
+    """Turn ``t_``, ``unsqueeze_`` and their like into views.
+
+    They change a tensor object and launch nothing. A segment makes views again from the object that made the storage,
+    so that object must stay as it was made; what is read later stands behind the node of the view already.
+    """
+    for node in module.graph.nodes:
+        if isinstance(node.target, _torch.OpOverload) and torch.Tag.inplace_view in node.target.tags:
+            node.target = _torch.out_of_place(node.target) or node.target
+    module.recompile()
+
+
+def _caller_autocast() -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
+    """The autocasts that the caller has around the compiled call; Dynamo compiles anew when they change."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            yield device, (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
+
+
+def _kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
+    """The ops that any graph in ``gm`` calls for more than their result.
+
+    Those are marked ones, those that return nothing, and higher-order ops, whose bodies may write: AOT looks into none,
+    and would drop a user's Triton kernel.
+    """
+    found = {op for op in _called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    targets = [target for graph in graphs for node in graph.nodes for target in _targets(node)]
+    return found.union(target for target in targets if isinstance(target, _torch.HigherOrderOperator))
+
+
+def _called_ops(gm: fx.GraphModule) -> set[Any]:
+    """The overloads that any graph in ``gm`` names."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return {
+        op for graph in graphs for node in graph.nodes for target in _targets(node) for op in _torch.overloads(target)
+    }
+
+
+def _targets(node: fx.Node) -> list[Any]:
+    """What a node calls, and what it hands to a higher-order op to call."""
+    return [node.target, *pytree.tree_leaves((node.args, node.kwargs))]

@@ -1,0 +1,461 @@
+"""An ATen graph to a program: classify each node, cut at changes of kind, give each segment what it needs.
+
+For ``y = (x.sin() + 1); z = attention(y.view(2, 2)); return z.cos().t()`` with attention marked::
+
+    segment 0: captured          sin = sin(x); add = add(sin, 1)              makes add
+    segment 1: eager             view = view(add, [2, 2]); attention(view)    makes attention
+    segment 2: captured          cos = cos(attention)                         makes cos
+    epilogue                     returns t(cos)
+
+Original order is kept. The splitters that ship with ``torch.fx`` follow data edges only, and so reorder or drop
+mutations (pytorch#81244).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.compiling.lowering import Lowered, ambient_of
+from breakable_backend.ir.effects import (
+    alias_source,
+    is_check,
+    is_number,
+    is_pure,
+    is_view,
+    late_values,
+    producer_of,
+    python_floats,
+    schema_name,
+    strays,
+    tensors_of,
+    unfinished,
+    written_arguments,
+)
+from breakable_backend.ir.layout import extent
+from breakable_backend.ir.program import (
+    Access,
+    EagerSegment,
+    Epilogue,
+    GraphSegment,
+    Input,
+    InputKind,
+    Program,
+    Reason,
+    Segment,
+    outputs_of,
+    source_line,
+)
+from breakable_backend.marks.marking import Scope, argument_of, classify, label, on_host
+
+_NO_LAUNCH = _torch.aten("empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_async")
+"""ATen ops that allocate or check, and launch nothing."""
+
+
+def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
+    """Cut a lowered graph into the segments of a program.
+
+    Args:
+        lowered: the graph; not changed.
+        scope: device, marks, and nodes that must run eagerly.
+        min_kernels: captured runs with fewer launching ops become eager.
+    """
+    graph = lowered.module.graph
+    arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+    known = frozenset().union(*(_torch.free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
+    floats = {node: held for node, held in python_floats(graph).items() if held.name in scope.host_scalars}
+    known = known.union(*(_torch.free_symbols(node.meta["val"]) for node in floats))
+    scope = dataclasses.replace(
+        scope,
+        symbols=known,
+        late=late_values(graph, known, frozenset(floats)),
+        strays=strays(graph),
+        host_scalars=_host_scalars(graph, scope),
+    )
+    flow = _Flow.of(graph, scope.late, floats)
+    reasons = {node: classify(node, scope) for node in flow.actions}
+    whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
+    whole = whole or _absolute_view(flow, reasons, lowered.static)
+    if whole is not None:
+        # Where storages move, views cannot be made again later: keep every node at its place, in one segment.
+        flow = flow.with_all_nodes_as_actions()
+        runs = [_Run(flow.actions, (whole,), scope)]
+    else:
+        runs = _runs(flow.actions, reasons, scope, min_kernels)
+    return _Builder(lowered, scope, flow).build(runs)
+
+
+def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static: frozenset[int]) -> Reason | None:
+    """Why the program has to run where its memory is.
+
+    ``as_strided`` reaches into a storage that gets a bridge: by an offset from the storage's start, or between the
+    elements that a bridge is loaded with.
+    """
+    for node in flow.all_nodes:
+        if schema_name(node) in _STRIDED and isinstance(node.args[0], fx.Node):
+            offset = argument_of(node, "storage_offset")
+            root = flow.root[node.args[0]]
+            inputs = list(node.graph.find_nodes(op="placeholder"))
+            moves = reasons.get(producer_of(root)) is not None or (root in inputs and inputs.index(root) not in static)
+            if moves and (offset is not None or _has_gaps(root.meta["val"])):
+                how = "by an absolute offset" if offset is not None else "between its elements"
+                text = f"reaches into the memory of {root.name} {how}"
+                return Reason("absolute_view", text, label(node), source_line(node), whole_program=True)
+    return None
+
+
+_STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
+
+
+def _has_gaps(tensor: torch.Tensor) -> bool:
+    """Whether memory lies between the elements of a tensor; where sizes vary, whether it may."""
+    numbers = (*tensor.shape, *tensor.stride())
+    if not any(isinstance(number, torch.SymInt) for number in numbers):
+        return tensor.numel() < extent(tensor)
+    dense: Any = 1
+    for size, step in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if str(step) != str(dense):  # compared as text: ``==`` would guard on it
+            return True
+        dense *= size
+    return False
+
+
+def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
+    """The host scalars of ``scope``, and what torch's own pure ops make of them: as constant as they are."""
+    names = set(scope.host_scalars)
+    for node in graph.nodes:
+        inputs = [a.name for a in node.all_input_nodes if tensors_of(a.meta.get("val"))]
+        if inputs and names.issuperset(inputs) and is_pure(node) and on_host(node):
+            names.add(node.name)
+    return frozenset(names)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring nodes of one kind; captured if there is no reason against it."""
+
+    nodes: tuple[fx.Node, ...]
+    reasons: tuple[Reason, ...]
+    scope: Scope
+
+    def num_kernels(self) -> int:
+        """How many of the ops launch: not those that only allocate, nor those on host scalars."""
+        return sum(
+            schema_name(node) not in _NO_LAUNCH and node.name not in self.scope.host_scalars for node in self.nodes
+        )
+
+
+def _runs(
+    actions: Iterable[fx.Node], reasons: Mapping[fx.Node, Reason | None], scope: Scope, min_kernels: int
+) -> list[_Run]:
+    where = "between eager breaks" if any(reasons.values()) else "in all"
+    runs: list[_Run] = []
+    for captured, group in groupby(actions, key=lambda node: reasons[node] is None):
+        nodes = tuple(group)
+        run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))), scope)
+        count = run.num_kernels()
+        if captured and count < max(min_kernels, 1):
+            text = f"{count} op{'s' * (count != 1)} {where}, fewer than min_kernels={min_kernels}"
+            run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),), scope)
+        if runs and runs[-1].reasons and run.reasons:
+            runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons, scope)
+        else:
+            runs.append(run)
+    return runs
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What the nodes of a graph are to each other, apart from who calls whom.
+
+    ``root`` maps each tensor to the value that made its storage. ``source`` maps a tensor that is no root to the
+    argument that it is a view of, or is (in-place ops return their argument). Nodes that do something are
+    ``actions``; views and sizes are made again wherever they are needed.
+    """
+
+    actions: tuple[fx.Node, ...]
+    root: Mapping[fx.Node, fx.Node]
+    source: Mapping[fx.Node, fx.Node]
+    views: frozenset[fx.Node]
+    attached: Mapping[fx.Node, tuple[fx.Node, ...]]
+    """For an action with several results, the ``getitem`` nodes that stay with it."""
+    sizes: frozenset[fx.Node]
+    floats: Mapping[fx.Node, fx.Node]
+    """Those of them that are Python floats, each with the input that has it."""
+    all_nodes: tuple[fx.Node, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, graph: fx.Graph, late: frozenset[fx.Node], floats: Mapping[fx.Node, fx.Node]) -> _Flow:
+        roots: dict[int, fx.Node] = {}
+        root: dict[fx.Node, fx.Node] = {}
+        source: dict[fx.Node, fx.Node] = {}
+        views: set[fx.Node] = set()
+        sizes: set[fx.Node] = set()
+        attached: dict[fx.Node, list[fx.Node]] = {}
+        actions: list[fx.Node] = []
+        needless = {node for node in graph.nodes if is_check(node) and late.isdisjoint(node.all_input_nodes)}
+        everything = tuple(node for node in graph.nodes if node.op == "call_function" and node not in needless)
+        for node in graph.nodes:
+            if node.op == "output" or node in needless:
+                continue
+            value = node.meta.get("val")
+            call = producer_of(node)
+            if node.op == "call_function" and call is node:
+                if is_number(node) and node not in late:
+                    # What is computed from floats is computed again in Python, whose rounding symbols do not have.
+                    of_floats = any(of in floats or (is_number(of) and of in views) for of in node.all_input_nodes)
+                    (views if of_floats else sizes).add(node)
+                    continue
+                if is_view(node):
+                    views.add(node)
+                else:
+                    actions.append(node)
+            elif call is not node:
+                if call in sizes:
+                    sizes.add(node)
+                elif call in views:
+                    views.add(node)
+                else:
+                    attached.setdefault(call, []).append(node)
+            if isinstance(value, torch.Tensor):
+                # An argument is a root also where it shares a storage with another: each enters segments by itself.
+                maker = roots.get(_torch.storage_key(value)) if node.op == "call_function" else None
+                if maker is None:
+                    roots[_torch.storage_key(value)] = root[node] = node
+                else:
+                    source[node] = alias_source(node, maker)
+                    root[node] = root[source[node]]
+            elif node in views:
+                viewed = [argument for argument in node.all_input_nodes if argument in root]
+                if viewed:  # a number has none
+                    source[node] = viewed[0]
+        return cls(
+            tuple(actions),
+            root,
+            source,
+            frozenset(views),
+            {node: tuple(items) for node, items in attached.items()},
+            frozenset(sizes),
+            floats,
+            everything,
+        )
+
+    def with_all_nodes_as_actions(self) -> _Flow:
+        """The same, with nothing to be made again: every node is an action at its own place."""
+        own = {node: node for node in self.root}
+        return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), {}, self.all_nodes)
+
+
+class _Builder:
+    """Copies nodes into one graph per segment. ``resolve`` is the heart: a value as seen inside the current segment."""
+
+    def __init__(self, lowered: Lowered, scope: Scope, flow: _Flow) -> None:
+        self.lowered, self.scope, self.flow = lowered, scope, flow
+        self.names = {node.name for node in lowered.module.graph.nodes if node not in flow.views}
+
+    def unique(self, name: str) -> str:
+        """``name``, with a number behind it if a segment has that name already."""
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+        chosen = next(candidate for candidate in candidates if candidate not in self.names)
+        self.names.add(chosen)
+        return chosen
+
+    def build(self, runs: list[_Run]) -> Program:
+        drafts = [self._draft(run) for run in runs]
+        returned = _Draft(self)
+        returned.graph.output(
+            tuple(
+                returned.resolve(leaf) if isinstance(leaf, fx.Node) else leaf
+                for leaf in outputs_of(self.lowered.module)
+            )
+        )
+        needed = {node for draft in (*drafts, returned) for node in draft.placeholders}
+        versions: dict[str, int] = {}
+        segments = tuple(self._segment(draft, run, needed, versions) for draft, run in zip(drafts, runs, strict=True))
+        numbers = {node for draft in (*drafts, returned) for node in draft.placeholders if node in self.flow.sizes}
+        return Program(
+            inputs=tuple(self._inputs()),
+            sizes={node.name: node.meta["val"] for node in self.lowered.module.graph.nodes if node in numbers},
+            floats={node.name: held.name for node, held in self.flow.floats.items() if node in numbers},
+            segments=segments,
+            epilogue=Epilogue(returned.module(), tuple(node.name for node in returned.placeholders)),
+            device=self.scope.device,
+        )
+
+    def _inputs(self) -> Iterable[Input]:
+        index = 0
+        for node in self.lowered.module.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                yield Input(node.name, self._kind(node, value, index), index, value)
+                index += 1
+            elif node.op == "get_attr" and not isinstance(getattr(self.lowered.module, node.target), fx.GraphModule):
+                constant = getattr(self.lowered.module, node.target)
+                yield Input(node.name, "constant", -1, constant)
+
+    def _kind(self, node: fx.Node, value: Any, index: int) -> InputKind:
+        if not isinstance(value, torch.Tensor):
+            return "ragged" if _torch.is_ragged(value) else "number"
+        if node.name in self.scope.host_scalars:
+            return "scalar"
+        return "static" if index in self.lowered.static else "tensor"
+
+    def _draft(self, run: _Run) -> _Draft:
+        draft = _Draft(self)
+        for node in run.nodes:
+            draft.add(node)
+        for node in unfinished(run.nodes):
+            draft.wait_for(node)
+        return draft
+
+    def _segment(self, draft: _Draft, run: _Run, needed: set[fx.Node], versions: dict[str, int]) -> Segment:
+        if not run.reasons:
+            under_ambient(draft.graph)
+        outputs = tuple(node for node in draft.made if node in needed)
+        draft.graph.output(tuple(draft.local[node] for node in outputs))
+        storages = [node for node in draft.placeholders if node in self.flow.root]
+        reads = tuple(Access(node.name, versions.get(node.name, 0)) for node in storages)
+        written = dict.fromkeys(
+            self.flow.root[argument]
+            for node in run.nodes
+            for argument in written_arguments(node)
+            if argument in self.flow.root
+        )
+        writes = []
+        for root in written:
+            if root in draft.placeholders or root in outputs:
+                versions[root.name] = versions.get(root.name, 0) + 1
+                writes.append(Access(root.name, versions[root.name]))
+        common = (
+            draft.module(),
+            tuple(node.name for node in draft.placeholders),
+            tuple(node.name for node in outputs),
+            reads,
+            tuple(writes),
+        )
+        return EagerSegment(*common, run.reasons) if run.reasons else GraphSegment(*common, run.num_kernels())
+
+
+class _Draft:
+    """One segment's graph while it is being made."""
+
+    def __init__(self, builder: _Builder) -> None:
+        self.builder = builder
+        self.graph = fx.Graph()
+        self.local: dict[fx.Node, fx.Node] = {}
+        self.placeholders: dict[fx.Node, fx.Node] = {}
+        self.made: list[fx.Node] = []
+        self.attributes: dict[str, Any] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Run ``node`` in this segment."""
+        for item in (node, *self.builder.flow.attached.get(node, ())):
+            self._copy(item)
+            if self.builder.flow.root.get(item, item) is item:
+                self.made.append(item)
+
+    def wait_for(self, node: fx.Node) -> None:
+        """Wait here for what a collective makes: a graph ends with all that it began, and a bridge copies what is there.
+
+        The wait that the graph has in a later segment then finds nothing to wait for.
+        """
+        made = self.local[node]
+        results = [made]
+        if not isinstance(node.meta["val"], torch.Tensor):
+            results = [self.graph.call_function(operator.getitem, (made, i)) for i in range(len(node.meta["val"]))]
+        for result, value in zip(results, tensors_of(node.meta["val"]), strict=True):
+            wait = self.graph.call_function(_torch.wait_tensor(), (result,))
+            wait.name = self.builder.unique(f"{node.name}_wait")
+            result.meta.setdefault("val", value)
+            wait.meta = {**node.meta, "val": value}
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """``node`` of the whole graph as a node of this segment."""
+        flow = self.builder.flow
+        if node not in self.local:
+            if node.op == "get_attr" and isinstance(self._attribute(node), fx.GraphModule):
+                self._copy(node)
+                self.attributes[str(node.target)] = runnable(self._attribute(node))
+            elif node in flow.views:
+                self._copy(node)
+            elif node in flow.source:
+                self.local[node] = self._like(node, self.resolve(flow.source[node]), flow.source[node])
+            else:
+                self.local[node] = self.placeholders[node] = self._placeholder(node)
+        return self.local[node]
+
+    def _like(self, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
+        """``node``, an alias that an action returned, as a view of ``source``: nearly always the very same tensor."""
+        mine, theirs = node.meta["val"], source.meta["val"]
+        if _geometry(mine) == _geometry(theirs):
+            return copied
+        view = self.graph.call_function(
+            torch.ops.aten.as_strided.default,
+            (copied, list(mine.shape), list(mine.stride()), mine.storage_offset()),
+        )
+        view.name = self.builder.unique(f"{node.name}_view")
+        view.meta = dict(node.meta)
+        return view
+
+    def _attribute(self, node: fx.Node) -> Any:
+        return getattr(self.builder.lowered.module, str(node.target))
+
+    def _copy(self, node: fx.Node) -> None:
+        self.local[node] = self.graph.node_copy(node, self.resolve)
+        # A view that several segments make has a name in each: it may be constant in one and not in another.
+        _rename(self.local[node], self.builder.unique(node.name) if node in self.builder.flow.views else node.name)
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        before = next(iter(self.graph.nodes), None)
+        last = next(reversed(self.placeholders.values()), None)
+        with self.graph.inserting_after(last) if last else self.graph.inserting_before(before):
+            placeholder = self.graph.placeholder(node.name)
+        _rename(placeholder, node.name)
+        placeholder.meta = dict(node.meta)
+        return placeholder
+
+    def module(self) -> fx.GraphModule:
+        return _torch.lazy_module(self.attributes, self.graph, "Segment")
+
+
+def _rename(node: fx.Node, name: str) -> None:
+    if node.name != name:  # to set it takes as long as to make the node
+        node.name = name
+
+
+def under_ambient(graph: fx.Graph) -> None:
+    """Have opaque ops in ``graph``, which runs as a whole, enter the state that they were traced under."""
+    for node in graph.nodes:
+        if (ambient := ambient_of(node)) is not None:
+            node.target = ambient.around(node.target)
+
+
+def runnable(body: fx.GraphModule) -> fx.GraphModule:
+    """A body of a higher-order op, as it runs."""
+    copied = copy.deepcopy(body)
+    for module in copied.modules():
+        if isinstance(module, fx.GraphModule):
+            under_ambient(module.graph)
+            module.recompile()
+    return copied
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        tuple(map(str, tensor.shape)),
+        tuple(map(str, tensor.stride())),
+        str(tensor.storage_offset()),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )

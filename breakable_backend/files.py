@@ -1,0 +1,16 @@
+"""Whose a source file is: each constant is the folder of one owner, with a separator at its end.
+
+``file.startswith(files.PACKAGE)`` tells whether a file belongs to this package.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+
+import torch
+
+PACKAGE, TORCH, PYTHON = (
+    os.path.join(path, "")
+    for path in (os.path.dirname(__file__), os.path.dirname(torch.__file__), sysconfig.get_path("stdlib"))
+)

@@ -1,0 +1,1 @@
+"""What a graph is before anything runs: the program, what its ops read and write, what shares memory."""

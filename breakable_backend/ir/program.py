@@ -1,0 +1,297 @@
+"""The program: a lowered graph cut into segments, before anything has run.
+
+::
+
+    program  := inputs sizes segment* epilogue
+    segment  := captured | eager                    in program order; no two of a kind touch
+    captured := module inputs outputs reads writes  one CUDA graph once recorded
+    eager    := module inputs outputs reads writes reasons
+    epilogue := module inputs                       what the caller gets, as views of storages
+
+Segments exchange *storages*, not views: what crosses from one segment to another is the value that made its storage
+(its root), and each segment makes the views that it needs again. So there is one bridge to a storage and aliases stay
+aliases. Every write makes a new version of a storage, and a segment names the versions that it reads.
+
+A program holds no tensors but the constants of the traced code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from breakable_backend import files
+
+InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"]
+"""``ragged``: what stands for the lengths of a jagged nested tensor, a new one for each tensor. It is no number, and in no key."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a node runs eagerly."""
+
+    rule: str
+    """Name of the rule in ``marking.RULES``, or what took its part (``min_kernels``, ``capture_failed``)."""
+    text: str
+    op: str
+    source: str = ""
+    """The user's line, as ``file.py:12 in forward: code``."""
+    whole_program: bool = False
+    """Nothing around such a node can be captured either."""
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.text}" if self.op else self.text
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, as people read of it."""
+
+    name: str
+    """Of the value that it makes."""
+    op: str
+    result: str
+    """What it makes, as ``f32[4, 8]``."""
+    module: str
+    """Path of the module that called it, as ``layers.3.attention``; empty if unknown."""
+    source: str
+    """The user's line, as ``file.py:12 in forward: code``."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One argument of the lowered graph, or a constant that the traced code closed over.
+
+    ``static``: a tensor whose address does not move by contract. ``tensor``: any other tensor on the capture device.
+    ``number``: an int. ``scalar``: a 0-d tensor on the host, whose value captured kernels freeze.
+    """
+
+    name: str
+    kind: InputKind
+    index: int
+    """Position among the arguments; -1 for a constant."""
+    value: Any
+    """The fake tensor, or the symbolic number; of a constant, the tensor itself."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """A storage, by the name of its root, at a version."""
+
+    storage: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.storage}@{self.version}"
+
+
+@dataclass(frozen=True)
+class GraphSegment:
+    """Nodes that are captured together. ``module`` takes ``inputs`` by name and returns a tuple of ``outputs``."""
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
+    num_kernels: int
+    """ATen ops that launch; one may launch several kernels."""
+
+
+@dataclass(frozen=True)
+class EagerSegment:
+    """Nodes that run one by one on every call."""
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
+    reasons: tuple[Reason, ...]
+
+
+Segment = GraphSegment | EagerSegment
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """How the returned values come from the roots in ``inputs``: views only."""
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """See the module's docstring. Checked when built; ``print`` shows it."""
+
+    inputs: tuple[Input, ...]
+    sizes: Mapping[str, Any]
+    """Symbolic numbers that segments take, by name: functions of the number inputs, and Python floats."""
+    segments: tuple[Segment, ...]
+    epilogue: Epilogue
+    device: torch.device
+    floats: Mapping[str, str] = field(default_factory=dict)
+    """Which of ``sizes`` are Python floats, and the host scalar that each is read from."""
+
+    def __post_init__(self) -> None:
+        verify(self)
+
+    def __str__(self) -> str:
+        return format_program(self)
+
+    @property
+    def graph_segments(self) -> tuple[GraphSegment, ...]:
+        return tuple(segment for segment in self.segments if isinstance(segment, GraphSegment))
+
+    @property
+    def eager_segments(self) -> tuple[EagerSegment, ...]:
+        return tuple(segment for segment in self.segments if isinstance(segment, EagerSegment))
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        return tuple(reason for segment in self.eager_segments for reason in segment.reasons)
+
+    def written_by_graphs(self) -> frozenset[str]:
+        """Storages that captured kernels write."""
+        return frozenset(access.storage for segment in self.graph_segments for access in segment.writes)
+
+    def read_by_graphs(self) -> frozenset[str]:
+        """Storages that captured kernels read or write."""
+        return frozenset(access.storage for segment in self.graph_segments for access in segment.reads)
+
+
+def last_uses(program: Program) -> list[tuple[str, ...]]:
+    """For each segment, the values that no later segment and no output needs."""
+    needed = set(program.epilogue.inputs)
+    result: list[tuple[str, ...]] = []
+    for segment in reversed(program.segments):
+        names = dict.fromkeys((*segment.inputs, *segment.outputs))
+        result.append(tuple(name for name in names if name not in needed))
+        needed.update(names)
+    return result[::-1]
+
+
+def verify(program: Program) -> None:
+    """Check what every pass may rely on. A failure is a bug of this package, hence assertions."""
+    known = {value.name for value in program.inputs} | set(program.sizes)
+    versions = dict.fromkeys(known, 0)
+    previous: type[Segment] | None = None
+    for position, segment in enumerate(program.segments):
+        where = f"segment {position}"
+        assert type(segment) is not previous, f"{where}: two {type(segment).__name__} touch"
+        previous = type(segment)
+        assert set(segment.inputs) <= known, f"{where}: takes {set(segment.inputs) - known}, made by nothing before it"
+        assert not known & set(segment.outputs), f"{where}: makes {known & set(segment.outputs)} a second time"
+        placeholders = tuple(node.name for node in segment.module.graph.find_nodes(op="placeholder"))
+        assert placeholders == segment.inputs, f"{where}: module takes {placeholders}, segment {segment.inputs}"
+        returned = outputs_of(segment.module)
+        assert len(returned) == len(segment.outputs), f"{where}: module returns {returned}, segment {segment.outputs}"
+        for access in segment.reads:
+            assert versions.get(access.storage) == access.version, f"{where}: reads a stale {access}"
+        for name in segment.outputs:
+            versions.setdefault(name, 0)
+        for access in segment.writes:
+            assert versions.get(access.storage, -2) + 1 == access.version, f"{where}: {access} is not the next version"
+            versions[access.storage] = access.version
+        if isinstance(segment, GraphSegment):
+            assert segment.num_kernels > 0, f"{where}: a graph without kernels"
+        else:
+            assert segment.reasons, f"{where}: eager without a reason"
+        known |= set(segment.outputs)
+    assert set(program.epilogue.inputs) <= known, f"returns {set(program.epilogue.inputs) - known}, made by nothing"
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's line that made ``node``, as ``file.py:12 in forward: code``; empty if unknown."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    for position in range(len(lines) - 1, -1, -1):
+        line = lines[position].strip()
+        if line.startswith("File "):
+            file, _, rest = line.removeprefix("File ").partition(", line ")
+            if file.strip('"').startswith(files.PACKAGE):
+                continue  # what Dynamo traced of ours, on its way to a marked function
+            number, _, function = rest.partition(", in ")
+            code = lines[position + 1].strip() if position + 1 < len(lines) else ""
+            return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
+    return ""
+
+
+_SUBSCRIPT = re.compile(r"\['?(\w+)'?\]")
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that ``node`` was traced in, as ``layers.3.attention``; empty if unknown."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    _, _, path = str(stack[-1][0]).partition("]")  # behind L['self'], the module that was compiled
+    return _SUBSCRIPT.sub(r".\1", path).replace("._modules.", ".").lstrip(".")
+
+
+def described(value: Any) -> str:
+    """:func:`describe` of one value or several."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(described, value))
+    return "" if value is None else describe(value)
+
+
+def outputs_of(module: fx.GraphModule) -> tuple[Any, ...]:
+    """What a module's graph returns: nodes, and constants such as None."""
+    returned: Any = module.graph.output_node().args[0]
+    return tuple(returned)
+
+
+def describe(value: Any) -> str:
+    """A value's type as the program prints it: ``f32[4, s0]``, ``int s0``, ``cpu f64[]``."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        device = "" if value.device.type == "cuda" else f" {value.device.type}"
+        return f"{dtype}[{', '.join(str(size) for size in value.shape)}]{device}"
+    return str(value)
+
+
+def format_program(program: Program) -> str:
+    """The printed form: what tests, docs and bug reports show. No addresses, no paths but the user's."""
+    return "\n".join(_lines(program))
+
+
+def _lines(program: Program) -> Iterator[str]:
+    yield f"program on {program.device.type}: {len(program.graph_segments)} captured, {len(program.eager_segments)} eager"
+    for value in program.inputs:
+        yield f"  input {value.name}: {value.kind} {describe(value.value)}"
+    for name, size in program.sizes.items():
+        held = program.floats.get(name)
+        yield f"  float {name} = {held}" if held else f"  size {name} = {size}"
+    for position, segment in enumerate(program.segments):
+        captured = isinstance(segment, GraphSegment)
+        yield f"  segment {position}: {'captured' if captured else 'eager'}"
+        if isinstance(segment, EagerSegment):
+            for reason in segment.reasons:
+                yield f"    because {reason}"
+        for label, accesses in (("reads", segment.reads), ("writes", segment.writes)):
+            if accesses:
+                yield f"    {label} {', '.join(map(str, accesses))}"
+        for node in segment.module.graph.nodes:
+            if node.op not in ("placeholder", "output", "get_attr"):
+                yield f"    {node.name} = {_call(node)}"
+        if segment.outputs:
+            yield f"    makes {', '.join(segment.outputs)}"
+    for node in program.epilogue.module.graph.nodes:
+        if node.op not in ("placeholder", "output", "get_attr"):
+            yield f"  {node.name} = {_call(node)}"
+        if node.op == "output":
+            yield f"  returns {', '.join(map(str, outputs_of(program.epilogue.module)))}"
+
+
+def _call(node: fx.Node) -> str:
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    args = node.args[1:] if getattr(node.target, "namespace", "") == "breakable_cg" else node.args  # less a number
+    arguments = [str(argument) for argument in args] + [f"{key}={value}" for key, value in node.kwargs.items()]
+    name = str(node.target) if hasattr(node.target, "namespace") else target
+    return f"{name}({', '.join(arguments)})"

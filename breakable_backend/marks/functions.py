@@ -1,0 +1,413 @@
+"""Any Python function as an eager step: ``@eager_on_graph``.
+
+Outside a capture a marked function is the function. Under ``capture`` it is a break. Under ``torch.compile``, whatever
+the backend, it is one opaque node, which Dynamo does not look into.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import functools
+import inspect
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+
+from breakable_backend import _torch, active
+from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line
+from breakable_backend.marks.gradients import recomputed, with_backward
+from breakable_backend.marks.learning import Asked
+from breakable_backend.marks.ops import writing_op
+from breakable_backend.marks.sites import (
+    CHANGED_A_CONTAINER,
+    Site,
+    learned_of,
+    numbers,
+    run_inline,
+    see_result,
+    sites,
+    why_a_break,
+)
+from breakable_backend.marks.sites import Mark as Mark
+from breakable_backend.marks.structure import (
+    Structure,
+    contents,
+    foreign,
+    is_changed,
+    leaves_of,
+    put_together,
+    take_apart,
+    view_of,
+    with_leaves,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@overload
+def eager_on_graph(function: F, /) -> F: ...
+@overload
+def eager_on_graph(
+    enable: bool = True,
+    /,
+    *,
+    mutates_args: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
+    host_only: bool = False,
+    capture_stub: Callable[..., Any] | None = None,
+    barrier: Callable[[], None] | None = None,
+    recompute: bool = False,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[F], F]: ...
+@overload
+def eager_on_graph(
+    *,
+    enable: bool,
+    mutates_args: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
+    host_only: bool = False,
+    capture_stub: Callable[..., Any] | None = None,
+    barrier: Callable[[], None] | None = None,
+    recompute: bool = False,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[F], F]: ...
+def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 - see overloads
+    """Have a Python function run eagerly between captured segments, at every call and on real tensors.
+
+    >>> @eager_on_graph
+    ... def clip(x):
+    ...     return x / x.norm() if x.norm() > 1 else x + 0
+    >>> clip(torch.tensor([0.6, 0.8, 0.0]))
+    tensor([0.6000, 0.8000, 0.0000])
+
+    Args:
+        function: a function, method, static method or lambda. A marked method is called without a break as
+            ``Class.method.run_eager(instance, ...)``.
+        enable: False returns ``function`` itself. It may also stand alone in the place of ``function``, as in
+            ``eager_on_graph(False)(f)``.
+        mutates_args: names of tensor arguments that it writes, such as a cache.
+        fake: what computes shapes under ``torch.compile``, on fake tensors and with the same signature. Without it the first
+            call runs as plain Python, and shapes are learned from it.
+        host_only: whether its plain results, and plain fields of objects in its result, may change between replays of a
+            ``capture``: nothing captured uses them.
+        capture_stub: called instead of the function while capturing, with the same arguments.
+        barrier: called before it runs while capturing, such as a barrier of ranks; after that of ``capture``.
+        recompute: whether it runs again in backward, from the same random state and autocast, so that nothing which it
+            computes on the way is kept until then.
+        backward: what computes its gradients, for a body that autograd cannot follow; see below.
+
+    Under ``torch.compile``, whatever the backend, a call is one opaque node, with ``fullgraph=True`` too. Arguments and
+    results are tensors and plain values (int, float, bool, str, None) in lists, tuples, dicts with string keys, named
+    tuples, dataclasses and classes registered with pytree; arguments may be modules, as ``self`` of a method. A call with
+    other arguments, and one that writes a tensor which needs gradients, is a graph break of Dynamo's, and a
+    :class:`PartitionError` under fullgraph. An int that it returns is known at run time only; other plain values are
+    constants. Where they, or layouts, differ from call to call, there is a graph break for good.
+
+    Gradients flow to tensor arguments and to parameters of modules among the arguments. They do not flow to what the
+    function closes over: under compilation that is an error. With ``backward`` the body runs without autograd, and
+    ``backward(context, *grads)`` is called with ``context.args``, ``context.kwargs`` and ``context.result`` of that very
+    call, and a gradient (or None) for each item of a result that is a tuple, or for the result. As with
+    ``torch.library.register_autograd``, it returns one gradient (or None) for each argument: in the shape of a container,
+    and by name of parameter for a module.
+
+    A tensor argument that the function stores away is overwritten by a later replay: store a ``clone()``. A tensor that it
+    keeps and returns reaches compiled code as a copy.
+
+    Raises:
+        OptionsError: not a function, ``enable`` is no bool or is said twice, ``mutates_args`` names no parameter of it, or
+            both of ``recompute`` and ``backward``.
+        PartitionError: from the compiled call under fullgraph, arguments or a result that no graph can hold, or a result
+            whose layout differs from call to call; and a ``fake`` that reads values.
+        EagerOutputError: from the compiled call, a result other than ``fake`` or earlier calls told.
+    """
+    if isinstance(function, bool):
+        if "enable" in said:
+            raise OptionsError("eager_on_graph was told enable twice", fix="eager_on_graph(True) or enable=True")
+        function, said = None, {**said, "enable": function}
+    enable = said.pop("enable", True)
+    if not isinstance(enable, bool):
+        raise OptionsError(f"enable takes True or False, got {enable!r}")
+    if function is None:
+        return functools.partial(_mark, enable=enable, said=said)
+    return _mark(function, enable=enable, said=said)
+
+
+def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
+    if not enable:
+        return function
+    if isinstance(function, staticmethod | classmethod):
+        return type(function)(_mark(function.__func__, enable=enable, said=said))
+    if not callable(function) or isinstance(function, type):
+        raise OptionsError(f"eager_on_graph marks functions, not {function!r}")
+    _check_said(said)
+    _check_names(function, said.get("mutates_args", ()))
+    source = defined_at(function)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    mark = Mark(_with_gradients(function, said), name, source, original=function, **said)
+    function = mark.function
+    uncompiled: list[Callable[..., Any]] = []
+    """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
+    identity = f"marked function {next(_identities)}"
+    """What Dynamo guards on by its value: of functions, and so of those that it takes as constant, it guards the code alone."""
+    held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
+    exporting, thread = torch.compiler.is_exporting, _torch.thread
+
+    if mark.fake is None:
+        _torch.heed_requests_for_python()
+
+    @_torch.constant_under_dynamo
+    def site_number(structure: Structure, _identity: str) -> tuple[int, str]:
+        return _site(mark, structure)  # Dynamo passes no frozen dataclass to such a function (torch 2.11)
+
+    @_torch.constant_under_dynamo
+    def refuse(why: str) -> None:
+        if not uncompiled:
+            reason = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
+            uncompiled.append(torch.compiler.disable(functools.partial(run_inline, function), reason=reason))
+        if _torch.refuses_graph_breaks():
+            learned = why_a_break(mark, why)
+            cure = "pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True"
+            refused = PartitionError(
+                f"{name} cannot be one node: {why}", where=source, fix=learned.cure if learned else cure
+            )
+            refused.__context__ = learned.error if learned else None  # Dynamo raises it again, without its cause
+            raise refused
+
+    @functools.wraps(function, updated=())
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            why, call = _plan(site_number, identity, args, kwargs)
+            if why:
+                refuse(why)
+                return uncompiled[0](*args, **kwargs)
+            return _opaque(call)
+        if held() is None or (handler := active.handler.get()) is None:
+            if exporting():
+                warnings.warn(
+                    f"torch.export takes {name} apart, though it is marked by eager_on_graph: the exported program has no "
+                    "mark; export with strict=True, which keeps it",
+                    stacklevel=2,
+                )
+            return _learn(mark, args, kwargs) if thread.python else function(*args, **kwargs)
+        return handler.call(mark, args, kwargs)
+
+    marked.run_eager = function  # type: ignore[attr-defined]
+    marked.mark = mark  # type: ignore[attr-defined]
+    return marked
+
+
+_identities = itertools.count()
+
+
+def _with_gradients(function: Callable[..., Any], said: Mapping[str, Any]) -> Callable[..., Any]:
+    recompute, backward = said.get("recompute", False), said.get("backward")
+    if recompute and backward is not None:
+        raise OptionsError("recompute and backward exclude each other", fix="let backward compute again what it needs")
+    if backward is not None:
+        return with_backward(function, backward)
+    return recomputed(function) if recompute else function
+
+
+_CALLED = ("fake", "capture_stub", "barrier", "backward")
+_SAID = ("mutates_args", "host_only", "recompute", *_CALLED)
+
+
+def _check_said(said: Mapping[str, Any]) -> None:
+    for name, value in said.items():
+        if name not in _SAID:
+            near = difflib.get_close_matches(name, _SAID, 1)
+            raise OptionsError(
+                f"eager_on_graph takes no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                fix=f"it takes: enable, {', '.join(_SAID)}",
+            )
+        if name in _CALLED and value is not None and not callable(value):
+            raise OptionsError(f"{name} takes a function, got {value!r}")
+
+
+def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise OptionsError(f"mutates_args takes a tuple of names, got {names!r}")
+    known = list(inspect.signature(function).parameters) if names else []  # builtins have no signature
+    for name in names:
+        if name not in known:
+            raise OptionsError(f"mutates_args: there is no parameter {name!r}", fix=f"parameters: {', '.join(known)}")
+
+
+# --- one opaque node ----------------------------------------------------------------------------------------------------
+# Dynamo traces `_opaque` and what it calls, down to the call of the op.
+
+
+def _plan(
+    site_number: Callable[[Structure, str], tuple[int, str]],
+    identity: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[str, Any]:
+    """Why a call cannot be one node, empty if it can; and what the op is called with."""
+    other = foreign((args, kwargs))
+    if other:
+        return f"an argument is, or holds, a {other}", None
+    given: list[torch.Tensor] = []
+    ints: list[int] = []
+    floats: list[float] = []
+    site, why = site_number(take_apart((args, kwargs), given, ints, floats), identity)
+    if why:
+        return why, None
+    order, num_written = _order(site)
+    tensors = [given[place] for place in order]
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors[:num_written]]):  # noqa: C419 - traced
+        return "it writes a tensor that needs gradients", None
+    return "", (site, num_written, tensors, ints, floats)
+
+
+def _opaque(call: Any) -> Any:
+    site, num_written, tensors, ints, floats = call
+    if num_written == 0:
+        made = torch.ops.breakable_cg.call(site, [], False, tensors, ints, floats)
+    else:
+        needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+        torch.ops.breakable_cg.shapes(site, needs if any(needs) else [], tensors, ints, floats)
+        op = getattr(torch.ops.breakable_cg, _writer(site))
+        made = op(site, [], False, *tensors[:num_written], tensors[num_written:], ints, floats)
+        made = [made] if isinstance(made, torch.Tensor) else made
+    structure = _result(site)
+
+    def leaf(place: Structure) -> Any:
+        kind = place[0]
+        if kind == "plain":
+            return place[1]
+        if kind == "int":
+            return torch.ops.breakable_cg.number(site, made[place[2]], place[1])
+        if kind == "view":
+            return view_of((tensors if place[1] == "argument" else made)[place[2]], place)
+        tensor = (tensors if kind == "argument" else made)[place[1]]
+        return tensor.detach() if place[2] else tensor
+
+    return put_together(structure, leaf)
+
+
+def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
+    """A number for the call of ``mark`` that Dynamo is tracing; or why it cannot be one node."""
+    modules: dict[int, weakref.ref[torch.nn.Module]] = {}
+    number = next(numbers)
+    for leaf in leaves_of(structure):
+        if leaf[0] == "module":
+            # Dynamo guards on the module's identity and holds it while it traces.
+            module = ctypes.cast(leaf[1], ctypes.py_object).value
+            modules[leaf[1]] = weakref.ref(module, lambda _: mark.sites.pop(number, None))
+    arguments, order, num_written = _arranged(mark, structure)
+    autocast, grad = _modes()
+    learned = learned_of(mark, (arguments, autocast, grad), modules.keys())
+    if learned.why_not:
+        return 0, learned.why_not
+    try:
+        asked = mark.known.setdefault(_torch.current_compilation(), {})
+        known = asked.setdefault((arguments, autocast, grad), {})
+    except TypeError:  # somebody's pytree node with a context that cannot be hashed
+        known = {}
+    site = Site(number, mark, arguments, order, num_written, autocast, grad, modules, known, learned)
+    sites[number] = site
+    if not _torch.keep_with_code(site):
+        mark.sites[number] = site
+    return number, ""
+
+
+def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, ...], int]:
+    """How arguments are put together from the tensors of an op; in which order it takes them, and how many it writes."""
+    written = _written(mark, structure)
+    order = (*written, *(place for place in _places(structure) if place not in written))
+    return with_leaves(structure, lambda leaf: _moved(leaf, order)), order, len(written)
+
+
+def _modes() -> tuple[tuple[tuple[str, torch.dtype], ...], bool]:
+    """Autocast, by type of device, and whether gradients are on."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return autocast, torch.is_grad_enabled()
+
+
+def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows what it returns."""
+    if mark.fake is not None or foreign((args, kwargs)):
+        return mark.function(*args, **kwargs)
+    given: list[torch.Tensor] = []
+    ints: list[int] = []
+    floats: list[float] = []
+    structure = take_apart((args, kwargs), given, ints, floats)
+    arguments, order, _ = _arranged(mark, structure)
+    modules = [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "module"]
+    learned = learned_of(mark, (arguments, *_modes()), modules)
+    tensors = [given[place] for place in order]
+    needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+    try:
+        asked = Asked.of(needs if any(needs) else [], tensors, ints, floats)
+    except Exception as error:  # noqa: BLE001 - some tensors, such as sparse ones, cannot be asked how they lie
+        learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
+        return mark.function(*args, **kwargs)
+    before = contents((args, kwargs))
+    holder = [mark.function(*args, **kwargs)]
+    if is_changed((args, kwargs), before):
+        learned.why_not = CHANGED_A_CONTAINER
+        return holder[0]
+    see_result(mark, learned, asked, holder, tensors)
+    return holder[0]
+
+
+def _places(structure: Structure) -> list[int]:
+    """The positions of the tensors in ``structure``."""
+    found: list[int] = []
+    for leaf in leaves_of(structure):
+        if leaf[0] == "tensor":
+            found.append(leaf[1])
+        elif leaf[0] == "module":
+            found.extend(leaf[3])
+    return found
+
+
+def _written(mark: Mark, structure: Structure) -> list[int]:
+    """The positions of the tensors that ``mark`` says it writes; of a module, its buffers."""
+    if not mark.mutates_args:
+        return []
+    args, kwargs = structure[-1]
+    bound = inspect.signature(mark.body).bind(*args[-1], **dict(zip(kwargs[1], kwargs[-1], strict=True))).arguments
+    found: list[int] = []
+    for name in mark.mutates_args:
+        for leaf in leaves_of(bound[name]) if name in bound else ():
+            if leaf[0] == "tensor":
+                found.append(leaf[1])
+            elif leaf[0] == "module":
+                found.extend(leaf[3][leaf[4] :])
+    return list(dict.fromkeys(found))
+
+
+def _moved(leaf: Structure, order: Sequence[int]) -> Structure:
+    if leaf[0] == "tensor":
+        return ("tensor", order.index(leaf[1]))
+    if leaf[0] == "module":
+        return (*leaf[:3], tuple(order.index(place) for place in leaf[3]), leaf[4])
+    return leaf
+
+
+@_torch.constant_under_dynamo
+def _order(number: int) -> tuple[tuple[int, ...], int]:
+    """The order in which the op takes the tensors of a call, and how many of them, the first, it writes."""
+    return sites[number].order, sites[number].num_written
+
+
+@_torch.constant_under_dynamo
+def _result(number: int) -> Structure:
+    """How the result of a call that was just traced is put together."""
+    return sites[number].settle().result
+
+
+@_torch.constant_under_dynamo
+def _writer(number: int) -> str:
+    """The name of the op for a call that writes arguments and was just traced up to there."""
+    expected = sites[number].settle()
+    return writing_op(sites[number].num_written, len(expected.specs) + bool(expected.num_ints))

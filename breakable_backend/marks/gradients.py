@@ -1,0 +1,150 @@
+"""Marked functions with gradients of their own: a second run in place of a tape, a backward that the user wrote."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+from breakable_backend import _torch
+from breakable_backend.errors import EagerOutputError, defined_at
+from breakable_backend.marks.structure import Structure, modules_in, put_together, take_apart
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which runs again in backward, from the same random state, instead of keeping what it saved."""
+
+    def packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(*args, **kwargs)
+
+    @functools.wraps(function, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with checkpoint.set_checkpoint_early_stop(False):  # the body is to run to its end
+            return checkpoint.checkpoint(packed, args, kwargs, use_reentrant=False)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a user's backward is given: the arguments of the call, and its result."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose gradients ``backward(context, *grads)`` computes."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+
+    @functools.wraps(function, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors: list[torch.Tensor] = []
+        numbers: list[Any] = []
+        structure = take_apart((args, kwargs), tensors, numbers, numbers)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return function(*args, **kwargs)
+        results: list[Any] = []
+        given = _Given(name, function, backward, args, kwargs, structure, results)
+        made = _torch.apply_function(_Declared, given, *tensors)
+        numbers, returned = results
+        return put_together(returned, _reader(made, numbers))
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Given:
+    name: str
+    function: Callable[..., Any]
+    backward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Structure
+    results: list[Any]
+
+
+class _Declared(torch.autograd.Function):
+    """The node of a call whose backward the user wrote."""
+
+    @staticmethod
+    def forward(ctx: Any, given: _Given, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made: list[torch.Tensor] = []
+        numbers: list[Any] = []
+        result = given.function(*given.args, **given.kwargs)
+        returned = take_apart(result, made, numbers, numbers)
+        given.results.extend((numbers, returned))
+        ctx.save_for_backward(*tensors, *made)
+        ctx.given = (given.name, given.backward, given.structure, _others(given), returned, numbers, len(tensors))
+        ctx.set_materialize_grads(False)
+        return tuple(made)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        name, backward, structure, others, returned, numbers, count = ctx.given
+        saved = ctx.saved_tensors
+        args, kwargs = put_together(structure, _reader(saved[:count], *others))
+        result = put_together(returned, _reader(saved[count:], numbers))
+        tree = put_together(returned, lambda leaf: grads[leaf[1]] if leaf[0] == "tensor" else None)
+        got = backward(Context(args, kwargs, result), *(tree if isinstance(tree, tuple) else (tree,)))
+        arguments = [*structure[-1][0][-1], *structure[-1][1][-1]]
+        per_argument = got if isinstance(got, tuple) else (got,)
+        if len(per_argument) != len(arguments):
+            raise EagerOutputError(
+                f"the backward of {name} returned {len(per_argument)} gradients for {len(arguments)} arguments",
+                where=defined_at(backward),
+                fix="return one, or None, for each argument of the call",
+            )
+        gradients: list[Any] = [None] * count
+        for argument, gradient in zip(arguments, per_argument, strict=True):
+            _spread(argument, gradient, gradients)
+        return None, *gradients
+
+
+def _others(given: _Given) -> tuple[list[Any], dict[int, Any]]:
+    """The numbers and the modules among the arguments."""
+    numbers: list[Any] = []
+    take_apart((given.args, given.kwargs), [], numbers, numbers)
+    return numbers, {id(module): module for module in modules_in((given.args, given.kwargs))}
+
+
+def _reader(tensors: Sequence[Any], numbers: Sequence[Any], modules: Any = None) -> Callable[[Structure], Any]:
+    def leaf(structure: Structure) -> Any:
+        kind, place = structure[0], structure[1]
+        if kind == "tensor":
+            return tensors[place]
+        if kind == "module":
+            return modules[place]
+        return numbers[place] if kind in ("int", "float") else place
+
+    return leaf
+
+
+def _spread(structure: Structure, gradient: Any, into: list[Any]) -> None:
+    """Sort what a backward returned for one argument to that argument's tensors."""
+    if gradient is None:
+        return
+    kind = structure[0]
+    if kind == "tensor":
+        into[structure[1]] = gradient
+    elif kind == "module":
+        for name, place in zip(structure[2], structure[3], strict=True):
+            into[place] = gradient.get(name)
+    elif kind == "dict":
+        for key, item in zip(structure[1], structure[-1], strict=True):
+            _spread(item, gradient.get(key), into)
+    elif kind == "data":
+        for name, item in zip(structure[2], structure[-1], strict=True):
+            _spread(item, getattr(gradient, name), into)
+    elif kind in ("list", "tuple", "named", "node"):
+        parts = gradient if kind != "node" else _torch.PYTREE_NODES[structure[1]].flatten_fn(gradient)[0]
+        for item, part in zip(structure[-1], parts, strict=True):
+            _spread(item, part, into)

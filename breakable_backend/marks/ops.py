@@ -1,0 +1,215 @@
+"""The ops that calls of marked functions are in compiled code, and what autograd does with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch, locks
+from breakable_backend.errors import ReplayError
+from breakable_backend.marks.sites import sites
+from breakable_backend.marks.tapes import Tape, tape_of
+
+_REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
+_library = torch.library.Library("breakable_cg", "FRAGMENT")
+_library.define(f"shapes(int site, bool[] needs, {_REST}) -> ()")
+_torch.never_run_on_constants(torch.ops.breakable_cg.shapes.default)
+_library.define("number(int site, Tensor numbers, int position) -> SymInt")
+_library.define(
+    "backward(int site, Tensor handle, Tensor?[] grads, SymInt[] sizes) -> Tensor[]",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_calls: set[Any] = set()
+"""The ops that run marked functions."""
+
+
+def _tape(number: int, handle: torch.Tensor) -> Tape:
+    tape = tape_of(handle)
+    if tape is None:
+        site = sites.get(number)
+        raise ReplayError(
+            f"what {site.mark.name if site is not None else 'a marked function'} keeps for its backward is gone: "
+            "saved_tensors_hooks kept a copy of its handle instead",
+            where=site.mark.source if site is not None else "",
+            fix="have the hooks keep int64 tensors on the host as they are",
+        )
+    return tape
+
+
+class _Node(torch.autograd.Function):
+    """A call that will run backward. Its tape is per call, behind a handle that is saved like any tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Any, keys: Any, number: int, num_written: int, ints: Any, floats: Any, *tensors: torch.Tensor
+    ) -> Any:
+        needs = [tensor.requires_grad for tensor in tensors]
+        ctx.traced = any(map(_torch.is_traced, tensors))
+        written, rest = tensors[:num_written], list(tensors[num_written:])
+        made = _torch.below_autograd(op, keys, number, needs, ctx.traced, *written, rest, ints, floats)
+        *results, handle = [made] if isinstance(made, torch.Tensor) else made
+        site = sites[number]
+        members = site.expected.differentiable if _torch.is_traced(handle) else _tape(number, handle).members
+        ctx.mark_non_differentiable(*(result for result, some in zip(results, members, strict=False) if not some))
+        ctx.save_for_backward(handle)
+        if _torch.saves_through_hooks() and not ctx.traced:
+            ctx.handle = handle  # what somebody's hooks make of the saved one does not own the tape
+        ctx.set_materialize_grads(False)
+        ctx.site, ctx.needs, ctx.num_roots = number, needs, len(members)
+        ctx.sizes = [size for tensor, need in zip(tensors, needs, strict=True) if need for size in tensor.shape]
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (handle,) = ctx.saved_tensors
+        given = list(grads[: ctx.num_roots])
+        made: Sequence[Any] = ()
+        if any(grad is not None for grad in given):
+            if _torch.is_traced(handle):
+                made = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
+            else:
+                made = _tape(ctx.site, handle).backward(given)
+        gradients = iter(made or [None] * sum(ctx.needs))
+        return *(None,) * 6, *(next(gradients) if need else None for need in ctx.needs)
+
+
+def _define(name: str, num_written: int, num_results: int | None) -> Any:
+    """An op that runs marked functions, and writes the first of their tensors. Without a number of results it returns a list.
+
+    AOTAutograd functionalises no op that writes and returns a list.
+    """
+    written = "".join(f"Tensor(a{number}!) written_{number}, " for number in range(num_written))
+    returns = "Tensor[]" if num_results is None else f"({', '.join(['Tensor'] * num_results)})"
+    schema = f"{name}(int site, bool[] needs, bool traced, {written}{_REST}) -> {returns}"
+    _library.define(schema.replace("-> (Tensor)", "-> Tensor"), tags=(torch.Tag.cudagraph_unsafe,))
+    op = getattr(torch.ops.breakable_cg, name).default
+    _torch.never_run_on_constants(op)
+
+    def packed(made: list[torch.Tensor]) -> Any:
+        if num_results is None:
+            return made
+        return tuple(made) if num_results > 1 else made[0] if made else None
+
+    def run(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
+        tensors = [*rest[:num_written], *rest[num_written]]
+        return packed(sites[site].run(needs, traced, tensors, *rest[num_written + 1 :]))
+
+    def fake(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
+        tensors = [*rest[:num_written], *rest[num_written]]
+        made = sites[site].fake(needs, tensors, *rest[num_written + 1 :])
+        return packed(made)
+
+    def differentiate(keys: Any, site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
+        tensors = [*rest[:num_written], *rest[num_written]]
+        if needs or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return _torch.below_autograd(op, keys, site, needs, traced, *rest)
+        taping = op if num_results is None else _overload(writing_op(num_written, num_results + 1))
+        return packed(
+            list(_torch.apply_function(_Node, taping, keys, site, num_written, *rest[num_written + 1 :], *tensors))
+        )
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, differentiate, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"breakable_cg::{name}", fake, lib=_library)
+    torch.fx.has_side_effect(op)  # two equal calls are two, and one whose result is unused is one
+    _calls.add(op)
+    return op
+
+
+def _overload(name: str) -> Any:
+    return getattr(torch.ops.breakable_cg, name).default
+
+
+OP = _define("call", 0, None)
+"""The op that marked functions are in compiled graphs, unless they write arguments."""
+
+
+def writing_op(num_written: int, num_results: int) -> str:
+    """The name of the op for functions that write so many tensors and return so many."""
+    name = f"call_{num_written}_{num_results}"
+    with _defining:
+        if not any(op._schema.name == f"breakable_cg::{name}" for op in _calls):
+            _define(name, num_written, num_results)
+    return name
+
+
+_defining = locks.lock()
+
+
+@torch.library.impl(_library, "shapes", "CompositeExplicitAutograd")
+def _shapes(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
+    """Tells compiled code nothing; the call reads what its fake found."""
+
+
+@torch.library.register_fake("breakable_cg::shapes", lib=_library)  # type: ignore[untyped-decorator]
+def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
+    sites[site].look_for_overlaps(tensors)
+    sites[site].learn(needs, tensors, ints, floats)
+
+
+@torch.library.impl(_library, "number", "CompositeExplicitAutograd")
+def _number(site: int, numbers: torch.Tensor, position: int) -> int:
+    return int(numbers[position].item())
+
+
+@torch.library.register_fake("breakable_cg::number", lib=_library)  # type: ignore[untyped-decorator]
+def _number_fake(site: int, numbers: torch.Tensor, position: int) -> Any:
+    return _torch.fresh_int(numbers)
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int]) -> list[torch.Tensor]:
+    tape = _tape(site, handle)
+    with _torch.above_autograd():
+        made = tape.backward(grads)
+    taken = {_torch.storage_key(grad) for grad in grads if grad is not None}
+    results = []
+    for gradient, leaf in zip(made, tape.leaves, strict=True):
+        result = (
+            torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
+        )
+        if _torch.storage_key(result) in taken or _torch.owners_of_storage(result) > 1:
+            result = result.clone(memory_format=torch.contiguous_format)  # an op may not return memory that others have
+        taken.add(_torch.storage_key(result))
+        results.append(result)
+    return results
+
+
+@torch.library.register_fake("breakable_cg::backward", lib=_library)  # type: ignore[untyped-decorator]
+def _backward_fake(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[Any]) -> list[torch.Tensor]:
+    left = iter(sizes)
+    return [
+        torch.empty(tuple(itertools.islice(left, dim)), dtype=dtype, device=device)
+        for dim, dtype, device in sites[site].gradients
+    ]
+
+
+def is_call(op: Any) -> bool:
+    """Whether an op runs marked functions."""
+    return op in _calls
+
+
+def direct(op: Any, site: int) -> Callable[..., Any]:
+    """What a call of ``op`` runs, without the dispatcher: takes all of its arguments but the site."""
+    run = sites[site].straight()
+    if op is OP:
+        return run
+    num_written = sites[site].num_written
+    num_results = len(op._schema.returns)
+
+    def writing(needs: list[bool], traced: bool, *rest: Any) -> Any:
+        made = run(needs, traced, [*rest[:num_written], *rest[num_written]], *rest[num_written + 1 :])
+        return tuple(made) if num_results > 1 else made[0] if made else None
+
+    return writing
+
+
+def name_of(op: Any, args: Sequence[Any]) -> str:
+    """The name of the marked function that a call in a graph runs, or whose number it reads; empty for other ops."""
+    ours = op in _calls or op is torch.ops.breakable_cg.number.default
+    site = sites.get(args[0]) if ours and args else None
+    return site.mark.name if site is not None else ""

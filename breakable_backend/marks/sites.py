@@ -1,0 +1,596 @@
+"""Calls of marked functions in compiled code: what they return, as ``fake`` or earlier calls tell, and their run on real tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import operator
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch, active, locks
+from breakable_backend.callers import Callers
+from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
+from breakable_backend.ir.overlap import known_apart
+from breakable_backend.marks.learning import Asked, Expected, Learned, Spec
+from breakable_backend.marks.straight import Run, straight
+from breakable_backend.marks.structure import (
+    LEAVES,
+    Result,
+    Structure,
+    Unholdable,
+    contents,
+    copy_of,
+    is_changed,
+    is_the_same,
+    leaves_of,
+    put_together,
+    take_result,
+)
+from breakable_backend.marks.tapes import Tape, reaches_others
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A marked function, and what its user said of it."""
+
+    function: Callable[..., Any]
+    name: str
+    """As it stands in reports: the qualified name."""
+    source: str
+    """Where it is defined, as ``file.py:12 in name: code``."""
+    mutates_args: tuple[str, ...] = ()
+    fake: Callable[..., Any] | None = None
+    host_only: bool = False
+    capture_stub: Callable[..., Any] | None = None
+    barrier: Callable[[], None] | None = None
+    recompute: bool = False
+    backward: Callable[..., Any] | None = None
+    original: Callable[..., Any] | None = None
+    """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
+    sites: dict[int, Site] = field(default_factory=dict, repr=False)
+    """The calls of it in graphs that outlive Dynamo's code, such as exported ones. Others live as long as the code."""
+    known: weakref.WeakKeyDictionary[Any, dict[Any, dict[Any, Expected]]] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
+    """What they return, by structure of the arguments, and by their layouts; for each compilation. In the next one, modules
+    and what the function closes over may be others."""
+
+    @property
+    def body(self) -> Callable[..., Any]:
+        return self.original or self.function
+
+
+def learned_of(mark: Mark, key: tuple[Any, ...], modules: Iterable[int]) -> Learned:
+    """What calls of ``mark`` returned whose arguments are put together alike, in the same modes; since Dynamo was reset.
+
+    Args:
+        mark: the function.
+        key: how the arguments are put together, and the modes.
+        modules: addresses of modules among the arguments. What is known of them goes when they go.
+    """
+    by_mark = _torch.until_reset().setdefault("breakable_cg", weakref.WeakKeyDictionary())
+    entries: list[tuple[tuple[Any, ...], Learned, list[Any]]] = by_mark.setdefault(mark, [])
+    for entry in list(entries):
+        if entry[0] == key and all(module() is not None for module in entry[2]):
+            return entry[1]
+    held = [weakref.ref(ctypes.cast(address, ctypes.py_object).value) for address in modules]
+    made = key, Learned(), held
+    entries[:] = [entry for entry in entries if all(module() is not None for module in entry[2])]
+    entries.append(made)
+    return made[1]
+
+
+@dataclass(eq=False)
+class Learning:
+    """A function whose call ran as Python, so that what a marked function returns is learned."""
+
+    mark: Mark
+    callers: Callers
+
+
+def learning() -> list[Learning]:
+    """What is not compiled yet, because marked functions in it have not run, or not often enough."""
+    return [waiting for _, learned in _all_learned() for waiting in learned.waiting.values()]
+
+
+def why_a_break(mark: Mark, why: str) -> Learned | None:
+    """What was learned of calls that are breaks for the reason ``why``; None if that is none of their results."""
+    found = (learned for other, learned in _all_learned() if other is mark and learned.why_not == why)
+    return next(found, None)
+
+
+def breaks() -> dict[str, str]:
+    """Marked functions of which some calls are breaks for good, by name; and why."""
+    return {mark.name: learned.why_not for mark, learned in _all_learned() if learned.why_not}
+
+
+def _all_learned() -> list[tuple[Mark, Learned]]:
+    by_mark: Mapping[Mark, list[tuple[Any, Learned, Any]]] = _torch.until_reset().get("breakable_cg", {})
+    return [(mark, learned) for mark, entries in list(by_mark.items()) for _, learned, _ in list(entries)]
+
+
+def see_result(
+    mark: Mark, learned: Learned, asked: Asked, holder: list[Any], arguments: Sequence[torch.Tensor]
+) -> None:
+    """Learn from a result of a call that ran as Python. Nothing of it is kept."""
+    recording, declared = any(asked.needs), mark.backward is not None
+    try:
+        taken = take_result(holder, arguments, recording=recording, exact=not declared, copies=False)
+        if recording:
+            given = [*arguments, *(tensor.grad_fn for tensor in arguments)]
+            lost = not declared and reaches_others(taken.members, given)
+        else:
+            lost = torch.is_grad_enabled() and any(root.requires_grad for root in taken.roots)
+        if lost:
+            raise _closed_over()
+    except Unholdable as error:
+        learned.why_not, learned.cure = f"it returned {error.what}", error.fix
+        learned.error = error.with_traceback(None)  # which would keep the result
+    except Exception as error:  # noqa: BLE001 - some tensors cannot be asked how they lie; the call was right
+        learned.why_not = f"nobody can tell how its result is laid out: {first_line(error)}"
+    else:
+        learned.add(asked, expected_of(taken, declared))
+
+
+def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Marked functions that ``function`` calls are part of its break."""
+    if active.handler.held.get() is None:
+        return function(*args, **kwargs)
+    token = active.handler.set(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        active.handler.reset(token)
+
+
+# --- a call -------------------------------------------------------------------------------------------------------------
+
+
+Call = tuple[list[bool], Sequence[torch.Tensor], list[int], list[float]]
+"""What a call was given: which tensors need gradients, the tensors, ints and floats."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A call of a marked function in compiled code, which owns it. Graphs know its number."""
+
+    number: int
+    mark: Mark
+    arguments: Structure
+    order: tuple[int, ...]
+    num_written: int
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    grad: bool
+    modules: dict[int, weakref.ref[torch.nn.Module]]
+    known: dict[Any, Expected]
+    """What ``fake`` told, by the layouts of the arguments. Sites that differ in nothing share it."""
+    learned: Learned
+    """What such calls were seen to return."""
+    is_known: bool = False
+    expected: Expected = field(default_factory=Expected)
+    gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
+    """Dimensions, dtype and device of the gradients that the backward computes."""
+    error: PartitionError | None = None
+    overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Tensors that are read and lie in the memory of one that is written: which one, and how many elements after it."""
+
+    @property
+    def declared(self) -> bool:
+        """Whether what tells layouts, or gradients, is not the function itself, so that it cannot tell what needs gradients."""
+        return self.mark.fake is not None or self.mark.backward is not None
+
+    # on fake tensors
+
+    def fake(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
+        """What the op returns, as fake tensors."""
+        expected = self.learn(needs, tensors, ints, floats)
+        if not self.is_known:
+            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # autograd wants its handle
+        made = [spec.empty() for spec in expected.specs]
+        if expected.num_ints:
+            made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))
+        if needs:
+            made.append(torch.empty(1, dtype=torch.int64, device="cpu"))
+        return made
+
+    def learn(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
+        """Find out what the call returns, for arguments of these layouts: fake tensors."""
+        if needs:
+            wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+            self.gradients = tuple((tensor.dim(), tensor.dtype, tensor.device) for tensor in wanting)
+        expected = (
+            self._remember(needs, tensors, ints, floats)
+            if self.mark.fake is None
+            else self._told(needs, tensors, ints, floats)
+        )
+        self.is_known = expected is not None
+        if expected is None:
+            return Expected()
+        self.expected = expected.without_symbols()
+        return expected
+
+    def settle(self) -> Expected:
+        """What the call that was just traced returns.
+
+        Raises:
+            PartitionError: nobody can tell.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self.is_known:
+            if not _torch.can_run_as_python():
+                raise self._failure(
+                    "nothing yet: its result is not known before its first call", _GIVE_FAKE, PartitionError
+                )
+            callers = Callers()
+            self.learned.waiting[id(callers.whole)] = Learning(self.mark, callers)
+            _torch.run_as_python(f"{self.mark.name} has not run yet, and its result is not known")
+        if self.learned.waiting and (code := _torch.code_under_compilation()) is not None:
+            self.learned.waiting.pop(id(code[1]), None)
+        return self.expected
+
+    def _remember(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
+        asked = Asked.of(needs, tensors, ints, floats)
+        found = self.learned.find(asked)
+        if found is None and asked.can_be_specialised:
+            found = self.learned.find(asked.specialised())
+        if found is None and self.is_known:  # a compiler that asks again may lay out arguments otherwise
+            found, rule = self.expected, self.expected.rule
+            if rule is not None:
+                found = replace(found, specs=rule.specs(found.specs, asked.numbers))
+        return found
+
+    def _told(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
+        """What ``fake`` says, which is asked once for the same layouts."""
+        key = _layouts(needs, tensors, ints, floats)
+        if key is not None and key in self.known:
+            return self.known[key]
+        try:
+            with _torch.ignore_fresh_symbols(tensors), self._ambient():
+                expected = self._ask(needs, tensors, ints, floats)
+        except PartitionError as error:
+            self.error = error
+            return None
+        except _torch.dynamo_error():
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it raises on tensors without values
+            self.error = self._failed_on_fakes(error)
+            return None
+        if key is not None:
+            self.known[key] = expected
+        return expected
+
+    def _ask(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
+        given = [tensor.detach() for tensor in tensors]
+        modules = {}
+        with _torch.above_autograd():
+            for tensor, need in zip(given, needs, strict=False):
+                tensor.requires_grad_(need)
+            for leaf in leaves_of(self.arguments):
+                if leaf[0] == "module":
+                    modules[leaf[1]] = _twin(
+                        self._module(leaf[1]), dict(zip(leaf[2], (given[p] for p in leaf[3]), strict=True))
+                    )
+            holder = [self._call(self.mark.fake, given, ints, floats, modules)]  # type: ignore[arg-type]
+            taken = self._take(holder, given, bool(needs), PartitionError)
+        return expected_of(taken, self.declared)
+
+    def look_for_overlaps(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note which tensors share memory with one that is written. A compiler that functionalises parts them later."""
+        for written, target in enumerate(tensors[: self.num_written]):
+            for place, tensor in enumerate(tensors[self.num_written :], self.num_written):
+                apart = tensor.storage_offset() - target.storage_offset()
+                together = _torch.storage_key(tensor) == _torch.storage_key(target) and not known_apart(tensor, target)
+                if together and type(apart) is int:
+                    self.overlaps[place] = written, apart
+
+    # on real ones
+
+    def run(
+        self,
+        needs: list[bool],
+        traced: bool,
+        tensors: list[Any],
+        ints: list[int],
+        floats: list[float],
+        *,
+        own: bool = False,
+    ) -> list[torch.Tensor]:
+        """Call the function on real tensors, once.
+
+        Args:
+            needs: which tensors need gradients; empty: none, and there will be no backward.
+            tensors: all tensors that the call takes, the written ones first.
+            ints: its ints.
+            floats: its floats.
+            traced: whether what runs before and after was compiled: it may use memory again that a tape still reads.
+            own: whether the caller sees to autocast and grad mode, and passes modules' own tensors: a replay does.
+
+        Raises:
+            EagerOutputError: the result is not what ``fake`` or earlier calls told.
+        """
+        if own and not needs:
+            modules = {address: self._module(address) for address in self.modules}
+            given, holder = tensors, [self._call(self._function, tensors, ints, floats, modules)]
+            taken = self._take(holder, given, False, EagerOutputError)
+        else:
+            with (
+                self._ambient(),
+                self._modules(needs, traced, tensors, own) as (given, modules),
+                _torch.above_autograd(),
+            ):
+                holder = [self._call(self._function, given, ints, floats, modules)]
+                taken = self._take(holder, given, bool(needs), EagerOutputError)
+        made = self._made(taken, traced, (needs, given, ints, floats))
+        if needs:
+            leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
+            made = [*made, Tape.handle(leaves, taken.members)]
+        return made
+
+    def straight(self) -> Run:
+        """:meth:`run` as a replay calls it, by a short way where there is one."""
+        run = functools.partial(self.run, own=True)
+
+        def take(holder: list[Any], tensors: list[Any], ints: list[int], floats: list[float]) -> list[Any]:
+            taken = self._take(holder, tensors, False, EagerOutputError)
+            return self._made(taken, False, ([], tensors, ints, floats))
+
+        layouts = [(spec.shape, spec.stride, spec.dtype, spec.device) for spec in self.expected.specs]
+        capture = active.handler.held.get
+        return straight(self.mark.function, self.arguments, self.expected.result, layouts, capture, run, take)
+
+    def _made(self, taken: Result, traced: bool, call: Call) -> list[torch.Tensor]:
+        """What the op returns of a result of a call: its roots, and behind them its ints."""
+        self._check(taken, call)
+        made = [copy_of(root) for root in taken.roots] if traced else taken.roots
+        if taken.ints:
+            made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
+        return made
+
+    def _check(self, taken: Result, call: Call) -> None:
+        wanted = self.expected
+        _, tensors, ints, _ = call
+        if taken.structure != wanted.result and not is_the_same(taken.structure, wanted.result, tensors):
+            raise self._mismatch(call, taken, f"put together as {taken.structure}", str(wanted.result))
+        specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, tensors, ints)
+        for root, want in zip(taken.roots, specs, strict=True):
+            if not want.fits(root):
+                raise self._mismatch(call, taken, str(Spec.of(root)), str(want))
+
+    def _function(self, *args: Any, **kwargs: Any) -> Any:
+        return run_inline(self.mark.function, *args, **kwargs)
+
+    def _module(self, address: int) -> torch.nn.Module:
+        module = self.modules[address]()
+        assert module is not None, "Dynamo guards on the module"
+        return module
+
+    @contextmanager
+    def _modules(
+        self, needs: list[bool], traced: bool, tensors: list[Any], own: bool
+    ) -> Iterator[tuple[list[Any], dict[int, Any]]]:
+        """The tensors and modules to call the function with."""
+        given = list(tensors)
+        for place, (written, apart) in self.overlaps.items():
+            tensor, target = given[place], given[written]
+            if _torch.storage_key(tensor) != _torch.storage_key(target) and tensor.dtype is target.dtype:
+                try:
+                    given[place] = target.as_strided(tensor.shape, tensor.stride(), target.storage_offset() + apart)
+                except RuntimeError:
+                    raise ReplayError(
+                        f"{self.mark.name} reads memory around a tensor that it writes, which the backend has copied without that",
+                        where=self.mark.source,
+                        fix="pass the whole tensor, and name it in mutates_args; or make clones of the parts before",
+                    ) from None
+        tensors = list(given)
+        if needs:
+            parts = {place for leaf in leaves_of(self.arguments) if leaf[0] == "module" for place in leaf[3]}
+            for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
+                copied = traced and place >= self.num_written and place not in parts and place not in self.overlaps
+                given[place] = (copy_of(tensor) if copied else tensor).detach().requires_grad_(need)
+        modules = {address: self._module(address) for address in self.modules}
+        with ExitStack() as stack:
+            if needs or not own:
+                for leaf in leaves_of(self.arguments):
+                    if leaf[0] == "module":
+                        self._settle(leaf, modules[leaf[1]], tensors, given, bool(needs), stack)
+            yield given, modules
+
+    def _settle(
+        self, leaf: Structure, module: Any, tensors: list[Any], given: list[Any], recording: bool, stack: ExitStack
+    ) -> None:
+        """Have a module use the tensors that the op was given: its own, unless a compiler put others in their place."""
+        other = {}
+        for name, place in zip(leaf[2], leaf[3], strict=True):
+            mine = operator.attrgetter(name)(module)
+            same = mine.data_ptr() == tensors[place].data_ptr() and mine.shape == tensors[place].shape
+            if same and not (recording and _torch.has_hooks(mine)):
+                given[place] = mine
+            else:
+                other[name] = given[place]
+        if other:
+            stack.enter_context(_swapping)
+            stack.enter_context(_torch.swapped(module, other))
+
+    # either
+
+    def _call(self, function: Callable[..., Any], tensors: Any, ints: Any, floats: Any, modules: Any) -> Any:
+        places = {"tensor": tensors, "int": ints, "float": floats, "module": modules}
+
+        def leaf(structure: Structure) -> Any:
+            kind, place = structure[0], structure[1]
+            return place if kind == "plain" else places[kind][place]
+
+        args, kwargs = put_together(self.arguments, leaf)
+        if not self._gets_containers or function is self.mark.fake:
+            return function(*args, **kwargs)
+        before = contents((args, kwargs))
+        result = function(*args, **kwargs)
+        if is_changed((args, kwargs), before):
+            if self.mark.fake is None:
+                self.learned.why_not = CHANGED_A_CONTAINER
+                _torch.forget_code_of(self, f"{self.mark.name} changed a container")
+            raise EagerOutputError(
+                f"{self.mark.name}: {CHANGED_A_CONTAINER}, and compiled code has given it a copy of that",
+                where=self.mark.source,
+                fix="return what is to be put there, and put it there outside of the function",
+            )
+        return result
+
+    @functools.cached_property
+    def _gets_containers(self) -> bool:
+        """Whether among the arguments are containers that can be written."""
+
+        def can_be_written(structure: Structure) -> bool:
+            if structure[0] in LEAVES:
+                return False
+            return structure[0] not in ("tuple", "named") or any(map(can_be_written, structure[-1]))
+
+        positional, named = self.arguments[-1]
+        return any(map(can_be_written, (*positional[-1], *named[-1])))
+
+    def _take(
+        self, holder: list[Any], arguments: Sequence[torch.Tensor], recording: bool, kind: type[BreakableError]
+    ) -> Result:
+        try:
+            taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
+            leaves = [tensor for tensor in arguments if tensor.requires_grad] if recording else []
+            if self._loses_gradients(taken, leaves, recording):
+                raise _closed_over()
+        except Unholdable as error:
+            raise self._failure(error.what, error.fix, kind) from None
+        return taken
+
+    def _loses_gradients(self, taken: Result, leaves: list[torch.Tensor], recording: bool) -> bool:
+        """Whether a result needs gradients of what is no argument, which a backward of compiled code would lose."""
+        if recording:
+            return reaches_others(taken.members, leaves)
+        return self.grad and any(root.requires_grad for root in taken.roots)
+
+    @contextmanager
+    def _ambient(self) -> Iterator[None]:
+        token = active.autocast.set(tuple(device for device, _ in self.autocast))
+        try:
+            with ExitStack() as stack:
+                for device, dtype in self.autocast:
+                    stack.enter_context(torch.autocast(device, dtype=dtype))
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+                yield
+        finally:
+            active.autocast.reset(token)
+
+    # errors
+
+    def _failed_on_fakes(self, error: Exception) -> PartitionError:
+        failed = PartitionError(
+            f"fake= of {self.mark.name} cannot run on fake tensors, which have no values: {first_line(error)}",
+            where=self.mark.source,
+            fix="compute the layout of the result from those of the arguments, as in torch.empty_like(x)",
+        )
+        failed.__cause__ = error
+        return failed
+
+    def _mismatch(self, call: Call, taken: Result, got: str, wanted: str) -> BreakableError:
+        if self.mark.fake is not None:
+            fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
+        else:
+            self.learned.add(Asked.of(*call), expected_of(taken, self.declared))
+            _torch.forget_code_of(self, f"{self.mark.name} returned something else")
+            fix = (
+                "call again: from now on such calls are graph breaks; for one graph return the same structure, plain values and "
+                "layout wherever the layouts of the arguments are the same"
+            )
+        return self._failure(f"{got}, but was compiled for {wanted}", fix, EagerOutputError)
+
+    def _failure(self, what: str, fix: str, kind: type[BreakableError]) -> BreakableError:
+        return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)
+
+
+def expected_of(taken: Result, declared: bool) -> Expected:
+    """What a call returns that returned this.
+
+    Args:
+        taken: what it returned.
+        declared: whether what computes gradients is not the function's own, so that results cannot tell what needs some.
+    """
+    if declared:
+        differentiable = tuple(root.is_floating_point() or root.is_complex() for root in taken.roots)
+    else:
+        differentiable = tuple(map(bool, taken.members))
+    return Expected(taken.structure, tuple(map(Spec.of, taken.roots)), differentiable, len(taken.ints))
+
+
+def _closed_over() -> Unholdable:
+    return Unholdable(
+        "a tensor that needs gradients of what the function closes over, which compiled code cannot give",
+        "pass that tensor or module as an argument, or compute under torch.no_grad()",
+    )
+
+
+CHANGED_A_CONTAINER = "it changed what a container among its arguments holds"
+
+_GIVE_FAKE = (
+    "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
+)
+
+_swapping = locks.lock()
+"""Held while a module has tensors that are not its own."""
+
+
+def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A copy of a module, its submodules included, with other parameters and buffers; what it holds besides is shared."""
+    twins: dict[int, torch.nn.Module] = {}
+
+    def copied(original: torch.nn.Module) -> torch.nn.Module:
+        if id(original) not in twins:
+            kind = type(original)
+            made = twins[id(original)] = kind.__new__(kind)  # __getstate__, as copy.copy has it, may leave things out
+            made.__dict__.update(original.__dict__)
+            for name in ("_parameters", "_buffers"):
+                made.__dict__[name] = {
+                    key: other.get(id(value), value) for key, value in original.__dict__[name].items()
+                }
+            made.__dict__["_modules"] = {
+                name: child and copied(child) for name, child in original.__dict__["_modules"].items()
+            }
+        return twins[id(original)]
+
+    other = {id(operator.attrgetter(name)(module)): tensor for name, tensor in tensors.items()}
+    return copied(module)
+
+
+def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]) -> Any:
+    """What results are looked up by; None where a size or number is symbolic."""
+    specs = tuple(map(Spec.of, tensors))
+    numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
+    if not all(type(number) in (int, float) for number in numbers):
+        return None
+    return (tuple(needs), specs, *ints, *(value.hex() for value in floats))  # -0.0 is not 0.0
+
+
+numbers = itertools.count(int.from_bytes(os.urandom(4), "little") << 24)
+"""No number comes again in another process, so that code which Inductor keeps on disk is never found for another site."""
+
+
+class _Sites(weakref.WeakValueDictionary[int, Site]):
+    def __getitem__(self, number: int) -> Site:
+        try:
+            return super().__getitem__(number)
+        except KeyError:
+            raise ReplayError(
+                "code has a call of a marked function that this process does not know: it has the number of the call, and not "
+                "the function",
+                fix="an exported program that was saved cannot hold marked functions: export in the process that runs it",
+            ) from None
+
+
+sites: weakref.WeakValueDictionary[int, Site] = _Sites()
+"""Sites by their number, which is what a graph can hold."""

@@ -1,0 +1,155 @@
+"""Calls of marked functions in a replay, where there is nothing to take apart: tensors and plain values in, fresh tensors out.
+
+What is not so is left to :meth:`breakable_backend.marks.sites.Site.run`, which is right for everything and takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import keyword
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+
+Structure = tuple[Any, ...]
+"""As in :mod:`breakable_backend.marks.structure`."""
+Run = Callable[[list[bool], bool, list[Any], list[int], list[float]], list[Any]]
+"""Takes what the op of a marked function takes, but for the site."""
+Take = Callable[[list[Any], list[Any], list[int], list[float]], list[Any]]
+"""Takes a result apart: what alone holds it, and the tensors and numbers that the function was given."""
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+
+
+def straight(
+    function: Callable[..., Any],
+    arguments: Structure,
+    result: Structure,
+    layouts: Sequence[Layout],
+    capture: Callable[[], Any],
+    run: Run,
+    take: Take,
+) -> Run:
+    """``run``, by the shortest way where each call goes as expected; ``run`` itself where there is no short way.
+
+    A result is fresh, and its function's no longer, if nobody refers to it but the caller, in Python or by its memory.
+
+    Args:
+        function: the marked function.
+        arguments: how its arguments are put together.
+        result: how its result is.
+        layouts: of the fresh tensors in the result; sizes that vary are -1.
+        capture: tells the capture that is under way here, None if there is none.
+        run: for calls that need gradients, that are traced, or within a capture.
+        take: for results that are not as expected.
+    """
+    call = caller(function, arguments)
+    kind = _kind(result, len(layouts))
+    if call is None or kind is None or any(size < 0 for shape, stride, *_ in layouts for size in (*shape, *stride)):
+        return run
+    checks: list[Callable[[Any], bool]] = []
+    """Made in the first call, under the modes of all calls."""
+
+    def parts(returned: Any) -> list[Any]:
+        return [returned] if kind is torch.Tensor else [] if returned is None else [*returned]
+
+    def check(made: list[Any]) -> bool:
+        if not checks:
+            checks.extend(_torch.layout_check(*layout) or _no for layout in layouts)
+        if len(made) != len(checks):
+            return False
+        for place, fits in enumerate(checks):  # each expression as in ``_references``
+            if (
+                not fits(made[place])
+                or sys.getrefcount(made[place]) != _ALONE
+                or _torch.owners_of_storage(made[place]) != 1
+            ):
+                return False
+        return True
+
+    def run_straight(
+        needs: list[bool], traced: bool, tensors: list[Any], ints: list[int], floats: list[float]
+    ) -> list[Any]:
+        if needs or traced or capture() is not None:
+            return run(needs, traced, tensors, ints, floats)
+        returned = call(tensors, ints, floats)
+        if kind is not torch.Tensor and type(returned) is not kind:
+            holder = [returned]
+            del returned
+            return take(holder, tensors, ints, floats)
+        made = parts(returned)
+        del returned  # the function may have kept the container
+        if check(made):
+            return made
+        holder = made if kind is torch.Tensor else [kind(made) if made else None]
+        del made
+        return take(holder, tensors, ints, floats)
+
+    return run_straight
+
+
+def _no(_: Any) -> bool:
+    return False
+
+
+def _references() -> int:
+    made = [torch.empty(0)]
+    place = 0
+    return sys.getrefcount(made[place])
+
+
+_ALONE = _references()
+"""What ``sys.getrefcount`` counts for a tensor that only one list holds."""
+
+
+def _kind(result: Structure, count: int) -> type | None:
+    """What the function returns: a tensor, a tuple or list of tensors, or None; None for all else."""
+    tensors = tuple(("tensor", number, False) for number in range(count))
+    if count == 1 and result == tensors[0]:
+        return torch.Tensor
+    if count and result[0] in ("tuple", "list") and result[-1] == tensors:
+        return tuple if result[0] == "tuple" else list
+    return type(None) if not count and result == ("plain", None) else None
+
+
+_GIVEN = {"tensor": "tensors", "int": "ints", "float": "floats"}
+
+
+class _Rare(Exception):
+    """A container that no source is written for."""
+
+
+def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any, Any, Any], Any] | None:
+    """A call of ``function`` with arguments put together from tensors, ints and floats; None for rare containers."""
+    names: dict[str, Any] = {"function": function}
+
+    def bound(value: Any) -> str:
+        name = f"plain_{len(names)}"
+        names[name] = value
+        return name
+
+    def text(structure: Structure) -> str:
+        kind = structure[0]
+        if kind in _GIVEN:
+            return f"{_GIVEN[kind]}[{structure[1]}]"
+        if kind == "plain":
+            return bound(structure[1])
+        if kind not in ("list", "tuple", "dict"):
+            raise _Rare
+        items = [text(item) for item in structure[-1]]
+        if kind == "dict":
+            return f"{{{', '.join(f'{bound(key)}: {item}' for key, item in zip(structure[1], items, strict=True))}}}"
+        return f"[{', '.join(items)}]" if kind == "list" else f"({''.join(f'{item}, ' for item in items)})"
+
+    positional, named = arguments[-1]
+    if not all(name.isidentifier() and not keyword.iskeyword(name) for name in named[1]):
+        return None
+    try:
+        given = [text(item) for item in positional[-1]]
+        given += [f"{name}={text(item)}" for name, item in zip(named[1], named[-1], strict=True)]
+    except _Rare:
+        return None
+    made: Callable[[Any, Any, Any], Any] = eval(f"lambda tensors, ints, floats: function({', '.join(given)})", names)
+    return made

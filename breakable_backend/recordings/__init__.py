@@ -1,0 +1,1 @@
+"""From a program to a recording, and from a recording to the function that replays it."""

@@ -1,0 +1,298 @@
+"""A program as a function of which nothing is captured: for a first call, and for every call that cannot be replayed.
+
+It is AOT's own graph, call by call, in the order and with the names that it has, written once for a program by what writes
+replays. What it adds is what the contract asks of a call: the state that an op was traced under, the turn of a draw, and
+the look at what a marked op returned. :func:`run_plain` says the same over the program's segments, and is what tests hold
+it to; it also runs where each step has to be seen (debug mode), or to become a step of somebody else's capture.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.active import BreakHandler
+from breakable_backend.compiling.lowering import Lowered, ambient_of, is_opaque
+from breakable_backend.compiling.partition import runnable
+from breakable_backend.ir.effects import draws, producer_of
+from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line
+from breakable_backend.marks.marking import label
+from breakable_backend.marks.sites import Mark
+from breakable_backend.recordings.recording import (
+    Binding,
+    Call,
+    EagerStep,
+    Recording,
+    Slot,
+    State,
+    must_fit,
+    perform,
+    reject,
+)
+from breakable_backend.recordings.replay import emit
+from breakable_backend.tools.sources import with_code
+
+if TYPE_CHECKING:
+    import sympy
+
+Drawing = Callable[[], AbstractContextManager[None]]
+"""What is held around ops that draw: :meth:`breakable_backend.drivers.CaptureDriver.drawing`."""
+
+
+# --- written once -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Generated source and the function it defines: ``function(args) -> outputs``, clearing ``args``."""
+
+    source: str
+    function: Callable[[list[Any]], list[Any]]
+
+
+def write_plain(lowered: Lowered, program: Program, drawing: Drawing, name: str) -> Plain:
+    """The function of ``program``, which ``lowered`` was cut into.
+
+    Args:
+        lowered: whose graph the function runs.
+        program: tells which ops run eagerly, and so are looked at.
+        drawing: see :data:`Drawing`.
+        name: what the source is called where depyf files it.
+    """
+    replay = emit(_Graph(lowered, program, drawing).recording(), name=name)
+    inner = replay.function
+
+    def function(args: list[Any]) -> list[Any]:
+        return inner(args, 0)
+
+    weakref.finalize(inner, linecache.cache.pop, replay.file, None).atexit = False
+    return Plain(replay.source, function)
+
+
+class _Graph:
+    """AOT's graph as a recording of nothing but calls."""
+
+    def __init__(self, lowered: Lowered, program: Program, drawing: Drawing) -> None:
+        self.module, self.drawing = lowered.module, drawing
+        self.names = {node.name for node in self.module.graph.nodes}
+        self.eager = {node.name for segment in program.eager_segments for node in segment.module.graph.nodes}
+        self.sources = _symbol_sources(self.module.graph)
+        self.sizes: dict[sympy.Symbol, Slot] = {}
+        """Where the symbols are that some check needs."""
+        self.layouts: dict[tuple[Any, ...], Slot] = {}
+        """What some results look like, by sizes and strides as text, dtype and device."""
+        self.reads: list[Call] = []
+        """What reads them, before all else."""
+
+    def recording(self) -> Recording:
+        environment: dict[fx.Node, Any] = {}
+        calls: list[Call] = []
+        for node in self.module.graph.nodes:
+            environment[node] = Slot(node.name)
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
+                calls += self._calls(node, tuple(args), kwargs)
+        returned = outputs_of(self.module)
+        return Recording(
+            arguments=tuple(node.name for node in self.module.graph.find_nodes(op="placeholder")),
+            specs={},
+            steps=(EagerStep((*self.reads, *calls), ()),),
+            epilogue=(),
+            returned=tuple(environment[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in returned),
+            constants=self._constants(),
+        )
+
+    def _constants(self) -> dict[str, Any]:
+        nodes = self.module.graph.find_nodes(op="get_attr")
+        values = {node.name: getattr(self.module, str(node.target)) for node in nodes}
+        return {name: runnable(v) if isinstance(v, fx.GraphModule) else v for name, v in values.items()}
+
+    def _calls(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Call]:
+        """The call of a node; behind it what looks at its result, where sizes vary."""
+        state: State | None = ambient_of(node)
+        # Somebody's eager op gets no turn: it may wait for a thread that waits for one.
+        if draws(node) and not (is_opaque(node) and node.name in self.eager):
+            state = _Turn(self.drawing, state)
+        maker = producer_of(node)
+        function: Any = node.target
+        call = Call(node.name, function, args, kwargs, label(maker), source_line(maker), ambient=state)
+        fake = node.meta.get("val")
+        if node.name not in self.eager or not isinstance(fake, torch.Tensor) or not must_fit(maker):
+            yield call
+            return
+        numbers = (*fake.shape, *fake.stride())
+        symbols = sorted(_torch.free_symbols(numbers), key=str)
+        if not symbols:
+            yield replace(call, spec=TensorSpec.of(fake))
+            return
+        yield call
+        if self.sources.keys() >= set(symbols):  # else it is of a size known only at run time
+            slots = (Slot(node.name), self._layout(fake, symbols))
+            yield Call(self._free(f"{node.name}_fits"), _Look(call), slots, {}, "fits")
+
+    def _layout(self, fake: torch.Tensor, symbols: list[sympy.Symbol]) -> Slot:
+        """What results like ``fake`` look like in this call."""
+        numbers = (*fake.shape, *fake.stride())
+        key = (*map(str, numbers), fake.dim(), fake.dtype, fake.device)
+        if key not in self.layouts:
+            self.layouts[key] = Slot(self._free(f"layout_{len(self.layouts)}"))
+            layout = _Layout(_torch.numbers_of(numbers, symbols), fake)
+            sizes = tuple(map(self._size, symbols))
+            self.reads.append(Call(self.layouts[key].name, layout, sizes, {}, "layout"))
+        return self.layouts[key]
+
+    def _size(self, symbol: sympy.Symbol) -> Slot:
+        """The number that ``symbol`` is in this call."""
+        if symbol not in self.sizes:
+            name, read, dimension = self.sources[symbol]
+            self.sizes[symbol] = Slot(name)
+            if read is not None:
+                made = self.sizes[symbol] = Slot(self._free(str(symbol)))
+                self.reads.append(Call(made.name, read, (Slot(name), dimension), {}, read.__name__))
+        return self.sizes[symbol]
+
+    def _free(self, name: str) -> str:
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+        chosen = next(candidate for candidate in candidates if candidate not in self.names)
+        self.names.add(chosen)
+        return chosen
+
+
+def _symbol_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[str, Callable[..., int] | None, int]]:
+    """Where arguments tell what a symbol is: a number by itself; or a tensor, how it is asked, and for which dimension."""
+    found: dict[sympy.Symbol, tuple[str, Callable[..., int] | None, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            for read, numbers in ((torch.Tensor.size, value.shape), (torch.Tensor.stride, value.stride())):
+                for dimension, number in enumerate(numbers):
+                    if isinstance(number, torch.SymInt) and (symbol := _torch.symbol_of(number)) is not None:
+                        found.setdefault(symbol, (node.name, read, dimension))
+        elif isinstance(value, torch.SymInt) and not _torch.is_ragged(value) and (symbol := _torch.symbol_of(value)):
+            found[symbol] = (node.name, None, 0)
+    return found
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The turn of a call that draws, and the state that it needs beside."""
+
+    drawing: Drawing
+    state: State | None
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Both, for a ``with`` statement."""
+        with self.drawing(), self.state.enter() if self.state is not None else nullcontext():
+            yield
+
+
+class _Layout:
+    """What results look like whose sizes hang on those of the arguments."""
+
+    MAX = 64
+    """Sizes that are remembered."""
+
+    def __init__(self, numbers: Callable[..., tuple[int, ...]], like: torch.Tensor) -> None:
+        self.numbers, self.dimensions, self.dtype, self.device = numbers, like.dim(), like.dtype, like.device
+        self.known: dict[tuple[int, ...], _Expected] = {}
+
+    def __call__(self, *symbols: int) -> _Expected:
+        """What they look like in a call in which the symbols have these values."""
+        found = self.known.get(symbols)
+        if found is None:
+            numbers = self.numbers(*symbols)
+            shape, stride = numbers[: self.dimensions], numbers[self.dimensions :]
+            spec = TensorSpec(shape, stride, self.dtype, self.device)
+            if len(self.known) >= self.MAX:
+                self.known.clear()
+            found = self.known[symbols] = (
+                _torch.layout_check(shape, stride, self.dtype, self.device) or spec.accepts,
+                spec,
+            )
+        return found
+
+
+_Expected = tuple[Callable[[Any], bool], TensorSpec]
+"""A quick test that only tensors of the spec pass, and the spec."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Whether what a call returned is what its fake said."""
+
+    call: Call
+
+    def __call__(self, result: Any, expected: _Expected) -> None:
+        fits, spec = expected
+        if not fits(result):
+            reject(replace(self.call, spec=spec), result)
+
+
+# --- step by step -------------------------------------------------------------------------------------------------------
+
+
+def run_plain(
+    program: Program,
+    args: Sequence[Any],
+    handler: BreakHandler | None = None,
+    *,
+    debug: bool = False,
+    drawing: Drawing = nullcontext,
+) -> list[Any]:
+    """Run every segment as eager would, with no capture and no bridge: the specification of what :func:`write_plain` writes.
+
+    Under a ``handler``, which is somebody's capture by the second door, eager segments become eager steps of that.
+
+    Raises:
+        EagerOutputError: a marked op returned something else than its fake implementation said.
+    """
+    binding = Binding.of(program, args, debug)
+    slots = dict(binding.values)
+    for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
+        if isinstance(segment, GraphSegment):
+            with drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
+                results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
+            slots.update(zip(segment.outputs, results, strict=True))
+        else:
+            calls = binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None)
+            if handler is None:
+                _run_calls(calls, slots, segment.outputs)
+            else:
+                first, inputs = segment.reasons[0], [slots[name] for name in segment.inputs]
+                body = _SegmentBody(segment, tuple(calls))
+                results = handler.call(Mark(body, first.op, first.source), tuple(inputs), {})
+                slots.update(zip(segment.outputs, results, strict=True))
+        for name in dead:
+            del slots[name]
+    return list(with_code(program.epilogue.module)(*(slots[name] for name in program.epilogue.inputs)))
+
+
+@dataclass(frozen=True)
+class _SegmentBody:
+    """An eager segment as a function of its inputs."""
+
+    segment: EagerSegment
+    calls: tuple[Call, ...]
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        slots = dict(zip(self.segment.inputs, inputs, strict=True))
+        _run_calls(self.calls, slots, self.segment.outputs)
+        return tuple(slots[name] for name in self.segment.outputs)
+
+
+def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[str]) -> None:
+    local = dict(slots)
+    for call in calls:
+        local[call.result] = perform(call, local)
+    slots.update((name, local[name]) for name in outputs)

@@ -1,0 +1,343 @@
+"""A recording as a function: generated straight-line source, and beside it the same in a few obvious lines.
+
+The source carries the graph's own names, and each break's reason as a comment. It is filed in ``linecache``, so that
+debuggers step through it and tracebacks show it. Both must equal eager, and each other, on every test model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import keyword
+import linecache
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend._torch import pytree
+from breakable_backend.drivers import CapturedGraph
+from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
+from breakable_backend.recordings.recording import (
+    Call,
+    Copy,
+    EagerStep,
+    GraphStep,
+    Recording,
+    Slot,
+    check_argument,
+    perform,
+    reject,
+)
+from breakable_backend.tools.sources import show_replay
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Tally:
+    """What replays count while they run."""
+
+    copies: int = 0
+    """Copies between bridges and the outside that were needed."""
+
+
+def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tally | None = None) -> list[Any]:
+    """Replay, step by step: the specification of what :func:`emit` generates."""
+    tally = tally or Tally()
+    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
+    for name, spec in recording.specs.items():
+        check_argument(name, spec, slots[name])
+    for step in recording.steps:
+        if isinstance(step, GraphStep):
+            tally.copies += sum(slots[copy.bridge.name].load(slots[copy.value.name]) for copy in step.loads)
+            step.graph.replay(stream)
+            tally.copies += sum(slots[copy.bridge.name].store(slots[copy.value.name]) for copy in step.stores)
+        else:
+            for call in step.calls:
+                slots[call.result] = perform(call, slots)
+    for call in recording.epilogue:
+        slots[call.result] = perform(call, slots)
+    return [slots[leaf.name] if isinstance(leaf, Slot) else leaf for leaf in recording.returned]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Generated source and the function it defines: ``function(args, stream) -> outputs``, clearing ``args``."""
+
+    source: str
+    function: Callable[[list[Any], int], list[Any]]
+    tally: Tally
+    file: str
+
+    def forget(self) -> None:
+        """Take the source out of ``linecache``."""
+        linecache.cache.pop(self.file, None)
+
+
+Mark = Callable[[int], None]
+"""Called with the position of each step as it begins, and with the number of steps when the last one has ended."""
+
+
+def emit(recording: Recording, mark: Mark | None = None, *, name: str = "replay", tally: Tally | None = None) -> Replay:
+    """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is.
+
+    Args:
+        recording: what to replay.
+        mark: see :data:`Mark`.
+        name: what it is called where depyf files it.
+        tally: where to count on, instead of from 0.
+    """
+    writer = _Writer(recording, mark, tally or Tally())
+    source = writer.source()
+    file = show_replay(source, name)
+    if file is None:
+        file = f"<breakable_cg replay {next(_numbers)}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    exec(compile(source, file, "exec"), writer.names)
+    # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
+    function = writer.names.pop("replay")
+    return Replay(source, function, writer.tally, file)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    lines: tuple[str, ...]
+    uses: frozenset[str] = frozenset()
+    defines: str = ""
+
+
+class _Writer:
+    """Writes the function. Slots keep their names; helpers and constants take what names are left."""
+
+    def __init__(self, recording: Recording, mark: Mark | None, tally: Tally) -> None:
+        self.recording, self.mark, self.tally = recording, mark, tally
+        self.names: dict[str, Any] = {}
+        """Globals of the generated function."""
+        self.bound: dict[int, str] = {}
+        self.quick: dict[TensorSpec, Callable[[Any], bool]] = {}
+        """Quick tests of layouts: one for all values that lie alike."""
+        calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
+        self.slots = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
+        self.args, self.stream = self._free("args"), self._free("stream")
+        self.slots |= {self.args, self.stream}
+
+    def source(self) -> str:
+        statements = list(self._statements())
+        returned, uses = self._text(list(self.recording.returned))
+        statements.append(_Statement((f"return {returned}",), uses))
+        used = frozenset[str]().union(*(statement.uses for statement in statements))
+        lines = [
+            *(f"{name} = {self.args}[{index}]" for index, name in enumerate(self.recording.arguments) if name in used),
+            f"{self.args}.clear()",
+            *_with_deletions(statements),
+        ]
+        return "\n    ".join([f"def replay({self.args}, {self.stream}):", *lines]) + "\n"
+
+    def _statements(self) -> Iterator[_Statement]:
+        for name, spec in self.recording.specs.items():
+            check, whole = self._bind("check_argument", check_argument), self._bind(f"{name}_spec", spec)
+            lines = (f"if not {self._fits(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
+            yield _Statement(lines, frozenset((name,)))
+        graphs = 0
+        for position, step in enumerate(self.recording.steps):
+            yield from self._marked(position)
+            if isinstance(step, GraphStep):
+                yield from self._loads(step)
+                yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
+                for copy in step.stores:
+                    bridge = self._constant(copy.bridge)
+                    yield _Statement(
+                        (f"{self._bind('copied', self.tally)}.copies += {bridge}.store({copy.value.name})",),
+                        frozenset((copy.value.name,)),
+                    )
+                graphs += 1
+            else:
+                for reason in step.reasons:
+                    where = f" at {reason.source}" if reason.source else ""
+                    yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
+                for call in step.calls:
+                    yield self._call(call)
+        yield from self._marked(len(self.recording.steps))
+        for call in self.recording.epilogue:
+            yield self._call(call)
+
+    def _marked(self, position: int) -> Iterator[_Statement]:
+        if self.mark is not None:
+            yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
+
+    def _loads(self, step: GraphStep) -> Iterator[_Statement]:
+        """The copies into bridges, those of one dtype and device in one launch; a bridge that is rare by itself loads."""
+        groups: dict[Any, list[Copy]] = defaultdict(list)
+        for copy in step.loads:
+            bridge: Bridge = self.recording.constants[copy.bridge.name]
+            plain = bridge.flat is None and bridge.bits is None
+            groups[(bridge.tensor.dtype, copy.device) if plain else None].append(copy)
+        for group, copies in groups.items():
+            if group is None or (len(copies) > 1 and copies[0].device is None):
+                yield _Statement((self._load_all(copies),), frozenset(copy.value.name for copy in copies))
+            elif len(copies) == 1:
+                yield self._load(copies[0], step.graph)
+            else:
+                yield self._load_together(copies)
+
+    def _elsewhere(self, copy: Copy) -> str:
+        """Whether a value is not where its bridge is."""
+        address = self.recording.constants[copy.bridge.name].tensor.data_ptr()
+        return f"{copy.value.name}.data_ptr() != {self._bind(f'{copy.bridge.name}_address', address)}"
+
+    def _counted(self, copies: int | str) -> str:
+        return f"{self._bind('copied', self.tally)}.copies += {copies}"
+
+    def _load_all(self, copies: Sequence[Copy]) -> str:
+        bridges, values = ", ".join(self._constant(c.bridge) for c in copies), ", ".join(c.value.name for c in copies)
+        return self._counted(f"{self._bind('load_all', load_all)}(({bridges},), ({values},))")
+
+    def _load(self, copy: Copy, graph: CapturedGraph) -> _Statement:
+        tensor: torch.Tensor = self.recording.constants[copy.bridge.name].tensor
+        target, value = self._bind(copy.bridge.name, tensor), copy.value.name
+        short = graph.copier(tensor) if copy.device == tensor.device else None
+        lines = [f"if {self._elsewhere(copy)}:"]
+        if short is None:
+            lines += [f"    {target}.copy_({value})"]
+        else:
+            address, raw = self._bind(f"{copy.bridge.name}_address", tensor.data_ptr()), self._bind("copy_bytes", short)
+            lines += [f"    if {self._fits(value, TensorSpec.of(tensor))}:"]
+            lines += [f"        {raw}({address}, {value}.data_ptr(), {self.stream})"]
+            lines += ["    else:", f"        {target}.copy_({value})"]
+        return _Statement((*lines, f"    {self._counted(1)}"), frozenset((value,)))
+
+    def _load_together(self, copies: Sequence[Copy]) -> _Statement:
+        targets = [self.recording.constants[copy.bridge.name].tensor for copy in copies]
+        dtype, values = targets[0].dtype, [copy.value.name for copy in copies]
+        if (bits := fused_as(dtype)) is not dtype:
+            texts = [f"{value}.view({self._bind(str(bits), bits)})" for value in values]
+            targets = [target.view(bits) for target in targets]
+        else:
+            texts = values
+        fused = self._bind("copy_together", _torch.copy_together)
+        lines = (
+            f"if {' and '.join(map(self._elsewhere, copies))}:",
+            f"    {fused}({self._bind('bridges', targets)}, [{', '.join(texts)}])",
+            f"    {self._counted(len(copies))}",
+            "else:",
+            f"    {self._load_all(copies)}",
+        )
+        return _Statement(lines, frozenset(values))
+
+    def _call(self, call: Call) -> _Statement:
+        name = call.result
+        arguments, uses = [], frozenset[str]()
+        for key, argument in (*((None, argument) for argument in call.args), *call.kwargs.items()):
+            text, used = self._text(argument)
+            arguments.append(f"{key}={text}" if key else text)
+            uses |= used
+        if call.function is operator.getitem:
+            line = f"{name} = {arguments[0]}[{arguments[1]}]"
+        elif call.function is clone_exact and (source := self._clones_exactly(call.args[0])) is not None:
+            short = self.recording.graphs[-1].copier(source) if self.recording.graphs else None
+            if short is not None:
+                empty, address = self._bind("empty_like", torch.empty_like), source.data_ptr()
+                place = self._bind(f"{arguments[0]}_address", address)
+                line = f"{self._bind('copy_bytes', short)}({name}.data_ptr(), {place}, {self.stream})"
+                return _Statement((f"{name} = {empty}({arguments[0]})", line), uses, name)
+            line = f"{name} = {arguments[0]}.clone()"
+        else:
+            line = f"{name} = {self._function(call)}({', '.join(arguments)})"
+        if call.source:  # a traceback shows it
+            line += f"  # {call.source}"
+        lines = [line]
+        if call.ambient is not None:
+            lines = [f"with {self._bind(f'{name}_ambient', call.ambient)}.enter():", f"    {line}"]
+        if call.spec is not None:
+            refuse, whole = self._bind("reject", reject), self._bind(f"{name}_call", call)
+            lines += [f"if not {self._fits(name, call.spec)}:", f"    {refuse}({whole}, {name})"]
+        return _Statement(tuple(lines), uses, name)
+
+    def _fits(self, name: str, spec: TensorSpec) -> str:
+        """A quick test that only tensors of ``spec`` pass. It refuses some of them too, which a slower one then accepts."""
+        quick = self.quick.get(spec)
+        if quick is None:
+            layout = spec.shape, spec.stride, spec.dtype, spec.device
+            quick = self.quick[spec] = _torch.layout_check(*layout) or spec.accepts
+        return f"{self._bind('fits', quick)}({name})"
+
+    def _clones_exactly(self, place: Slot) -> torch.Tensor | None:
+        value = self.recording.constants.get(place.name)
+        return value if isinstance(value, torch.Tensor) and clones_exactly(value) else None
+
+    def _function(self, call: Call) -> str:
+        if call.function is clone_exact:
+            return self._bind("clone_exact", clone_exact)
+        if isinstance(call.function, _torch.OpOverload):
+            return self._bind(str(call.function), call.function)
+        return self._bind(call.label or getattr(call.function, "__name__", "function"), call.function)
+
+    def _text(self, value: Any) -> tuple[str, frozenset[str]]:
+        """``value`` as source, and the slots of this call that it uses."""
+        if isinstance(value, Slot):
+            if value.name in self.recording.constants:
+                return self._constant(value), frozenset()
+            return value.name, frozenset((value.name,))
+        if isinstance(value, list | tuple):
+            texts, uses = [], frozenset[str]()
+            for item in value:
+                text, used = self._text(item)
+                texts.append(text)
+                uses |= used
+            if isinstance(value, list):
+                return f"[{', '.join(texts)}]", uses
+            return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})", uses
+        if isinstance(value, dict):
+            items, uses = [], frozenset[str]()
+            for key, item in value.items():
+                text, used = self._text(item)
+                items.append(f"{key!r}: {text}")
+                uses |= used
+            return f"{{{', '.join(items)}}}", uses
+        # Of these types themselves: an enum's member, or numpy's float, prints as what is no source.
+        if value is None or type(value) in (bool, int, str):
+            return repr(value), frozenset()
+        if type(value) is float and value == value and abs(value) != float("inf"):
+            return repr(value), frozenset()
+        assert not any(isinstance(leaf, Slot) for leaf in pytree.tree_leaves(value)), value
+        return self._bind(str(value), value), frozenset()
+
+    def _constant(self, slot: Slot) -> str:
+        return self._bind(slot.name, self.recording.constants[slot.name])
+
+    def _bind(self, name: str, value: Any) -> str:
+        """A global name for ``value``."""
+        known = self.bound.get(id(value))
+        if known is not None and self.names[known] is value:
+            return known
+        chosen = self._free(name)
+        self.names[chosen] = value
+        self.bound[id(value)] = chosen
+        return chosen
+
+    def _free(self, name: str) -> str:
+        """``name`` as an identifier, with a number behind it if that is taken."""
+        base = re.sub(r"\W+", "_", name).strip("_") or "value"
+        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
+        candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
+        return next(c for c in candidates if c not in self.names and c not in self.slots and c != "replay")
+
+
+def _with_deletions(statements: Sequence[_Statement]) -> Iterator[str]:
+    """The statements' lines, with each name deleted where it is used last, so that memory goes as early as in eager."""
+    last: dict[str, int] = {}
+    for position, statement in enumerate(statements):
+        for name in (*statement.uses, *((statement.defines,) if statement.defines else ())):
+            last[name] = position
+    for position, statement in enumerate(statements):
+        yield from statement.lines
+        names = {*statement.uses, *((statement.defines,) if statement.defines else ())}
+        dead = sorted(name for name in names if last[name] == position)
+        if dead and position != len(statements) - 1:
+            yield f"del {', '.join(dead)}"

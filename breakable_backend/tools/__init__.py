@@ -1,0 +1,1 @@
+"""What looks on: reports, measurements, comparison with eager, files, logs."""

@@ -1,0 +1,71 @@
+"""What the debug mode shows of a call: a log line for each step, and the user's line for what raises in one.
+
+The lines come with ``logging.getLogger(__name__)`` at level DEBUG, or ``TORCH_LOGS=+breakable_backend.tools.debug``.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend._torch import pytree
+from breakable_backend.ir.program import describe, source_line
+
+log = logging.getLogger(__name__)
+
+
+def watched(function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:
+    """``function``, as a step called ``name``, from the user's line ``source``."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            _note(error, source)
+            raise
+        _log(name, result, source)
+        return result
+
+    return call
+
+
+def watched_segment(module: fx.GraphModule, name: str) -> Callable[..., Any]:
+    """A captured segment's module as such a step. What raises in it is traced back to the node."""
+    sources = {node.name: source_line(node) for node in module.graph.nodes if node.op == "call_function"}
+    first = next(filter(None, sources.values()), "")
+
+    def call(*inputs: Any) -> Any:
+        try:
+            results = module.forward(*inputs)  # calling the module would drop the traceback of what an op raises
+        except Exception as error:
+            _note(error, sources.get(_failed(module, error), first))
+            raise
+        _log(name, results, first)
+        return results
+
+    call.__wrapped__ = module  # type: ignore[attr-defined]
+    return call
+
+
+def _failed(module: fx.GraphModule, error: Exception) -> str:
+    """The name of the node that raised: generated code has a line ``name = op(...)`` for each."""
+    file = module.forward.__code__.co_filename
+    lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return lines[-1].partition("=")[0].partition(":")[0].strip() if lines else ""
+
+
+def _note(error: Exception, source: str) -> None:
+    note = f"in a compiled graph, at {source}"
+    if source and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def _log(name: str, result: Any, source: str) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        tensors = [describe(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        log.debug("%s -> %s%s", name, ", ".join(tensors) or "nothing", f" at {source}" if source else "")

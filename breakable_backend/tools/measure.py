@@ -1,0 +1,657 @@
+"""Does it pay? Each step of a recording timed, on the host and on the GPU, and the whole against eager."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import active
+from breakable_backend.calling.executor import Entry, Executor, run_deferred
+from breakable_backend.capturing.graph import BreakableCUDAGraph
+from breakable_backend.compiling.partition import under_ambient
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.errors import OptionsError
+from breakable_backend.recordings import buffers
+from breakable_backend.recordings.buffers import Bridge, clone_exact
+from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
+from breakable_backend.recordings.replay import Mark, emit
+
+PAYS, LOSES = 1.05, 0.95
+"""Eager's time over the replay's from which on a recording pays, and below which it does not."""
+BUSY = 0.9
+"""Share of a call in which the GPU works, from which on launches are not what the call waits for."""
+OUTSIDE = 0.1
+"""Share of a call's host time from which on what goes on around the replay is worth a word."""
+DEAR = 0.25
+"""Share of a call's host time from which on an op that breaks it is worth a word."""
+SMALL = 8
+"""Ops: longer segments are no small ones."""
+LOOPS = 15
+BURST = 5
+"""Calls issued to an idle GPU, so that none of their launches waits for room in the queue."""
+SECONDS = 1.0
+"""How long one loop of measurements may take, at most about that."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step, median of several replays."""
+
+    host_us: float
+    """Until the step was issued, the copies into its bridges included."""
+    gpu_us: float | None
+    """What the GPU spends on it in kernels and copies; None without a GPU, or where no profiler can tell."""
+
+
+@dataclass(frozen=True)
+class BreakCost:
+    """What an eager step costs, and with it the copies of its results into captured segments."""
+
+    step: int
+    op: str
+    source: str
+    host_us: float
+    share: float
+    """Of the host time of a call."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something that would help, and the number that says so."""
+
+    what: str
+    evidence: str
+    saves_us: float
+    """Host time of a call, at most."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one recording, in microseconds a call."""
+
+    eager_us: float | None
+    """A call of what it is compared with; None if there is nothing."""
+    eager_how: str
+    """What that was."""
+    host_us: float
+    """To issue a call."""
+    total_us: float
+    """A call until the GPU is done, in a row of calls."""
+    steps: tuple[StepTime, ...]
+    breaks: tuple[BreakCost, ...]
+    """Costliest first."""
+    advice: tuple[Advice, ...]
+    """Most helpful first."""
+    note: str = ""
+    """What to keep in mind."""
+
+    @property
+    def busy(self) -> float | None:
+        """Share of a call in which the GPU works; None without one."""
+        gpu = [step.gpu_us for step in self.steps if step.gpu_us is not None]
+        return min(1.0, sum(gpu) / self.total_us) if gpu else None
+
+    @property
+    def verdict(self) -> str:
+        """Whether it pays, in one line."""
+        times = f"{self.total_us:,.0f} us a call, {self.host_us:,.0f} to issue it"
+        if self.busy is not None:
+            times += f", the GPU at work {self.busy:.0%} of it"
+        if self.eager_us is None:
+            return f"measured: {times}; nothing to compare with"
+        ratio = self.eager_us / self.total_us
+        says = "pays" if ratio >= PAYS else "does not pay" if ratio < LOSES else "about even"
+        note = f" ({self.note})" if self.note else ""
+        return f"{says}: {ratio:.2f} times as fast as {self.eager_how} ({self.eager_us:,.0f} us); {times}{note}"
+
+    def lines(self) -> Iterator[str]:
+        """The costliest break, and what would help."""
+        for cost in self.breaks[:1]:
+            where = f" at {cost.source}" if cost.source else ""
+            yield f"costliest break: step {cost.step}, {cost.op}, {cost.host_us:.1f} us of host time ({cost.share:.0%}){where}"
+        for advice in self.advice:
+            yield f"{advice.what}: {advice.evidence}"
+
+
+# --- what to replay -----------------------------------------------------------------------------------------------------
+
+
+def measure_compiled(
+    compiled: Any,
+    executors_of: Callable[[Any], Sequence[Executor]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    eager: Callable[[], Any] | None,
+) -> dict[Entry, Measured]:
+    """Measure the recordings behind a compiled function; with arguments, those that a call with them replays.
+
+    Raises:
+        OptionsError: nothing was recorded, or an input is kept by no bridge.
+    """
+    debugged = next((executor for executor in executors_of(compiled) if executor.options.debug is not None), None)
+    if debugged is not None:
+        raise OptionsError(
+            f"{debugged.name} is in debug mode, where times mean nothing", fix="measure without options={'debug': ...}"
+        )
+    if not (args or kwargs):
+        recorded = [
+            (executor, key.entry)
+            for executor in executors_of(compiled)
+            for key in executor.snapshot().keys
+            if key.recording is not None
+        ]
+        measured = {}
+        for executor, entry in recorded:
+            with executor.driver.lock:  # what is recorded now stays so
+                if entry.recording is not None:
+                    kept = _kept_arguments(executor, entry)
+                    measured[entry] = _measure_entry(executor, entry, kept, None, _Reference.given(eager))
+        if not measured:
+            raise OptionsError(
+                "there is nothing to measure: no call was recorded",
+                fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
+            )
+        return measured
+    tapped = _replayed(compiled, executors_of, args, kwargs)
+    if not tapped:
+        raise OptionsError(
+            "there is nothing to measure: the call replays nothing",
+            fix="call explain under torch.no_grad()" if torch.is_grad_enabled() else "explain(compiled) says why",
+        )
+
+    def uncompiled() -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return compiled(*args, **kwargs)
+
+    whole = _Whole(lambda: compiled(*args, **kwargs), _Reference.given(eager) or _Reference(uncompiled, "eager"))
+    measured = {}
+    for entry, (executor, values) in tapped.items():
+        with executor.driver.lock:
+            if entry.recording is not None:  # another thread may have reset it since
+                measured[entry] = _measure_entry(executor, entry, values, whole if len(tapped) == 1 else None)
+    return measured
+
+
+def _replayed(
+    compiled: Any, executors_of: Callable[[Any], Sequence[Executor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Entry, tuple[Executor, list[Any]]]:
+    """What a call replays, with its arguments. A call that learns, runs plainly, or records, is made again."""
+    for _ in range(5):  # two that learn what marked functions return, a plain one, one that records, one that replays
+        found: dict[Entry, tuple[Executor, list[Any]]] = {}
+        executors = executors_of(compiled)
+        calls = sum(executor.statistics.calls for executor in executors)
+        with _tapped(executors, found):
+            compiled(*args, **kwargs)
+        if found and sum(executor.statistics.calls for executor in executors) - calls == len(found):
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What times are compared with."""
+
+    call: Callable[[], Any]
+    how: str
+
+    @classmethod
+    def given(cls, call: Callable[[], Any] | None) -> _Reference | None:
+        return cls(call, "what it is compared with") if call is not None else None
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A call from the outside, with Dynamo's guards and all, and what it is compared with."""
+
+    call: Callable[[], Any]
+    reference: _Reference
+
+
+@contextmanager
+def _tapped(executors: Sequence[Executor], into: dict[Entry, tuple[Executor, list[Any]]]) -> Iterator[None]:
+    for executor in executors:
+        executor.tap = lambda entry, args, executor=executor: into.__setitem__(entry, (executor, args))
+    try:
+        yield
+    finally:
+        for executor in executors:
+            executor.tap = None
+
+
+def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
+    """Arguments like those of the last replay, from what the executor and the recording keep of them.
+
+    The bridge of a large input shares its memory with other values: zeros take its place, which are safe to index with.
+
+    Raises:
+        OptionsError: an input is read in place, or by eager steps alone, and so is kept nowhere.
+    """
+    assert entry.recording is not None
+    statics = iter([ref() for ref in executor.sets[entry.key.addresses].guards])
+    numbers = iter(entry.key.shapes)
+    values: list[Any] = []
+    for value in executor.program.inputs:
+        if value.index < 0:
+            continue
+        bridge = entry.recording.constants.get(f"{value.name}.bridge")
+        if value.kind == "static":
+            values.append(next(statics))
+        elif value.kind == "number":
+            values.append(next(numbers))
+        elif isinstance(bridge, Bridge):
+            kept = entry.recording.most is None or bridge.num_bytes <= buffers.KEPT_INPUT
+            values.append(bridge.tensor.clone() if kept else Bridge.zeros(bridge.tensor).tensor)
+        else:
+            raise OptionsError(
+                f"the input {value.name} is not kept between calls, so there is nothing to replay",
+                fix="give arguments: explain(compiled, *args, measure=True)",
+            )
+    return values
+
+
+def _written(executor: Executor, args: Sequence[Any]) -> list[torch.UntypedStorage]:
+    """Storages of the caller's that a call writes."""
+    names = {access.storage for segment in executor.program.segments for access in segment.writes}
+    return [args[v.index].untyped_storage() for v in executor.program.inputs if v.index >= 0 and v.name in names]
+
+
+# --- timing -------------------------------------------------------------------------------------------------------------
+
+
+def _measure_entry(
+    executor: Executor,
+    entry: Entry,
+    args: Sequence[Any],
+    whole: _Whole | None,
+    reference: _Reference | None = None,
+) -> Measured:
+    assert entry.recording is not None
+    assert entry.replay is not None
+    replay, driver = entry.replay.function, executor.driver
+    module = _uncaptured(executor)
+    plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
+    counted = (entry.replay.tally, executor.statistics, entry)
+    with _undisturbed(driver, lambda: _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
+        with _alone(driver) as stream:
+            times = bench.times(lambda: replay(list(args), stream))
+            steps = _timed_steps(bench, entry.recording, args, stream)
+        outside = 0.0
+        if whole is not None:
+            replayed, times, reference = times, bench.times(whole.call), whole.reference
+            outside = max(0.0, times.host_us - replayed.host_us)
+        return _judged(entry.recording, times, steps, bench, driver, reference or plain, plain, outside)
+
+
+def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) -> Measured:
+    """Measure what was captured by ``with capture(graph)``.
+
+    Raises:
+        OptionsError: nothing was captured.
+    """
+    recording, driver, tally = graph.recording, graph.driver, graph.tally
+    if recording is None or driver is None or tally is None:
+        raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
+    if graph.debug is not None:
+        raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
+    with _undisturbed(driver, lambda: graph.written) as bench, _uncounted(tally):
+        with _alone(driver) as stream:
+            times = bench.times(lambda: graph.run(stream))
+            with graph.modes.enter():
+                steps = _timed_steps(bench, recording, (), stream)
+        return _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
+
+
+def _judged(
+    recording: Recording,
+    times: _Times,
+    steps: tuple[StepTime, ...],
+    bench: _Bench,
+    driver: CaptureDriver,
+    reference: _Reference | None,
+    plain: _Reference | None,
+    outside: float = 0.0,
+) -> Measured:
+    """What the times of a recording mean, once it is known what to compare them with.
+
+    ``outside``: microseconds of host time that are spent around the replay.
+    """
+    eager_us = bench.times(reference.call).total_us if reference is not None else None
+    per_op = None
+    if plain is not None:
+        per_op = bench.times(plain.call).host_us / max(1, sum(map(_num_ops, recording.steps)))
+    breaks = _breaks(recording, steps, times.host_us)
+    busy = sum(step.gpu_us for step in steps if step.gpu_us is not None) / times.total_us
+    advice = list(_advice(recording, steps, breaks, busy, per_op))
+    if outside >= OUTSIDE * times.host_us and busy < BUSY:
+        advice.append(
+            Advice(
+                "skip Dynamo's guards, where you know that they hold: torch.compiler.set_stance(skip_guard_eval_unsafe=True)",
+                f"guards, wrappers and the key take {outside:.1f} of {times.host_us:.1f} us of host time",
+                outside,
+            )
+        )
+    advice.sort(key=lambda item: item.saves_us, reverse=True)
+    return Measured(
+        eager_us,
+        reference.how if reference is not None else "",
+        times.host_us,
+        times.total_us,
+        steps,
+        breaks,
+        tuple(advice),
+        "" if driver.name == "cuda" else f"the {driver.name} driver shows no speed",
+    )
+
+
+@contextmanager
+def _undisturbed(driver: CaptureDriver, written: Callable[[], Sequence[torch.UntypedStorage]]) -> Iterator[_Bench]:
+    """A bench that has the pool to itself: what a call in another thread writes in between would be put back with our own."""
+    with driver.lock, _Bench(driver.device, written()) as bench:
+        yield bench
+
+
+@contextmanager
+def _alone(driver: CaptureDriver) -> Iterator[int]:
+    """The pool for ourselves, as in a call; what was to be released meanwhile is released then."""
+    with driver.lock, active.calling():
+        before, driver.busy = driver.busy, True
+        try:
+            stream = driver.begin()
+            try:
+                yield stream
+            finally:
+                driver.end(stream)
+        finally:
+            driver.busy = before
+    run_deferred(driver)
+
+
+@dataclass(frozen=True)
+class _Times:
+    host_us: float
+    total_us: float
+
+
+class _Bench:
+    """Times calls that write ``storages``, and puts those back after each: a cache must not run over its end.
+
+    On leaving, the random state is as before too.
+    """
+
+    def __init__(self, device: torch.device, storages: Sequence[torch.UntypedStorage]) -> None:
+        self.device = device
+        self._saved = [(storage, storage.clone()) for storage in storages]
+        self._random: list[Any] = []
+
+    def __enter__(self) -> _Bench:
+        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.put_back()
+        torch.set_rng_state(self._random[0])
+        if self._random[1]:
+            torch.cuda.set_rng_state_all(self._random[1])
+
+    def wait(self) -> None:
+        """Until the GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def put_back(self) -> None:
+        """Restore what calls wrote."""
+        for storage, before in self._saved:
+            storage.copy_(before)
+        self.wait()
+
+    def times(self, call: Callable[[], Any]) -> _Times:
+        """Host and total time of a call: medians over loops, after one that does not count.
+
+        Where nothing has to be put back, calls come in bursts: the GPU then works off a queue, as in a loop of a user's.
+        """
+        self._loop(call, 1)
+        if self._saved:
+            return _Times(*self._median(call, 1))
+        host, _ = self._median(call, BURST)
+        _, total = self._median(call, 4 * BURST)
+        return _Times(host, total)
+
+    def _median(self, call: Callable[[], Any], burst: int) -> tuple[float, float]:
+        loops: list[tuple[float, float]] = []
+        deadline = time.perf_counter() + SECONDS
+        while len(loops) < LOOPS and (len(loops) < 3 or time.perf_counter() < deadline):
+            loops.append(self._loop(call, burst))
+        return median(host for host, _ in loops), median(total for _, total in loops)
+
+    def _loop(self, call: Callable[[], Any], burst: int) -> tuple[float, float]:
+        started = time.perf_counter_ns()
+        for _ in range(burst):
+            call()
+        issued = time.perf_counter_ns()
+        self.wait()
+        done = time.perf_counter_ns()
+        self.put_back()
+        return (issued - started) / burst / 1e3, (done - started) / burst / 1e3
+
+
+@contextmanager
+def _uncounted(*counters: Any) -> Iterator[None]:
+    """Leave the counts that are the attributes of ``counters`` as they are: measuring is no use."""
+    before = [{name: count for name, count in vars(counter).items() if type(count) is int} for counter in counters]
+    try:
+        yield
+    finally:
+        for counter, counts in zip(counters, before, strict=True):
+            vars(counter).update(counts)
+
+
+def _uncaptured(executor: Executor) -> fx.GraphModule:
+    """The whole graph as one module, with the ambient state of its eager steps: the least that eager could cost."""
+    module = executor.lowered.module
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    under_ambient(graph)
+    return fx.GraphModule(module, graph)
+
+
+def _timed_steps(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> tuple[StepTime, ...]:
+    stamps = [0] * (len(recording.steps) + 1)
+
+    def stamp(position: int) -> None:
+        stamps[position] = time.perf_counter_ns()
+
+    loops = [
+        [(after - before) / 1e3 for before, after in itertools.pairwise(stamps)]
+        for _ in _replays(bench, recording, stamp, args, stream)
+    ]
+    gpu = _gpu_times(bench, recording, args, stream)
+    return tuple(
+        StepTime(median(loop[i] for loop in loops), gpu[i] if gpu is not None else None)
+        for i in range(len(recording.steps))
+    )
+
+
+def _gpu_times(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> list[float] | None:
+    """Time in kernels and copies, by step: what a profiler sees while each step waits for the one before.
+
+    Time between events would count the GPU's waiting for a host that waits for it.
+    """
+    if bench.device.type != "cuda":
+        return None
+    steps = range(len(recording.steps))
+    window = ExitStack()
+
+    def mark(position: int) -> None:
+        bench.wait()
+        window.close()
+        if position in steps:
+            window.enter_context(torch.profiler.record_function(f"{_WINDOW}{position}"))
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        loops = sum(1 for _ in _replays(bench, recording, mark, args, stream))
+    windows, work = [], []
+    for event in profile.events():
+        on_gpu = event.device_type == torch.profiler.DeviceType.CUDA
+        if event.name.startswith(_WINDOW) and not on_gpu:
+            windows.append((event.time_range.start, event.time_range.end, int(event.name.removeprefix(_WINDOW))))
+        elif on_gpu and not event.is_user_annotation:
+            work.append((event.time_range.start, event.time_range.elapsed_us()))
+    windows.sort()
+    spent = [0.0] * len(steps)
+    starts = [start for start, _, _ in windows]
+    for start, us in work:
+        at = bisect.bisect_right(starts, start) - 1
+        if at >= 0 and start <= windows[at][1]:
+            spent[windows[at][2]] += us
+    return [us / loops for us in spent] if work else None
+
+
+_WINDOW = "breakable_cg measures step "
+
+
+def _replays(bench: _Bench, recording: Recording, mark: Mark, args: Sequence[Any], stream: int) -> Iterator[None]:
+    """Replay with ``mark`` between the steps, again and again."""
+    marked = emit(recording, mark)
+    try:
+        for _ in range(LOOPS):
+            marked.function(list(args), stream)
+            bench.wait()
+            bench.put_back()
+            yield
+    finally:
+        marked.forget()
+
+
+# --- what it means --------------------------------------------------------------------------------------------------------
+
+
+def _num_ops(step: GraphStep | EagerStep) -> int:
+    if step.segment is None:
+        return len(step.calls) if isinstance(step, EagerStep) else len(step.ops)
+    return sum(node.op == "call_function" for node in step.segment.module.graph.nodes)
+
+
+def _breaks(recording: Recording, steps: Sequence[StepTime], host_us: float) -> tuple[BreakCost, ...]:
+    costs = [
+        BreakCost(i, step.reasons[0].op, step.reasons[0].source, time.host_us, min(1.0, time.host_us / host_us))
+        for i, (step, time) in enumerate(zip(recording.steps, steps, strict=True))
+        if isinstance(step, EagerStep)
+    ]
+    return tuple(sorted(costs, key=lambda cost: cost.host_us, reverse=True))
+
+
+def _advice(
+    recording: Recording,
+    steps: Sequence[StepTime],
+    breaks: Sequence[BreakCost],
+    busy: float,
+    per_op: float | None,
+) -> Iterator[Advice]:
+    if busy >= BUSY:
+        yield Advice(
+            "the GPU is what a call waits for: faster kernels would help, fewer launches would not",
+            f"it works {busy:.0%} of a call",
+            0.0,
+        )
+        return
+    yield from _fewer_marks(recording, steps)
+    yield from _given_buffers(recording)
+    yield from _in_place_inputs(recording)
+    if per_op is not None:
+        yield from _small_segments(recording, steps, per_op)
+    for op in dict.fromkeys(cost.op for cost in breaks):
+        costs = [cost for cost in breaks if cost.op == op]
+        share, us = sum(cost.share for cost in costs), sum(cost.host_us for cost in costs)
+        if share >= DEAR:
+            steps_take = f"its {len(costs)} steps take" if len(costs) > 1 else f"step {costs[0].step} takes"
+            yield Advice(f"make {op} cheaper, or capturable", f"{steps_take} {min(share, 1):.0%} of the host time", us)
+
+
+def _fewer_marks(recording: Recording, steps: Sequence[StepTime]) -> Iterator[Advice]:
+    """Ops of torch's own that nothing but a mark keeps out of the graphs."""
+    found: dict[str, float] = {}
+    for step, timed in zip(recording.steps, steps, strict=True):
+        if isinstance(step, EagerStep):
+            ops = {reason.op for reason in step.reasons}
+            if all(r.rule in ("marked", "region") for r in step.reasons) and all(op.startswith("aten::") for op in ops):
+                for op in ops:
+                    found[op] = found.get(op, 0.0) + timed.host_us / len(ops)
+    for op, us in found.items():
+        yield Advice(
+            f"mark fewer: {op} is eager only because it is marked", f"its steps take {us:.1f} us of host time", us
+        )
+
+
+def _given_buffers(recording: Recording) -> Iterator[Advice]:
+    """Results of eager steps that are copied into bridges."""
+    eager = [step for step in recording.steps if isinstance(step, EagerStep)]
+    made = {call.result: step.reasons[0].op for step in eager for call in step.calls}
+    copied = [
+        (copy, recording.constants[copy.bridge.name])
+        for step in recording.steps
+        if isinstance(step, GraphStep)
+        for copy in step.loads
+        if copy.value.name in made
+    ]
+    if copied:
+        size = sum(bridge.tensor.untyped_storage().nbytes() for _, bridge in copied)
+        us = sum(_copy_us(bridge) for _, bridge in copied)
+        label = made[copied[0][0].value.name]
+        yield Advice(
+            "let eager steps write into a tensor that they are given (mutates_args) instead of returning a new one",
+            f"{len(copied)} result{'s' * (len(copied) != 1)}, {label}'s first, copied in each call: {size:,} B, {us:.1f} us of host time",
+            us,
+        )
+
+
+def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
+    names = set(recording.arguments)
+    copied = {
+        copy.value.name: recording.constants[copy.bridge.name]
+        for step in recording.steps
+        if isinstance(step, GraphStep)
+        for copy in step.loads
+        if copy.value.name in names
+    }
+    for name, bridge in copied.items():
+        size, us = bridge.tensor.untyped_storage().nbytes(), _copy_us(bridge)
+        yield Advice(
+            f"keep the input {name} at one address (torch._dynamo.mark_static_address), if it is written in place",
+            f"it is copied in each call: {size:,} B, {us:.1f} us of host time",
+            us,
+        )
+
+
+def _copy_us(bridge: Bridge) -> float:
+    # Into memory of its own: that of the bridge may be another value's, in a call of another thread.
+    source, target = clone_exact(bridge.tensor), Bridge.zeros(bridge.tensor)
+    return _Bench(source.device, ()).times(lambda: target.load(source)).host_us
+
+
+def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: float) -> Iterator[Advice]:
+    """Captured segments that cost the host more than their ops would."""
+    losing = [
+        (timed.host_us - per_op * _num_ops(step), step.segment.num_kernels)
+        for step, timed in zip(recording.steps, steps, strict=True)
+        if isinstance(step, GraphStep)
+        and step.segment is not None
+        and step.segment.num_kernels <= SMALL
+        and timed.host_us > per_op * _num_ops(step)
+    ]
+    if losing:
+        saved, largest = sum(gain for gain, _ in losing), max(kernels for _, kernels in losing)
+        yield Advice(
+            f"merge: run small segments eagerly with options={{'min_kernels': {largest + 1}}}",
+            f"{len(losing)} segment{'s' * (len(losing) != 1)} of at most {largest} ops cost {saved:.1f} us more than their ops would ({per_op:.1f} us each)",
+            saved,
+        )

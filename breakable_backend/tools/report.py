@@ -1,0 +1,681 @@
+"""What was captured, what was not, why, at which line, what it costs, and whether it pays.
+
+A report is a frozen snapshot: records of plain values, the same in a terminal, as JSON, as a graph and as a page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import operator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.backend import EagerGraph, eager_graphs_of, executors_of
+from breakable_backend.callers import found_by
+from breakable_backend.calling.executor import Entry, Executor, KeySnapshot
+from breakable_backend.capturing.graph import BreakableCUDAGraph
+from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
+from breakable_backend.errors import OptionsError
+from breakable_backend.ir.program import GraphSegment, Op, Reason, Segment, described, module_path, source_line
+from breakable_backend.marks.marking import label
+from breakable_backend.marks.sites import breaks, learning
+from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
+from breakable_backend.tools.measure import Measured, measure_compiled, measure_graph
+from breakable_backend.tools.page import page
+
+SCHEMA = 1
+"""Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
+ROWS = 40
+"""Steps that a terminal shows of one program; the page shows all."""
+
+
+@dataclass(frozen=True)
+class BridgeReport:
+    """A copy between a bridge and the outside."""
+
+    value: str
+    direction: Literal["in", "out"]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A captured segment or an eager one, in its place; of a key that was recorded, with what came of it."""
+
+    position: int
+    kind: Literal["captured", "eager"]
+    ops: tuple[Op, ...]
+    reasons: tuple[Reason, ...]
+    """Why it is eager."""
+    kernels: tuple[str, ...]
+    """Names of the kernels in the captured graph, in order; empty before it is recorded."""
+    num_kernels: int
+    """-1 before it is recorded, and where the driver cannot tell."""
+    bridges: tuple[BridgeReport, ...]
+    host_us: float | None = None
+    """Host time, measured; None if it was not."""
+    gpu_us: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What it does, in a few words."""
+        names = [op.op for op in self.ops] or [reason.op for reason in self.reasons]
+        if self.kind == "eager":
+            return ", ".join(dict.fromkeys(reason.op for reason in self.reasons if reason.op)) or ", ".join(names[:1])
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" if names else "nothing"
+
+    @property
+    def module(self) -> str:
+        """The path of the module that all its ops are in."""
+        paths = [op.module.split(".") for op in self.ops if op.module]
+        shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+        return ".".join(names[0] for names in shared)
+
+    @property
+    def source(self) -> str:
+        """The user's line: of its first reason, else of its first op."""
+        return next(filter(None, (*(r.source for r in self.reasons), *(op.source for op in self.ops))), "")
+
+
+@dataclass(frozen=True)
+class RecordingReport:
+    """One key of a program: what was recorded for it, and how often it was called."""
+
+    key: str
+    num_graphs: int
+    """Captured graphs; 0 before the key was recorded."""
+    calls: int
+    captures: int
+    """Segments captured for this key."""
+    replays: int
+    copies_per_call: int
+    """Copies between bridges and the outside in one replay, at most."""
+    copies: int
+    """Copies that were made, recording included; one is left out where the value is in place already."""
+    bridge_bytes: int
+    held_bytes: int
+    """Bytes of pool memory for what segments hand on, as much as is needed at once; bridges are not counted."""
+    warmup_seconds: float
+    record_seconds: float
+    why: str
+    """Why the key was new when it came."""
+    source: str
+    """The generated replay function."""
+    refused: str
+    """Why this key is not recorded; empty if it may be."""
+    failures: int
+    """Recordings that failed for reasons that pass, since the key came."""
+    last_failure: str
+    """Why the last of them failed."""
+    steps: tuple[StepReport, ...]
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """One graph that Dynamo made, or one captured ``with`` block, and what became of it."""
+
+    name: str
+    driver: str
+    num_graph_segments: int
+    num_eager_segments: int
+    reasons: tuple[Reason, ...]
+    steps: tuple[StepReport, ...]
+    """The segments in order, before anything is recorded."""
+    text: str
+    """The program, printed."""
+    calls: int
+    captures: int
+    replays: int
+    copies: int
+    evictions: int
+    plain_calls: Mapping[str, int]
+    """Calls that ran plainly, by why."""
+    recorded: Mapping[str, int]
+    """Recordings, by why there was none for the key."""
+    notes: tuple[str, ...]
+    lowering_seconds: float
+    pool_bytes: int
+    """Device memory that the driver's pool holds reserved, for all programs that share it."""
+    executable_bytes: int
+    """Device memory that the driver's instantiated graphs take, likewise."""
+    recordings: tuple[RecordingReport, ...]
+    debug: str | None
+    """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
+    bound_calls: int = 0
+    """Calls of bound functions, which did not ask Dynamo's guards; among ``calls``."""
+    misfits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Calls of bound functions that did not fit, by why."""
+
+    @property
+    def main(self) -> RecordingReport | None:
+        """The recorded key that was called most."""
+        recorded = [recording for recording in self.recordings if recording.steps]
+        return max(recorded, key=lambda recording: recording.calls, default=None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`explain` found; ``print`` shows it."""
+
+    programs: tuple[ProgramReport, ...]
+    eager_graphs: tuple[EagerGraph, ...]
+    """Graphs that run as Dynamo traced them: those that need gradients, and what AOTAutograd does not take."""
+    graph_breaks: Mapping[str, int]
+    """Dynamo's graph breaks in this process, by reason."""
+    at_recompile_limit: tuple[str, ...]
+    """Functions that Dynamo has compiled as often as it will; what the compiled versions do not fit runs uncompiled."""
+    skipped: Mapping[str, str]
+    """Functions that were called, and of which Dynamo has compiled nothing, with why. They run uncompiled."""
+    stance: str
+    """What ``torch.compiler.set_stance`` has set: ``"default"``, or what compiles less than that."""
+    learning: Mapping[str, str]
+    """Marked functions whose results are not known yet, with where they are defined. Calls run as plain Python until then."""
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers, with the version of their schema.
+
+        Steps have their ``title``, ``module`` and ``source`` too, and what was measured its ``verdict``.
+        """
+        return {"schema": SCHEMA, **_plain(self)}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_dot(self) -> str:
+        """The programs as a graph for Graphviz: steps in order, bridges between them."""
+        return "\n".join(_dot(self)) + "\n"
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one page, which needs no network; returns its path."""
+        written = Path(path)
+        written.write_text(page(self.to_dict()), encoding="utf-8")
+        return written
+
+
+def explain(
+    compiled: Any = None,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    measure: bool = False,
+    eager: Callable[[], Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """What was captured of ``compiled``, or of everything that this backend compiled.
+
+    >>> import torch
+    >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
+    >>> _ = [compiled(torch.zeros(2)) for _ in range(4)]
+    >>> report = explain(compiled).programs[0]
+    >>> report.num_graph_segments, report.replays
+    (1, 2)
+
+    Args:
+        compiled: what ``torch.compile`` returned, or a :class:`BreakableCUDAGraph`; None for all functions of this
+            backend. Or a function or module that is not compiled, with arguments: it is compiled with ``options`` and
+            called once, plainly, and nothing is captured; up to twice more, where marked functions are learned first.
+            Compiling it alike later takes what was compiled here.
+        args: arguments for a call, before it is reported on.
+        options: as of ``torch.compile``, for what is not compiled yet.
+        measure: whether to time each step of each recording, and the whole against eager. With ``args`` that call is
+            timed, recorded first if need be, and eager is the uncompiled function. Without, what the bridges hold is
+            replayed, and eager is a plain call. Marked functions run some hundred times; the random state, and what
+            the graphs write of the caller's, is put back afterwards.
+        eager: what to compare with instead; for a :class:`BreakableCUDAGraph`, which has no other.
+        kwargs: keyword arguments for the call.
+
+    Returns:
+        a frozen snapshot. It is empty before the first call, which is when Dynamo compiles.
+
+    Raises:
+        OptionsError: nothing to measure, or an input that a replay needs is not kept by any bridge.
+    """
+    if options is not None and (compiled is None or not _is_plain(compiled)):
+        raise OptionsError(
+            "options are for what is not compiled yet", fix="give them to torch.compile, or explain the plain function"
+        )
+    if isinstance(compiled, BreakableCUDAGraph):
+        timed = measure_graph(compiled, eager) if measure else None
+        return Report((_captured(compiled, timed),), (), {}, (), {}, "default", {})
+    measured: Mapping[Entry, Measured] = {}
+    if compiled is not None and _is_plain(compiled):
+        if not (args or kwargs):
+            raise OptionsError(
+                f"{getattr(compiled, '__qualname__', type(compiled).__name__)} is not compiled",
+                fix='explain what torch.compile(..., backend="breakable_cg") returned, or give arguments to try it with',
+            )
+        compiled = torch.compile(compiled, backend="breakable_cg", options=dict(options or {}))
+    if measure:
+        if compiled is None:
+            raise OptionsError("measure=True needs the function to measure", fix="explain(compiled, measure=True)")
+        measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
+    elif args or kwargs:
+        compiled(*args, **kwargs)
+        for _ in range(2):  # a float or bool in a result takes two calls
+            if found_by(_torch.subjects_of(compiled), learning()):
+                compiled(*args, **kwargs)
+    executors = executors_of(compiled)
+    programs = [_program(executor, measured) for executor in executors]
+    if compiled is not None and executors:
+        unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
+        notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
+        if not _torch.holds_compiled(compiled):
+            notes.append(NOT_ITSELF.format(type(compiled).__name__))
+        programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
+    waiting = learning() if compiled is None else found_by(_torch.subjects_of(compiled), learning())
+    codes = () if compiled is None else _torch.codes_of(compiled)
+    learners = {id(item.callers.whole) for item in waiting}
+    return Report(
+        tuple(programs),
+        tuple(eager_graphs_of(compiled)),
+        {_with_cause(why): count for why, count in _torch.graph_breaks().items()},
+        tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
+        _torch.skipped(code for code in codes if id(code) not in learners),
+        _torch.stance(),
+        {item.mark.name: item.mark.source for item in waiting},
+    )
+
+
+def _with_cause(graph_break: str) -> str:
+    """Why Dynamo broke the graph; of a marked function, with what its calls were seen to return."""
+    named = (
+        f"{name}, marked by eager_on_graph, is no node: {why}"
+        for name, why in breaks().items()
+        if f"{name}, marked" in graph_break
+    )
+    return next(named, graph_break)
+
+
+def _is_plain(function: Any) -> bool:
+    """Whether it is neither compiled nor captured."""
+    return not (
+        isinstance(function, BreakableCUDAGraph)
+        or _torch.holds_compiled(function)
+        or executors_of(function)
+        or eager_graphs_of(function)
+    )
+
+
+def _codes(compiled: Any) -> list[CodeType]:
+    """What Dynamo compiles for ``compiled``, as far as it is known: functions, and how they go on behind graph breaks."""
+    found = (executor.callers.code for executor in executors_of(compiled))
+    return [*_torch.codes_of(compiled), *(code for code in found if code is not None)]
+
+
+# --- from executors and graphs ------------------------------------------------------------------------------------------
+
+
+def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramReport:
+    snapshot = executor.snapshot()
+    statistics, program = snapshot.statistics, snapshot.program
+    recordings = tuple(_recording(key, position, measured.get(key.entry)) for position, key in enumerate(snapshot.keys))
+    return ProgramReport(
+        name=executor.name,
+        driver=f"{executor.driver.name} on {executor.driver.device}",
+        num_graph_segments=len(program.graph_segments),
+        num_eager_segments=len(program.eager_segments),
+        reasons=program.reasons,
+        steps=tuple(_segment(position, segment) for position, segment in enumerate(program.segments)),
+        text=str(program),
+        calls=statistics.calls,
+        captures=statistics.captures,
+        replays=statistics.finished_replays + sum(recording.replays for recording in recordings),
+        copies=statistics.finished_copies + sum(recording.copies for recording in recordings),
+        evictions=statistics.evictions,
+        plain_calls=dict(statistics.plain),
+        recorded=dict(statistics.recorded),
+        notes=snapshot.notes,
+        lowering_seconds=statistics.lowering_seconds,
+        pool_bytes=executor.driver.pool_bytes(),
+        executable_bytes=executor.driver.executable_bytes(),
+        recordings=recordings,
+        debug=executor.options.debug,
+        bound_calls=statistics.bound,
+        misfits=dict(statistics.misfits),
+    )
+
+
+def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
+    entry, recording, replay = key.entry, key.recording, key.replay
+    numbers = ", ".join(str(part) for part in entry.key.shapes)
+    return RecordingReport(
+        key=f"{position}: {numbers}" if numbers else str(position),
+        num_graphs=len(recording.graphs) if recording else 0,
+        calls=key.calls,
+        captures=entry.captures,
+        replays=key.replays,
+        copies_per_call=recording.num_copies if recording else 0,
+        copies=entry.record_copies + (replay.tally.copies if replay else 0),
+        bridge_bytes=recording.bridge_bytes if recording else 0,
+        held_bytes=recording.held_bytes if recording else 0,
+        warmup_seconds=entry.warmup_seconds,
+        record_seconds=entry.record_seconds,
+        why=entry.why,
+        source=replay.source if replay else "",
+        refused=entry.refused,
+        failures=entry.trials.failures,
+        last_failure=entry.trials.reason,
+        steps=_timed(_steps(recording), measured),
+        measured=measured,
+    )
+
+
+def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramReport:
+    recording, driver = graph.recording, graph.driver
+    steps = _steps(recording)
+    eager = [step for step in steps if step.kind == "eager"]
+    copies = graph.tally.copies if graph.tally else 0
+    recordings: tuple[RecordingReport, ...] = ()
+    if recording is not None:
+        recordings = (
+            RecordingReport(
+                key="0",
+                num_graphs=len(recording.graphs),
+                calls=graph.replays + 1,
+                captures=len(recording.graphs),
+                replays=graph.replays,
+                copies_per_call=recording.num_copies,
+                copies=copies,
+                bridge_bytes=recording.bridge_bytes,
+                held_bytes=recording.held_bytes,
+                warmup_seconds=0.0,
+                record_seconds=graph.record_seconds,
+                why="captured",
+                source=graph.source,
+                refused="",
+                failures=0,
+                last_failure="",
+                steps=_timed(steps, measured),
+                measured=measured,
+            ),
+        )
+    return ProgramReport(
+        name="captured graph" if recording else "graph that holds nothing",
+        driver=f"{driver.name} on {driver.device}" if driver else "no driver yet",
+        num_graph_segments=len(recording.graphs) if recording else 0,
+        num_eager_segments=len(eager),
+        reasons=tuple(reason for step in eager for reason in step.reasons),
+        steps=steps,
+        text=graph.source,
+        calls=graph.replays + (recording is not None),
+        captures=len(recording.graphs) if recording else 0,
+        replays=graph.replays,
+        copies=copies,
+        evictions=0,
+        plain_calls={},
+        recorded={"captured": 1} if recording else {},
+        notes=(),
+        lowering_seconds=0.0,
+        pool_bytes=driver.pool_bytes() if driver else 0,
+        executable_bytes=driver.executable_bytes() if driver else 0,
+        recordings=recordings,
+        debug=graph.debug,
+    )
+
+
+def _steps(recording: Recording | None) -> tuple[StepReport, ...]:
+    if recording is None:
+        return ()
+    return tuple(_step(recording, position, step) for position, step in enumerate(recording.steps))
+
+
+def _timed(steps: tuple[StepReport, ...], measured: Measured | None) -> tuple[StepReport, ...]:
+    if measured is None:
+        return steps
+    times = zip(steps, measured.steps, strict=True)
+    return tuple(dataclasses.replace(step, host_us=time.host_us, gpu_us=time.gpu_us) for step, time in times)
+
+
+def _step(recording: Recording, position: int, step: Step) -> StepReport:
+    if isinstance(step, EagerStep):
+        called = tuple(Op(call.result, call.label, "", "", call.source) for call in step.calls if call.source)
+        ops = ops_of(step.segment.module) if step.segment is not None else called
+        return StepReport(position, "eager", ops, step.reasons, (), -1, ())
+    bridges = [_bridge(recording, copy, "in") for copy in step.loads]
+    bridges += [_bridge(recording, copy, "out") for copy in step.stores]
+    ops = ops_of(step.segment.module) if step.segment is not None else step.ops
+    kernels = step.graph.kernels()
+    return StepReport(position, "captured", ops, (), kernels, step.graph.num_kernels, tuple(bridges))
+
+
+def _bridge(recording: Recording, copy: Copy, direction: Literal["in", "out"]) -> BridgeReport:
+    bridge = recording.constants[copy.bridge.name]
+    assert isinstance(bridge, Bridge)
+    return BridgeReport(copy.value.name, direction, bridge.tensor.untyped_storage().nbytes())
+
+
+def _segment(position: int, segment: Segment) -> StepReport:
+    captured = isinstance(segment, GraphSegment)
+    reasons = () if isinstance(segment, GraphSegment) else segment.reasons
+    return StepReport(position, "captured" if captured else "eager", ops_of(segment.module), reasons, (), -1, ())
+
+
+def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
+    """What a segment's module does, in order; views and the parts of results are left out."""
+    return tuple(
+        Op(node.name, label(node), described(node.meta.get("val")), module_path(node), source_line(node))
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem and not _is_view(node.target)
+    )
+
+
+def _is_view(target: Any) -> bool:
+    return isinstance(target, _torch.OpOverload) and target.is_view
+
+
+# --- the text -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(report: Report) -> Iterator[str]:
+    if not (report.programs or report.eager_graphs or report.skipped or report.learning):
+        yield f"nothing was compiled by breakable_cg yet: {STANCES.get(report.stance, 'it compiles at the first call')}"
+    elif report.stance in STANCES:
+        yield STANCES[report.stance]
+    for program in report.programs:
+        yield from _program_lines(program)
+    for graph in report.eager_graphs:
+        cure = "; call it under torch.no_grad() to have it captured" if graph.why == NEEDS_GRADIENTS else ""
+        yield f"{graph.name}: eager, because {graph.why}{cure}"
+        if graph.source:
+            yield f"  at {graph.source}"
+    for why, count in report.graph_breaks.items():
+        yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
+    for name, source in report.learning.items():
+        yield f"learning what {name} returns: its caller ran as plain Python, and is compiled at a later call"
+        yield f"  at {source}"
+    for where, why in report.skipped.items():
+        yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {why}"
+    for where in report.at_recompile_limit:
+        yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
+
+
+NOT_ITSELF = (
+    "the {} that was asked for is not compiled itself: this is of its code, compiled for what calls it or for another "
+    "object (a copy of a module that was compiled in place is not compiled)"
+)
+STANCES = {
+    stance: f"torch.compiler.set_stance({stance!r}) is on, {what}"
+    for stance, what in (
+        ("force_eager", "so all calls run uncompiled"),
+        ("eager_on_recompile", "so calls that need another compilation run uncompiled"),
+        ("fail_on_recompile", "so calls that need another compilation are an error"),
+        ("eager_then_compile", "so the first call of a function runs uncompiled"),
+        ("aot_eager_then_compile", "so the first call of a function runs by another backend, aot_eager"),
+    )
+}
+DEBUG = {
+    "eager": "debug mode: every op runs eagerly; nothing is captured",
+    "compare": "debug mode: every replay is compared with eager, step by step",
+}
+
+
+def _program_lines(program: ProgramReport) -> Iterator[str]:
+    yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
+    if program.debug is not None:
+        yield f"  {DEBUG[program.debug]}"
+    yield (
+        f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
+        f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"
+    )
+    for why, count in program.plain_calls.items():
+        yield f"  ran plainly {count}x: {why}"
+    for why, count in program.recorded.items():
+        yield f"  recorded {count}x: {why}"
+    if program.bound_calls or program.misfits:
+        yield f"  bound calls {program.bound_calls}, calls that did not fit what was bound {sum(program.misfits.values())}"
+    for why, count in program.misfits.items():
+        yield f"  did not fit {count}x: {why}"
+    for note in program.notes:
+        yield f"  note: {note}"
+    if program.reasons:
+        counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
+        yield _table(
+            ("eager", "times", "because", "at"),
+            [(op, str(count), text, source) for (op, text, source), count in counted.items()],
+        )
+    if program.recordings:
+        yield _table(
+            ("key", "graphs", "calls", "captures", "replays", "copies/call", "bridges", "recorded in"),
+            [
+                (
+                    recording.refused or recording.key,
+                    str(recording.num_graphs),
+                    str(recording.calls),
+                    str(recording.captures),
+                    str(recording.replays),
+                    str(recording.copies_per_call),
+                    f"{recording.bridge_bytes} B",
+                    f"{recording.record_seconds * 1e3:.1f} ms",
+                )
+                for recording in program.recordings
+            ],
+        )
+    for recording in program.recordings:
+        if recording.failures:
+            yield f"  key {recording.key}: recording failed {recording.failures}x for reasons that pass; {recording.last_failure}"
+    main = program.main
+    yield from _step_lines(main.steps if main is not None else program.steps)
+    for recording in program.recordings:
+        if recording.measured is not None:
+            yield f"  key {recording.key}: {recording.measured.verdict}"
+            yield from (f"    {line}" for line in recording.measured.lines())
+
+
+def _step_lines(steps: Sequence[StepReport]) -> Iterator[str]:
+    if not steps:
+        return
+    timed = any(step.host_us is not None for step in steps)
+    columns = (
+        "step",
+        "",
+        "ops",
+        "kernels",
+        "bridges",
+        *(("host us", "GPU us") if timed else ()),
+        "module",
+        "what",
+        "at",
+    )
+    rows = []
+    for step in steps[:ROWS]:
+        counts = Counter(bridge.direction for bridge in step.bridges)
+        size = sum(bridge.bytes for bridge in step.bridges)
+        bridges = ", ".join(f"{count} {direction}" for direction, count in counts.items()) + (
+            f", {size} B" if size else ""
+        )
+        times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
+        kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
+        where = os.path.basename(step.source.partition(": ")[0])
+        rows.append(
+            (
+                str(step.position),
+                step.kind,
+                str(len(step.ops)),
+                kernels,
+                bridges,
+                *times,
+                step.module,
+                step.title,
+                where,
+            )
+        )
+    yield _table(columns, rows)
+    if len(steps) > ROWS:
+        yield f"    ... {len(steps) - ROWS} more steps: report.to_html(path) shows all"
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    out = io.StringIO()
+    # Lines of code stand in cells: without markup and emoji, which would take [mask] and :x: out of them.
+    Console(file=out, width=160, no_color=True, markup=False, emoji=False).print(table)
+    return "\n".join(f"    {line}".rstrip() for line in out.getvalue().splitlines())
+
+
+# --- other forms ----------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it; records with those of their properties that say something of themselves."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        names += SHOWN.get(type(value), ())
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+SHOWN: Mapping[type, tuple[str, ...]] = {StepReport: ("title", "module", "source"), Measured: ("verdict", "busy")}
+
+
+def _dot(report: Report) -> Iterator[str]:
+    yield "digraph breakable_cg {"
+    yield "  node [shape=box, style=filled, fontname=monospace]; rankdir=TB;"
+    for number, program in enumerate(report.programs):
+        yield f"  subgraph cluster_{number} {{"
+        yield f"    label={_quoted(f'{program.name} ({program.driver})')};"
+        steps = program.main.steps if program.main is not None else program.steps
+        for step in steps:
+            because = "\n".join(dict.fromkeys(reason.text for reason in step.reasons))
+            size = f"{len(step.ops)} op{'s' * (len(step.ops) != 1)}" if step.kind == "captured" else because
+            text = "\n".join(line for line in (f"{step.position}: {step.title}", size, step.source) if line)
+            color = "#cfe8cf" if step.kind == "captured" else "#f6d5a8"
+            yield f'    p{number}_{step.position} [label={_quoted(text)}, fillcolor="{color}"];'
+        for before, after in itertools.pairwise(steps):
+            bridges = ", ".join(f"{bridge.value} {bridge.bytes} B" for bridge in after.bridges)
+            yield f"    p{number}_{before.position} -> p{number}_{after.position} [label={_quoted(bridges)}];"
+        yield "  }"
+    yield "}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\\n", "\\l")

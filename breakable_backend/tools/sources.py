@@ -1,0 +1,181 @@
+"""Graphs, programs and replays as files: readable alone, and where a debugger steps while ``depyf.prepare_debug`` is active.
+
+Each file is named for what it holds: ``breakable_cg_graph_0_segment_1_eager.py``. A text that changed, as a program does that
+was cut anew, gets a number more and leaves the older one as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from breakable_backend import _torch, locks
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Segment
+
+PREFIX = "breakable_cg"
+
+_printing = locks.lock()
+"""Held while a graph is printed: fx keeps the names for a text at the graph's nodes, and two texts would take each other's."""
+
+_HEAD = """\
+from __future__ import annotations
+
+from math import inf, nan
+
+import torch
+from torch import device
+"""
+
+
+def depyf_folder() -> Path | None:
+    """Where ``depyf.prepare_debug`` writes, inside of it; None outside. Checked with depyf 0.18 to 0.20."""
+    state = sys.modules.get("depyf.explain.global_variables")
+    data = getattr(state, "data", {})
+    return Path(data["dump_src_dir"]) if data.get("is_inside_prepare_debug") else None
+
+
+def place(folder: Path, name: str, text: str) -> Path:
+    """Write ``text`` to the file ``name``; to ``stem.1.suffix`` and so on where that holds another text."""
+    stem, _, suffix = name.rpartition(".")
+    path, number = folder / name, 0
+    while path.exists() and path.read_text(encoding="utf-8") != text:
+        number += 1
+        path = folder / f"{stem}.{number}.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def title(*parts: object) -> str:
+    """``breakable_cg_graph_0_replay_2`` for ``("graph 0", "replay", 2)``."""
+    return f"{PREFIX}_{re.sub(r'[^0-9A-Za-z]+', '_', ' '.join(map(str, parts)))}"
+
+
+def file_name(*parts: object, suffix: str = "py") -> str:
+    return f"{title(*parts)}.{suffix}"
+
+
+# --- what the files hold ----------------------------------------------------------------------------------------------
+
+
+def module_text(module: fx.GraphModule, about: str) -> str:
+    """``module`` as Python that runs: a class with the same ``forward``, and below it those of the modules in it."""
+    with_code(module)
+    comment = "".join(f"# {line}\n" for line in about.splitlines())
+    return f"{comment}{_HEAD}\n\n{_readable(module)}"
+
+
+def with_code(module: fx.GraphModule) -> fx.GraphModule:
+    """``module``, which has code from here on: a segment has none before it is recorded, or printed."""
+    with _printing:
+        _torch.make_code(module)
+    return module
+
+
+def _readable(module: fx.GraphModule) -> str:
+    with _printing:
+        text = module.print_readable(print_output=False)
+    return f"{text.replace(type(module).__name__, _class_name(module), 1).strip()}\n"
+
+
+def _class_name(module: fx.GraphModule) -> str:
+    name = type(module).__name__
+    return name if name.isidentifier() else "GraphModule"  # AOT calls its graphs <lambda>
+
+
+def segment_name(position: int, segment: Segment) -> str:
+    return f"segment_{position}_{'captured' if isinstance(segment, GraphSegment) else 'eager'}"
+
+
+def segment_text(program: Program, position: int) -> str:
+    """A segment as a module, below a line on how it runs and, of an eager one, why."""
+    segment = program.segments[position]
+    if isinstance(segment, EagerSegment):
+        why = [f"  because {reason}{f', at {reason.source}' if reason.source else ''}" for reason in segment.reasons]
+        return module_text(segment.module, "\n".join([f"segment {position}: runs eagerly, call by call", *why]))
+    return module_text(segment.module, f"segment {position}: captured, {segment.num_kernels} ops that launch")
+
+
+def whole(program: Program) -> fx.GraphModule:
+    """The program as one module that calls its segments in order, each a module in it.
+
+    It takes the inputs of the program, and behind them its sizes, which are functions of those.
+    """
+    graph, root = fx.Graph(), fx.GraphModule({}, fx.Graph())
+    values: dict[str, fx.Node] = {}
+    named = [(value.name, value.value) for value in program.inputs if value.index >= 0]
+    for name, value in (*named, *program.sizes.items()):
+        values[name] = graph.placeholder(name)
+        values[name].meta["val"] = value
+    for constant in program.inputs:
+        if constant.index < 0:
+            setattr(root, constant.name, constant.value)
+            values[constant.name] = graph.get_attr(constant.name)
+    for position, segment in enumerate(program.segments):
+        name = segment_name(position, segment)
+        root.add_module(name, _twin(segment.module))
+        results = graph.call_module(name, tuple(values[taken] for taken in segment.inputs))
+        for index, made in enumerate(segment.outputs):
+            values[made] = graph.call_function(operator.getitem, (results, index))
+            values[made].name = made
+    root.add_module("outputs", _twin(program.epilogue.module))
+    graph.output(graph.call_module("outputs", tuple(values[name] for name in program.epilogue.inputs)))
+    return fx.GraphModule(root, graph, "Program")
+
+
+def _twin(module: fx.GraphModule) -> fx.GraphModule:
+    """A module of the same code. fx compiles anew what is put into another module: not the one that calls run meanwhile."""
+    targets = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    parts = {target: operator.attrgetter(target)(module) for target in sorted(targets)}
+    twins = {target: _twin(part) if isinstance(part, fx.GraphModule) else part for target, part in parts.items()}
+    return fx.GraphModule(twins, copy.deepcopy(module.graph), type(module).__name__)
+
+
+def whole_text(program: Program, about: str) -> str:
+    """The program as one text to read: how it is printed, and the code of its segments nested in that of the whole."""
+    return module_text(whole(program), f"{about}\n{program}")
+
+
+# --- while depyf is active --------------------------------------------------------------------------------------------
+
+
+def show_module(module: fx.GraphModule, *name: object) -> None:
+    """Inside ``depyf.prepare_debug``: file ``module``, and have it run from the file, so that breakpoints there are hit."""
+    folder = depyf_folder()
+    if folder is not None:
+        text = module_text(module, " ".join(map(str, name)))
+        _run_from(module, text, place(folder, file_name(*name), text))
+
+
+def show_program(program: Program, name: str) -> None:
+    """Inside ``depyf.prepare_debug``: file ``program`` as a whole and segment by segment, to be run from those files."""
+    folder = depyf_folder()
+    if folder is None:
+        return
+    place(folder, file_name(name, "program"), whole_text(program, name))
+    for position, segment in enumerate(program.segments):
+        text = segment_text(program, position)
+        _run_from(segment.module, text, place(folder, file_name(name, segment_name(position, segment)), text))
+
+
+def show_replay(source: str, *name: object) -> str | None:
+    """Inside ``depyf.prepare_debug``: file the source of a replay, to be compiled as that file; returns its path."""
+    folder = depyf_folder()
+    return str(place(folder, file_name(*name), source)) if folder is not None else None
+
+
+def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:
+    """Give ``forward`` the code that ``file`` defines. The names that it needs are in its own globals."""
+    try:
+        code = compile(text, str(file), "exec")
+    except SyntaxError:
+        return  # what fx prints for people is not always Python; then the file is there to be read
+    forward = type(module).forward
+    scope: dict[str, Any] = dict(forward.__globals__)
+    exec(code, scope)
+    forward.__code__ = scope[_class_name(module)].forward.__code__

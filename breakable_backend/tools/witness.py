@@ -1,0 +1,144 @@
+"""What compare mode sees while a recording is made: the ops of its segments, and what functions keep of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend._torch import Geometry, pytree
+from breakable_backend.capturing.trace import Given, Script, Trace, Watch, has_memory, run_module
+from breakable_backend.marks.results import fields, replaced
+from breakable_backend.recordings.recording import Call, is_view_call
+from breakable_backend.tools.difference import Difference, difference
+
+
+@dataclass
+class Kept:
+    """An argument that a function did not let go of when it returned."""
+
+    ref: _torch.StorageWeakRef
+    """The storage that the function was given: a twin of the recording's own, over the same memory."""
+    memory: torch.UntypedStorage
+    geometry: Geometry
+    label: str
+    source: str
+    before: torch.UntypedStorage | None = None
+    """What was in it when the call that gave it ended."""
+
+    @property
+    def alive(self) -> bool:
+        return _torch.live_storage(self.ref) is not None
+
+    def changed(self) -> Difference | None:
+        """What is in it now, against what was in it then."""
+        if self.before is None:
+            return None
+        return difference(self.geometry.on(self.memory), self.geometry.on(self.before))
+
+
+@dataclass
+class Witness:
+    """What was seen while a recording was made."""
+
+    device: torch.device
+    traces: dict[int, Trace] = field(default_factory=dict)
+    """By the position of the step."""
+    scripts: dict[int, Script] = field(default_factory=dict)
+    """Of the second door, whose code cannot be run again."""
+    given: Given = field(default_factory=Given)
+    kept: list[Kept] = field(default_factory=list)
+
+    def captured(self, position: int, module: fx.GraphModule) -> Callable[..., Any]:
+        """A segment's module as a function to capture."""
+
+        def body(*inputs: Any) -> Any:
+            watch = Watch(self.device, self.given, inputs)
+            results = run_module(module, inputs, watch)
+            self.traces[position] = watch.trace
+            return results
+
+        return body
+
+    def begin(self, position: int) -> tuple[Watch, Script]:
+        """A segment of the second door begins: what its ops are issued through."""
+        watch, script = Watch(self.device, self.given), Script()
+        self.traces[position], self.scripts[position] = watch.trace, script
+        return watch, script
+
+    def attend(self, function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:
+        """``function``, with an eye on what it keeps."""
+
+        def attended(*args: Any, **kwargs: Any) -> Any:
+            twins = _Twins(self.device)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, twins.of, (args, kwargs))
+            result = twins.returned(function(*args, **kwargs))
+            del args, kwargs
+            self.kept += twins.kept(name, source)
+            return result
+
+        return attended
+
+    def call(self, call: Call) -> Call:
+        """A call of an eager step, attended if it is one of the user's code."""
+        return replace(call, function=self.attend(call.function, call.label, call.source)) if is_users(call) else call
+
+
+def is_users(call: Call) -> bool:
+    """Whether a call runs code that may store an argument away."""
+    if is_view_call(call):
+        return False
+    return not (isinstance(call.function, _torch.OpOverload) and call.function.namespace in ("aten", "prims", "prim"))
+
+
+class _Twins:
+    """Other storages over the memory of arguments, by which one can tell what a function keeps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, Geometry]] = {}
+        self.originals: dict[int, torch.UntypedStorage] = {}
+        self.tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Twins with their originals, by the twin's id."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
+        if not plain or tensor.device != self.device or tensor.untyped_storage().nbytes() == 0:
+            return tensor
+        key = _torch.storage_key(tensor)
+        if key not in self.storages:
+            storage = tensor.untyped_storage()
+            twin = _torch.twin_storage(storage)
+            self.storages[key] = storage, twin, Geometry.of(tensor)
+            self.originals[int(twin._cdata)] = storage
+        made = Geometry.of(tensor).on(self.storages[key][1])
+        self.tensors[id(made)] = made, tensor
+        return made
+
+    def returned(self, result: Any) -> Any:
+        """A result: with the arguments themselves, and on their own storages, where there are twins in it."""
+        if not any(self._is_twin(leaf) for _, leaf in fields(result)):
+            return result
+        return replaced(result, lambda leaf: self._original(leaf) if self._is_twin(leaf) else leaf)
+
+    def _is_twin(self, leaf: Any) -> bool:
+        return has_memory(leaf) and _torch.storage_key(leaf) in self.originals
+
+    def _original(self, twin: torch.Tensor) -> torch.Tensor:
+        if id(twin) in self.tensors:
+            return self.tensors[id(twin)][1]
+        return Geometry.of(twin).on(self.originals[_torch.storage_key(twin)])
+
+    def kept(self, name: str, source: str) -> list[Kept]:
+        """Drop the twins, and say which of them somebody still holds."""
+        found = [
+            Kept(_torch.StorageWeakRef(twin), storage, geometry, name, source)
+            for storage, twin, geometry in self.storages.values()
+        ]
+        self.storages.clear()
+        self.tensors.clear()
+        return [kept for kept in found if kept.alive]
