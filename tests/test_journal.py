@@ -45,7 +45,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Any:
 
     def take() -> list[tuple[str, str, str]]:
         found = [
-            (record.levelname, record.name.removeprefix("breakable_backend."), record.getMessage().partition(": ")[2])
+            (record.levelname, record.name.rpartition(".")[2], record.getMessage().partition(": ")[2])
             for record in caplog.records
             if record.name.startswith("breakable_backend")
         ]
