@@ -11,17 +11,17 @@ import itertools
 import logging
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from breakable_backend import _torch, locks
-from breakable_backend.callers import Callers, found_by
+from breakable_backend.callers import Callers
+from breakable_backend.calling import registry
 from breakable_backend.calling.executor import Executor, scope_for, when_idle
+from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.compiling.flat import FlatGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.traced import as_eager
@@ -47,28 +47,15 @@ _DRIVERS: Mapping[str, Callable[[torch.device], CaptureDriver]] = {
 }
 
 
-@dataclass(frozen=True)
-class EagerGraph:
-    """A graph of which nothing is captured."""
-
-    name: str
-    why: str
-    source: str
-    """The user's last line in it."""
-
-
 class Backend:
     """What ``torch.compile`` calls, once for each graph that Dynamo makes.
 
-    Owns one driver, and with it one memory pool, for each device; knows its executors weakly.
+    Owns one driver, and with it one memory pool, for each device.
     """
 
     __name__ = "breakable_cg"
 
     def __init__(self) -> None:
-        self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-        self._as_traced: weakref.WeakSet[Any] = weakref.WeakSet()
-        """Functions that run a graph as Dynamo traced it."""
         self._drivers: dict[tuple[str, torch.device], CaptureDriver] = {}
         self._numbers = itertools.count()
         self._lock = locks.lock()
@@ -108,7 +95,8 @@ class Backend:
         again = _torch.recompile_reason()
         chosen = Options.parse({**(options or {}), **({"mode": mode} if mode not in (None, "default") else {})})
         eager_ops = EagerOps.resolve(chosen.eager_ops)
-        name = f"graph {next(self._numbers)}"
+        number = next(self._numbers)
+        name = f"graph {number}"
 
         show_module(gm, name, "dynamo")
         if again:
@@ -120,8 +108,7 @@ class Backend:
             scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
             executor = Executor(lowered, scope, chosen, driver, name)
             executor.statistics.lowering_seconds = time.perf_counter() - started
-            with self._lock:
-                self._executors.add(executor)
+            registry.executors.add(executor, number)
             if any(is_collective(schema_name(node)) for node in lowered.module.graph.nodes):
                 leaves_with_groups(executor)
             return executor
@@ -131,9 +118,10 @@ class Backend:
             keep_floats = chosen.scalars == "key"
             return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats))
         except CannotLower as why:
-            return flat.around(self._eagerly(name, flat.module, str(why), chosen))
+            return flat.around(self._eagerly(number, flat.module, str(why), chosen))
 
-    def _eagerly(self, name: str, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
+    def _eagerly(self, number: int, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
+        name = f"graph {number}"
         source = next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")
         if why == NEEDS_GRADIENTS:
             self._say(
@@ -149,23 +137,8 @@ class Backend:
             return forward(*args)
 
         eager.uncaptured, eager.callers = EagerGraph(name, why, source), Callers()  # type: ignore[attr-defined]
-        with self._lock:
-            self._as_traced.add(eager)
+        registry.as_traced.add(eager, number)  # type: ignore[arg-type]
         return eager
-
-    @property
-    def executors(self) -> list[Executor]:
-        """Those that can be called, oldest first."""
-        with self._lock:
-            found = [executor for executor in self._executors if not executor.callers.gone]
-        return sorted(found, key=lambda executor: _number(executor.name))
-
-    @property
-    def as_traced(self) -> list[Any]:
-        """The functions that run graphs as Dynamo traced them, oldest first: each has ``uncaptured`` and ``callers``."""
-        with self._lock:
-            found = [function for function in self._as_traced if not function.callers.gone]
-        return sorted(found, key=lambda function: _number(function.uncaptured.name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """A copy of a compiled module is compiled by the same backend."""
@@ -176,11 +149,11 @@ class Backend:
 
     def reset(self) -> None:
         """Free all that was recorded, and forget all that was compiled: ``torch._dynamo.reset()`` calls this."""
-        for executor in self.executors:
+        for executor in executors_of():
             executor.reset()
             executor.callers.gone = True
         self.free()
-        for function in self.as_traced:
+        for function in registry.as_traced.behind():
             function.callers.gone = True
 
     def free(self) -> None:
@@ -248,25 +221,3 @@ def reset(compiled: Any = None) -> None:
         executor.reset()
     if compiled is None:
         breakable_cg.free()
-
-
-def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:
-    """The graphs behind ``compiled`` that run as Dynamo traced them, oldest first; None: of all."""
-    found = breakable_cg.as_traced
-    if compiled is not None:
-        found = found_by(_torch.subjects_of(compiled), found)
-    return [function.uncaptured for function in found]
-
-
-def executors_of(compiled: Any = None) -> list[Executor]:
-    """The executors behind a compiled function or module, one for each graph that came of calling it, oldest first; None: all.
-
-    Those are the graphs that were compiled while it ran, or for compiled functions that it holds; and what its code shares
-    with others: Dynamo compiles for all instances of a class at once.
-    """
-    found = breakable_cg.executors
-    return found if compiled is None else found_by(_torch.subjects_of(compiled), found)
-
-
-def _number(name: str) -> int:
-    return int(name.split()[-1])

@@ -122,9 +122,14 @@ def defined_at(function: Any) -> str:
     return _line(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 
 
+def message(error: BaseException) -> str:
+    """The first line of what an error says; empty if it says nothing."""
+    return without_advice((str(error).strip().splitlines() or [""])[0])
+
+
 def first_line(error: BaseException) -> str:
     """What an error is, and what it says first: ``ValueError: too small``."""
-    return f"{type(error).__name__}: {without_advice((str(error).strip().splitlines() or [''])[0])}"
+    return f"{type(error).__name__}: {message(error)}"
 
 
 def without_advice(text: str) -> str:

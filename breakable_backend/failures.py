@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from breakable_backend.errors import BreakableError, Passing, ReplayError
+from breakable_backend.errors import BreakableError, Passing, ReplayError, message
 
 E = TypeVar("E", bound=BreakableError)
 
@@ -78,8 +78,3 @@ def is_device_error(error: BaseException) -> bool:
         return False
     # The first line alone: below it torch advises on "device-side assertions", whatever the error is.
     return any(text in message(error) for text in _LOST)
-
-
-def message(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

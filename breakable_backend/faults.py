@@ -63,6 +63,12 @@ def is_ours(error: BaseException) -> bool:
     return False
 
 
+def is_generated(error: BaseException) -> bool:
+    """Whether an error came up in generated code itself, in a launch or a copy without a frame. An eager op has one of torch's."""
+    innermost = [frame.f_code.co_filename for frame, _ in _frames(error.__traceback__)][-1:]
+    return any(file.startswith("<breakable_cg") for file in innermost)
+
+
 def _frames(entry: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
     while entry is not None:
         yield entry.tb_frame, entry.tb_lasti

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 import breakable_backend
 import silly
-from breakable_backend.backend import executors_of
 from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings.replay import interpret
 from breakable_backend.tools.report import ProgramReport
 

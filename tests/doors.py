@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import breakable_backend
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.program import GraphSegment
 from breakable_backend.recordings.recording import GraphStep

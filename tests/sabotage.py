@@ -2363,7 +2363,7 @@ FAULTS = (
     Fault(
         "a-lost-device-wraps-what-an-eager-step-raised",
         "calling/device_errors.py",
-        "if isinstance(error, ReplayError) or _is_ours(error):",
+        "if isinstance(error, ReplayError) or is_generated(error) or is_ours(error):",
         "if True:",
         "test_process_end.py::test_an_eager_steps_error_of_the_device_is_the_same_object",
     ),

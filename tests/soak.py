@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from breakable_backend import breakable_cg, reset
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import cuda
 from crowd import KEYS, Crowd, shifted
 

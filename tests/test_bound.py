@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import breakable_backend
 import silly
 from breakable_backend import BindError, OptionsError, ReplayError, bind, explain
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from checks import assert_same, compile_both, program_of
 
 

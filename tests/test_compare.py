@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import silly
 from breakable_backend import BreakableCUDAGraph, DivergenceError, ReplayError, _torch, capture, eager_on_graph, reset
-from breakable_backend.backend import executors_of
 from breakable_backend.calling.executor import Entry
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.errors import CAUSES
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import GraphStep, Recording

@@ -19,7 +19,7 @@ from torch import Tensor
 import breakable_backend
 import silly
 from breakable_backend import capture, eager_on_graph, explain, export, is_capturing
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from checks import assert_same, compile_both
 
 

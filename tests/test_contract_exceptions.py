@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import breakable_backend
 import silly
 from breakable_backend import EagerOutputError
+from breakable_backend.calling.registry import executors_of
 from checks import assert_same, compile_both, program_of
 
 
@@ -92,7 +92,7 @@ def test_driver_is_clean_after_an_error(failing: Any, device: torch.device, opti
         with pytest.raises(Stop):
             compiled(x)
         failing(None)
-        (executor,) = breakable_backend.backend.executors_of(compiled)
+        (executor,) = executors_of(compiled)
         assert executor.driver is not None
         assert not executor.driver.is_capturing()
         assert executor.driver.live_blocks() == 0

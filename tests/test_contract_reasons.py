@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import breakable_backend
 import silly
 from breakable_backend import (
     BreakableCUDAGraph,
@@ -25,6 +24,7 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
+from breakable_backend.calling.registry import executors_of
 from checks import assert_same, check, compile_both, program_of
 
 
@@ -290,7 +290,7 @@ def test_auto_break_off_and_a_failure(device: torch.device, options: dict[str, A
             compiled(x)
         with pytest.raises(CaptureError):
             compiled(x)
-    (executor,) = breakable_backend.backend.executors_of(compiled)
+    (executor,) = executors_of(compiled)
     assert executor.driver is not None
     assert not executor.driver.is_capturing()
     assert executor.driver.live_blocks() == 0

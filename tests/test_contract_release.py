@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import breakable_backend
 import silly
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
 from checks import assert_same, compile_both, program_of
 from gpu import settled
@@ -94,7 +94,7 @@ def test_one_of_several_instances_dropped(device: torch.device, options: dict[st
         block.compile(backend="breakable_cg", options={"min_kernels": 1, **options})
     for block in blocks:
         warm(block, device)
-    (driver,) = {executor.driver for executor in breakable_backend.breakable_cg.executors}
+    (driver,) = {executor.driver for executor in executors_of()}
     assert driver is not None
     before = driver.live_graphs()
     captures = sum(program.captures for program in breakable_backend.explain().programs)

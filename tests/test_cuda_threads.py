@@ -22,7 +22,7 @@ from breakable_backend import (
     explain,
     reset,
 )
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import generator
 from breakable_backend.drivers.cuda import CudaDriver
 from crowd import Crowd

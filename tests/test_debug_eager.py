@@ -13,7 +13,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import explain
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.tools.sources import with_code
 from silly import aliasing, mutating

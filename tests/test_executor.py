@@ -20,10 +20,10 @@ import breakable_backend
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend.active import calling, in_call
-from breakable_backend.backend import executors_of
 from breakable_backend.calling import executor as module
 from breakable_backend.calling import policy
 from breakable_backend.calling.executor import Entry, Executor, scope_for
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.marks.marking import Scope

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, BreakableError, OptionsError, capture, eager_on_graph, export, reset
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from test_partition import golden
 
 

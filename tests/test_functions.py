@@ -25,12 +25,12 @@ from breakable_backend import (
     OptionsError,
     PartitionError,
     ReplayError,
-    breakable_cg,
     capture,
     eager_on_graph,
     explain,
     is_capturing,
 )
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.marks.sites import sites
 
@@ -1039,7 +1039,7 @@ def test_export(device: torch.device, options: dict[str, Any]) -> None:
     with torch.no_grad():
         for _ in range(4):
             assert torch.equal(compiled(x), Exported()(x))
-    executors = [executor for executor in breakable_cg.executors if executor.program.eager_segments]
+    executors = [executor for executor in executors_of() if executor.program.eager_segments]
     assert [executor.program.segments[1].reasons[0].text for executor in executors] == ["marked by eager_on_graph"]
     with pytest.warns(UserWarning, match="torch.export takes doubled apart"):
         torch.export.export(Exported(), (x,), strict=False)

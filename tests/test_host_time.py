@@ -12,8 +12,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import breakable_backend
 import silly
-from breakable_backend.backend import executors_of
 from breakable_backend.calling.executor import Entry
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling import lowering
 from breakable_backend.marks import sites
 from breakable_backend.recordings.recording import EagerStep

@@ -1,8 +1,11 @@
-"""The order of the modules: each imports only from lower layers, and one module alone uses private torch names."""
+"""The order of the folders: each imports only from lower ones, and one place alone uses private torch names."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -13,86 +16,29 @@ PACKAGE = "breakable_backend"
 ROOT = Path(breakable_backend.__file__).parent
 PRIVATE_TORCH = "_torch"
 
-# The table of docs/design.md. A new module gets its line there and here.
-LAYERS = {
-    "_torch": 0,
-    "calling": 0,
-    "capturing": 0,
-    "compiling": 0,
-    "files": 0,
-    "ir": 0,
-    "locks": 0,
-    "marks": 0,
-    "recordings": 0,
-    "tools": 0,
-    "active": 1,
-    "callers": 1,
-    "calling.inputs": 1,
-    "drivers.groups": 1,
-    "drivers.room": 1,
-    "drivers.seen": 1,
-    "errors": 1,
-    "ir.effects": 1,
-    "ir.layout": 1,
-    "ir.overlap": 1,
-    "marks.learning": 1,
-    "marks.straight": 1,
-    "marks.structure": 1,
-    "marks.tapes": 1,
-    "tools.difference": 1,
-    "calling.policy": 2,
-    "drivers.bindings": 2,
-    "failures": 2,
-    "faults": 2,
-    "ir.program": 2,
-    "marks.gradients": 2,
-    "marks.sites": 2,
-    "options": 2,
-    "drivers.ordering": 3,
-    "ir.lifetimes": 3,
-    "marks.ops": 3,
-    "compiling.flat": 4,
-    "drivers": 4,
-    "drivers.collector": 4,
-    "drivers.generator": 4,
-    "drivers.nodes": 4,
-    "drivers.streams": 4,
-    "marks.functions": 4,
-    "marks.marking": 4,
-    "recordings.buffers": 4,
-    "tools.debug": 4,
-    "tools.sources": 4,
-    "compiling.lowering": 5,
-    "compiling.traced": 5,
-    "drivers.cuda": 5,
-    "drivers.eager": 5,
-    "drivers.tape": 5,
-    "marks.results": 5,
-    "tools.journal": 5,
-    "capturing.trace": 6,
-    "compiling.partition": 6,
-    "recordings.recording": 7,
-    "calling.device_errors": 8,
-    "recordings.replay": 8,
-    "tools.profiling": 8,
-    "tools.witness": 8,
-    "recordings.plain": 9,
-    "tools.compare": 9,
-    "calling.executor": 10,
-    "capturing.graph": 10,
-    "backend": 11,
-    "calling.resolved": 11,
-    "capturing.capture": 11,
-    "tools.measure": 11,
-    "tools.page": 11,
-    "calling.bound": 12,
-    "tools.export": 12,
-    "tools.report": 12,
-    "__init__": 13,
+# The table of docs/design.md, lowest first. A folder may import what stands before it, in its own line too.
+LEVELS = (
+    ("_torch",),
+    ("locks", "files", "errors", "failures", "faults", "options", "active", "callers"),
+    ("ir",),
+    ("marks",),
+    ("drivers",),
+    ("compiling", "recordings"),
+    ("calling", "capturing"),
+    ("backend",),
+    ("tools",),
+)
+CONTENTS = "__init__"
+"""The contents page of the package, above all levels."""
+ORDER = {folder: place for place, folder in enumerate([*itertools.chain(*LEVELS), CONTENTS])}
+
+NOT_YET = {
+    ("backend", "tools"),
+    ("calling", "tools"),
+    ("capturing", "tools"),
+    ("recordings", "tools"),
 }
-
-
-PACKAGES = {"ir", "marks", "drivers", "compiling", "recordings", "calling", "capturing", "tools"}
+"""What still imports upwards."""
 
 
 def module_name(path: Path) -> str:
@@ -102,6 +48,12 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+PACKAGES = {module_name(path) for path in ROOT.glob("*/__init__.py")}
+
+
+def folder(module: str) -> str:
+    """What stands in the table for ``module``: its folder, or itself."""
+    return module.partition(".")[0]
 
 
 def imports(source: str, module: str) -> set[str]:
@@ -125,7 +77,7 @@ def imports(source: str, module: str) -> set[str]:
 def known_module(target: str) -> str:
     """The module that ``target`` is, or is a name of."""
     inside = target.removeprefix(PACKAGE).removeprefix(".")
-    while inside and inside not in LAYERS:
+    while inside and inside not in MODULES:
         inside = inside.rpartition(".")[0]
     return inside or "__init__"
 
@@ -179,18 +131,44 @@ def is_private(name: str) -> bool:
     return any(part.startswith("_") and not (part.startswith("__") and part.endswith("__")) for part in parts)
 
 
+def test_every_folder_has_a_level() -> None:
+    """The table has each folder, and each module that lies in none, once, on nine levels at most."""
+    assert set(ORDER) == set(map(folder, MODULES))
+    assert len(LEVELS) <= 9
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downwards(module: str) -> None:
-    """A module has a layer, and imports only from lower ones."""
-    assert module in LAYERS, f"{module} has no layer: give it a line here and in docs/design.md"
-    wrong = [name for name in imports(MODULES[module], module) - {module} if LAYERS[name] >= LAYERS[module]]
-    assert not wrong, f"{module} (layer {LAYERS[module]}) imports upwards or sideways: {', '.join(sorted(wrong))}"
+    """A module imports from its own folder, and from folders that stand before it."""
+    here = folder(module)
+    above = [name for name in imports(MODULES[module], module) if ORDER[folder(name)] > ORDER[here]]
+    wrong = [name for name in above if (here, folder(name)) not in NOT_YET]
+    assert not wrong, f"{module} imports upwards: {', '.join(sorted(wrong))}"
+
+
+def test_the_table_of_the_design_has_every_module() -> None:
+    """``docs/design.md`` says of each folder and module what it is about, in the order of the folders."""
+    text = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.partition("## 5. Folders")[2].partition("\n## ")[0]
+    told = re.findall(
+        r"`(\w+)/?`", "".join(line.rpartition(" | ")[0] for line in table.splitlines() if line[:1] == "|")
+    )
+    assert set(told) == {module.rpartition(".")[2] for module in MODULES} - {CONTENTS}
+    assert [name for name in told if name in ORDER] == [name for name in ORDER if name != CONTENTS]
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Within a folder too, the modules have an order."""
+    graph = {module: imports(text, module) - {module, CONTENTS} for module, text in MODULES.items()}
+    for package in PACKAGES:  # `from package import module` is an import of the module alone
+        graph[package] = {name for name in graph[package] if not name.startswith(f"{package}.")}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_private_torch_stays_in_one_module(module: str) -> None:
     """Only ``_torch.py`` uses private names of torch."""
-    if module != PRIVATE_TORCH:
+    if folder(module) != PRIVATE_TORCH:
         names = private_torch_names(MODULES[module])
         assert not names, f"{module} uses {', '.join(names)}: wrap them in {PRIVATE_TORCH}.py"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, PartitionError, eager_on_graph, explain
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import cuda
 from gpu import compiled
 

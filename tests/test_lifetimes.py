@@ -19,7 +19,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import _torch
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver, room
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.ir.lifetimes import needed

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, Report, capture, eager_on_graph, explain
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import emit
 from breakable_backend.tools.page import TEMPLATE, page, source_lines, text_lines

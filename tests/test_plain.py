@@ -17,9 +17,9 @@ from torch import Tensor
 import breakable_backend
 import silly
 from breakable_backend import EagerOutputError
-from breakable_backend.backend import executors_of
 from breakable_backend.calling import executor as executor_module
 from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings import plain as module
 from breakable_backend.recordings.plain import Plain, run_plain, write_plain
 from checks import assert_same

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain, reset
-from breakable_backend.backend import executors_of
 from breakable_backend.calling.executor import Entry
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.tools import profiling
 from test_debug_eager import MODELS
 

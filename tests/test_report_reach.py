@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import breakable_backend
 from breakable_backend import explain, export, reset
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 
 Function = Callable[..., Any]
 Build = Callable[..., Any]

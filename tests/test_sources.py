@@ -18,8 +18,8 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, capture
-from breakable_backend.backend import executors_of
 from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.tools import sources
 from test_partition import golden
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.ir import effects
 from checks import program_of
 

@@ -22,10 +22,10 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.backend import eager_graphs_of, executors_of
 from breakable_backend.calling import resolved
 from breakable_backend.calling.executor import Entry, Executor
 from breakable_backend.calling.inputs import Inputs
+from breakable_backend.calling.registry import eager_graphs_of, executors_of
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.program import outputs_of

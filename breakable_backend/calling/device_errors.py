@@ -6,13 +6,12 @@ is known is what was launched. From then on every use of the device in this proc
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Iterator
 
-from breakable_backend import files
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.errors import ReplayError
-from breakable_backend.failures import is_device_error, message
+from breakable_backend.errors import ReplayError, message
+from breakable_backend.failures import is_device_error
+from breakable_backend.faults import is_generated, is_ours
 from breakable_backend.ir.program import source_line
 from breakable_backend.marks.marking import label
 from breakable_backend.recordings.recording import GraphStep, Recording
@@ -42,7 +41,7 @@ def blame(error: Exception, driver: CaptureDriver, name: str, recordings: Iterab
     why = message(error)
     driver.give_up(f"{LOST}: {why}")
     suspects = f"{name} launched these segments, one of which may have done it:{listed}"
-    if isinstance(error, ReplayError) or _is_ours(error):
+    if isinstance(error, ReplayError) or is_generated(error) or is_ours(error):
         raise ReplayError(f"the GPU is lost to this process: {why}\n  {suspects}", fix=FIX) from error
     error.add_note(f"{LOST}: {why}\n  {suspects}\n  {FIX}")
 
@@ -58,12 +57,3 @@ def segments(recording: Recording) -> Iterator[str]:
             text = ", ".join(ops[:MAX_SHOWN]) + (f" and {len(ops) - MAX_SHOWN} more" if len(ops) > MAX_SHOWN else "")
             where = next(filter(None, sources), "")
             yield f"step {position}: {text or 'no ops'}" + (f", at {where}" if where else "")
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether it came out of a launch or a copy of this package, and not out of an eager step."""
-    names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if names and names[-1].startswith("<breakable_cg"):
-        return True  # a copy in the replay itself; an eager op has a frame of torch's
-    outside = [file for file in names if not file.startswith(files.TORCH)]
-    return bool(outside) and outside[-1].startswith(files.PACKAGE)

@@ -13,7 +13,7 @@ from torch import fx
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.errors import without_advice
+from breakable_backend.errors import first_line, message
 from breakable_backend.ir.effects import bodies, tensors_of, written_arguments
 from breakable_backend.marks.marking import EagerOps, Marks, is_marked
 
@@ -167,7 +167,7 @@ def lower(
     except Exception as error:  # AOTAutograd raises whatever its parts raise
         if error in ours:
             raise
-        raise CannotLower(f"AOTAutograd does not take it: {_first_line(error)}") from error
+        raise CannotLower(f"AOTAutograd does not take it: {_what(error)}") from error
     if written is not None:
         function = without_wrappers(inner[-1], written)
     function.executor = inner[-1]  # type: ignore[attr-defined]
@@ -198,10 +198,10 @@ def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, .
     return call
 
 
-def _first_line(error: Exception) -> str:
+def _what(error: Exception) -> str:
     """What an error says first, with its kind where that says more than the text."""
-    text = without_advice(next(iter(str(error).strip().splitlines()), ""))
-    return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
+    text = message(error)
+    return text if isinstance(error, RuntimeError | ValueError) and text else first_line(error)
 
 
 def needs_gradients(gm: fx.GraphModule) -> bool:

@@ -24,7 +24,7 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
-from breakable_backend.errors import CaptureError, ReplayError, user_line
+from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing
 from breakable_backend.ir.effects import is_asynchronous, written_values
 
@@ -428,8 +428,7 @@ def _failure(error: Exception) -> CaptureError:
     if isinstance(error, CaptureError):
         failed = CaptureError(error.what, where=error.blamed or where, fix=error.fix)
     else:
-        first_line = str(error).partition("\n")[0]
-        failed = CaptureError(f"the captured code raised {type(error).__name__}: {first_line}", where=where, fix=FIX)
+        failed = CaptureError(f"the captured code raised {first_line(error)}", where=where, fix=FIX)
     return as_passing(failed, error)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from breakable_backend.backend import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.errors import OptionsError
 from breakable_backend.recordings.recording import GraphStep, Recording

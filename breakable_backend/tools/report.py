@@ -22,9 +22,9 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.backend import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.callers import found_by
 from breakable_backend.calling.executor import Entry, Executor, KeySnapshot
+from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import breakable_backend
-from breakable_backend.backend import executors_of
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.partition import partition
 from breakable_backend.recordings.plain import write_plain
 

@@ -432,7 +432,7 @@ def prepare_constant(work: Workload, smoke: bool) -> Prepared:
 
 def prepare_ours(work: Workload, smoke: bool) -> Prepared:
     from breakable_backend import breakable_cg, explain
-    from breakable_backend.backend import executors_of
+    from breakable_backend.calling.registry import executors_of
 
     compiled = torch.compile(work.module, backend=breakable_cg, options={"driver": "tape"} if smoke else {})
 

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import bind
-from breakable_backend.backend import executors_of
 from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Slot
 
 TURNS = 60

@@ -1,0 +1,67 @@
+"""The graphs that were compiled in this process, known weakly; and which of them are behind a compiled function."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from breakable_backend import _torch, locks
+from breakable_backend.callers import Filed, found_by
+from breakable_backend.calling.executor import Executor
+
+
+@dataclass(frozen=True)
+class EagerGraph:
+    """A graph of which nothing is captured."""
+
+    name: str
+    why: str
+    source: str
+    """The user's last line in it."""
+
+
+class AsTraced(Filed, Protocol):
+    """A function that runs a graph as Dynamo traced it."""
+
+    uncaptured: EagerGraph
+
+
+T = TypeVar("T", bound=Filed)
+
+
+class Registry(Generic[T]):
+    """Graphs of one kind, with the number that each was compiled under."""
+
+    def __init__(self) -> None:
+        self._numbers: weakref.WeakKeyDictionary[T, int] = weakref.WeakKeyDictionary()
+        self._lock = locks.lock()
+
+    def add(self, graph: T, number: int) -> None:
+        with self._lock:
+            self._numbers[graph] = number
+
+    def behind(self, compiled: Any = None) -> list[T]:
+        """The graphs that can be called and came of calling ``compiled``, oldest first; None: all."""
+        with self._lock:
+            numbered = [(number, graph) for graph, number in self._numbers.items() if not graph.callers.gone]
+        found = [graph for _, graph in sorted(numbered, key=lambda pair: pair[0])]
+        return found if compiled is None else found_by(_torch.subjects_of(compiled), found)
+
+
+executors: Registry[Executor] = Registry()
+as_traced: Registry[AsTraced] = Registry()
+
+
+def executors_of(compiled: Any = None) -> list[Executor]:
+    """The executors behind a compiled function or module, one for each graph that came of calling it, oldest first; None: all.
+
+    Those are the graphs that were compiled while it ran, or for compiled functions that it holds; and what its code shares
+    with others: Dynamo compiles for all instances of a class at once.
+    """
+    return executors.behind(compiled)
+
+
+def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:
+    """The graphs behind ``compiled`` that run as Dynamo traced them, oldest first; None: of all."""
+    return [function.uncaptured for function in as_traced.behind(compiled)]
