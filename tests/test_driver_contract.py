@@ -22,6 +22,7 @@ from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import CaptureError, ReplayError
+from breakable_backend.ir.layout import non_owning
 
 
 class Calls:
@@ -724,7 +725,7 @@ def test_memory_between_captures(driver: CaptureDriver) -> None:
             made = torch.empty(1024, device=session.device)
         owner = driver.lend(made)
         del made
-        place = _torch.non_owning(owner)
+        place = non_owning(owner)
         place.fill_(3)
         graph, result = driver.capture(functools.partial(torch.mul, owner, 2))
         del owner
@@ -1067,7 +1068,7 @@ def test_what_nobody_holds_is_overwritten(tape: Session) -> None:
     first, made = tape.capture(lambda: x + 1)
     owner = tape.driver.lend(made)
     del made
-    place = _torch.non_owning(owner)
+    place = non_owning(owner)
     between, _ = tape.capture(lambda: x * 2)
     del owner
     after, _ = tape.capture(lambda: x * 3)

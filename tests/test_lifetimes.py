@@ -22,6 +22,7 @@ from breakable_backend import _torch
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver, room
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.lifetimes import needed
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.recording import GraphStep
@@ -37,7 +38,7 @@ library.impl("handed_back", torch.empty_like, "Meta")
 library.define("over_the_same(Tensor x) -> Tensor", tags=silly.UNSAFE)
 library.impl(
     "over_the_same",
-    lambda x: _torch.Geometry.of(x).on(_torch.twin_storage(x.untyped_storage())),
+    lambda x: Geometry.of(x).on(_torch.twin_storage(x.untyped_storage())),
     "CompositeExplicitAutograd",
 )
 library.impl("over_the_same", torch.empty_like, "Meta")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from breakable_backend.ir.layout import strided
 from breakable_backend.marks.structure import (
     Unholdable,
     foreign,
-    geometry,
     put_together,
     take_apart,
     take_result,
@@ -78,7 +78,7 @@ def test_views(shape: tuple[int, ...]) -> None:
     """A view is made again with its geometry, from any base that holds it."""
     base = torch.arange(24.0).reshape(shape)
     for source, view in itertools.product((base, base.reshape(-1), base[1:], base.transpose(0, 1)), views(base)):
-        leaf = view_leaf("argument", 0, geometry(source), geometry(view), detached=False)
+        leaf = view_leaf("argument", 0, strided(source), strided(view), detached=False)
         made = view_of(source, leaf)
         assert (made.shape, made.storage_offset()) == (
             view.shape,
@@ -86,7 +86,7 @@ def test_views(shape: tuple[int, ...]) -> None:
         )
         assert torch.equal(made, view)
         assert made.untyped_storage()._cdata == base.untyped_storage()._cdata
-    assert view_leaf("argument", 0, geometry(base), geometry(base[1:].transpose(0, 1)), detached=False)[4] is not None
+    assert view_leaf("argument", 0, strided(base), strided(base[1:].transpose(0, 1)), detached=False)[4] is not None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.ir.layout import TensorSpec
 
 _ATOMS = (int, str, bytes, slice, range, torch.Size, torch.device, torch.dtype)
 """Types whose values are compared, and not taken for one and the same object."""
@@ -87,30 +88,24 @@ class _Tensor:
     """What a tensor is like."""
 
     kind: type
-    dtype: torch.dtype
-    device: torch.device
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    spec: TensorSpec
     requires_grad: bool
     lazy: str
     """What else tells it from others, in words: a lazy conjugate, an inference tensor."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Tensor:
-        strided = tensor.layout is torch.strided
-        stride = tensor.stride() if strided else ()
         kinds = (
             ("conjugated", tensor.is_conj()),
             ("negated", tensor.is_neg()),
             ("of inference mode", tensor.is_inference()),
         )
         lazy = "".join(f", {word}" for word, true in kinds if true)
-        return cls(type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), stride, tensor.requires_grad, lazy)
+        return cls(type(tensor), TensorSpec.of(tensor), tensor.requires_grad, lazy)
 
     def __str__(self) -> str:
         more = f"{', requiring grad' if self.requires_grad else ''}{self.lazy}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"a {self.kind.__name__} of {dtype}{list(self.shape)} with stride {list(self.stride)} on {self.device}{more}"
+        return f"a {self.kind.__name__} of {self.spec}{more}"
 
 
 class _Keywords(dict[str, Any]):

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch, active
-from breakable_backend._torch import Geometry, pytree
+from breakable_backend._torch import pytree
 from breakable_backend.drivers.tape import ALLOCATING
 from breakable_backend.ir.effects import written_values
+from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.program import source_line
 from breakable_backend.marks.marking import label
 
@@ -355,7 +356,7 @@ class _Place:
     def tensor(self, storages: Mapping[int, torch.UntypedStorage]) -> torch.Tensor:
         if self.root >= 0:
             return self.geometry.on(storages[self.root])
-        return self.geometry.on(_torch.storage_at(self.address, self.num_bytes, self.geometry.device))
+        return self.geometry.on(_torch.storage_at(self.address, self.num_bytes, self.geometry.spec.device))
 
 
 @dataclass(frozen=True)

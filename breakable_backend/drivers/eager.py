@@ -23,6 +23,7 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSessio
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import ReplayError
+from breakable_backend.ir.layout import non_owning
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ class EagerDriver:
             return argument
         if argument.device != self.device:
             return argument.clone()  # a host number, whose value is part of the key
-        return _torch.non_owning(argument)
+        return non_owning(argument)
 
     def _random_state(self) -> torch.Tensor:
         if self.device.type == "cuda":

@@ -27,6 +27,7 @@ from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing
 from breakable_backend.ir.effects import is_asynchronous, written_values
+from breakable_backend.ir.layout import Geometry, non_owning
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -379,7 +380,7 @@ class _Tape:
         if key not in self.outside:
             label = f"the {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} tensor that {func} takes"
             self.outside[key] = _Outside(_torch.StorageWeakRef(storage), storage.data_ptr(), storage.nbytes(), label)
-        return _torch.non_owning(tensor)
+        return non_owning(tensor)
 
     def _lender(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The storage of a graph where ``storage`` is its twin: the memory is there as long as the graph is."""
@@ -537,7 +538,7 @@ class TapeDriver:
         twin = _torch.twin_storage(storage)
         refs = _torch.StorageWeakRef(twin), _torch.StorageWeakRef(storage)
         self._lent[int(twin._cdata)] = _Lent(*refs, made.dtype)
-        return _torch.Geometry.of(made).on(twin)
+        return Geometry.of(made).on(twin)
 
     def free(self) -> tuple[_Lent, ...]:
         """What was lent and is not held any more."""

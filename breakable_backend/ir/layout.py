@@ -1,9 +1,14 @@
-"""How tensors lie in memory."""
+"""How tensors lie in memory: the one description, which all of the package shares.
+
+A :class:`TensorSpec` is what a tensor looks like wherever its memory is. A :class:`Geometry` is that, and its place in
+a storage. A :data:`Strided` is what ``as_strided`` takes, for code that Dynamo traces: it takes plain tuples for
+constants, and no objects.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,41 +18,122 @@ from breakable_backend import _torch
 if TYPE_CHECKING:
     import sympy
 
+ANY = -1
+"""In place of a size or stride that is a symbol: it may be any number."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor must look like to take the place of a recorded one."""
+    """What a tensor must look like to take the place of another."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    """Empty for a tensor without strides (a sparse one)."""
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, tensor: torch.Tensor, symbols: Mapping[sympy.Symbol, int] | None = None) -> TensorSpec:
-        """The spec of a real tensor, or of a fake one whose symbols have the given values."""
-        known = symbols or {}
-        return cls(
-            tuple(_torch.evaluate(size, known) for size in tensor.shape),
-            tuple(_torch.evaluate(stride, known) for stride in tensor.stride()),
-            tensor.dtype,
-            tensor.device,
-        )
+        """The spec of a tensor. Symbols are replaced by the values that ``symbols`` has; without it they stay symbols."""
+        shape = tuple(tensor.shape)
+        stride = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+        if symbols is not None:
+            shape, stride = (tuple(_torch.evaluate(size, symbols) for size in sizes) for sizes in (shape, stride))
+        return cls(shape, stride, tensor.dtype, tensor.device)
+
+    def without_symbols(self) -> TensorSpec:
+        """The same with ``ANY`` for each symbol."""
+        return replace(self, shape=_numbers_of(self.shape), stride=_numbers_of(self.stride))
 
     def accepts(self, value: Any) -> bool:
         """Whether ``value`` is such a tensor. The stride of a dimension with at most one element says nothing."""
         if not isinstance(value, torch.Tensor) or value.dtype is not self.dtype or value.device != self.device:
             return False
-        if tuple(value.shape) != self.shape or 0 in self.shape:
-            return tuple(value.shape) == self.shape
-        return all(
-            mine == theirs or size == 1
-            for size, mine, theirs in zip(self.shape, self.stride, value.stride(), strict=True)
+        if value.layout is not torch.strided:
+            return False
+        shape = value.shape
+        if shape != self.shape and not _match(self.shape, shape):
+            return False
+        return 0 in shape or all(
+            mine in (theirs, ANY) or size == 1
+            for size, mine, theirs in zip(shape, self.stride, value.stride(), strict=True)
         )
 
+    def quick_check(self) -> Callable[[Any], bool] | None:
+        """A quick check that only tensors of this spec pass, and not all of them; None where this torch has none."""
+        inference = torch.is_inference_mode_enabled()
+        memory = _torch.storage_at(0, 1 << 60, self.device)  # of which nobody reads an element
+        return _torch.layout_check(Geometry(self, 0, inference=inference).on(memory))
+
+    def empty(self) -> torch.Tensor:
+        """A new tensor that looks so."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}{list(self.shape)} with stride {list(self.stride)} on {self.device}"
+        shape, stride = (", ".join("?" if size == ANY else str(size) for size in s) for s in (self.shape, self.stride))
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] with stride [{stride}] on {self.device}"
+
+
+def _numbers_of(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(size if type(size) is int else ANY for size in sizes)
+
+
+def _match(wanted: Sequence[int], sizes: Sequence[int]) -> bool:
+    return len(wanted) == len(sizes) and all(want in (ANY, size) for want, size in zip(wanted, sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a tensor lies in its storage."""
+
+    spec: TensorSpec
+    offset: Any
+    """Elements from the beginning of the storage to the first of the tensor."""
+    lazy: tuple[bool, bool] = (False, False)
+    """Whether reading the tensor conjugates, and negates, what is in memory."""
+    inference: bool = False
+    """Whether it was made in inference mode."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Geometry:
+        """Read off a tensor with strides, which is not kept."""
+        return cls(TensorSpec.of(tensor), tensor.storage_offset(), _torch.lazy_bits(tensor), tensor.is_inference())
+
+    @property
+    def in_memory(self) -> tuple[Any, ...]:
+        """What tells it from others in the same storage: all but the inference mode."""
+        return self.spec, self.offset, self.lazy
+
+    @property
+    def read_as(self) -> tuple[Any, ...]:
+        """How the elements in memory are to be read: a view keeps it."""
+        return self.spec.dtype, self.lazy
+
+    def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """Such a tensor on ``storage``."""
+        spec = self.spec
+        with torch.inference_mode(self.inference), torch.no_grad():
+            made = torch.empty(0, dtype=spec.dtype, device=spec.device)
+            return _torch.with_lazy_bits(made.set_(storage, self.offset, spec.shape, spec.stride), self.lazy)
+
+    def whole(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """All of ``storage``, as elements of this dtype."""
+        count = storage.nbytes() // self.spec.dtype.itemsize
+        return Geometry(replace(self.spec, shape=(count,), stride=(1,)), 0, inference=self.inference).on(storage)
+
+
+Strided = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, strides, and how many elements into its storage a tensor begins: what ``as_strided`` takes."""
+
+
+def strided(tensor: torch.Tensor) -> Strided:
+    """Read off a tensor. A size that is symbolic becomes the number that it is, on which Dynamo guards."""
+    return tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), int(tensor.storage_offset())
+
+
+def non_owning(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor at the same address, of the same geometry, that does not keep the memory alive."""
+    return Geometry.of(tensor).on(_torch.unowned_storage(tensor.untyped_storage()))
 
 
 def overlaps(tensor: torch.Tensor) -> bool:

@@ -15,61 +15,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, locks
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a tensor that an op returns looks like."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Spec:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
-
-    def without_symbols(self) -> Spec:
-        """The same with ``ANY`` for each symbol, which a site outlives."""
-        return replace(self, shape=_numbers_of(self.shape), stride=_numbers_of(self.stride))
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor looks so."""
-        return (
-            tensor.dtype is self.dtype
-            and tensor.device == self.device
-            and _match(self.shape, tensor.shape)
-            and (_match(self.stride, tensor.stride()) or _same_strides(self, tensor))
-        )
-
-    def empty(self) -> torch.Tensor:
-        """A new tensor that looks so."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-    def __str__(self) -> str:
-        shape, stride = (", ".join("?" if size == ANY else str(size) for size in s) for s in (self.shape, self.stride))
-        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] with stride [{stride}] on {self.device}"
-
-
-ANY = -1
-"""In place of a size that is a symbol."""
-
-
-def _numbers_of(sizes: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(size if type(size) is int else ANY for size in sizes)
-
-
-def _match(wanted: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
-    return wanted == sizes or (
-        len(wanted) == len(sizes) and all(want in (ANY, size) for want, size in zip(wanted, sizes, strict=True))
-    )
-
-
-def _same_strides(spec: Spec, tensor: torch.Tensor) -> bool:
-    """Whether strides are the same where they matter: not in dimensions of size 1."""
-    pairs = zip(spec.stride, tensor.stride(), tensor.shape, strict=True)
-    return all(want in (ANY, stride) or size == 1 for want, stride, size in pairs)
+from breakable_backend.ir.layout import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -77,7 +23,7 @@ class Expected:
     """What a call returns."""
 
     result: tuple[Any, ...] = ("plain", None)
-    specs: tuple[Spec, ...] = ()
+    specs: tuple[TensorSpec, ...] = ()
     """Of the roots: the tensors that own the memory of the fresh results."""
     differentiable: tuple[bool, ...] = ()
     num_ints: int = 0
@@ -209,14 +155,16 @@ class Rule:
     strides: tuple[tuple[int, ...], ...]
     """The order in memory of each root."""
 
-    def specs(self, like: Sequence[Spec], numbers: Sequence[Any]) -> tuple[Spec, ...]:
+    def specs(self, like: Sequence[TensorSpec], numbers: Sequence[Any]) -> tuple[TensorSpec, ...]:
         made = []
         for spec, terms, order in zip(like, self.shapes, self.strides, strict=True):
             shape = tuple(_value(term, numbers) for term in terms)
             made.append(replace(spec, shape=shape, stride=dense_strides(shape, order)))
         return tuple(made)
 
-    def specs_of(self, like: Sequence[Spec], tensors: Sequence[torch.Tensor], ints: Sequence[int]) -> tuple[Spec, ...]:
+    def specs_of(
+        self, like: Sequence[TensorSpec], tensors: Sequence[torch.Tensor], ints: Sequence[int]
+    ) -> tuple[TensorSpec, ...]:
         return self.specs(like, (*_numbers(tensors, self.orders), *ints))
 
 
@@ -310,7 +258,7 @@ def _is_now(sample: Given, asked: Asked) -> bool:
     return all(hint is None or hint == number for hint, number in zip(hints, sample[0], strict=True))
 
 
-def _common_order(specs: Sequence[Spec]) -> tuple[int, ...] | None:
+def _common_order(specs: Sequence[TensorSpec]) -> tuple[int, ...] | None:
     """The order in memory of all of these; None where they differ or have gaps."""
     telling = [spec for spec in specs if 1 not in spec.shape and 0 not in spec.shape] or specs
     orders = {dense_order(spec.shape, spec.stride) for spec in telling}

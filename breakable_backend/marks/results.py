@@ -18,7 +18,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.errors import CaptureError, EagerOutputError
-from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.layout import TensorSpec, extent
 
 ALIGNMENT = 256
 """Bytes: where views of one storage are kept together, they keep the alignment that the allocator gave them."""
@@ -337,12 +337,7 @@ def _span(tensors: Sequence[torch.Tensor], positions: Sequence[int]) -> _Span | 
         return None
     start = min(map(_byte_offset, tensors))
     start -= start % ALIGNMENT
-    end = max(
-        _byte_offset(t)
-        + t.element_size()
-        * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0)
-        for t in tensors
-    )
+    end = max(_byte_offset(t) + t.element_size() * extent(t) for t in tensors)
     return _Span(start, end - start, positions[0])
 
 

@@ -18,8 +18,9 @@ import torch
 from breakable_backend import _torch, active, locks
 from breakable_backend.callers import Callers
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
+from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.overlap import known_apart
-from breakable_backend.marks.learning import Asked, Expected, Learned, Spec
+from breakable_backend.marks.learning import Asked, Expected, Learned
 from breakable_backend.marks.straight import Run, straight
 from breakable_backend.marks.structure import (
     LEAVES,
@@ -343,9 +344,10 @@ class Site:
             taken = self._take(holder, tensors, False, EagerOutputError)
             return self._made(taken, False, ([], tensors, ints, floats))
 
-        layouts = [(spec.shape, spec.stride, spec.dtype, spec.device) for spec in self.expected.specs]
         capture = active.handler.held.get
-        return straight(self.mark.function, self.arguments, self.expected.result, layouts, capture, run, take)
+        return straight(
+            self.mark.function, self.arguments, self.expected.result, self.expected.specs, capture, run, take
+        )
 
     def _made(self, taken: Result, traced: bool, call: Call) -> list[torch.Tensor]:
         """What the op returns of a result of a call: its roots, and behind them its ints."""
@@ -362,8 +364,8 @@ class Site:
             raise self._mismatch(call, taken, f"put together as {taken.structure}", str(wanted.result))
         specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, tensors, ints)
         for root, want in zip(taken.roots, specs, strict=True):
-            if not want.fits(root):
-                raise self._mismatch(call, taken, str(Spec.of(root)), str(want))
+            if not want.accepts(root):
+                raise self._mismatch(call, taken, str(TensorSpec.of(root)), str(want))
 
     def _function(self, *args: Any, **kwargs: Any) -> Any:
         return run_inline(self.mark.function, *args, **kwargs)
@@ -525,7 +527,7 @@ def expected_of(taken: Result, declared: bool) -> Expected:
         differentiable = tuple(root.is_floating_point() or root.is_complex() for root in taken.roots)
     else:
         differentiable = tuple(map(bool, taken.members))
-    return Expected(taken.structure, tuple(map(Spec.of, taken.roots)), differentiable, len(taken.ints))
+    return Expected(taken.structure, tuple(map(TensorSpec.of, taken.roots)), differentiable, len(taken.ints))
 
 
 def _closed_over() -> Unholdable:
@@ -569,7 +571,7 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
 
 def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]) -> Any:
     """What results are looked up by; None where a size or number is symbolic."""
-    specs = tuple(map(Spec.of, tensors))
+    specs = tuple(map(TensorSpec.of, tensors))
     numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
     if not all(type(number) in (int, float) for number in numbers):
         return None

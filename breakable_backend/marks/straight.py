@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.ir.layout import ANY, TensorSpec
 
 Structure = tuple[Any, ...]
 """As in :mod:`breakable_backend.marks.structure`."""
@@ -20,14 +21,13 @@ Run = Callable[[list[bool], bool, list[Any], list[int], list[float]], list[Any]]
 """Takes what the op of a marked function takes, but for the site."""
 Take = Callable[[list[Any], list[Any], list[int], list[float]], list[Any]]
 """Takes a result apart: what alone holds it, and the tensors and numbers that the function was given."""
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
 def straight(
     function: Callable[..., Any],
     arguments: Structure,
     result: Structure,
-    layouts: Sequence[Layout],
+    layouts: Sequence[TensorSpec],
     capture: Callable[[], Any],
     run: Run,
     take: Take,
@@ -40,14 +40,14 @@ def straight(
         function: the marked function.
         arguments: how its arguments are put together.
         result: how its result is.
-        layouts: of the fresh tensors in the result; sizes that vary are -1.
+        layouts: of the fresh tensors in the result; sizes that vary are ``ANY``.
         capture: tells the capture that is under way here, None if there is none.
         run: for calls that need gradients, that are traced, or within a capture.
         take: for results that are not as expected.
     """
     call = caller(function, arguments)
     kind = _kind(result, len(layouts))
-    if call is None or kind is None or any(size < 0 for shape, stride, *_ in layouts for size in (*shape, *stride)):
+    if call is None or kind is None or any(ANY in (*spec.shape, *spec.stride) for spec in layouts):
         return run
     checks: list[Callable[[Any], bool]] = []
     """Made in the first call, under the modes of all calls."""
@@ -57,7 +57,7 @@ def straight(
 
     def check(made: list[Any]) -> bool:
         if not checks:
-            checks.extend(_torch.layout_check(*layout) or _no for layout in layouts)
+            checks.extend(spec.quick_check() or _no for spec in layouts)
         if len(made) != len(checks):
             return False
         for place, fits in enumerate(checks):  # each expression as in ``_references``

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.ir.layout import Geometry, Strided, strided
+from breakable_backend.marks.tapes import Member
 
 Structure = tuple[Any, ...]
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Shape, strides, and how many elements into its storage a tensor begins."""
-
 LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
 
 
@@ -202,17 +201,12 @@ def leaves_of(structure: Structure) -> Iterator[Structure]:
 # --- views --------------------------------------------------------------------------------------------------------------
 
 
-def geometry(tensor: torch.Tensor) -> Geometry:
-    """The geometry of a tensor. A size that is symbolic becomes the number that it is: a structure is a constant."""
-    return tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), int(tensor.storage_offset())
-
-
-def extent(where: Geometry) -> int:
+def extent(where: Strided) -> int:
     """How many elements of its storage a tensor spans."""
     return int(_torch.extent(where[0], where[1]))
 
 
-def view_leaf(kind: str, number: int, base: Geometry, where: Geometry, detached: bool) -> Structure:
+def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: bool) -> Structure:
     """The leaf for a tensor at ``where`` that is made again from one at ``base``, without ``as_strided`` if that can be."""
     order = sorted(range(len(where[0])), key=lambda position: (-where[1][position], position))
     dense = tuple(where[0][position] for position in order)
@@ -231,7 +225,7 @@ def _steps(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1] if sizes else ()
 
 
-def _is_contiguous(where: Geometry) -> bool:
+def _is_contiguous(where: Strided) -> bool:
     pairs = zip(where[0], where[1], _steps(where[0]), strict=True)
     return all(size == 1 or step == wanted for size, step, wanted in pairs) or 0 in where[0]
 
@@ -257,7 +251,7 @@ def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tens
             return leaf
         whole = leaf[0] == "argument"
         tensor = arguments[leaf[1]] if whole else view_of(arguments[leaf[2]], leaf)
-        return ("argument", (_torch.storage_key(tensor), *_looks(tensor)), leaf[2 if whole else 3])
+        return ("argument", (_torch.storage_key(tensor), *Geometry.of(tensor).in_memory), leaf[2 if whole else 3])
 
     try:
         return bool(with_leaves(one, place) == with_leaves(other, place))
@@ -266,9 +260,6 @@ def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tens
 
 
 # --- results ------------------------------------------------------------------------------------------------------------
-
-Member = tuple[torch.Tensor, Geometry | None]
-"""A tensor that a function returned, and where its gradient lies in that of its root; None: it is the root's."""
 
 
 class Unholdable(Exception):
@@ -367,32 +358,36 @@ class _Taker:
         self.members: list[list[Member]] = []
 
     def take(self) -> None:
-        owners: dict[int, int] = {}
-        for number, argument in enumerate(self.arguments):
-            owners.setdefault(_torch.storage_key(argument), number)
+        given = {_torch.storage_key(argument) for argument in self.arguments}
         groups: dict[int, list[int]] = {}
         for number, tensor in enumerate(self.tensors):
             key = _torch.storage_key(tensor)
-            if key not in owners:
+            if key not in given:
                 groups.setdefault(key, []).append(number)
             elif self.recording and not _is_view(tensor, self.arguments):
                 groups[-1 - number] = [number]  # a copy: traced code could not make a view with that gradient
             else:
-                self.places[number] = self._alias(tensor, owners[key])
+                self.places[number] = self._alias(tensor)
         for key, group in groups.items():
             self._take_group(group, copied=key < 0)
 
-    def _alias(self, tensor: torch.Tensor, owner: int) -> Structure:
+    def _alias(self, tensor: torch.Tensor) -> Structure:
         """The leaf for a result that lies in the memory of an argument."""
-        for number, argument in enumerate(self.arguments):
-            if _torch.storage_key(argument) == _torch.storage_key(tensor) and _looks(argument) == _looks(tensor):
-                return ("argument", number, self._is_detached(tensor, argument.requires_grad))
-        leaves = []
-        for number, base in enumerate(self.arguments):
-            if _torch.storage_key(base) == _torch.storage_key(tensor) and _bits(base) == _bits(tensor):
-                detached = self._is_detached(tensor, base.requires_grad)
-                leaves.append(view_leaf("argument", number, geometry(base), geometry(tensor), detached))
-        if not leaves or _bits(self.arguments[owner]) != _bits(tensor):
+        mine = Geometry.of(tensor)
+        bases = [
+            (number, base, Geometry.of(base), self._is_detached(tensor, base.requires_grad))
+            for number, base in enumerate(self.arguments)
+            if _torch.storage_key(base) == _torch.storage_key(tensor)
+        ]
+        for number, _, lies, detached in bases:
+            if lies.in_memory == mine.in_memory:
+                return ("argument", number, detached)
+        leaves = [
+            view_leaf("argument", number, strided(base), strided(tensor), detached)
+            for number, base, lies, detached in bases
+            if lies.read_as == mine.read_as
+        ]
+        if bases[0][2].read_as != mine.read_as:
             raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
         # Rather of one that it lies in: in another call the arguments may lie apart.
         return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
@@ -404,21 +399,22 @@ class _Taker:
         """Find a tensor that owns the memory of some results, and say how each is made again from it."""
         tensors = [self.tensors[number] for number in group]
         first, number = tensors[0], len(self.roots)
+        lies = [Geometry.of(tensor) for tensor in tensors]
         wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
-        if len(tensors) == 1 or all(_looks(tensor) == _looks(first) for tensor in tensors):
+        if all(other.in_memory == lies[0].in_memory for other in lies[1:]):
             root = first.detach() if self.recording else first
             leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
             members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
         else:
-            if any(_bits(tensor) != _bits(first) for tensor in tensors):
+            if any(other.read_as != lies[0].read_as for other in lies):
                 raise Unholdable("tensors of several dtypes that share memory", "return clones")
             where = _span(tensors)
             root = first.detach().as_strided(*where)
             leaves = [
-                view_leaf("root", number, where, geometry(t), self._is_detached(t, self.exact and bool(wanting)))
+                view_leaf("root", number, where, strided(t), self._is_detached(t, self.exact and bool(wanting)))
                 for t in tensors
             ]
-            members = _shares([(tensor, _apart(geometry(tensor), where[2])) for tensor in wanting], where[0][0])
+            members = _shares([(tensor, _apart(strided(tensor), where[2])) for tensor in wanting], where[0][0])
         if root.is_conj() or root.is_neg():
             root = root.resolve_conj().resolve_neg()
         elif self.copies and (
@@ -431,9 +427,9 @@ class _Taker:
             self.places[place] = leaf
 
 
-def _span(tensors: Sequence[torch.Tensor]) -> Geometry:
+def _span(tensors: Sequence[torch.Tensor]) -> Strided:
     """The geometry of a flat tensor that several lie in."""
-    wheres = [geometry(tensor) for tensor in tensors]
+    wheres = [strided(tensor) for tensor in tensors]
     start = min(where[2] for where in wheres)
     return (max(where[2] + extent(where) for where in wheres) - start,), (1,), start
 
@@ -455,24 +451,15 @@ _CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named t
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """New memory of the same geometry. The copy is no view, so it may be changed in place by those who get it."""
-    where = geometry(tensor)
+    where = strided(tensor)
     length = extent(where)
     made = torch.empty_strided(where[0], where[1], dtype=tensor.dtype, device=tensor.device)
     made.as_strided((length,), (1,), 0).copy_(tensor.detach().as_strided((length,), (1,), where[2]))
     return made
 
 
-def _apart(where: Geometry, start: int) -> Geometry:
+def _apart(where: Strided, start: int) -> Strided:
     return where[0], where[1], where[2] - start
-
-
-def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, bool, bool]:
-    """How the memory of a tensor is to be read."""
-    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
-
-
-def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), _bits(tensor)
 
 
 _VIEWS = frozenset(

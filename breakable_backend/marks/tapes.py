@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
-Member = tuple[torch.Tensor, Geometry | None]
+from breakable_backend.ir.layout import Strided
+
+Member = tuple[torch.Tensor, Strided | None]
 """A tensor that a function returned, and where its gradient lies in that of the root; None: it is the root's."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.ir.layout import extent, flattened, overlaps
+from breakable_backend.ir.layout import Geometry, extent, flattened, overlaps
 
 KEPT_INPUT = 1 << 16
 """Bytes. The bridge of an input that takes no more keeps its memory, and so the input of the last call, between calls:
@@ -68,7 +68,7 @@ class Bridge:
 
     def on(self, storage: torch.UntypedStorage) -> Bridge:
         """The same bridge on another storage over its memory."""
-        tensor, flat = (t if t is None else _torch.Geometry.of(t).on(storage) for t in (self.tensor, self.flat))
+        tensor, flat = (t if t is None else Geometry.of(t).on(storage) for t in (self.tensor, self.flat))
         assert tensor is not None
         return Bridge(tensor, flat, self.bits)
 

@@ -39,7 +39,7 @@ from breakable_backend.errors import (
 )
 from breakable_backend.failures import passing
 from breakable_backend.ir.effects import draws, is_checked_by_nobody, is_view, producer_of, tensors_of
-from breakable_backend.ir.layout import TensorSpec, extent
+from breakable_backend.ir.layout import Geometry, TensorSpec, extent
 from breakable_backend.ir.lifetimes import Lifetimes, by_value
 from breakable_backend.ir.program import (
     EagerSegment,
@@ -609,7 +609,7 @@ class _Recorder:
             owner, place = lent[key] if key in lent else (self.driver.lend(result).untyped_storage(), None)
             place = place if place is not None else _torch.unowned_storage(owner)
             lent[key] = owner, place
-            geometry = _torch.Geometry.of(result)
+            geometry = Geometry.of(result)
             self._hold(name, geometry.on(owner), place)
             self.values[name] = self.constants[name] = geometry.on(place)
         self._look()

@@ -263,8 +263,7 @@ class _Writer:
         """A quick test that only tensors of ``spec`` pass. It refuses some of them too, which a slower one then accepts."""
         quick = self.quick.get(spec)
         if quick is None:
-            layout = spec.shape, spec.stride, spec.dtype, spec.device
-            quick = self.quick[spec] = _torch.layout_check(*layout) or spec.accepts
+            quick = self.quick[spec] = spec.quick_check() or spec.accepts
         return f"{self._bind('fits', quick)}({name})"
 
     def _clones_exactly(self, place: Slot) -> torch.Tensor | None:

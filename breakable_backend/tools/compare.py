@@ -291,9 +291,7 @@ class Checker:
             if name in self.bridged and name not in self.moved:
                 yield _Written(self.bridged[name], clone_exact(self.truth[name]), name, writer, source)
             else:
-                flat = geometry._replace(
-                    offset=0, shape=(storage.nbytes() // geometry.dtype.itemsize,), stride=(1,), conj=False, neg=False
-                ).on(storage)
+                flat = geometry.whole(storage)
                 yield _Written(flat, flat.clone(), name or f"the memory that {writer} writes", writer, source)
 
     def _stale(self, position: int) -> dict[str, _Wrong]:
@@ -343,7 +341,7 @@ class Checker:
         end = change.position if change is not None and change.kind == "path" else len(ran.trace.ops)
         for was, root in zip(recorded.roots, ran.trace.roots, strict=False):
             got, want = was.tensor(), root.tensor()
-            if root.made_by >= end or got is None or want is None or not was.geometry.is_like(root.geometry):
+            if root.made_by >= end or got is None or want is None or was.geometry.in_memory != root.geometry.in_memory:
                 continue
             if (apart := difference(got, want, self.tolerance)) is not None:
                 op = ran.trace.ops[root.written_by]

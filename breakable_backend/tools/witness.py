@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend._torch import Geometry, pytree
+from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Given, Script, Trace, Watch, has_memory, run_module
+from breakable_backend.ir.layout import Geometry
 from breakable_backend.marks.results import fields, replaced
 from breakable_backend.recordings.recording import Call, is_view_call
 from breakable_backend.tools.difference import Difference, difference
