@@ -668,6 +668,20 @@ FAULTS = (
         "test_host_time.py::test_marked_functions_are_called_straight[cpu-listed]",
     ),
     Fault(
+        "containers-are-not-looked-at-again",
+        "marks.straight:caller",
+        '[*made, f"returned = {call}", *looks, "return returned"]',
+        '[*made, f"returned = {call}", "return returned"]',
+        "test_learning.py::test_containers_that_a_later_call_changes[cpu-5-a list]",
+    ),
+    Fault(
+        "eager-steps-read-static-results-late",
+        "recordings.recording:_Recorder.finish",
+        "tuple(self._settled())",
+        "()",
+        "test_lifetimes.py::test_static_results_fed_back_to_an_eager_step[cpu-read_late]",
+    ),
+    Fault(
         "a-set-that-went-is-used",
         "calling.executor:Executor._drop_set",
         "dropped is self.last",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, PartitionError, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
+from checks import assert_same
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -601,3 +602,47 @@ def test_containers_that_a_call_changes(compile_ours: Compile, device: torch.dev
         (made, kept), (wanted, other) = compiled(x), model(x)
         assert torch.equal(made, wanted)
         assert [one.tolist() for one in kept] == [one.tolist() for one in other]
+
+
+CHANGES: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
+    "a list": lambda kept, named: kept.append(kept[0]),
+    "an item": lambda kept, named: kept.__setitem__(0, kept[0].clone()),
+    "a list in a dict": lambda kept, named: named["in"].pop(),
+    "a dict": lambda kept, named: named.update(more=1),
+    "a value": lambda kept, named: named.update(by=3),
+    "the order": lambda kept, named: named.update(by=named.pop("by"), other=named.pop("other")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("first", [1, 5])
+def test_containers_that_a_later_call_changes(
+    name: str, first: int, compile_ours: Compile, device: torch.device
+) -> None:
+    """A function that changes a container for the first time in any call is told in that call, and a break from then on."""
+    calls = []
+
+    @eager_on_graph
+    def change(kept: list[Tensor], named: dict[str, Any]) -> Tensor:
+        calls.append(1)
+        if len(calls) > first:
+            CHANGES[name](kept, named)
+        return kept[0] * named["by"]
+
+    def model(x: Tensor) -> tuple[Any, ...]:
+        kept, named = [x.sin() + 1, x], {"other": "text", "by": 2, "in": [x]}
+        made = change(kept, named)
+        return made.cos(), kept, named["by"], list(named), len(named["in"])
+
+    compiled = compile_ours(model)
+    told: list[str] = []
+    for x in vectors(device, 8):
+        at = len(calls)
+        try:
+            got = compiled(x)
+        except EagerOutputError as error:
+            told.append(str(error))
+            continue
+        calls[:] = calls[:at]
+        assert_same(got, model(x))
+    assert len(told) == 1 and "changed what a container among its arguments holds" in told[0]

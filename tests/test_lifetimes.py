@@ -293,6 +293,38 @@ def test_static_results_fed_back_to_a_late_reader(device: torch.device, options:
     assert loads == [2, 1, 1]
 
 
+def read_late(x: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    y = x.sin() * 2
+    return silly.triple(state) + 1, y.cos(), y
+
+
+def written_early(x: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    y = x.sin() * 2
+    state.add_(breaks(y, 1))
+    return y.cos(), state + breaks(y, 1), y
+
+
+def written_by_a_step(x: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    y = x.sin() * 2
+    torch.ops.silly.add_into(state, y)
+    return silly.triple(state) + 1, y.cos(), y
+
+
+@pytest.mark.parametrize("function", [read_late, written_early, written_by_a_step])
+def test_static_results_fed_back_to_an_eager_step(
+    function: Callable[..., tuple[Tensor, ...]], device: torch.device, options: dict[str, Any]
+) -> None:
+    """An argument that is a static result is read right by late eager steps, and what is written to it spoils no result."""
+    compiled, _ = compile_both(function, {**options, "outputs": "static", "min_kernels": 1})
+    mine, theirs = torch.ones(ROWS, device=device), torch.ones(ROWS, device=device)
+    with torch.no_grad():
+        for call in range(14):
+            (x,) = vectors(call, device)
+            made, wanted = compiled(x, mine), function(x, theirs)
+            assert_same(made, wanted, f"call {call + 1}")
+            mine, theirs = made[2], wanted[2]
+
+
 def test_compare_mode_keeps_everything(device: torch.device, options: dict[str, Any]) -> None:
     """Compare mode looks at what segments made when later ones have run: there each keeps its memory."""
     needed = []

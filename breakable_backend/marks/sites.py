@@ -30,6 +30,7 @@ from breakable_backend.marks.structure import (
     contents,
     copy_of,
     is_changed,
+    is_still,
     is_the_same,
     leaves_of,
     put_together,
@@ -344,9 +345,13 @@ class Site:
             taken = self._take(holder, tensors, False, EagerOutputError)
             return self._made(taken, False, ([], tensors, ints, floats))
 
+        def look(now: Sequence[Any], before: Sequence[Any]) -> None:
+            if not is_still(now, before):
+                raise self._changed_a_container()
+
         capture = active.handler.held.get
         return straight(
-            self.mark.function, self.arguments, self.expected.result, self.expected.specs, capture, run, take
+            self.mark.function, self.arguments, self.expected.result, self.expected.specs, capture, run, take, look
         )
 
     def _made(self, taken: Result, traced: bool, call: Call) -> list[torch.Tensor]:
@@ -437,14 +442,7 @@ class Site:
         before = contents((args, kwargs))
         result = function(*args, **kwargs)
         if is_changed((args, kwargs), before):
-            if self.mark.fake is None:
-                self.learned.why_not = CHANGED_A_CONTAINER
-                _torch.forget_code_of(self, f"{self.mark.name} changed a container")
-            raise EagerOutputError(
-                f"{self.mark.name}: {CHANGED_A_CONTAINER}, and compiled code has given it a copy of that",
-                where=self.mark.source,
-                fix="return what is to be put there, and put it there outside of the function",
-            )
+            raise self._changed_a_container()
         return result
 
     @functools.cached_property
@@ -490,6 +488,16 @@ class Site:
             active.autocast.reset(token)
 
     # errors
+
+    def _changed_a_container(self) -> EagerOutputError:
+        if self.mark.fake is None:
+            self.learned.why_not = CHANGED_A_CONTAINER
+            _torch.forget_code_of(self, f"{self.mark.name} changed a container")
+        return EagerOutputError(
+            f"{self.mark.name}: {CHANGED_A_CONTAINER}, and compiled code has given it a copy of that",
+            where=self.mark.source,
+            fix="return what is to be put there, and put it there outside of the function",
+        )
 
     def _failed_on_fakes(self, error: Exception) -> PartitionError:
         failed = PartitionError(

@@ -21,6 +21,8 @@ Run = Callable[[list[bool], bool, list[Any], list[int], list[float]], list[Any]]
 """Takes what the op of a marked function takes, but for the site."""
 Take = Callable[[list[Any], list[Any], list[int], list[float]], list[Any]]
 """Takes a result apart: what alone holds it, and the tensors and numbers that the function was given."""
+Look = Callable[[Sequence[Any], Sequence[Any]], None]
+"""Takes what a container holds now, and what it held."""
 
 
 def straight(
@@ -31,6 +33,7 @@ def straight(
     capture: Callable[[], Any],
     run: Run,
     take: Take,
+    look: Look,
 ) -> Run:
     """``run``, by the shortest way where each call goes as expected; ``run`` itself where there is no short way.
 
@@ -44,8 +47,9 @@ def straight(
         capture: tells the capture that is under way here, None if there is none.
         run: for calls that need gradients, that are traced, or within a capture.
         take: for results that are not as expected.
+        look: raises if a container among the arguments does not hold what it was made of.
     """
-    call = caller(function, arguments)
+    call = caller(function, arguments, look)
     kind = _kind(result, len(layouts))
     if call is None or kind is None or any(ANY in (*spec.shape, *spec.stride) for spec in layouts):
         return run
@@ -121,13 +125,26 @@ class _Rare(Exception):
     """A container that no source is written for."""
 
 
-def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any, Any, Any], Any] | None:
-    """A call of ``function`` with arguments put together from tensors, ints and floats; None for rare containers."""
-    names: dict[str, Any] = {"function": function}
+def caller(function: Callable[..., Any], arguments: Structure, look: Look) -> Callable[[Any, Any, Any], Any] | None:
+    """A call of ``function`` with arguments put together from tensors, ints and floats; None for rare containers.
+
+    After the call ``look`` compares what lists and dicts hold with what they were made of.
+    """
+    names: dict[str, Any] = {"function": function, "look": look}
+    made: list[str] = []
+    """Statements that make the lists and dicts, the inner ones first."""
+    looks: list[str] = []
+    """Statements that look at them again."""
 
     def bound(value: Any) -> str:
         name = f"plain_{len(names)}"
         names[name] = value
+        return name
+
+    def watched(text: str, values: str, items: str) -> str:
+        name = f"given_{len(made)}"
+        made.append(f"{name} = {text}")
+        looks.append(f"look({values.format(name)}, ({items}))")
         return name
 
     def text(structure: Structure) -> str:
@@ -139,9 +156,14 @@ def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any,
         if kind not in ("list", "tuple", "dict"):
             raise _Rare
         items = [text(item) for item in structure[-1]]
-        if kind == "dict":
-            return f"{{{', '.join(f'{bound(key)}: {item}' for key, item in zip(structure[1], items, strict=True))}}}"
-        return f"[{', '.join(items)}]" if kind == "list" else f"({''.join(f'{item}, ' for item in items)})"
+        listed = "".join(f"{item}, " for item in items)
+        if kind == "tuple":
+            return f"({listed})"
+        if kind == "list":
+            return watched(f"[{listed}]", "{}", listed)
+        keys = [bound(key) for key in structure[1]]
+        pairs = ", ".join(f"{key}: {item}" for key, item in zip(keys, items, strict=True))
+        return watched(f"{{{pairs}}}", "(*{0}, *{0}.values())", "".join(f"{key}, " for key in keys) + listed)
 
     positional, named = arguments[-1]
     if not all(name.isidentifier() and not keyword.iskeyword(name) for name in named[1]):
@@ -151,5 +173,8 @@ def caller(function: Callable[..., Any], arguments: Structure) -> Callable[[Any,
         given += [f"{name}={text(item)}" for name, item in zip(named[1], named[-1], strict=True)]
     except _Rare:
         return None
-    made: Callable[[Any, Any, Any], Any] = eval(f"lambda tensors, ints, floats: function({', '.join(given)})", names)
-    return made
+    call = f"function({', '.join(given)})"
+    lines = [*made, f"returned = {call}", *looks, "return returned"] if made else [f"return {call}"]
+    exec("def call(tensors, ints, floats):\n" + "".join(f"    {line}\n" for line in lines), names)
+    run: Callable[[Any, Any, Any], Any] = names["call"]
+    return run

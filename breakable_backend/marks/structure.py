@@ -89,11 +89,17 @@ def contents(value: Any) -> list[Any]:
 
 def is_changed(value: Any, before: list[Any]) -> bool:
     """Whether a container in ``value`` holds other things than before. The values of tensors do not count."""
-    now = contents(value)
-    return len(now) != len(before) or not all(
-        one is other or (isinstance(one, (bool, int, float, str)) and one == other)
-        for one, other in zip(now, before, strict=True)
-    )
+    return not is_still(contents(value), before)
+
+
+def is_still(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether these are the same objects one by one; numbers and texts may be equal ones."""
+    if len(now) != len(before):
+        return False
+    for one, other in zip(now, before, strict=True):
+        if one is not other and not (isinstance(one, (bool, int, float, str)) and one == other):
+            return False
+    return True
 
 
 def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:

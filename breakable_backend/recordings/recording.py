@@ -177,6 +177,8 @@ class Recording:
     """Where captured segments expect static inputs, bridges and what else they take, by slot."""
     most: Held | None = None
     """What is needed at once, at most; None if everything is held as long as the recording lives."""
+    prologue: tuple[Call, ...] = ()
+    """What comes before the steps: see :meth:`_Recorder._settled`."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -859,8 +861,30 @@ class _Recorder:
             constants=self.constants,
             addresses=self.addresses | places_of(self.constants),
             most=None if self.keep else self.most + Held.by(self.constants.values(), self.owner_of),
+            prologue=tuple(self._settled()),
         )
         return Recorded(recording, outputs, self.failed, self.copies)
+
+    def _settled(self) -> Iterator[Call]:
+        """With static results: inputs that may be such results, copied before anything is launched.
+
+        For captured segments that read an input :meth:`_early` is enough. An eager step may read it behind a launch, and what
+        is written to it would be written to a result of this call.
+        """
+        launches = [at for at, step in enumerate(self.steps) if isinstance(step, GraphStep)]
+        if self.plan.fresh_outputs or not launches:
+            return
+        late = [step.segment for step in self.steps[launches[0] :] if isinstance(step, EagerStep) and step.segment]
+        touched = {name for segment in late for name in segment.inputs}
+        touched |= {access.storage for segment in self.binding.program.segments for access in segment.writes}
+        owned = self._owned_storages()
+
+        def settled(value: torch.Tensor) -> torch.Tensor:
+            return clone_exact(value) if _torch.storage_key(value) in owned else value
+
+        for value in self.binding.program.inputs:
+            if value.kind == "tensor" and value.name in touched & self.outside:
+                yield Call(value.name, settled, (Slot(value.name),), {}, "settled")
 
     def _to_copy(self, place: Any, local: Mapping[str, Any]) -> bool:
         """Whether the caller would get memory of this recording, which the next call changes."""

@@ -53,6 +53,8 @@ def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tal
     slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, spec in recording.specs.items():
         check_argument(name, spec, slots[name])
+    for call in recording.prologue:
+        slots[call.result] = perform(call, slots)
     for step in recording.steps:
         if isinstance(step, GraphStep):
             tally.copies += sum(slots[copy.bridge.name].load(slots[copy.value.name]) for copy in step.loads)
@@ -144,6 +146,8 @@ class _Writer:
             check, whole = self._bind("check_argument", check_argument), self._bind(f"{name}_spec", spec)
             lines = (f"if not {self._fits(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
             yield _Statement(lines, frozenset((name,)))
+        for call in self.recording.prologue:
+            yield self._call(call)
         graphs = 0
         for position, step in enumerate(self.recording.steps):
             yield from self._marked(position)
