@@ -12,7 +12,7 @@ TORCHES := 2.11.0 2.14.1 $(NEWEST)
 PYTHONS := 3.11 3.12 3.13 3.14
 PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 
-.PHONY: help demo test check newest matrix fix gpu bench sweep soak clean
+.PHONY: help demo test check newest matrix fix gpu bench sweep zoo soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make gpu     the tests that need a CUDA GPU"
 	@echo "make bench   time the replay"
 	@echo "make sweep   PyTorch's own ops and modules against eager, bit for bit: SWEEP='--device cuda --processes 16'"
+	@echo "make zoo     models of transformers, timm, torchvision and diffusers, likewise: ZOO='--device cuda --processes 8'"
 	@echo "make soak    MINUTES=8 on a GPU: threads, sizes, evictions, resets, dying models; does anything grow?"
 	@echo "make clean   remove .venv, .venv-* and caches"
 
@@ -59,6 +60,10 @@ bench: $(READY)
 # Takes an hour on two cores; what build/sweep.jsonl has already is not run again.
 sweep: $(READY)
 	$(RUN) tests/sweep.py $(SWEEP)
+
+# Needs those four libraries; what build/zoo.jsonl has already is not run again.
+zoo: $(READY)
+	$(RUN) tests/zoo.py $(ZOO)
 
 MINUTES := 8
 soak: $(READY)

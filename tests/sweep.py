@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -96,6 +96,14 @@ class Worker:
                 answers.put(line)
         answers.put(None)
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Runner]:
+        """:meth:`run`, for the time of a ``with`` statement."""
+        try:
+            yield self.run
+        finally:
+            self.stop()
+
     def stop(self) -> None:
         with self.process:  # closes the pipes
             self.process.kill()
@@ -139,6 +147,28 @@ def sweep(arguments: argparse.Namespace) -> None:
     }
     if arguments.only:
         names = [name for name in names if name in arguments.only]
+    others = [lambda: Worker(arguments.device).serving()] * (arguments.processes - 1)
+    go_on(names, done, [first.serving, *others], arguments)
+
+
+Runner = Callable[[str, float], dict[str, Any]]
+"""Runs what has this name, within so many seconds."""
+
+
+def go_on(
+    names: Sequence[str],
+    done: Collection[str],
+    workers: Sequence[Callable[[], contextlib.AbstractContextManager[Runner]]],
+    arguments: argparse.Namespace,
+) -> None:
+    """Run the named, but for what is done already, and add a line to the results for each.
+
+    Args:
+        names: what there is; ``arguments.chunk`` says which part of it is ours.
+        done: the names that the results have.
+        workers: what makes a runner, once for each of the threads that run side by side.
+        arguments: ``chunk``, ``seconds``, ``budget`` and ``results``.
+    """
     part, parts = (int(number) for number in arguments.chunk.split("/"))
     names = [name for name in names[part - 1 :: parts] if name not in done]
     pending: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -147,26 +177,21 @@ def sweep(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.seconds
     lock = threading.Lock()
 
-    def serve(worker: Worker | None) -> None:
-        worker = worker or Worker(arguments.device)
-        try:
+    def serve(worker: Callable[[], contextlib.AbstractContextManager[Runner]]) -> None:
+        with worker() as run:
             while (left := end - time.monotonic()) > 0:
                 try:
                     name = pending.get_nowait()
                 except queue.Empty:
                     return
-                row = worker.run(name, min(arguments.budget, left + 5))
+                row = run(name, min(arguments.budget, left + 5))
                 if row.get("stopped", "").startswith("over") and arguments.budget > left + 5:
-                    return  # not run: the time of the whole sweep was over
+                    return  # not run: the time of the whole was over
                 with lock, arguments.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-        finally:
-            worker.stop()
 
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    threads = [
-        threading.Thread(target=serve, args=(None if number else first,)) for number in range(arguments.processes)
-    ]
+    threads = [threading.Thread(target=serve, args=(worker,)) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,0 +1,374 @@
+"""Architectures of four libraries through the backend, unmarked, against eager, bit for bit: ``python tests/zoo.py``.
+
+Every model runs in a process of its own, so a crash or a hang costs that model alone. Results go to a file of JSON lines,
+one for each model; what is in the file already is not run again, so a run can be stopped and gone on with.
+
+    python tests/zoo.py --device cuda --processes 8 --seconds 250 --results zoo.jsonl
+    python tests/zoo.py --results zoo.jsonl --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweep import go_on, rows
+
+HERE = Path(__file__).parent
+SOURCES = ("transformers", "timm", "torchvision", "diffusers")
+CALLS = 5
+
+# --- one model --------------------------------------------------------------------------------------------------------
+
+
+def work(key: str, device_type: str) -> dict[str, Any]:
+    """Run one model five times, compiled and not, and say what can be seen."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    warnings.filterwarnings("ignore")
+    import torch
+
+    import breakable_backend
+    from zoo_models import zoo
+
+    torch._logging.set_logs(all=logging.CRITICAL)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    entry, device = zoo[key], torch.device(device_type)
+    row: dict[str, Any] = {"kind": entry.kind, "version": importlib.metadata.version(entry.source)}
+    begun = time.monotonic()
+    try:
+        want, again = (watch(made(entry, device), entry, device) for _ in range(2))
+    except Exception as error:  # noqa: BLE001 - told in the row
+        return {**row, "failed": f"eager: {described(error)}"}
+    row["eager_seconds"], begun = round(time.monotonic() - begun, 2), time.monotonic()
+    options = {"driver": "cuda" if device.type == "cuda" else "tape"}
+    compiled = torch.compile(made(entry, device), backend="breakable_cg", options=options)
+    profile = Profile(device)
+    try:
+        got = watch(compiled, entry, device, profile)
+    except Exception as error:  # noqa: BLE001
+        row["failed"], got = f"backend: {described(error)}", None
+    row["seconds"] = round(time.monotonic() - begun, 2)
+    report = breakable_backend.explain(compiled)
+    row.update(told(report), **profile.counts(report))
+    if got is None or got != want:
+        torch._dynamo.reset()
+        breakable_backend.reset()
+        try:
+            reference = watch(torch.compile(made(entry, device), backend="eager"), entry, device)
+        except Exception as error:  # noqa: BLE001
+            row["dynamo"] = f"fails: {described(error)}"
+        else:
+            row["dynamo"] = difference(reference, want) or "as eager"
+            if got is not None:
+                row["reference"] = "dynamo" if got == reference else "nothing" if again != want else "eager"
+        if got is not None and row.get("reference") != "dynamo":
+            row["differs"] = difference(got, want)
+    return row
+
+
+def made(entry: Any, device: Any) -> Any:
+    """The model, with the same weights each time."""
+    import torch
+
+    torch.manual_seed(0)
+    return entry.make().eval().to(device=device, dtype=entry.dtype)
+
+
+def watch(model: Any, entry: Any, device: Any, profile: Profile | None = None) -> list[list[Any]]:
+    """What the calls return, all of it, each with inputs of its own."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from checks import bits, looks
+
+    found = []
+    for call in range(CALLS):
+        torch.manual_seed(100 + call)
+        given = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), entry.inputs())
+        torch.manual_seed(200 + call)
+        with profile if profile is not None and call == CALLS - 1 else contextlib.nullcontext():
+            result = model(**given)
+        leaves = pytree.tree_leaves(result)
+        found.append([(looks(leaf), bits(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+    return found
+
+
+def difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str:
+    """What is not the same, in words; empty if nothing."""
+    for call, (ours, others) in enumerate(zip(mine, theirs, strict=True), start=1):
+        if len(ours) != len(others):
+            return f"call {call}: {len(ours)} results, and eager has {len(others)}"
+        for number, (one, other) in enumerate(zip(ours, others, strict=True)):
+            if one != other:
+                kind = "layout" if one[0] != other[0] else "bits"
+                return f"call {call}: {kind} of result {number}"
+    return ""
+
+
+def described(error: BaseException) -> str:
+    """The first line of an error, and where it came from."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {short(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace is not None else ""
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}{where}"
+
+
+class Profile:
+    """Which kernels a call launched, and which of them graphs did."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.events: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+            self.profile = torch.profiler.profile(activities=activities)
+            self.profile.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.profile.__exit__(*error)
+            with tempfile.TemporaryDirectory() as folder:
+                self.profile.export_chrome_trace(f"{folder}/trace.json")
+                self.events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+
+    def counts(self, report: Any) -> dict[str, Any]:
+        """The kernels of the call; on the host, where there are none, the ops of the programs."""
+        if self.device.type != "cuda":
+            steps = [step for program in report.programs for step in program.steps]
+            count = Counter({"captured": 0, "eager": 0})
+            for step in steps:
+                count[step.kind] += len(step.ops)
+            return {"kernels": count.total(), "in_graphs": count["captured"]}
+        launches = {
+            event["args"]["correlation"]: event["name"]
+            for event in self.events
+            if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
+        }
+        kernels = [event for event in self.events if event.get("cat") == "kernel"]
+        inside = [event for event in kernels if "GraphLaunch" in launches.get(event["args"].get("correlation"), "")]
+        outside = (
+            Counter(event["name"] for event in kernels if event not in inside) if len(kernels) < 3000 else Counter()
+        )
+        launched = sum("GraphLaunch" in name for name in launches.values())
+        return {
+            "kernels": len(kernels),
+            "in_graphs": len(inside),
+            "graph_launches": launched,
+            "copies": sum(event.get("cat") in ("gpu_memcpy", "gpu_memset") for event in self.events),
+            "outside": dict(outside.most_common(8)),
+        }
+
+
+def told(report: Any) -> dict[str, Any]:
+    """What the report says of breaks and of what was not captured."""
+    reasons = [
+        [reason.rule, reason.op, reason.text, short(reason.source)]
+        for program in report.programs
+        for reason in program.reasons
+    ]
+    refused = [
+        recording.refused for program in report.programs for recording in program.recordings if recording.refused
+    ]
+    return {
+        "programs": len(report.programs),
+        "segments": sum(program.num_graph_segments for program in report.programs),
+        "eager_steps": sum(program.num_eager_segments for program in report.programs),
+        "replays": sum(program.replays for program in report.programs),
+        "reasons": [[*reason, count] for reason, count in counted(reasons)],
+        "graph_breaks": [[short(why.splitlines()[0]), count] for why, count in report.graph_breaks.items()],
+        "eager_graphs": [[graph.why, short(graph.source)] for graph in report.eager_graphs],
+        "refused": sorted(set(refused)),
+        "plain": dict(sum((Counter(program.plain_calls) for program in report.programs), Counter())),
+        "failures": sorted(
+            {r.last_failure for program in report.programs for r in program.recordings if r.last_failure}
+        ),
+        "limits": [short(name) for name in report.at_recompile_limit],
+        "skipped": {short(name): why for name, why in report.skipped.items()},
+    }
+
+
+def counted(found: list[list[Any]]) -> list[tuple[tuple[Any, ...], int]]:
+    return list(Counter(map(tuple, found)).items())
+
+
+def short(text: str) -> str:
+    """Paths from the name of the library on."""
+    return re.sub(r"/\S*/(?=(?:site|dist)-packages/)(?:site|dist)-packages/", "", text)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def run(key: str, device: str, budget: float) -> dict[str, Any]:
+    """Run one model in a process of its own, within ``budget`` seconds."""
+    row: dict[str, Any] = {"op": key, "device": device}
+    command = [sys.executable, str(Path(__file__)), "--worker", key, "--device", device]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    begun = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=budget, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        row["stopped"] = f"over {budget:.0f} seconds"
+    else:
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if lines:
+            row.update(json.loads(lines[-1]))
+        if done.returncode or not lines:
+            end = (done.stderr.strip().splitlines() or [""])[-1]
+            row["stopped"] = f"the process died ({done.returncode}): {end[:300]}"
+    row["whole_seconds"] = round(time.monotonic() - begun, 2)
+    return row
+
+
+def in_turns(keys: Iterable[str]) -> list[str]:
+    """Models of the sources in turns, so that what ran of a run that was stopped is of all of them."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.split("/")[0], []).append(key)
+    places = {key: (place / len(group)) for group in groups.values() for place, key in enumerate(group)}
+    return sorted(places, key=lambda key: places[key])
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def share(row: dict[str, Any]) -> float:
+    """The share of kernels that graphs launched."""
+    return row["in_graphs"] / row["kernels"] if row.get("kernels") else 0.0
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """How a model came out."""
+    for key in ("stopped", "failed"):
+        if row.get(key):
+            return key
+    if row.get("differs"):
+        return "differs" if row.get("reference") == "eager" else "not the same each time"
+    return "as Dynamo" if row.get("reference") == "dynamo" else "as eager"
+
+
+def table(found: Iterable[dict[str, Any]]) -> str:
+    """The results in Markdown: a summary, a row for each model, and what was in the way."""
+    latest = {(row["device"], row["op"]): row for row in found}
+    lines = []
+    for device in sorted({device for device, _ in latest}):
+        mine = {key: row for (where, key), row in latest.items() if where == device}
+        lines += [f"On {device}:", "", *summary(mine), "", *models(mine), ""]
+    return "\n".join(lines)
+
+
+def summary(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        '| source | models | as eager, bit for bit | as `backend="eager"`, not as eager | differing | failed | median share | least |',
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for source in (*SOURCES, ""):
+        chosen = [row for key, row in found.items() if key.startswith(source)]
+        if not chosen:
+            continue
+        kinds = Counter(map(verdict, chosen))
+        ran = [share(row) for row in chosen if "in_graphs" in row] or [0.0]
+        failed = kinds["failed"] + kinds["stopped"]
+        lines.append(
+            f"| {source or 'all'} | {len(chosen)} | {kinds['as eager']} | {kinds['as Dynamo']} "
+            f"| {kinds['differs'] + kinds['not the same each time']} | {failed} "
+            f"| {statistics.median(ran):.1%} | {min(ran):.1%} |"
+        )
+    return lines
+
+
+def models(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| model | kind | kernels | in graphs | programs | eager steps | result | in the way |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = sorted(found, key=lambda key: (SOURCES.index(key.split("/")[0]), list(found).index(key)))
+    for key in order:
+        row = found[key]
+        became = verdict(row)
+        why = (
+            row.get("stopped")
+            or row.get("failed")
+            or (row.get("differs") and became != "as Dynamo" and row["differs"])
+            or ""
+        )
+        whys = [why] if why else []
+        whys += in_the_way(row)
+        lines.append(
+            f"| {key} | {row.get('kind', '')} | {row.get('kernels', '')} | {share(row):.1%} | {row.get('programs', '')} "
+            f"| {row.get('eager_steps', '')} | {became} | {'; '.join(whys).replace('|', '/')} |"
+        )
+    return lines
+
+
+def in_the_way(row: dict[str, Any]) -> list[str]:
+    """The breaks of a model, each with its reason and line."""
+    found: dict[str, int] = defaultdict(int)
+    for _, op, text, source, count in row.get("reasons", []):
+        found[f"`{op}` {text} ({place(source)})"] += count
+    for why, count in row.get("graph_breaks", []):
+        what, _, where = why.partition(", at ")
+        found[f"graph break: {what} ({place(where)})"] += count
+    for why, source in row.get("eager_graphs", []):
+        found[f"graph: {why} ({place(source)})"] += 1
+    return [f"{why} × {count}" if count > 1 else why for why, count in found.items()]
+
+
+def place(source: str) -> str:
+    return source.split(" in ")[0]
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=HERE.parent / "build" / "zoo.jsonl")
+    parser.add_argument("--chunk", default="1/1", help="which part of how many: 2/4 is the second of four")
+    parser.add_argument("--only", nargs="+", help="parts of names of models")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no model later than this")
+    parser.add_argument("--budget", type=float, default=150, help="seconds for one model")
+    parser.add_argument("--table", action="store_true", help="print what the results say, and run nothing")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(given)
+    if arguments.worker:
+        answers, sys.stdout = sys.stdout, sys.stderr
+        answers.write(json.dumps(work(arguments.worker, arguments.device)) + "\n")
+        return
+    if not arguments.table:
+        from zoo_models import zoo
+
+        done = {row["op"] for row in rows(arguments.results) if row["device"] == arguments.device}
+        names = [key for key in in_turns(zoo) if not arguments.only or any(part in key for part in arguments.only)]
+        runner: Callable[[str, float], dict[str, Any]] = lambda key, budget: run(key, arguments.device, budget)  # noqa: E731
+        go_on(names, done, [lambda: contextlib.nullcontext(runner)] * arguments.processes, arguments)
+    sys.stdout.write(table(rows(arguments.results)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
