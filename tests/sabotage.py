@@ -427,7 +427,7 @@ FAULTS = (
     # --- imports ---
     Fault(
         "dynamo-compiles-what-a-break-calls",
-        "_torch:break_of_dynamo.around",
+        "_torch.dynamo:break_of_dynamo.around",
         "frames.set_code_exec_strategy(told.__code__, skip)",
         "assert skip",
         "test_capture.py::test_a_bare_break_in_compiled_code",
@@ -444,7 +444,7 @@ FAULTS = (
     ),
     Fault(
         "errors-are-not-of-dynamos",
-        "_torch:_passed_on_by_dynamo",
+        "_torch.exceptions:_passed_on_by_dynamo",
         "CompileTimeError.__bases__ = (ShortenTraceback,)",
         "assert ShortenTraceback",
         "test_public_api.py::test_errors_pass_through_dynamo_whenever_it_was_imported",
@@ -537,7 +537,7 @@ FAULTS = (
     ),
     Fault(
         "a-bound-call-leaves-its-graph-behind",
-        "_torch:unguarded",
+        "_torch.frames:unguarded",
         "weakref.finalize(result, _take_out, function.__globals__, tuple(added)).atexit = False",
         "pass",
         "test_bound.py::test_the_model_goes[cpu]",
@@ -719,7 +719,7 @@ FAULTS = (
     ),
     Fault(
         "layouts-are-not-looked-at",
-        "_torch:layout_check",
+        "_torch.tensors:layout_check",
         "list(like.stride())",
         "[None] * like.dim()",
         "test_buffers.py::test_quick_check[transposed-cpu]",
@@ -753,14 +753,14 @@ FAULTS = (
     ),
     Fault(
         "wrappers-are-skipped-where-they-work",
-        "_torch:written_without_wrappers",
+        "_torch.aot:written_without_wrappers",
         "any(more) or not same or any(map(is_traceable_wrapper_subclass, tensors))",
         "not same or any(map(is_traceable_wrapper_subclass, tensors))",
         "test_host_time.py::test_wrappers_run_where_they_do_something[cpu-a view of an argument]",
     ),
     Fault(
         "subclasses-go-in-as-they-are",
-        "_torch:written_without_wrappers",
+        "_torch.aot:written_without_wrappers",
         "any(more) or not same or any(map(is_traceable_wrapper_subclass, tensors))",
         "any(more) or False",
         "test_host_time.py::test_wrappers_run_for_subclasses[cpu]",
@@ -775,35 +775,35 @@ FAULTS = (
     ),
     Fault(
         "sites-of-exported-graphs-go",
-        "_torch:keep_with_code",
+        "_torch.dynamo:keep_with_code",
         "frame is not None and (not output.export)",
         "frame is not None",
         "test_growth.py::test_exported_graphs_outlive_dynamos_code[cpu-exported_by_dynamo]",
     ),
     Fault(
         "sites-of-nobody",
-        "_torch:keep_with_code",
+        "_torch.dynamo:keep_with_code",
         "output.cleanups.append(cast(Any, functools.partial(id, thing)))",
         "pass",
         "test_growth.py::test_sites_go_with_what_was_compiled[cpu]",
     ),
     Fault(
         "what-dynamo-skipped-is-not-told",
-        "_torch:skipped",
+        "_torch.dynamo:skipped",
         "code in input_codes",
         "False",
         "test_report_reach.py::test_what_dynamo_skips[cpu-vmap]",
     ),
     Fault(
         "callees-that-dynamo-gave-up-are-not-told",
-        "_torch:_is_frame",
+        "_torch.compiled:_is_frame",
         "bool(_entries(code)) or (code in input_codes and _failure(code) is not None)",
         "bool(_entries(code))",
         "test_report_reach.py::test_what_dynamo_gives_up_in_a_callee[cpu-child]",
     ),
     Fault(
         "ddp-gets-fake-tensors",
-        "_torch:_real_first_call",
+        "_torch.aot:_real_first_call",
         "context.fakify_first_call = False",
         "pass",
         "test_ranks.py::test_buckets[cpu]",
@@ -832,14 +832,14 @@ FAULTS = (
     # --- what a report reaches ---
     Fault(
         "callees-are-in-no-report",
-        "_torch:running_compiled",
+        "_torch.compiled:running_compiled",
         "frame.f_code is _compile_wrapper()",
         "False",
         "test_report_reach.py::test_a_callee_behind_an_object[cpu]",
     ),
     Fault(
         "compiled-children-are-in-no-report",
-        "_torch:_parts",
+        "_torch.compiled:_parts",
         "[thing.forward, *_wrappers_of_module(thing), *_frames_of_module(thing)]",
         "[thing.forward, *_frames_of_module(thing)]",
         "test_report_reach.py::test_reached[cpu-compiled functions in a dict of a plain module]",
@@ -991,14 +991,14 @@ FAULTS = (
     # --- what marked functions return is learned ---
     Fault(
         "nothing-counts-as-compiled",
-        "_torch:_count_as_compiled",
+        "_torch.as_python:_count_as_compiled",
         "count is not None and (compiled := count(-1)) >= 0",
         "False",
         "test_learning.py::test_calls_of_a_loop_over_layers[cpu-True]",
     ),
     Fault(
         "frames-that-learn-are-skipped-for-good",
-        "_torch:_this_once",
+        "_torch.as_python:_this_once",
         "ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)",
         "ConvertFrameReturn()",
         "test_learning.py::test_calls_of_a_loop_over_layers[cpu-False]",
@@ -1012,7 +1012,7 @@ FAULTS = (
     ),
     Fault(
         "dynamo-takes-us-for-the-caller",
-        "_torch:_heed",
+        "_torch.as_python:_heed",
         "convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)",
         "pass",
         "test_learning.py::test_dynamo_sees_who_called[cpu]",
@@ -1532,7 +1532,7 @@ FAULTS = (
     ),
     Fault(
         "lazy-bits-of-results-lost",
-        "_torch:with_lazy_bits",
+        "_torch.tensors:with_lazy_bits",
         "tensor = tensor.conj() if conjugated else tensor",
         "pass",
         "test_capture_hostile.py::test_lazy_views[cpu]",
@@ -1546,7 +1546,7 @@ FAULTS = (
     ),
     Fault(
         "what-goes-on-behind-a-break-is-another-function",
-        "_torch:code_under_compilation",
+        "_torch.dynamo:code_under_compilation",
         "ContinueExecutionCache.generated_code_metadata.get(whole)",
         "None",
         "test_report_reach.py::test_a_callee_of_two_models[cpu]",
@@ -1897,21 +1897,21 @@ FAULTS = (
     # --- lowering: what AOT must keep, and the state around each node ---
     Fault(
         "unused-marked-call-dropped",
-        "_torch:trace_inference",
+        "_torch.aot:trace_inference",
         "_side_effects(kept)",
         "_side_effects(())",
         "test_contract_once.py::test_unused_marked_call[cpu]",
     ),
     Fault(
         "unused-draw-dropped",
-        "_torch:trace_inference",
+        "_torch.aot:trace_inference",
         "config.patch(fallback_random=True)",
         "config.patch(fallback_random=False)",
         "test_contract_once.py::test_unused_random_draw[cpu-rand]",
     ),
     Fault(
         "mutation-in-an-epilogue",
-        "_torch:trace_inference",
+        "_torch.aot:trace_inference",
         """
         aot_module_simplified(
             gm,
@@ -1936,7 +1936,7 @@ FAULTS = (
     ),
     Fault(
         "parameters-are-copied",
-        "_torch:static_input_indices",
+        "_torch.aot:static_input_indices",
         "frozenset(context.fw_metadata.static_input_indices or ())",
         "frozenset()",
         "test_contract_aliases.py::test_results_that_are_parameters[cpu]",
@@ -1950,7 +1950,7 @@ FAULTS = (
     ),
     Fault(
         "floats-become-tensors",
-        "_torch:trace_inference",
+        "_torch.aot:trace_inference",
         "keep_floats",
         "not keep_floats",
         "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float32-softplus]",
@@ -1964,14 +1964,14 @@ FAULTS = (
     ),
     Fault(
         "pythons-decompositions-stay",
-        "_torch:_eager_kernels",
+        "_torch.aot:_eager_kernels",
         "_aten_overloads()",
         "list(_aten_overloads())[:0]",
         "test_sweep.py::test_as_eager[cpu-nn.functional.softshrink]",
     ),
     Fault(
         "values-come-with-vectors",
-        "_torch:_eager_kernels",
+        "_torch.aot:_eager_kernels",
         "_values_only().items()",
         "()",
         "test_sweep.py::test_as_eager_with_breaks[cpu-linalg.cond]",
@@ -1992,7 +1992,7 @@ FAULTS = (
     ),
     Fault(
         "kernels-of-marked-ops-stay",
-        "_torch:_entered_around",
+        "_torch.aot:_entered_around",
         "del op.py_kernels[key]",
         "pass",
         "test_contract_reasons.py::test_a_mark_ends[cpu]",
@@ -2275,7 +2275,7 @@ FAULTS = (
     ),
     Fault(
         "assertions-go-unnoticed",
-        "_torch:trace_inference",
+        "_torch.aot:trace_inference",
         "(*keep_alive, *find_overloads('aten::_assert_async'))",
         "keep_alive",
         "test_effects.py::test_assertions[asserted]",
@@ -2289,7 +2289,7 @@ FAULTS = (
     ),
     Fault(
         "arguments-that-overlap-are-merged",
-        "_torch:apart",
+        "_torch.aot:apart",
         "tenants[storage_key(value)] > 1",
         "tenants[storage_key(value)] > 2",
         "test_overlap.py::test_one_memory[cpu-one storage]",
@@ -2682,7 +2682,7 @@ FAULTS = (
     ),
     Fault(
         "other-kernels-than-eager",
-        "_torch:trace_inference",
+        "_torch.aot:trace_inference",
         "stack.enter_context(_eager_kernels())",
         "pass",
         "test_cuda.py::test_kernels_as_in_eager[conv batchnorm train-dtype0]",

@@ -166,11 +166,11 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_private_torch_stays_in_one_module(module: str) -> None:
-    """Only ``_torch.py`` uses private names of torch."""
+def test_private_torch_stays_in_one_folder(module: str) -> None:
+    """Only ``_torch`` uses private names of torch."""
     if folder(module) != PRIVATE_TORCH:
         names = private_torch_names(MODULES[module])
-        assert not names, f"{module} uses {', '.join(names)}: wrap them in {PRIVATE_TORCH}.py"
+        assert not names, f"{module} uses {', '.join(names)}: wrap them in {PRIVATE_TORCH}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,305 @@
+"""AOTAutograd without functionalization, and what it is doing now."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._library import utils as library_utils
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import _side_effectful_functions
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from breakable_backend._torch.ops import _aten_overloads, find_overloads, never_run_on_constants
+from breakable_backend._torch.symbols import free_symbols
+from breakable_backend._torch.tensors import extent, lazy_bits, storage_key, with_lazy_bits
+
+if TYPE_CHECKING:
+    pass
+
+
+def trace_inference(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_inference: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    compile_training: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    keep_alive: Iterable[Any],
+    around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]],
+    keep_floats: bool,
+) -> Callable[..., Any]:
+    """AOTAutograd without functionalization: mutation stays in program order, and nothing is cloned.
+
+    ``keep_alive`` are ops whose calls must survive AOT's dead code elimination even when their results are unused.
+    Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do assertions:
+    of ``_assert_async`` torch 2.13 to 2.15 know that of one overload only.
+
+    ``around`` has what to enter around each call of some composite ops, of which the graph will have the parts.
+    With ``keep_floats`` a Python float that varies stays a number; else AOT computes with 0-d tensors in its place.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._inductor import config
+
+    kept = (*keep_alive, *find_overloads("aten::_assert_async"))
+    with ExitStack() as stack:
+        stack.enter_context(_side_effects(kept))
+        for op in keep_alive:
+            if isinstance(op, OpOverload):
+                stack.callback(setattr, op, "_tags", op._tags)
+                never_run_on_constants(op)
+        stack.enter_context(_eager_kernels())
+        stack.enter_context(_entered_around(around))
+        stack.enter_context(config.patch(fallback_random=True))
+        stack.enter_context(_real_first_call())
+        if keep_floats:
+            stack.enter_context(_python_floats())
+        return aot_module_simplified(
+            gm,
+            example_inputs,
+            cast(Any, compile_training),
+            inference_compiler=cast(Any, compile_inference),
+            keep_inference_input_mutations=True,
+            disable_functionalization=True,
+        )
+
+
+def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tuple[int, ...] | None:
+    """Which inputs' versions a call of ``lowered`` has to count up, if that is all that AOT's wrappers would do around it.
+
+    None where they do more: take subclasses apart, make outputs again that alias inputs, mark sizes of outputs, leave
+    another grad mode, fake a first call. (They switch gradients off in each case. That they switch off an autocast of the
+    caller is for the caller of this to know: AOT has switched it off by now.) To be asked while AOT compiles ``lowered``,
+    which it made of ``gm``. Read in the wrappers of torch 2.11 to 2.15.
+    """
+    context = TracingContext.try_get()
+    facts = context.fw_metadata if context is not None else None
+    if context is None or facts is None or context.fakify_first_call:
+        return None
+    more = (
+        *(facts.num_outputs_aliased, facts.num_mutated_inp_runtime_indices, facts.num_intermediate_bases),
+        *(facts.dynamic_outputs, facts.is_rng_op_functionalized, len(facts.tokens)),
+        facts.grad_enabled_mutation is not None,
+    )
+    ends = [*gm.graph.find_nodes(op="placeholder"), *gm.graph.output_node().all_input_nodes]
+    tensors = (leaf for node in ends for leaf in pytree.tree_leaves(node.meta.get("example_value")))
+    same = len(gm.graph.find_nodes(op="placeholder")) == len(lowered.graph.find_nodes(op="placeholder"))
+    if any(more) or not same or any(map(is_traceable_wrapper_subclass, tensors)):
+        return None
+    return tuple(facts.mutated_graph_handled_indices_seen_by_autograd)
+
+
+def apart(inputs: Sequence[Any]) -> list[Any]:
+    """``inputs`` of a graph that Dynamo traced, with fake tensors on storages of their own for those that share one.
+
+    AOT merges arguments that overlap in one storage to one base, if any is written, with the offsets that they have in
+    the first call; and Dynamo does not guard on those. (torch 2.11 to 2.15)
+    """
+    kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+    plain = [value for value in inputs if type(value) in kinds and value.layout is torch.strided]
+    tenants = Counter(map(storage_key, plain))
+    shared = {id(value) for value in plain if tenants[storage_key(value)] > 1}
+    context = TracingContext.try_get()
+    if not shared or context is None or context.fake_mode is None:
+        return list(inputs)
+    return [_stand_in(value, context) if id(value) in shared else value for value in inputs]
+
+
+def _stand_in(tensor: torch.Tensor, context: TracingContext) -> torch.Tensor:
+    """A fake tensor like ``tensor``, in its place in a storage of its own."""
+    mode, symbols = context.fake_mode, context.tensor_to_context.get(tensor)
+    assert mode is not None
+    source = symbols.tensor_source if symbols is not None else None
+    fake: torch.Tensor = tensor
+    if not isinstance(tensor, FakeTensor):
+        fake = mode.from_tensor(tensor, symbolic_context=symbols, source=source)
+    with mode, torch.no_grad():
+        length = fake.storage_offset() + extent(fake.shape, fake.stride())
+        memory = torch.empty(length, dtype=fake.dtype, device=fake.device)
+        placed = memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+    return with_lazy_bits(placed, lazy_bits(fake)).requires_grad_(fake.requires_grad)
+
+
+@contextmanager
+def _side_effects(ops: Iterable[Any]) -> Iterator[None]:
+    """Have dead code elimination keep calls of ``ops``. Dynamo compiles in one thread at a time."""
+    added = {op for op in ops if op not in _side_effectful_functions}
+    asked = library_utils.is_impure
+    _side_effectful_functions.update(added)
+    if any(isinstance(op, HigherOrderOperator) and not asked(op) for op in added):  # torch 2.11
+
+        def is_impure(op: Callable[..., Any], **context: Any) -> bool:
+            return op in added or asked(op, **context)
+
+        library_utils.is_impure = is_impure
+    try:
+        yield
+    finally:
+        library_utils.is_impure = asked
+        _side_effectful_functions.difference_update(added)
+
+
+_DECOMPOSED = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+@contextmanager
+def _eager_kernels() -> Iterator[None]:
+    """Trace ops as the kernels that eager runs: without the decompositions of Python's dispatcher, which eager never sees.
+
+    They exist for export and for Inductor, and may differ from the kernels in the last bit (batch norm on CUDA, which
+    is cuDNN's in eager), in the sign of zero (softshrink), in strides and in aliases (dropout that drops nothing).
+    The tables are the process's: put back exactly, and Dynamo compiles in one thread at a time.
+    """
+    removed = [
+        (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
+    ]
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    values_only = {op: kernel for op, kernel in _values_only().items() if composite not in op.py_kernels}
+    for op, kernel in values_only.items():
+        op.py_kernels[composite] = kernel
+    changed = {*values_only, *(op for op, _, _ in removed)}
+    for op in changed:
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op in values_only:
+            del op.py_kernels[composite]
+        for op, key, kernel in removed:
+            op.py_kernels[key] = kernel
+        for op in changed:
+            op._dispatch_cache.clear()
+
+
+def _values_only() -> dict[OpOverload, Callable[..., Any]]:
+    """Kernels of the two ops that compute vectors as well while they are traced, as if a subclass were to ask for them.
+
+    LAPACK takes another way there, and rounds otherwise. ``linalg_cond`` and the nuclear norm call one of them.
+    (torch 2.11 to 2.15)
+    """
+
+    def svdvals(matrix: torch.Tensor, *, driver: str | None = None) -> Any:
+        return torch.ops.aten._linalg_svd(matrix, False, _asks_for_gradients(matrix), driver=driver)[1]
+
+    def eigvalsh(matrix: torch.Tensor, UPLO: str = "L") -> Any:
+        return torch.ops.aten._linalg_eigh(matrix, UPLO, _asks_for_gradients(matrix))[0]
+
+    return {torch.ops.aten.linalg_svdvals.default: svdvals, torch.ops.aten.linalg_eigvalsh.default: eigvalsh}
+
+
+def _asks_for_gradients(tensor: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+@contextmanager
+def _real_first_call() -> Iterator[None]:
+    """Have AOT compile for real tensors where Dynamo cuts a graph at DDP's buckets.
+
+    There AOT's function is to return fake tensors once, to tell the next part its strides. But Dynamo makes that call only of
+    the backends that are its own, and runs the parts of others on fake tensors; the first real call would return the fakes.
+    """
+    context = TracingContext.try_get()
+    if context is None or not context.fakify_first_call:
+        yield
+        return
+    context.fakify_first_call = False
+    try:
+        yield
+    finally:
+        context.fakify_first_call = True
+
+
+@contextmanager
+def _python_floats() -> Iterator[None]:
+    """Leave floats numbers in the graph that AOT traces in this thread, as eager has them.
+
+    Dynamo hands a float argument that varies over as a tensor whose value is read, and guards on nothing. AOT then
+    turns arithmetic with the number into arithmetic with the tensor, which rounds otherwise, and has Dynamo compile
+    again, for each value, where it cannot. Other threads' AOT does as always; checked on torch 2.11 to 2.15.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch._functorch._aot_autograd import graph_compile
+
+    scope, name, thread = vars(graph_compile), "tensorify_python_scalars", threading.get_ident()
+    pass_of_aot = scope[name]
+
+    def keep(module: fx.GraphModule, env: Any, *others: Any) -> None:
+        if threading.get_ident() != thread:
+            pass_of_aot(module, env, *others)
+            return
+        constant = {name for name in _floats_of_sizes(module, env) if not TensorifyState.should_specialize(name)}
+        for name in constant:
+            TensorifyState.specialize(name)
+        if constant:
+            raise TensorifyScalarRestartAnalysis
+
+    scope[name] = keep
+    try:
+        yield
+    finally:
+        scope[name] = pass_of_aot
+
+
+def _floats_of_sizes(module: fx.GraphModule, env: Any) -> set[str]:
+    """The symbols of floats that have to be constants: sizes hang on them, or what was computed from them was guarded.
+
+    Such a guard computes in an order of its own, and might fail for the very value that it was made for.
+    """
+    import sympy
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
+    guards = [guard.expr for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
+    symbols = {symbol for value in values for symbol in free_symbols(value)}
+    symbols |= {
+        symbol for guard in guards if not (guard.lhs.is_symbol or guard.rhs.is_symbol) for symbol in guard.free_symbols
+    }
+    return {str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)}
+
+
+@contextmanager
+def _entered_around(ops: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    """Enter a context around each call of a composite op while Python's dispatcher traces, by whatever name it is called."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    before = {op: op.py_kernels.get(key) for op in ops}
+
+    def around(op: OpOverload, context: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
+        kernel = before[op] or functools.partial(op._op_dk, key)
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return kernel(*args, **kwargs)
+
+        return entered
+
+    for op, context in ops.items():
+        op.py_kernels[key] = around(op, context)
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, kernel in before.items():
+            del op.py_kernels[key]
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+def static_input_indices() -> frozenset[int]:
+    """Which inputs of the graph that AOT is compiling right now keep their address: parameters, buffers, marked tensors.
+
+    Stock ``backend="cudagraphs"`` derives the list from a formula that gives nothing once modules are inlined; this is
+    the list that Inductor uses.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return frozenset()
+    return frozenset(context.fw_metadata.static_input_indices or ())

@@ -1,0 +1,128 @@
+"""Frames that run as Python once, instead of being compiled."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+
+# What has to be known of a call before Dynamo can trace it is learned by running the frame as Python, once. torch has nothing
+# for that: a frame that is skipped is skipped for good, also for others that share its code, and what it calls is compiled.
+class _Thread(threading.local):
+    tracing = 0
+    """How many frames Dynamo is converting, one in the other."""
+    asked = False
+    """Whether the frame that is being converted is to run as Python."""
+    python = 0
+    """How many frames are running as Python."""
+
+
+thread = _Thread()
+
+
+class _ThisOnce:
+    """Is there while a frame runs as Python: Dynamo's C++ code keeps the answer that holds it until the frame returns."""
+
+    def __init__(self) -> None:
+        thread.python += 1
+
+    def __del__(self) -> None:
+        thread.python -= 1
+
+
+def run_as_python(reason: str) -> NoReturn:
+    """Have the frame that Dynamo is tracing run as Python this once, and all that it calls; see :func:`can_run_as_python`."""
+    from torch._dynamo.exc import SkipFrame
+
+    thread.asked = True
+    skip = SkipFrame(reason)
+    raise skip
+
+
+def can_run_as_python() -> bool:
+    """Whether what is being traced is the frame of a call: an export has none."""
+    return thread.tracing > 0
+
+
+def heed_requests_for_python() -> None:
+    """Have Dynamo heed :func:`run_as_python`, from now on, or from when it is imported."""
+    if "torch._dynamo.convert_frame" in sys.modules:
+        _heed(sys.modules["torch._dynamo.convert_frame"])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Sees to what is to happen when Dynamo is imported: no frame can be converted before."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != "torch._dynamo.convert_frame":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _heed(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _heed(convert_frame: Any) -> None:
+    """Wrap Dynamo's callback, such that the state of the code, which others may share, stays as it is."""
+    plain = convert_frame.CatchErrorsWrapper.__call__
+    if getattr(plain, "heeds_requests_for_python", False):
+        return
+
+    @functools.wraps(plain)
+    def convert(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        outer, thread.asked = thread.asked, False
+        state = dict(frame_state)
+        thread.tracing += 1
+        try:
+            answer = plain(self, frame, cache_entry, frame_state)
+        except Exception:
+            if not thread.asked:
+                raise
+        finally:
+            thread.tracing -= 1
+            asked, thread.asked = thread.asked, outer
+        if not asked:
+            return answer
+        frame_state.clear()
+        frame_state.update(state)
+        _count_as_compiled()
+        return _this_once()
+
+    # Dynamo looks past the frames of its own file for who called the frame that it is to convert.
+    convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)  # type: ignore[attr-defined]
+    convert.heeds_requests_for_python = True  # type: ignore[attr-defined]
+    convert_frame.CatchErrorsWrapper.__call__ = convert
+
+
+def _this_once() -> Any:
+    """Tells Dynamo's C++ code to run a frame as it is, and to look at nothing that it calls."""
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
+    from torch._dynamo.types import ConvertFrameReturn
+
+    strategy = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.SKIP)
+    answer = ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
+    answer.this_once = _ThisOnce()  # type: ignore[attr-defined]
+    return answer
+
+
+def _count_as_compiled() -> None:
+    """Under ``fullgraph=True`` a call in which no frame was compiled is an error. torch 2.11 does not look."""
+    count = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is not None and (compiled := count(-1)) >= 0:
+        count(compiled + 1)

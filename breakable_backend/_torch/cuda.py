@@ -1,0 +1,87 @@
+"""Pools, captures and streams of CUDA, and what goes at the end of a process group."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def before_groups_end(release: Callable[[], None]) -> None:
+    """Have ``release`` called before a process group gives up its communicators.
+
+    NCCL waits, without end, until all graphs that hold its work are gone. (torch 2.11 to 2.15)
+    """
+    group = torch.distributed.ProcessGroup
+    shutdown = group.shutdown
+
+    @functools.wraps(shutdown)
+    def released(*args: Any, **kwargs: Any) -> Any:
+        release()
+        return shutdown(*args, **kwargs)
+
+    group.shutdown = released  # type: ignore[method-assign]
+
+
+demangle: Callable[[str], str] = torch._C._demangle
+"""A C++ symbol as C++ spells it; what is none comes back as it is."""
+
+# A CPU build lacks these names; the CUDA driver is the only one to call them.
+current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
+
+clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+
+is_stream_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+
+ONE_CAPTURE_STATE: bool = torch.__version__ < "2.13"  # a TorchVersion, which compares as versions do
+"""Whether a CUDA generator has one capture state for all graphs (torch 2.11), or one for each capture (2.13)."""
+
+
+def keep_for_ever(thing: Any) -> None:
+    """Never destroy ``thing``, not even at the end of the process: its destructor could fail there, or abort."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
+    """Where hooks on launches of ``graph`` are kept, which ``CUDAGraph.replay`` calls. Read on 2.14.1 and 2.15.0; 2.13 has none."""
+    module: Any = torch.cuda.graphs
+    if not hasattr(module, "_global_replay_start_hooks"):
+        return ()
+    own: Any = graph
+    return (
+        *(module._global_replay_start_hooks, module._global_replay_end_hooks),
+        *(own._replay_start_hooks, own._replay_end_hooks),
+    )
+
+
+def release_pool(device: int, pool: tuple[int, int]) -> None:
+    """Give up one use of ``pool``: that of a graph whose ``capture_end`` failed, which will never give it up itself."""
+    torch._C._cuda_releasePool(device, pool)
+
+
+@contextmanager
+def allocating_to_pool(device: int, pool: tuple[int, int]) -> Iterator[None]:
+    """Have this thread allocate in ``pool``, which is in use and stays so. Read on 2.11, 2.13, 2.14.1 and 2.15."""
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+    try:
+        yield
+    finally:
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+
+
+def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> bool:
+    """End the routing of allocations into ``pool`` that a failed capture leaves behind; whether there was any."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError as error:
+        if "not currently recording" not in str(error):
+            raise
+        return False
+    return True

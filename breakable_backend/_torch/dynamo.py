@@ -1,0 +1,289 @@
+"""Dynamo: what it compiles, skips, breaks, keeps and tells."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch._guards import CompileContext
+from torch._logging._internal import trace_structured
+
+if TYPE_CHECKING:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def graph_breaks() -> dict[str, int]:
+    """Dynamo's graph breaks since its last reset: how many, by reason. The user's line is in the reason's first line."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    times: Counter[str] = Counter()
+    texts: dict[str, str] = {}
+    for broken in graph_break_reasons:
+        first, _, rest = broken.reason.strip().partition("\n")
+        if first.startswith("generic_jump"):
+            first = "Data-dependent branching"  # Dynamo's words for it in a function that it inlines
+        if broken.user_stack:
+            frame = broken.user_stack[-1]
+            first += f", at {frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
+        times[first] += 1
+        texts[first] = max(texts.get(first, ""), f"{first}\n{rest}".strip(), key=len)
+    return {texts[first]: count for first, count in times.items()}
+
+
+@functools.cache
+def _inlined() -> CodeType:
+    """Of what Dynamo wraps around functions in files that it skips, such as those of ``torch.nn``."""
+    from torch._dynamo.external_utils import wrap_inline
+
+    return wrap_inline(lambda: None).__code__
+
+
+def code_under_compilation() -> tuple[CodeType, CodeType] | None:
+    """What Dynamo is compiling, and the function's code that it is of, if it goes on behind a graph break; None: nothing.
+
+    What Dynamo wraps around torch's own functions is one code for all: see :func:`is_shared`.
+    """
+    if current_compile_id() is None or (transaction := _tracing()) is None:
+        return None
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
+    code = whole = transaction.f_code
+    while (resumed := ContinueExecutionCache.generated_code_metadata.get(whole)) is not None:
+        whole = resumed.code
+    return code, whole
+
+
+def _tracing() -> InstructionTranslator | None:
+    """What Dynamo traces with in this thread; None: it does not."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return cast("InstructionTranslator | None", InstructionTranslator.current_tx())
+
+
+def is_shared(code: CodeType) -> bool:
+    """Whether it is the one code that Dynamo wraps around all of torch's own functions."""
+    return code is _inlined()
+
+
+def at_recompile_limit(codes: Iterable[CodeType] | None = None) -> list[str]:
+    """Those of ``codes`` that Dynamo will not compile again, as ``name (file:line)``; None: of all."""
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import input_codes
+
+    if codes is None:
+        codes = [code for ref in list(input_codes.seen) if (code := ref()) is not None]
+    limit = config.recompile_limit
+    return [place_of(code) for code in dict.fromkeys(codes) if len(_entries(code)) >= limit]
+
+
+def skipped(codes: Iterable[CodeType]) -> dict[str, str]:
+    """Those of ``codes`` that Dynamo was asked to compile, and of which there is nothing, as ``name (file:line)``; and why."""
+    from torch._dynamo.convert_frame import input_codes
+
+    asked = [
+        code
+        for code in dict.fromkeys(codes)
+        if code in input_codes and code not in _MODULE_CALLS and not _entries(code)
+    ]
+    return {place_of(code): _why_skipped(code) for code in asked}
+
+
+_MODULE_CALLS = [getattr(torch.nn.Module, name).__code__ for name in ("_wrapped_call_impl", "_call_impl")]
+"""Dynamo skips these, and compiles what they call."""
+
+
+def _why_skipped(code: CodeType) -> str:
+    if (failure := _failure(code)) is not None:
+        return failure
+    from torch._dynamo import trace_rules
+
+    if trace_rules.check(code):
+        return "Dynamo skips the file that it is in, and compiles what it calls"
+    return "it has no op on tensors, or was called where Dynamo compiles nothing (inside of vmap or of a dispatch mode)"
+
+
+def _failure(code: CodeType) -> str | None:
+    """Why Dynamo gave ``code`` up when it last tried, as far as it remembers (64 attempts); None: it did not."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    place = (code.co_name, code.co_filename, code.co_firstlineno)
+    for attempt in reversed(get_compilation_metrics()):
+        if attempt.fail_reason and place == (attempt.co_name, attempt.co_filename, attempt.co_firstlineno):
+            return _told(str(attempt.fail_reason), attempt.fail_user_frame_filename, attempt.fail_user_frame_lineno)
+    return None
+
+
+def _told(reason: str, file: str | None, line: int | None) -> str:
+    """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on behind that."""
+    first, *rest = (text.strip() for text in reason.splitlines() if text.strip())
+    told = first + (f", at {file}:{line}" if file else "")
+    behind = itertools.dropwhile(lambda text: "another graph break occurred" not in text, rest)
+    told += "".join(f"; {text}" for text in itertools.islice(behind, 1, 2))
+    if file and "fsdp" in Path(file).parts:
+        told += "; FSDP's hooks are not traced, and the modules between them are compiled one by one"
+    return f"{told}: compile what is around vmap and its like" if "functorch" in first else told
+
+
+def stance() -> str:
+    """What ``torch.compiler.set_stance`` has set, now: ``"default"``, ``"force_eager"`` and so on."""
+    from torch._dynamo import eval_frame
+
+    return eval_frame._stance.stance
+
+
+def stance_is_default() -> Callable[[], bool]:
+    """Asks whether no stance is set, in each call, without an import."""
+    from torch._dynamo import eval_frame
+
+    return lambda: eval_frame._stance.stance == "default"
+
+
+def place_of(code: CodeType) -> str:
+    """``name (file:line)``."""
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _entries(code: CodeType) -> list[Any]:
+    """Dynamo's versions of ``code``. They belong to C++, which may drop one at any moment, in any thread: only to be counted."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return _debug_get_cache_entry_list(code)
+
+
+def constant_under_dynamo(function: F) -> F:
+    """Have Dynamo call ``function`` while it traces, and take what it returns as a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # all that torch.compiler.assume_constant_result does
+    return function
+
+
+def break_of_dynamo(reason: str) -> Callable[[F], F]:
+    """Have Dynamo break its graph where ``function`` is called, and call it as it is.
+
+    What ``torch.compiler.disable`` does, but that this imports Dynamo when there is something to compile, and not before.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+
+    def around(function: F) -> F:
+        uncompiled: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            if not uncompiled:
+                uncompiled.append(torch.compiler.disable(function))
+            return uncompiled[0](*args, **kwargs)
+
+        told: Any = call
+        told._torchdynamo_disable, told._torchdynamo_disable_msg = True, reason
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(told.__code__, skip)  # of this frame alone
+        return cast(F, call)
+
+    return around
+
+
+def keep_with_code(thing: object) -> bool:
+    """Keep ``thing`` alive as long as the code that Dynamo is making now; False where nobody keeps that code, as in an export."""
+    from torch._dynamo import convert_frame
+
+    transaction = _tracing()
+    assert transaction is not None
+    output = transaction.output
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not output.export:  # an export lets go of the code, and its graph goes on
+        if frame.f_code.co_name == "_compile_inner" and frame.f_code.co_filename == convert_frame.__file__:
+            # What Dynamo calls when the code dies, and keeps until then. There is nothing to call.
+            output.cleanups.append(cast(Any, functools.partial(id, thing)))
+            return True
+        frame = frame.f_back
+    return False
+
+
+def forget_code_of(thing: object, reason: str) -> None:
+    """Have Dynamo compile again what it made while ``thing`` was kept by :func:`keep_with_code`, and nothing else."""
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+    from torch._dynamo.utils import CleanupManager
+
+    for code in [code for ref in list(input_codes.seen) if (code := ref()) is not None]:
+        for entry in _entries(code):
+            kept = CleanupManager.instance.get(entry.code) or ()
+            if any(isinstance(hook, functools.partial) and thing in hook.args for hook in kept):
+                guards = entry.guard_manager
+                if (state := guards.extra_state) is not None:
+                    state.invalidate(guards.cache_entry, DeletedGuardManagerWrapper(reason))
+                return
+
+
+def until_reset() -> dict[str, Any]:
+    """A dictionary that ``torch._dynamo.reset()`` forgets."""
+    from torch._dynamo.code_context import code_context
+
+    return code_context.get_context(until_reset.__code__)
+
+
+def refuses_graph_breaks() -> bool:
+    """Whether Dynamo, which is tracing the caller, was told ``fullgraph=True``."""
+    transaction = _tracing()
+    assert transaction is not None
+    return bool(transaction.one_graph or transaction.error_on_graph_break)
+
+
+def global_state() -> Callable[[], bool]:
+    """Asks whether grad mode, autocast and torch's other global settings that Dynamo guards on are as they are now."""
+    return torch._C._dynamo.guards.GlobalStateGuard().check
+
+
+def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Asks, in one C++ call, whether tensors have the types, dtypes, devices, layouts and so on of ``tensors``, in order.
+
+    They have to be different objects, as ``tensors`` are.
+    """
+    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    guards: Any = torch._C._dynamo.guards.TensorGuards
+    return cast(Callable[..., bool], guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check)
+
+
+frame_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""What compiles the frames that run in this thread now; None: nothing."""
+
+
+def current_compile_id() -> Any:
+    """Which compilation of Dynamo's is under way, for :func:`trace_artifact`; None outside of one."""
+    return CompileContext.current_compile_id()
+
+
+def current_compilation() -> object:
+    """What stands for the compilation of Dynamo's that is under way, and dies with it."""
+    return CompileContext.get()
+
+
+def recompile_reason() -> str | None:
+    """Why Dynamo compiles again what it compiled before; None for the first time, and outside of a compilation."""
+    if current_compile_id() is None:
+        return None
+    from torch._dynamo.utils import get_metrics_context
+
+    return cast(str | None, get_metrics_context()._metrics.get("recompile_reason"))
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str], compile_id: Any) -> None:
+    """A file in the trace that ``TORCH_TRACE`` asks for; ``payload`` is not called where there is none."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        compile_id=compile_id,
+        expect_trace_id=False,
+    )

@@ -1,0 +1,103 @@
+"""Sizes that vary, and numbers that are known late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    import sympy
+
+
+def has_hint(number: Any) -> bool:
+    """Whether one knows what a symbolic number is in the call that is being traced."""
+    return isinstance(number, int | float) or number.node.hint is not None
+
+
+def hint_of(number: Any) -> int:
+    """The number that a symbolic int is in the call that is being traced."""
+    return number if type(number) is int else int(number.node.hint)
+
+
+def fresh_int(tensor: Any) -> Any:
+    """An int that is known only at run time, in the fake implementation of an op that takes ``tensor``."""
+    return tensor.fake_mode.shape_env.create_unbacked_symint()
+
+
+@contextmanager
+def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
+    """Let code that reads values run on fake tensors, though no graph will hold the numbers that it makes."""
+    modes = (getattr(tensor, "fake_mode", None) for tensor in tensors)
+    env = next((mode.shape_env for mode in modes if mode is not None), None)
+    if env is None:
+        yield
+    else:
+        with env.ignore_fresh_unbacked_symbols():
+            yield
+
+
+_NO_SYMBOLS: frozenset[Any] = frozenset()
+
+
+def free_symbols(value: Any) -> Any:
+    """The symbols in a number, a fake tensor, or several."""
+    if type(value) in (FakeTensor, torch.Tensor) and not value._has_symbolic_sizes_strides:
+        return _NO_SYMBOLS  # nearly always, and told in no time
+    if type(value) in (list, tuple):
+        return _NO_SYMBOLS.union(*map(free_symbols, value))
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.free_symbols(value)
+
+
+def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
+    """The plain number that a backed ``SymInt``, ``SymFloat`` or ``SymBool`` has under ``symbols``; others unchanged."""
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value
+    import sympy
+
+    result = sympy.sympify(value.node.expr).xreplace({s: sympy.Integer(v) for s, v in symbols.items()})
+    if isinstance(value, torch.SymInt):
+        return int(result)
+    return float(result) if isinstance(value, torch.SymFloat) else bool(result)
+
+
+def numbers_of(values: Sequence[Any], symbols: Sequence[sympy.Symbol]) -> Callable[..., tuple[int, ...]]:
+    """A function that takes what ``symbols`` are and returns what ``values``, ints or ``SymInt`` of them, then are."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    texts = [PythonPrinter().doprint(v.node.expr) if isinstance(v, torch.SymInt) else str(v) for v in values]
+    text = f"lambda {', '.join(map(str, symbols))}: ({''.join(f'{text}, ' for text in texts)})"
+    function: Callable[..., tuple[int, ...]] = eval(text, {"math": math, "torch": torch})
+    return function
+
+
+def symbols_made(node: fx.Node) -> frozenset[sympy.Symbol]:
+    """The unbacked symbols that the call of a node made when it was traced, replaced since or not."""
+    return frozenset(node.meta.get("unbacked_bindings") or ())
+
+
+def is_ragged(value: Any) -> bool:
+    """Whether ``value`` stands for the lengths of a jagged nested tensor: an int that ``int()`` does not take."""
+    return isinstance(value, torch.SymInt) and bool(value.node.is_nested_int())
+
+
+def is_argument_float(value: Any) -> bool:
+    """Whether a number is a float argument of the compiled function, as Dynamo hands it over once it has varied."""
+    if not isinstance(value, torch.SymFloat):
+        return False
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    return symbol_is_type(value.node.expr, SymT.FLOAT)
+
+
+def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
+    """The symbol that ``value`` consists of, if it is nothing else."""
+    expr = value.node.expr
+    return expr if expr.is_Symbol else None
