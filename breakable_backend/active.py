@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
-
-import torch
-
-from breakable_backend import _torch
 
 T = TypeVar("T")
 
@@ -108,52 +104,3 @@ class BreakHandler(Protocol):
 
 handler: Scoped[BreakHandler | None] = Scoped("breakable_backend.handler", None)
 """The capture that this code is in; None outside one, and inside a break."""
-
-
-@dataclass(frozen=True)
-class Modes:
-    """The modes of torch that Python code can see, as they are at one place."""
-
-    autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()
-    """Enabled autocasts: device type, dtype, whether casts are cached."""
-    grad: bool = False
-    inference: bool = False
-
-    @classmethod
-    def current(cls) -> Modes:
-        """Those of this thread, now."""
-        return cls(
-            tuple(
-                (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
-                for device in ("cpu", "cuda")
-                if torch.is_autocast_enabled(device)
-            ),
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        )
-
-    def are_current(self) -> bool:
-        """Whether they are on in this thread, now; quick, for each replay asks."""
-        if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
-            return False
-        return Modes.current() == self if self.autocast else not _torch.any_autocast_enabled()
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Exactly these modes, for a ``with`` statement; what is so already is left alone."""
-        now = Modes.current()
-        token = autocast.set(tuple(device for device, _, _ in self.autocast))
-        try:
-            with ExitStack() as stack:
-                if now.inference != self.inference:
-                    stack.enter_context(torch.inference_mode(self.inference))
-                for device in {device for device, *_ in (*now.autocast, *self.autocast)}:
-                    wanted = next((entry for entry in self.autocast if entry[0] == device), None)
-                    if wanted is None:
-                        stack.enter_context(torch.autocast(device, enabled=False))
-                    elif wanted not in now.autocast:
-                        stack.enter_context(torch.autocast(device, dtype=wanted[1], cache_enabled=wanted[2]))
-                stack.enter_context(torch.set_grad_enabled(self.grad))
-                yield
-        finally:
-            autocast.reset(token)

@@ -955,8 +955,8 @@ FAULTS = (
     ),
     Fault(
         "marked-functions-forget-autocast",
-        "marks.sites:Site._ambient",
-        "stack.enter_context(torch.autocast(device, dtype=dtype))",
+        "ir.modes:Modes.enter",
+        "stack.enter_context(torch.autocast(device, dtype=cast[1], cache_enabled=cast[2]))",
         "pass",
         "test_functions.py::test_autocast[aot_eager-cpu]",
     ),
@@ -1278,7 +1278,7 @@ FAULTS = (
     Fault(
         "closures-lose-gradients",
         "marks.sites:Site._loses_gradients",
-        "self.grad",
+        "self.modes.grad",
         "False",
         "test_functions_gradients.py::test_closures_are_refused[cpu]",
     ),
@@ -2163,7 +2163,7 @@ FAULTS = (
     Fault(
         "callers-autocast-ignored",
         "compiling.lowering:note_ambient",
-        "dict(_caller_autocast())",
+        "{cast[0]: cast for cast in now.autocast}",
         "{}",
         "test_contract_ambient.py::test_callers_autocast[cpu]",
     ),
@@ -2177,7 +2177,7 @@ FAULTS = (
     Fault(
         "callers-grad-mode-ignored",
         "compiling.lowering:note_ambient",
-        "torch.is_grad_enabled()",
+        "now.grad",
         "False",
         "test_contract_ambient.py::test_callers_grad_mode[cpu]",
     ),

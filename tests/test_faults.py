@@ -15,9 +15,9 @@ import silly
 from breakable_backend import InternalError, capture, eager_on_graph
 from breakable_backend.calling import executor
 from breakable_backend.capturing import graph as graph_module
-from breakable_backend.compiling.lowering import Ambient
 from breakable_backend.errors import first_line
 from breakable_backend.faults import internal, raise_if_ours
+from breakable_backend.ir.modes import Modes
 from checks import compile_both
 from doors import MakeGraph, bend, marked_bend, replays_equal
 
@@ -128,7 +128,7 @@ def test_errors_of_eager_functions(
 def test_errors_of_functions_without_a_frame(make: MakeGraph, device: torch.device) -> None:
     """An eager function that is written in C has no frame of its own; what it raises is the user's all the same."""
     with pytest.raises(ZeroDivisionError) as caught:
-        Ambient().around(operator.truediv)(1, 0)
+        Modes().around(operator.truediv)(1, 0)
     raise_if_ours(caught.value, log)
     graph, x = make(), torch.ones(3, device=device)
     with pytest.raises(TypeError, match="unsupported operand"), capture(graph):

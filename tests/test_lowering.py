@@ -13,7 +13,8 @@ from torch.fx.node import _side_effectful_functions
 
 import silly
 from breakable_backend import _torch, mark_eager, unmark_eager
-from breakable_backend.compiling.lowering import Ambient, CannotLower, Lowered, ambient_of, lower, needs_gradients
+from breakable_backend.compiling.lowering import CannotLower, Lowered, lower, needs_gradients
+from breakable_backend.ir.modes import Modes, ambient_of
 from breakable_backend.ir.program import source_line
 from breakable_backend.marks.marking import REGION_KEY, EagerOps, schema_name
 
@@ -42,7 +43,7 @@ def ops(result: Lowered) -> list[str]:
     return [schema_name(node) for node in result.module.graph.nodes if schema_name(node)]
 
 
-def ambients(result: Lowered) -> list[Ambient | None]:
+def ambients(result: Lowered) -> list[Modes | None]:
     """The states noted for the calls of ``silly::marked_product``, in order."""
     nodes = result.module.graph.find_nodes(op="call_function", target=torch.ops.silly.marked_product.default)
     return [ambient_of(node) for node in nodes]
@@ -226,10 +227,10 @@ def test_ambient_autocast() -> None:
     with torch.no_grad():
         assert ambients(lowered(f, X)) == [
             None,
-            Ambient((BF16,)),
+            Modes((BF16,)),
             None,
-            Ambient((("cpu", torch.float16, False),)),
-            Ambient((BF16,)),
+            Modes((("cpu", torch.float16, False),)),
+            Modes((BF16,)),
             None,
         ]
 
@@ -245,7 +246,7 @@ def test_ambient_autocast_of_the_caller() -> None:
             return total + silly.marked_product(x, x)
 
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ambients(lowered(f, X)) == [Ambient((BF16,)), None, Ambient((F16,))]
+        assert ambients(lowered(f, X)) == [Modes((BF16,)), None, Modes((F16,))]
 
 
 def test_ambient_grad_mode() -> None:
@@ -258,10 +259,10 @@ def test_ambient_grad_mode() -> None:
         with torch.enable_grad():
             return total + silly.marked_product(x, x)
 
-    assert ambients(lowered(f, X)) == [Ambient(grad=True), None, Ambient(grad=True)]
+    assert ambients(lowered(f, X)) == [Modes(grad=True), None, Modes(grad=True)]
     torch.compiler.reset()
     with torch.no_grad():
-        assert ambients(lowered(f, X)) == [None, None, Ambient(grad=True)]
+        assert ambients(lowered(f, X)) == [None, None, Modes(grad=True)]
 
 
 def test_ambient_both() -> None:
@@ -271,7 +272,7 @@ def test_ambient_both() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return silly.marked_product(x, x)
 
-    assert ambients(lowered(f, X)) == [Ambient((BF16,), grad=True)]
+    assert ambients(lowered(f, X)) == [Modes((BF16,), grad=True)]
 
 
 def test_ambient_of_torch_ops() -> None:
@@ -288,7 +289,7 @@ def test_ambient_of_torch_ops() -> None:
 
 def test_ambient_enter() -> None:
     """An ambient state is in force inside its block, and as before behind it, also after an error."""
-    ambient = Ambient((BF16,), grad=True)
+    ambient = Modes((BF16,), grad=True)
     with torch.no_grad():
         with pytest.raises(KeyError), ambient.enter():
             assert torch.is_autocast_enabled("cpu")
@@ -301,7 +302,7 @@ def test_ambient_enter() -> None:
 
 def test_ambient_around() -> None:
     """A function in an ambient state is called in it, under a name that generated code can hold."""
-    function = Ambient((BF16,)).around(torch.mm)
+    function = Modes((BF16,)).around(torch.mm)
     assert function.__name__.isidentifier()
     assert function(X, X).dtype is torch.bfloat16
 

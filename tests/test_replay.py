@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, ReplayError
-from breakable_backend.compiling.lowering import Ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver, TapeGraph
 from breakable_backend.ir.layout import TensorSpec, extent
+from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Reason
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
@@ -250,7 +250,7 @@ def ambient_call(maker: Maker) -> Recording:
         return x @ x.t()
 
     step = call("y", product, Slot("x"))
-    ambient = Ambient(((kind, torch.bfloat16, True),), grad=True)
+    ambient = Modes(((kind, torch.bfloat16, True),), grad=True)
     maker.eager(Call(step.result, step.function, step.args, step.kwargs, step.label, ambient=ambient))
     return maker.recording(["x"], [Slot("y")])
 

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.active import Modes
 from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, log
 from breakable_backend.capturing.trace import Watching
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
@@ -36,6 +35,7 @@ from breakable_backend.errors import BreakableError, CaptureError, OptionsError,
 from breakable_backend.failures import as_passing
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.effects import written_values
+from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Op, Reason, described
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import live_reason, marked_composites, marked_functions

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.active import Modes
 from breakable_backend.calling.device_errors import blame
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
@@ -27,6 +26,7 @@ from breakable_backend.drivers.ordering import replayed_inside
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
 from breakable_backend.faults import raise_if_ours
+from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.functions import Mark
 from breakable_backend.options import Options
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording, check_places, refuse_place

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from breakable_backend import _torch, active
+from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.errors import first_line, message
 from breakable_backend.ir.effects import bodies, tensors_of, written_arguments
+from breakable_backend.ir.modes import AMBIENT_KEY, Cast, Modes
 from breakable_backend.marks.marking import EagerOps, Marks, is_marked
 
-AMBIENT_KEY = "breakable_cg_ambient"
 OUT_KEY = "breakable_cg_out"
 
 
@@ -29,53 +27,6 @@ class Lowered:
     static: frozenset[int]
     unmet: frozenset[str] = frozenset()
     """What is marked, and how, and this graph does not call."""
-
-
-@dataclass(frozen=True)
-class Ambient:
-    """The state in which eager would run a node, where it is not what compiled code runs in (no autocast, no grad)."""
-
-    autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()
-    """Enabled autocasts: device type, dtype, whether casts are cached."""
-    grad: bool = False
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """This state, for a ``with`` statement."""
-        token = active.autocast.set(tuple(device for device, _, _ in self.autocast))
-        try:
-            with ExitStack() as stack:
-                for device, dtype, cache in self.autocast:
-                    stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cache))
-                if self.grad:
-                    stack.enter_context(torch.enable_grad())
-                yield
-        finally:
-            active.autocast.reset(token)
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` as a target for a graph's node, run in this state."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.enter():
-                return function(*args, **kwargs)
-
-        call.__name__ = re.sub(r"\W", "_", str(function))
-        return call
-
-
-def ambient_of(node: fx.Node) -> Ambient | None:
-    """The state that ``node`` needs when it runs; None if that is what compiled code runs in, or cannot matter.
-
-    It matters to ops that are not torch's own. Theirs were traced below autocast and grad mode: the casts are in the
-    graph, and a second time would be one too many.
-    """
-    return node.meta.get("custom", {}).get(AMBIENT_KEY) if is_opaque(node) else None
-
-
-def is_opaque(node: fx.Node) -> bool:
-    """Whether a node calls somebody's own op: code that sees the ambient state, and whose fake may be wrong."""
-    return isinstance(node.target, _torch.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
 
 
 class CannotLower(Exception):
@@ -238,11 +189,12 @@ def note_ambient(gm: fx.GraphModule) -> None:
     AOT compiles autocast and grad mode into the ATen ops and leaves no trace of them; an opaque op under
     ``with torch.autocast(...)`` would then run without it.
     """
-    _note(gm, dict(_caller_autocast()), torch.is_grad_enabled())
+    now = Modes.current()
+    _note(gm, {cast[0]: cast for cast in now.autocast}, now.grad)
 
 
-def _note(gm: fx.GraphModule, autocast: dict[str, tuple[str, torch.dtype, bool]], grad: bool) -> None:
-    saved: dict[Any, tuple[str, tuple[str, torch.dtype, bool] | None]] = {}
+def _note(gm: fx.GraphModule, autocast: dict[str, Cast], grad: bool) -> None:
+    saved: dict[Any, tuple[str, Cast | None]] = {}
     for node in gm.graph.nodes:
         if node.target is _torch.ENTER_AUTOCAST:
             device, dtype, enabled, cache = (*node.args, None, None, None)[:4]
@@ -261,8 +213,8 @@ def _note(gm: fx.GraphModule, autocast: dict[str, tuple[str, torch.dtype, bool]]
         elif node.target is _torch.SET_GRAD_ENABLED:
             grad = bool(node.args[0])
         elif autocast or grad:
-            ambient = Ambient(tuple(autocast.values()), grad)
-            node.meta["custom"] = {**node.meta.get("custom", {}), AMBIENT_KEY: ambient}
+            modes = Modes(tuple(autocast.values()), grad)
+            node.meta["custom"] = {**node.meta.get("custom", {}), AMBIENT_KEY: modes}
             for body in bodies(node):
                 _note(body, dict(autocast), grad)
 
@@ -277,13 +229,6 @@ def out_of_place_views(module: fx.GraphModule) -> None:
         if isinstance(node.target, _torch.OpOverload) and torch.Tag.inplace_view in node.target.tags:
             node.target = _torch.out_of_place(node.target) or node.target
     module.recompile()
-
-
-def _caller_autocast() -> Iterator[tuple[str, tuple[str, torch.dtype, bool]]]:
-    """The autocasts that the caller has around the compiled call; Dynamo compiles anew when they change."""
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            yield device, (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
 
 
 def _kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.compiling.lowering import Lowered, ambient_of
+from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.ir.effects import (
     alias_source,
     is_check,
@@ -43,6 +43,7 @@ from breakable_backend.ir.effects import (
     written_arguments,
 )
 from breakable_backend.ir.layout import Geometry, extent
+from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import (
     Access,
     EagerSegment,

@@ -18,12 +18,12 @@ from torch import fx
 
 from breakable_backend import _torch, locks
 from breakable_backend._torch import pytree
-from breakable_backend.active import Modes
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession, Tenant
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.layout import non_owning
+from breakable_backend.ir.modes import Modes
 
 T = TypeVar("T")
 

@@ -42,6 +42,16 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)] if value is not None else []
 
 
+def is_of_torch(target: Any) -> bool:
+    """Whether ``target`` is one of torch's own ops."""
+    return isinstance(target, _torch.OpOverload) and target.namespace in ("aten", "prims", "prim")
+
+
+def is_opaque(target: Any) -> bool:
+    """Whether ``target`` is somebody's own op: code that sees the modes around it, and whose fake may be wrong."""
+    return isinstance(target, _torch.OpOverload) and not is_of_torch(target)
+
+
 def bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order op is called with."""
     attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]
@@ -321,11 +331,11 @@ def draws(node: fx.Node) -> bool:
 def is_view(node: fx.Node) -> bool:
     """Whether a call does nothing but alias its arguments, and may be made again anywhere."""
     target = node.target
-    if not isinstance(target, _torch.OpOverload) or target.namespace not in ("aten", "prims", "prim"):
+    if not is_of_torch(target) or target._schema.is_mutable:  # type: ignore[union-attr]
         return False
     results = tensors_of(node.meta.get("val"))
     known = {_torch.storage_key(t) for a in node.all_input_nodes for t in tensors_of(a.meta.get("val"))}
-    return bool(results) and not target._schema.is_mutable and all(_torch.storage_key(t) in known for t in results)
+    return bool(results) and all(_torch.storage_key(t) in known for t in results)
 
 
 _ON_THE_HOST = _torch.aten("_efficient_attention_forward _scaled_dot_product_efficient_attention")

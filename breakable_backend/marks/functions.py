@@ -20,6 +20,7 @@ import torch
 
 from breakable_backend import _torch, active
 from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line
+from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.gradients import recomputed, with_backward
 from breakable_backend.marks.learning import Asked
 from breakable_backend.marks.ops import writing_op
@@ -301,16 +302,16 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
             module = ctypes.cast(leaf[1], ctypes.py_object).value
             modules[leaf[1]] = weakref.ref(module, lambda _: mark.sites.pop(number, None))
     arguments, order, num_written = _arranged(mark, structure)
-    autocast, grad = _modes()
-    learned = learned_of(mark, (arguments, autocast, grad), modules.keys())
+    modes = Modes.traced()
+    learned = learned_of(mark, (arguments, modes), modules.keys())
     if learned.why_not:
         return 0, learned.why_not
     try:
         asked = mark.known.setdefault(_torch.current_compilation(), {})
-        known = asked.setdefault((arguments, autocast, grad), {})
+        known = asked.setdefault((arguments, modes), {})
     except TypeError:  # somebody's pytree node with a context that cannot be hashed
         known = {}
-    site = Site(number, mark, arguments, order, num_written, autocast, grad, modules, known, learned)
+    site = Site(number, mark, arguments, order, num_written, modes, modules, known, learned)
     sites[number] = site
     if not _torch.keep_with_code(site):
         mark.sites[number] = site
@@ -324,14 +325,6 @@ def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, .
     return with_leaves(structure, lambda leaf: _moved(leaf, order)), order, len(written)
 
 
-def _modes() -> tuple[tuple[tuple[str, torch.dtype], ...], bool]:
-    """Autocast, by type of device, and whether gradients are on."""
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-    )
-    return autocast, torch.is_grad_enabled()
-
-
 def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows what it returns."""
     if mark.fake is not None or foreign((args, kwargs)):
@@ -342,7 +335,7 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     structure = take_apart((args, kwargs), given, ints, floats)
     arguments, order, _ = _arranged(mark, structure)
     modules = [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "module"]
-    learned = learned_of(mark, (arguments, *_modes()), modules)
+    learned = learned_of(mark, (arguments, Modes.traced()), modules)
     tensors = [given[place] for place in order]
     needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
     try:

@@ -19,6 +19,7 @@ from breakable_backend import _torch, active, locks
 from breakable_backend.callers import Callers
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
 from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.overlap import known_apart
 from breakable_backend.marks.learning import Asked, Expected, Learned
 from breakable_backend.marks.straight import Run, straight
@@ -169,8 +170,7 @@ class Site:
     arguments: Structure
     order: tuple[int, ...]
     num_written: int
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    grad: bool
+    modes: Modes
     modules: dict[int, weakref.ref[torch.nn.Module]]
     known: dict[Any, Expected]
     """What ``fake`` told, by the layouts of the arguments. Sites that differ in nothing share it."""
@@ -256,7 +256,7 @@ class Site:
         if key is not None and key in self.known:
             return self.known[key]
         try:
-            with _torch.ignore_fresh_symbols(tensors), self._ambient():
+            with _torch.ignore_fresh_symbols(tensors), self.modes.enter():
                 expected = self._ask(needs, tensors, ints, floats)
         except PartitionError as error:
             self.error = error
@@ -325,7 +325,7 @@ class Site:
             taken = self._take(holder, given, False, EagerOutputError)
         else:
             with (
-                self._ambient(),
+                self.modes.enter(),
                 self._modules(needs, traced, tensors, own) as (given, modules),
                 _torch.above_autograd(),
             ):
@@ -473,19 +473,7 @@ class Site:
         """Whether a result needs gradients of what is no argument, which a backward of compiled code would lose."""
         if recording:
             return reaches_others(taken.members, leaves)
-        return self.grad and any(root.requires_grad for root in taken.roots)
-
-    @contextmanager
-    def _ambient(self) -> Iterator[None]:
-        token = active.autocast.set(tuple(device for device, _ in self.autocast))
-        try:
-            with ExitStack() as stack:
-                for device, dtype in self.autocast:
-                    stack.enter_context(torch.autocast(device, dtype=dtype))
-                stack.enter_context(torch.set_grad_enabled(self.grad))
-                yield
-        finally:
-            active.autocast.reset(token)
+        return self.modes.grad and any(root.requires_grad for root in taken.roots)
 
     # errors
 

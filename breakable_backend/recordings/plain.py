@@ -21,10 +21,11 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.active import BreakHandler
-from breakable_backend.compiling.lowering import Lowered, ambient_of, is_opaque
+from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import runnable
-from breakable_backend.ir.effects import draws, producer_of
+from breakable_backend.ir.effects import draws, is_opaque, producer_of
 from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line
 from breakable_backend.marks.marking import label
 from breakable_backend.marks.sites import Mark
@@ -121,7 +122,7 @@ class _Graph:
         """The call of a node; behind it what looks at its result, where sizes vary."""
         state: State | None = ambient_of(node)
         # Somebody's eager op gets no turn: it may wait for a thread that waits for one.
-        if draws(node) and not (is_opaque(node) and node.name in self.eager):
+        if draws(node) and not (is_opaque(node.target) and node.name in self.eager):
             state = _Turn(self.drawing, state)
         maker = producer_of(node)
         function: Any = node.target

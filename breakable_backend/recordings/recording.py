@@ -24,7 +24,6 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.compiling.lowering import ambient_of, is_opaque
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.drivers.seen import without_autocast_cache
 from breakable_backend.errors import (
@@ -38,9 +37,10 @@ from breakable_backend.errors import (
     first_line,
 )
 from breakable_backend.failures import passing
-from breakable_backend.ir.effects import draws, is_checked_by_nobody, is_view, producer_of, tensors_of
+from breakable_backend.ir.effects import draws, is_checked_by_nobody, is_opaque, is_view, producer_of, tensors_of
 from breakable_backend.ir.layout import Geometry, TensorSpec, extent
 from breakable_backend.ir.lifetimes import Lifetimes, by_value
+from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import (
     EagerSegment,
     GraphSegment,
@@ -363,7 +363,7 @@ class Binding:
 
 def must_fit(maker: fx.Node) -> bool:
     """Whether the results of an eager call may be other than its fake says, and nobody else would notice."""
-    return is_opaque(maker) or is_checked_by_nobody(maker)
+    return is_opaque(maker.target) or is_checked_by_nobody(maker)
 
 
 def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:

@@ -12,6 +12,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Given, Script, Trace, Watch, has_memory, run_module
+from breakable_backend.ir.effects import is_of_torch
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.marks.results import fields, replaced
 from breakable_backend.recordings.recording import Call, is_view_call
@@ -91,9 +92,7 @@ class Witness:
 
 def is_users(call: Call) -> bool:
     """Whether a call runs code that may store an argument away."""
-    if is_view_call(call):
-        return False
-    return not (isinstance(call.function, _torch.OpOverload) and call.function.namespace in ("aten", "prims", "prim"))
+    return not is_view_call(call) and not is_of_torch(call.function)
 
 
 class _Twins:
