@@ -668,6 +668,13 @@ FAULTS = (
         "test_host_time.py::test_marked_functions_are_called_straight[cpu-listed]",
     ),
     Fault(
+        "views-of-what-has-gaps-begin-where-they-did",
+        "marks.structure:view_leaf",
+        "_slices(base, where)",
+        "None",
+        "test_functions.py::test_view_of_an_argument_that_begins_elsewhere[breakable_cg-cpu-learned-gaps]",
+    ),
+    Fault(
         "containers-are-not-looked-at-again",
         "marks.straight:caller",
         '[*made, f"returned = {call}", *looks, "return returned"]',

@@ -230,10 +230,8 @@ pinned memory does not forget.
 def _takes_graphs(pool: torch.cuda.MemPool, draws: Draws) -> bool:
     """Whether captures may allocate in ``pool``; in a capture's turn."""
     if _KEEPER not in vars(pool):
-        keeper = torch.cuda.CUDAGraph()
         try:
-            draws.capture_nothing(keeper, lambda: pool.id)
-            vars(pool)[_KEEPER] = keeper
+            vars(pool)[_KEEPER], _ = draws.capture_nothing(lambda: pool.id)
         except RuntimeError:
             vars(pool)[_KEEPER] = None
     return vars(pool)[_KEEPER] is not None
@@ -535,9 +533,8 @@ class CudaDriver:
                 self._pool = self._given_pool.id
                 return
             log.warning("graphs go to a pool of their own: the MemPool takes no more, since a capture failed in it")
-        keeper = torch.cuda.CUDAGraph()
         try:
-            self._pool, self._keeper = self._draws.capture_nothing(keeper, self._new_pool), keeper
+            self._keeper, self._pool = self._draws.capture_nothing(self._new_pool)
         except Exception:
             with suppress(Exception):  # the pool may be to blame; the generator works with another
                 self._draws.mend()

@@ -173,26 +173,27 @@ class Draws:
         if stream != self._order.last:
             self._order.follow(stream)
 
-    def capture_nothing(self, graph: torch.cuda.CUDAGraph, new_pool: Callable[[], Any]) -> Any:
-        """Capture nothing, on the current stream, into ``graph`` and a new pool, which is returned; in a capture's turn.
+    def capture_nothing(self, new_pool: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Capture nothing, on the current stream, into a new pool; returns the graph and the pool; in a capture's turn.
 
         The generator is out of capture mode then. What another thread disturbs is tried again, for ``RETRY`` seconds.
         """
         until = time.monotonic() + RETRY
         while True:
-            pool = new_pool()
+            graph, pool = torch.cuda.CUDAGraph(), new_pool()
             try:
                 with registry:
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 end(graph)
             except Exception as error:
+                # torch's allocator of pinned memory asks this graph from now on, with every allocation.
+                _torch.keep_for_ever(graph)
                 self.spoilt(pool, error)
                 if passing(error) != "disturbed" or time.monotonic() > until:
-                    _torch.keep_for_ever(graph)
                     raise
             else:
                 self.stuck = False
-                return pool
+                return graph, pool
             time.sleep(random.random() * 1e-3)  # not in step with the other thread
 
     def spoilt(self, pool: Any, error: BaseException) -> None:
@@ -216,8 +217,7 @@ class Draws:
         """Take the generator out of capture mode, if a capture has left it there; in a turn."""
         if self.stuck:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self.reset_on(self.stream.cuda_stream):
-                graph = torch.cuda.CUDAGraph()
-                self.capture_nothing(graph, torch.cuda.graph_pool_handle)
+                graph, _ = self.capture_nothing(torch.cuda.graph_pool_handle)
                 with registry:
                     del graph
 

@@ -218,12 +218,41 @@ def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: b
     dense = tuple(where[0][position] for position in order)
     back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
     plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == _steps(dense)
-    inside = where[2] - base[2] >= 0 and where[2] - base[2] + extent(where) <= extent(base)
-    if not (plain and inside):
-        return ("view", kind, number, detached, None, where)
     start = where[2] - base[2]
+    inside = start >= 0 and start + extent(where) <= extent(base)
+    steps: Structure | None = ("flat", start, extent(where), dense, back) if plain else _slices(base, where)
+    if steps is None or not inside:
+        return ("view", kind, number, detached, None, where)
     # Where the base itself lies is no part of the leaf: an argument may lie elsewhere in its storage in another call.
-    return ("view", kind, number, detached, (start, extent(where), dense, back), (where[0], where[1], start))
+    return ("view", kind, number, detached, steps, (where[0], where[1], start))
+
+
+def _slices(base: Strided, where: Strided) -> Structure | None:
+    """A view as a slice of each dimension of its base, the order of those that stay, and new ones of size 1; None if it is none."""
+    if 0 in base[0] or 0 in where[0]:
+        return None
+    rest, left = where[2] - base[2], [dim for dim, size in enumerate(where[0]) if size > 1]
+    cuts: dict[int, tuple[int, int, int]] = dict.fromkeys(range(len(base[0])), (0, 1, 0))
+    taken: dict[int, int] = {}
+    outermost_first = sorted((dim for dim, size in enumerate(base[0]) if size > 1), key=lambda dim: -base[1][dim])
+    for dim in outermost_first:
+        step = base[1][dim]
+        if step <= sum((base[0][d] - 1) * base[1][d] for d in outermost_first[outermost_first.index(dim) + 1 :]):
+            return None  # its elements overlap
+        begin, rest = divmod(rest, step)
+        mine = next((one for one in left if where[1][one] % step == 0), None)
+        count, by = (1, 0) if mine is None else (where[0][mine], where[1][mine] // step)
+        cuts[dim] = begin, begin + (count - 1) * by + 1, by
+        if rest < 0 or cuts[dim][1] > base[0][dim] or (mine is not None and by < 1):
+            return None
+        if mine is not None:
+            left.remove(mine)
+            taken[dim] = mine
+    if left or rest:
+        return None
+    stay = sorted(taken)
+    order = tuple(sorted(range(len(stay)), key=lambda position: taken[stay[position]]))
+    return ("cut", tuple(cuts.values()), order, tuple(dim for dim, size in enumerate(where[0]) if size == 1))
 
 
 def _steps(shape: Sequence[int]) -> tuple[int, ...]:
@@ -241,11 +270,16 @@ def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
     _, _, _, detached, steps, where = leaf
     if steps is None:
         made = base.as_strided(where[0], where[1], where[2])
-    else:
-        start, length, dense, back = steps
+    elif steps[0] == "flat":
+        _, start, length, dense, back = steps
         made = base.view(-1).narrow(0, start, length).view(dense)
         if back is not None:
             made = made.permute(back)
+    else:
+        _, cuts, order, new = steps
+        made = base[tuple([slice(begin, end, by) if by else begin for begin, end, by in cuts])].permute(order)
+        for dim in new:
+            made = made.unsqueeze(dim)
     return made.detach() if detached else made
 
 
