@@ -1366,11 +1366,11 @@ FAULTS = (
         "recordings.recording:_Recorder._capture",
         """
         with without_autocast_cache():
-            graph, results = self.driver.capture(functools.partial(body, *inputs))
+            graph, results = self.driver.capture(functools.partial(captured, *inputs))
         """,
         """
         if True:
-            graph, results = self.driver.capture(functools.partial(body, *inputs))
+            graph, results = self.driver.capture(functools.partial(captured, *inputs))
         """,
         "test_contract_ambient.py::test_captured_op_in_a_warm_autocast_region[cpu]",
     ),
@@ -1848,6 +1848,63 @@ FAULTS = (
         """,
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
+    ),
+    # --- ops that only a capture refuses ---
+    Fault(
+        "the-whole-segment-is-eager",
+        "recordings.recording:_Recorder.capture",
+        "self.healing.again or self._heal(position)",
+        "self.healing.again",
+        "test_healing.py::test_only_the_guilty_op[cpu]",
+    ),
+    Fault(
+        "an-op-of-somebodys-fails-in-each-place",
+        "recordings.healing:Healing.cut",
+        "is_somebodys(guilty) or self._times[op_of(guilty)] > 1",
+        "self._times[op_of(guilty)] > 1",
+        "test_healing.py::test_one_op_in_every_layer[cpu]",
+    ),
+    Fault(
+        "an-op-of-torchs-fails-in-each-place",
+        "recordings.healing:Healing.cut",
+        "is_somebodys(guilty) or self._times[op_of(guilty)] > 1",
+        "is_somebodys(guilty)",
+        "test_healing.py::test_an_op_of_torch_in_every_layer[cpu]",
+    ),
+    Fault(
+        "cut-for-ever",
+        "recordings.healing:Healing.cut",
+        "len(self._apart) >= MAX_CUTS",
+        "False",
+        "test_healing.py::test_no_more_cuts_than_a_bound[cpu]",
+    ),
+    Fault(
+        "a-hidden-error-is-blamed-on-the-next-op",
+        "drivers.tape:TapeDriver.progress",
+        "if tape.refusal is not None:\n    raise tape.refusal",
+        "pass",
+        "test_healing.py::test_an_op_that_hides_its_error[cpu]",
+    ),
+    Fault(
+        "an-op-that-adds-nothing-is-captured",
+        "recordings.healing:NodeByNode._look",
+        "before == after",
+        "False",
+        "test_healing.py::test_an_op_that_adds_nothing[cpu]",
+    ),
+    Fault(
+        "the-segment-before-is-run-again",
+        "compiling.partition:_runs",
+        "nodes[0].name not in apart",
+        "True",
+        "test_healing.py::test_each_place_in_a_segment[cpu]",
+    ),
+    Fault(
+        "an-op-under-autocast-has-no-name",
+        "ir.modes:Modes.around",
+        "call.__wrapped__ = function",
+        "pass",
+        "test_healing.py::test_under_autocast[cpu]",
     ),
     Fault(
         "death-of-a-static-input-is-missed",
@@ -2517,18 +2574,8 @@ FAULTS = (
     Fault(
         "disturbed-once-eager-for-good",
         "recordings.recording:_Recorder._capture_failed",
-        """
-        if cause:
-            self.put_off = PutOff(position, cause, reason)
-        else:
-            self.failed[position] = reason
-        """,
-        """
-        if False:
-            self.put_off = PutOff(position, cause, reason)
-        else:
-            self.failed[position] = reason
-        """,
+        "self.healing.judge(passing(error), guilty, nodes)",
+        "''",
         "test_passing.py::test_recorded_again_once_it_has_passed[tape-memory]",
     ),
     Fault(

@@ -254,6 +254,14 @@ def capturing_stream(patch: pytest.MonkeyPatch) -> Any:
     return cuda.CudaSession(SimpleNamespace(stream=None, is_capturing=lambda: True))  # type: ignore[arg-type]
 
 
+def invalid_capture(patch: pytest.MonkeyPatch) -> Any:
+    """What asks how far a capture has come, of one that is invalid."""
+    status = SimpleNamespace(cudaStreamCaptureStatusActive=1)
+    bindings = SimpleNamespace(cudaStreamCaptureStatus=status, cudaStreamIsCapturing=lambda stream: (0, 2))
+    patch.setattr(ordering, "cudart", bindings)
+    return ordering.capture_end
+
+
 def captured_stream(patch: pytest.MonkeyPatch) -> ordering.Order:
     """The order of two streams, of which somebody captures the first and does not end."""
     patch.setattr(torch.cuda, "Event", lambda: None)
@@ -442,6 +450,14 @@ CASES: dict[str, Case] = {
         "f = compile(lambda x: op(x + 1) * 2, auto_break=False)\n"
         "f(x), f(x)"
     ),
+    "adds nothing to the captured graph, so a replay would not do what it does": Case(
+        "@torch.library.custom_op('catalogue::ghost', mutates_args=())\n"
+        "def ghost(x: torch.Tensor) -> torch.Tensor:\n    return torch.empty_like(x)\n\n"
+        "ghost.register_fake(torch.empty_like)\n"
+        "def f(x):\n    return ghost(x + 1) * 2  # here\n\n"
+        "f = compile(f, auto_break=False)\n"
+        "f(x), f(x)"
+    ),
     "was called inside another CUDA graph capture, but has an eager step": Case(
         "def f(x):\n    return silly.triple(x + 1)  # here\n\nf = compile(f)\nf(x), planted(), f(x)", foreign_capture
     ),
@@ -490,6 +506,7 @@ CASES: dict[str, Case] = {
     "drivers/cuda.py: capture": Case(
         "def fails(): raise RuntimeError('CUDA error')  # here\nplanted.capture(fails)", cuda_driver
     ),
+    "something made the capture invalid, and raised no error": Case("planted(7)  # here", invalid_capture),
     "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
     "drivers/cuda.py: begin_capture": Case("planted.begin_capture()  # here", failing_begin),
     "drivers/cuda.py: allocating": Case("with planted.allocating():  # here\n    pass", failing_allocation),

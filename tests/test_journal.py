@@ -146,7 +146,7 @@ def test_evictions(device: torch.device, options: dict[str, Any], lines: Any) ->
 
 
 def test_failed_captures_are_warned_of(device: torch.device, options: dict[str, Any], lines: Any) -> None:
-    """A segment that could not be captured is a warning with the user's line, once."""
+    """An op that could not be captured is a warning with its name and the user's line, once."""
 
     def reads(x: Tensor) -> Tensor:
         return silly.stubborn(x.sin() + 1).cos() * 2
@@ -156,8 +156,8 @@ def test_failed_captures_are_warned_of(device: torch.device, options: dict[str, 
         for _ in range(5):
             compiled(torch.ones(4, device=device))
     (warning,) = [text for level, _, text in lines() if level == "WARNING"]
-    assert warning.startswith("segment 0 runs eagerly from now on: ") and "could not be captured" in warning
-    # The tape sees the very line; CUDA tells nothing, and the line is that of the segment's first node.
+    assert warning.startswith("runs eagerly from now on: silly::stubborn: could not be captured")
+    # The tape sees the very line; CUDA may tell nothing, and the line is that of the call.
     assert "in stubborn: return x + x.max().item()" in warning or "in reads" in warning
 
 

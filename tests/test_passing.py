@@ -648,7 +648,7 @@ meanwhile: list[Callable[[], Any]] = []
 
 
 def test_another_threads_draw(device: torch.device, options: dict[str, Any]) -> None:
-    """Another thread that draws in the middle of a capture costs one plain call at most; then all is captured."""
+    """Another thread that draws in the middle of a capture costs a second capture at most; then all is captured."""
     compiled = torch.compile(lambda x: beside(x.sin()).cos() * 2 + 1, backend="breakable_cg", options=options)
     x = torch.ones(8, device=device)
     with torch.no_grad():
@@ -659,7 +659,9 @@ def test_another_threads_draw(device: torch.device, options: dict[str, Any]) -> 
             assert not meanwhile
     (executor,) = executors_of(compiled)
     (entry,) = entries(executor)
-    assert entry.trials.failures == (device.type == "cpu")  # the tape draws from the generator that all threads do
+    assert (
+        entry.trials.failures == 0
+    )  # the tape, whose generator is that of all threads, has captured the segment twice
     assert entry.replays >= 3 and executor.scope.forced == {}
 
 

@@ -97,6 +97,7 @@ from breakable_backend._torch.ops import (
     find_overloads,
     is_composite,
     is_composite_by_name,
+    is_effectful,
     is_region,
     kernel_made_of_ops,
     never_run_on_constants,

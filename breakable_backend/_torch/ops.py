@@ -193,6 +193,16 @@ def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], des
     return [name for name in tensors if name in found]
 
 
+def is_effectful(op: Any) -> bool:
+    """Whether an op was registered with an effect (``register_effect``), which is ordered among others and is kept.
+
+    Checked on torch 2.11, 2.13, 2.14.1 and 2.15.
+    """
+    from torch._higher_order_ops.effects import has_effects
+
+    return isinstance(op, OpOverload) and bool(has_effects(op))
+
+
 def wait_tensor() -> OpOverload:
     """The op that waits for what a collective makes."""
     (op,) = find_overloads("_c10d_functional::wait_tensor")

@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -598,7 +598,8 @@ class Executor:
             self._make_way(needed(program, Binding.of(program, values).symbols), driver)
         try:
             with span(f"{self.name}: record"):
-                recorded = record(program, driver, values, plan, stream, auto_break=self.options.auto_break)
+                auto_break, recut = self.options.auto_break, functools.partial(self._recut, self.scope)
+                recorded = record(program, driver, values, plan, stream, auto_break=auto_break, recut=recut)
         except Exception as error:
             if cause := passing(error):  # in an eager step: a plain call may take less memory
                 self._put_off(entry, cause, first_line(error))
@@ -619,7 +620,7 @@ class Executor:
             if witness is None:
                 replay = _checked_once(entry, recording, name)
             else:
-                replay = _compared(Checker(recording, witness, self.options.tolerance, program), name)
+                replay = _compared(Checker(recording, witness, self.options.tolerance, recorded.program), name)
             with self._changing:
                 entry.recording, entry.replay = recording, replay
             self._tell_of(entry, recording, replay)
@@ -665,7 +666,7 @@ class Executor:
         with self._changing:
             self.statistics.finished_copies += recorded.copies
         if entry.trials.blames_the_segment:
-            failed = {**failed, put_off.position: put_off.reason}
+            failed = {**failed, **put_off.suspects}
             entry.trials = entry.trials.settled()
         if failed:
             self._demote(program, failed)
@@ -694,19 +695,20 @@ class Executor:
         addresses = self.sets.get(entry.key.addresses)
         return addresses is not None and addresses.entries.get(entry.key.shapes) is entry
 
-    def _demote(self, program: Program, failed: dict[int, Reason]) -> None:
-        """Keep segments that could not be captured eager, for the keys that come after this one."""
+    def _recut(self, scope: Scope, failed: Mapping[str, Reason], apart: Collection[str]) -> Program:
+        """The program, cut anew around nodes that could not be captured."""
+        scope = replace(scope, forced={**scope.forced, **failed})
+        return partition(self.lowered, scope, min_kernels=self.options.min_kernels, apart=apart)
+
+    def _demote(self, program: Program, failed: Mapping[str, Reason]) -> None:
+        """Keep nodes that could not be captured eager, for the keys that come after this one."""
         if program is not self.program:
             return
-        forced = dict(self.scope.forced)
-        for position, reason in failed.items():
+        for reason in dict.fromkeys(failed.values()):
             at = f", at {reason.source}" if reason.source else ""
-            self.journal.once(f"segment {position} runs eagerly from now on: {reason}{at}", logging.WARNING)
-            for node in program.segments[position].module.graph.nodes:
-                if node.op == "call_function":
-                    forced[node.name] = reason
+            self.journal.once(f"runs eagerly from now on: {reason}{at}", logging.WARNING)
         keyed = self._keyed()
-        self.scope = replace(self.scope, forced=forced)
+        self.scope = replace(self.scope, forced={**self.scope.forced, **failed})
         self._cut()
         if self._keyed() != keyed:
             # What was recorded would not be found again.

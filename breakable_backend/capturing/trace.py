@@ -6,7 +6,6 @@ what a capture has frozen. A trace owns no memory, unless it is asked to.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from breakable_backend.ir.effects import written_values
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.program import source_line
 from breakable_backend.marks.marking import label
+from breakable_backend.recordings.healing import NodeByNode
 
 
 @dataclass(frozen=True)
@@ -308,39 +308,14 @@ class Watching(_torch.TorchDispatchMode):
 # --- code that can be watched -------------------------------------------------------------------------------------------
 
 
-def run_module(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch) -> tuple[Any, ...]:
-    """Run a segment's module node by node; each op is noted with the node that issued it.
+def run_module(body: NodeByNode, inputs: Sequence[Any], watch: Watch) -> tuple[Any, ...]:
+    """Run a segment's body; each op is noted with the node that issued it."""
 
-    Values go after their last use, as in the module's own code: a capture is to have the memory that it has without us.
-    """
-    environment: dict[fx.Node, Any] = {}
-    order = {node: position for position, node in enumerate(module.graph.nodes)}
-    last: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node in order:
-        last[max(node.users, key=order.__getitem__, default=node)].append(node)
-    given = iter(inputs)
-    *nodes, output = module.graph.nodes
+    def begin(node: fx.Node) -> None:
+        watch.label, watch.source = label(node), source_line(node)
+
     with watch.watching():
-        for node in nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
-            if node.op == "placeholder":
-                environment[node] = next(given)
-            elif node.op == "get_attr":
-                environment[node] = _attribute(module, node.target)
-            else:
-                assert node.op == "call_function", node.op
-                watch.label, watch.source = label(node), source_line(node)
-                environment[node] = node.target(*args, **kwargs)
-            del args, kwargs
-            for dead in last[node]:
-                del environment[dead]
-    return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
+        return body(*inputs, begin=begin)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -63,13 +63,14 @@ _NO_LAUNCH = _torch.aten("empty empty_like empty_strided new_empty new_empty_str
 """ATen ops that allocate or check, and launch nothing."""
 
 
-def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
+def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collection[str] = ()) -> Program:
     """Cut a lowered graph into the segments of a program.
 
     Args:
         lowered: the graph; not changed.
         scope: device, marks, and nodes that must run eagerly.
         min_kernels: captured runs with fewer launching ops become eager.
+        apart: nodes that begin a segment of their own, also behind one of the same kind: what is before them has run.
     """
     graph = lowered.module.graph
     arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
@@ -92,8 +93,8 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int) -> Program:
         flow = flow.with_all_nodes_as_actions()
         runs = [_Run(flow.actions, (whole,), scope)]
     else:
-        runs = _runs(flow.actions, reasons, scope, min_kernels)
-    return _Builder(lowered, scope, flow).build(runs)
+        runs = _runs(flow.actions, reasons, scope, min_kernels, apart)
+    return _Builder(lowered, scope, flow).build(runs, apart)
 
 
 def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static: frozenset[int]) -> Reason | None:
@@ -157,18 +158,29 @@ class _Run:
 
 
 def _runs(
-    actions: Iterable[fx.Node], reasons: Mapping[fx.Node, Reason | None], scope: Scope, min_kernels: int
+    actions: Iterable[fx.Node],
+    reasons: Mapping[fx.Node, Reason | None],
+    scope: Scope,
+    min_kernels: int,
+    apart: Collection[str],
 ) -> list[_Run]:
     where = "between eager breaks" if any(reasons.values()) else "in all"
     runs: list[_Run] = []
-    for captured, group in groupby(actions, key=lambda node: reasons[node] is None):
+    begun = 0
+
+    def kind(node: fx.Node) -> tuple[bool, int]:
+        nonlocal begun
+        begun += node.name in apart
+        return reasons[node] is None, begun
+
+    for (captured, _), group in groupby(actions, key=kind):
         nodes = tuple(group)
         run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))), scope)
         count = run.num_kernels()
         if captured and count < max(min_kernels, 1):
             text = f"{count} op{'s' * (count != 1)} {where}, fewer than min_kernels={min_kernels}"
             run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),), scope)
-        if runs and runs[-1].reasons and run.reasons:
+        if runs and runs[-1].reasons and run.reasons and nodes[0].name not in apart:
             runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons, scope)
         else:
             runs.append(run)
@@ -271,7 +283,7 @@ class _Builder:
         self.names.add(chosen)
         return chosen
 
-    def build(self, runs: list[_Run]) -> Program:
+    def build(self, runs: list[_Run], apart: Collection[str] = ()) -> Program:
         drafts = [self._draft(run) for run in runs]
         returned = _Draft(self)
         returned.graph.output(
@@ -291,6 +303,7 @@ class _Builder:
             segments=segments,
             epilogue=Epilogue(returned.module(), tuple(node.name for node in returned.placeholders)),
             device=self.scope.device,
+            resumed=frozenset(position for position, run in enumerate(runs) if run.nodes[0].name in apart),
         )
 
     def _inputs(self) -> Iterable[Input]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -129,6 +129,13 @@ class CaptureDriver(Protocol):
             CaptureError: ``body`` did what no capture can hold, or raised; ``__cause__`` is what came out of it. The
                 process is repaired: no capture is active, the random state is as before, no storage was written, and
                 the next capture works.
+        """
+
+    def progress(self) -> Hashable:
+        """How far the capture under way has come: another value once something was added to the graph. Within a body.
+
+        Raises:
+            CaptureError: the capture cannot succeed any more, be it that the body has caught the error that said so.
         """
 
     def allocating(self) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -25,7 +25,7 @@ from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
-from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, relaxed
+from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, capture_end, relaxed
 from breakable_backend.drivers.room import Room
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
@@ -396,6 +396,10 @@ class CudaDriver:
                     ) from error
                 raise
             return session.end(), result
+
+    def progress(self) -> Hashable:
+        """The nodes that the next one on the capture stream will come after, as CUDA has them."""
+        return capture_end(self.stream.cuda_stream)
 
     @contextmanager
     def allocating(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -155,6 +155,10 @@ class EagerDriver:
         if self.device.type == "cuda":
             return torch.cuda.get_rng_state(self.device)
         return torch.get_rng_state()
+
+    def progress(self) -> Hashable:
+        """An object of its own for each moment: what runs is never in vain."""
+        return object()
 
     def allocating(self) -> AbstractContextManager[None]:
         """Nothing to hold: there is no pool."""

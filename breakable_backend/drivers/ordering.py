@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from breakable_backend.drivers.bindings import Bindings
-from breakable_backend.errors import ReplayError, user_line
+from breakable_backend.errors import CaptureError, ReplayError, user_line
 
 cudart = Bindings("cuda.bindings.runtime")
 
@@ -23,6 +23,23 @@ def is_captured(stream: int) -> bool:
     """Whether ``stream``, a raw handle, is part of a capture that is under way."""
     _, status = cudart.cudaStreamIsCapturing(stream)
     return bool(status)
+
+
+def capture_end(stream: int) -> tuple[int, ...] | None:
+    """The nodes that the next one on ``stream``, which is captured, will come after; None where CUDA does not tell.
+
+    Raises:
+        CaptureError: the capture is invalid, so that no graph comes of it.
+    """
+    error, status = cudart.cudaStreamIsCapturing(stream)
+    if error or status != cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive:
+        invalid = CaptureError("something made the capture invalid, and raised no error")
+        invalid.passing = "disturbed"  # another thread may have done it
+        raise invalid
+    # In cuda-python 12 the function of this name tells no nodes, and the next version of it does.
+    error, _, *told = (getattr(cudart, "cudaStreamGetCaptureInfo_v2", None) or cudart.cudaStreamGetCaptureInfo)(stream)
+    nodes = next((value for value in told if isinstance(value, list | tuple)), None)
+    return None if error or nodes is None else tuple(map(int, nodes))
 
 
 REPLAY_OUTSIDE = "replay it outside, or capture with `with capture(graph)`, where it becomes an eager step"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -464,6 +464,8 @@ class TapeDriver:
         self._given: list[torch.UntypedStorage] = []
         """Memory that was allocated between captures: the next graph's to own."""
         self._last: weakref.ref[TapeGraph] | None = None
+        self._session: TapeSession | None = None
+        """Of the capture that :meth:`capture` has under way."""
         self._adopting = locks.lock()
 
     def _forked(self) -> None:
@@ -489,6 +491,7 @@ class TapeDriver:
     def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
         with self.session() as session:
             session.begin()
+            self._session = session
             try:
                 result = body()
             except BaseException as error:
@@ -496,6 +499,8 @@ class TapeDriver:
                 if isinstance(error, Exception):
                     raise _failure(error) from error
                 raise
+            finally:
+                self._session = None
             return session.end(), result
 
     @contextmanager
@@ -503,6 +508,14 @@ class TapeDriver:
         session = TapeSession(self)
         with session.host_reads, session.taping:
             yield session
+
+    def progress(self) -> Hashable:
+        """How many calls are on the tape."""
+        tape = self._session._tape if self._session is not None else None
+        assert tape is not None, "no capture is under way"
+        if tape.refusal is not None:
+            raise tape.refusal
+        return len(tape.ops)
 
     def drawing(self) -> AbstractContextManager[None]:
         """Nothing to hold: no capture disturbs the generator."""

@@ -23,6 +23,11 @@ def schema_name(node: fx.Node) -> str:
     return _torch.schema_name(node.target)
 
 
+def op_of(node: fx.Node) -> Any:
+    """What a node calls, beneath the state that it may enter first (``partition.under_ambient``)."""
+    return getattr(node.target, "__wrapped__", node.target) if not isinstance(node.target, str) else node.target
+
+
 def is_getitem(node: fx.Node) -> bool:
     """Whether a node takes one of several results."""
     return schema_name(node) == "" and getattr(node.target, "__name__", "") == "getitem"

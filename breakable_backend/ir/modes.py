@@ -82,6 +82,7 @@ class Modes:
                 return function(*args, **kwargs)
 
         call.__name__ = re.sub(r"\W", "_", str(function))
+        call.__wrapped__ = function  # type: ignore[attr-defined]
         return call
 
 

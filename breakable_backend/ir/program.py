@@ -138,6 +138,8 @@ class Program:
     device: torch.device
     floats: Mapping[str, str] = field(default_factory=dict)
     """Which of ``sizes`` are Python floats, and the host scalar that each is read from."""
+    resumed: frozenset[int] = frozenset()
+    """Positions at which a recording goes on that had this program cut anew: the segment before has run, and may be eager too."""
 
     def __post_init__(self) -> None:
         verify(self)
@@ -184,7 +186,8 @@ def verify(program: Program) -> None:
     previous: type[Segment] | None = None
     for position, segment in enumerate(program.segments):
         where = f"segment {position}"
-        assert type(segment) is not previous, f"{where}: two {type(segment).__name__} touch"
+        kept_apart = isinstance(segment, EagerSegment) and position in program.resumed
+        assert kept_apart or type(segment) is not previous, f"{where}: two {type(segment).__name__} touch"
         previous = type(segment)
         assert set(segment.inputs) <= known, f"{where}: takes {set(segment.inputs) - known}, made by nothing before it"
         assert not known & set(segment.outputs), f"{where}: makes {known & set(segment.outputs)} a second time"

@@ -21,7 +21,7 @@ from torch.fx.traceback import annotate, get_current_meta
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.effects import effective_ops, schema_name, tensors_of
+from breakable_backend.ir.effects import effective_ops, op_of, schema_name, tensors_of
 from breakable_backend.ir.program import Reason, source_line
 from breakable_backend.marks import ops
 
@@ -466,9 +466,8 @@ def classify(node: fx.Node, scope: Scope) -> Reason | None:
 
 def label(node: fx.Node) -> str:
     """What a node calls, as reports show it."""
-    return (
-        ops.name_of(node.target, node.args) or schema_name(node) or getattr(node.target, "__name__", str(node.target))
-    )
+    op = op_of(node)
+    return ops.name_of(op, node.args) or _torch.schema_name(op) or getattr(op, "__name__", str(op))
 
 
 # --- ops that run now -------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from breakable_backend.ir.program import (
     Op,
     Program,
     Reason,
+    Segment,
     last_uses,
     outputs_of,
     source_line,
@@ -56,6 +57,7 @@ from breakable_backend.marks.marking import label
 from breakable_backend.marks.ops import direct, is_call
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact, load_all
+from breakable_backend.recordings.healing import Healing, NodeByNode, Recut
 from breakable_backend.tools.debug import watched, watched_segment
 from breakable_backend.tools.sources import with_code
 
@@ -301,11 +303,19 @@ class Binding:
         symbols: dict[sympy.Symbol, int] = {}
         for value in program.inputs:
             _bind(value, values[value.name], symbols)
-        sizes = {
+        return cls(program, values | cls._sizes(program, values, symbols), symbols, debug)
+
+    def recut(self, program: Program) -> Binding:
+        """The same arguments for ``program``, which is made of the same graph."""
+        values = {name: self.values[name] for name in self.values if name not in self.program.sizes}
+        return Binding(program, values | self._sizes(program, values, self.symbols), self.symbols, self.debug)
+
+    @staticmethod
+    def _sizes(program: Program, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> dict[str, Any]:
+        return {
             name: values[program.floats[name]].item() if name in program.floats else _torch.evaluate(size, symbols)
             for name, size in program.sizes.items()
         }
-        return cls(program, values | sizes, symbols, debug)
 
     def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:
         """A captured segment as a function of its inputs."""
@@ -386,8 +396,8 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
 class Observer(Protocol):
     """Sees how a recording is made. See :class:`breakable_backend.tools.witness.Witness`."""
 
-    def captured(self, position: int, module: fx.GraphModule) -> Callable[..., Any]:
-        """What is captured in place of a segment's module."""
+    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
+        """What is captured in place of a segment's body; it runs that."""
 
     def call(self, call: Call) -> Call:
         """What is made in place of an eager call; the recording keeps the call itself."""
@@ -415,9 +425,11 @@ class Recorded:
 
     recording: Recording
     outputs: list[Any]
-    failed: dict[int, Reason]
-    """Segments that could not be captured and ran eagerly instead, by position."""
+    failed: Mapping[str, Reason]
+    """Nodes that could not be captured and ran eagerly instead, by name; and others that are eager with them from now on."""
     copies: int
+    program: Program
+    """What was recorded: the program, cut anew around those nodes."""
     put_off: PutOff | None = None
     """Why nothing is recorded this time; None if all went well. There is nothing in the recording then."""
 
@@ -426,14 +438,21 @@ class Recorded:
 class PutOff:
     """A capture failed for a reason that passes. What came after it, and the segment itself, ran plainly."""
 
-    position: int
-    """Of the segment."""
     cause: Passing
     reason: Reason
+    suspects: Mapping[str, Reason]
+    """The nodes that did it, if nobody else has; all of the segment where nobody knows which."""
 
 
 def record(
-    program: Program, driver: CaptureDriver, args: Sequence[Any], plan: Plan, stream: int, *, auto_break: bool
+    program: Program,
+    driver: CaptureDriver,
+    args: Sequence[Any],
+    plan: Plan,
+    stream: int,
+    *,
+    auto_break: bool,
+    recut: Recut | None = None,
 ) -> Recorded:
     """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
 
@@ -441,19 +460,26 @@ def record(
     Eager steps see real data. If this raises, everything that was captured is given back. So it is once a capture fails
     for a reason that passes, before the rest of the program runs plainly.
 
+    A segment that cannot be captured heals: the node that made its capture fail becomes eager, the program is cut anew,
+    and goes on from the beginning of that segment, of which nothing has happened. Without ``recut`` all of it is eager.
+
     Raises:
         CaptureError: a segment cannot be captured, and ``auto_break`` is off.
         Exception: whatever an eager step raised, unchanged.
     """
-    recorder = _Recorder(Binding.of(program, args, plan.debug), driver, plan, stream, auto_break)
+    recorder = _Recorder(Binding.of(program, args, plan.debug), driver, plan, stream, auto_break, recut)
     try:
         with driver.recording():
-            for position, segment in enumerate(program.segments):
+            position = 0
+            while position < len(recorder.segments):
+                segment = recorder.segments[position]
                 if isinstance(segment, GraphSegment):
-                    recorder.capture(position, segment)
+                    if not recorder.capture(position, segment):
+                        continue  # the program was cut anew, and has another segment there
                 else:
                     recorder.eager(segment)
                 recorder.retire(position)
+                position += 1
             try:
                 return recorder.finish()
             except torch.OutOfMemoryError as error:
@@ -469,8 +495,17 @@ def record(
 
 
 class _Recorder:
-    def __init__(self, binding: Binding, driver: CaptureDriver, plan: Plan, stream: int, auto_break: bool) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        driver: CaptureDriver,
+        plan: Plan,
+        stream: int,
+        auto_break: bool,
+        recut: Recut | None,
+    ) -> None:
         self.binding, self.driver, self.plan, self.stream, self.auto_break = binding, driver, plan, stream, auto_break
+        self.healing = Healing(recut)
         self.values: dict[str, Any] = dict(binding.values)
         """All slots, with this call's values."""
         self.constants: dict[str, Any] = {}
@@ -499,7 +534,6 @@ class _Recorder:
         static = {value.name for value in binding.program.inputs if value.kind == "static"}
         self.fixed = plan.keyed | static
         """Inputs that captured segments use at their address."""
-        self.failed: dict[int, Reason] = {}
         self.put_off: PutOff | None = None
         self.dead: list[tuple[str, ...]] = []
         """What nobody reads behind each segment; known once nothing is kept."""
@@ -516,21 +550,40 @@ class _Recorder:
         if bridged_scalar or (value.kind == "tensor" and value.name not in self.plan.keyed):
             self.outside.add(value.name)
 
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.binding.program.segments
+
     # captured segments
 
-    def capture(self, position: int, segment: GraphSegment) -> None:
+    def capture(self, position: int, segment: GraphSegment) -> bool:
+        """Capture a segment, or run it. False: nothing of it has happened, and the program is another from there on."""
         if self.put_off is None:
             failed = self._capture(position, segment)
             if failed is None:
-                return
+                return True
             if self.put_off is not None:
                 self._give_back(position, self.put_off.cause)
+            elif self.healing.again or self._heal(position):
+                return False
         else:
             failed = self.put_off.reason
         with self.driver.drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
             self.eager(
                 EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (failed,))
             )
+        return True
+
+    def _heal(self, position: int) -> bool:
+        """Cut the program anew around what cannot be captured; whether the recording can go on with that."""
+        program = self.healing.cut(self.binding.program, position)
+        if program is None:
+            return False
+        self.binding = self.binding.recut(program)
+        self.lives = Lifetimes.of(program)
+        for name in program.sizes:
+            self.home[name] = self.values[name] = self.binding.values[name]
+        return True
 
     def _capture(self, position: int, segment: GraphSegment) -> Reason | None:
         """Capture a segment and launch it; why it could not be, and has to run eagerly.
@@ -548,17 +601,16 @@ class _Recorder:
         except (CaptureError, torch.OutOfMemoryError) as error:
             return self._capture_failed(position, segment, loads, error)
         inputs = [self._inside(name) for name in segment.inputs]
-        observer = self.plan.observer
-        body = (
-            self.binding.captured(position, segment)
-            if observer is None
-            else observer.captured(position, with_code(segment.module))
-        )
+        observer, body = self.plan.observer, NodeByNode(segment.module, self.driver.progress)
+        if observer is not None:
+            captured = observer.captured(position, body)
+        else:
+            captured = self.binding.captured(position, segment) if self.binding.debug else body
         try:
             with without_autocast_cache():
-                graph, results = self.driver.capture(functools.partial(body, *inputs))
+                graph, results = self.driver.capture(functools.partial(captured, *inputs))
         except CaptureError as error:
-            return self._capture_failed(position, segment, loads, error)
+            return self._capture_failed(position, segment, loads, error, body.node)
         self.addresses.update(
             (name, value.data_ptr())
             for name, value in zip(segment.inputs, inputs, strict=True)
@@ -710,34 +762,44 @@ class _Recorder:
         # The tensor that holds the memory, not the one that only lies there: what a segment makes may be an alias of it.
         return self.owners.get(home.name, self.values[home.name]) if isinstance(home, Slot) else home
 
-    def _capture_failed(self, position: int, segment: GraphSegment, loads: Sequence[Copy], error: Exception) -> Reason:
-        """Why a segment runs eagerly: for good, or, if what was in the way passes, in this call."""
+    def _capture_failed(
+        self,
+        position: int,
+        segment: GraphSegment,
+        loads: Sequence[Copy],
+        error: Exception,
+        guilty: fx.Node | None = None,
+    ) -> Reason:
+        """Why a segment cannot be captured: for good, because of the node ``guilty`` if that is known; or, if it passes, now."""
         for copy in loads:
             self._unbridge(copy, position)
         for name in segment.outputs:  # of a graph that could not be launched
             self.owners.pop(name, None)
             self.constants.pop(name, None)
-        first = next((node for node in segment.module.graph.nodes if node.op == "call_function"), None)
+        nodes = [node for node in segment.module.graph.nodes if node.op == "call_function"]
+        blamed = guilty if guilty is not None else next(iter(nodes), None)
         ours = error if isinstance(error, BreakableError) else None
         what = ours.what if ours is not None else first_line(error)
-        where = (ours.blamed if ours is not None else "") or (source_line(first) if first is not None else "")
-        cause = passing(error)
-        if not cause and not self.auto_break:
+        where = (ours.blamed if ours is not None else "") or (source_line(blamed) if blamed is not None else "")
+        reason = Reason(
+            "capture_failed", f"could not be captured: {what}", label(blamed) if blamed is not None else "", where
+        )
+        cause = self.healing.judge(passing(error), guilty, nodes)
+        if not cause and not self.auto_break and not self.healing.again:
             fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
             raise CaptureError(what, where=where, fix=fix) from error.__cause__
-        op = label(first) if first is not None else ""
-        reason = Reason("capture_failed", f"could not be captured: {what}", op, where)
+        suspects = dict.fromkeys((node.name for node in (nodes if guilty is None else [guilty])), reason)
         if cause:
-            self.put_off = PutOff(position, cause, reason)
-        else:
-            self.failed[position] = reason
+            self.put_off = PutOff(cause, reason, suspects)
+        elif not self.healing.again:
+            self.healing.found(suspects, guilty)
         return reason
 
     def give_up(self, error: Exception) -> None:
         """All went well, but there is no memory for copies of the results: they get that of the graphs."""
         behind = len(self.binding.program.segments)
         reason = Reason("capture_failed", f"results could not be copied: {first_line(error)}", "")
-        self.put_off = PutOff(behind, "memory", reason)
+        self.put_off = PutOff("memory", reason, {})
         self._give_back(behind, "memory")
 
     def _give_back(self, position: int, cause: Passing) -> None:
@@ -847,7 +909,8 @@ class _Recorder:
             returned.append(copied(place) if self._to_copy(place, local) else place)
         outputs = list(_fill(tuple(returned), local))
         if self.put_off is not None:
-            return Recorded(Recording((), {}, (), (), (), {}), outputs, self.failed, self.copies, self.put_off)
+            nothing = Recording((), {}, (), (), (), {})
+            return Recorded(nothing, outputs, self.healing.eager, self.copies, program, self.put_off)
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={
@@ -863,7 +926,7 @@ class _Recorder:
             most=None if self.keep else self.most + Held.by(self.constants.values(), self.owner_of),
             prologue=tuple(self._settled()),
         )
-        return Recorded(recording, outputs, self.failed, self.copies)
+        return Recorded(recording, outputs, self.healing.eager, self.copies, program)
 
     def _settled(self) -> Iterator[Call]:
         """With static results: inputs that may be such results, copied before anything is launched.

@@ -26,6 +26,7 @@ from breakable_backend.errors import CAUSES, DivergenceError
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, source_line
 from breakable_backend.marks.marking import label
 from breakable_backend.recordings.buffers import Bridge, clone_exact
+from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.recording import (
     Binding,
     Call,
@@ -264,7 +265,7 @@ class Checker:
         if segment is None:
             return self.witness.scripts[position].run, []
         module, inputs = segment.module, [self.truth[name] for name in segment.inputs]
-        return lambda watch: run_module(module, inputs, watch), inputs
+        return lambda watch: run_module(NodeByNode(module), inputs, watch), inputs
 
     def _run(self, position: int, graph: CapturedGraph, random: Sequence[torch.Tensor]) -> _Ran:
         """Run a segment eagerly, note what comes of it, and undo it."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
@@ -15,6 +14,7 @@ from breakable_backend.capturing.trace import Given, Script, Trace, Watch, has_m
 from breakable_backend.ir.effects import is_of_torch
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.marks.results import fields, replaced
+from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.recording import Call, is_view_call
 from breakable_backend.tools.difference import Difference, difference
 
@@ -55,16 +55,16 @@ class Witness:
     given: Given = field(default_factory=Given)
     kept: list[Kept] = field(default_factory=list)
 
-    def captured(self, position: int, module: fx.GraphModule) -> Callable[..., Any]:
-        """A segment's module as a function to capture."""
+    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
+        """A segment's body as a function to capture."""
 
-        def body(*inputs: Any) -> Any:
+        def watched(*inputs: Any) -> Any:
             watch = Watch(self.device, self.given, inputs)
-            results = run_module(module, inputs, watch)
+            results = run_module(body, inputs, watch)
             self.traces[position] = watch.trace
             return results
 
-        return body
+        return watched
 
     def begin(self, position: int) -> tuple[Watch, Script]:
         """A segment of the second door begins: what its ops are issued through."""

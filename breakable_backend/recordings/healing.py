@@ -1,0 +1,192 @@
+"""Which node of a segment makes its capture fail, and what becomes of the rest: it is captured around that node.
+
+A capture that fails has had no effect on the device. So the program is cut anew, with the guilty node as an eager step, and
+the recording goes on at the beginning of the segment that failed: what is before the node is captured again, the node runs,
+what is behind it is captured next. Several guilty nodes are found one after the other, in the same call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.errors import CaptureError, Passing
+from breakable_backend.ir.effects import WAIT, is_asynchronous, is_getitem, is_number, is_view, op_of, tensors_of
+from breakable_backend.ir.program import GraphSegment, Program, Reason
+
+MAX_CUTS = 16
+"""Times that a program is cut anew in one recording. Each failed capture leaves its memory behind; beyond that the segments
+that fail are eager as a whole."""
+
+Recut = Callable[[Mapping[str, Reason], Collection[str]], Program]
+"""Makes the program anew with more nodes that run eagerly, and with segments that begin at some nodes: see ``partition``."""
+
+
+class NodeByNode:
+    """A segment's module as a function that knows which node is under way.
+
+    Values go after their last use, as in the module's own code: a capture is to have the memory that it has with that.
+
+    Args:
+        module: the segment's.
+        progress: of the driver that captures; None where nothing is captured. See ``CaptureDriver.progress``.
+    """
+
+    def __init__(self, module: fx.GraphModule, progress: Callable[[], Hashable] | None = None) -> None:
+        self.module, self._progress = module, progress
+        self.node: fx.Node | None = None
+        """The node under way; after a call that failed, the one at which it did. None before the first and behind the last."""
+
+    def __call__(self, *inputs: Any, begin: Callable[[fx.Node], None] | None = None) -> tuple[Any, ...]:
+        """Run all nodes. ``begin`` is told of each, before it runs.
+
+        Raises:
+            CaptureError: the capture has become invalid without an error, or would lack what somebody's own op does.
+        """
+        environment: dict[fx.Node, Any] = {}
+        *nodes, output = self.module.graph.nodes
+        last, given, before = _last_uses(self.module.graph), iter(inputs), self._progress and self._progress()
+        for node in nodes:
+            if node.op == "placeholder":
+                environment[node] = next(given)
+            elif node.op == "get_attr":
+                environment[node] = _attribute(self.module, str(node.target))
+            else:
+                assert node.op == "call_function", node.op
+                self.node = node
+                if begin is not None:
+                    begin(node)
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
+                environment[node] = node.target(*args, **kwargs)
+                del args, kwargs
+                if self._progress is not None and not is_getitem(node):
+                    before = self._look(node, environment[node], before, self._progress())
+            for dead in last[node]:
+                del environment[dead]
+        self.node = None
+        return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
+
+    def _look(self, node: fx.Node, result: Any, before: Hashable, after: Hashable) -> Hashable:
+        """How far the capture is, if ``node`` has done its part."""
+        results = tensors_of(result)
+        if before == after and is_somebodys(node) and (not results or any(tensor.numel() for tensor in results)):
+            name = _torch.schema_name(op_of(node))
+            raise CaptureError(f"{name} adds nothing to the captured graph, so a replay would not do what it does")
+        return after
+
+
+def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    last: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in order:
+        last[max(node.users, key=order.__getitem__, default=node)].append(node)
+    return last
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+_OF_TORCH = frozenset(
+    "aten prims prim breakable_cg _c10d_functional _c10d_functional_autograd c10d c10d_functional _dtensor inductor profiler "
+    "quantized rngprims streams symm_mem".split()
+)
+"""Namespaces of ops that come with torch, or with us."""
+
+
+def is_somebodys(node: fx.Node) -> bool:
+    """Whether a node calls an op that somebody has added to torch: code that nothing is known about."""
+    op = op_of(node)
+    return isinstance(op, _torch.OpOverload) and op.namespace not in _OF_TORCH
+
+
+def acts_outside(node: fx.Node) -> bool:
+    """Whether a node takes part with other processes, or was registered with an effect: it is not captured just to see what comes of it."""
+    op = op_of(node)
+    return is_asynchronous(op) or _torch.schema_name(op) == WAIT or _torch.is_effectful(op)
+
+
+class Healing:
+    """What one recording has found, and how it goes on."""
+
+    def __init__(self, recut: Recut | None) -> None:
+        self.eager: dict[str, Reason] = {}
+        """The nodes that run eagerly from now on, by name."""
+        self.again = False
+        """Whether the segment that has just failed is to be captured once more as it is."""
+        self._recut = recut
+        self._apart: set[str] = set()
+        self._guilty: fx.Node | None = None
+        self._suspects: dict[str, str] = {}
+        """By what segments begin with: the node at which something made the capture invalid."""
+        self._times: Counter[Any] = Counter()
+        """How often each op was guilty."""
+
+    def judge(self, cause: Passing, guilty: fx.Node | None, nodes: Sequence[fx.Node]) -> Passing:
+        """What was in the way of the capture of ``nodes``, where ``cause`` is what the error says.
+
+        An op that waits for the GPU and hides the error looks like another thread that did. If it happens twice at the
+        same node, it is the op. So the segment is captured once more, unless ops act outside of this process.
+        """
+        self.again = False
+        if cause != "disturbed" or guilty is None:
+            return cause
+        before = self._suspects.setdefault(nodes[0].name, "")
+        self._suspects[nodes[0].name] = guilty.name
+        if before:
+            return "" if before == guilty.name else cause
+        self.again = not any(map(acts_outside, nodes[: nodes.index(guilty) + 1]))
+        return "" if self.again else cause
+
+    def found(self, nodes: Mapping[str, Reason], guilty: fx.Node | None) -> None:
+        """``nodes`` are eager from now on; ``guilty`` is the one among them that is to blame, if that is known."""
+        self.eager.update(nodes)
+        self._guilty = guilty
+
+    def cut(self, program: Program, position: int) -> Program | None:
+        """``program``, cut anew around what was found in segment ``position``. None: that segment is eager in this recording."""
+        guilty = self._guilty
+        if guilty is None or self._recut is None or len(self._apart) >= MAX_CUTS:
+            return None
+        reason = self.eager[guilty.name]
+        self._times[op_of(guilty)] += 1
+        # An op of torch's own may well be captured elsewhere: all of a kind are eager only when a second one has failed.
+        if is_somebodys(guilty) or self._times[op_of(guilty)] > 1:
+            for node in _calls_behind(guilty, program, position):
+                if op_of(node) == op_of(guilty):
+                    self.eager.setdefault(node.name, reason)
+        self._apart.add(next(node.name for node in _calls(program.segments[position]) if _is_action(node)))
+        cut = self._recut(self.eager, self._apart)
+        return cut if _same_start(program, cut, position) else None
+
+
+def _calls(segment: Any) -> Iterator[fx.Node]:
+    return (node for node in segment.module.graph.nodes if node.op == "call_function")
+
+
+def _calls_behind(node: fx.Node, program: Program, position: int) -> Iterable[fx.Node]:
+    found = False
+    for segment in program.segments[position:]:
+        for other in _calls(segment):
+            found = found or other is node
+            if found and isinstance(segment, GraphSegment):
+                yield other
+
+
+def _is_action(node: fx.Node) -> bool:
+    return not (is_getitem(node) or is_view(node) or is_number(node))
+
+
+def _same_start(one: Program, other: Program, length: int) -> bool:
+    """Whether two programs have the same first segments, with the same names."""
+
+    def names(program: Program) -> list[tuple[Any, ...]]:
+        return [(type(s), s.outputs, *(node.name for node in s.module.graph.nodes)) for s in program.segments[:length]]
+
+    return len(other.segments) > length and names(one) == names(other)
