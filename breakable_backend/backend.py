@@ -36,7 +36,7 @@ from breakable_backend.ir.effects import schema_name, tensors_of
 from breakable_backend.ir.program import source_line
 from breakable_backend.marks.marking import EagerOps, Scope
 from breakable_backend.options import Options
-from breakable_backend.tools.sources import show_module
+from breakable_backend.recordings.observer import Subject, observers_of
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,13 @@ class Backend:
         number = next(self._numbers)
         name = f"graph {number}"
 
-        show_module(gm, name, "dynamo")
+        observers = observers_of(Subject(name, chosen, log))
+        observers.traced(gm, "dynamo")
         if again:
             log.info("%s: compiled again, because Dynamo says: %s", name, again)
 
         def compile_lowered(lowered: Lowered) -> Executor:
-            show_module(lowered.module, name, "aten")
+            observers.traced(lowered.module, "aten")
             driver = self._driver(chosen, lowered)
             scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
             executor = Executor(lowered, scope, chosen, driver, name)

@@ -164,15 +164,13 @@ def instrument(compiled: Function, *, interpreted: bool) -> None:
     """Poison before each replay; with ``interpreted``, replay by the interpreter instead of the generated function."""
     for executor in executors_of(compiled):
         for entry in entries_of(executor):
-            if entry.replay is not None:
-                entry.replay = dataclasses.replace(
-                    entry.replay, function=_replayer(executor, entry, interpreted=interpreted)
-                )
+            if entry.run is not None:
+                entry.run = _replayer(executor, entry, interpreted=interpreted)
 
 
 def _replayer(executor: Executor, entry: Entry, *, interpreted: bool) -> Callable[[list[Any], int], list[Any]]:
-    assert entry.replay is not None
-    emitted = getattr(entry.replay.function, "emitted", entry.replay.function)
+    assert entry.run is not None
+    emitted = getattr(entry.run, "emitted", entry.run)
 
     def replay(args: list[Any], stream: int) -> list[Any]:
         assert entry.recording is not None

@@ -333,8 +333,8 @@ FAULTS = (
     Fault(
         "static-results-go",
         "recordings.recording:_Recorder.__init__",
-        "plan.keep or plan.observer is not None or (not plan.fresh_outputs) or (not driver.reuses_memory)",
-        "plan.keep or plan.observer is not None or (not driver.reuses_memory)",
+        "plan.keep or not plan.fresh_outputs or (not driver.reuses_memory)",
+        "plan.keep or (not driver.reuses_memory)",
         "test_lifetimes.py::test_static_results_are_held[cpu]",
     ),
     Fault(
@@ -374,9 +374,9 @@ FAULTS = (
     ),
     Fault(
         "compare-mode-looks-at-what-is-gone",
-        "recordings.recording:_Recorder.__init__",
-        "plan.keep or plan.observer is not None or (not plan.fresh_outputs) or (not driver.reuses_memory)",
-        "plan.keep or not plan.fresh_outputs or (not driver.reuses_memory)",
+        "tools.compare:Compare",
+        "True",
+        "False",
         "test_lifetimes.py::test_compare_mode_keeps_everything[cpu]",
     ),
     Fault(
@@ -473,8 +473,8 @@ FAULTS = (
     ),
     Fault(
         "sources-of-plain-functions-stay",
-        "recordings.plain:write_plain",
-        "weakref.finalize(inner, linecache.cache.pop, replay.file, None).atexit = False",
+        "recordings.code:defined",
+        "weakref.finalize(function, linecache.cache.pop, where, None).atexit = False",
         "pass",
         "test_plain.py::test_source_goes_with_what_was_compiled[cpu]",
     ),
@@ -545,8 +545,8 @@ FAULTS = (
     Fault(
         "code-that-changes-objects-is-left-out",
         "calling.bound:_resolved",
-        "entry.replay is None or lean.tensors or moves or (not resolved.is_pure(binding.code))",
-        "entry.replay is None or lean.tensors or moves",
+        "entry.run is None or lean.tensors or moves or (not resolved.is_pure(binding.code))",
+        "entry.run is None or lean.tensors or moves",
         "test_bound.py::test_what_needs_dynamos_code[cpu]",
     ),
     Fault(
@@ -1063,22 +1063,22 @@ FAULTS = (
     Fault(
         "every-replay-checked",
         "calling.executor:_checked_once.first",
-        "entry.replay = replay",
+        "entry.run = replay.function",
         "pass",
         "test_compare.py::test_later_replays_do_not_look[cpu]",
     ),
     Fault(
         "first-replay-of-a-capture-unchecked",
-        "capturing.graph:_checked_once.first",
+        "capturing.graph:_checked_once.checked",
         "captured.check()",
         "pass",
         "test_compare.py::test_first_replay_of_a_capture[cpu-moved]",
     ),
     Fault(
         "first-replay-under-a-profiler-unchecked",
-        "calling.executor:Executor._profiled",
-        "check_places(entry.recording, args)",
-        "pass",
+        "calling.executor:_checked_once.first",
+        "check_places(recording, args)",
+        "_torch.profiler_enabled() or check_places(recording, args)",
         "test_compare.py::test_first_replay_under_a_profiler[cpu-compile]",
     ),
     Fault(
@@ -1568,7 +1568,7 @@ FAULTS = (
     ),
     Fault(
         "emitted-skips-a-store",
-        "recordings.replay:_Writer._statements",
+        "recordings.replay:_Writer._launch",
         "step.stores",
         "()",
         "test_contract_stale.py::test_mutated_input[cpu]",
@@ -1582,8 +1582,8 @@ FAULTS = (
     ),
     Fault(
         "emitted-keeps-dead-names",
-        "recordings.replay:_with_deletions",
-        "sorted((name for name in names if last[name] == position))",
+        "recordings.replay:_deletions",
+        "sorted((name for name in used if last[name] == position))",
         "[]",
         "test_replay.py::test_names_go_early",
     ),
@@ -2775,11 +2775,8 @@ FAULTS = (
     Fault(
         "replays-run-from-no-file",
         "recordings.replay:emit",
-        "file = show_replay(source, name)",
-        """
-        show_replay(source, name)
-        file = None
-        """,
+        "file(source, name) if file is not None else None",
+        "None if file is None or file(source, name) else None",
         "test_sources.py::test_replay_runs_from_its_file[cpu]",
     ),
     Fault(
@@ -2798,37 +2795,37 @@ FAULTS = (
     ),
     Fault(
         "every-replay-is-named",
-        "calling.executor:Executor._locked",
-        "active()",
-        "True",
+        "tools.profiling:Profiling",
+        "staticmethod(_torch.profiler_enabled)",
+        "staticmethod(lambda: True)",
         "test_profiling.py::test_nothing_without_a_profiler[cpu]",
     ),
     Fault(
         "an-error-leaves-its-range-open",
-        "tools.profiling:Marks.run",
-        "self._end()",
+        "tools.profiling:_Named.__call__",
+        "self._ranges.end()",
         "pass",
         "test_profiling.py::test_an_error_ends_its_range[cpu]",
     ),
     Fault(
         "profiled-replays-count-apart",
-        "calling.executor:Executor._profiled",
-        "emit(entry.recording, marks, name=name, tally=entry.replay.tally)",
-        "emit(entry.recording, marks, name=name)",
+        "tools.profiling:_Named.__call__",
+        "emit(self._recording, self._ranges.begin, tally=self._tally)",
+        "emit(self._recording, self._ranges.begin)",
         "test_profiling.py::test_one_tally[cpu]",
     ),
     Fault(
         "plain-calls-are-told-each",
-        "tools.journal:Journal.once",
-        "what not in self._said",
+        "tools.journal:Journal.plain",
+        "why not in self._whys",
         "True",
         "test_journal.py::test_limits_are_warned_of_once[cpu]",
     ),
     Fault(
         "recordings-are-traced-nowhere",
         "tools.journal:Journal.recorded",
-        "self.artifact(f'recording {number}', lambda: {'why': why, **facts, 'steps': steps()})",
-        "''.format(f'recording {number}', lambda: {'why': why, **facts, 'steps': steps()})",
+        "self.artifact(f'recording {number}', lambda: {'why': why, **facts, 'steps': step_names(recording)})",
+        "''.format(f'recording {number}', lambda: {'why': why, **facts, 'steps': step_names(recording)})",
         "test_journal.py::test_trace",
     ),
     # --- tables of ops ---

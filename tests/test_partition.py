@@ -17,7 +17,7 @@ from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Reason, Segment
 from breakable_backend.marks.marking import EagerOps, Scope
-from breakable_backend.tools.sources import with_code
+from breakable_backend.recordings.code import with_code
 from test_marking import CUDA, SCOPE, Maker, cuda, host, trace
 
 aten = torch.ops.aten

@@ -15,6 +15,7 @@ import silly
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain, reset
 from breakable_backend.calling.executor import Entry
 from breakable_backend.calling.registry import executors_of
+from breakable_backend.recordings.replay import Replay
 from breakable_backend.tools import profiling
 from test_debug_eager import MODELS
 
@@ -38,6 +39,12 @@ def entry_of(compiled: Any) -> Entry:
     (addresses,) = executor.sets.values()
     (entry,) = addresses.entries.values()
     return entry
+
+
+def named(replay: Replay | None) -> Any:
+    """The variant of a replay that names its steps; None as long as no profiler was active."""
+    assert replay is not None and replay.variant is not None
+    return replay.variant.function.function  # type: ignore[attr-defined]
 
 
 def call(compiled: Any, device: torch.device) -> Tensor:
@@ -103,10 +110,10 @@ def test_nothing_without_a_profiler(
     for _ in range(4):
         call(compiled, device)
     entry = entry_of(compiled)
-    assert opened == [] and entry.profiled is None
+    assert opened == [] and named(entry.replay) is None
     assert entry.replay is not None and "mark" not in entry.replay.source
     ranges(lambda: call(compiled, device))
-    assert len(opened) == 5 and entry.profiled is not None
+    assert len(opened) == 5 and named(entry.replay) is not None
     call(compiled, device)
     assert len(opened) == 5
 
@@ -189,7 +196,7 @@ def test_captured_by_hand(device: torch.device) -> None:
             return clip(x + 1) * 2
 
     found: list[Tensor] = []
-    name = f"breakable_cg {graph.journal.name}"
+    name = f"breakable_cg {graph.name}"
     assert ranges(lambda: found.append(body())) == [(f"{name}: capture", "")]
     names = [title for title, _ in ranges(graph.replay)]
     assert names == [
@@ -212,8 +219,7 @@ def test_released_with_the_rest(device: torch.device, options: dict[str, Any], d
             call(compiled, device)
         ranges(lambda: call(compiled, device))
         entry = entry_of(compiled)
-        assert entry.profiled is not None
-        made, driver = weakref.ref(entry.profiled[0]), executors_of(compiled)[0].driver
+        made, driver = weakref.ref(named(entry.replay)), executors_of(compiled)[0].driver
         reset(compiled)
     else:
         x = torch.ones(4, device=device)
@@ -223,8 +229,8 @@ def test_released_with_the_rest(device: torch.device, options: dict[str, Any], d
         ranges(graph.replay)
         del y
         captured, driver = graph._captured, graph.driver
-        assert captured is not None and captured.profiled is not None and driver is not None
-        made = weakref.ref(captured.profiled[0])
+        assert captured is not None and driver is not None
+        made = weakref.ref(named(captured.replay))
         del captured
         graph.reset()
     gc.collect()

@@ -352,7 +352,6 @@ def test_emit_equals_interpret(build: Callable[[Maker], Recording], maker: Maker
             assert same(got_now, snapshot((want, theirs)))
             assert replay.tally.copies == tally.copies
     maker.driver.end(stream)
-    replay.forget()
 
 
 # --- copies of bytes ----------------------------------------------------------------------------------------------------------
@@ -552,14 +551,14 @@ def failing(tape: Maker, error: Exception) -> Recording:
 
 
 def test_linecache(tape: Maker) -> None:
-    """The source is filed under its own name, and taken out by ``forget``."""
+    """The source is filed under its own name, for as long as the function lives."""
     replay = emit(failing(tape, KeyError()))
-    assert "".join(linecache.getlines(replay.file)) == replay.source
+    file = replay.file
+    assert "".join(linecache.getlines(file)) == replay.source
     linecache.checkcache()
-    assert "".join(linecache.getlines(replay.file)) == replay.source
-    replay.forget()
-    assert linecache.getlines(replay.file) == []
-    replay.forget()
+    assert "".join(linecache.getlines(file)) == replay.source
+    del replay
+    assert linecache.getlines(file) == []
 
 
 def test_traceback(tape: Maker) -> None:
@@ -571,7 +570,6 @@ def test_traceback(tape: Maker) -> None:
     assert caught.value is error
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == replay.file]
     assert [(frame.name, frame.line) for frame in frames] == [("replay", "z = explode(y)")]
-    replay.forget()
 
 
 def test_two_replays_have_two_files(tape: Maker) -> None:
@@ -609,7 +607,6 @@ def test_names_go_early(tape: Maker) -> None:
     replay.function(args, 0)
     assert args == []
     assert alive == {"x": False, "a": False, "b": True}
-    replay.forget()
 
 
 def test_constants_go_with_the_replay(tape: Maker) -> None:
@@ -624,7 +621,6 @@ def test_constants_go_with_the_replay(tape: Maker) -> None:
     gc.disable()
     try:
         tape.constants, tape.steps = {}, []
-        replay.forget()
         del constant, recording
         assert seen() is not None
         del replay
@@ -647,7 +643,6 @@ def test_failed_replay_keeps_nothing(tape: Maker) -> None:
     del caught
     gc.collect()
     assert seen() is None
-    replay.forget()
 
 
 # --- checks -------------------------------------------------------------------------------------------------------------------

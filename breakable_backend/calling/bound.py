@@ -29,7 +29,6 @@ from breakable_backend.calling.registry import eager_graphs_of, executors_of
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.program import outputs_of
-from breakable_backend.tools.profiling import active, span
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -146,8 +145,8 @@ class BoundCall(Generic[T]):
             return self._misfit(binding, binding.why(args, kwargs), args, kwargs)
         binding.executor.statistics.bound += 1
         try:
-            if active():
-                with span(f"{binding.executor.name}: bound call"):
+            if binding.wanted():
+                with binding.executor.observers.span("bound call"):
                     return binding.function(*binding.before, *args, **kwargs)  # type: ignore[no-any-return]
             return binding.function(*binding.before, *args, **kwargs)  # type: ignore[no-any-return]
         except _Misfit as misfit:
@@ -196,6 +195,9 @@ class _Binding:
     """Dynamo's own; what it installed among the globals lives as long."""
     fits: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
     function: Callable[..., Any] = operator.not_
+
+    def __post_init__(self) -> None:
+        self.wanted = self.executor.observers.wanted  # of the executor, it would be looked up in each call
 
     def why(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return self.state.differs() or self.inputs.differs(args, kwargs) or "it has changed while it was looked at"
@@ -398,7 +400,7 @@ def _resolved(
     executor, entry = replayed.executor, replayed.entry
     written = written_inputs(executor.lowered.module)
     moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)
-    if entry.replay is None or lean.tensors or moves or not resolved.is_pure(binding.code):
+    if entry.run is None or lean.tensors or moves or not resolved.is_pure(binding.code):
         return None
     leaves = {id(leaf): text for text, leaf in (*resolved.paths(own[0], "args"), *resolved.paths(own[1], "kwargs"))}
     placed = {at: leaves.get(id(value), "") for at, value in enumerate(others) if isinstance(value, torch.Tensor)}
@@ -411,7 +413,7 @@ def _resolved(
         return None
     slow, before = binding.function, binding.before
     otherwise = (lambda *args, **kwargs: slow(*before, *args, **kwargs)) if before else slow
-    found = resolved.resolve(executor, entry, entry.replay, handed, placed, lean.static, result, same, otherwise)
+    found = resolved.resolve(executor, entry, entry.run, handed, placed, lean.static, result, same, otherwise)
     if found is not None:
         binding.before = ()
     return found

@@ -28,7 +28,7 @@ from breakable_backend.calling import policy
 from breakable_backend.calling.device_errors import blame
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureDriver
+from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError, Passing, first_line
 from breakable_backend.failures import passing
 from breakable_backend.faults import raise_if_ours
@@ -39,14 +39,10 @@ from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.marking import Scope
 from breakable_backend.options import Options
 from breakable_backend.recordings import buffers
+from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from breakable_backend.recordings.plain import Plain, run_plain, write_plain
 from breakable_backend.recordings.recording import Binding, Plan, Recorded, Recording, check_places, record
-from breakable_backend.recordings.replay import Replay, emit
-from breakable_backend.tools.compare import Checker
-from breakable_backend.tools.journal import Journal
-from breakable_backend.tools.profiling import Marks, active, span, step_names
-from breakable_backend.tools.sources import show_program
-from breakable_backend.tools.witness import Witness
+from breakable_backend.recordings.replay import Function, Replay
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +82,8 @@ class Entry:
     key: Key
     recording: Recording | None = None
     replay: Replay | None = None
-    profiled: tuple[Replay, Marks] | None = None
-    """The same with a mark before each step; made when a profiler is first active."""
+    run: Function | None = None
+    """What a call does. The first one looks whether all is in its place, so this is not always the function of the replay."""
     number: int = -1
     """Which recording of its program it is, from 0."""
     warm: bool = False
@@ -185,7 +181,6 @@ class Executor:
         self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
         self.last: AddressSet | None = None
         """The one among them that was replayed last."""
-        self.debug = options.debug == "eager"
         self.scope = scope
         self.bridged: set[str] = set()
         """Inputs written by captured segments that came at too many addresses to key them."""
@@ -200,7 +195,8 @@ class Executor:
         self.dropped: OrderedDict[Key, str] = OrderedDict()
         """Why recordings went: of the last ``policy.MAX_DROPPED`` keys."""
         self.callers = Callers()
-        self.journal = Journal(log, name)
+        self.observers: Observers = observers_of(Subject(name, options, log))
+        self._plain_steps = self.observers if self.observers.sees_plain_steps else None
         self._written = written_inputs(lowered.module)
         self._cut()
         driver.tenants.append(weakref.ref(self, driver.tenants.remove))
@@ -219,8 +215,7 @@ class Executor:
         self._lengths = [] if self._fluid else [Region.of(value.value, start=0).end for value in moving if written]
         self._keys = _KeyReader.of(self.program, self._keyed(), self.options.scalars == "key")
         self._read_key = self._keys.read
-        self.journal.program(self.program)
-        show_program(self.program, self.name)
+        self.observers.cut(self.program)
 
     def _keyed(self) -> frozenset[str]:
         written = self.program.written_by_graphs()
@@ -248,7 +243,7 @@ class Executor:
             self._count_plain("called inside capture")
             values = list(args)
             args.clear()
-            return run_plain(self.program, values, handler, debug=self.debug)
+            return run_plain(self.program, values, handler, observer=self._plain_steps)
         if not self.capturable:
             return self._plain(args, "nothing to capture")
         if driver.is_capturing():
@@ -299,7 +294,7 @@ class Executor:
             entry = self._admit(key, args)
         entry.calls += 1
         entry.last_call = self.statistics.calls
-        if entry.replay is not None:
+        if entry.run is not None:
             entry.replays += 1
             assert addresses is not None
             self._touch(entry, addresses)
@@ -307,7 +302,7 @@ class Executor:
             if self.tap is not None:
                 self.tap(entry, list(args))
             try:
-                return self._profiled(entry, args, stream) if active() else entry.replay.function(args, stream)
+                return entry.run(args, stream)
             except Exception as error:
                 blame(error, driver, self.name, self._latest())
                 raise
@@ -326,10 +321,10 @@ class Executor:
         entry.warm = True
         return outputs
 
-    def replay_at(self, args: list[Any], entry: Entry | None, replay: Replay | None) -> list[Any] | None:
-        """``replay``, for a caller that knows that ``args`` are at the addresses of ``entry``. None: not now, and nothing was done.
+    def replay_at(self, args: list[Any], entry: Entry | None, run: Function | None) -> list[Any] | None:
+        """``run``, for a caller that knows that ``args`` are at the addresses of ``entry``. None: not now, and nothing was done.
 
-        ``args`` may lack static inputs that ``replay`` does not name. What is around it is :meth:`__call__`'s, written once more:
+        ``args`` may lack static inputs that ``run`` does not name. What is around it is :meth:`__call__`'s, written once more:
         each function between would take 0.1 us of every call.
         """
         driver, outer = self.driver, current_call.get()
@@ -337,10 +332,9 @@ class Executor:
             door.held.get() is not None
             or (outer is not None and not outer.over)
             or driver.is_capturing()
-            or active()
             or self.tap is not None
             or entry is None
-            or replay is None
+            or run is None
             or _torch.dispatch_mode_active()
             or not driver.lock.acquire(False)
         ):
@@ -351,7 +345,7 @@ class Executor:
         driver.busy, call = True, Call()
         current_call.set(call)
         try:
-            if entry.replay is not replay or self._keys.shapes(args) != entry.key.shapes:
+            if entry.run is not run or self._keys.shapes(args) != entry.key.shapes:
                 return None
             addresses = self.last
             if addresses is None or addresses.entries.get(entry.key.shapes) is not entry:
@@ -364,7 +358,7 @@ class Executor:
                 entry.last_call = self.statistics.calls
                 self._touch(entry, addresses)
                 driver.bring(args)
-                return replay.function(args, stream)
+                return run(args, stream)
             except Exception as error:
                 blame(error, driver, self.name, self._latest())
                 raise_if_ours(error, log)
@@ -384,29 +378,15 @@ class Executor:
         entries.sort(key=lambda entry: -entry.last_call)
         return [entry.recording for entry in entries if entry.recording is not None][:2]
 
-    def _profiled(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
-        """The replay, with a name for each step in the profile."""
-        if self.options.debug == "compare" and entry.replay is not None:
-            return entry.replay.function(args, stream)  # what is compared is another function, and slow anyway
-        if entry.profiled is None:
-            assert entry.recording is not None
-            assert entry.replay is not None
-            check_places(entry.recording, args)  # this may be the first replay
-            marks = Marks(self.name, step_names(entry.recording))
-            name = f"{self.name} replay {entry.number} profiled"
-            entry.profiled = emit(entry.recording, marks, name=name, tally=entry.replay.tally), marks
-        replay, marks = entry.profiled
-        return marks.run(replay.function, args, stream)
-
     def _plain(self, args: list[Any], why: str, level: int = logging.INFO) -> list[Any]:
         self._count_plain(why, level)
-        with span(f"{self.name}: plain, {why}"):
+        with self.observers.span(f"plain, {why}"):
             try:
-                if not self.debug:
+                if self._plain_steps is None:
                     return (self._straight or self._write_plain()).function(args)
                 values = list(args)
                 args.clear()
-                return run_plain(self.program, values, debug=True, drawing=self.driver.drawing)
+                return run_plain(self.program, values, observer=self._plain_steps, drawing=self.driver.drawing)
             except Exception as error:
                 raise_if_ours(error, log)
                 raise
@@ -414,14 +394,14 @@ class Executor:
     def _write_plain(self) -> Plain:
         """The function of plain calls, made for the first of them."""
         # Where two threads make one at once, or the program is cut anew meanwhile, either is right.
-        made = write_plain(self.lowered, self.program, self.driver.drawing, f"{self.name} plain")
+        made = write_plain(self.lowered, self.program, self.driver.drawing, f"{self.name} plain", self.observers.file)
         self._straight = made
         return made
 
     def _count_plain(self, why: str, level: int = logging.INFO) -> None:
         with self._changing:
             self.statistics.plain[why] += 1
-        self.journal.once(f"runs plainly: {why}", level)
+        self.observers.plain(why, level)
 
     def _refuse_foreign_capture(self) -> None:
         if self.program.reasons:
@@ -483,7 +463,7 @@ class Executor:
 
     def _remember(self, entry: Entry, why: str) -> None:
         if entry.recording is not None:
-            self.journal.tell(f"recording {entry.number} goes: {why}")
+            self.observers.noted(f"recording {entry.number} goes: {why}")
             self.dropped[entry.key] = why
             if len(self.dropped) > policy.MAX_DROPPED:
                 self.dropped.popitem(last=False)
@@ -576,28 +556,29 @@ class Executor:
     def _note(self, text: str) -> None:
         with self._changing:
             self.notes.append(text)
-        self.journal.tell(text, logging.WARNING)
+        self.observers.noted(text, logging.WARNING)
 
     # recording
 
     def _record(self, entry: Entry, args: list[Any], stream: int, driver: CaptureDriver) -> list[Any]:
-        witness = Witness(driver.device) if self.options.debug == "compare" else None
+        observers = self.observers
+        observers.recording(driver.device)
         plan = Plan(
             keyed=self._keyed(),
             device_scalars=self.options.scalars == "device",
             fresh_outputs=self.options.outputs == "fresh",
-            debug=self.debug,
-            observer=witness,
+            observer=observers,
+            keep=observers.reads_values,
         )
         program, values = self.program, list(args)
         args.clear()
         started = time.perf_counter()
         if entry.trials.cause == "memory":
             driver.make_room()
-        if driver.reuses_memory and witness is None:
+        if driver.reuses_memory and not observers.reads_values:
             self._make_way(needed(program, Binding.of(program, values).symbols), driver)
         try:
-            with span(f"{self.name}: record"):
+            with observers.span("record"):
                 auto_break, recut = self.options.auto_break, functools.partial(self._recut, self.scope)
                 recorded = record(program, driver, values, plan, stream, auto_break=auto_break, recut=recut)
         except Exception as error:
@@ -616,14 +597,10 @@ class Executor:
             self.statistics.recorded[entry.why] += 1
             self.statistics.captures += entry.captures
         if self._alive(entry) and recording.graphs:
-            name = f"{self.name} replay {entry.number}"
-            if witness is None:
-                replay = _checked_once(entry, recording, name)
-            else:
-                replay = _compared(Checker(recording, witness, self.options.tolerance, recorded.program), name)
+            replay = observers.replay(recording, f"{self.name} replay {entry.number}", recorded.program)
             with self._changing:
-                entry.recording, entry.replay = recording, replay
-            self._tell_of(entry, recording, replay)
+                entry.recording, entry.replay, entry.run = recording, replay, _checked_once(entry, recording, replay)
+            observers.recorded(entry.number, entry.why, recording, replay, entry.record_seconds)
         else:
             # A static input died while an eager step ran; or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
@@ -655,7 +632,7 @@ class Executor:
         )
         with self._changing:
             self.notes = [note for note in self.notes if not note.startswith(MOVED)] + [text]
-        self.journal.tell(text)
+        self.observers.noted(text)
 
     def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded) -> list[Any]:
         """What is left of a call whose recording failed for a reason that passes: it was a plain one."""
@@ -676,20 +653,7 @@ class Executor:
         entry.trials = entry.trials.failed(entry.calls, cause, reason)
         pause = entry.trials.next_call - entry.calls
         after = "at its next call" if pause == 1 else f"after {pause} calls"
-        self.journal.tell(f"a key could not be recorded, and is tried again {after}: {reason}", logging.WARNING)
-
-    def _tell_of(self, entry: Entry, recording: Recording, replay: Replay) -> None:
-        self.journal.recorded(
-            entry.number,
-            entry.why,
-            lambda: step_names(recording),
-            replay.source,
-            graphs=entry.captures,
-            eager_steps=len(recording.steps) - entry.captures,
-            copies_per_call=recording.num_copies,
-            bridge_bytes=recording.bridge_bytes,
-            milliseconds=round(entry.record_seconds * 1e3, 1),
-        )
+        self.observers.noted(f"a key could not be recorded, and is tried again {after}: {reason}", logging.WARNING)
 
     def _alive(self, entry: Entry) -> bool:
         addresses = self.sets.get(entry.key.addresses)
@@ -706,7 +670,7 @@ class Executor:
             return
         for reason in dict.fromkeys(failed.values()):
             at = f", at {reason.source}" if reason.source else ""
-            self.journal.once(f"runs eagerly from now on: {reason}{at}", logging.WARNING)
+            self.observers.noted(f"runs eagerly from now on: {reason}{at}", logging.WARNING)
         keyed = self._keyed()
         self.scope = replace(self.scope, forced={**self.scope.forced, **failed})
         self._cut()
@@ -742,7 +706,7 @@ class Executor:
         entries = [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
         for entry in entries:
             if entry.recording is not None:
-                self.journal.tell(f"recording {entry.number} goes: {why}")
+                self.observers.noted(f"recording {entry.number} goes: {why}")
                 entry.why = why
         with self._changing:
             gone = _emptied(entries, self.statistics)
@@ -784,22 +748,15 @@ class Executor:
             )
 
 
-def _checked_once(entry: Entry, recording: Recording, name: str) -> Replay:
-    """The replay of ``recording``. The first call looks whether all that it takes is in its place."""
-    replay = emit(recording, name=name)
+def _checked_once(entry: Entry, recording: Recording, replay: Replay) -> Function:
+    """``replay``, whose first call looks whether all that it takes is in its place."""
 
     def first(args: list[Any], stream: int) -> list[Any]:
         check_places(recording, args)
-        entry.replay = replay
+        entry.run = replay.function
         return replay.function(args, stream)
 
-    return replace(replay, function=first)
-
-
-def _compared(checker: Checker, name: str) -> Replay:
-    """A replay that compares each step with eager."""
-    replay = emit(checker.recording, name=name)
-    return replace(replay, function=checker.around(replay.function))
+    return first
 
 
 def lose_patience(driver: CaptureDriver) -> None:
@@ -837,31 +794,24 @@ def _held(things: Mapping[Any, AddressSet | Entry]) -> policy.Held:
     return policy.Held(len(things), oldest.last_call if oldest is not None else 0)
 
 
-def _emptied(entries: Sequence[Entry], statistics: Statistics) -> list[tuple[Recording, Replay, Any]]:
+def _emptied(entries: Sequence[Entry], statistics: Statistics) -> list[tuple[Recording, Replay]]:
     """What was recorded for ``entries``, taken from them, and its counts."""
     gone = []
     for entry in entries:
-        recording, replay, profiled = entry.recording, entry.replay, entry.profiled
-        entry.recording = entry.replay = entry.profiled = None
+        recording, replay = entry.recording, entry.replay
+        entry.recording = entry.replay = entry.run = None
         if recording is not None and replay is not None:
             statistics.finished_replays += entry.replays
             statistics.finished_copies += entry.record_copies + replay.tally.copies
-            gone.append((recording, replay, profiled))
+            gone.append((recording, replay))
     return gone
 
 
-def _release(gone: list[tuple[Recording, Replay, Any]], driver: CaptureDriver, *, wait: bool) -> None:
+def _release(gone: list[tuple[Recording, Replay]], driver: CaptureDriver, *, wait: bool) -> None:
     """Free what was recorded."""
-    graphs: list[CapturedGraph] = []
-    owner: list[Any] = []
-    while gone:
-        recording, replay, profiled = gone.pop(0)
-        replay.forget()
-        if profiled is not None:
-            profiled[0].forget()
-        graphs += recording.graphs
-        owner += recording, replay, profiled
-        del recording, replay, profiled  # the owner's alone from here on
+    graphs = [graph for recording, _ in gone for graph in recording.graphs]
+    owner: list[Any] = [*gone]
+    gone.clear()  # the owner's alone from here on
     driver.release(graphs, owner, wait=wait)  # with nothing left, the pool goes too
 
 

@@ -17,7 +17,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.calling.executor import Entry, Executor
-from breakable_backend.recordings.replay import Replay
+from breakable_backend.recordings.replay import Function
 
 _PURE = (
     "RESUME NOP CACHE EXTENDED_ARG COPY_FREE_VARS MAKE_CELL PUSH_NULL PRECALL KW_NAMES CALL COPY SWAP POP_TOP "
@@ -127,7 +127,7 @@ def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> C
 def resolve(
     executor: Executor,
     entry: Entry,
-    replay: Replay,
+    run: Function,
     handed: Sequence[Any],
     placed: dict[int, str],
     static: Sequence[int],
@@ -140,7 +140,7 @@ def resolve(
     Args:
         executor: whose replay.
         entry: its key.
-        replay: what has to be there still.
+        run: what its calls run, and have to run still.
         handed: what the executor is given.
         placed: which argument is where among that, as source.
         static: where the static inputs are.
@@ -148,7 +148,7 @@ def resolve(
         same: asks in each call whether static inputs are where they were; None: nobody asks.
         otherwise: called with the arguments where there is no such replay now.
     """
-    named = replay.function.__code__.co_varnames  # slots keep their names
+    named = run.__code__.co_varnames  # slots keep their names
     names_at = {value.index: value.name for value in executor.program.inputs}
     if any(names_at[at] in named for at in static):
         return None
@@ -160,7 +160,7 @@ def resolve(
         "memory": memory,
         "replay_at": executor.replay_at,
         "entry": weakref.ref(entry),
-        "replay": weakref.ref(replay),
+        "run": weakref.ref(run),
         "otherwise": otherwise,
         "same": same,
     }
@@ -168,7 +168,7 @@ def resolve(
         f"if not freed{'' if same is None else ' and same()'}:",
         "    values = template.copy()",
         *(f"    values[{at}] = {text}" for at, text in placed.items()),
-        "    outputs = replay_at(values, entry(), replay())",
+        "    outputs = replay_at(values, entry(), run())",
         "    if outputs is not None:",
         f"        return {result}",
         "return otherwise(*args, **kwargs)",

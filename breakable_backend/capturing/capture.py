@@ -42,6 +42,7 @@ from breakable_backend.marks.marking import live_reason, marked_composites, mark
 from breakable_backend.marks.results import Parts, fields, tensors_on
 from breakable_backend.options import Options
 from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.observer import Issue, Subject, observers_of
 from breakable_backend.recordings.recording import (
     Call,
     Copy,
@@ -52,9 +53,6 @@ from breakable_backend.recordings.recording import (
     Step,
     places_of,
 )
-from breakable_backend.tools.compare import Checker
-from breakable_backend.tools.profiling import span
-from breakable_backend.tools.witness import Witness
 
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
@@ -235,7 +233,9 @@ class _Door:
     thread: int = field(default_factory=threading.get_ident)
 
     def __post_init__(self) -> None:
-        self.witness = Witness(self.driver.device) if self.options.debug == "compare" else None
+        self.observers = observers_of(Subject(self.graph.name, self.options, log, compiled=False))
+        self.issue: Issue | None = None
+        """What ops of the segment under way are issued through."""
         self.whole = marked_composites(entirely=_records_gradients())
         """Marked ops that are made of others, and that this capture sees as a whole."""
         self._refuse_gradients()
@@ -245,7 +245,7 @@ class _Door:
             if self.driver.device.type == "cuda":
                 stack.callback(_back_on, torch.cuda.current_stream(self.driver.device))
             stack.enter_context(self.driver.lock)
-            stack.enter_context(span(f"{self.graph.journal.name}: capture"))
+            stack.enter_context(self.observers.span("capture"))
             stack.enter_context(without_autocast_cache())
             self.graph._begin_use("captured", CaptureError)
             stack.callback(self.graph._end_use)
@@ -257,6 +257,7 @@ class _Door:
             if isinstance(self.driver, CudaDriver):
                 stack.enter_context(self.driver.capturing_on(self.capture_stream, self.error_mode))
             stack.enter_context(self.driver.recording())
+            self.observers.recording(self.driver.device)
             self.session: CaptureSession = stack.enter_context(self.driver.session())
             token = active.handler.set(self)
             stack.callback(active.handler.reset, token)
@@ -321,19 +322,18 @@ class _Door:
             written=list(self.written.values()),
             outside=tuple(self.outside.values()),
             modes=self.modes,
-            journal=self.graph.journal,
-            checker=Checker(recording, self.witness, self.options.tolerance) if self.witness is not None else None,
+            name=self.graph.name,
+            observers=self.observers,
         )
-        self.graph._take(captured, list(watched.values()))
         self.graph.record_seconds = time.perf_counter() - self.started
+        self.graph._take(captured, list(watched.values()))
 
     # segments
 
     def _begin(self) -> None:
         self.session.begin()
         self.capturing = True
-        if self.witness is not None:
-            self.watch, self.script = self.witness.begin(len(self.steps))
+        self.issue = self.observers.issuing(len(self.steps))
 
     def _end(self) -> None:
         self.capturing = False
@@ -377,18 +377,15 @@ class _Door:
             for tensor in tensors_on(self.driver.device, written_values(func, args, kwargs)):
                 if (key := _torch.storage_key(tensor)) not in self.made:
                     self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
-        result = func(*args, **kwargs) if self.witness is None else self._issue(func, args, kwargs)
+        if self.issue is None:
+            result = func(*args, **kwargs)
+        else:
+            result = self.issue(func, args, kwargs, _op_label(func), user_line())
         for tensor in tensors_on(self.driver.device, result):
             self._makes(tensor)
         if not getattr(func, "is_view", False):
             self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
         return result
-
-    def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an op, and write it down for compare mode."""
-        self.watch.label = _op_label(func)
-        self.watch.source = user_line()
-        return self.script.issue(self.watch, func, args, kwargs)
 
     def _reads(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
@@ -445,9 +442,8 @@ class _Door:
             for barrier in (self.barrier, mark.barrier if mark is not None else None):
                 if barrier is not None:
                     barrier()
+            function = self.observers.eager(function, name, reason.source)
             run = (mark.capture_stub if mark is not None else None) or function
-            if self.witness is not None:
-                run = self.witness.attend(run, name, reason.source)
             with _torch.with_autograd() if self.whole else nullcontext():
                 result = run(*args, **kwargs)
         except BaseException as error:

@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -29,12 +29,9 @@ from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.functions import Mark
 from breakable_backend.options import Options
+from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording, check_places, refuse_place
-from breakable_backend.recordings.replay import Replay, Tally, emit
-from breakable_backend.tools.compare import Checker
-from breakable_backend.tools.journal import Journal
-from breakable_backend.tools.profiling import Marks, step_names
-from breakable_backend.tools.profiling import active as profiling
+from breakable_backend.recordings.replay import Function, Tally
 
 log = logging.getLogger(__name__)
 """One log for the door: the name is in docs/tools.md."""
@@ -80,43 +77,28 @@ class Captured:
     """Tensors from outside that segments read."""
     modes: Modes
     """What a replay runs in, but for eager steps that say otherwise."""
-    journal: Journal
-    checker: InitVar[Checker | None]
-    """What compares replays with eager."""
+    name: str
+    observers: Observers
     watched: list[weakref.ref[Any]] = field(default_factory=list)
     """The parameters among what segments read, and their storages: they are the model's."""
-    profiled: tuple[Replay, Marks] | None = None
-    """The replay with a mark before each step; made when a profiler is first active."""
     only: Callable[[int], None] | None = None
     """The launch that is all of a replay, where there is no break; set by the first replay."""
 
-    def __post_init__(self, checker: Checker | None) -> None:
-        replay = emit(self.recording if checker is None else checker.recording, name=f"{self.journal.name} replay")
-        self.replay = _checked_once(self, replay) if checker is None else _compared(self, replay, checker)
-        self.compared = checker is not None
+    def __post_init__(self) -> None:
+        self.replay = self.observers.replay(self.recording, f"{self.name} replay")
+        self.function: Function = _checked_once(self)
         self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
         # A bare launch does not ask whose capture it is in: CUDA refuses it there.
         drawing = any(graph.draws_random for graph in self.recording.graphs)
-        self.asks = bool(self.breaks or drawing or self.compared or self.driver.name != "cuda")
+        self.asks = bool(self.breaks or drawing or self.observers.reads_values or self.driver.name != "cuda")
 
     def run(self, stream: int) -> None:
         """Replay, between the driver's ``begin`` and ``end``."""
         if self.breaks and not self.modes.are_current():
             with self.modes.enter():
                 self.run(stream)
-        elif self.compared or not profiling():
-            self.replay.function([], stream)
         else:
-            self._run_profiled(stream)
-
-    def _run_profiled(self, stream: int) -> None:
-        if self.profiled is None:
-            self.check()  # this may be the first replay
-            name = self.journal.name
-            marks = Marks(name, step_names(self.recording))
-            self.profiled = emit(self.recording, marks, name=f"{name} replay profiled", tally=self.replay.tally), marks
-        replay, marks = self.profiled
-        marks.run(replay.function, [], stream)
+            self.function([], stream)
 
     def check(self) -> None:
         """Raise if what segments read is not where it was when they were captured."""
@@ -127,11 +109,9 @@ class Captured:
     def release(self, *, wait: bool = False) -> None:
         """Free everything; ``wait``: now, after the last launch, and not a little later."""
         graphs = self.recording.graphs
-        self.replay.forget()
-        if self.profiled is not None:
-            self.profiled[0].forget()
-        owner = [self.recording, self.replay, self.profiled, self.only, self.held]
-        self.recording = self.replay = self.profiled = self.only = None  # type: ignore[assignment]
+        owner = [self.recording, self.replay, self.function, self.only, self.held]
+        self.recording = self.replay = self.function = None  # type: ignore[assignment]
+        self.only = None
         self.held = []
         self.watched.clear()
         self.driver.release(graphs, owner, wait=wait)
@@ -185,7 +165,7 @@ class BreakableCUDAGraph:
         self.debug: str | None = None
         self.replays = 0
         self.record_seconds = 0.0
-        self.journal = Journal(log, f"capture {next(_numbers)}")
+        self.name = f"capture {next(_numbers)}"
 
     def replay(self) -> None:
         """Run it again on the current stream: what is at the addresses of the inputs now is read.
@@ -215,13 +195,13 @@ class BreakableCUDAGraph:
                 if self._captured is captured and not self._gone:
                     stream = driver.begin()
                     try:
-                        if only is not None and not profiling():
+                        if only is not None and not captured.observers.wanted():
                             only(stream)
                         else:
                             captured.run(stream)
                         self.replays += 1
                     except Exception as error:
-                        blame(error, driver, self.journal.name, [captured.recording])
+                        blame(error, driver, self.name, [captured.recording])
                         raise_if_ours(error, log)
                         raise
                     finally:
@@ -307,11 +287,12 @@ class BreakableCUDAGraph:
             self._free()
 
     def _free(self) -> None:
-        self._captured = None
+        captured, self._captured = self._captured, None
         release, self._release = self._release, None
         if release is not None and (found := release.detach()) is not None:  # None: another thread has come here too
             found[1](wait=self._gone in ("", RESET))  # what dies does so while others serve
-            self.journal.tell(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
+            if captured is not None:
+                captured.observers.noted(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
 
     def _expire(self, why: str) -> None:
         # Whoever uses it says so first and looks for a reason then; we do it the other way round. So somebody frees it,
@@ -375,15 +356,7 @@ class BreakableCUDAGraph:
         for parameter in parameters:
             captured.watched += self._watch(parameter)
         recording = captured.recording
-        self.journal.recorded(
-            0,
-            "captured",
-            lambda: step_names(recording),
-            captured.replay.source,
-            graphs=len(recording.graphs),
-            eager_steps=captured.breaks,
-            bridge_bytes=recording.bridge_bytes,
-        )
+        captured.observers.recorded(0, "captured", recording, captured.replay, self.record_seconds)
         segments = [step for step in recording.steps if isinstance(step, GraphStep)]
         if any(is_collective(op.op) for segment in segments for op in segment.ops):
             leaves_with_groups(self)
@@ -431,27 +404,17 @@ def _driver(choice: str, pool: Any = None) -> CaptureDriver:
     return TapeDriver(torch.device("cpu"))
 
 
-def _checked_once(captured: Captured, replay: Replay) -> Replay:
-    """``replay``, whose first call looks whether all that it reads is in its place."""
-
-    def first(args: list[Any], stream: int) -> list[Any]:
-        captured.check()
-        captured.replay = replay
-        if not captured.breaks:
-            (step,) = captured.recording.steps
-            assert isinstance(step, GraphStep), step
-            captured.only = step.graph.replay
-        return replay.function(args, stream)
-
-    return replace(replay, function=first)
-
-
-def _compared(captured: Captured, replay: Replay, checker: Checker) -> Replay:
-    """``replay``, with each step compared."""
-    compared = checker.around(replay.function)
+def _checked_once(captured: Captured) -> Function:
+    """The replay, whose first call looks whether all that it reads is in its place; where values are read, each call does."""
 
     def checked(args: list[Any], stream: int) -> list[Any]:
         captured.check()
-        return compared(args, stream)
+        if not captured.observers.reads_values:
+            captured.function = captured.replay.function
+            if not captured.breaks:
+                (step,) = captured.recording.steps
+                assert isinstance(step, GraphStep), step
+                captured.only = step.graph.replay
+        return captured.replay.function(args, stream)
 
-    return replace(replay, function=checked)
+    return checked

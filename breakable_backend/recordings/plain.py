@@ -9,8 +9,6 @@ it to; it also runs where each step has to be seen (debug mode), or to become a 
 from __future__ import annotations
 
 import itertools
-import linecache
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +27,7 @@ from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line
 from breakable_backend.marks.marking import label
 from breakable_backend.marks.sites import Mark
+from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.recording import (
     Binding,
     Call,
@@ -36,12 +35,12 @@ from breakable_backend.recordings.recording import (
     Recording,
     Slot,
     State,
+    StepObserver,
     must_fit,
     perform,
     reject,
 )
 from breakable_backend.recordings.replay import emit
-from breakable_backend.tools.sources import with_code
 
 if TYPE_CHECKING:
     import sympy
@@ -61,22 +60,28 @@ class Plain:
     function: Callable[[list[Any]], list[Any]]
 
 
-def write_plain(lowered: Lowered, program: Program, drawing: Drawing, name: str) -> Plain:
+def write_plain(
+    lowered: Lowered,
+    program: Program,
+    drawing: Drawing,
+    name: str,
+    file: Callable[[str, str], str | None] | None = None,
+) -> Plain:
     """The function of ``program``, which ``lowered`` was cut into.
 
     Args:
         lowered: whose graph the function runs.
         program: tells which ops run eagerly, and so are looked at.
         drawing: see :data:`Drawing`.
-        name: what the source is called where depyf files it.
+        name: what ``file`` is asked for.
+        file: see :func:`breakable_backend.recordings.replay.emit`.
     """
-    replay = emit(_Graph(lowered, program, drawing).recording(), name=name)
+    replay = emit(_Graph(lowered, program, drawing).recording(), name=name, file=file)
     inner = replay.function
 
     def function(args: list[Any]) -> list[Any]:
         return inner(args, 0)
 
-    weakref.finalize(inner, linecache.cache.pop, replay.file, None).atexit = False
     return Plain(replay.source, function)
 
 
@@ -245,7 +250,7 @@ def run_plain(
     args: Sequence[Any],
     handler: BreakHandler | None = None,
     *,
-    debug: bool = False,
+    observer: StepObserver | None = None,
     drawing: Drawing = nullcontext,
 ) -> list[Any]:
     """Run every segment as eager would, with no capture and no bridge: the specification of what :func:`write_plain` writes.
@@ -255,7 +260,7 @@ def run_plain(
     Raises:
         EagerOutputError: a marked op returned something else than its fake implementation said.
     """
-    binding = Binding.of(program, args, debug)
+    binding = Binding.of(program, args, observer)
     slots = dict(binding.values)
     for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
         if isinstance(segment, GraphSegment):

@@ -16,7 +16,7 @@ import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -57,9 +57,8 @@ from breakable_backend.marks.marking import label
 from breakable_backend.marks.ops import direct, is_call
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact, load_all
+from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.healing import Healing, NodeByNode, Recut
-from breakable_backend.tools.debug import watched, watched_segment
-from breakable_backend.tools.sources import with_code
 
 if TYPE_CHECKING:
     import sympy
@@ -286,6 +285,16 @@ def _fill(tree: Any, slots: Mapping[str, Any]) -> Any:
 # --- running a program ----------------------------------------------------------------------------------------------------
 
 
+class StepObserver(Protocol):
+    """What the steps of a program ask of a :class:`breakable_backend.recordings.observer.Observer`."""
+
+    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
+        """What is captured in place of a segment's body."""
+
+    def eager(self, function: Callable[..., Any], label: str, source: str) -> Callable[..., Any]:
+        """What an eager step calls in place of ``function``."""
+
+
 @dataclass(frozen=True)
 class Binding:
     """A program together with the arguments of one call: every number is known."""
@@ -294,21 +303,20 @@ class Binding:
     values: Mapping[str, Any]
     """Arguments, constants of the traced code and sizes, by name."""
     symbols: Mapping[sympy.Symbol, int]
-    debug: bool = False
-    """Whether every step logs itself, and notes the user's line on what it raises."""
+    observer: StepObserver | None = None
 
     @classmethod
-    def of(cls, program: Program, args: Sequence[Any], debug: bool = False) -> Binding:
+    def of(cls, program: Program, args: Sequence[Any], observer: StepObserver | None = None) -> Binding:
         values = {value.name: value.value if value.index < 0 else args[value.index] for value in program.inputs}
         symbols: dict[sympy.Symbol, int] = {}
         for value in program.inputs:
             _bind(value, values[value.name], symbols)
-        return cls(program, values | cls._sizes(program, values, symbols), symbols, debug)
+        return cls(program, values | cls._sizes(program, values, symbols), symbols, observer)
 
     def recut(self, program: Program) -> Binding:
         """The same arguments for ``program``, which is made of the same graph."""
         values = {name: self.values[name] for name in self.values if name not in self.program.sizes}
-        return Binding(program, values | self._sizes(program, values, self.symbols), self.symbols, self.debug)
+        return Binding(program, values | self._sizes(program, values, self.symbols), self.symbols, self.observer)
 
     @staticmethod
     def _sizes(program: Program, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> dict[str, Any]:
@@ -319,8 +327,9 @@ class Binding:
 
     def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:
         """A captured segment as a function of its inputs."""
-        module = with_code(segment.module)
-        return watched_segment(module, f"segment {position}") if self.debug else module
+        if self.observer is None:
+            return with_code(segment.module)
+        return self.observer.captured(position, NodeByNode(segment.module))
 
     def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
         """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for direct functions."""
@@ -349,7 +358,10 @@ class Binding:
         producer = producer_of(node)
         value = node.meta.get("val")
         checked = isinstance(value, torch.Tensor) and must_fit(producer) and self._known(value)
-        call = Call(
+        view = is_view(node)
+        if self.observer is not None and not (view or function is operator.getitem):
+            function = self.observer.eager(function, label(producer), source_line(producer))
+        return Call(
             result=node.name,
             function=function,
             args=tuple(args),
@@ -358,11 +370,8 @@ class Binding:
             source=source_line(producer),
             spec=TensorSpec.of(value, self.symbols) if checked and value is not None else None,
             ambient=ambient_of(node),
-            view=is_view(node),
+            view=view,
         )
-        if self.debug and not is_view_call(call):
-            return replace(call, function=watched(function, f"eager {call.label}", call.source))
-        return call
 
     def _known(self, value: torch.Tensor) -> bool:
         return all(
@@ -393,16 +402,6 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
 # --- recording ------------------------------------------------------------------------------------------------------------
 
 
-class Observer(Protocol):
-    """Sees how a recording is made. See :class:`breakable_backend.tools.witness.Witness`."""
-
-    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
-        """What is captured in place of a segment's body; it runs that."""
-
-    def call(self, call: Call) -> Call:
-        """What is made in place of an eager call; the recording keeps the call itself."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """How arguments enter captured segments, beyond what the program says."""
@@ -412,11 +411,9 @@ class Plan:
     device_scalars: bool = False
     """Whether host scalars have a bridge on the device instead of being in the key."""
     fresh_outputs: bool = True
-    debug: bool = False
-    """See :class:`Binding`."""
-    observer: Observer | None = None
+    observer: StepObserver | None = None
     keep: bool = False
-    """Whether every value and bridge is held as long as the recording lives. An observer looks at them, so there it is."""
+    """Whether every value and bridge is held as long as the recording lives."""
 
 
 @dataclass
@@ -467,7 +464,7 @@ def record(
         CaptureError: a segment cannot be captured, and ``auto_break`` is off.
         Exception: whatever an eager step raised, unchanged.
     """
-    recorder = _Recorder(Binding.of(program, args, plan.debug), driver, plan, stream, auto_break, recut)
+    recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream, auto_break, recut)
     try:
         with driver.recording():
             position = 0
@@ -518,7 +515,7 @@ class _Recorder:
         self.intact: dict[str, Slot] = {}
         """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
         # A static result may be an argument of the next call: no step may get its memory before that has been read.
-        self.keep = plan.keep or plan.observer is not None or not plan.fresh_outputs or not driver.reuses_memory
+        self.keep = plan.keep or not plan.fresh_outputs or not driver.reuses_memory
         self.owners: dict[str, torch.Tensor | Bridge] = {}
         """What holds memory of the pool, by slot. Constants lie at the same addresses, and hold nothing."""
         self.owner_of: dict[int, str] = {}
@@ -602,10 +599,7 @@ class _Recorder:
             return self._capture_failed(position, segment, loads, error)
         inputs = [self._inside(name) for name in segment.inputs]
         observer, body = self.plan.observer, NodeByNode(segment.module, self.driver.progress)
-        if observer is not None:
-            captured = observer.captured(position, body)
-        else:
-            captured = self.binding.captured(position, segment) if self.binding.debug else body
+        captured = body if observer is None else observer.captured(position, body)
         try:
             with without_autocast_cache():
                 graph, results = self.driver.capture(functools.partial(captured, *inputs))
@@ -823,9 +817,8 @@ class _Recorder:
         calls = self.binding.calls(segment, {name: self.home[name] for name in segment.inputs}, self.driver.device.type)
         local = dict(self.values)
         kept = []
-        observer = self.plan.observer
         for call, dead in zip(calls, _dead_after(calls, segment.outputs), strict=True):
-            local[call.result] = perform(call if observer is None else observer.call(call), local)
+            local[call.result] = perform(call, local)
             if self._is_constant_view(call, local[call.result]):
                 self.constants[call.result] = local[call.result]
             else:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import keyword
-import linecache
 import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
+from breakable_backend.recordings.code import defined
 from breakable_backend.recordings.recording import (
     Call,
     Copy,
@@ -34,9 +34,9 @@ from breakable_backend.recordings.recording import (
     perform,
     reject,
 )
-from breakable_backend.tools.sources import show_replay
 
-_numbers = itertools.count()
+Function = Callable[[list[Any], int], list[Any]]
+"""A replay: ``function(args, stream) -> outputs``, clearing ``args``."""
 
 
 @dataclass
@@ -69,42 +69,54 @@ def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tal
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Another function for a replay, which runs while it is wanted."""
+
+    wanted: Callable[[], bool]
+    function: Function
+
+
+@dataclass(frozen=True)
 class Replay:
-    """Generated source and the function it defines: ``function(args, stream) -> outputs``, clearing ``args``."""
+    """Generated source and the function that it defines."""
 
     source: str
-    function: Callable[[list[Any], int], list[Any]]
+    function: Function
     tally: Tally
     file: str
-
-    def forget(self) -> None:
-        """Take the source out of ``linecache``."""
-        linecache.cache.pop(self.file, None)
+    steps: tuple[tuple[int, int], ...]
+    """For each step its lines of the source, counted from 0: the first, and the one behind the last."""
+    variant: Variant | None = None
+    """What the function runs in place of itself."""
 
 
 Mark = Callable[[int], None]
 """Called with the position of each step as it begins, and with the number of steps when the last one has ended."""
 
 
-def emit(recording: Recording, mark: Mark | None = None, *, name: str = "replay", tally: Tally | None = None) -> Replay:
+def emit(
+    recording: Recording,
+    mark: Mark | None = None,
+    *,
+    name: str = "replay",
+    tally: Tally | None = None,
+    variant: Variant | None = None,
+    file: Callable[[str, str], str | None] | None = None,
+) -> Replay:
     """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is.
 
     Args:
         recording: what to replay.
         mark: see :data:`Mark`.
-        name: what it is called where depyf files it.
+        name: what ``file`` is asked for.
         tally: where to count on, instead of from 0.
+        variant: what the function runs instead while that is wanted.
+        file: takes the source and ``name``, and tells the path of a file with that source; None: there is none.
     """
     writer = _Writer(recording, mark, tally or Tally())
-    source = writer.source()
-    file = show_replay(source, name)
-    if file is None:
-        file = f"<breakable_cg replay {next(_numbers)}>"
-        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    exec(compile(source, file, "exec"), writer.names)
-    # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
-    function = writer.names.pop("replay")
-    return Replay(source, function, writer.tally, file)
+    source, steps = writer.source(variant)
+    function, path = defined(source, "replay", writer.names, file(source, name) if file is not None else None)
+    return Replay(source, function, writer.tally, path, steps, variant)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ class _Statement:
     lines: tuple[str, ...]
     uses: frozenset[str] = frozenset()
     defines: str = ""
+    step: int | None = None
+    """The position of the step that it belongs to."""
 
 
 class _Writer:
@@ -129,17 +143,32 @@ class _Writer:
         self.args, self.stream = self._free("args"), self._free("stream")
         self.slots |= {self.args, self.stream}
 
-    def source(self) -> str:
+    def source(self, variant: Variant | None = None) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The source, and the lines of each step."""
         statements = list(self._statements())
         returned, uses = self._text(list(self.recording.returned))
         statements.append(_Statement((f"return {returned}",), uses))
         used = frozenset[str]().union(*(statement.uses for statement in statements))
-        lines = [
-            *(f"{name} = {self.args}[{index}]" for index, name in enumerate(self.recording.arguments) if name in used),
-            f"{self.args}.clear()",
-            *_with_deletions(statements),
-        ]
-        return "\n    ".join([f"def replay({self.args}, {self.stream}):", *lines]) + "\n"
+        lines = [f"def replay({self.args}, {self.stream}):"]
+        if variant is not None:
+            lines += [
+                f"if {self._bind('variant_is_wanted', variant.wanted)}():",
+                f"    return {self._bind('variant', variant.function)}({self.args}, {self.stream})",
+            ]
+        lines += (
+            f"{name} = {self.args}[{index}]" for index, name in enumerate(self.recording.arguments) if name in used
+        )
+        lines.append(f"{self.args}.clear()")
+        spans: dict[int | None, tuple[int, int]] = {}
+        for statement, deletion in zip(statements, _deletions(statements), strict=True):
+            start, _ = spans.get(statement.step, (len(lines), 0))
+            lines += (*statement.lines, *deletion)
+            spans[statement.step] = start, len(lines)
+        steps: list[tuple[int, int]] = []
+        for position in range(len(self.recording.steps)):  # one whose calls are all constant views has no lines
+            end = steps[-1][1] if steps else 0
+            steps.append(spans.get(position, (end, end)))
+        return "\n    ".join(lines) + "\n", tuple(steps)
 
     def _statements(self) -> Iterator[_Statement]:
         for name, spec in self.recording.specs.items():
@@ -148,28 +177,27 @@ class _Writer:
             yield _Statement(lines, frozenset((name,)))
         for call in self.recording.prologue:
             yield self._call(call)
-        graphs = 0
+        numbers = itertools.count()
         for position, step in enumerate(self.recording.steps):
             yield from self._marked(position)
-            if isinstance(step, GraphStep):
-                yield from self._loads(step)
-                yield _Statement((f"{self._bind(f'graph_{graphs}', step.graph.replay)}({self.stream})",))
-                for copy in step.stores:
-                    bridge = self._constant(copy.bridge)
-                    yield _Statement(
-                        (f"{self._bind('copied', self.tally)}.copies += {bridge}.store({copy.value.name})",),
-                        frozenset((copy.value.name,)),
-                    )
-                graphs += 1
-            else:
-                for reason in step.reasons:
-                    where = f" at {reason.source}" if reason.source else ""
-                    yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
-                for call in step.calls:
-                    yield self._call(call)
+            statements = self._launch(step, next(numbers)) if isinstance(step, GraphStep) else self._eager(step)
+            yield from (replace(statement, step=position) for statement in statements)
         yield from self._marked(len(self.recording.steps))
         for call in self.recording.epilogue:
             yield self._call(call)
+
+    def _launch(self, step: GraphStep, number: int) -> Iterator[_Statement]:
+        yield from self._loads(step)
+        yield _Statement((f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})",))
+        for copy in step.stores:
+            line = self._counted(f"{self._constant(copy.bridge)}.store({copy.value.name})")
+            yield _Statement((line,), frozenset((copy.value.name,)))
+
+    def _eager(self, step: EagerStep) -> Iterator[_Statement]:
+        for reason in step.reasons:
+            where = f" at {reason.source}" if reason.source else ""
+            yield _Statement(tuple(f"# eager: {line}" for line in f"{reason}{where}".splitlines()))
+        yield from map(self._call, step.calls)
 
     def _marked(self, position: int) -> Iterator[_Statement]:
         if self.mark is not None:
@@ -332,15 +360,9 @@ class _Writer:
         return next(c for c in candidates if c not in self.names and c not in self.slots and c != "replay")
 
 
-def _with_deletions(statements: Sequence[_Statement]) -> Iterator[str]:
-    """The statements' lines, with each name deleted where it is used last, so that memory goes as early as in eager."""
-    last: dict[str, int] = {}
-    for position, statement in enumerate(statements):
-        for name in (*statement.uses, *((statement.defines,) if statement.defines else ())):
-            last[name] = position
-    for position, statement in enumerate(statements):
-        yield from statement.lines
-        names = {*statement.uses, *((statement.defines,) if statement.defines else ())}
-        dead = sorted(name for name in names if last[name] == position)
-        if dead and position != len(statements) - 1:
-            yield f"del {', '.join(dead)}"
+def _deletions(statements: Sequence[_Statement]) -> list[tuple[str, ...]]:
+    """What deletes each name behind the statement that uses it last, so that memory goes as early as in eager."""
+    names = [{*statement.uses, statement.defines} - {""} for statement in statements]
+    last = {name: position for position, used in enumerate(names) for name in used}
+    dead = [sorted(name for name in used if last[name] == position) for position, used in enumerate(names)]
+    return [*((f"del {', '.join(gone)}",) if gone else () for gone in dead[:-1]), ()]

@@ -27,6 +27,7 @@ from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, ou
 from breakable_backend.marks.marking import label
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.healing import NodeByNode
+from breakable_backend.recordings.observer import Issue, Observer, Subject
 from breakable_backend.recordings.recording import (
     Binding,
     Call,
@@ -37,8 +38,9 @@ from breakable_backend.recordings.recording import (
     check_places,
     is_view_call,
 )
+from breakable_backend.recordings.replay import Function
 from breakable_backend.tools.difference import Difference, Tolerance, difference
-from breakable_backend.tools.witness import Witness, is_users
+from breakable_backend.tools.witness import Witness
 
 KEEPS = "an op that keeps its buffers"
 Run = Callable[[Watch], Any]
@@ -123,6 +125,37 @@ class _Compared:
         self.checker.launch(self.position, self.graph, stream)
 
 
+class Compare(Observer):
+    """Watches recordings being made, and compares their replays."""
+
+    reads_values = True
+
+    def __init__(self, subject: Subject) -> None:
+        self._tolerance = subject.options.tolerance
+
+    def recording(self, device: torch.device) -> None:
+        self._witness = Witness(device)
+
+    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
+        return self._witness.captured(position, body)
+
+    def issuing(self, position: int) -> Issue:
+        return self._witness.issuing(position)
+
+    def eager(self, function: Callable[..., Any], label: str, source: str) -> Callable[..., Any]:
+        return self._witness.attend(function, label, source)
+
+    def instead(self, recording: Recording, program: Program | None) -> Recording:
+        self._checker = Checker(recording, self._witness, self._tolerance, program)
+        del self._witness
+        return self._checker.recording
+
+    def around(self, function: Function) -> Function:
+        checker = self._checker
+        del self._checker
+        return checker.around(function)
+
+
 class Checker:
     """Compares the replays of one recording.
 
@@ -165,7 +198,7 @@ class Checker:
             return replace(step, graph=_Compared(self, position, step.graph))
         return replace(step, calls=tuple(self._watched(position, call) for call in step.calls))
 
-    def around(self, function: Callable[[list[Any], int], list[Any]]) -> Callable[[list[Any], int], list[Any]]:
+    def around(self, function: Function) -> Function:
         """The function that was emitted for :attr:`recording`, with what is compared at its start and its end."""
 
         def compared(args: list[Any], stream: int) -> list[Any]:
@@ -413,8 +446,7 @@ class Checker:
     def _watched(self, position: int, call: Call) -> Call:
         takes_apart = self.program is None and not call.source  # the result of a user's function, or an argument
         quiet = takes_apart or is_view_call(call)
-        attended = is_users(call) and not quiet
-        function = self.witness.attend(call.function, call.label, call.source) if attended else call.function
+        function = call.function
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if quiet:

@@ -15,8 +15,23 @@ from torch import fx
 
 from breakable_backend._torch import pytree
 from breakable_backend.ir.program import describe, source_line
+from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.healing import NodeByNode
+from breakable_backend.recordings.observer import Observer
 
 log = logging.getLogger(__name__)
+
+
+class DebugLog(Observer):
+    """Logs each step of a compiled graph, also of its plain calls."""
+
+    sees_plain_steps = True
+
+    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
+        return watched_segment(with_code(body.module), f"segment {position}")
+
+    def eager(self, function: Callable[..., Any], label: str, source: str) -> Callable[..., Any]:
+        return watched(function, f"eager {label}", source)
 
 
 def watched(function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:

@@ -91,7 +91,7 @@ def _compiled(executor: Executor) -> Iterator[_File]:
 def _captured(graph: BreakableCUDAGraph) -> Iterator[_File]:
     if graph.recording is None:
         raise OptionsError("export: nothing was captured", fix="capture first: with capture(graph): ...")
-    yield from _recorded(f"{graph.journal.name} replay", graph.recording, graph.source)
+    yield from _recorded(f"{graph.name} replay", graph.recording, graph.source)
 
 
 def _recorded(name: str, recording: Recording, source: str) -> Iterator[_File]:

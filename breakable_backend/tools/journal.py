@@ -8,52 +8,60 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from breakable_backend import _torch
 from breakable_backend.ir.program import Program, Reason
+from breakable_backend.recordings import observer
+from breakable_backend.recordings.observer import Observer, Subject
+from breakable_backend.recordings.recording import Recording
+from breakable_backend.recordings.replay import Replay
+from breakable_backend.tools.profiling import step_names
 from breakable_backend.tools.sources import title
 
 
-@dataclass
-class Journal:
-    """The life of one compiled graph, or of one captured by hand."""
+class Journal(Observer):
+    """Writes down what becomes of a graph."""
 
-    log: logging.Logger
-    name: str
-    compile_id: Any = field(default_factory=_torch.current_compile_id)
-    """Where ``tlparse`` puts what is told after the compilation."""
-    _said: set[str] = field(default_factory=set)
+    def __init__(self, subject: Subject) -> None:
+        self.name, self.log = subject.name, subject.log
+        self.compile_id = _torch.current_compile_id()
+        """Where ``tlparse`` puts what is told after the compilation."""
+        self._whys: set[str] = set()
+        """Of plain calls that were told."""
 
-    def once(self, what: str, level: int = logging.INFO) -> None:
-        """A line, if it was not told before."""
-        if what not in self._said:
-            self._said.add(what)
-            self.tell(what, level, 3)
+    def plain(self, why: str, level: int) -> None:
+        if why not in self._whys:
+            self._whys.add(why)
+            self.noted(f"runs plainly: {why}", level)
 
-    def tell(self, what: str, level: int = logging.INFO, depth: int = 2) -> None:
-        """A line, as from the caller's caller at ``depth``."""
-        self.log.log(level, "%s: %s", self.name, what, stacklevel=depth)
+    def noted(self, what: str, level: int = logging.INFO) -> None:
+        self.log.log(level, "%s: %s", self.name, what, stacklevel=_frames_of_observers())
 
-    def program(self, program: Program) -> None:
-        """The graph was cut into segments, or cut anew."""
-        self.tell(
+    def cut(self, program: Program) -> None:
+        self.noted(
             f"{len(program.graph_segments)} captured, {len(program.eager_segments)} eager"
-            + "".join(f"\n  eager: {line}" for line in reason_lines(program.reasons)),
-            depth=3,
+            + "".join(f"\n  eager: {line}" for line in reason_lines(program.reasons))
         )
         self.artifact("program", lambda: str(program))
         self.artifact("reasons", lambda: [vars(reason) for reason in program.reasons])
 
-    def recorded(self, number: int, why: str, steps: Callable[[], list[str]], source: str, **facts: Any) -> None:
-        """A recording was made. What its ``steps`` are costs time to find out, and is asked for by a trace only."""
+    def recorded(self, number: int, why: str, recording: Recording, replay: Replay, seconds: float) -> None:
+        facts = {
+            "graphs": len(recording.graphs),
+            "eager_steps": len(recording.steps) - len(recording.graphs),
+            "copies_per_call": recording.num_copies,
+            "bridge_bytes": recording.bridge_bytes,
+            "milliseconds": round(seconds * 1e3, 1),
+        }
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
-        self.tell(f"recording {number} ({why}): {details}", depth=3)
-        self.artifact(f"recording {number}", lambda: {"why": why, **facts, "steps": steps()})
-        self.artifact(f"replay {number}", lambda: source)
+        self.noted(f"recording {number} ({why}): {details}")
+        # What the steps are costs time to find out: only a trace asks.
+        self.artifact(f"recording {number}", lambda: {"why": why, **facts, "steps": step_names(recording)})
+        self.artifact(f"replay {number}", lambda: replay.source)
 
     def artifact(self, what: str, content: Callable[[], Any]) -> None:
         """Text, or what JSON can hold; ``content`` is asked only while there is a trace."""
@@ -64,6 +72,14 @@ class Journal:
 
         encoding = "string" if what.startswith(("program", "replay")) else "json"
         _torch.trace_artifact(title(self.name, what), encoding, payload, self.compile_id)
+
+
+def _frames_of_observers() -> int:
+    """How many frames of the log's caller pass an event on: a line comes from the place in the engine where it happened."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename in (__file__, observer.__file__):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def reason_lines(reasons: Sequence[Reason]) -> list[str]:

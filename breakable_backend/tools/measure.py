@@ -276,13 +276,14 @@ def _measure_entry(
 ) -> Measured:
     assert entry.recording is not None
     assert entry.replay is not None
-    replay, driver = entry.replay.function, executor.driver
+    assert entry.run is not None
+    run, driver = entry.run, executor.driver
     module = _uncaptured(executor)
     plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
     counted = (entry.replay.tally, executor.statistics, entry)
     with _undisturbed(driver, lambda: _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
         with _alone(driver) as stream:
-            times = bench.times(lambda: replay(list(args), stream))
+            times = bench.times(lambda: run(list(args), stream))
             steps = _timed_steps(bench, entry.recording, args, stream)
         outside = 0.0
         if whole is not None:
@@ -522,14 +523,11 @@ _WINDOW = "breakable_cg measures step "
 def _replays(bench: _Bench, recording: Recording, mark: Mark, args: Sequence[Any], stream: int) -> Iterator[None]:
     """Replay with ``mark`` between the steps, again and again."""
     marked = emit(recording, mark)
-    try:
-        for _ in range(LOOPS):
-            marked.function(list(args), stream)
-            bench.wait()
-            bench.put_back()
-            yield
-    finally:
-        marked.forget()
+    for _ in range(LOOPS):
+        marked.function(list(args), stream)
+        bench.wait()
+        bench.put_back()
+        yield
 
 
 # --- what it means --------------------------------------------------------------------------------------------------------

@@ -5,21 +5,71 @@ Only while a profiler is active. A replay then runs a variant of its source, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch.profiler import record_function
 
 from breakable_backend import _torch
+from breakable_backend.recordings.observer import Observer, Subject
 from breakable_backend.recordings.recording import EagerStep, Recording, Step
+from breakable_backend.recordings.replay import Function, Tally, emit
 
-active = _torch.profiler_enabled
+
+class Profiling(Observer):
+    """Names what a graph does while a profiler is active."""
+
+    wanted = staticmethod(_torch.profiler_enabled)
+
+    def __init__(self, subject: Subject) -> None:
+        self.name = subject.name
+
+    def span(self, what: str) -> AbstractContextManager[Any] | None:
+        return record_function(_titled(f"{self.name}: {what}")) if self.wanted() else None
+
+    def variant(self, recording: Recording, tally: Tally) -> Function:
+        return _Named(self.name, recording, tally)
 
 
-def span(name: str) -> AbstractContextManager[Any]:
-    """A range named ``name`` in the profile, if there is one."""
-    return record_function(_titled(name)) if active() else nullcontext()
+class _Named:
+    """A replay with a range for each step. Its source is made when a profiler is first active.
+
+    One call at a time, as is the rule for a recording.
+    """
+
+    def __init__(self, name: str, recording: Recording, tally: Tally) -> None:
+        self._name, self._recording, self._tally = name, recording, tally
+        self._ranges = _Ranges()
+        self.function: Function | None = None
+
+    def __call__(self, args: list[Any], stream: int) -> list[Any]:
+        if self.function is None:
+            self._ranges.titles = [_titled(f"{self._name}: {step}") for step in step_names(self._recording)]
+            self.function = emit(self._recording, self._ranges.begin, tally=self._tally).function
+        with record_function(_titled(self._name)):
+            try:
+                return self.function(args, stream)
+            finally:
+                self._ranges.end()  # also where it raises
+
+
+class _Ranges:
+    """The ranges of the steps, one after the other."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self._open: record_function | None = None
+
+    def begin(self, step: int) -> None:
+        """End the range before, and begin that of ``step``."""
+        self.end()
+        self._open = record_function(self.titles[step])
+        self._open.__enter__()
+
+    def end(self) -> None:
+        ended, self._open = self._open, None
+        if ended is not None:
+            ended.__exit__(None, None, None)
 
 
 def step_names(recording: Recording) -> list[str]:
@@ -38,33 +88,3 @@ def _kind(step: Step) -> str:
 
 def _titled(name: str) -> str:
     return f"breakable_cg {name}"
-
-
-class Marks:
-    """What a replay calls before each step, and once behind the last: ends the range before and begins the next.
-
-    One call at a time, as is the rule for a recording.
-    """
-
-    def __init__(self, name: str, steps: Sequence[str]) -> None:
-        self._name = name
-        self._titles = [_titled(f"{name}: {step}") for step in steps]
-        self._open: record_function | None = None
-
-    def __call__(self, step: int) -> None:
-        self._end()
-        self._open = record_function(self._titles[step])
-        self._open.__enter__()
-
-    def run(self, function: Callable[[list[Any], int], list[Any]], args: list[Any], stream: int) -> list[Any]:
-        """Call a replay that makes these marks. Its ranges end also where it raises."""
-        with record_function(_titled(self._name)):
-            try:
-                return function(args, stream)
-            finally:
-                self._end()
-
-    def _end(self) -> None:
-        ended, self._open = self._open, None
-        if ended is not None:
-            ended.__exit__(None, None, None)

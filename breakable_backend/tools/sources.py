@@ -15,13 +15,11 @@ from typing import Any
 
 from torch import fx
 
-from breakable_backend import _torch, locks
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Segment
+from breakable_backend.recordings.code import printing, with_code
+from breakable_backend.recordings.observer import Observer, Subject
 
 PREFIX = "breakable_cg"
-
-_printing = locks.lock()
-"""Held while a graph is printed: fx keeps the names for a text at the graph's nodes, and two texts would take each other's."""
 
 _HEAD = """\
 from __future__ import annotations
@@ -70,15 +68,8 @@ def module_text(module: fx.GraphModule, about: str) -> str:
     return f"{comment}{_HEAD}\n\n{_readable(module)}"
 
 
-def with_code(module: fx.GraphModule) -> fx.GraphModule:
-    """``module``, which has code from here on: a segment has none before it is recorded, or printed."""
-    with _printing:
-        _torch.make_code(module)
-    return module
-
-
 def _readable(module: fx.GraphModule) -> str:
-    with _printing:
+    with printing:
         text = module.print_readable(print_output=False)
     return f"{text.replace(type(module).__name__, _class_name(module), 1).strip()}\n"
 
@@ -144,29 +135,31 @@ def whole_text(program: Program, about: str) -> str:
 # --- while depyf is active --------------------------------------------------------------------------------------------
 
 
-def show_module(module: fx.GraphModule, *name: object) -> None:
-    """Inside ``depyf.prepare_debug``: file ``module``, and have it run from the file, so that breakpoints there are hit."""
-    folder = depyf_folder()
-    if folder is not None:
-        text = module_text(module, " ".join(map(str, name)))
-        _run_from(module, text, place(folder, file_name(*name), text))
+class DepyfFiles(Observer):
+    """Inside ``depyf.prepare_debug``: what is made of a graph, as files that it runs from, so that breakpoints there are hit."""
 
+    def __init__(self, subject: Subject) -> None:
+        self.name = subject.name
 
-def show_program(program: Program, name: str) -> None:
-    """Inside ``depyf.prepare_debug``: file ``program`` as a whole and segment by segment, to be run from those files."""
-    folder = depyf_folder()
-    if folder is None:
-        return
-    place(folder, file_name(name, "program"), whole_text(program, name))
-    for position, segment in enumerate(program.segments):
-        text = segment_text(program, position)
-        _run_from(segment.module, text, place(folder, file_name(name, segment_name(position, segment)), text))
+    def traced(self, module: fx.GraphModule, stage: str) -> None:
+        folder = depyf_folder()
+        if folder is not None:
+            text = module_text(module, f"{self.name} {stage}")
+            _run_from(module, text, place(folder, file_name(self.name, stage), text))
 
+    def cut(self, program: Program) -> None:
+        """File the program as a whole, and segment by segment."""
+        folder = depyf_folder()
+        if folder is None:
+            return
+        place(folder, file_name(self.name, "program"), whole_text(program, self.name))
+        for position, segment in enumerate(program.segments):
+            text, name = segment_text(program, position), file_name(self.name, segment_name(position, segment))
+            _run_from(segment.module, text, place(folder, name, text))
 
-def show_replay(source: str, *name: object) -> str | None:
-    """Inside ``depyf.prepare_debug``: file the source of a replay, to be compiled as that file; returns its path."""
-    folder = depyf_folder()
-    return str(place(folder, file_name(*name), source)) if folder is not None else None
+    def file(self, source: str, name: str) -> str | None:
+        folder = depyf_folder()
+        return str(place(folder, file_name(name), source)) if folder is not None else None
 
 
 def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:

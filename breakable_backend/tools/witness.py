@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from breakable_backend.ir.effects import is_of_torch
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.marks.results import fields, replaced
 from breakable_backend.recordings.healing import NodeByNode
-from breakable_backend.recordings.recording import Call, is_view_call
+from breakable_backend.recordings.observer import Issue
 from breakable_backend.tools.difference import Difference, difference
 
 
@@ -66,14 +66,21 @@ class Witness:
 
         return watched
 
-    def begin(self, position: int) -> tuple[Watch, Script]:
+    def issuing(self, position: int) -> Issue:
         """A segment of the second door begins: what its ops are issued through."""
         watch, script = Watch(self.device, self.given), Script()
         self.traces[position], self.scripts[position] = watch.trace, script
-        return watch, script
+
+        def issue(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str, source: str) -> Any:
+            watch.label, watch.source = label, source
+            return script.issue(watch, func, args, kwargs)
+
+        return issue
 
     def attend(self, function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:
-        """``function``, with an eye on what it keeps."""
+        """``function``, with an eye on what it keeps, if it is the user's code."""
+        if is_of_torch(function):
+            return function
 
         def attended(*args: Any, **kwargs: Any) -> Any:
             twins = _Twins(self.device)
@@ -84,15 +91,6 @@ class Witness:
             return result
 
         return attended
-
-    def call(self, call: Call) -> Call:
-        """A call of an eager step, attended if it is one of the user's code."""
-        return replace(call, function=self.attend(call.function, call.label, call.source)) if is_users(call) else call
-
-
-def is_users(call: Call) -> bool:
-    """Whether a call runs code that may store an argument away."""
-    return not is_view_call(call) and not is_of_torch(call.function)
 
 
 class _Twins:

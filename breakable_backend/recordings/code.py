@@ -1,0 +1,39 @@
+"""Code that is generated: modules get theirs when it is needed, and text is compiled as a file that tracebacks show."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from breakable_backend import _torch, locks
+
+printing = locks.lock()
+"""Held while a graph is printed: fx keeps the names for a text at the graph's nodes, and two texts would take each other's."""
+_numbers = itertools.count()
+
+
+def with_code(module: fx.GraphModule) -> fx.GraphModule:
+    """``module``, which has code from here on: a segment has none before it is recorded, or printed."""
+    with printing:
+        _torch.make_code(module)
+    return module
+
+
+def defined(source: str, name: str, names: dict[str, Any], file: str | None = None) -> tuple[Callable[..., Any], str]:
+    """The function ``name`` that ``source`` defines, with ``names`` as its globals; and the file that it was compiled as.
+
+    Without a ``file`` the source lies in ``linecache``, for tracebacks and debuggers, for as long as the function lives.
+    """
+    where = file or f"<breakable_cg {name} {next(_numbers)}>"
+    exec(compile(source, where, "exec"), names)
+    # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
+    function: Callable[..., Any] = names.pop(name)
+    if file is None:
+        linecache.cache[where] = (len(source), None, source.splitlines(True), where)
+        weakref.finalize(function, linecache.cache.pop, where, None).atexit = False
+    return function, where
