@@ -75,6 +75,11 @@ def run(torch: str, python: str, asked: argparse.Namespace) -> list[Row]:
     return [missing, test(venv, version_in(venv), python, asked.core)]
 
 
+def files(names: Sequence[str]) -> list[str]:
+    """The paths of the test files ``names``, in whatever folder each lies."""
+    return [str(path.relative_to(ROOT)) for name in names for path in ROOT.glob(f"tests/**/{name}.py")]
+
+
 def this_python() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -135,12 +140,12 @@ def version_in(venv: Path) -> str:
 
 def test(venv: Path, torch: str, python: str, core: bool) -> Row:
     """Run the suite in ``venv``: two workers for the CPU, as ``make test`` has them, and one for a GPU."""
-    files = [f"tests/{name}.py" for name in CORE] if core else []
+    core_files = files(CORE) if core else []
     say(f"torch {torch}, Python {python}: {'the core of the suite' if core else 'the suite'}")
-    cpu, good = pytest(venv, ["-n", "2", "-m", "not gpu", *files])
+    cpu, good = pytest(venv, ["-n", "2", "-m", "not gpu", *core_files])
     if output(venv, "import torch; print(torch.cuda.is_available())") != "True":
         return Row(torch, python, cpu, good=good)
-    cuda, good_too = pytest(venv, ["-m", "gpu", *files])
+    cuda, good_too = pytest(venv, ["-m", "gpu", *core_files])
     return Row(torch, python, cpu, cuda, good and good_too)
 
 

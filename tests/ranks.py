@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def run(body: Body, size: int, kind: str, folder: Path) -> None:
         kind: of their devices, ``"cpu"`` over gloo or ``"cuda"`` over NCCL, one GPU for each.
         folder: where they meet, and what they print lies.
     """
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    here, its = Path(__file__), inspect.getfile(body)
+    path = [str(here.parent), str(Path(its).parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "import ranks; ranks.main()", body.__module__, body.__name__, kind, str(size)]
     outputs = [folder / f"rank {rank}.txt" for rank in range(size)]

@@ -44,7 +44,7 @@ class Fault:
     new: str
     """An expression in its place, or statements; ``pass`` takes statements out."""
     test: str
-    """Node id, below the folder of tests, of one test."""
+    """Node id of one test, without the folder that its file lies in."""
     gpu: bool = False
     """Whether only a GPU shows it."""
     since: str = "2.11"
@@ -2897,5 +2897,6 @@ def _run_here(root: str, tests: Sequence[str], options: Sequence[str]) -> None:
     import breakable_backend
 
     assert Path(breakable_backend.__file__).is_relative_to(root), breakable_backend.__file__
-    ids = [f"{TESTS.name}/{test}" for test in tests]
+    files = {path.name: path for path in Path(TESTS.name).rglob("test_*.py")}
+    ids = [f"{files[name]}{at}{rest}" for name, at, rest in (test.partition("::") for test in tests)]
     sys.exit(pytest.main([*OPTIONS, *options, *ids]))

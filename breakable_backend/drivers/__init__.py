@@ -1,7 +1,7 @@
 """The seam between a recording and the machine that captures: two protocols, and no code.
 
 ``cuda`` captures CUDA graphs. ``tape`` gives the same semantics on any device, by running and undoing ATen ops:
-it shows what a capture would do, not how fast. One suite (``tests/test_driver_contract.py``) holds both to this text.
+it shows what a capture would do, not how fast. One suite (``tests/drivers/test_driver_contract.py``) holds both to this text.
 """
 
 from __future__ import annotations

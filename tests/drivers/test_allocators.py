@@ -1,0 +1,100 @@
+"""The settings of torch's allocator: which of them graphs work under, and which are refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAD = """
+import breakable_backend as bb, torch
+"""
+PROGRAM = """
+torch.set_grad_enabled(False)
+@torch.library.custom_op("allocators::triple", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+triple.register_fake(torch.empty_like)
+if fraction:
+    torch.cuda.set_per_process_memory_fraction(fraction)
+model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512)).cuda()
+def function(x):
+    return model(triple(model(x))) + torch.nn.functional.dropout(x, 0.5)
+compiled = torch.compile(function, backend="breakable_cg", dynamic=True, options={"max_recordings": 3})
+churn = []
+for size in [2, 3, 4, 5] * 3 + [6] * 9 + [2, 6, 3] * 4:
+    x = torch.randn(size * 100, 512, device="cuda")
+    churn = [*churn[-20:], torch.full((size * 10_000,), float("nan"), device="cuda")]
+    seed = size
+    torch.manual_seed(seed); got = compiled(x)
+    torch.manual_seed(seed); want = function(x)
+    assert torch.equal(got, want), size
+    if size == 5:
+        del churn[:]
+        torch.cuda.empty_cache()
+(program,) = bb.explain(compiled).programs
+assert program.replays >= 10 and program.num_graph_segments == 2, program
+graph, y = bb.BreakableCUDAGraph(), torch.randn(100, 512, device="cuda")
+with bb.capture(graph):
+    z = triple(model(y)) + 1
+for _ in range(4):
+    y.normal_()
+    graph.replay()
+    assert torch.equal(z, triple(model(y)) + 1)
+graph.reset()
+bb.reset(compiled)
+assert bb.explain(compiled).programs[0].pool_bytes == 0
+print("right")
+"""
+
+
+def process(code: str, setting: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process whose allocator has ``setting``."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+    environment = {**{key: value for key, value in os.environ.items() if key not in names}, "PYTHONPATH": path}
+    if setting:
+        environment[names[1]] = setting
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HEAD + code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("setting", "fraction"),
+    [
+        ("", 0),
+        ("expandable_segments:True", 0),
+        ("max_split_size_mb:32,garbage_collection_threshold:0.6", 0),
+        ("roundup_power2_divisions:4", 0),
+        ("expandable_segments:True", 0.1),
+        ("", 0.1),
+    ],
+)
+def test_settings(setting: str, fraction: float) -> None:
+    """Lines 3 and 10: results are eager's, and the memory of pools comes back, under each setting of torch's allocator."""
+    done = process(f"fraction = {fraction}\n{PROGRAM}", setting)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+
+
+@pytest.mark.gpu
+def test_the_asynchronous_allocator_is_refused() -> None:
+    """Line 9: under CUDA's own allocator a compiled function is a typed error that says what to take out."""
+    setting = "backend:cudaMallocAsync"
+    code = """
+x = torch.ones(2, device="cuda")
+try:
+    torch.compile(lambda x: x.sin() + 1, backend="breakable_cg")(x)
+except bb.OptionsError as error:
+    print(error.fix)
+"""
+    done = process(code, setting)
+    assert (done.returncode, done.stdout.partition(" of")[0]) == (0, f"take {setting} out"), done.stderr

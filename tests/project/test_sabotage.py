@@ -1,0 +1,124 @@
+"""Each fault of ``sabotage.py`` turns its test red, and without a fault the same tests are green."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sabotage import FAULTS, ROOT, TESTS, Fault, copy_to, run
+
+BROKEN = re.compile(r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError)\b", re.M)
+"""Errors that tell of a fault which is badly made: it would turn any test red."""
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=[pytest.mark.gpu] if f.gpu else [], id=f.name) for f in FAULTS]
+)
+def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    """The named test fails by its own assertions, not because the package cannot be imported."""
+    if torch.__version__ < fault.since:  # a TorchVersion, which compares as versions do
+        pytest.skip(f"makes a difference from torch {fault.since} on")
+    copy_to(tmp_path)
+    fault.apply(tmp_path)
+    code, output = run(tmp_path, [fault.test], gpu=fault.gpu)
+    assert code == 1, output
+    assert re.search(
+        r"^(1 failed|1 passed.* 1 error)", output, re.M
+    )  # an error: what a fixture asserts afterwards, output
+    assert not BROKEN.search(output), output
+
+
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+def test_green_without_a_fault(gpu: bool, tmp_path: Path) -> None:
+    """A copy without faults, laid out as faults leave modules, passes all the named tests: red means the fault."""
+    copy_to(tmp_path)
+    for file in {fault.file for fault in FAULTS}:
+        (tmp_path / file).write_text(ast.unparse(_parsed(file)), encoding="utf-8")
+    tests = sorted({fault.test for fault in FAULTS if fault.gpu == gpu})
+    code, output = run(tmp_path, tests, gpu=gpu)
+    assert code == 0, output
+    assert re.search(rf"^{len(tests)} passed in", output, re.M), output
+
+
+def test_faults_fit() -> None:
+    """Each fault, those for a GPU too, has its place in the package of today, once; names differ."""
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    trees = {file: _parsed(file) for file in {fault.file for fault in FAULTS}}
+    for fault in FAULTS:
+        fault.place(trees[fault.file])
+
+
+def test_each_fault_names_one_test(tmp_path: Path) -> None:
+    """No fault names a test that is not there, or one that has parameters without naming them."""
+    copy_to(tmp_path)
+    named = {fault.test for fault in FAULTS}
+    code, output = run(tmp_path, sorted({test.partition("::")[0] for test in named}), "--collect-only")
+    assert code == 0, output
+    found = set(re.findall(rf"^{TESTS.name}/(?:\w+/)?(\w+\.py::.*)$", output, re.M))
+    skipped = re.findall(rf"^SKIPPED \[1\] {TESTS.name}/(?:\w+/)?(\w+\.py):\d+:", output, re.M)  # files, as a whole
+    assert {test for test in named - found if test.partition("::")[0] not in skipped} == set()
+
+
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+CODE = """
+import this
+
+if True:
+    TABLE = {"a": 1, "b": (f(1),)}
+
+class A:
+    def f(self):
+        with self.lock:
+            a = [1,
+                 2]  # a comment
+            del a
+        return "x" "y"
+
+    def f(self):  # the name's last definition counts
+        pass
+    def g(self):
+        def f(x=None):
+            x.a()
+            x.b()
+            x.a()
+            return (x
+                    if x else None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "old", "new", "expected"),
+    [
+        ("", "import this", "import that", "import that"),
+        ("TABLE", "f(1)", "g(1)", "(g(1),)"),
+        ("TABLE", "(f(1),)", "()", "'b': ()"),
+        ("A.g.f", "x if x else None", "x", "return x"),
+        ("A.g.f", "x.b()\nx.a()", "pass", "x.a()\n            pass\n"),
+        ("A.g", "x.b()", "pass", "x.a()\n            pass\n            x.a()"),
+        ("A.g", "x.b()", "x.c()", "x.c()\n"),
+        ("A.g", "x.b", "y.b", "y.b()\n"),
+        ("A", "a = [1, 2]\ndel a", "a = [1]", "a = [1]\n        return"),
+        ("A", "'xy'", "'yx'", "return 'yx'"),
+        ("A.f", "pass", "return", "return"),
+    ],
+)
+def test_code_is_found_by_its_syntax(where: str, old: str, new: str, expected: str) -> None:
+    """A fault finds its code in the definition that it names, however the code is laid out."""
+    tree = Fault("", f"module:{where}", old, new, "").put_into(ast.parse(CODE))
+    assert expected in ast.unparse(tree)
+
+
+@pytest.mark.parametrize(
+    ("where", "old", "times"), [("A.g.f", "x.a()", 2), ("A.f", "del a", 0), ("A.g", "None", 2), ("A", "(1, 2)", 0)]
+)
+def test_code_is_there_once(where: str, old: str, times: int) -> None:
+    """A fault whose code is not there, or is there several times, does not fit."""
+    with pytest.raises(AssertionError, match=f"^name: {re.escape(repr(old))} is {times} times in module:{where}"):
+        Fault("name", f"module:{where}", old, "0", "").place(ast.parse(CODE))
