@@ -35,6 +35,7 @@ from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
 from breakable_backend.tools.measure import Measured, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
+from breakable_backend.tools.saved import record_from
 
 SCHEMA = 1
 """Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
@@ -198,6 +199,25 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that :meth:`to_json` wrote as ``text``, in this or another process.
+
+        Raises:
+            OptionsError: ``text`` is no JSON, or no report of this schema.
+        """
+        try:
+            saved = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise OptionsError(f"this is no JSON: {error}", fix="give what Report.to_json() wrote, unchanged") from None
+        schema = saved.get("schema") if isinstance(saved, dict) else None
+        if schema != SCHEMA:
+            raise OptionsError(
+                f"this is no report of schema {SCHEMA}: its schema is {schema!r}",
+                fix="save the report anew, with this version of the package",
+            )
+        return record_from(cls, saved)
 
     def to_dot(self) -> str:
         """The programs as a graph for Graphviz: steps in order, bridges between them."""

@@ -1,0 +1,49 @@
+"""``python -m breakable_backend`` says whether this machine will work; with a file it shows a saved report.
+
+``python -m breakable_backend report.json`` prints what ``Report.to_json()`` wrote, and with ``--html page.html`` writes it
+as a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from breakable_backend.errors import OptionsError
+from breakable_backend.tools.machine import examine, print_findings
+from breakable_backend.tools.report import Report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with ``arguments``, by default those of the process; returns its exit status.
+
+    The status is 0 if all is well, 1 if the backend does not work here, 2 if the file is no saved report.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m breakable_backend",
+        description="Say whether this machine will work: versions, GPUs, extras, and a small model that is captured. "
+        "With a file, show the report that Report.to_json() wrote there.",
+    )
+    parser.add_argument("report", nargs="?", type=Path, help="a report as JSON, to be shown instead")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report as one HTML page there")
+    given = parser.parse_args(arguments)
+    if given.report is None:
+        if given.html is not None:
+            parser.error("--html needs the file of a report")
+        return print_findings(examine())
+    try:
+        report = Report.from_json(given.report.read_text(encoding="utf-8"))
+    except (OSError, OptionsError) as error:
+        print(f"{given.report}: {error}", file=sys.stderr)  # noqa: T201 - what a command says
+        return 2
+    if given.html is not None:
+        print(f"written: {report.to_html(given.html)}")  # noqa: T201
+    else:
+        print(report)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
