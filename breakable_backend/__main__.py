@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from breakable_backend.errors import OptionsError
 from breakable_backend.tools.machine import examine, print_findings
 from breakable_backend.tools.report import Report
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.html is not None:
         print(f"written: {report.to_html(given.html)}")  # noqa: T201
     else:
-        print(report)  # noqa: T201
+        Console().print(report)
     return 0
 
 

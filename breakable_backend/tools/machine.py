@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -148,7 +147,7 @@ def _self_test(device: torch.device) -> str:
     from breakable_backend.backend import reset
     from breakable_backend.tools.report import explain
 
-    options = {"driver": "cuda" if device.type == "cuda" else "tape", "eager_ops": ["aten::sort"]}
+    options: dict[str, Any] = {"driver": "cuda" if device.type == "cuda" else "tape", "eager_ops": ["aten::sort"]}
     weight = torch.randn(16, 16, device=device)
 
     def function(x: torch.Tensor) -> torch.Tensor:

@@ -6,17 +6,15 @@ A report is a frozen snapshot: records of plain values, the same in a terminal, 
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import operator
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
@@ -28,144 +26,22 @@ from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, exec
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.program import GraphSegment, Op, Reason, Segment, described, module_path, source_line
+from breakable_backend.ir.program import GraphSegment, Op, Segment, described, module_path, source_line
 from breakable_backend.marks.marking import label
 from breakable_backend.marks.sites import breaks, learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
 from breakable_backend.tools.measure import Measured, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
+from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
 from breakable_backend.tools.saved import record_from
+from breakable_backend.tools.text import Table, as_html, as_rich, as_text, program_lines
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 SCHEMA = 1
 """Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
-ROWS = 40
-"""Steps that a terminal shows of one program; the page shows all."""
-
-
-@dataclass(frozen=True)
-class BridgeReport:
-    """A copy between a bridge and the outside."""
-
-    value: str
-    direction: Literal["in", "out"]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """A captured segment or an eager one, in its place; of a key that was recorded, with what came of it."""
-
-    position: int
-    kind: Literal["captured", "eager"]
-    ops: tuple[Op, ...]
-    reasons: tuple[Reason, ...]
-    """Why it is eager."""
-    kernels: tuple[str, ...]
-    """Names of the kernels in the captured graph, in order; empty before it is recorded."""
-    num_kernels: int
-    """-1 before it is recorded, and where the driver cannot tell."""
-    bridges: tuple[BridgeReport, ...]
-    host_us: float | None = None
-    """Host time, measured; None if it was not."""
-    gpu_us: float | None = None
-
-    @property
-    def title(self) -> str:
-        """What it does, in a few words."""
-        names = [op.op for op in self.ops] or [reason.op for reason in self.reasons]
-        if self.kind == "eager":
-            return ", ".join(dict.fromkeys(reason.op for reason in self.reasons if reason.op)) or ", ".join(names[:1])
-        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" if names else "nothing"
-
-    @property
-    def module(self) -> str:
-        """The path of the module that all its ops are in."""
-        paths = [op.module.split(".") for op in self.ops if op.module]
-        shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-        return ".".join(names[0] for names in shared)
-
-    @property
-    def source(self) -> str:
-        """The user's line: of its first reason, else of its first op."""
-        return next(filter(None, (*(r.source for r in self.reasons), *(op.source for op in self.ops))), "")
-
-
-@dataclass(frozen=True)
-class RecordingReport:
-    """One key of a program: what was recorded for it, and how often it was called."""
-
-    key: str
-    num_graphs: int
-    """Captured graphs; 0 before the key was recorded."""
-    calls: int
-    captures: int
-    """Segments captured for this key."""
-    replays: int
-    copies_per_call: int
-    """Copies between bridges and the outside in one replay, at most."""
-    copies: int
-    """Copies that were made, recording included; one is left out where the value is in place already."""
-    bridge_bytes: int
-    held_bytes: int
-    """Bytes of pool memory for what segments hand on, as much as is needed at once; bridges are not counted."""
-    warmup_seconds: float
-    record_seconds: float
-    why: str
-    """Why the key was new when it came."""
-    source: str
-    """The generated replay function."""
-    refused: str
-    """Why this key is not recorded; empty if it may be."""
-    failures: int
-    """Recordings that failed for reasons that pass, since the key came."""
-    last_failure: str
-    """Why the last of them failed."""
-    steps: tuple[StepReport, ...]
-    measured: Measured | None = None
-
-
-@dataclass(frozen=True)
-class ProgramReport:
-    """One graph that Dynamo made, or one captured ``with`` block, and what became of it."""
-
-    name: str
-    driver: str
-    num_graph_segments: int
-    num_eager_segments: int
-    reasons: tuple[Reason, ...]
-    steps: tuple[StepReport, ...]
-    """The segments in order, before anything is recorded."""
-    text: str
-    """The program, printed."""
-    calls: int
-    captures: int
-    replays: int
-    copies: int
-    evictions: int
-    plain_calls: Mapping[str, int]
-    """Calls that ran plainly, by why."""
-    recorded: Mapping[str, int]
-    """Recordings, by why there was none for the key."""
-    notes: tuple[str, ...]
-    lowering_seconds: float
-    pool_bytes: int
-    """Device memory that the driver's pool holds reserved, for all programs that share it."""
-    executable_bytes: int
-    """Device memory that the driver's instantiated graphs take, likewise."""
-    recordings: tuple[RecordingReport, ...]
-    debug: str | None
-    """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
-    bound_calls: int = 0
-    """Calls of bound functions, which did not ask Dynamo's guards; among ``calls``."""
-    misfits: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Calls of bound functions that did not fit, by why."""
-
-    @property
-    def main(self) -> RecordingReport | None:
-        """The recorded key that was called most."""
-        recorded = [recording for recording in self.recordings if recording.steps]
-        return max(recorded, key=lambda recording: recording.calls, default=None)
 
 
 @dataclass(frozen=True)
@@ -187,7 +63,15 @@ class Report:
     """Marked functions whose results are not known yet, with where they are defined. Calls run as plain Python until then."""
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return as_text(_lines(self))
+
+    def __rich__(self) -> Group:
+        """For ``rich.print``: the same, with colour."""
+        return as_rich(_lines(self))
+
+    def _repr_html_(self) -> str:
+        """For a notebook: lines and tables in the order of the text."""
+        return as_html(_lines(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, with the version of their schema.
@@ -503,13 +387,16 @@ def _is_view(target: Any) -> bool:
 # --- the text -------------------------------------------------------------------------------------------------------------
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: Report) -> Iterator[str | Table]:
     if not (report.programs or report.eager_graphs or report.skipped or report.learning):
         yield f"nothing was compiled by breakable_cg yet: {STANCES.get(report.stance, 'it compiles at the first call')}"
     elif report.stance in STANCES:
         yield STANCES[report.stance]
+    calls = sum(program.calls for program in report.programs)
+    if calls:
+        yield _share(report.programs, calls)
     for program in report.programs:
-        yield from _program_lines(program)
+        yield from program_lines(program)
     for graph in report.eager_graphs:
         cure = "; call it under torch.no_grad() to have it captured" if graph.why == NEEDS_GRADIENTS else ""
         yield f"{graph.name}: eager, because {graph.why}{cure}"
@@ -526,6 +413,14 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
 
 
+def _share(programs: Sequence[ProgramReport], calls: int) -> str:
+    """How many calls were replayed, which is what the rest explains."""
+    replays = sum(program.replays for program in programs)
+    recorded = sum(sum(program.recorded.values()) for program in programs)
+    plain = sum(sum(program.plain_calls.values()) for program in programs)
+    return f"replayed {replays:,} of {calls:,} calls ({replays / calls:.0%}), recorded {recorded:,}, ran plainly {plain:,}"
+
+
 NOT_ITSELF = (
     "the {} that was asked for is not compiled itself: this is of its code, compiled for what calls it or for another "
     "object (a copy of a module that was compiled in place is not compiled)"
@@ -540,124 +435,6 @@ STANCES = {
         ("aot_eager_then_compile", "so the first call of a function runs by another backend, aot_eager"),
     )
 }
-DEBUG = {
-    "eager": "debug mode: every op runs eagerly; nothing is captured",
-    "compare": "debug mode: every replay is compared with eager, step by step",
-}
-
-
-def _program_lines(program: ProgramReport) -> Iterator[str]:
-    yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
-    if program.debug is not None:
-        yield f"  {DEBUG[program.debug]}"
-    yield (
-        f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
-        f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"
-    )
-    for why, count in program.plain_calls.items():
-        yield f"  ran plainly {count}x: {why}"
-    for why, count in program.recorded.items():
-        yield f"  recorded {count}x: {why}"
-    if program.bound_calls or program.misfits:
-        yield f"  bound calls {program.bound_calls}, calls that did not fit what was bound {sum(program.misfits.values())}"
-    for why, count in program.misfits.items():
-        yield f"  did not fit {count}x: {why}"
-    for note in program.notes:
-        yield f"  note: {note}"
-    if program.reasons:
-        counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
-        yield _table(
-            ("eager", "times", "because", "at"),
-            [(op, str(count), text, source) for (op, text, source), count in counted.items()],
-        )
-    if program.recordings:
-        yield _table(
-            ("key", "graphs", "calls", "captures", "replays", "copies/call", "bridges", "recorded in"),
-            [
-                (
-                    recording.refused or recording.key,
-                    str(recording.num_graphs),
-                    str(recording.calls),
-                    str(recording.captures),
-                    str(recording.replays),
-                    str(recording.copies_per_call),
-                    f"{recording.bridge_bytes} B",
-                    f"{recording.record_seconds * 1e3:.1f} ms",
-                )
-                for recording in program.recordings
-            ],
-        )
-    for recording in program.recordings:
-        if recording.failures:
-            yield f"  key {recording.key}: recording failed {recording.failures}x for reasons that pass; {recording.last_failure}"
-    main = program.main
-    yield from _step_lines(main.steps if main is not None else program.steps)
-    for recording in program.recordings:
-        if recording.measured is not None:
-            yield f"  key {recording.key}: {recording.measured.verdict}"
-            yield from (f"    {line}" for line in recording.measured.lines())
-
-
-def _step_lines(steps: Sequence[StepReport]) -> Iterator[str]:
-    if not steps:
-        return
-    timed = any(step.host_us is not None for step in steps)
-    columns = (
-        "step",
-        "",
-        "ops",
-        "kernels",
-        "bridges",
-        *(("host us", "GPU us") if timed else ()),
-        "module",
-        "what",
-        "at",
-    )
-    rows = []
-    for step in steps[:ROWS]:
-        counts = Counter(bridge.direction for bridge in step.bridges)
-        size = sum(bridge.bytes for bridge in step.bridges)
-        bridges = ", ".join(f"{count} {direction}" for direction, count in counts.items()) + (
-            f", {size} B" if size else ""
-        )
-        times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
-        kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
-        where = os.path.basename(step.source.partition(": ")[0])
-        rows.append(
-            (
-                str(step.position),
-                step.kind,
-                str(len(step.ops)),
-                kernels,
-                bridges,
-                *times,
-                step.module,
-                step.title,
-                where,
-            )
-        )
-    yield _table(columns, rows)
-    if len(steps) > ROWS:
-        yield f"    ... {len(steps) - ROWS} more steps: report.to_html(path) shows all"
-
-
-def _us(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*row)
-    out = io.StringIO()
-    # Lines of code stand in cells: without markup and emoji, which would take [mask] and :x: out of them.
-    Console(file=out, width=160, no_color=True, markup=False, emoji=False).print(table)
-    return "\n".join(f"    {line}".rstrip() for line in out.getvalue().splitlines())
-
-
 # --- other forms ----------------------------------------------------------------------------------------------------------
 
 

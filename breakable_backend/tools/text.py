@@ -1,0 +1,212 @@
+"""What a report says, line by line and table by table, and how a terminal and a notebook show that."""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from breakable_backend.tools.records import ProgramReport, StepReport
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
+
+ROWS = 40
+"""Steps that a terminal shows of one program; the page shows all."""
+WIDTH = 160
+"""Columns of a text that goes to no terminal: to a file, say."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def rich(self) -> rich.table.Table:
+        """The table as rich draws it."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(*self.columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for row in self.rows:
+            # Lines of code stand in cells. A Text takes no markup and no emoji, so [mask] and :x: stay as they are.
+            table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+        return table
+
+    def html(self) -> str:
+        """The table as HTML."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.columns)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+STYLES = {"captured": "green", "eager": "yellow"}
+"""How cells of such a text are coloured, where there is colour."""
+
+
+def as_text(parts: Iterable[str | Table]) -> str:
+    """Lines and tables as plain text: as wide as the terminal if standard output is one, else :data:`WIDTH` columns."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else WIDTH
+    lines: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            lines.append(part)
+            continue
+        out = io.StringIO()
+        Console(file=out, width=max(width - INDENT, 40), no_color=True).print(part.rich())
+        lines += [f"{' ' * INDENT}{line}".rstrip() for line in out.getvalue().splitlines()]
+    return "\n".join(lines)
+
+
+INDENT = 4
+"""Columns that stand before a table."""
+
+
+def as_rich(parts: Iterable[str | Table]) -> rich.console.Group:
+    """Lines and tables for a console of rich's, which knows its own width and colours."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    return Group(
+        *(
+            Text(part) if isinstance(part, str) else Padding(part.rich(), (0, 0, 0, INDENT), expand=False)
+            for part in parts
+        )
+    )
+
+
+def as_html(parts: Iterable[str | Table]) -> str:
+    """Lines and tables as HTML, for a notebook."""
+    pieces, lines = [], []
+    for part in parts:
+        if isinstance(part, str):
+            lines.append(part)
+            continue
+        pieces += [_lines_as_html(lines), part.html()]
+        lines = []
+    return f"<div>{''.join(pieces)}{_lines_as_html(lines)}</div>"
+
+
+def _lines_as_html(lines: Sequence[str]) -> str:
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>" if lines else ""
+
+
+# --- what is said of a program ------------------------------------------------------------------------------------------
+
+
+DEBUG = {
+    "eager": "debug mode: every op runs eagerly; nothing is captured",
+    "compare": "debug mode: every replay is compared with eager, step by step",
+}
+
+
+def program_lines(program: ProgramReport) -> Iterator[str | Table]:
+    """What a report says of one program."""
+    yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
+    if program.debug is not None:
+        yield f"  {DEBUG[program.debug]}"
+    yield (
+        f"  calls {program.calls}, captures {program.captures}, replays {program.replays}, copies {program.copies}, "
+        f"plain {sum(program.plain_calls.values())}, evictions {program.evictions}, lowered in {program.lowering_seconds:.2f} s"
+    )
+    for why, count in program.plain_calls.items():
+        yield f"  ran plainly {count}x: {why}"
+    for why, count in program.recorded.items():
+        yield f"  recorded {count}x: {why}"
+    if program.bound_calls or program.misfits:
+        yield f"  bound calls {program.bound_calls}, calls that did not fit what was bound {sum(program.misfits.values())}"
+    for why, count in program.misfits.items():
+        yield f"  did not fit {count}x: {why}"
+    for note in program.notes:
+        yield f"  note: {note}"
+    if program.reasons:
+        counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
+        yield Table(
+            ("eager", "times", "because", "at"),
+            [(op, str(count), text, source) for (op, text, source), count in counted.items()],
+        )
+    if program.recordings:
+        yield Table(
+            ("key", "graphs", "calls", "captures", "replays", "copies/call", "bridges", "recorded in"),
+            [
+                (
+                    recording.refused or recording.key,
+                    str(recording.num_graphs),
+                    str(recording.calls),
+                    str(recording.captures),
+                    str(recording.replays),
+                    str(recording.copies_per_call),
+                    f"{recording.bridge_bytes} B",
+                    f"{recording.record_seconds * 1e3:.1f} ms",
+                )
+                for recording in program.recordings
+            ],
+        )
+    for recording in program.recordings:
+        if recording.failures:
+            yield f"  key {recording.key}: recording failed {recording.failures}x for reasons that pass; {recording.last_failure}"
+    main = program.main
+    yield from _step_lines(main.steps if main is not None else program.steps)
+    for recording in program.recordings:
+        if recording.measured is not None:
+            yield f"  key {recording.key}: {recording.measured.verdict}"
+            yield from (f"    {line}" for line in recording.measured.lines())
+
+
+def _step_lines(steps: Sequence[StepReport]) -> Iterator[str | Table]:
+    if not steps:
+        return
+    timed = any(step.host_us is not None for step in steps)
+    columns = (
+        "step",
+        "",
+        "ops",
+        "kernels",
+        "bridges",
+        *(("host us", "GPU us") if timed else ()),
+        "module",
+        "what",
+        "at",
+    )
+    rows = []
+    for step in steps[:ROWS]:
+        counts = Counter(bridge.direction for bridge in step.bridges)
+        size = sum(bridge.bytes for bridge in step.bridges)
+        bridges = ", ".join(f"{count} {direction}" for direction, count in counts.items()) + (
+            f", {size} B" if size else ""
+        )
+        times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
+        kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
+        where = os.path.basename(step.source.partition(": ")[0])
+        rows.append(
+            (
+                str(step.position),
+                step.kind,
+                str(len(step.ops)),
+                kernels,
+                bridges,
+                *times,
+                step.module,
+                step.title,
+                where,
+            )
+        )
+    yield Table(columns, rows)
+    if len(steps) > ROWS:
+        yield f"    ... {len(steps) - ROWS} more steps: report.to_html(path) shows all"
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
