@@ -10,7 +10,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -418,7 +418,9 @@ def _share(programs: Sequence[ProgramReport], calls: int) -> str:
     replays = sum(program.replays for program in programs)
     recorded = sum(sum(program.recorded.values()) for program in programs)
     plain = sum(sum(program.plain_calls.values()) for program in programs)
-    return f"replayed {replays:,} of {calls:,} calls ({replays / calls:.0%}), recorded {recorded:,}, ran plainly {plain:,}"
+    return (
+        f"replayed {replays:,} of {calls:,} calls ({replays / calls:.0%}), recorded {recorded:,}, ran plainly {plain:,}"
+    )
 
 
 NOT_ITSELF = (

@@ -32,7 +32,9 @@ def record_from(kind: type[T], saved: Any, where: str = "report") -> T:
         if field.name in saved:
             values[field.name] = _value(hints[field.name], saved[field.name], f"{where}.{field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise OptionsError(f"{where} has no {field.name!r}", fix="save it anew, with this version of the package")
+            raise OptionsError(
+                f"the saved report lacks {where}.{field.name}", fix="save it anew, with this version of the package"
+            )
     return kind(**values)
 
 
@@ -60,12 +62,16 @@ def _value(kind: Any, saved: Any, where: str) -> Any:
     if kind is float and isinstance(saved, int):
         return float(saved)
     if isinstance(kind, type) and not isinstance(saved, kind):
-        raise _misfit(where, kind.__name__, saved)
+        raise _misfit(where, _article(kind.__name__), saved)
     return saved
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _misfit(where: str, wanted: str, saved: Any) -> OptionsError:
     return OptionsError(
-        f"{where} is {saved!r:.60}, and {wanted} is expected",
+        f"the saved report does not fit: {where} is {str(saved)!r:.60}, which is not {wanted}",
         fix="give what Report.to_json() wrote, unchanged",
     )

@@ -369,6 +369,10 @@ CASES: dict[str, Case] = {
     "export: nothing was compiled by breakable_cg yet": Case("export(compile(plain), folder)  # here"),
     "export: nothing was captured": Case("export(graph, folder)  # here"),
     "is not compiled": Case("explain(plain)  # here"),
+    "this is no JSON": Case("Report.from_json('{')  # here"),
+    "this is no report of schema": Case("Report.from_json('{}')  # here"),
+    "the saved report lacks": Case("Report.from_json('{\"schema\": 1}')  # here"),
+    "the saved report does not fit": Case('Report.from_json(\'{"schema": 1, "programs": 3}\')  # here'),
     "measure=True needs the function to measure": Case("explain(measure=True)  # here"),
     "in the environment)": Case(
         "with mock.patch.dict(os.environ, BREAKABLE_CG_OUTPUTS='mine'): compile(plain)(x)  # here"

@@ -30,7 +30,7 @@ LEVELS = (
 )
 CONTENTS = "__init__"
 """The contents page of the package, above all levels."""
-ORDER = {folder: place for place, folder in enumerate([*itertools.chain(*LEVELS), CONTENTS])}
+ORDER = {folder: place for place, folder in enumerate([*itertools.chain(*LEVELS), CONTENTS, "__main__"])}
 
 
 def module_name(path: Path) -> str:
