@@ -54,6 +54,7 @@ def f(x, y):
     golden(
         text(explain(called(f, 5, torch.ones(3), torch.ones(3)))),
         """\
+replayed 3 of 5 calls (60%), recorded 1, ran plainly 1
 graph 0: 3 captured, 3 eager (tape on cpu)
   calls 5, captures 3, replays 3, copies 16, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
@@ -88,19 +89,20 @@ def f(x):
     golden(
         text(explain(called(f, 4, torch.ones(3), min_kernels=2))),
         """\
+replayed 2 of 4 calls (50%), recorded 1, ran plainly 1
 graph 0: 2 captured, 1 eager (tape on cpu)
   calls 4, captures 2, replays 2, copies 7, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
   recorded 1x: first of this program
-    eager            times  because                                                                              at
-    silly::triple    1      tagged cudagraph_unsafe                                                              model.py:3 in f: y = silly.triple(x.sin() + 1)
-    aten::add        1      1 op between eager breaks, fewer than min_kernels=2                                  model.py:4 in f: y = silly.triple(y + 1)
-    silly::triple    1      tagged cudagraph_unsafe                                                              model.py:4 in f: y = silly.triple(y + 1)
-    aten::cos        1      1 op between eager breaks, fewer than min_kernels=2                                  model.py:5 in f: y = silly.stubborn(y.cos()) + 1
-    silly::stubborn  1      could not be captured: aten._local_scalar_dense.default reads values on the host,    silly.py:0 in stubborn: return x + x.max().item()
-                            which no captured graph can do
-    aten::add        1      1 op between eager breaks, fewer than min_kernels=2                                  model.py:5 in f: y = silly.stubborn(y.cos()) + 1
-    silly::triple    1      tagged cudagraph_unsafe                                                              model.py:6 in f: y = silly.triple(y)
+    eager            times  because                                                                          at
+    silly::triple    1      tagged cudagraph_unsafe                                                          model.py:3 in f: y = silly.triple(x.sin() + 1)
+    aten::add        1      1 op between eager breaks, fewer than min_kernels=2                              model.py:4 in f: y = silly.triple(y + 1)
+    silly::triple    1      tagged cudagraph_unsafe                                                          model.py:4 in f: y = silly.triple(y + 1)
+    aten::cos        1      1 op between eager breaks, fewer than min_kernels=2                              model.py:5 in f: y = silly.stubborn(y.cos()) + 1
+    silly::stubborn  1      could not be captured: aten._local_scalar_dense.default reads values on the      silly.py:0 in stubborn: return x + x.max().item()
+                            host, which no captured graph can do
+    aten::add        1      1 op between eager breaks, fewer than min_kernels=2                              model.py:5 in f: y = silly.stubborn(y.cos()) + 1
+    silly::triple    1      tagged cudagraph_unsafe                                                          model.py:6 in f: y = silly.triple(y)
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
     0    2       4      2         2        2            24 B     0.0 ms
     step            ops  kernels  bridges     module  what                                                  at
@@ -461,6 +463,7 @@ def test_before_anything_is_captured() -> None:
         golden(
             text(report),
             """\
+replayed 0 of 1 calls (0%), recorded 0, ran plainly 1
 graph 0: 2 captured, 1 eager (tape on cpu)
   calls 1, captures 0, replays 0, copies 0, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
@@ -542,6 +545,7 @@ def test_captured_graph() -> None:
     golden(
         text(explain(graph)),
         """\
+replayed 1 of 2 calls (50%), recorded 1, ran plainly 0
 captured graph: 2 captured, 1 eager (tape on cpu)
   calls 2, captures 2, replays 1, copies 1, plain 0, evictions 0, lowered in 0.0 s
   recorded 1x: captured
