@@ -88,6 +88,7 @@ from breakable_backend._torch.modes import (
     with_autograd,
     without_alias_check,
 )
+from breakable_backend._torch.module_calls import heed_calls_of_modules
 from breakable_backend._torch.ops import (
     Op,
     apply_function,
@@ -148,5 +149,6 @@ from breakable_backend._torch.tensors import (
     swapped,
     twin_storage,
     unowned_storage,
+    version_of,
     with_lazy_bits,
 )

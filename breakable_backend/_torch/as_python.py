@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +19,8 @@ import torch
 class _Thread(threading.local):
     tracing = 0
     """How many frames Dynamo is converting, one in the other."""
-    asked = False
-    """Whether the frame that is being converted is to run as Python."""
+    asked: Mapping[str, Any] | None = None
+    """The options of the backend, if the frame that is being converted is to run as Python."""
     python = 0
     """How many frames are running as Python."""
 
@@ -30,20 +31,48 @@ thread = _Thread()
 class _ThisOnce:
     """Is there while a frame runs as Python: Dynamo's C++ code keeps the answer that holds it until the frame returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any]) -> None:
         thread.python += 1
+        self.ends = [begin(options) for begin in watch]
 
     def __del__(self) -> None:
         thread.python -= 1
+        for end in self.ends:
+            end()
+
+
+watch: list[Callable[[Mapping[str, Any]], Callable[[], None]]] = []
+"""Called with the options of the backend before a frame runs as Python; each returns what is called when that ends."""
+
+
+def _hide_from_dynamo(code: CodeType) -> None:
+    """Have Dynamo look neither at frames of ``code`` nor at what they call."""
+    frames: Any = torch._C._dynamo.eval_frame
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(code, strategy)
+
+
+_hide_from_dynamo(_ThisOnce.__del__.__code__)
 
 
 def run_as_python(reason: str) -> NoReturn:
     """Have the frame that Dynamo is tracing run as Python this once, and all that it calls; see :func:`can_run_as_python`."""
     from torch._dynamo.exc import SkipFrame
 
-    thread.asked = True
+    thread.asked = options_of_backend()
     skip = SkipFrame(reason)
     raise skip
+
+
+def options_of_backend() -> Mapping[str, Any]:
+    """The options that ``torch.compile`` was given for what Dynamo is tracing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    transaction = InstructionTranslator.current_tx()
+    backend: Any = transaction.output.compiler_fn if transaction is not None else None
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "kwargs", {}).get("options") or {}
 
 
 def can_run_as_python() -> bool:
@@ -53,17 +82,25 @@ def can_run_as_python() -> bool:
 
 def heed_requests_for_python() -> None:
     """Have Dynamo heed :func:`run_as_python`, from now on, or from when it is imported."""
-    if "torch._dynamo.convert_frame" in sys.modules:
-        _heed(sys.modules["torch._dynamo.convert_frame"])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    when_imported("torch._dynamo.convert_frame", _heed)
+
+
+def when_imported(name: str, then: Callable[[Any], None]) -> None:
+    """Call ``then`` with a module of Dynamo's, now or when it is imported: no frame can be converted before."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, then))
 
 
 class _Finder(MetaPathFinder):
-    """Sees to what is to happen when Dynamo is imported: no frame can be converted before."""
+    """Sees to what is to happen when a module is imported."""
+
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != "torch._dynamo.convert_frame":
+        if fullname != self.name:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
@@ -72,7 +109,7 @@ class _Finder(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
-                _heed(module)
+                self.then(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -86,23 +123,23 @@ def _heed(convert_frame: Any) -> None:
 
     @functools.wraps(plain)
     def convert(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
-        outer, thread.asked = thread.asked, False
+        outer, thread.asked = thread.asked, None
         state = dict(frame_state)
         thread.tracing += 1
         try:
             answer = plain(self, frame, cache_entry, frame_state)
         except Exception:
-            if not thread.asked:
+            if thread.asked is None:
                 raise
         finally:
             thread.tracing -= 1
             asked, thread.asked = thread.asked, outer
-        if not asked:
+        if asked is None:
             return answer
         frame_state.clear()
         frame_state.update(state)
         _count_as_compiled()
-        return _this_once()
+        return _this_once(asked)
 
     # Dynamo looks past the frames of its own file for who called the frame that it is to convert.
     convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)  # type: ignore[attr-defined]
@@ -110,14 +147,14 @@ def _heed(convert_frame: Any) -> None:
     convert_frame.CatchErrorsWrapper.__call__ = convert
 
 
-def _this_once() -> Any:
+def _this_once(options: Mapping[str, Any]) -> Any:
     """Tells Dynamo's C++ code to run a frame as it is, and to look at nothing that it calls."""
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
     from torch._dynamo.types import ConvertFrameReturn
 
     strategy = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.SKIP)
     answer = ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
-    answer.this_once = _ThisOnce()  # type: ignore[attr-defined]
+    answer.this_once = _ThisOnce(options)  # type: ignore[attr-defined]
     return answer
 
 

@@ -166,3 +166,8 @@ def same_generator(a: torch.Generator, b: torch.Generator) -> bool:
 def live_storage(ref: StorageWeakRef) -> torch.UntypedStorage | None:
     """The storage behind a weak reference, None once it was freed."""
     return torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written; one that was made under inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version

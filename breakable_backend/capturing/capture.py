@@ -37,6 +37,7 @@ from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.effects import written_values
 from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Op, Reason, described
+from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import live_reason, marked_composites, marked_functions
 from breakable_backend.marks.results import Parts, fields, tensors_on
@@ -261,6 +262,7 @@ class _Door:
             self.session: CaptureSession = stack.enter_context(self.driver.session())
             token = active.handler.set(self)
             stack.callback(active.handler.reset, token)
+            stack.enter_context(modules.watching())
             self._begin()
             self.watcher = stack.enter_context(_Watcher(self))
             if self.whole:
@@ -407,9 +409,7 @@ class _Door:
 
     # breaks
 
-    def call(
-        self, mark: Mark, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str = "marked by eager_on_graph"
-    ) -> Any:
+    def call(self, mark: Mark, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str = "") -> Any:
         """Run a marked function as an eager step."""
         if not self.capturing:
             return mark.function(*args, **kwargs)
@@ -419,7 +419,7 @@ class _Door:
                 where=user_line(),
                 fix="call it outside of vmap and its like, on tensors",
             )
-        reason = Reason("marked", why, mark.name, user_line())
+        reason = Reason("marked", why or mark.why, mark.name, user_line())
         return self._break(mark.function, mark.name, reason, args, kwargs, mark)
 
     def _break(

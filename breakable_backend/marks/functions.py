@@ -25,7 +25,10 @@ from breakable_backend.marks.gradients import recomputed, with_backward
 from breakable_backend.marks.learning import Asked
 from breakable_backend.marks.ops import writing_op
 from breakable_backend.marks.sites import (
+    BY_FUNCTION,
     CHANGED_A_CONTAINER,
+    NAME_WHAT_IT_WRITES,
+    WROTE_AN_ARGUMENT,
     Site,
     learned_of,
     numbers,
@@ -138,7 +141,13 @@ def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 -
     return _mark(function, enable=enable, said=said)
 
 
-def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
+def marked_as(function: Callable[..., Any], by: str, **said: Any) -> Callable[..., Any]:
+    """``function``, marked like one under :func:`eager_on_graph`, which reports say ``by`` has marked."""
+    made: Callable[..., Any] = _mark(function, enable=True, said=said, by=by)
+    return made
+
+
+def _mark(function: Any, *, enable: bool, said: dict[str, Any], by: str = BY_FUNCTION) -> Any:
     if not enable:
         return function
     if isinstance(function, staticmethod | classmethod):
@@ -149,7 +158,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     _check_names(function, said.get("mutates_args", ()))
     source = defined_at(function)
     name = getattr(function, "__qualname__", type(function).__name__)
-    mark = Mark(_with_gradients(function, said), name, source, original=function, **said)
+    mark = Mark(_with_gradients(function, said), name, source, original=function, by=by, **said)
     function = mark.function
     uncompiled: list[Callable[..., Any]] = []
     """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
@@ -168,7 +177,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
     @_torch.constant_under_dynamo
     def refuse(why: str) -> None:
         if not uncompiled:
-            reason = f"{name}, marked by eager_on_graph, was called in a way that cannot be one node"
+            reason = f"{name}, {mark.why}, was called in a way that cannot be one node"
             uncompiled.append(torch.compiler.disable(functools.partial(run_inline, function), reason=reason))
         if _torch.refuses_graph_breaks():
             learned = why_a_break(mark, why)
@@ -190,7 +199,7 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any]) -> Any:
         if held() is None or (handler := active.handler.get()) is None:
             if exporting():
                 warnings.warn(
-                    f"torch.export takes {name} apart, though it is marked by eager_on_graph: the exported program has no "
+                    f"torch.export takes {name} apart, though it is {mark.why}: the exported program has no "
                     "mark; export with strict=True, which keeps it",
                     stacklevel=2,
                 )
@@ -344,12 +353,32 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
         return mark.function(*args, **kwargs)
     before = contents((args, kwargs))
+    passed = [given[leaf[1]] for leaf in leaves_of(structure) if leaf[0] == "tensor"] if mark.by != BY_FUNCTION else []
+    written = _writes_to(passed)
     holder = [mark.function(*args, **kwargs)]
     if is_changed((args, kwargs), before):
         learned.why_not = CHANGED_A_CONTAINER
         return holder[0]
+    if written():
+        learned.why_not, learned.cure = WROTE_AN_ARGUMENT, NAME_WHAT_IT_WRITES
+        return holder[0]
     see_result(mark, learned, asked, holder, tensors)
     return holder[0]
+
+
+def _writes_to(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+    """Whether one of these has been written since; those that were made under inference mode are asked for their values."""
+    versions = [_torch.version_of(tensor) for tensor in tensors]
+    copies = [tensor.clone() if tensor.is_inference() else None for tensor in tensors]
+
+    def written() -> bool:
+        return any(
+            _torch.version_of(tensor) != version
+            or (copy is not None and not bool(((tensor == copy) | (copy != copy)).all()))
+            for tensor, version, copy in zip(tensors, versions, copies, strict=True)
+        )
+
+    return written
 
 
 def _places(structure: Structure) -> list[int]:

@@ -23,7 +23,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.effects import effective_ops, op_of, schema_name, tensors_of
 from breakable_backend.ir.program import Reason, source_line
-from breakable_backend.marks import ops
+from breakable_backend.marks import modules, ops
 
 OpT = TypeVar("OpT")
 REGION_KEY = "breakable_cg_region"
@@ -47,15 +47,19 @@ def mark_eager(op: OpT) -> OpT:
     Args:
         op: ``"ns::name"`` (all its overloads), ``"ns::name.overload"``, an op from ``torch.ops``, what
             ``torch.library.custom_op`` returns, or a function of torch's: ``torch.softmax``, ``torch.Tensor.softmax``,
-            ``torch.nn.functional.softmax``.
+            ``torch.nn.functional.softmax``. Or a class of modules, with its subclasses, or a single module: its call is
+            then a marked function like those under :func:`eager_on_graph`, hooks included, whatever the backend, and
+            under ``capture`` an eager step. Nothing keeps a single module alive.
 
     Returns:
-        ``op`` itself, so that this also works as a decorator above ``custom_op``.
+        ``op`` itself, so that this also works as a decorator, above ``custom_op`` or a class.
 
     Raises:
         OptionsError: there is no such op; the text has the nearest names.
     """
-    if _is_torch_function(op):
+    if modules.is_module(op):
+        modules.mark(op)
+    elif _is_torch_function(op):
         if not any(op is known for known in _marked_functions):
             _marked_functions.append(op)
         _marked.update(_op_of_function(op))
@@ -72,7 +76,9 @@ def unmark_eager(op: Any) -> None:
     Raises:
         OptionsError: there is no such op.
     """
-    if _is_torch_function(op):
+    if modules.is_module(op):
+        modules.unmark(op)
+    elif _is_torch_function(op):
         _marked_functions[:] = [known for known in _marked_functions if known is not op]
         _marked.difference_update(_op_of_function(op))
     else:
@@ -112,7 +118,7 @@ def op_name(op: Any) -> str:
         return qualified
     raise OptionsError(
         f"{getattr(op, '__qualname__', repr(op))} is not an op",
-        fix="pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned"
+        fix="pass 'namespace::op', an op from torch.ops, what torch.library.custom_op returned, or a module"
         + ("; for a function, put @eager_on_graph above it" if inspect.isfunction(op) else ""),
     )
 
@@ -140,21 +146,25 @@ def _op_of_function(function: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class EagerOps:
-    """The option ``eager_ops``, resolved: names of ops, and torch functions as they stand in a Dynamo graph."""
+    """The option ``eager_ops``, resolved: names of ops, torch functions as they stand in a Dynamo graph, and modules."""
 
     names: frozenset[str] = frozenset()
     functions: tuple[Any, ...] = ()
+    modules: modules.Modules = field(default_factory=modules.Modules)
 
     @classmethod
     def resolve(cls, given: Iterable[Any]) -> EagerOps:
-        """Sort ``given`` into names and functions.
+        """Sort ``given`` into names, functions and modules.
 
         Raises:
-            OptionsError: neither an op nor a torch function.
+            OptionsError: neither an op, nor a torch function, nor a module or a class of modules.
         """
+        given = list(given)
         names: set[str] = set()
         functions: list[Any] = []
         for op in given:
+            if modules.is_module(op):
+                continue
             if _is_torch_function(op):
                 functions.append(op)
                 names.update(_op_of_function(op))
@@ -165,7 +175,7 @@ class EagerOps:
                     f"eager_ops: {getattr(op, '__qualname__', op)!r} is a Python function, and Dynamo traces through it",
                     fix="mark it with @eager_on_graph, or put its body under eager_region()",
                 )
-        return cls(frozenset(names), tuple(functions))
+        return cls(frozenset(names), tuple(functions), modules.Modules.of(given))
 
 
 def is_marked(op: Any, eager_ops: EagerOps) -> str:
@@ -226,8 +236,11 @@ class Marks:
         } | self._ops
         overloads = [op for op in ops if isinstance(op, _torch.OpOverload)]
         met = {name for op in overloads for name in (op.name(), op_name(op), str(op._schema.name))}
+        called = modules.called_in(module)
         named = self._missing(self.eager_ops.names - met, self.eager_ops.functions)
+        named |= set(self.eager_ops.modules.unmet(module for _, module in called))
         marked = self._missing(_marked - met, _marked_functions)
+        marked |= set(modules.marked().unmet(module for by, module in called if by == modules.MARK_EAGER))
         return frozenset(
             [f"{name} is named in eager_ops" for name in named] + [f"{name} is marked by mark_eager" for name in marked]
         )
@@ -287,6 +300,8 @@ Rule = Callable[[fx.Node, Scope], str]
 
 
 def marked(node: fx.Node, scope: Scope) -> str:
+    if ops.is_call(node.target):
+        return ops.why_marked(node.args)
     for op in effective_ops(node):
         if why := is_marked(op, scope.eager_ops):
             return why if op is node.target else f"calls {op}, which is {why}"

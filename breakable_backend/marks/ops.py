@@ -193,6 +193,12 @@ def is_call(op: Any) -> bool:
     return op in _calls
 
 
+def why_marked(args: Sequence[Any]) -> str:
+    """Why the function that a call with these arguments runs is eager."""
+    site = sites.get(args[0]) if args else None
+    return site.mark.why if site is not None else "marked by eager_on_graph"
+
+
 def direct(op: Any, site: int) -> Callable[..., Any]:
     """What a call of ``op`` runs, without the dispatcher: takes all of its arguments but the site."""
     run = sites[site].straight()

@@ -56,6 +56,8 @@ class Mark:
     barrier: Callable[[], None] | None = None
     recompute: bool = False
     backward: Callable[..., Any] | None = None
+    by: str = "eager_on_graph"
+    """What has marked it; of what calls a module, ``mark_eager`` or ``eager_ops``."""
     original: Callable[..., Any] | None = None
     """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
     sites: dict[int, Site] = field(default_factory=dict, repr=False)
@@ -65,6 +67,11 @@ class Mark:
     )
     """What they return, by structure of the arguments, and by their layouts; for each compilation. In the next one, modules
     and what the function closes over may be others."""
+
+    @property
+    def why(self) -> str:
+        """Why calls of it are eager steps."""
+        return "named in eager_ops" if self.by == "eager_ops" else f"marked by {self.by}"
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -111,8 +118,8 @@ def why_a_break(mark: Mark, why: str) -> Learned | None:
 
 
 def breaks() -> dict[str, str]:
-    """Marked functions of which some calls are breaks for good, by name; and why."""
-    return {mark.name: learned.why_not for mark, learned in _all_learned() if learned.why_not}
+    """Marked functions of which some calls are breaks for good, by name and what has marked them; and why."""
+    return {f"{mark.name}, {mark.why}": known.why_not for mark, known in _all_learned() if known.why_not}
 
 
 def _all_learned() -> list[tuple[Mark, Learned]]:
@@ -533,6 +540,10 @@ def _closed_over() -> Unholdable:
     )
 
 
+BY_FUNCTION = "eager_on_graph"
+"""What marks functions; by another name modules are called."""
+WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
+NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
 CHANGED_A_CONTAINER = "it changed what a container among its arguments holds"
 
 _GIVE_FAKE = (

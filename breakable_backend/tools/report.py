@@ -199,11 +199,7 @@ def explain(
 
 def _with_cause(graph_break: str) -> str:
     """Why Dynamo broke the graph; of a marked function, with what its calls were seen to return."""
-    named = (
-        f"{name}, marked by eager_on_graph, is no node: {why}"
-        for name, why in breaks().items()
-        if f"{name}, marked" in graph_break
-    )
+    named = (f"{name}, is no node: {why}" for name, why in breaks().items() if name in graph_break)
     return next(named, graph_break)
 
 

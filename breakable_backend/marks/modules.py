@@ -1,0 +1,286 @@
+"""Modules as eager steps: ``mark_eager(model.moe)``, ``mark_eager(MoE)``, ``eager_ops=[MoE]``.
+
+The call of such a module is that of a marked function, which takes the module and its arguments. Dynamo asks, where code
+calls a module, what is to be called instead. Python does not ask: so while a frame runs as Python to be learned from, and in
+a ``with capture``, the classes of such modules have another ``__call__``, which looks at what its own thread watches.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from breakable_backend import _torch, locks
+from breakable_backend.marks import ops
+from breakable_backend.marks.functions import marked_as
+from breakable_backend.marks.sites import Site, sites
+
+MARK_EAGER, EAGER_OPS = "mark_eager", "eager_ops"
+"""By what a module is marked."""
+
+
+def is_module(thing: Any) -> bool:
+    """Whether ``thing`` is a module or a class of modules."""
+    return isinstance(thing, nn.Module) or (isinstance(thing, type) and issubclass(thing, nn.Module))
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Classes of modules, subclasses included, and single modules."""
+
+    classes: tuple[type[nn.Module], ...] = ()
+    instances: tuple[weakref.ref[nn.Module], ...] = ()
+
+    @classmethod
+    def of(cls, things: Iterable[Any]) -> Modules:
+        """Those among ``things``."""
+        things = [thing for thing in things if is_module(thing)]
+        classes = tuple(thing for thing in things if isinstance(thing, type))
+        return cls(classes, tuple(weakref.ref(thing) for thing in things if not isinstance(thing, type)))
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return isinstance(module, self.classes) or any(reference() is module for reference in self.instances)
+
+    def __bool__(self) -> bool:
+        return bool(self.classes or self.instances)
+
+    def with_(self, thing: Any) -> Modules:
+        """These and one more."""
+        known = [*self.classes, *(module for reference in self.instances if (module := reference()) is not None)]
+        return Modules.of([*(other for other in known if other is not thing), thing])
+
+    def without(self, thing: Any) -> Modules:
+        """These but one."""
+        known = [*self.classes, *(module for reference in self.instances if (module := reference()) is not None)]
+        return Modules.of(other for other in known if other is not thing)
+
+    def kinds(self) -> set[type[nn.Module]]:
+        """The classes whose ``__call__`` calls one of these."""
+        found = {type(module) for reference in self.instances if (module := reference()) is not None}
+        for kind in self.classes:
+            found |= {kind, *(below for below in _subclasses(kind) if "__call__" in vars(below))}
+        return found
+
+    def unmet(self, calls: Iterable[nn.Module]) -> Iterator[str]:
+        """The names of those that none of ``calls`` is."""
+        called = list(calls)
+        for kind in self.classes:
+            if not any(isinstance(module, kind) for module in called):
+                yield kind.__qualname__
+        for reference in self.instances:
+            module = reference()
+            if module is not None and not any(module is other for other in called):
+                yield f"a {type(module).__qualname__}"
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for below in type.__subclasses__(kind):
+        yield below
+        yield from _subclasses(below)
+
+
+class _Marked:
+    """What ``mark_eager`` was given."""
+
+    modules = Modules()
+
+
+_marked = _Marked()
+_marking = locks.lock()
+
+
+def marked() -> Modules:
+    """What is marked by ``mark_eager``, now."""
+    return _marked.modules
+
+
+def mark(thing: Any) -> None:
+    """Have a module, or all of a class, run eagerly in what is compiled and captured from now on."""
+    with _marking:
+        _marked.modules = _marked.modules.with_(thing)
+
+
+def unmark(thing: Any) -> None:
+    """Undo :func:`mark`."""
+    with _marking:
+        _marked.modules = _marked.modules.without(thing)
+
+
+# --- the marked function ------------------------------------------------------------------------------------------------
+
+
+def _how(module: nn.Module, named: Modules) -> str:
+    """By what a module is marked; empty: it is not."""
+    return MARK_EAGER if module in _marked.modules else EAGER_OPS if module in named else ""
+
+
+def _function(kind: type[nn.Module], how: str) -> Callable[..., Any]:
+    """The marked function that calls modules of a class."""
+    with _marking:
+        made = _functions.setdefault(kind, {})
+        if how not in made:
+            made[how] = _made(kind, how)
+        return made[how]
+
+
+_functions: weakref.WeakKeyDictionary[type, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def _made(kind: type[nn.Module], how: str) -> Callable[..., Any]:
+    @functools.wraps(kind.forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside = _thread.inside
+        inside.append(self)
+        try:
+            return self(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    call.__qualname__ = kind.__qualname__
+    call.__signature__ = _SIGNATURE  # type: ignore[attr-defined] # not that of forward, which hooks may call otherwise
+    return marked_as(call, how, mutates_args=("self",))  # its buffers may be written
+
+
+def _takes(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The signature of what calls a module."""
+
+
+_SIGNATURE = inspect.signature(_takes)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.inside: list[nn.Module] = []
+        """Marked modules whose marked functions run."""
+        self.watched: list[Modules] = []
+        """What ``eager_ops`` names beside what is marked, for each block that watches."""
+
+
+_thread = _Thread()
+
+
+# --- under Dynamo -------------------------------------------------------------------------------------------------------
+
+
+def _instead(module: nn.Module, options: Mapping[str, Any]) -> tuple[Callable[..., Any] | None, bool]:
+    """What Dynamo is to call with a module and its arguments; and whether what it compiles is for this module alone."""
+    marks, given = _marked.modules, options.get("eager_ops") or ()
+    named = Modules.of(given) if isinstance(given, list | tuple | set | frozenset) else Modules()
+    if not (marks or named):
+        return None, False
+    how = _how(module, named)
+    if how:
+        return _function(type(module), how), True
+    others = (*marks.instances, *named.instances)
+    return None, any(type(other()) is type(module) for other in others)
+
+
+def _watch(options: Mapping[str, Any]) -> Callable[[], None]:
+    """Watch the modules that a call is to learn from; returns what ends that."""
+    given = options.get("eager_ops") or ()
+    named = Modules.of(given) if isinstance(given, list | tuple | set | frozenset) else Modules()
+    block = watching(named)
+    block.__enter__()
+    return lambda: block.__exit__(None, None, None) and None
+
+
+_torch.heed_calls_of_modules(_instead, _watch)
+
+
+# --- under Python -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(named: Modules | None = None) -> Iterator[None]:
+    """Have calls of marked modules, and of those that are ``named``, go through their marked functions in this thread."""
+    named = named or Modules()
+    kinds = _marked.modules.kinds() | named.kinds()
+    if not kinds:
+        yield
+        return
+    _thread.watched.append(named)
+    for kind in kinds:
+        _changed.begin(kind)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            _changed.end(kind)
+        _thread.watched.remove(named)
+
+
+class _Changed:
+    """The classes that have another ``__call__`` for a while."""
+
+    def __init__(self) -> None:
+        self.lock = locks.lock()
+        self.blocks: dict[type[nn.Module], int] = {}
+        self.own: dict[type[nn.Module], Any] = {}
+        """What was their own, where they had one."""
+
+    def begin(self, kind: type[nn.Module]) -> None:
+        with self.lock:
+            self.blocks[kind] = self.blocks.get(kind, 0) + 1
+            if self.blocks[kind] == 1:
+                if "__call__" in vars(kind):
+                    self.own[kind] = vars(kind)["__call__"]
+                kind.__call__ = _looking(kind.__call__)  # type: ignore[method-assign]
+
+    def end(self, kind: type[nn.Module]) -> None:
+        with self.lock:
+            self.blocks[kind] -= 1
+            if not self.blocks[kind]:
+                del self.blocks[kind]
+                if kind in self.own:
+                    kind.__call__ = self.own.pop(kind)  # type: ignore[method-assign]
+                else:
+                    del kind.__call__
+
+
+_changed = _Changed()
+
+
+def _looking(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``__call__`` that goes through the marked function of the module, where its thread watches that."""
+
+    @functools.wraps(plain)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return plain(self, *args, **kwargs)
+        if not _thread.watched or any(self is module for module in _thread.inside):
+            return plain(self, *args, **kwargs)
+        if not (how := _how(self, _thread.watched[-1])):
+            return plain(self, *args, **kwargs)
+        return _function(type(self), how)(self, *args, **kwargs)
+
+    return __call__
+
+
+# --- in graphs ----------------------------------------------------------------------------------------------------------
+
+
+def called_in(graph: fx.GraphModule) -> list[tuple[str, nn.Module]]:
+    """The modules that marked functions call in a graph, each with by what it is marked."""
+    found = []
+    for part in graph.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            site = sites.get(node.args[0]) if ops.is_call(node.target) else None
+            if site is not None and site.mark.by in (MARK_EAGER, EAGER_OPS):
+                found.append((site.mark.by, _self_of(site)))
+    return found
+
+
+def _self_of(site: Site) -> nn.Module:
+    positional, _ = site.arguments[-1]
+    module = site.modules[positional[-1][0][1]]()
+    assert module is not None, "Dynamo guards on the module"
+    return module
