@@ -48,7 +48,7 @@ class Options:
     """How far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; None: bit for bit, with NaN equal to NaN."""
 
     eager_ops: tuple[Any, ...] = ()
-    """Ops that run eagerly in this function: names, overloads, or torch functions."""
+    """What runs eagerly in this function: names of ops, overloads, torch functions, modules, classes of modules."""
 
     auto_break: bool = True
     """Whether what cannot be captured runs eagerly, with a reason, or is an error."""
@@ -131,7 +131,7 @@ def _checked(name: str, value: Any) -> Any:
         return _tolerance(value)
     if name == "eager_ops":
         if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-            raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}")
+            raise OptionsError(f"option 'eager_ops' takes a list of ops and modules, got {value!r}")
         return tuple(value)
     if name in _SMALLEST:
         if isinstance(value, bool) or not isinstance(value, int) or value < _SMALLEST[name]:
