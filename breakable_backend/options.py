@@ -131,7 +131,7 @@ def _checked(name: str, value: Any) -> Any:
         return _tolerance(value)
     if name == "eager_ops":
         if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-            raise OptionsError(f"option 'eager_ops' takes a list of ops and modules, got {value!r}")
+            raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}")
         return tuple(value)
     if name in _SMALLEST:
         if isinstance(value, bool) or not isinstance(value, int) or value < _SMALLEST[name]:

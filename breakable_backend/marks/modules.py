@@ -12,7 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ class Modules:
                 yield f"a {type(module).__qualname__}"
 
 
-def _subclasses(kind: type) -> Iterator[type]:
-    for below in type.__subclasses__(kind):
+def _subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for below in kind.__subclasses__():
         yield below
         yield from _subclasses(below)
 
@@ -188,9 +188,9 @@ def _watch(options: Mapping[str, Any]) -> Callable[[], None]:
     """Watch the modules that a call is to learn from; returns what ends that."""
     given = options.get("eager_ops") or ()
     named = Modules.of(given) if isinstance(given, list | tuple | set | frozenset) else Modules()
-    block = watching(named)
-    block.__enter__()
-    return lambda: block.__exit__(None, None, None) and None
+    stack = ExitStack()
+    stack.enter_context(watching(named))
+    return stack.close
 
 
 _torch.heed_calls_of_modules(_instead, _watch)
