@@ -421,9 +421,16 @@ READS_NUMBER = {
 """Ops that read an argument on the host, to use it or to check it, where it is a tensor on the device."""
 
 
+def _has_range(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``histc`` is told its range: without one it asks the values, on the host."""
+    least = args[2] if len(args) > 2 else kwargs.get("min", 0)
+    most = args[3] if len(args) > 3 else kwargs.get("max", 0)
+    return all(isinstance(number, int | float) for number in (least, most)) and least < most
+
+
 def waits_for_host(node: fx.Node, scope: Scope) -> str:
     name = schema_name(node)
-    if name in WAITS_FOR_HOST:
+    if name in WAITS_FOR_HOST and not (name == "aten::histc" and _has_range(node.args, node.kwargs)):
         return "waits for the host on CUDA"
     for read in READS_NUMBER.get(name, "").split():
         tensors = tensors_of(getattr(argument_of(node, read), "meta", {}).get("val"))
@@ -524,7 +531,7 @@ def _live_rule(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: 
         return None  # arithmetic of the host, which happens once
     if name in READS_HOST:
         return LiveReason("host_read", "reads a value on the host", name, refused=True)
-    if name in WAITS_FOR_HOST:
+    if name in WAITS_FOR_HOST and not (name == "aten::histc" and _has_range(args, kwargs)):
         dynamic = torch.Tag.dynamic_output_shape in op.tags or name == "aten::nonzero"
         return LiveReason("waits_for_host", "waits for the host", name, refused=dynamic)
     if name in INDEXING:

@@ -166,6 +166,17 @@ def test_library_module_as_it_is(device: torch.device, options: dict[str, Any]) 
     )
 
 
+def test_counts_in_a_range(device: torch.device, options: dict[str, Any]) -> None:
+    """``histc`` that is told its range is captured with what is around it, as a mixture of experts counts its tokens."""
+
+    def counts(x: Tensor) -> Tensor:
+        experts = (x.flatten().abs() * 3).long() % 4
+        return torch.histc(experts.float(), bins=4, min=0, max=3).cumsum(0) * 2
+
+    make = lambda _: (torch.randn(8, 4, device=device),)  # noqa: E731
+    check(counts, make, device=device, options=options, captured=1, eager=0)
+
+
 def test_fullgraph(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: eager breaks are none of Dynamo's: ``fullgraph=True`` holds."""
     check(

@@ -176,6 +176,8 @@ CASES: dict[Rule, tuple[dict[str, Node], dict[str, Node]]] = {
         {
             "nonzero": t(lambda x: aten.nonzero.default(x), cuda(4)),
             "svd": t(lambda x: aten._linalg_svd.default(x), cuda(4, 4)),
+            "histc": t(lambda x: aten.histc.default(x, 4), cuda(4)),
+            "histc_of_one_value": t(lambda x: aten.histc.default(x, 4, min=1, max=1), cuda(4)),
             "fill": t(lambda x, m, v: aten.masked_fill.Tensor(x, m, v), cuda(4), cuda(4, dtype=torch.bool), cuda()),
             "fill_": t(
                 lambda x, i, v: aten.index_fill_.int_Tensor(x, 0, i, v), cuda(4), cuda(2, dtype=torch.int64), cuda()
@@ -186,6 +188,7 @@ CASES: dict[Rule, tuple[dict[str, Node], dict[str, Node]]] = {
         },
         {
             "sort": t(lambda x: aten.sort.default(x), cuda(4)),
+            "histc_in_a_range": t(lambda x: aten.histc.default(x, 4, 0, 3), cuda(4)),
             "matmul": t(torch.mm, cuda(4, 4), cuda(4, 4)),
             "fill": t(lambda x, m: aten.masked_fill.Scalar(x, m, 2.5), cuda(4), cuda(4, dtype=torch.bool)),
             "host_value": t(
