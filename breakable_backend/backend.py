@@ -24,6 +24,7 @@ from breakable_backend.calling.executor import Executor, scope_for, when_idle
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.compiling.flat import FlatGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
+from breakable_backend.compiling.regions import require_whole_regions
 from breakable_backend.compiling.traced import as_eager
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
@@ -106,7 +107,9 @@ class Backend:
         def compile_lowered(lowered: Lowered) -> Executor:
             observers.traced(lowered.module, "aten")
             driver = self._driver(chosen, lowered)
-            scope = scope_for(lowered, Scope(driver.device, eager_ops), chosen)
+            bare = Scope(driver.device, eager_ops)
+            require_whole_regions(lowered.module, bare)
+            scope = scope_for(lowered, bare, chosen)
             executor = Executor(lowered, scope, chosen, driver, name)
             executor.statistics.lowering_seconds = time.perf_counter() - started
             registry.executors.add(executor, number)

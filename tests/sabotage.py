@@ -1898,6 +1898,28 @@ FAULTS = (
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
+    # --- regions that a cut goes through ---
+    Fault(
+        "an-unknown-op-takes-its-region-with-it",
+        "compiling.regions:may_be_cut",
+        "any(map(is_opaque, _torch.overloads(node.target)))",
+        "False",
+        "test_regions.py::test_a_cut_through_regions[cpu-cannot be captured]",
+    ),
+    Fault(
+        "rules-do-not-look-into-regions",
+        "compiling.regions:_require_whole",
+        "classify(inner, scope) is not None",
+        "False",
+        "test_regions.py::test_rules_look_into_regions[cpu]",
+    ),
+    Fault(
+        "each-region-is-traced-in-each-place",
+        "compiling.regions:inline_regions",
+        "all(map(wanted, bodies(node)))",
+        "True",
+        "test_regions.py::test_a_region_of_torchs_ops[cpu]",
+    ),
     # --- ops that only a capture refuses ---
     Fault(
         "the-whole-segment-is-eager",
@@ -2056,7 +2078,7 @@ FAULTS = (
     ),
     Fault(
         "outs-forgotten",
-        "compiling.lowering:lower.compiled_by_us",
+        "compiling.lowering:_traced.compiled_by_us",
         "lost_outs(module, outs)",
         "''",
         "test_contract_hostile.py::test_out_that_tracing_forgets[cpu]",
@@ -2098,7 +2120,7 @@ FAULTS = (
     ),
     Fault(
         "marks-of-what-is-taken-apart-ignored",
-        "compiling.lowering:lower",
+        "compiling.lowering:_traced",
         "marks.taken_apart(_called_ops(gm))",
         "{}",
         "test_contract_reasons.py::test_marks_of_what_is_taken_apart[cpu-softmax-1-0-eager_ops]",
@@ -2133,14 +2155,14 @@ FAULTS = (
     ),
     Fault(
         "only-some-errors-of-aot-are-refusals",
-        "compiling.lowering:lower",
+        "compiling.lowering:_traced",
         "error in ours",
         "error in ours or not isinstance(error, RuntimeError)",
         "test_contract_hostile.py::test_whatever_aot_raises[cpu-KeyError]",
     ),
     Fault(
         "faults-of-our-own-pass-for-refusals",
-        "compiling.lowering:lower",
+        "compiling.lowering:_traced",
         """
         if error in ours:
             raise
@@ -2268,7 +2290,7 @@ FAULTS = (
     ),
     Fault(
         "callers-autocast-stays-on",
-        "compiling.lowering:lower.compiled_by_us",
+        "compiling.lowering:_traced.compiled_by_us",
         "None if autocast else _torch.written_without_wrappers(gm, module)",
         "_torch.written_without_wrappers(gm, module)",
         "test_contract_ambient.py::test_autocast_switched_off_inside_the_callers[cpu]",
@@ -2623,7 +2645,7 @@ FAULTS = (
     Fault(
         "disturbed-once-eager-for-good",
         "recordings.recording:_Recorder._capture_failed",
-        "self.healing.judge(passing(error), guilty, nodes)",
+        "self.healing.judge(passing(error), body, nodes)",
         "''",
         "test_passing.py::test_recorded_again_once_it_has_passed[tape-memory]",
     ),

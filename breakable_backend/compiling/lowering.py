@@ -11,6 +11,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
+from breakable_backend.compiling.regions import CutsRegion, inline_regions, may_be_cut
 from breakable_backend.errors import first_line, message
 from breakable_backend.ir.effects import bodies, tensors_of, written_arguments
 from breakable_backend.ir.modes import AMBIENT_KEY, Cast, Modes
@@ -64,6 +65,24 @@ def lower(
         if isinstance(value, torch.Tensor) and value.layout not in (torch.strided, torch.jagged):
             raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")
 
+    marks = Marks(eager_ops)
+    marks.annotate(gm)
+    inline_regions(gm, may_be_cut)
+    try:
+        return _traced(gm, example_inputs, compile_lowered, marks, keep_floats)
+    except CutsRegion:
+        inline_regions(gm)
+        return _traced(gm, example_inputs, compile_lowered, marks, keep_floats)
+
+
+def _traced(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_lowered: Callable[[Lowered], Callable[[list[Any]], Any]],
+    marks: Marks,
+    keep_floats: bool,
+) -> Callable[..., Any]:
+    """``gm``, traced to ATen and compiled."""
     autocast = _torch.any_autocast_enabled()
     """Whether AOT's wrapper has one of the caller's to switch off around each call."""
     inner: list[Callable[[list[Any]], Any]] = []
@@ -106,14 +125,12 @@ def lower(
 
     note_ambient(gm)
     outs = note_outs(gm)
-    marks = Marks(eager_ops)
-    marks.annotate(gm)
     around = marks.taken_apart(_called_ops(gm))
     try:
         apart = _torch.apart(example_inputs)
-        kept = _kept_ops(gm, eager_ops)
+        kept = _kept_ops(gm, marks.eager_ops)
         function = _torch.trace_inference(gm, apart, inference, training, kept, around, keep_floats)
-    except (CannotLower, _torch.dynamo_error()):
+    except (CannotLower, CutsRegion, _torch.dynamo_error()):
         raise
     except Exception as error:  # AOTAutograd raises whatever its parts raise
         if error in ours:

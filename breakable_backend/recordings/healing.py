@@ -7,6 +7,7 @@ what is behind it is captured next. Several guilty nodes are found one after the
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,11 @@ MAX_CUTS = 16
 """Times that a program is cut anew in one recording. Each failed capture leaves its memory behind; beyond that the segments
 that fail are eager as a whole."""
 
+PAUSE = 20
+"""How many times as long as an op has taken the capture is looked at, to tell the op from another thread."""
+MIN_PAUSE, MAX_PAUSE = 0.02, 1.0
+"""Seconds of that."""
+
 Recut = Callable[[Mapping[str, Reason], Collection[str]], Program]
 """Makes the program anew with more nodes that run eagerly, and with segments that begin at some nodes: see ``partition``."""
 
@@ -34,12 +40,24 @@ class NodeByNode:
     Args:
         module: the segment's.
         progress: of the driver that captures; None where nothing is captured. See ``CaptureDriver.progress``.
+        pauses: seconds to wait before some nodes, by name, with a look at the capture behind that.
     """
 
-    def __init__(self, module: fx.GraphModule, progress: Callable[[], Hashable] | None = None) -> None:
-        self.module, self._progress = module, progress
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        progress: Callable[[], Hashable] | None = None,
+        pauses: Mapping[str, float] | None = None,
+    ) -> None:
+        self.module, self._progress, self._pauses = module, progress, pauses or {}
         self.node: fx.Node | None = None
         """The node under way; after a call that failed, the one at which it did. None before the first and behind the last."""
+        self._since = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """For how long the node under way has been so."""
+        return time.perf_counter() - self._since
 
     def __call__(self, *inputs: Any, begin: Callable[[fx.Node], None] | None = None) -> tuple[Any, ...]:
         """Run all nodes. ``begin`` is told of each, before it runs.
@@ -57,7 +75,10 @@ class NodeByNode:
                 environment[node] = _attribute(self.module, str(node.target))
             else:
                 assert node.op == "call_function", node.op
-                self.node = node
+                if node.name in self._pauses and self._progress is not None:
+                    time.sleep(self._pauses[node.name])
+                    before = self._progress()
+                self.node, self._since = node, time.perf_counter()
                 if begin is not None:
                     begin(node)
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
@@ -123,25 +144,32 @@ class Healing:
         self._recut = recut
         self._apart: set[str] = set()
         self._guilty: fx.Node | None = None
-        self._suspects: dict[str, str] = {}
-        """By what segments begin with: the node at which something made the capture invalid."""
+        self._suspects: dict[str, tuple[str, float]] = {}
+        """By what segments begin with: the node at which something made the capture invalid, and for how long that ran."""
         self._times: Counter[Any] = Counter()
         """How often each op was guilty."""
 
-    def judge(self, cause: Passing, guilty: fx.Node | None, nodes: Sequence[fx.Node]) -> Passing:
+    def pauses(self, segment: GraphSegment) -> dict[str, float]:
+        """How long to wait before which node of a segment, while it is captured: see :meth:`judge`."""
+        name, seconds = self._suspects.get(next(_calls(segment)).name, ("", 0.0))
+        return {name: min(max(PAUSE * seconds, MIN_PAUSE), MAX_PAUSE)} if name else {}
+
+    def judge(self, cause: Passing, body: NodeByNode | None, nodes: Sequence[fx.Node]) -> Passing:
         """What was in the way of the capture of ``nodes``, where ``cause`` is what the error says.
 
-        An op that waits for the GPU and hides the error looks like another thread that did. If it happens twice at the
-        same node, it is the op. So the segment is captured once more, unless ops act outside of this process.
+        An op that waits for the GPU and hides the error looks like another thread that did. So the segment is captured
+        once more, with a pause before that op, many times as long as the op took: a thread that goes on disturbing
+        does so in the pause. If the pause passes, and it happens again at the same node, it is the op. Where ops
+        act outside of this process, nothing is captured again.
         """
         self.again = False
-        if cause != "disturbed" or guilty is None:
+        if cause != "disturbed" or body is None or body.node is None:
             return cause
-        before = self._suspects.setdefault(nodes[0].name, "")
-        self._suspects[nodes[0].name] = guilty.name
+        before, _ = self._suspects.get(nodes[0].name, ("", 0.0))
         if before:
-            return "" if before == guilty.name else cause
-        self.again = not any(map(acts_outside, nodes[: nodes.index(guilty) + 1]))
+            return "" if before == body.node.name else cause
+        self._suspects[nodes[0].name] = body.node.name, body.seconds
+        self.again = not any(map(acts_outside, nodes[: nodes.index(body.node) + 1]))
         return "" if self.again else cause
 
     def found(self, nodes: Mapping[str, Reason], guilty: fx.Node | None) -> None:

@@ -598,13 +598,14 @@ class _Recorder:
         except (CaptureError, torch.OutOfMemoryError) as error:
             return self._capture_failed(position, segment, loads, error)
         inputs = [self._inside(name) for name in segment.inputs]
-        observer, body = self.plan.observer, NodeByNode(segment.module, self.driver.progress)
+        observer = self.plan.observer
+        body = NodeByNode(segment.module, self.driver.progress, self.healing.pauses(segment))
         captured = body if observer is None else observer.captured(position, body)
         try:
             with without_autocast_cache():
                 graph, results = self.driver.capture(functools.partial(captured, *inputs))
         except CaptureError as error:
-            return self._capture_failed(position, segment, loads, error, body.node)
+            return self._capture_failed(position, segment, loads, error, body)
         self.addresses.update(
             (name, value.data_ptr())
             for name, value in zip(segment.inputs, inputs, strict=True)
@@ -762,9 +763,10 @@ class _Recorder:
         segment: GraphSegment,
         loads: Sequence[Copy],
         error: Exception,
-        guilty: fx.Node | None = None,
+        body: NodeByNode | None = None,
     ) -> Reason:
-        """Why a segment cannot be captured: for good, because of the node ``guilty`` if that is known; or, if it passes, now."""
+        """Why a segment cannot be captured: for good, because of the node that ``body`` was at; or, if it passes, now."""
+        guilty = body.node if body is not None else None
         for copy in loads:
             self._unbridge(copy, position)
         for name in segment.outputs:  # of a graph that could not be launched
@@ -778,7 +780,7 @@ class _Recorder:
         reason = Reason(
             "capture_failed", f"could not be captured: {what}", label(blamed) if blamed is not None else "", where
         )
-        cause = self.healing.judge(passing(error), guilty, nodes)
+        cause = self.healing.judge(passing(error), body, nodes)
         if not cause and not self.auto_break and not self.healing.again:
             fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
             raise CaptureError(what, where=where, fix=fix) from error.__cause__

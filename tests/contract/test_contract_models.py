@@ -267,7 +267,7 @@ HIGHER_ORDER = {
     loop: (2, 1),
     loop_marked: (2, 1),
     subgraph: (1, 0),  # captured with what is around it
-    subgraph_marked: (2, 1),  # both uses are one eager segment
+    subgraph_marked: (3, 2),  # each use is cut
     subgraph_random: (1, 0),
 }
 

@@ -255,18 +255,27 @@ def test_an_op_of_torch_in_every_layer(
 ) -> None:
     """An op of torch's own is eager everywhere once it has failed in two places."""
     cuts = counting(monkeypatch)
-    weight = torch.randn(8, 8, device=device)
-    places = torch.tensor([1, 2, 4, 5], device=device)
-    offsets = torch.tensor([0, 2], device=device)
+    weight, places, offsets = torch.randn(8, 8), torch.tensor([1, 2, 4, 5]), torch.tensor([0, 2])
+    many_elements = torch.arange(1000.0, device=device)
+
+    def bag(x: Tensor) -> Tensor:  # CUDA captures it, from torch 2.11 on
+        return functional.embedding_bag(places, weight, offsets).sum(0)
+
+    def among(x: Tensor) -> Tensor:  # it sorts what there is, and waits for how much that is
+        return torch.isin(x, many_elements).to(x.dtype)
+
+    op = among if device.type == "cuda" else bag
 
     def f(x: Tensor) -> Tensor:
         for _ in range(4):
-            x = x + functional.embedding_bag(places, weight, offsets).sum(0).sin()
+            y = x.sin() * 2
+            x = y + op(y).cos()
         return x
 
-    compiled = check(f, device, options, 4, 4)
+    compiled = check(f, device, options, 5, 4)
     assert len(cuts) == 2
-    assert {reason.op for reason in program_of(compiled).reasons} == {"aten::_embedding_bag_forward_only"}
+    named = {reason.op for reason in program_of(compiled).reasons}
+    assert named == {"aten::isin" if device.type == "cuda" else "aten::_embedding_bag_forward_only"}
 
 
 def test_no_more_cuts_than_a_bound(

@@ -1,0 +1,112 @@
+"""Compiled regions (``torch.compiler.nested_compile_region``) that a cut goes through are put in the place of their calls.
+
+Dynamo traces a region once and calls it wherever it is used, as a higher-order op with a graph in it. AOTAutograd traces
+it once too, which takes a fifth of the time for 24 equal blocks. So a region is left as it is where all of it is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.ir.effects import bodies, is_getitem, is_opaque
+from breakable_backend.marks.marking import REGION_KEY, Scope, classify
+
+
+class CutsRegion(Exception):
+    """An op in a region runs eagerly, or may have to: the regions have to be put in the place of their calls."""
+
+
+def inline_regions(gm: fx.GraphModule, wanted: Callable[[fx.GraphModule], bool] = lambda body: True) -> None:
+    """Put the bodies of regions in the place of their calls, in ``gm``, a graph of Dynamo's, and in the graphs in it.
+
+    Args:
+        gm: changed in place.
+        wanted: which bodies; all by default. It is asked once the regions inside of a body are dealt with.
+    """
+    for module in reversed([module for module in gm.modules() if isinstance(module, fx.GraphModule)]):
+        calls = [node for node in module.graph.nodes if _is_call(node)]
+        wanted_calls = [node for node in calls if all(map(wanted, bodies(node)))]
+        for node in wanted_calls:
+            _inline(module, node)
+        if wanted_calls:
+            module.recompile()
+
+
+def may_be_cut(body: fx.GraphModule) -> bool:
+    """Whether a body of Dynamo's has an op of somebody's, which may turn out to be no op to capture, a mark, or ops that have bodies."""
+    return any(
+        REGION_KEY in node.meta.get("custom", {})
+        or (isinstance(node.target, _torch.HigherOrderOperator) and not _is_call(node))
+        or any(map(is_opaque, _torch.overloads(node.target)))
+        for node in body.graph.nodes
+        if node.op == "call_function" or REGION_KEY in node.meta.get("custom", {})
+    )
+
+
+def require_whole_regions(module: fx.GraphModule, scope: Scope) -> None:
+    """Look into the regions of an ATen graph.
+
+    Raises:
+        CutsRegion: an op in one of them runs eagerly, by a mark or a rule.
+    """
+    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    known = frozenset().union(*(_torch.free_symbols(value) for value in values if not _torch.is_ragged(value)))
+    _require_whole(module, replace(scope, symbols=known))
+
+
+def _require_whole(module: fx.GraphModule, scope: Scope) -> None:
+    for node in module.graph.nodes:
+        for body in bodies(node) if _is_call(node) else ():
+            for inner in body.graph.nodes:
+                if inner.op == "call_function" and not _is_call(inner) and classify(inner, scope) is not None:
+                    raise CutsRegion(str(classify(inner, scope)))
+            _require_whole(body, scope)
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and _torch.is_region(node.target)
+
+
+def _inline(owner: fx.GraphModule, call: fx.Node) -> None:
+    """Put the body in the place of one call."""
+    region, _, *operands = call.args
+    assert isinstance(region, fx.Node)
+    body = getattr(owner, str(region.target))
+    given = iter(operands)
+    inside: dict[fx.Node, Any] = {}
+    returned: Any = ()
+    with owner.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                inside[node] = next(given)
+            elif node.op == "output":
+                returned = fx.node.map_arg(node.args[0], inside.__getitem__)
+            else:
+                inside[node] = copied = owner.graph.node_copy(node, inside.__getitem__)
+                if node.op == "get_attr":
+                    copied.target = _adopted(owner, f"{region.target}_{node.target}", getattr(body, str(node.target)))
+        for user in [user for user in call.users if is_getitem(user)]:
+            user.replace_all_uses_with(returned[user.args[1]])
+            owner.graph.erase_node(user)
+        if call.users:
+            call.replace_all_uses_with(owner.graph.call_function(_together, tuple(returned)))
+    owner.graph.erase_node(call)
+    if not region.users:
+        owner.graph.erase_node(region)
+
+
+def _together(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def _adopted(owner: fx.GraphModule, name: str, value: Any) -> str:
+    """The name of an attribute of ``owner`` that is ``value``: ``name``, or that with underscores behind it."""
+    while getattr(owner, name, value) is not value:
+        name += "_"
+    setattr(owner, name, value)
+    return name
