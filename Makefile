@@ -4,7 +4,7 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-EXTRAS := dev,examples,inspect
+EXTRAS := dev,examples,inspect,docs
 
 # The torches that are supported beside the pin of constraints.txt, which `make test` runs with, and the Pythons.
 NEWEST := 2.15.0
@@ -12,7 +12,7 @@ TORCHES := 2.11.0 2.14.1 $(NEWEST)
 PYTHONS := 3.11 3.12 3.13 3.14
 PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 
-.PHONY: help demo test check newest matrix fix gpu bench sweep zoo soak clean
+.PHONY: help docs release demo test check newest matrix fix gpu bench sweep zoo soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,8 @@ help:
 	@echo "make sweep   PyTorch's own ops and modules against eager, bit for bit: SWEEP='--device cuda --processes 16'"
 	@echo "make zoo     models of transformers, timm, torchvision and diffusers, likewise: ZOO='--device cuda --processes 8'"
 	@echo "make soak    MINUTES=8 on a GPU: threads, sizes, evictions, resets, dying models; does anything grow?"
+	@echo "make docs    the documentation as a site, in build/site; each link is checked"
+	@echo "make release REPOSITORY=https://...  build what is uploaded, and try it as a user would"
 	@echo "make clean   remove .venv, .venv-* and caches"
 
 demo: $(READY)
@@ -64,6 +66,12 @@ sweep: $(READY)
 # Needs those four libraries; what build/zoo.jsonl has already is not run again.
 zoo: $(READY)
 	$(RUN) tests/zoo.py $(ZOO)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+release:
+	REPOSITORY=$(REPOSITORY) .ci/release.sh
 
 MINUTES := 8
 soak: $(READY)
