@@ -31,7 +31,7 @@ from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import PartitionError
+from breakable_backend.errors import OptionsError, PartitionError
 from breakable_backend.faults import internal
 from breakable_backend.ir.effects import schema_name, tensors_of
 from breakable_backend.ir.program import source_line
@@ -46,6 +46,10 @@ _DRIVERS: Mapping[str, Callable[[torch.device], CaptureDriver]] = {
     "tape": TapeDriver,
     "eager": EagerDriver,
 }
+
+MODES = (None, "default", "reduce-overhead")
+"""Modes of ``torch.compile`` that ask for nothing else than what this backend does. The ``CompileConfig`` of transformers
+gives the last one where its user gives none."""
 
 
 class Backend:
@@ -94,7 +98,12 @@ class Backend:
     ) -> Callable[..., Any]:
         started = time.perf_counter()
         again = _torch.recompile_reason()
-        chosen = Options.parse({**(options or {}), **({"mode": mode} if mode not in (None, "default") else {})})
+        if mode not in MODES:
+            raise OptionsError(
+                f"mode={mode!r} is a mode of Inductor's, and this backend compiles no kernels",
+                fix="leave mode out; 'default' and 'reduce-overhead' are taken, and change nothing",
+            )
+        chosen = Options.parse(options)
         eager_ops = EagerOps.resolve(chosen.eager_ops)
         number = next(self._numbers)
         name = f"graph {number}"
