@@ -329,7 +329,9 @@ CASES: dict[str, Case] = {
     "does not take": Case("compile(plain, outputs='mine')(x)  # here"),
     "option 'tolerance' does not take": Case("compile(plain, tolerance=0.1)(x)  # here"),
     "option 'eager_ops' takes a list of ops, got": Case("compile(plain, eager_ops='aten::sin')(x)  # here"),
-    "is a mode of Inductor's, and this backend compiles no kernels": Case("torch.compile(plain, backend='breakable_cg', mode='max-autotune')(x)  # here"),
+    "is a mode of Inductor's, and this backend compiles no kernels": Case(
+        "torch.compile(plain, backend='breakable_cg', mode='max-autotune')(x)  # here"
+    ),
     "takes an integer of at least": Case("compile(plain, max_recordings='8')(x)  # here"),
     "does not exist yet": Case("compile(plain, inner='inductor')(x)  # here"),
     "is not a registered op": Case("mark_eager('aten::softmx')  # here"),
