@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import breakable_backend
-from breakable_backend import BreakableCUDAGraph
+from breakable_backend import BreakableCUDAGraph, _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
@@ -25,6 +25,9 @@ NO_GPU = "needs a CUDA GPU: torch.cuda.is_available() is False"
 # Compiling takes longer than any deadline, and a failure that comes and goes helps nobody.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+if _torch.may_use_freed_guards():  # else the process may crash as it ends, all tests passed
+    torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

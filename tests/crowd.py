@@ -45,9 +45,15 @@ class Crowd:
                 self.plain(torch.ones(size, device=device))
 
     def run(self, seconds: float, works: list[Callable[[], None]] | None = None) -> None:
-        """Let the threads work; each on a stream of its own."""
-        until = time.monotonic() + seconds
+        """Let the threads work; each on a stream of its own.
+
+        What is compiled is compiled before: while one thread traces, torch refuses the calls of all others.
+        """
         works = works or [self.captures_draws, self.captures, self.calls_draws, self.calls] * 2
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            for thing in dict.fromkeys(works):
+                thing()
+        until = time.monotonic() + seconds
 
         def work(thing: Callable[[], None]) -> None:
             with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(self.device)):

@@ -43,6 +43,7 @@ from breakable_backend._torch.dynamo import (
     graph_breaks,
     is_shared,
     keep_with_code,
+    may_use_freed_guards,
     place_of,
     recompile_reason,
     refuses_graph_breaks,

@@ -226,6 +226,17 @@ def forget_code_of(thing: object, reason: str) -> None:
                 return
 
 
+def may_use_freed_guards() -> bool:
+    """Whether Dynamo may write to guards that it has freed, which can end the process, whatever the backend.
+
+    So it is in 2.11 on Python 3.12 and newer: a guard that has failed stays among those that are told of each write to a
+    module's dictionary, and is not taken out when it is freed. Such a dictionary often goes as the process ends. Read and
+    tried on 2.11; 2.13 has mended it, and has the option off besides.
+    """
+    recursive = getattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", False)
+    return bool(recursive) and torch.__version__ < "2.13" and sys.version_info >= (3, 12)
+
+
 def until_reset() -> dict[str, Any]:
     """A dictionary that ``torch._dynamo.reset()`` forgets."""
     from torch._dynamo.code_context import code_context

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import torch
 
+from breakable_backend import _torch
 from breakable_backend.errors import BreakableError, first_line
 
 OLDEST, NEWEST = (2, 11), (2, 15)
 """The releases of torch that the tests run on, from the first to the last."""
 EXTRAS = {"depyf": "files to step through", "transformers": "the examples", "cuda-python": "CUDA graphs"}
 """Packages beside torch and Python, with what they are for."""
+
+_FREED_GUARDS = "set torch._dynamo.config.use_recursive_dict_tags_for_guards = False, or use torch 2.13"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ def _versions() -> Iterator[Finding]:
         yield Finding("torch", "note", f"{torch.__version__}, which is newer than what was tested: {supported}")
     else:
         yield Finding("torch", "good", torch.__version__)
+    if _torch.may_use_freed_guards():
+        yield Finding(
+            "Dynamo", "note", f"{torch.__version__} may crash as the process ends, with any backend: {_FREED_GUARDS}"
+        )
     entry = importlib.metadata.entry_points(group="torch_dynamo_backends", name="breakable_cg")
     if entry:
         yield Finding("torch.compile", "good", 'backend="breakable_cg" is found without an import')

@@ -224,3 +224,51 @@ def test_a_launch_that_fails_is_a_typed_error() -> None:
     assert caught.value.__cause__ is error
     assert told == ["the GPU is lost to this process: cudaGraphLaunch failed: unspecified launch failure"]
     assert len(list(segments(graph.recording))) == 2
+
+
+FREED = """
+import ctypes, gc, weakref
+import torch
+from breakable_backend import _torch
+if _torch.may_use_freed_guards():
+    torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+libc = ctypes.CDLL(None)
+libc.calloc.restype, libc.calloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
+
+class Inner(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+class Outer(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.inner = Inner(factor)
+    def forward(self, x):
+        return x * self.inner.factor
+
+one, other = Outer(1), Outer(2)
+compiled = torch.compile(lambda module, x: module(x), backend="eager")
+for module in (one, one, one, other, other):
+    compiled(module, torch.ones(2))
+torch._dynamo.reset()
+del compiled
+weakref.finalize._exitfunc()  # as Python does at its end
+gc.collect()
+held = [(libc.calloc(1, size), size) for size in range(64, 1100, 8) for _ in range(60)]
+one.factor = one.inner.factor = 3
+print([size for memory, size in held if any(ctypes.string_at(memory, size))])
+"""
+
+
+def test_no_guards_are_used_that_are_freed() -> None:
+    """With what the tests set, Dynamo writes to no guards that it has freed: else processes crash as they end, on torch 2.11."""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FREED],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
