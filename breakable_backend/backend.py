@@ -20,7 +20,8 @@ from torch import fx
 from breakable_backend import _torch, locks
 from breakable_backend.callers import Callers
 from breakable_backend.calling import registry
-from breakable_backend.calling.executor import Executor, scope_for, when_idle
+from breakable_backend.calling.executor import Executor, scope_for
+from breakable_backend.calling.lifetime import when_idle
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.compiling.flat import FlatGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 import breakable_backend
 import silly
-from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings.replay import interpret
 from breakable_backend.tools.report import ProgramReport
@@ -143,7 +144,7 @@ def run(
 
 def entries_of(executor: Executor) -> Iterator[Entry]:
     """The keys of an executor."""
-    for addresses in executor.sets.values():
+    for addresses in executor.keys.sets.values():
         yield from addresses.entries.values()
 
 

@@ -202,9 +202,9 @@ FAULTS = (
     # --- what dies ---
     Fault(
         "the-host-waits-for-what-dies",
-        "calling.executor:Executor._guards.drop",
-        "executor._drop_set(addresses, 'a static input had died', wait=False)",
-        "executor._drop_set(addresses, 'a static input had died')",
+        "calling.compiled:CompiledGraph._guards.drop",
+        "graph._drop_set(addresses, 'a static input had died', wait=False)",
+        "graph._drop_set(addresses, 'a static input had died')",
         "test_executor.py::test_a_death_does_not_wait[tape]",
     ),
     Fault(
@@ -231,7 +231,7 @@ FAULTS = (
     ),
     Fault(
         "a-pool-is-never-outgrown",
-        "calling.executor:Executor._make_way",
+        "calling.compiled:CompiledGraph._make_way",
         "not driver.room.holds(need)",
         "False",
         "test_lifetimes.py::test_smaller_keys_move_to_the_pool_of_a_larger_one[cpu-ascending]",
@@ -452,9 +452,9 @@ FAULTS = (
     # --- plain calls ---
     Fault(
         "plain-calls-go-through-the-graph-each-time",
-        "calling.executor:Executor._plain",
-        "self._straight or self._write_plain()",
-        "self._write_plain()",
+        "calling.compiled:CompiledGraph.plain_function",
+        "self._plain_function = write_plain(self.lowered, self.program, drawing, name, self.observers.file)",
+        "return write_plain(self.lowered, self.program, drawing, name, self.observers.file)",
         "test_plain.py::test_written_once[cpu]",
     ),
     Fault(
@@ -545,8 +545,8 @@ FAULTS = (
     Fault(
         "code-that-changes-objects-is-left-out",
         "calling.bound:_resolved",
-        "entry.run is None or lean.tensors or moves or (not resolved.is_pure(binding.code))",
-        "entry.run is None or lean.tensors or moves",
+        "(run := entry.function) is None or lean.tensors or moves or (not resolved.is_pure(binding.code))",
+        "(run := entry.function) is None or lean.tensors or moves",
         "test_bound.py::test_what_needs_dynamos_code[cpu]",
     ),
     Fault(
@@ -572,9 +572,9 @@ FAULTS = (
     ),
     Fault(
         "what-is-bound-looks-idle",
-        "calling.executor:Executor.replay_at",
-        "self._touch(entry, addresses)",
-        "pass",
+        "calling.executor:Executor._locked",
+        "keys.touch(entry, addresses, now)",
+        "run is not None or keys.touch(entry, addresses, now)",
         "test_bound.py::test_what_is_bound_is_in_use[cpu]",
     ),
     Fault(
@@ -690,14 +690,14 @@ FAULTS = (
     ),
     Fault(
         "a-set-that-went-is-used",
-        "calling.executor:Executor._drop_set",
-        "dropped is self.last",
+        "calling.keys:Keys.take_set",
+        "taken is self.last",
         "False",
         "test_executor.py::test_reset[tape]",
     ),
     Fault(
         "a-new-set-is-older-than-the-last",
-        "calling.executor:Executor._admit",
+        "calling.keys:Keys.add_set",
         "self.last = None",
         "pass",
         "test_executor.py::test_sets_stand_in_order_of_use[tape]",
@@ -860,7 +860,7 @@ FAULTS = (
     ),
     Fault(
         "who-calls-a-graph-that-is-there-is-not-noted",
-        "calling.executor:Executor._locked",
+        "calling.executor:Executor._not_replayed",
         "self.callers.note()",
         "pass",
         "test_report_reach.py::test_a_callee_behind_an_object[cpu]",
@@ -911,7 +911,7 @@ FAULTS = (
     ),
     Fault(
         "alignment-not-in-the-key",
-        "calling.executor:_KeyReader.shapes",
+        "calling.keys:KeyReader.shapes",
         """
         if args[index].data_ptr() % buffers.ALIGNMENT:
             begins = [args[index].data_ptr() % buffers.ALIGNMENT for index in self.bridged]
@@ -1104,14 +1104,14 @@ FAULTS = (
     # --- compare mode, and the first replay ---
     Fault(
         "first-replay-unchecked",
-        "calling.executor:_checked_once.first",
+        "calling.compiled:checked_once.first",
         "check_places(recording, args)",
         "pass",
         "test_compare.py::test_first_replay_looks_at_bridges[cpu-moved]",
     ),
     Fault(
         "every-replay-checked",
-        "calling.executor:_checked_once.first",
+        "calling.compiled:checked_once.first",
         "entry.run = replay.function",
         "pass",
         "test_compare.py::test_later_replays_do_not_look[cpu]",
@@ -1125,9 +1125,9 @@ FAULTS = (
     ),
     Fault(
         "first-replay-under-a-profiler-unchecked",
-        "calling.executor:_checked_once.first",
+        "calling.compiled:checked_once.first",
         "check_places(recording, args)",
-        "_torch.profiler_enabled() or check_places(recording, args)",
+        "torch.autograd._profiler_enabled() or check_places(recording, args)",
         "test_compare.py::test_first_replay_under_a_profiler[cpu-compile]",
     ),
     Fault(
@@ -1528,8 +1528,8 @@ FAULTS = (
     Fault(
         "compiled-call-inside-capture-keeps-its-breaks",
         "calling.executor:Executor.__call__",
-        "door.held.get() is not None and (handler := door.get()) is not None",
-        "door.held.get() is not None and (handler := door.get()) is not None and False",
+        "active.handler.held.get() is not None and active.handler.get() is not None",
+        "False",
         "test_capture.py::test_compiled_function_inside[cpu]",
     ),
     Fault(
@@ -1775,20 +1775,20 @@ FAULTS = (
     Fault(
         "addresses-not-in-the-key",
         "calling.executor:Executor._locked",
-        "addresses is known or self._keys.are_at(addresses.pointers, args)",
+        "addresses is known or reader.are_at(addresses.pointers, args)",
         "True",
         "test_contract_keys.py::test_swapped_parameter_data[cpu]",
     ),
     Fault(
         "ints-not-in-the-key",
-        "calling.executor:_KeyReader.shapes",
+        "calling.keys:KeyReader.shapes",
         "tuple([args[index] for index in self.numbers])",
         "()",
         "test_contract_keys.py::test_ints[cpu]",
     ),
     Fault(
         "open-layouts-not-in-the-key",
-        "calling.executor:_KeyReader.shapes",
+        "calling.keys:KeyReader.shapes",
         """
         if self.open_layouts:
             shapes += tuple(
@@ -1800,22 +1800,16 @@ FAULTS = (
     ),
     Fault(
         "minus-zero-is-zero",
-        "calling.executor:_scalar_bytes",
+        "calling.keys:scalar_bytes",
         "struct.pack('d', tensor.item())",
         "tensor.item()",
         "test_executor.py::test_scalar_bytes",
     ),
     Fault(
         "scalars-not-in-the-key",
-        "calling.executor:_KeyReader.shapes",
-        """
-        if self.scalars:
-            shapes += tuple((_scalar_bytes(args[index]) for index in self.scalars))
-        """,
-        """
-        if False:
-            shapes += tuple((_scalar_bytes(args[index]) for index in self.scalars))
-        """,
+        "calling.keys:KeyReader.shapes",
+        "\n        if self.scalars:\n            shapes += tuple((scalar_bytes(args[index]) for index in self.scalars))\n        ",
+        "\n        if False:\n            shapes += tuple((scalar_bytes(args[index]) for index in self.scalars))\n        ",
         "test_executor.py::test_scalar_with_many_values[tape]",
     ),
     Fault(
@@ -1842,7 +1836,7 @@ FAULTS = (
     Fault(
         "reentrant-call-not-plain",
         "calling.executor:Executor.__call__",
-        "(outer := current_call.get()) is not None and (not outer.over)",
+        "outer is not None and (not outer.over)",
         "False",
         "test_concurrency.py::test_a_thread_with_the_context_of_an_eager_step[cpu]",
     ),
@@ -1876,8 +1870,8 @@ FAULTS = (
     ),
     Fault(
         "a-report-waits-for-a-call",
-        "calling.executor:Executor.snapshot",
-        "self._changing",
+        "calling.compiled:CompiledGraph.snapshot",
+        "self.keys.changing",
         "self.driver.lock",
         "test_concurrency.py::test_a_report_does_not_wait_for_a_call[cpu]",
     ),
@@ -1890,11 +1884,8 @@ FAULTS = (
     ),
     Fault(
         "failed-capture-is-forgotten",
-        "calling.executor:Executor._record",
-        """
-        if failed:
-            self._demote(program, failed)
-        """,
+        "calling.compiled:CompiledGraph.record",
+        "\n        if failed:\n            self._run_eagerly(program, failed)\n        ",
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
@@ -1979,32 +1970,32 @@ FAULTS = (
     ),
     Fault(
         "death-of-a-static-input-is-missed",
-        "calling.executor:Executor._guards",
-        "weakref.ref(args[v.index], died)",
-        "weakref.ref(args[v.index])",
+        "calling.lifetime:watch",
+        "weakref.ref(tensor, died)",
+        "weakref.ref(tensor)",
         "test_contract_release.py::test_dropped_model[cpu]",
     ),
     Fault(
         "reset-releases-nothing",
-        "calling.executor:Executor.reset",
+        "calling.compiled:CompiledGraph.reset",
         "when_idle(self.driver, self._drop_all)",
         "pass",
         "test_contract_release.py::test_reset_of_one_function[cpu]",
     ),
     Fault(
         "failed-warm-up-counts",
-        "calling.executor:Executor._locked",
+        "calling.executor:Executor._not_replayed",
         "outputs = self._plain(args, 'warm-up')",
         """
-        entry.warm = True
+        entry.warmed_up = True
         outputs = self._plain(args, 'warm-up')
         """,
         "test_contract_gaps.py::test_first_call_that_raises_is_no_warm_up[cpu]",
     ),
     Fault(
         "recordings-under-old-keys-kept",
-        "calling.executor:Executor._demote",
-        "self._keyed() != keyed",
+        "calling.compiled:CompiledGraph._run_eagerly",
+        "self.keyed() != keyed",
         "False",
         "test_contract_gaps.py::test_keys_read_otherwise_after_a_failed_capture[cpu]",
     ),
@@ -2431,7 +2422,7 @@ FAULTS = (
     ),
     Fault(
         "overlap-is-looked-for-once",
-        "calling.executor:Executor._overlap",
+        "calling.sharing:SharedMemory.is_written",
         "(places, layouts) == addresses.apart",
         "addresses.apart[0]",
         "test_overlap.py::test_one_memory[cpu-by turns]",
@@ -2637,7 +2628,7 @@ FAULTS = (
     ),
     Fault(
         "eviction-waits",
-        "calling.executor:_release",
+        "calling.lifetime:release",
         "driver.release(graphs, owner, wait=wait)",
         "driver.release(graphs, owner)",
         "test_executor.py::test_eviction_does_not_wait[tape]",
@@ -2696,12 +2687,9 @@ FAULTS = (
     ),
     Fault(
         "what-is-vacated-is-gone-for-good",
-        "calling.executor:Executor.vacate",
-        "_release(gone, self.driver, wait=True)",
-        """
-        _release(gone, self.driver, wait=True)
-        self.sets.clear()
-        """,
+        "calling.compiled:CompiledGraph.vacate",
+        "release(self.keys.entries(), self.statistics, self.keys, self.driver, wait=True)",
+        "\n        release(self.keys.entries(), self.statistics, self.keys, self.driver, wait=True)\n        self.keys.sets.clear()\n        ",
         "test_passing.py::test_others_vacate_a_pool[tape]",
     ),
     Fault(
@@ -2734,14 +2722,14 @@ FAULTS = (
     ),
     Fault(
         "each-call-waits-for-a-busy-pool",
-        "calling.executor:Executor.__call__",
-        "lose_patience(driver)",
+        "calling.executor:Executor._without_pool",
+        "lose_patience(self.driver)",
         "pass",
         "test_passing.py::test_one_call_waits_for_a_busy_pool[tape]",
     ),
     Fault(
         "no-call-ever-waits-again",
-        "calling.executor:lose_patience",
+        "calling.lifetime:lose_patience",
         "driver.deferred.append(functools.partial(setattr, driver, 'patience', LOCK_TIMEOUT))",
         "pass",
         "test_passing.py::test_one_call_waits_for_a_busy_pool[tape]",
@@ -2756,7 +2744,7 @@ FAULTS = (
     Fault(
         "errors-of-the-device-name-nothing",
         "calling.executor:Executor._locked",
-        "blame(error, driver, self.name, self._latest())",
+        "blame(error, driver, self.name, keys.latest())",
         "pass",
         "test_process_end.py::test_an_eager_steps_error_of_the_device_is_the_same_object",
     ),
@@ -2799,8 +2787,8 @@ FAULTS = (
     ),
     Fault(
         "dropped-executor-releases-nothing",
-        "calling.executor:Executor.__init__",
-        "weakref.finalize(self, _release_all, self.sets, self.statistics, driver).atexit = False",
+        "calling.compiled:CompiledGraph.__init__",
+        "weakref.finalize(self, release_all, self.keys, self.statistics, driver).atexit = False",
         "pass",
         "test_executor.py::test_executor_that_is_dropped[cuda]",
         gpu=True,
@@ -2815,15 +2803,9 @@ FAULTS = (
     ),
     Fault(
         "host-scalars-frozen",
-        "calling.executor:_KeyReader.shapes",
-        """
-        if self.scalars:
-            shapes += tuple((_scalar_bytes(args[index]) for index in self.scalars))
-        """,
-        """
-        if False:
-            shapes += tuple((_scalar_bytes(args[index]) for index in self.scalars))
-        """,
+        "calling.keys:KeyReader.shapes",
+        "\n        if self.scalars:\n            shapes += tuple((scalar_bytes(args[index]) for index in self.scalars))\n        ",
+        "\n        if False:\n            shapes += tuple((scalar_bytes(args[index]) for index in self.scalars))\n        ",
         "test_cuda.py::test_host_scalars_are_keyed_then_eager",
         gpu=True,
     ),

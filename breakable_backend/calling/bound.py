@@ -8,12 +8,12 @@ lie.
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
@@ -23,8 +23,9 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.calling import resolved
-from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.inputs import Inputs
+from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import eager_graphs_of, executors_of
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.ir.effects import written_inputs
@@ -285,43 +286,22 @@ class _Replayed:
     around: list[FrameType]
 
 
-class _Tap:
-    """Sees what ``executor`` replays in this thread, and the Python code that leads there."""
-
-    def __init__(self, executor: Executor, outer: FrameType, found: list[_Replayed]) -> None:
-        self._executor, self._outer, self._found = executor, outer, found
-        self._thread: int | None = threading.get_ident()
-        self._before = executor.tap
-        executor.tap = self
-
-    def __call__(self, entry: Entry, args: list[Any]) -> None:
-        if self._before is not None:
-            self._before(entry, args)
-        if self._thread == threading.get_ident():
-            made, around = _torch.dynamo_frames(self._outer)
-            self._found.append(_Replayed(self._executor, entry, tuple(args), made, around))
-
-    def close(self) -> None:
-        """See nothing more. Another thread may have put its own before this one by now."""
-        self._thread = None
-        while isinstance(before := self._before, _Tap) and before._thread is None:
-            self._before = before._before
-        if self._executor.tap is self:
-            self._executor.tap = self._before
-
-
 def _observed(
     compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
 ) -> tuple[Any, _Binding | None, str]:
     """Call ``compiled``: its result; if it was one replay, what to bind; and why it cannot be bound, if that is sure."""
     found: list[_Replayed] = []
     here = sys._getframe()
-    taps = [_Tap(executor, here, found) for executor in executors_of(compiled)]
-    try:
+
+    def spectator(executor: Executor, entry: Entry, args: list[Any]) -> None:
+        """Note what is replayed, and the Python code that leads there."""
+        made, around = _torch.dynamo_frames(here)
+        found.append(_Replayed(executor, entry, tuple(args), made, around))
+
+    with ExitStack() as stack:
+        for executor in executors_of(compiled):
+            stack.enter_context(executor.showing(functools.partial(spectator, executor)))
         result = compiled(*args, **kwargs)
-    finally:
-        for tap in taps:
-            tap.close()
     try:
         if not found:
             return result, None, _why_never(compiled)
@@ -400,7 +380,7 @@ def _resolved(
     executor, entry = replayed.executor, replayed.entry
     written = written_inputs(executor.lowered.module)
     moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)
-    if entry.run is None or lean.tensors or moves or not resolved.is_pure(binding.code):
+    if (run := entry.function) is None or lean.tensors or moves or not resolved.is_pure(binding.code):
         return None
     leaves = {id(leaf): text for text, leaf in (*resolved.paths(own[0], "args"), *resolved.paths(own[1], "kwargs"))}
     placed = {at: leaves.get(id(value), "") for at, value in enumerate(others) if isinstance(value, torch.Tensor)}
@@ -413,7 +393,7 @@ def _resolved(
         return None
     slow, before = binding.function, binding.before
     otherwise = (lambda *args, **kwargs: slow(*before, *args, **kwargs)) if before else slow
-    found = resolved.resolve(executor, entry, entry.run, handed, placed, lean.static, result, same, otherwise)
+    found = resolved.resolve(executor, entry, run, handed, placed, lean.static, result, same, otherwise)
     if found is not None:
         binding.before = ()
     return found
@@ -547,7 +527,7 @@ class _Graph:
             del handed
             if written:
                 count_up([args[position] for position in written])
-            if (last := executor.last) is not known:
+            if (last := executor.keys.last) is not known:
                 known = last if last is not None and last.pointers == addresses else None
             return executor(args, known)
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.keys import Entry
 from breakable_backend.recordings.replay import Function
 
 _PURE = (
@@ -158,7 +159,7 @@ def resolve(
         "template": template,
         "freed": memory.freed,
         "memory": memory,
-        "replay_at": executor.replay_at,
+        "call": executor.__call__,
         "entry": weakref.ref(entry),
         "run": weakref.ref(run),
         "otherwise": otherwise,
@@ -168,7 +169,8 @@ def resolve(
         f"if not freed{'' if same is None else ' and same()'}:",
         "    values = template.copy()",
         *(f"    values[{at}] = {text}" for at, text in placed.items()),
-        "    outputs = replay_at(values, entry(), run())",
+        "    key, known = entry(), run()",
+        "    outputs = call(values, None, key, known) if key is not None and known is not None else None",
         "    if outputs is not None:",
         f"        return {result}",
         "return otherwise(*args, **kwargs)",

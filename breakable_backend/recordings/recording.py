@@ -185,6 +185,11 @@ class Recording:
     def graphs(self) -> tuple[CapturedGraph, ...]:
         return tuple(step.graph for step in self.steps if isinstance(step, GraphStep))
 
+    def bridge_of(self, name: str) -> Bridge | None:
+        """The bridge of an input; None if it has none."""
+        bridge = self.constants.get(_bridge_name(name))
+        return bridge if isinstance(bridge, Bridge) else None
+
     @property
     def num_copies(self) -> int:
         """Copies between bridges and the outside in one call, at most."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
+from breakable_backend.calling.snapshot import Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.errors import OptionsError
 from breakable_backend.recordings.recording import GraphStep, Recording
@@ -55,7 +55,7 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     if isinstance(compiled, BreakableCUDAGraph):
         files, eager = list(_captured(compiled)), []
     else:
-        files = [file for executor in executors_of(compiled) for file in _compiled(executor)]
+        files = [file for executor in executors_of(compiled) for file in _compiled(executor.snapshot())]
         eager = eager_graphs_of(compiled)
         if not files and not eager:
             raise OptionsError(
@@ -68,12 +68,11 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     return (place(target, "README.txt", index), *paths)
 
 
-def _compiled(executor: Executor) -> Iterator[_File]:
-    snapshot = executor.snapshot()
-    program, name = snapshot.program, executor.name
+def _compiled(snapshot: Snapshot) -> Iterator[_File]:
+    program, name = snapshot.program, snapshot.name
     yield _File(
         file_name(name, "aten"),
-        module_text(executor.lowered.module, f"{name}: what AOTAutograd made of it"),
+        module_text(snapshot.lowered.module, f"{name}: what AOTAutograd made of it"),
         f"{name}, lowered to ATen",
     )
     counts = f"{len(program.graph_segments)} captured segments, {len(program.eager_segments)} eager"
@@ -85,7 +84,7 @@ def _compiled(executor: Executor) -> Iterator[_File]:
         yield _File(file_name(name, title), segment_text(program, position), f"{name}, {title.replace('_', ' ')}")
     for key in snapshot.keys:
         if key.recording is not None and key.replay is not None:
-            yield from _recorded(f"{name} replay {key.entry.number}", key.recording, key.replay.source)
+            yield from _recorded(f"{name} replay {key.number}", key.recording, key.replay.source)
 
 
 def _captured(graph: BreakableCUDAGraph) -> Iterator[_File]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,16 @@ import torch
 from torch import fx
 
 from breakable_backend import active
-from breakable_backend.calling.executor import Entry, Executor, run_deferred
+from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.keys import Entry, Key
+from breakable_backend.calling.lifetime import run_deferred
+from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph
+from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import under_ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
+from breakable_backend.ir.program import Program
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
@@ -124,6 +130,9 @@ class Measured:
 
 # --- what to replay -----------------------------------------------------------------------------------------------------
 
+Place = tuple[str, Key]
+"""A recording: the name of its graph, and its key."""
+
 
 def measure_compiled(
     compiled: Any,
@@ -131,7 +140,7 @@ def measure_compiled(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     eager: Callable[[], Any] | None,
-) -> dict[Entry, Measured]:
+) -> dict[Place, Measured]:
     """Measure the recordings behind a compiled function; with arguments, those that a call with them replays.
 
     Raises:
@@ -143,26 +152,23 @@ def measure_compiled(
             f"{debugged.name} is in debug mode, where times mean nothing", fix="measure without options={'debug': ...}"
         )
     if not (args or kwargs):
-        recorded = [
-            (executor, key.entry)
-            for executor in executors_of(compiled)
-            for key in executor.snapshot().keys
-            if key.recording is not None
-        ]
         measured = {}
-        for executor, entry in recorded:
+        for executor in executors_of(compiled):
             with executor.driver.lock:  # what is recorded now stays so
-                if entry.recording is not None:
-                    kept = _kept_arguments(executor, entry)
-                    measured[entry] = _measure_entry(executor, entry, kept, None, _Reference.given(eager))
+                snapshot = executor.snapshot()
+                for key in snapshot.keys:
+                    if key.recording is not None:
+                        kept = _kept_arguments(snapshot, key)
+                        found = _measure_key(executor, snapshot, key, kept, None, _Reference.given(eager))
+                        measured[executor.name, key.key] = found
         if not measured:
             raise OptionsError(
                 "there is nothing to measure: no call was recorded",
                 fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
             )
         return measured
-    tapped = _replayed(compiled, executors_of, args, kwargs)
-    if not tapped:
+    replayed = _replayed(compiled, executors_of, args, kwargs)
+    if not replayed:
         raise OptionsError(
             "there is nothing to measure: the call replays nothing",
             fix="call explain under torch.no_grad()" if torch.is_grad_enabled() else "explain(compiled) says why",
@@ -174,26 +180,39 @@ def measure_compiled(
 
     whole = _Whole(lambda: compiled(*args, **kwargs), _Reference.given(eager) or _Reference(uncompiled, "eager"))
     measured = {}
-    for entry, (executor, values) in tapped.items():
+    for (name, wanted), (executor, values) in replayed.items():
         with executor.driver.lock:
-            if entry.recording is not None:  # another thread may have reset it since
-                measured[entry] = _measure_entry(executor, entry, values, whole if len(tapped) == 1 else None)
+            snapshot = executor.snapshot()
+            for key in snapshot.keys:
+                if key.key == wanted and key.recording is not None:  # another thread may have reset it since
+                    only = whole if len(replayed) == 1 else None
+                    measured[name, wanted] = _measure_key(executor, snapshot, key, values, only)
     return measured
 
 
 def _replayed(
     compiled: Any, executors_of: Callable[[Any], Sequence[Executor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[Entry, tuple[Executor, list[Any]]]:
+) -> dict[Place, tuple[Executor, list[Any]]]:
     """What a call replays, with its arguments. A call that learns, runs plainly, or records, is made again."""
     for _ in range(5):  # two that learn what marked functions return, a plain one, one that records, one that replays
-        found: dict[Entry, tuple[Executor, list[Any]]] = {}
+        found: dict[Place, tuple[Executor, list[Any]]] = {}
         executors = executors_of(compiled)
-        calls = sum(executor.statistics.calls for executor in executors)
-        with _tapped(executors, found):
+
+        def spectator(executor: Executor, entry: Entry, args: list[Any], found: Any = found) -> None:
+            found[executor.name, entry.key] = executor, args
+
+        calls = _num_calls(executors)
+        with ExitStack() as stack:
+            for executor in executors:
+                stack.enter_context(executor.showing(functools.partial(spectator, executor)))
             compiled(*args, **kwargs)
-        if found and sum(executor.statistics.calls for executor in executors) - calls == len(found):
+        if found and _num_calls(executors) - calls == len(found):
             break
     return found
+
+
+def _num_calls(executors: Sequence[Executor]) -> int:
+    return sum(executor.snapshot().statistics.calls for executor in executors)
 
 
 @dataclass(frozen=True)
@@ -216,18 +235,7 @@ class _Whole:
     reference: _Reference
 
 
-@contextmanager
-def _tapped(executors: Sequence[Executor], into: dict[Entry, tuple[Executor, list[Any]]]) -> Iterator[None]:
-    for executor in executors:
-        executor.tap = lambda entry, args, executor=executor: into.__setitem__(entry, (executor, args))
-    try:
-        yield
-    finally:
-        for executor in executors:
-            executor.tap = None
-
-
-def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
+def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
     """Arguments like those of the last replay, from what the executor and the recording keep of them.
 
     The bridge of a large input shares its memory with other values: zeros take its place, which are safe to index with.
@@ -235,20 +243,19 @@ def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
     Raises:
         OptionsError: an input is read in place, or by eager steps alone, and so is kept nowhere.
     """
-    assert entry.recording is not None
-    statics = iter([ref() for ref in executor.sets[entry.key.addresses].guards])
-    numbers = iter(entry.key.shapes)
+    assert key.recording is not None
+    statics, numbers = iter(key.statics), iter(key.key.shapes)
     values: list[Any] = []
-    for value in executor.program.inputs:
+    for value in snapshot.program.inputs:
         if value.index < 0:
             continue
-        bridge = entry.recording.constants.get(f"{value.name}.bridge")
+        bridge = key.recording.bridge_of(value.name)
         if value.kind == "static":
             values.append(next(statics))
         elif value.kind == "number":
             values.append(next(numbers))
-        elif isinstance(bridge, Bridge):
-            kept = entry.recording.most is None or bridge.num_bytes <= buffers.KEPT_INPUT
+        elif bridge is not None:
+            kept = key.recording.most is None or bridge.num_bytes <= buffers.KEPT_INPUT
             values.append(bridge.tensor.clone() if kept else Bridge.zeros(bridge.tensor).tensor)
         else:
             raise OptionsError(
@@ -258,38 +265,41 @@ def _kept_arguments(executor: Executor, entry: Entry) -> list[Any]:
     return values
 
 
-def _written(executor: Executor, args: Sequence[Any]) -> list[torch.UntypedStorage]:
+def _written(program: Program, args: Sequence[Any]) -> list[torch.UntypedStorage]:
     """Storages of the caller's that a call writes."""
-    names = {access.storage for segment in executor.program.segments for access in segment.writes}
-    return [args[v.index].untyped_storage() for v in executor.program.inputs if v.index >= 0 and v.name in names]
+    names = {access.storage for segment in program.segments for access in segment.writes}
+    return [args[v.index].untyped_storage() for v in program.inputs if v.index >= 0 and v.name in names]
 
 
 # --- timing -------------------------------------------------------------------------------------------------------------
 
 
-def _measure_entry(
+def _measure_key(
     executor: Executor,
-    entry: Entry,
+    snapshot: Snapshot,
+    key: KeySnapshot,
     args: Sequence[Any],
     whole: _Whole | None,
     reference: _Reference | None = None,
 ) -> Measured:
-    assert entry.recording is not None
-    assert entry.replay is not None
-    assert entry.run is not None
-    run, driver = entry.run, executor.driver
-    module = _uncaptured(executor)
+    recording, run, driver = key.recording, key.run, snapshot.driver
+    assert recording is not None
+    assert run is not None
+    module = _uncaptured(snapshot.lowered)
     plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
-    counted = (entry.replay.tally, executor.statistics, entry)
-    with _undisturbed(driver, lambda: _written(executor, args)) as bench, _uncounted(*counted), torch.no_grad():
+    with (
+        _undisturbed(driver, lambda: _written(snapshot.program, args)) as bench,
+        executor.uncounted(),
+        torch.no_grad(),
+    ):
         with _alone(driver) as stream:
             times = bench.times(lambda: run(list(args), stream))
-            steps = _timed_steps(bench, entry.recording, args, stream)
+            steps = _timed_steps(bench, recording, args, stream)
         outside = 0.0
         if whole is not None:
             replayed, times, reference = times, bench.times(whole.call), whole.reference
             outside = max(0.0, times.host_us - replayed.host_us)
-        return _judged(entry.recording, times, steps, bench, driver, reference or plain, plain, outside)
+        return _judged(recording, times, steps, bench, driver, reference or plain, plain, outside)
 
 
 def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) -> Measured:
@@ -455,9 +465,9 @@ def _uncounted(*counters: Any) -> Iterator[None]:
             vars(counter).update(counts)
 
 
-def _uncaptured(executor: Executor) -> fx.GraphModule:
+def _uncaptured(lowered: Lowered) -> fx.GraphModule:
     """The whole graph as one module, with the ambient state of its eager steps: the least that eager could cost."""
-    module = executor.lowered.module
+    module = lowered.module
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     under_ambient(graph)

@@ -21,8 +21,8 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.callers import found_by
-from breakable_backend.calling.executor import Entry, Executor, KeySnapshot
 from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
+from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
@@ -31,7 +31,7 @@ from breakable_backend.marks.marking import label
 from breakable_backend.marks.sites import breaks, learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
-from breakable_backend.tools.measure import Measured, measure_compiled, measure_graph
+from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
 from breakable_backend.tools.saved import record_from
@@ -158,7 +158,7 @@ def explain(
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
         return Report((_captured(compiled, timed),), (), {}, (), {}, "default", {})
-    measured: Mapping[Entry, Measured] = {}
+    measured: Mapping[Place, Measured] = {}
     if compiled is not None and _is_plain(compiled):
         if not (args or kwargs):
             raise OptionsError(
@@ -176,7 +176,7 @@ def explain(
             if found_by(_torch.subjects_of(compiled), learning()):
                 compiled(*args, **kwargs)
     executors = executors_of(compiled)
-    programs = [_program(executor, measured) for executor in executors]
+    programs = [_program(executor.snapshot(), measured) for executor in executors]
     if compiled is not None and executors:
         unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
         notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
@@ -222,13 +222,14 @@ def _codes(compiled: Any) -> list[CodeType]:
 # --- from executors and graphs ------------------------------------------------------------------------------------------
 
 
-def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramReport:
-    snapshot = executor.snapshot()
-    statistics, program = snapshot.statistics, snapshot.program
-    recordings = tuple(_recording(key, position, measured.get(key.entry)) for position, key in enumerate(snapshot.keys))
+def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramReport:
+    statistics, program, driver = snapshot.statistics, snapshot.program, snapshot.driver
+    recordings = tuple(
+        _recording(key, position, measured.get((snapshot.name, key.key))) for position, key in enumerate(snapshot.keys)
+    )
     return ProgramReport(
-        name=executor.name,
-        driver=f"{executor.driver.name} on {executor.driver.device}",
+        name=snapshot.name,
+        driver=f"{driver.name} on {driver.device}",
         num_graph_segments=len(program.graph_segments),
         num_eager_segments=len(program.eager_segments),
         reasons=program.reasons,
@@ -243,35 +244,35 @@ def _program(executor: Executor, measured: Mapping[Entry, Measured]) -> ProgramR
         recorded=dict(statistics.recorded),
         notes=snapshot.notes,
         lowering_seconds=statistics.lowering_seconds,
-        pool_bytes=executor.driver.pool_bytes(),
-        executable_bytes=executor.driver.executable_bytes(),
+        pool_bytes=driver.pool_bytes(),
+        executable_bytes=driver.executable_bytes(),
         recordings=recordings,
-        debug=executor.options.debug,
+        debug=snapshot.options.debug,
         bound_calls=statistics.bound,
         misfits=dict(statistics.misfits),
     )
 
 
 def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
-    entry, recording, replay = key.entry, key.recording, key.replay
-    numbers = ", ".join(str(part) for part in entry.key.shapes)
+    recording, replay = key.recording, key.replay
+    numbers = ", ".join(str(part) for part in key.key.shapes)
     return RecordingReport(
         key=f"{position}: {numbers}" if numbers else str(position),
         num_graphs=len(recording.graphs) if recording else 0,
         calls=key.calls,
-        captures=entry.captures,
+        captures=key.captures,
         replays=key.replays,
         copies_per_call=recording.num_copies if recording else 0,
-        copies=entry.record_copies + (replay.tally.copies if replay else 0),
+        copies=key.copies,
         bridge_bytes=recording.bridge_bytes if recording else 0,
         held_bytes=recording.held_bytes if recording else 0,
-        warmup_seconds=entry.warmup_seconds,
-        record_seconds=entry.record_seconds,
-        why=entry.why,
+        warmup_seconds=key.warmup_seconds,
+        record_seconds=key.record_seconds,
+        why=key.why,
         source=replay.source if replay else "",
-        refused=entry.refused,
-        failures=entry.trials.failures,
-        last_failure=entry.trials.reason,
+        refused=key.refused,
+        failures=key.failures,
+        last_failure=key.last_failure,
         steps=_timed(_steps(recording), measured),
         measured=measured,
     )

@@ -22,6 +22,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
@@ -30,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import bind
-from breakable_backend.calling.executor import Entry, Executor
+from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Slot
 
@@ -88,12 +90,10 @@ def show(title: str, rows: dict[str, tuple[list[float], list[float]]]) -> None:
 def inside(compiled: Callable[..., Any], call: Call, x: Tensor) -> tuple[Executor, Entry, list[Any]]:
     """The executor that ``call`` of ``compiled`` comes to, what it replays for ``x``, and with which arguments."""
     seen: list[tuple[Executor, Entry, list[Any]]] = []
-    executors = executors_of(compiled)
-    for executor in executors:
-        executor.tap = lambda entry, args, executor=executor: seen.append((executor, entry, args))  # type: ignore[misc]
-    call(x)
-    for executor in executors:
-        executor.tap = None
+    with ExitStack() as stack:
+        for executor in executors_of(compiled):
+            stack.enter_context(executor.showing(lambda entry, args, at=executor: seen.append((at, entry, args))))
+        call(x)
     (found,) = seen
     return found
 

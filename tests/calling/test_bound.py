@@ -675,7 +675,7 @@ def test_what_is_bound_is_in_use(device: torch.device, options: dict[str, Any]) 
         compiled(y)
     assert_same(bound(x), eager(x))
     (executor,) = executors_of(compiled)
-    (addresses,) = executor.sets.values()
+    (addresses,) = executor.keys.sets.values()
     assert addresses.last_call == executor.statistics.calls
     assert [entry.calls for entry in addresses.entries.values()] == [3, 4]
 
@@ -1002,7 +1002,8 @@ def test_threads(device: torch.device, options: dict[str, Any]) -> None:
     assert not wrong
     assert not bound.misfits
     (executor,) = executors_of(compiled)
-    assert executor.tap is None
+    (entry,) = executor.keys.entries()
+    assert entry.replay is not None and entry.run is entry.replay.function, "nobody is shown replays any more"
 
 
 @pytest.mark.gpu

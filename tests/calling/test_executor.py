@@ -20,9 +20,9 @@ import breakable_backend
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend.active import calling, in_call
-from breakable_backend.calling import executor as module
 from breakable_backend.calling import policy
-from breakable_backend.calling.executor import Entry, Executor, scope_for
+from breakable_backend.calling.executor import Executor, scope_for
+from breakable_backend.calling.keys import Entry, scalar_bytes
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.drivers import CaptureDriver
@@ -78,7 +78,7 @@ def make(driver: CaptureDriver) -> Iterator[Make]:
 
 
 def entries(executor: Executor) -> list[Entry]:
-    return [entry for addresses in executor.sets.values() for entry in addresses.entries.values()]
+    return [entry for addresses in executor.keys.sets.values() for entry in addresses.entries.values()]
 
 
 def ways(executor: Executor, *calls: list[Any]) -> list[str]:
@@ -141,7 +141,7 @@ def test_nothing_to_capture(make: Make) -> None:
     """A program without captured segments runs plainly and has no keys."""
     executor = make(lambda x: silly.triple(x), make.ones(3))
     assert ways(executor, *([make.ones(3)] for _ in range(3))) == ["nothing to capture"] * 3
-    assert executor.sets == {}
+    assert executor.keys.sets == {}
 
 
 def test_inside_an_eager_step(make: Make) -> None:
@@ -226,7 +226,7 @@ def test_segment_that_cannot_be_captured(make: Make) -> None:
 
 def test_scalar_bytes() -> None:
     """A host scalar's part of the key tells what ``==`` does not, and knows a NaN again."""
-    of = module._scalar_bytes
+    of = scalar_bytes
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         zero, minus = torch.tensor(0.0, dtype=dtype), torch.tensor(-0.0, dtype=dtype)
         nan = torch.tensor(math.nan, dtype=dtype)
@@ -244,7 +244,7 @@ def test_scalar_bytes() -> None:
 def test_key_reads_numbers(make: Make) -> None:
     """Every number among the arguments is in the key."""
     executor = make(lambda x, n: x + n, make.ones(3), 5, mode="symbolic")
-    first, again, other = (executor._read_key([make.ones(3), n]) for n in (5, 5, 6))
+    first, again, other = (executor.reader.read([make.ones(3), n]) for n in (5, 5, 6))
     assert first == again
     assert first != other
     assert first.addresses == ()
@@ -253,13 +253,13 @@ def test_key_reads_numbers(make: Make) -> None:
 def test_key_reads_open_layouts(make: Make) -> None:
     """Shapes and strides that were left open are in the key, with dtype and device; others are Dynamo's to guard."""
     executor = make(lambda x: x + 1, make.ones(3, 4), mode="symbolic")
-    read = executor._read_key
+    read = executor.reader.read
     assert read([make.ones(3, 4)]) == read([make.ones(3, 4)])
     assert read([make.ones(3, 4)]) != read([make.ones(4, 3)])
     assert read([make.ones(3, 4)]) != read([make.ones(4, 3).t()])
     assert read([make.ones(3, 4)]) != read([make.ones(3, 4).double()])
     fixed = make(lambda x: x + 1, make.ones(3, 4))
-    assert fixed._read_key([make.ones(3, 4)]).shapes == ()
+    assert fixed.reader.read([make.ones(3, 4)]).shapes == ()
 
 
 def test_key_reads_addresses(make: Make) -> None:
@@ -272,9 +272,9 @@ def test_key_reads_addresses(make: Make) -> None:
 
     executor = make(f, *(make.ones(3) for _ in range(4)), static=[0])
     args = [make.ones(3) for _ in range(4)]
-    key = executor._read_key(args)
+    key = executor.reader.read(args)
     assert key.addresses == (args[0].data_ptr(), args[1].data_ptr())
-    assert executor._read_key([*args[:2], make.ones(3), make.ones(3)]) == key
+    assert executor.reader.read([*args[:2], make.ones(3), make.ones(3)]) == key
 
 
 def test_keys_are_recorded_each(make: Make) -> None:
@@ -362,7 +362,7 @@ def test_address_sets_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -
     assert ways(executor, [weights[2], make.ones(3)]) == ["more than 2 sets of static addresses in use"]
     ways(executor, *([weights[1], make.ones(3)] for _ in range(policy.IDLE_FACTOR * 2)))
     assert ways(executor, *([weights[2], make.ones(3)] for _ in range(3))) == ["warm-up", "record", "replay"]
-    assert len(executor.sets) == 2
+    assert len(executor.keys.sets) == 2
     assert executor.statistics.evictions == 1
     assert ways(executor, [weights[1], make.ones(3)]) == ["replay"]
 
@@ -375,7 +375,7 @@ def test_sets_stand_in_order_of_use(make: Make) -> None:
         ways(executor, *([make.ones(3), used] for _ in range(3)))
     for used in (first, first, third, first, second, second):
         executor([make.ones(3), used])
-        assert next(reversed(executor.sets)) == (used.data_ptr(),)
+        assert next(reversed(executor.keys.sets)) == (used.data_ptr(),)
 
 
 def test_static_input_at_another_address(make: Make) -> None:
@@ -410,7 +410,7 @@ def test_set_goes_with_its_static_input(make: Make) -> None:
     for w in (first, second):
         ways(executor, *([w, make.ones(3)] for _ in range(3)))
     del w, first
-    assert len(executor.sets) == 1
+    assert len(executor.keys.sets) == 1
     assert len(entries(executor)) == 1
     assert ways(executor, [second, make.ones(3)]) == ["replay"]
 
@@ -429,14 +429,14 @@ def test_written_input_at_many_addresses(make: Make) -> None:
         executor([kept[-1]])
         assert torch.equal(kept[-1], torch.full_like(kept[-1], number + 1.0))
     assert executor.notes == []
-    assert len(executor.sets) == policy.MAX_ADDRESSES
+    assert len(executor.keys.sets) == policy.MAX_ADDRESSES
     kept += [make.ones(3) for _ in range(3)]
     assert ways(executor, *([x] for x in kept[-3:])) == ["warm-up", "record", "replay"]
     assert all(torch.equal(x, make.ones(3) * 2) for x in kept[-3:])
     assert executor.notes == [
         "arg0_1 is written by captured segments and came at more than 4 addresses: copied in and back"
     ]
-    assert len(executor.sets) == 1
+    assert len(executor.keys.sets) == 1
     (entry,) = entries(executor)
     assert entry.recording is not None
     assert entry.recording.num_copies == 2
@@ -454,7 +454,7 @@ def test_no_orphans_after_a_failed_capture(make: Make) -> None:
     executor = make(f, make.ones(3), make.ones(3))
     ways(executor, *([make.ones(3), make.ones(3)] for _ in range(8)))
     recorded = [entry for entry in entries(executor) if entry.recording is not None]
-    assert {len(entry.key.addresses) for entry in recorded} == {len(executor._read_key([make.ones(3)] * 2).addresses)}
+    assert {len(entry.key.addresses) for entry in recorded} == {len(executor.reader.read([make.ones(3)] * 2).addresses)}
 
 
 def test_scalar_with_many_values(make: Make) -> None:
@@ -483,7 +483,7 @@ def test_reset(make: Make) -> None:
     ways(executor, *([make.ones(3)] for _ in range(4)))
     assert make.driver.live_graphs() > 0
     executor.reset()
-    assert executor.sets == {}
+    assert executor.keys.sets == {}
     assert make.driver.live_blocks() == 0
     assert executor.statistics.finished_replays == 2
     assert ways(executor, *([make.ones(3)] for _ in range(3))) == ["warm-up", "record", "replay"]
@@ -500,7 +500,7 @@ def test_reset_during_a_call(make: Make) -> None:
         assert torch.equal(executor([x])[0], want)
     finally:
         silly.hooks.clear()
-    assert executor.sets == {}
+    assert executor.keys.sets == {}
     assert make.driver.live_blocks() == 0
 
 
@@ -621,7 +621,7 @@ def test_instances_of_one_class(device: torch.device, options: dict[str, Any]) -
                 y = torch.nn.functional.gelu(block.linear(block.norm(x)))
                 assert torch.equal(block(x), y + (y + y + y))
     (executor,) = executors_of(blocks[0])
-    assert len(executor.sets) == 3
+    assert len(executor.keys.sets) == 3
     assert [entry.replays for entry in entries(executor)] == [2, 2, 2]
 
 

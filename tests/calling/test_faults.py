@@ -13,7 +13,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import InternalError, capture, eager_on_graph
-from breakable_backend.calling import executor
+from breakable_backend.calling import compiled as compiled_graph
 from breakable_backend.capturing import graph as graph_module
 from breakable_backend.errors import first_line
 from breakable_backend.faults import internal, raise_if_ours
@@ -55,7 +55,7 @@ def test_a_fault_in_a_call(
         torch._dynamo.mark_dynamic(x, 0)
     for _ in range(calls):
         compiled(x)
-    monkeypatch.setattr(executor, place, None)
+    monkeypatch.setattr(compiled_graph, place, None)
     told_as_ours(lambda: compiled(x), caplog)
     monkeypatch.undo()
     for _ in range(4):

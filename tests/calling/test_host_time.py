@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import breakable_backend
 import silly
-from breakable_backend.calling.executor import Entry
+from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling import lowering
 from breakable_backend.marks import sites
@@ -23,7 +23,7 @@ from checks import assert_same, check, compile_both
 def entry_of(compiled: Callable[..., Any]) -> Entry:
     """The one key of the one graph behind ``compiled``."""
     (executor,) = executors_of(compiled)
-    (addresses,) = executor.sets.values()
+    (addresses,) = executor.keys.sets.values()
     (entry,) = addresses.entries.values()
     return entry
 
@@ -355,9 +355,8 @@ def test_gradients_are_on_behind_a_call(
         assert torch.is_grad_enabled()
     (executor,) = executors_of(compiled)
     modes: list[bool] = []
-    executor.tap = lambda *_: modes.append(torch.is_grad_enabled())
     monkeypatch.setitem(silly.hooks, "fragile", lambda: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
+    with executor.showing(lambda *_: modes.append(torch.is_grad_enabled())), pytest.raises(ZeroDivisionError):
         compiled(x)
     assert modes == [False]
     assert torch.is_grad_enabled()

@@ -20,7 +20,7 @@ from torch import Tensor
 import silly
 from breakable_backend import BreakableCUDAGraph, CaptureError, ReplayError, capture, eager_on_graph, explain
 from breakable_backend.calling import policy
-from breakable_backend.calling.executor import PUT_OFF
+from breakable_backend.calling.compiled import PUT_OFF
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
 from breakable_backend.failures import passing

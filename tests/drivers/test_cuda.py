@@ -348,7 +348,7 @@ def test_random_graphs_go_through_torch() -> None:
     for _ in range(3):
         ours(x)
     (executor,) = executors_of(ours)
-    (entry,) = next(iter(executor.sets.values())).entries.values()
+    (entry,) = next(iter(executor.keys.sets.values())).entries.values()
     assert entry.recording is not None
     assert [graph.draws_random for graph in entry.recording.graphs] == [True, False]
 
@@ -584,7 +584,7 @@ def test_nodes_of_a_segment() -> None:
     for _ in range(3):
         ours(torch.randn(4, 64, device=CUDA))
     (executor,) = executors_of(ours)
-    (addresses,) = executor.sets.values()
+    (addresses,) = executor.keys.sets.values()
     (entry,) = addresses.entries.values()
     assert entry.recording is not None
     before, after = entry.recording.graphs

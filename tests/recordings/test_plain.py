@@ -17,7 +17,7 @@ from torch import Tensor
 import breakable_backend
 import silly
 from breakable_backend import EagerOutputError
-from breakable_backend.calling import executor as executor_module
+from breakable_backend.calling import compiled as compiled_module
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings import plain as module
@@ -98,7 +98,7 @@ def test_equals_the_segments(
         torch.manual_seed(0)
         with torch.no_grad():
             outcomes.append((run(x), torch.rand(1, device=device)))
-        executor._straight = Plain("", by_segments)
+        executor._plain_function = Plain("", by_segments)
     for outcome in outcomes[1:]:
         assert_same(outcome, outcomes[0])
     assert executor.statistics.plain == {"nothing to capture": 3}
@@ -136,7 +136,7 @@ def test_written_once(device: torch.device, options: dict[str, Any], monkeypatch
     """However many calls are plain, and of however many keys, the graph is gone through once."""
     made = []
     write = module.write_plain
-    monkeypatch.setattr(executor_module, "write_plain", lambda *args: made.append(args) or write(*args))
+    monkeypatch.setattr(compiled_module, "write_plain", lambda *args: made.append(args) or write(*args))
     executor = only_executor(chain, torch.rand(4, 2, device=device), options={**options, "min_kernels": 1000})
     for _ in range(4):
         executor([torch.rand(4, 2, device=device)])
@@ -218,7 +218,7 @@ def test_memory_goes_where_it_is_used_last(
     note.register_fake(torch.empty_like)
     executor = only_executor(lambda x: note(note(x).sin()).sin(), torch.ones(3, device=device), options=options)
     seen.clear(), alive.clear()
-    executor._write_plain().function([torch.ones(3, device=device)])
+    executor.plain_function().function([torch.ones(3, device=device)])
     assert alive == [False]
 
 

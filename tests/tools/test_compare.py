@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import silly
 from breakable_backend import BreakableCUDAGraph, DivergenceError, ReplayError, _torch, capture, eager_on_graph, reset
-from breakable_backend.calling.executor import Entry
+from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.errors import CAUSES
 from breakable_backend.recordings.buffers import Bridge
@@ -341,8 +341,8 @@ def test_address_moved_of_a_static_input(device: torch.device, compared: dict[st
     compiled = torch.compile(model, backend="breakable_cg", options=compared)
     run(compiled, device, 3)
     (executor,) = executors_of(compiled)
-    (addresses,) = executor.sets
-    executor._read_key = lambda args, read=executor._read_key: read(args)._replace(addresses=addresses)  # type: ignore[assignment, misc]
+    (addresses,) = executor.keys.sets
+    executor.reader.read = lambda args, read=executor.reader.read: read(args)._replace(addresses=addresses)  # type: ignore[assignment, misc]
     model.weight.data = model.weight.data.clone()
     error = diverges(compiled, device, "address moved", call=4)
     assert error.kind == "captured"
@@ -372,7 +372,7 @@ def test_frozen_number_of_the_key(device: torch.device, compared: dict[str, Any]
             compiled(x, 5)
         (executor,) = executors_of(compiled)
         key = next(entries_of(executor)).key
-        executor._read_key = lambda args: key  # type: ignore[assignment, misc]
+        executor.reader.read = lambda args: key  # type: ignore[assignment, misc]
         with pytest.raises(DivergenceError, match="takes 7 now, and took 5 when") as caught:
             compiled(x, 7)
     assert (caught.value.cause, caught.value.op) == ("frozen scalar", "aten::add")
@@ -655,7 +655,7 @@ def test_frozen_host_scalar() -> None:
             compiled(x, torch.tensor(2.0))
         (executor,) = executors_of(compiled)
         key = next(entries_of(executor)).key
-        executor._read_key = lambda args: key  # type: ignore[assignment, misc]
+        executor.reader.read = lambda args: key  # type: ignore[assignment, misc]
         with pytest.raises(DivergenceError, match=r"takes 3\.0 now, and took 2\.0 when") as caught:
             compiled(x, torch.tensor(3.0))
     assert (caught.value.cause, caught.value.op) == ("frozen scalar", "aten::mul")
@@ -890,8 +890,8 @@ def test_first_replay_looks_at_static_inputs(device: torch.device, options: dict
     compiled = torch.compile(model, backend="breakable_cg", options={**options, "min_kernels": 1})
     run(compiled, device, 2)
     (executor,) = executors_of(compiled)
-    (addresses,) = executor.sets
-    executor._read_key = lambda args, read=executor._read_key: read(args)._replace(addresses=addresses)  # type: ignore[assignment, misc]
+    (addresses,) = executor.keys.sets
+    executor.reader.read = lambda args, read=executor.reader.read: read(args)._replace(addresses=addresses)  # type: ignore[assignment, misc]
     model.weight.data = model.weight.data.clone()
     diverges(compiled, device, "address moved")
 

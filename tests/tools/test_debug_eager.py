@@ -152,7 +152,7 @@ def test_names_its_ops(device: torch.device, debug: dict[str, Any]) -> None:
         for _ in range(2):
             compiled(torch.ones(4, device=device))
     (executor,) = executors_of(compiled)
-    ((entry,),) = (addresses.entries.values() for addresses in executor.sets.values())
+    ((entry,),) = (addresses.entries.values() for addresses in executor.keys.sets.values())
     assert entry.recording is not None
     assert [graph.kernels() for graph in entry.recording.graphs] == [
         ("aten.sin.default", "aten.add.Tensor"),

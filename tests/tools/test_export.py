@@ -12,6 +12,7 @@ from torch import Tensor
 import silly
 from breakable_backend import BreakableCUDAGraph, BreakableError, OptionsError, capture, eager_on_graph, export, reset
 from breakable_backend.calling.registry import executors_of
+from breakable_backend.recordings.code import with_code
 from graphs import golden
 
 
@@ -55,7 +56,7 @@ breakable_cg_graph_0_replay_0_step_2.dot    graph 0 replay 0, step 2 captured, 3
             compile(text, name, "exec")
         else:
             assert text.startswith("digraph")
-    ((entry,),) = (addresses.entries.values() for addresses in executor.sets.values())
+    ((entry,),) = (addresses.entries.values() for addresses in executor.keys.sets.values())
     assert entry.replay is not None
     assert texts["breakable_cg_graph_0_replay_0.py"].endswith(entry.replay.source)
 
@@ -74,7 +75,7 @@ def test_segments_stay_as_they_are(device: torch.device, options: dict[str, Any]
     (executor,) = executors_of(compiled)
     program = executor.program
     modules = [module for segment in program.graph_segments for module in segment.module.modules()]
-    before = [(type(module).forward, type(module).forward.__code__) for module in modules]
+    before = [(type(with_code(module)).forward, type(module).forward.__code__) for module in modules]
     export(compiled, tmp_path)
     assert [(type(module).forward, type(module).forward.__code__) for module in modules] == before
 

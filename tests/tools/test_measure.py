@@ -20,7 +20,7 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
-from breakable_backend.calling import policy
+from breakable_backend.recordings import buffers
 from breakable_backend.tools import measure as module
 from breakable_backend.tools.measure import Advice, BreakCost, Measured, StepTime
 
@@ -222,7 +222,7 @@ def test_large_inputs_are_not_kept(
     options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bridge of a large input is other values' memory after a call: zeros are measured, which no index fails on."""
-    monkeypatch.setattr(policy, "KEPT_INPUT", 0)
+    monkeypatch.setattr(buffers, "KEPT_INPUT", 0)
     table = torch.arange(12.0, device=device).reshape(4, 3)
 
     def f(index: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain, reset
-from breakable_backend.calling.executor import Entry
+from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings.replay import Replay
 from breakable_backend.tools import profiling
@@ -36,7 +36,7 @@ def ranges(function: Callable[[], Any]) -> list[tuple[str, str]]:
 
 def entry_of(compiled: Any) -> Entry:
     (executor,) = executors_of(compiled)
-    (addresses,) = executor.sets.values()
+    (addresses,) = executor.keys.sets.values()
     (entry,) = addresses.entries.values()
     return entry
 

@@ -109,7 +109,7 @@ def test_files(device: torch.device, options: dict[str, Any], tmp_path: Path) ->
     assert "torch.ops.aten.sin.default" in texts["_aten.py"]
     assert "class segment_1_eager(torch.nn.Module):" in texts["_program.py"]
     assert "because silly::triple: tagged cudagraph_unsafe" in texts["_segment_1_eager.py"]
-    ((entry,),) = (addresses.entries.values() for addresses in executor.sets.values())
+    ((entry,),) = (addresses.entries.values() for addresses in executor.keys.sets.values())
     assert entry.replay is not None
     assert texts["_replay_0.py"] == entry.replay.source
     call(compiled, device, 2)

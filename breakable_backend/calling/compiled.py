@@ -1,0 +1,364 @@
+"""What an executor has, and how that changes: its program, its keys, and what was recorded for them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from breakable_backend.callers import Callers
+from breakable_backend.calling import policy
+from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, held, scalar_bytes
+from breakable_backend.calling.lifetime import release, release_all, run_deferred, watch, when_idle
+from breakable_backend.calling.sharing import SharedMemory
+from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, Statistics
+from breakable_backend.compiling.lowering import Lowered
+from breakable_backend.compiling.partition import partition
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.errors import Passing, first_line
+from breakable_backend.failures import passing
+from breakable_backend.ir.effects import written_inputs
+from breakable_backend.ir.lifetimes import needed
+from breakable_backend.ir.program import Program, Reason
+from breakable_backend.marks.marking import Scope
+from breakable_backend.options import Options
+from breakable_backend.recordings.observer import Observers, Subject, observers_of
+from breakable_backend.recordings.plain import Plain, write_plain
+from breakable_backend.recordings.recording import Binding, Plan, Recorded, Recording, check_places, record
+from breakable_backend.recordings.replay import Function, Replay
+
+log = logging.getLogger("breakable_backend.calling.executor")
+"""One log for an executor: the name is in docs/tools.md."""
+
+MOVED = "moved to a larger pool"
+"""Why recordings went that are made anew at the next call of their key."""
+
+PUT_OFF: Mapping[Passing, str] = {
+    "memory": "memory ran out",
+    "busy": "another thread had what a capture needs",
+    "disturbed": "something made the capture invalid, another thread most likely",
+}
+"""Why a recording is tried again later, as the report counts it."""
+
+READ_OTHERWISE = "keys are read otherwise since then"
+
+
+class CompiledGraph:
+    """One lowered graph. Whoever changes it holds the driver's lock, but for :meth:`reset` and :meth:`leave`, which take it."""
+
+    def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str) -> None:
+        self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
+        self.statistics = Statistics()
+        self.keys = Keys()
+        self.scope = scope
+        self.bridged: set[str] = set()
+        """Inputs written by captured segments that came at too many addresses to key them."""
+        self.variety = policy.Variety()
+        """Of the values of host scalars, and of the addresses of written inputs."""
+        self.notes: list[str] = []
+        """What was given up since, for the report."""
+        self.moves, self.most_moved = 0, 0
+        """How often a key of this program outgrew the pool; and the bytes that it had then, at most."""
+        self.callers = Callers()
+        self.observers: Observers = observers_of(Subject(name, options, log))
+        self.cut_program()
+        driver.tenants.append(weakref.ref(self, driver.tenants.remove))
+        # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
+        weakref.finalize(self, release_all, self.keys, self.statistics, driver).atexit = False
+
+    # the program
+
+    def cut_program(self) -> None:
+        """Make the program, and from it how a key is read."""
+        self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
+        self.capturable = bool(self.program.graph_segments)
+        self._plain_function: Plain | None = None
+        self.sharing = SharedMemory(self.program, written_inputs(self.lowered.module))
+        self.reader = KeyReader.of(self.program, self.keyed(), self.options.scalars == "key")
+        self.observers.cut(self.program)
+
+    def recut(self, scope: Scope, failed: Mapping[str, Reason], apart: Collection[str]) -> Program:
+        """The program, cut anew around nodes that could not be captured."""
+        scope = replace(scope, forced={**scope.forced, **failed})
+        return partition(self.lowered, scope, min_kernels=self.options.min_kernels, apart=apart)
+
+    def keyed(self) -> frozenset[str]:
+        """Inputs that captured segments write, and whose addresses are in the key."""
+        written = self.program.written_by_graphs()
+        tensors = {value.name for value in self.program.inputs if value.kind == "tensor"}
+        return frozenset((written & tensors) - self.bridged)
+
+    def plain_function(self) -> Plain:
+        """The function of plain calls, made for the first of them."""
+        if self._plain_function is None:
+            # Where two threads make one at once, or the program is cut anew meanwhile, either is right.
+            drawing, name = self.driver.drawing, f"{self.name} plain"
+            self._plain_function = write_plain(self.lowered, self.program, drawing, name, self.observers.file)
+        return self._plain_function
+
+    def _give_up_variety(self, args: Sequence[Any]) -> bool:
+        """Count what varies from key to key; where that is too much, give up keying it. True if keys are now others."""
+        keyed, bound = self.keyed(), policy.MAX_SCALAR_VALUES
+        given_up = []
+        for value in self.program.inputs:
+            if value.name in keyed:
+                place = args[value.index].data_ptr()
+                if self.variety.is_too_much(value.name, place, policy.MAX_ADDRESSES):
+                    self.bridged.add(value.name)
+                    given_up.append(
+                        f"{value.name} is written by captured segments and came at more than {policy.MAX_ADDRESSES} "
+                        "addresses: copied in and back"
+                    )
+            elif (
+                value.kind == "scalar"
+                and self.options.scalars == "key"
+                and self.variety.is_too_much(value.name, scalar_bytes(args[value.index]), bound)
+            ):
+                self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {value.name})
+                given_up.append(
+                    f"host scalar {value.name} had more than {bound} values: the ops that read it run eagerly"
+                )
+        for text in given_up:
+            with self.keys.changing:
+                self.notes.append(text)
+            self.observers.noted(text, logging.WARNING)
+        if given_up:
+            self._drop_all(READ_OTHERWISE, wait=False)
+            self.cut_program()
+        return bool(given_up)
+
+    def _run_eagerly(self, program: Program, failed: Mapping[str, Reason]) -> None:
+        """Keep nodes that could not be captured eager, for the keys that come after this one."""
+        if program is not self.program:
+            return
+        for reason in dict.fromkeys(failed.values()):
+            at = f", at {reason.source}" if reason.source else ""
+            self.observers.noted(f"runs eagerly from now on: {reason}{at}", logging.WARNING)
+        keyed = self.keyed()
+        self.scope = replace(self.scope, forced={**self.scope.forced, **failed})
+        self.cut_program()
+        if self.keyed() != keyed:
+            # What was recorded would not be found again.
+            self._drop_all(READ_OTHERWISE, wait=False)
+
+    # its keys
+
+    def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
+        """A place for a key that is new; a refused one if there is no room. May change how keys are read."""
+        if self._give_up_variety(args):
+            key = self.reader.read(args)
+        now = self.statistics.calls
+        addresses = self.keys.sets.get(key.addresses)
+        if addresses is not None:
+            addresses.last_call = now
+        places = held(addresses.entries) if addresses is not None else None
+        admission = policy.admit(now, held(self.keys.sets), places, self.options.max_recordings)
+        if admission.refused:
+            return Entry(key, refused=admission.refused)
+        if admission.evicts_set:
+            self._drop_set(next(iter(self.keys.sets)), "it was evicted for other addresses", wait=False)
+            self.statistics.evictions += 1
+        if addresses is None:
+            pointers, fixed = self.reader.pointers(key), self.sharing.fixed(args)
+            addresses = AddressSet(pointers, guards=self._guards(key.addresses, args), fixed=fixed, last_call=now)
+            self.keys.add_set(key, addresses)
+        if admission.evicts_key:
+            self._release([self.keys.take_oldest(addresses)], "it was evicted for other keys", wait=False)
+            self.statistics.evictions += 1
+        entry = Entry(key, why=self.why_new(key))
+        self.keys.add(addresses, entry)
+        return entry
+
+    def why_new(self, key: Key) -> str:
+        return self.keys.why_new(key, first=not self.statistics.recordings)
+
+    def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
+        me = weakref.ref(self)
+
+        def drop() -> None:
+            if (graph := me()) is not None:
+                graph._drop_set(addresses, "a static input had died", wait=False)
+                graph.driver.settle()
+
+        return watch((args[v.index] for v in self.program.inputs if v.kind == "static"), self.driver, drop)
+
+    # their recordings
+
+    def plan(self) -> Plan:
+        """How arguments enter captured segments."""
+        return Plan(
+            keyed=self.keyed(),
+            device_scalars=self.options.scalars == "device",
+            fresh_outputs=self.options.outputs == "fresh",
+            observer=self.observers,
+            keep=self.observers.reads_values,
+        )
+
+    def record(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
+        """Make a call and record it for ``entry``; returns what the call returns."""
+        driver, observers, program = self.driver, self.observers, self.program
+        observers.recording(driver.device)
+        plan, values = self.plan(), list(args)
+        args.clear()
+        started = time.perf_counter()
+        if entry.trials.cause == "memory":
+            driver.make_room()
+        if driver.reuses_memory and not observers.reads_values:
+            self._make_way(needed(program, Binding.of(program, values).symbols), driver)
+        try:
+            with observers.span("record"):
+                auto_break, recut = self.options.auto_break, functools.partial(self.recut, self.scope)
+                recorded = record(program, driver, values, plan, stream, auto_break=auto_break, recut=recut)
+        except Exception as error:
+            if cause := passing(error):  # in an eager step: a plain call may take less memory
+                self._put_off(entry, cause, first_line(error))
+            raise
+        if recorded.put_off is not None:
+            return self._put_off_call(entry, program, recorded)
+        recording, outputs, failed = recorded.recording, recorded.outputs, recorded.failed
+        entry.record_seconds = time.perf_counter() - started
+        entry.record_copies = recorded.copies
+        entry.captures = len(recording.graphs)
+        entry.number = self.statistics.recordings
+        with self.keys.changing:
+            self.statistics.recordings += 1
+            self.statistics.recorded[entry.why] += 1
+            self.statistics.captures += entry.captures
+        if self.keys.is_there(entry) and recording.graphs:
+            replay = observers.replay(recording, f"{self.name} replay {entry.number}", recorded.program)
+            with self.keys.changing:
+                entry.recording, entry.replay, entry.run = recording, replay, checked_once(entry, recording, replay)
+            observers.recorded(entry.number, entry.why, recording, replay, entry.record_seconds)
+        else:
+            # A static input died while an eager step ran; or there is nothing to replay.
+            graphs, owner = recording.graphs, [recording]
+            del recorded, recording
+            driver.release(graphs, owner)
+        if failed:
+            self._run_eagerly(program, failed)
+        return outputs
+
+    def count_plain(self, why: str, level: int = logging.INFO) -> None:
+        with self.keys.changing:
+            self.statistics.plain[why] += 1
+        self.observers.plain(why, level)
+
+    def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded) -> list[Any]:
+        """What is left of a call whose recording failed for a reason that passes: it was a plain one."""
+        put_off, failed = recorded.put_off, recorded.failed
+        assert put_off is not None
+        self._put_off(entry, put_off.cause, str(put_off.reason))
+        self.count_plain(f"could not be recorded: {PUT_OFF[put_off.cause]}", logging.WARNING)
+        with self.keys.changing:
+            self.statistics.finished_copies += recorded.copies
+        if entry.trials.blames_the_segment:
+            failed = {**failed, **put_off.suspects}
+            entry.trials = entry.trials.settled()
+        if failed:
+            self._run_eagerly(program, failed)
+        return recorded.outputs
+
+    def _put_off(self, entry: Entry, cause: Passing, reason: str) -> None:
+        entry.trials = entry.trials.failed(entry.calls, cause, reason)
+        pause = entry.trials.next_call - entry.calls
+        after = "at its next call" if pause == 1 else f"after {pause} calls"
+        self.observers.noted(f"a key could not be recorded, and is tried again {after}: {reason}", logging.WARNING)
+
+    def _make_way(self, need: int, driver: CaptureDriver) -> None:
+        """Where the pool is too small for what is recorded next: all else leaves it, and is recorded in a larger one when called.
+
+        The old pool goes before the new one is made. That takes a wait for the GPU, once for each size that outgrows a pool.
+        """
+        if not driver.room.holds(need):
+            before = driver.pool_bytes()
+            for tenant in [tenant() for tenant in list(driver.tenants)]:
+                if tenant is not None:
+                    tenant.vacate(MOVED)
+            self._note_move(before, driver.pool_bytes())
+        driver.room = driver.room.having(need)
+
+    def _note_move(self, before: int, kept: int) -> None:
+        self.moves += 1
+        self.most_moved = max(self.most_moved, before)
+        text = (
+            f"{MOVED}: {self.moves} time{'s' * (self.moves != 1)}, out of one of {self.most_moved / 2**20:,.1f} MiB at most, "
+            f"of which {kept / 2**20:,.1f} MiB were held beside the new one at last"
+        )
+        with self.keys.changing:
+            self.notes = [note for note in self.notes if not note.startswith(MOVED)] + [text]
+        self.observers.noted(text)
+
+    # their end
+
+    def _release(self, entries: Sequence[Entry], why: str, *, wait: bool) -> None:
+        """Free what was recorded for keys that are gone."""
+        for entry in entries:
+            if entry.recording is not None:
+                self.observers.noted(f"recording {entry.number} goes: {why}")
+                self.keys.remember(entry.key, why)
+        release(entries, self.statistics, self.keys, self.driver, wait=wait)
+
+    def _drop_set(self, addresses: tuple[int, ...], why: str, *, wait: bool = True) -> None:
+        """Forget a set. ``wait``: free it now, and wait for the GPU where it is still in use."""
+        if entries := self.keys.take_set(addresses):
+            self._release(entries, why, wait=wait)
+
+    def _drop_all(self, why: str = "reset was called", *, wait: bool = True) -> None:
+        for addresses in list(self.keys.sets):
+            self._drop_set(addresses, why, wait=wait)
+        if wait:
+            self.driver.release(())  # the pool may have outlived its last graph
+
+    def vacate(self, why: str) -> None:
+        """Free what is recorded now; keys stay, and are recorded again when called."""
+        for entry in self.keys.entries():
+            if entry.recording is not None:
+                self.observers.noted(f"recording {entry.number} goes: {why}")
+                entry.why = why
+        release(self.keys.entries(), self.statistics, self.keys, self.driver, wait=True)
+
+    def reset(self) -> None:
+        """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
+
+        Waits for a call that another thread is in; during a call of its own thread (from an eager step) it takes effect
+        when that ends.
+        """
+        when_idle(self.driver, self._drop_all)
+
+    def leave(self, why: str) -> None:
+        """As :meth:`reset`, and waits for nothing: what the GPU is still at is freed when that ends."""
+        self.driver.deferred.append(functools.partial(self._drop_all, why, wait=False))
+        run_deferred(self.driver)
+        self.driver.settle()
+
+    # tools
+
+    def snapshot(self) -> Snapshot:
+        """What there is now."""
+        keys = []
+        with self.keys.changing:
+            # A replay moves its entry to the end without the lock. That changes an ordered dict's order, and not its dict.
+            for addresses in list(dict.values(self.keys.sets)):
+                statics = tuple(ref() for ref in addresses.guards)
+                keys += [KeySnapshot.of(entry, statics) for entry in dict.values(addresses.entries)]
+            statistics, notes = self.statistics.copy(), tuple(self.notes)
+            return Snapshot(
+                self.name, self.options, self.driver, self.lowered, self.program, statistics, notes, tuple(keys)
+            )
+
+
+def checked_once(entry: Entry, recording: Recording, replay: Replay) -> Function:
+    """``replay``, whose first call looks whether all that it takes is in its place."""
+
+    def first(args: list[Any], stream: int) -> list[Any]:
+        check_places(recording, args)
+        entry.run = replay.function
+        return replay.function(args, stream)
+
+    return first

@@ -1,0 +1,276 @@
+"""What a key is, how it is read off the arguments of a call, and which keys there are.
+
+A key is everything that a recording depends on: the addresses of static inputs and of inputs that captured segments write,
+the numbers, the layouts that Dynamo left open, host scalars. Keys lie in sets, one for each tuple of addresses.
+"""
+
+from __future__ import annotations
+
+import struct
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from breakable_backend import _torch, locks
+from breakable_backend.calling import policy
+from breakable_backend.ir.overlap import Fixed
+from breakable_backend.ir.program import Program
+from breakable_backend.recordings import buffers
+from breakable_backend.recordings.recording import Recording
+from breakable_backend.recordings.replay import Function, Replay
+
+ShapeKey = tuple[Any, ...]
+
+
+class Alignments(tuple[int, ...]):
+    """How many bytes behind a multiple of ``buffers.ALIGNMENT`` each bridged input begins. In a key only if one is not there."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(str, self))} bytes off {buffers.ALIGNMENT}"
+
+
+class Key(NamedTuple):
+    """What a recording depends on. A named tuple, since each call makes one, and a frozen dataclass takes longer."""
+
+    addresses: tuple[int, ...]
+    shapes: ShapeKey
+
+
+Spectator = Callable[["Entry", list[Any]], None]
+"""Shown an entry and the arguments of a call that replays it, before it does."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """One key: what was recorded for it, and how often it was called."""
+
+    key: Key
+    recording: Recording | None = None
+    replay: Replay | None = None
+    run: Function | None = None
+    """What a call does. The first one looks whether all is in its place, so this is not always the function of the replay."""
+    number: int = -1
+    """Which recording of its program it is, from 0."""
+    warmed_up: bool = False
+    """Whether a plain call went through."""
+    calls: int = 0
+    replays: int = 0
+    captures: int = 0
+    record_copies: int = 0
+    warmup_seconds: float = 0.0
+    record_seconds: float = 0.0
+    why: str = ""
+    """Why it was new: what told it from the keys before it."""
+    last_call: int = 0
+    trials: policy.Trials = field(default_factory=policy.Trials)
+    """Recordings that failed for reasons that pass."""
+    refused: str = ""
+    """Why this key is not recorded; empty if it may be."""
+
+    @property
+    def function(self) -> Function | None:
+        """What :attr:`run` is while nobody is shown replays."""
+        return self.run.run if isinstance(self.run, _Shown) else self.run
+
+    def show(self, spectator: Spectator) -> None:
+        """Have ``spectator`` called before each replay, until :meth:`hide`. A replay that nobody is shown does not ask."""
+        if self.run is not None and not isinstance(self.run, _Shown):
+            self.run = _Shown(self, self.run)
+        if isinstance(self.run, _Shown):
+            self.run.spectators = (*self.run.spectators, spectator)
+
+    def hide(self, spectator: Spectator) -> None:
+        """End :meth:`show`."""
+        if isinstance(shown := self.run, _Shown):
+            shown.spectators = tuple(other for other in shown.spectators if other is not spectator)
+            if not shown.spectators:
+                self.run = shown.run
+
+
+class _Shown:
+    """A replay that others are shown before it runs."""
+
+    def __init__(self, entry: Entry, run: Function) -> None:
+        self.entry, self.run = entry, run
+        self.spectators: tuple[Spectator, ...] = ()
+
+    def __call__(self, args: list[Any], stream: int) -> list[Any]:
+        for spectator in self.spectators:
+            spectator(self.entry, list(args))
+        return self.run(args, stream)
+
+
+@dataclass
+class AddressSet:
+    """The keys that share a set of static addresses, least recently used first."""
+
+    pointers: list[int] = field(default_factory=list)
+    """The addresses, each at its argument's index."""
+    entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
+    guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    """Weak references to the static inputs, whose death takes the set with it."""
+    fixed: Fixed = field(default_factory=Fixed)
+    """Where the static inputs lie."""
+    apart: tuple[list[int], list[Any]] = ([], [])
+    """Where the other tensors lay when they were last found to share no memory that is written."""
+    last_call: int = 0
+
+
+class KeyReader:
+    """Reads a key off the arguments, as quickly as Python can."""
+
+    def __init__(
+        self,
+        addressed: list[int],
+        numbers: Sequence[int],
+        open_layouts: Sequence[int],
+        scalars: Sequence[int],
+        bridged: Sequence[int],
+    ) -> None:
+        self.addressed, self.numbers, self.open_layouts, self.scalars = addressed, numbers, open_layouts, scalars
+        self.bridged = bridged
+
+    @classmethod
+    def of(cls, program: Program, keyed: frozenset[str], scalars_in_key: bool) -> KeyReader:
+        inputs = [value for value in program.inputs if value.index >= 0]
+        return cls(
+            [value.index for value in inputs if value.kind == "static" or value.name in keyed],
+            [value.index for value in inputs if value.kind == "number"],
+            [value.index for value in inputs if isinstance(value.value, torch.Tensor) and is_open(value.value)],
+            [value.index for value in inputs if value.kind == "scalar" and scalars_in_key],
+            [
+                value.index
+                for value in inputs
+                if value.kind == "tensor" and value.name in program.read_by_graphs() - keyed
+            ],
+        )
+
+    def read(self, args: Sequence[Any]) -> Key:
+        data_ptr = torch.Tensor.data_ptr
+        return Key(tuple([data_ptr(args[index]) for index in self.addressed]), self.shapes(args))
+
+    def pointers(self, key: Key) -> list[int]:
+        """The addresses of ``key``, each at its argument's index."""
+        at = dict(zip(self.addressed, key.addresses, strict=True))
+        return [at.get(index, 0) for index in range(max(at, default=-1) + 1)]
+
+    def are_at(self, pointers: list[int], args: list[Any]) -> bool:
+        """Whether the key of ``args`` has the addresses that ``pointers`` were made from."""
+        return not self.addressed or _torch.are_at(args, pointers, self.addressed)
+
+    def shapes(self, args: Sequence[Any]) -> ShapeKey:
+        """The part of a key that is no addresses."""
+        shapes: ShapeKey = tuple([args[index] for index in self.numbers]) if self.numbers else ()
+        if self.open_layouts:
+            shapes += tuple((args[i].shape, args[i].stride(), args[i].dtype, args[i].device) for i in self.open_layouts)
+        if self.scalars:
+            shapes += tuple(scalar_bytes(args[index]) for index in self.scalars)
+        # A bridge is aligned as the value that it was made for. To look takes 0.1 us for each bridged input.
+        for index in self.bridged:
+            if args[index].data_ptr() % buffers.ALIGNMENT:
+                begins = [args[index].data_ptr() % buffers.ALIGNMENT for index in self.bridged]
+                return (*shapes, Alignments(begins))
+        return shapes
+
+
+def is_open(tensor: torch.Tensor) -> bool:
+    """Whether a fake has sizes or strides that vary."""
+    return any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride()))
+
+
+def scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:
+    """A host scalar's value, bit for bit: ``-0.0`` is not ``0.0``, and a NaN equals itself."""
+    if tensor.dtype is torch.float64:
+        return tensor.dtype, struct.pack("d", tensor.item())
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return tensor.dtype, bytes(plain.reshape(1).view(torch.uint8).tolist())
+
+
+class Keys:
+    """The keys that there are. Whoever changes them holds the driver's lock; tools read them under :attr:`changing`."""
+
+    def __init__(self) -> None:
+        self.changing = locks.lock()
+        """Held while the dictionaries change, and what their entries hold. A replay does not take it."""
+        self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
+        """Least recently used first."""
+        self.last: AddressSet | None = None
+        """The one among them that was replayed last."""
+        self._dropped: OrderedDict[Key, str] = OrderedDict()
+        """Why recordings went: of the last ``policy.MAX_DROPPED`` keys."""
+
+    def entries(self) -> list[Entry]:
+        """All of them, in the order in which a report shows them."""
+        return [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
+
+    def latest(self) -> list[Recording]:
+        """What was replayed last, and before that: the GPU may be that far behind."""
+        entries = sorted(self.entries(), key=lambda entry: -entry.last_call)
+        return [entry.recording for entry in entries if entry.recording is not None][:2]
+
+    def is_there(self, entry: Entry) -> bool:
+        """Whether ``entry`` is one of them still."""
+        addresses = self.sets.get(entry.key.addresses)
+        return addresses is not None and addresses.entries.get(entry.key.shapes) is entry
+
+    def touch(self, entry: Entry, addresses: AddressSet, call: int) -> None:
+        """``entry`` was used in ``call``, and so is the youngest."""
+        addresses.last_call = call
+        if len(addresses.entries) > 1:
+            addresses.entries.move_to_end(entry.key.shapes)
+        if addresses is not self.last:  # which is the youngest
+            self.last = addresses
+            self.sets.move_to_end(entry.key.addresses)
+
+    def add_set(self, key: Key, addresses: AddressSet) -> None:
+        with self.changing:
+            self.sets[key.addresses] = addresses
+        self.last = None
+
+    def add(self, addresses: AddressSet, entry: Entry) -> None:
+        with self.changing:
+            addresses.entries[entry.key.shapes] = entry
+
+    def take_set(self, addresses: tuple[int, ...]) -> list[Entry]:
+        """Take a set out; returns its keys."""
+        with self.changing:
+            taken = self.sets.pop(addresses, None)
+            if taken is self.last:
+                self.last = None
+        if taken is None:
+            return []
+        taken.guards.clear()
+        return list(taken.entries.values())
+
+    def take_oldest(self, addresses: AddressSet) -> Entry:
+        """Take the key out that was not used for longest."""
+        with self.changing:
+            return addresses.entries.popitem(last=False)[1]
+
+    def remember(self, key: Key, why: str) -> None:
+        """Why the recording of a key goes."""
+        self._dropped[key] = why
+        if len(self._dropped) > policy.MAX_DROPPED:
+            self._dropped.popitem(last=False)
+
+    def why_new(self, key: Key, *, first: bool) -> str:
+        """What tells a new key from those before it. ``first``: nothing was recorded before."""
+        if key in self._dropped:
+            return self._dropped.pop(key)
+        if first:
+            return "first of this program"
+        if any(key.addresses != addresses and key.shapes in known.entries for addresses, known in self.sets.items()):
+            return "static or written inputs at new addresses"
+        return "new numbers, layouts, alignments or host scalars"
+
+
+def held(things: Mapping[Any, AddressSet | Entry]) -> policy.Held:
+    """How many ``things`` there are, and when the oldest was used."""
+    oldest = next(iter(things.values()), None)
+    return policy.Held(len(things), oldest.last_call if oldest is not None else 0)

@@ -1,0 +1,49 @@
+"""Whether an argument of a call that is written lies in memory of another argument.
+
+Dynamo does not guard on that. A bridge would not see what is written through the other argument. Two static inputs may: they
+are used where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from breakable_backend.calling.keys import AddressSet, is_open
+from breakable_backend.ir.overlap import Fixed, Region, any_clash, any_touch
+from breakable_backend.ir.program import Program
+
+
+class SharedMemory:
+    """Looks at the arguments of one program, of which those named in ``written`` are written."""
+
+    def __init__(self, program: Program, written: Collection[str]) -> None:
+        self._static = [(value.index, value.name in written) for value in program.inputs if value.kind == "static"]
+        moving = [v for v in program.inputs if v.kind == "tensor" and v.value.layout is torch.strided]
+        moving = moving if any(value.name in written for value in program.inputs) else []
+        self.moving = {value.index: value.name in written for value in moving}
+        """Inputs that may lie elsewhere in each call, with whether they are written; empty where nothing is."""
+        self._open = [value.index for value in moving if is_open(value.value)]
+        self._lengths = [] if self._open else [Region.of(value.value, start=0).end for value in moving]
+
+    def fixed(self, args: Sequence[Any]) -> Fixed:
+        """Where the static inputs lie."""
+        return Fixed(Region.of(args[index], written) for index, written in self._static)
+
+    def is_written(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
+        """Whether memory that two arguments share is written. Most calls have their arguments where the last one had them."""
+        data_ptr = torch.Tensor.data_ptr
+        places = [data_ptr(args[index]) for index in self.moving]
+        layouts = [(args[index].shape, args[index].stride()) for index in self._open]
+        if addresses is not None and (places, layouts) == addresses.apart:
+            return False
+        fixed = addresses.fixed if addresses is not None else self.fixed(args)
+        if self._open or any_touch(zip(places, self._lengths, strict=True), fixed):
+            moving = (Region.of(args[index], written) for index, written in self.moving.items())
+            if any_clash(moving, fixed):
+                return True
+        if addresses is not None:
+            addresses.apart = places, layouts
+        return False
