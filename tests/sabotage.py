@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ast
 import gc
+import itertools
 import multiprocessing
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +29,6 @@ ROOT = TESTS.parent
 PACKAGE = "breakable_backend"
 TIMEOUT = 300.0
 """Seconds after which a run counts as hung."""
-PRELOADED = ["torch._dynamo.testing", "torch._functorch.aot_autograd", "hypothesis.strategies", "pytest", "rich.table"]
-"""What takes seconds to import, and is imported once for all faults."""
-
 OPTIONS = "-x -q --tb=short --show-capture=no --assert=plain -p no:cacheprovider".split()
 
 
@@ -84,9 +85,21 @@ class Fault:
             return [old], [new]
         return _as_statements(old), _as_statements(new)
 
-    def apply(self, root: Path) -> None:
-        """Put the fault into the copy of the package in ``root``."""
-        (root / self.file).write_text(self.source(), encoding="utf-8")
+    @contextmanager
+    def planted(self, root: Path) -> Iterator[None]:
+        """Have the fault in the copy of the package in ``root`` for the time of a ``with`` statement."""
+        path = root / self.file
+        path.write_text(self.source(), encoding="utf-8")
+        # By time and size Python tells whether a module is the one that it compiled, and faults may follow each other fast.
+        times = (next(_ticks), 0)
+        os.utime(path, times)
+        try:
+            yield
+        finally:
+            shutil.copy2(ROOT / self.file, path)
+
+
+_ticks = itertools.count(1)
 
 
 def find(tree: ast.Module, name: str) -> ast.AST:
@@ -2915,7 +2928,7 @@ FAULTS = (
 
 
 def copy_to(root: Path) -> None:
-    """Copy the package, its tests and their settings to ``root``."""
+    """Copy the package, its tests and their settings to ``root``; compiled files are made there, once for all runs."""
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in (PACKAGE, TESTS.name):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
@@ -2923,13 +2936,13 @@ def copy_to(root: Path) -> None:
 
 
 def run(root: Path, tests: Iterable[str], *options: str, gpu: bool = False) -> tuple[int | None, str]:
-    """Run ``tests`` on the copy in ``root``, with more ``options`` of pytest's; returns pytest's exit code, None if it hung, and its output.
+    """Run ``tests`` on the copy in ``root``, with more ``options`` of pytest's; its exit code, None if it hung, and its output.
 
-    Processes are forked from one that has imported torch, but not where CUDA is used, which a fork does not survive.
+    Processes are forked from one that has imported torch and compiled something; where CUDA is used, which does not
+    survive a fork, each imports torch by itself.
     """
-    context = multiprocessing.get_context("spawn" if gpu else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run_here, args=(str(root), list(tests), options))
+    context = multiprocessing.get_context("spawn") if gpu else _forking()
+    process = context.Process(target=_run_here, args=(str(root), list(tests), options, dict(os.environ)))
     process.start()
     process.join(TIMEOUT)
     if hung := process.is_alive():
@@ -2938,9 +2951,21 @@ def run(root: Path, tests: Iterable[str], *options: str, gpu: bool = False) -> t
     return None if hung else process.exitcode, (root / "output.txt").read_text(encoding="utf-8")
 
 
-def _run_here(root: str, tests: Sequence[str], options: Sequence[str]) -> None:
+def _forking() -> Any:
+    """The way to make processes by a fork of one that has ``preloaded``, which it finds by the environment alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
+def _run_here(root: str, tests: Sequence[str], options: Sequence[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(root)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.pop("PYTEST_ADDOPTS", None)

@@ -15,16 +15,23 @@ BROKEN = re.compile(r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError
 """Errors that tell of a fault which is badly made: it would turn any test red."""
 
 
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package and its tests, in which one fault after the other is planted."""
+    root = tmp_path_factory.mktemp("copy")
+    copy_to(root)
+    return root
+
+
 @pytest.mark.parametrize(
     "fault", [pytest.param(f, marks=[pytest.mark.gpu] if f.gpu else [], id=f.name) for f in FAULTS]
 )
-def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+def test_fault_is_noticed(fault: Fault, copy: Path) -> None:
     """The named test fails by its own assertions, not because the package cannot be imported."""
     if torch.__version__ < fault.since:  # a TorchVersion, which compares as versions do
         pytest.skip(f"makes a difference from torch {fault.since} on")
-    copy_to(tmp_path)
-    fault.apply(tmp_path)
-    code, output = run(tmp_path, [fault.test], gpu=fault.gpu)
+    with fault.planted(copy):
+        code, output = run(copy, [fault.test], gpu=fault.gpu)
     assert code == 1, output
     assert re.search(
         r"^(1 failed|1 passed.* 1 error)", output, re.M
@@ -52,11 +59,10 @@ def test_faults_fit() -> None:
         fault.place(trees[fault.file])
 
 
-def test_each_fault_names_one_test(tmp_path: Path) -> None:
+def test_each_fault_names_one_test(copy: Path) -> None:
     """No fault names a test that is not there, or one that has parameters without naming them."""
-    copy_to(tmp_path)
     named = {fault.test for fault in FAULTS}
-    code, output = run(tmp_path, sorted({test.partition("::")[0] for test in named}), "--collect-only")
+    code, output = run(copy, sorted({test.partition("::")[0] for test in named}), "--collect-only")
     assert code == 0, output
     found = set(re.findall(rf"^{TESTS.name}/(?:\w+/)?(\w+\.py::.*)$", output, re.M))
     skipped = re.findall(rf"^SKIPPED \[1\] {TESTS.name}/(?:\w+/)?(\w+\.py):\d+:", output, re.M)  # files, as a whole

@@ -432,7 +432,7 @@ def test_renders_without_steps(small: dict[str, Any], tmp_path: Path, what: str)
     report: dict[str, Any] = {**EMPTY}
     expected = "Nothing was compiled by breakable_cg yet"
     if what == "eager graphs":
-        report["eager_graphs"] = [{"name": "graph 7", "why": "it needs gradients", "source": ""}]
+        report["eager_graphs"] = [{"name": "the eager graph", "why": "it needs gradients", "source": ""}]
         expected = "Nothing was captured: all graphs run as Dynamo traced them."
     if what == "skipped":
         report["skipped"] = {"f (model.py:3)": "it has no op on tensors"}
@@ -444,7 +444,7 @@ def test_renders_without_steps(small: dict[str, Any], tmp_path: Path, what: str)
     dom = rendered(report, tmp_path)
     assert "data-error" not in root(dom)
     assert expected in without_data(dom)
-    assert ("graph 7" in without_data(dom)) == (what == "eager graphs")
+    assert ("the eager graph" in without_data(dom)) == (what == "eager graphs")
 
 
 @browser
