@@ -12,7 +12,7 @@ TORCHES := 2.11.0 2.14.1 $(NEWEST)
 PYTHONS := 3.11 3.12 3.13 3.14
 PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 
-.PHONY: help docs release demo test check newest matrix fix gpu bench sweep zoo soak clean
+.PHONY: help docs release demo test check newest matrix fix gpu bench sweep zoo soak mutate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make bench   time the replay"
 	@echo "make sweep   PyTorch's own ops and modules against eager, bit for bit: SWEEP='--device cuda --processes 16'"
 	@echo "make zoo     models of transformers, timm, torchvision and diffusers, likewise: ZOO='--device cuda --processes 8'"
+	@echo "make mutate  random mutants of the package against its tests: MUTATE='partition rules --sample 40 --minutes 20'"
 	@echo "make soak    MINUTES=8 on a GPU: threads, sizes, evictions, resets, dying models; does anything grow?"
 	@echo "make docs    the documentation as a site, in build/site; each link is checked"
 	@echo "make release REPOSITORY=https://...  build what is uploaded, and try it as a user would"
@@ -72,6 +73,11 @@ docs: $(READY)
 
 release:
 	REPOSITORY=$(REPOSITORY) .ci/release.sh
+
+# Not in continuous integration: mutants are for those who write tests.
+mutate: $(READY)
+	@$(RUN) -c "import cosmic_ray" 2>/dev/null || $(RUN) -m pip install -q -c constraints.txt "cosmic-ray>=8.7"
+	OMP_NUM_THREADS=1 nice -n 19 $(RUN) tests/mutate.py $(MUTATE)
 
 MINUTES := 8
 soak: $(READY)

@@ -85,18 +85,19 @@ class Fault:
             return [old], [new]
         return _as_statements(old), _as_statements(new)
 
-    @contextmanager
-    def planted(self, root: Path) -> Iterator[None]:
-        """Have the fault in the copy of the package in ``root`` for the time of a ``with`` statement."""
-        path = root / self.file
-        path.write_text(self.source(), encoding="utf-8")
-        # By time and size Python tells whether a module is the one that it compiled, and faults may follow each other fast.
-        times = (next(_ticks), 0)
-        os.utime(path, times)
-        try:
-            yield
-        finally:
-            shutil.copy2(ROOT / self.file, path)
+
+@contextmanager
+def planted(root: Path, file: Path, source: str) -> Iterator[None]:
+    """Have ``file`` of the copy in ``root`` with other ``source`` for the time of a ``with`` statement."""
+    path = root / file
+    path.write_text(source, encoding="utf-8")
+    # By time and size Python tells whether a module is the one that it compiled, and faults may follow each other fast.
+    tick = next(_ticks)
+    os.utime(path, (tick, tick))
+    try:
+        yield
+    finally:
+        shutil.copy2(ROOT / file, path)
 
 
 _ticks = itertools.count(1)
@@ -2935,8 +2936,12 @@ def copy_to(root: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", root)
 
 
-def run(root: Path, tests: Iterable[str], *options: str, gpu: bool = False) -> tuple[int | None, str]:
-    """Run ``tests`` on the copy in ``root``, with more ``options`` of pytest's; its exit code, None if it hung, and its output.
+def run(
+    root: Path, tests: Iterable[str], *options: str, gpu: bool = False, limit: float = TIMEOUT
+) -> tuple[int | None, str]:
+    """Run ``tests`` on the copy in ``root``, with more ``options`` of pytest's; returns pytest's exit code, and its output.
+
+    The code is None if they ran for more than ``limit`` seconds.
 
     Processes are forked from one that has imported torch and compiled something; where CUDA is used, which does not
     survive a fork, each imports torch by itself.
@@ -2944,7 +2949,7 @@ def run(root: Path, tests: Iterable[str], *options: str, gpu: bool = False) -> t
     context = multiprocessing.get_context("spawn") if gpu else _forking()
     process = context.Process(target=_run_here, args=(str(root), list(tests), options, dict(os.environ)))
     process.start()
-    process.join(TIMEOUT)
+    process.join(limit)
     if hung := process.is_alive():
         process.kill()
         process.join()
@@ -2975,6 +2980,6 @@ def _run_here(root: str, tests: Sequence[str], options: Sequence[str], environme
     import breakable_backend
 
     assert Path(breakable_backend.__file__).is_relative_to(root), breakable_backend.__file__
-    files = {path.name: path for path in Path(TESTS.name).rglob("test_*.py")}
+    files = {path.name: path for path in Path(TESTS.name).rglob("test_*.py")}  # no two have one name
     ids = [f"{files[name]}{at}{rest}" for name, at, rest in (test.partition("::") for test in tests)]
     sys.exit(pytest.main([*OPTIONS, *options, *ids]))

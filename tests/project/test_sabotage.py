@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sabotage import FAULTS, ROOT, TESTS, Fault, copy_to, run
+from sabotage import FAULTS, ROOT, TESTS, Fault, copy_to, planted, run
 
 BROKEN = re.compile(r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError)\b", re.M)
 """Errors that tell of a fault which is badly made: it would turn any test red."""
@@ -30,7 +30,7 @@ def test_fault_is_noticed(fault: Fault, copy: Path) -> None:
     """The named test fails by its own assertions, not because the package cannot be imported."""
     if torch.__version__ < fault.since:  # a TorchVersion, which compares as versions do
         pytest.skip(f"makes a difference from torch {fault.since} on")
-    with fault.planted(copy):
+    with planted(copy, fault.file, fault.source()):
         code, output = run(copy, [fault.test], gpu=fault.gpu)
     assert code == 1, output
     assert re.search(
