@@ -36,7 +36,8 @@ from breakable_backend.errors import OptionsError, PartitionError
 from breakable_backend.faults import internal
 from breakable_backend.ir.effects import schema_name, tensors_of
 from breakable_backend.ir.program import source_line
-from breakable_backend.marks.marking import EagerOps, Scope
+from breakable_backend.marks.marking import EagerOps
+from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
 from breakable_backend.recordings.observer import Subject, observers_of
 

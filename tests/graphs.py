@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
 from breakable_backend.ir.program import Program
-from breakable_backend.marks.marking import Scope
+from breakable_backend.marks.rules import Scope
 
 CUDA = torch.device("cuda", 0)
 SCOPE = Scope(CUDA)

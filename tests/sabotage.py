@@ -481,7 +481,7 @@ FAULTS = (
     Fault(
         "plain-calls-draw-without-their-turn",
         "recordings.plain:_Graph._calls",
-        "draws(node)",
+        "draws(node.target)",
         "not node",
         "test_plain.py::test_draws_have_their_turn_and_eager_steps_do_not[cpu]",
     ),
@@ -838,7 +838,7 @@ FAULTS = (
     ),
     Fault(
         "flex-attention-takes-its-segment-along",
-        "marks.marking:_CAPTURABLE_HIGHER_ORDER",
+        "marks.rules:_CAPTURABLE_HIGHER_ORDER",
         "('invoke_subgraph', 'triton_kernel_wrapper_mutation')",
         "('invoke_subgraph', 'triton_kernel_wrapper_mutation', 'flex_attention')",
         "test_flex_attention.py::test_between_segments[cpu-plain]",
@@ -983,7 +983,7 @@ FAULTS = (
     ),
     Fault(
         "marked-functions-lose-aliases",
-        "marks.structure:_Taker.take",
+        "marks.results:_Taker.take",
         "{_torch.storage_key(argument) for argument in self.arguments}",
         "set[int]()",
         "test_functions.py::test_aliases_of_arguments[eager-cpu]",
@@ -1110,7 +1110,7 @@ FAULTS = (
     ),
     Fault(
         "learning-knows-no-arguments-but-leaves",
-        "marks.structure:_is_view",
+        "ir.live:is_view_to_autograd",
         "ends = [argument.grad_fn for argument in arguments]",
         "ends: list[Any] = []",
         "test_learning.py::test_gradients[cpu-eager]",
@@ -1236,14 +1236,14 @@ FAULTS = (
     ),
     Fault(
         "functions-give-away-what-they-keep",
-        "marks.structure:_is_kept",
+        "marks.results:_is_kept",
         "_torch.owners_of_storage(group[0]) > len(holders)",
         "False",
         "test_functions.py::test_what_a_function_keeps[eager-cpu]",
     ),
     Fault(
         "fresh-results-are-copied",
-        "marks.structure:_is_kept",
+        "marks.results:_is_kept",
         """
         if recording:
             return False
@@ -1326,14 +1326,14 @@ FAULTS = (
     ),
     Fault(
         "views-with-other-gradients",
-        "marks.structure:_Taker.take",
-        "self.recording and (not _is_view(tensor, self.arguments))",
+        "marks.results:_Taker.take",
+        "self.recording and (not is_view_to_autograd(tensor, self.arguments))",
         "False",
         "test_functions_gradients.py::test_view_with_a_gradient_of_its_own[eager-cpu]",
     ),
     Fault(
         "shared-gradients-count-twice",
-        "marks.structure:_shares",
+        "marks.results:_shares",
         "[(tensor, where)]",
         "wanting",
         "test_functions_gradients.py::test_shared_results[eager-cpu]",
@@ -1370,16 +1370,16 @@ FAULTS = (
     ),
     Fault(
         "capture-hands-out-kept-results",
-        "marks.results:Parts.of",
-        "_torch.storage_key(leaf) not in known",
-        "False",
+        "marks.results:fresh_groups",
+        "(key := _torch.storage_key(tensor)) not in known",
+        "(key := _torch.storage_key(tensor))",
         "test_capture.py::test_function_that_keeps_its_result[cpu]",
     ),
     Fault(
         "capture-clones-aliases-apart",
-        "marks.results:Parts.of",
-        "by_storage.setdefault(_torch.storage_key(leaf), [])",
-        "by_storage.setdefault(id(leaf), [])",
+        "marks.results:fresh_groups",
+        "groups.setdefault(key, [])",
+        "groups.setdefault(position, [])",
         "test_doors.py::test_equals_eager[capture-cpu-results that share memory]",
     ),
     Fault(
@@ -1405,14 +1405,14 @@ FAULTS = (
     ),
     Fault(
         "plain-fields-of-objects-unchecked",
-        "marks.results:_parts",
-        "_is_plain(item) or _holds_tensors(item)",
-        "_holds_tensors(item)",
+        "marks.structure:_parts",
+        "_is_plain(item) or holds_tensors(item)",
+        "holds_tensors(item)",
         "test_capture.py::test_result_that_cannot_be_written_back[cpu-field of an object]",
     ),
     Fault(
         "plain-lists-of-objects-unchecked",
-        "marks.results:_is_plain",
+        "marks.structure:_is_plain",
         "value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)",
         "(value,)",
         "test_capture.py::test_result_that_cannot_be_written_back[cpu-list in an object]",
@@ -1609,9 +1609,9 @@ FAULTS = (
     ),
     Fault(
         "regions-are-captured",
-        "marks.marking:live_reason",
-        "found is None",
-        "False",
+        "marks.rules",
+        "'inside eager_region' if inside else ''",
+        "''",
         "test_capture.py::test_region[cpu]",
     ),
     Fault(
@@ -2500,7 +2500,7 @@ FAULTS = (
     ),
     Fault(
         "masks-are-captured",
-        "marks.marking:RULES",
+        "marks.rules:RULES",
         "boolean_index",
         "sparse",
         "test_contract_reasons.py::test_rule[cpu-masked_write]",
@@ -2509,7 +2509,7 @@ FAULTS = (
     Fault(
         "tape-keeps-writes-of-the-capture",
         "drivers.tape:_Tape.undo",
-        "storage.copy_(before)",
+        "self._undo.restore()",
         "pass",
         "test_driver_contract.py::test_capture_writes_nothing[tape]",
     ),
@@ -2898,7 +2898,7 @@ FAULTS = (
     # --- tables of ops ---
     Fault(
         "a-table-with-a-misspelt-op",
-        "marks.marking:READS_HOST",
+        "marks.rules:READS_HOST",
         "_torch.aten('_local_scalar_dense item is_nonzero equal _assert_scalar')",
         "_torch.aten('_local_scalar_dense item is_non_zero equal _assert_scalar')",
         "test_op_tables.py::test_each_name_is_an_op_of_the_torches_that_have_it",

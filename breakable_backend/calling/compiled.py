@@ -26,7 +26,7 @@ from breakable_backend.failures import passing
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.lifetimes import needed
 from breakable_backend.ir.program import Program, Reason
-from breakable_backend.marks.marking import Scope
+from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
 from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from breakable_backend.recordings.plain import Plain, write_plain

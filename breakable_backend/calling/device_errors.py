@@ -13,7 +13,7 @@ from breakable_backend.errors import ReplayError, message
 from breakable_backend.failures import is_device_error
 from breakable_backend.faults import is_generated, is_ours
 from breakable_backend.ir.program import source_line
-from breakable_backend.marks.marking import label
+from breakable_backend.marks.rules import label
 from breakable_backend.recordings.recording import GraphStep, Recording
 
 LOST = "the GPU is lost to this process"

@@ -26,7 +26,7 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
 from breakable_backend.errors import CaptureError, PartitionError
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.effects import python_floats
-from breakable_backend.marks.marking import Scope
+from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
 from breakable_backend.recordings.plain import run_plain
 from breakable_backend.recordings.replay import Function

@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, log
-from breakable_backend.capturing.trace import Watching
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.seen import without_autocast_cache
@@ -34,13 +33,16 @@ from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing
 from breakable_backend.faults import raise_if_ours
-from breakable_backend.ir.effects import written_values
+from breakable_backend.ir.effects import is_view_op, written_values
+from breakable_backend.ir.live import OpMode, kernel_of_ops, memory_on
 from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Op, Reason, described
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
-from breakable_backend.marks.marking import live_reason, marked_composites, marked_functions
-from breakable_backend.marks.results import Parts, fields, tensors_on
+from breakable_backend.marks.marking import marked_composites, marked_functions
+from breakable_backend.marks.results import Parts, tensors_on
+from breakable_backend.marks.rules import live_reason
+from breakable_backend.marks.structure import fields
 from breakable_backend.options import Options
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
@@ -179,7 +181,7 @@ def _nothing() -> None:
     pass
 
 
-class _Watcher(Watching):
+class _Watcher(OpMode):
     """Sees every op of the body."""
 
     def __init__(self, door: _Door) -> None:
@@ -365,27 +367,25 @@ class _Door:
             if found.refused:
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
             return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
-        if _torch.is_composite(func) and (
-            kernel := _torch.kernel_made_of_ops(func, args, self.driver.device.type, active.autocast.get())
-        ):
+        if _torch.is_composite(func) and (kernel := kernel_of_ops(func, args, self.driver.device)):
             with self.watcher:
                 return kernel(*args, **kwargs)
-        taken = tensors_on(self.driver.device, (args, kwargs))
+        taken = memory_on(self.driver.device, (args, kwargs))
         if taken or getattr(kwargs.get("device"), "type", "") == self.driver.device.type:
             self.session.touch()
         for tensor in taken:
             self._reads(tensor)
         if isinstance(func, _torch.OpOverload):
-            for tensor in tensors_on(self.driver.device, written_values(func, args, kwargs)):
+            for tensor in memory_on(self.driver.device, written_values(func, args, kwargs)):
                 if (key := _torch.storage_key(tensor)) not in self.made:
                     self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
         if self.issue is None:
             result = func(*args, **kwargs)
         else:
             result = self.issue(func, args, kwargs, _op_label(func), user_line())
-        for tensor in tensors_on(self.driver.device, result):
+        for tensor in memory_on(self.driver.device, result):
             self._makes(tensor)
-        if not getattr(func, "is_view", False):
+        if not is_view_op(func):
             self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
         return result
 

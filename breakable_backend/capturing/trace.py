@@ -6,7 +6,7 @@ what a capture has frozen. A trace owns no memory, unless it is asked to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from breakable_backend import _torch, active
+from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.drivers.tape import ALLOCATING
-from breakable_backend.ir.effects import written_values
+from breakable_backend.ir.effects import ALLOCATING, draws, written_values
 from breakable_backend.ir.layout import Geometry
+from breakable_backend.ir.live import OpMode, Ran, Undo, kernel_of_ops, memory_on
 from breakable_backend.ir.program import source_line
-from breakable_backend.marks.marking import label
+from breakable_backend.marks.rules import label
 from breakable_backend.recordings.healing import NodeByNode
 
 
@@ -111,7 +111,7 @@ def first_change(before: Trace, now: Trace) -> Change | None:
 
 
 @dataclass
-class Given:
+class Escaped:
     """Memory that ops in Python got, or made and did not return: what they may have stored away."""
 
     storages: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
@@ -126,44 +126,18 @@ class Given:
         self.storages = {key: ref for key, ref in self.storages.items() if _torch.live_storage(ref) is not None}
 
 
-class Undo:
-    """Storages as they were before they were written."""
-
-    def __init__(self) -> None:
-        self.saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, Geometry, Issued | None]] = {}
-        """By address: one memory may have several storages."""
-
-    def save(self, tensor: torch.Tensor) -> None:
-        """The storage of ``tensor`` is about to be written."""
-        address = _torch.address_of(tensor)
-        if address and address not in self.saved:
-            storage = tensor.untyped_storage()
-            self.saved[address] = (storage, storage.clone(), Geometry.of(tensor), None)
-
-    def wrote(self, tensor: torch.Tensor, op: Issued) -> None:
-        """Who was first to write it."""
-        if (address := _torch.address_of(tensor)) in self.saved:
-            storage, before, geometry, first = self.saved[address]
-            self.saved[address] = (storage, before, geometry, first or op)
-
-    def restore(self) -> None:
-        """Put everything back. Latest first: two storages may lie over the same memory."""
-        for storage, before, _, _ in reversed(self.saved.values()):
-            storage.copy_(before)
-
-
 class Watch:
     """Issues ops one by one and notes them. With ``undo``, what they write of others' is saved first."""
 
     def __init__(
         self,
         device: torch.device,
-        given: Given,
+        escaped: Escaped,
         inputs: Sequence[Any] = (),
         undo: Undo | None = None,
         like: Trace | None = None,
     ) -> None:
-        self.device, self.given, self.undo, self.like = device, given, undo, like
+        self.device, self.escaped, self.undo, self.like = device, escaped, undo, like
         self.trace = Trace()
         self.made: dict[int, int] = {}
         """Storages made in the code, by key, with the number of the root."""
@@ -174,68 +148,64 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See every op inside."""
-        with Watching(self.issue):
+        with OpMode(self.issue):
             yield
 
     def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op, or the ops that it is made of."""
-        if isinstance(func, _torch.OpOverload):
-            kernel = _torch.kernel_made_of_ops(func, args, self.device.type, active.autocast.get(), watching=True)
-            if kernel is not None:
-                for tensor in self._on_device((args, kwargs)):
-                    self.given.add(tensor.untyped_storage())
-                first = len(self.trace.roots)
-                with self.watching():
-                    result = kernel(*args, **kwargs)
-                self._stored(first, result)
-                return result
-        elif _torch.is_region(func):
-            with self.watching():
-                return args[0](*args[2:])
-        return self._run(func, args, kwargs, written_values(func, args, kwargs))
+        kernel = kernel_of_ops(func, args, self.device, watching=True)
+        if kernel is None:
+            return self._run(func, args, kwargs)
+        escapes = isinstance(func, _torch.OpOverload)  # what a body of a graph makes nobody stores away
+        if escapes:
+            for tensor in memory_on(self.device, (args, kwargs)):
+                self.escaped.add(tensor.untyped_storage())
+        first = len(self.trace.roots)
+        with self.watching():
+            result = kernel(*args, **kwargs)
+        if escapes:
+            self._stored(first, result)
+        return result
 
     def _stored(self, first: int, result: Any) -> None:
-        returned = {_torch.storage_key(tensor) for tensor in self._on_device(result)}
+        returned = {_torch.storage_key(tensor) for tensor in memory_on(self.device, result)}
         for root in self.trace.roots[first:]:
             storage = _torch.live_storage(root.ref)
             if storage is not None and int(storage._cdata) not in returned:
-                self.given.add(storage)
+                self.escaped.add(storage)
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Any) -> Any:
-        written = self._on_device(written)
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.undo is not None:
-            for tensor in written:
-                if _torch.storage_key(tensor) not in self.made:
-                    self.undo.save(tensor)
-        self.trace.draws_random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+            for tensor in self._others(memory_on(self.device, written_values(func, args, kwargs))):
+                self.undo.save(tensor)
+        self.trace.draws_random |= draws(func)
         result = func(*args, **kwargs)
-        self._note(func, (args, kwargs), result, written)
+        ran = Ran.of(func, args, kwargs, result, self.device, self.made)
+        if not ran.is_view:
+            self._note(func, (args, kwargs), pytree.tree_leaves(result), ran)
         return result
 
-    def _note(self, func: Any, arguments: Any, result: Any, written: Sequence[torch.Tensor]) -> None:
-        taken, outputs = self._on_device(arguments), self._on_device(result)
+    def _others(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of ``tensors`` whose storages were not made in the code."""
+        return [tensor for tensor in tensors if _torch.storage_key(tensor) not in self.made]
+
+    def _note(self, func: Any, arguments: Any, leaves: Sequence[Any], ran: Ran) -> None:
         position = len(self.trace.ops)
-        known = self.made.keys() | {_torch.storage_key(tensor) for tensor in taken}
-        fresh = [tensor for tensor in outputs if _torch.storage_key(tensor) not in known]
-        if (outputs and not fresh and not written) or torch.Tag.inplace_view in getattr(func, "tags", ()):
-            return  # a view launches nothing
-        for tensor in fresh:
-            self._root(tensor, position, _torch.schema_name(func) in ALLOCATING)
-        for tensor in written:
+        for place in ran.made.values():
+            self._root(leaves[place], position, _torch.schema_name(func) in ALLOCATING)
+        for tensor in ran.written:
             if (number := self.made.get(_torch.storage_key(tensor))) is not None:
                 self.trace.roots[number].written_by = position
-        op = Issued(str(func), self.label, self.source, self._numbers(arguments), self._outside(taken, written))
+        outside = self._outside(memory_on(self.device, arguments), ran.written)
+        op = Issued(str(func), self.label, self.source, self._numbers(arguments), outside)
         self.trace.ops.append(op)
         if self.undo is not None:
-            for tensor in written:
-                if _torch.storage_key(tensor) not in self.made:
-                    self.undo.wrote(tensor, op)
+            for tensor in self._others(ran.written):
+                self.undo.wrote(tensor, op)
 
     def _root(self, tensor: torch.Tensor, position: int, empty: bool) -> None:
-        key, storage = _torch.storage_key(tensor), tensor.untyped_storage()
-        if key in self.made:
-            return
-        number = self.made[key] = len(self.trace.roots)
+        storage = tensor.untyped_storage()
+        number = self.made[_torch.storage_key(tensor)] = len(self.trace.roots)
         if empty and self.undo is not None:
             self._fill(storage, number)
         self.trace.roots.append(
@@ -273,36 +243,6 @@ class Watch:
             elif not isinstance(leaf, torch.Generator):
                 numbers.append(repr(leaf))
         return tuple(numbers)
-
-    def _on_device(self, tree: Any) -> list[torch.Tensor]:
-        leaves = pytree.tree_leaves(tree)
-        return [
-            leaf
-            for leaf in leaves
-            if isinstance(leaf, torch.Tensor) and leaf.device == self.device and leaf.layout is torch.strided
-        ]
-
-
-class Watching(_torch.TorchDispatchMode):
-    """Hands each op to ``issue``, below autograd and in program order."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, issue: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._issue = issue
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
-        return True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
-            return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
-        return self._issue(func, args, kwargs or {})
 
 
 # --- code that can be watched -------------------------------------------------------------------------------------------
@@ -371,20 +311,15 @@ class Script:
     def _write(
         self, watch: Watch, func: Any, args: Any, kwargs: Any, result: Any, owned: frozenset[int] = frozenset()
     ) -> None:
-        inputs = {_torch.storage_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if has_memory(leaf)}
-        fresh: dict[int, tuple[int, int]] = {}
-        for position, leaf in enumerate(pytree.tree_leaves(result)):
-            if has_memory(leaf) and leaf.device == watch.device:
-                key = _torch.storage_key(leaf)
-                if key not in inputs and key not in self.made:
-                    self.made[key] = (len(self.made), _torch.StorageWeakRef(leaf.untyped_storage()))
-                    fresh[key] = (position, self.made[key][0])
+        fresh = []
+        leaves = pytree.tree_leaves(result)
+        for key, position in Ran.of(func, args, kwargs, result, watch.device, self.made).made.items():
+            self.made[key] = (len(self.made), _torch.StorageWeakRef(leaves[position].untyped_storage()))
+            fresh.append((position, self.made[key][0]))
         taken, named = pytree.tree_map_only(
             torch.Tensor, lambda tensor: self._place(watch, tensor, owned), (args, kwargs)
         )
-        self.lines.append(
-            _Line(func, taken, named, tuple(fresh.values()), watch.label, watch.source, torch.is_grad_enabled())
-        )
+        self.lines.append(_Line(func, taken, named, tuple(fresh), watch.label, watch.source, torch.is_grad_enabled()))
 
     def _place(self, watch: Watch, tensor: torch.Tensor, owned: frozenset[int]) -> Any:
         if tensor.device != watch.device:
@@ -407,8 +342,3 @@ class Script:
                     leaves = pytree.tree_leaves(line.func(*args, **kwargs))
                 for position, number in line.fresh:
                     storages[number] = leaves[position].untyped_storage()
-
-
-def has_memory(leaf: Any) -> bool:
-    """Whether ``leaf`` is a tensor in a storage of its own or another's: a strided one."""
-    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided

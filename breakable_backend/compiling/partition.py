@@ -28,6 +28,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.ir.effects import (
+    ALLOCATING,
     alias_source,
     is_check,
     is_number,
@@ -57,9 +58,9 @@ from breakable_backend.ir.program import (
     outputs_of,
     source_line,
 )
-from breakable_backend.marks.marking import Scope, argument_of, classify, label, on_host
+from breakable_backend.marks.rules import Scope, argument_of, classify, label, on_host
 
-_NO_LAUNCH = _torch.aten("empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_async")
+_NO_LAUNCH = ALLOCATING | _torch.aten("_assert_async")
 """ATen ops that allocate or check, and launch nothing."""
 
 

@@ -14,7 +14,8 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.ir.effects import bodies, is_getitem, is_opaque
-from breakable_backend.marks.marking import REGION_KEY, Scope, classify
+from breakable_backend.marks.marking import REGION_KEY
+from breakable_backend.marks.rules import Scope, classify
 
 
 class CutsRegion(Exception):

@@ -22,6 +22,7 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSessio
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import ReplayError
+from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.layout import non_owning
 from breakable_backend.ir.modes import Modes
 
@@ -221,7 +222,7 @@ class EagerDriver:
 
 def _launching(module: fx.GraphModule) -> tuple[str, ...]:
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
-    return tuple(str(op) for op in targets if isinstance(op, _torch.Op) and not getattr(op, "is_view", False))
+    return tuple(str(op) for op in targets if isinstance(op, _torch.Op) and not is_view_op(op))
 
 
 def _move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:

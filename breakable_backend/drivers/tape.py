@@ -26,8 +26,10 @@ from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing
-from breakable_backend.ir.effects import is_asynchronous, written_values
+from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, written_values
 from breakable_backend.ir.layout import Geometry, non_owning
+from breakable_backend.ir.live import OpMode, Ran, Undo, has_memory, kernel_of_ops, memory_on
+from breakable_backend.marks.rules import INDEXING, MOVES_STORAGE, is_mask
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -52,9 +54,6 @@ HOST_READING_METHODS = {
 }
 """Methods that copy to the host on a GPU, and that dispatch no copy, or nothing at all, on a CPU tensor."""
 
-INDEXING = _torch.aten("index index_put index_put_ _unsafe_index _unsafe_index_put _index_put_impl_")
-REBASING = _torch.aten("resize_ resize_as_ set_")
-ALLOCATING = _torch.aten("empty empty_like empty_strided empty_permuted new_empty new_empty_strided")
 COPIES = _torch.aten("_to_copy copy_")
 
 HIGHER_ORDER_OF_OPS = {
@@ -72,11 +71,11 @@ def _why_refused(func: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[s
         return REFUSED[name]
     if name in INDEXING:
         # An index by integers has a static shape, whatever its tag says.
-        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        masks = any(is_mask(index) for index in args[1] if index is not None)
         return DATA_SHAPE if masks else None
     if torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags:
         return DATA_SHAPE
-    if name in REBASING and _torch.storage_key(args[0]) not in tape.made:
+    if name in MOVES_STORAGE and _torch.storage_key(args[0]) not in tape.made:
         return MOVES
     generator = kwargs.get("generator")
     if (
@@ -229,26 +228,15 @@ class TapeGraph:
         self._free, self._given = (), ()
 
 
-class _Taping(_torch.TorchDispatchMode):
+class _Taping(OpMode):
     """Hands ops to a tape; without one, they run as they are."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, tape: _Tape | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(self._issue)
         self.tape = tape
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes."""
-        return True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.tape is None:
-            return func(*args, **(kwargs or {}))
-        return self.tape.dispatch(func, types, args, kwargs or {})
+    def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs) if self.tape is None else self.tape.issue(func, args, kwargs)
 
 
 class _Tape:
@@ -266,79 +254,60 @@ class _Tape:
         self.outside: dict[int, _Outside] = {}
         self.refusal: CaptureError | None = None
         self._random_state = generator.get_state()
-        self._saved: dict[int, tuple[torch.UntypedStorage, int, torch.UntypedStorage]] = {}
+        self._undo = Undo()
 
     def refuse(self, what: str) -> CaptureError:
         """The error to raise. It is kept: a capture that went wrong stays wrong if the code swallows its error."""
         self.refusal = CaptureError(f"{what}, which no captured graph can do", fix=FIX)
         return self.refusal
 
-    def dispatch(self, func: Any, types: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
-            return NotImplemented  # a tensor subclass unwraps itself, and its inner ops come back here
+    def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        if isinstance(func, _torch.HigherOrderOperator):
-            return self._higher_order(func, args, kwargs)
-        kernel = _torch.kernel_made_of_ops(func, args, self.device.type, active.autocast.get())
-        if kernel is not None:
-            # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
-            with _Taping(self), _HostReads(self):
-                return kernel(*args, **kwargs)
-        return self._run(func, args, kwargs, _torch.pytree.tree_leaves(written_values(func, args, kwargs)))
-
-    def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func.name() == "triton_kernel_wrapper_mutation":
-            return self._run(func, args, kwargs, _torch.pytree.tree_leaves(written_values(func, args, kwargs)))
-        with _Taping(self), _HostReads(self):
-            if _torch.is_region(func):
-                return args[0](*args[2:])
+        # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
+        kernel = kernel_of_ops(func, args, self.device)
+        if kernel is None and isinstance(func, _torch.HigherOrderOperator):
             if func.name() in HIGHER_ORDER_OF_OPS:
-                return _torch.dense_kernel(func)(*args, **kwargs)
-        raise self.refuse(f"the higher-order op {func.name()} may choose by values on the host what to run")
+                kernel = _torch.dense_kernel(func)
+            elif func.name() != "triton_kernel_wrapper_mutation":
+                raise self.refuse(f"the higher-order op {func.name()} may choose by values on the host what to run")
+        if kernel is None:
+            return self._run(func, args, kwargs)
+        with _Taping(self), _HostReads(self):
+            return kernel(*args, **kwargs)
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten.lift_fresh.default and args[0].device == self.device:
             # The tensor behind a literal dies with the code that wrote it: its value goes on the tape.
             func, args = aten.clone.default, (args[0].clone(),)
             self.made[_torch.storage_key(args[0])] = (args[0].untyped_storage(), None)
-        inputs = [leaf for leaf in _torch.pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        written = [leaf for leaf in written if isinstance(leaf, torch.Tensor) and leaf.device == self.device]
+        inputs = _tensors((args, kwargs))
         self.check_generator()
         on_device = not inputs or any(tensor.device == self.device for tensor in inputs)
-        checked = on_device and isinstance(func, _torch.OpOverload)
-        if checked and (why := _why_refused(func, args, kwargs, self)) is not None:
-            raise self.refuse(f"{func} {why}")
-        for tensor in written:
-            self._save(tensor)
-        asynchronous = is_asynchronous(func)
+        if on_device and isinstance(func, _torch.OpOverload):
+            if why := _why_refused(func, args, kwargs, self):
+                raise self.refuse(f"{func} {why}")
+            self._check_layouts(func, inputs)
+        for tensor in memory_on(self.device, written_values(func, args, kwargs)):
+            if _torch.storage_key(tensor) not in self.made:
+                self._undo.save(tensor)
         # A collective takes part with others: the replay issues it, once for each call.
+        asynchronous = is_asynchronous(func)
         result = _torch.results_like(func, args, kwargs) if asynchronous else func(*args, **kwargs)
         self._random_state = self.generator.get_state()
-        leaves = _torch.pytree.tree_leaves(result)
-        outputs = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-        tensors = [*inputs, *outputs.values()]
-        if all(tensor.device != self.device for tensor in tensors):
+        outputs = _tensors(result)
+        if all(tensor.device != self.device for tensor in (*inputs, *outputs)):
             return result  # arithmetic of the host, which a capture leaves alone
-        self._check_after(func, tensors, [*written, *outputs.values()])
-
-        known = self.made.keys() | {_torch.storage_key(tensor) for tensor in inputs}
-        fresh: dict[int, int] = {}
-        for i, tensor in outputs.items():
-            key = _torch.storage_key(tensor)
-            if key not in known:
-                fresh.setdefault(key, i)
-                self.made[key] = (tensor.untyped_storage(), tensor.dtype)
-        # An op without tensors for a result, such as an assertion, is there for its effect.
-        is_view = (outputs and not fresh and not written and not asynchronous) or torch.Tag.inplace_view in getattr(
-            func, "tags", ()
-        )
-        if not is_view and _torch.schema_name(func) not in ALLOCATING:
+        ran = Ran.of(func, args, kwargs, result, self.device, self.made)
+        self._check_after(func, [*inputs, *outputs], [*ran.written, *outputs])
+        leaves = _torch.pytree.tree_leaves(result)
+        self.made |= {key: (leaves[i].untyped_storage(), leaves[i].dtype) for key, i in ran.made.items()}
+        if not ran.is_view and _torch.schema_name(func) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
             args, kwargs = _torch.pytree.tree_map_only(
                 torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs)
             )
-            new_memory = tuple((i, self.made[key][0]) for key, i in fresh.items())
+            new_memory = tuple((i, self.made[key][0]) for key, i in ran.made.items())
             run = _Awaited(func) if asynchronous else func
             self.ops.append(_Op(run, args, kwargs, new_memory, torch.is_grad_enabled()))
         return result
@@ -350,24 +319,20 @@ class _Tape:
             refused.passing = "disturbed"  # or another thread drew from it: nobody can tell
             raise refused
 
-    def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-        if any(tensor.layout != torch.strided for tensor in tensors):
+    def _check_layouts(self, func: Any, tensors: Sequence[torch.Tensor]) -> None:
+        if not all(map(has_memory, tensors)):
             raise self.refuse(f"{func} works on a tensor without strides")
+
+    def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+        self._check_layouts(func, tensors)
         # A kernel takes a host number (a tensor of no dimensions) by value; a copy between devices never does.
         copies = _torch.schema_name(func) in COPIES
         devices = {tensor.device for tensor in tensors if copies or tensor.dim() > 0}
         devices |= {tensor.device for tensor in targets} | {self.device}
         if len(devices) > 1:
             raise self.refuse(f"{func} moves data between {' and '.join(sorted(map(str, devices)))}")
-        for storage, address, before in self._saved.values():
-            if storage.data_ptr() != address or storage.nbytes() != before.nbytes():
-                raise self.refuse(f"{func} {MOVES}")
-
-    def _save(self, tensor: torch.Tensor) -> None:
-        key = _torch.storage_key(tensor)
-        if key not in self.made and key not in self._saved:
-            storage = tensor.untyped_storage()
-            self._saved[key] = (storage, storage.data_ptr(), storage.clone())
+        if self._undo.any_moved():
+            raise self.refuse(f"{func} {MOVES}")
 
     def _alias(self, tensor: torch.Tensor, func: Any) -> torch.Tensor:
         """What the tape holds for ``tensor``: memory made inside strongly, memory from outside by its address."""
@@ -389,12 +354,9 @@ class _Tape:
         return storage if memory is None else self._lender(memory)
 
     def undo(self) -> None:
-        """Take back what the ops did. Latest first: two storages may lie over the same memory."""
+        """Take back what the ops did."""
         self.refusal = None  # its traceback holds this tape
-        for storage, _, before in reversed(self._saved.values()):
-            if storage.nbytes() != before.nbytes():
-                storage.resize_(before.nbytes())
-            storage.copy_(before)
+        self._undo.restore()
         for storage, dtype in self.made.values():
             if dtype is not None:
                 _poison(storage, dtype)
@@ -413,6 +375,10 @@ class _HostReads(TorchFunctionMode):
         if self.tape is not None and func in HOST_READING_METHODS and args[0].device == self.tape.device:
             raise self.tape.refuse(f"Tensor.{func.__name__} {HOST_READ}")
         return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in _torch.pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:

@@ -328,9 +328,18 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
     return frozenset(late)
 
 
-def draws(node: fx.Node) -> bool:
-    """Whether a call is said to draw random numbers: by PyTorch's tags, or by those that a custom op was given."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+def draws(op: Any) -> bool:
+    """Whether an op is said to draw random numbers: by PyTorch's tags, or by those that a custom op was given."""
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
+
+ALLOCATING = _torch.aten("empty empty_like empty_strided empty_permuted new_empty new_empty_strided")
+"""Ops that allocate memory, and launch nothing."""
+
+
+def is_view_op(op: Any) -> bool:
+    """Whether an op returns views by its schema. Of a call :func:`is_view` knows more."""
+    return isinstance(op, _torch.OpOverload) and op.is_view
 
 
 def is_view(node: fx.Node) -> bool:
@@ -384,5 +393,5 @@ def is_pure(node: fx.Node) -> bool:
         isinstance(node.target, _torch.OpOverload)
         and node.target.namespace in ("aten", "prims")
         and not node.target._schema.is_mutable
-        and not draws(node)
+        and not draws(node.target)
     )

@@ -12,7 +12,7 @@ from torch.utils import checkpoint
 
 from breakable_backend import _torch
 from breakable_backend.errors import EagerOutputError, defined_at
-from breakable_backend.marks.structure import Structure, modules_in, put_together, take_apart
+from breakable_backend.marks.structure import Structure, instances_in, put_together, take_apart
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +113,7 @@ def _others(given: _Given) -> tuple[list[Any], dict[int, Any]]:
     """The numbers and the modules among the arguments."""
     numbers: list[Any] = []
     take_apart((given.args, given.kwargs), [], numbers, numbers)
-    return numbers, {id(module): module for module in modules_in((given.args, given.kwargs))}
+    return numbers, {id(module): module for module in instances_in((given.args, given.kwargs), torch.nn.Module)}
 
 
 def _reader(tensors: Sequence[Any], numbers: Sequence[Any], modules: Any = None) -> Callable[[Structure], Any]:

@@ -1,32 +1,45 @@
-"""What an eager function returns: taken apart into tensors, checked at replay, and put on memory that stays.
+"""What eager functions return, taken apart: aliases of what was there are told from fresh memory, storage by storage.
 
-A result may be any structure: containers that pytree knows, dataclasses, objects with tensors in their attributes.
+In compiled code (:func:`take_result`) a result is put together again from constants that Dynamo takes, and a root for
+each fresh storage. Under ``capture`` (:class:`Parts`) it may be any object; it is checked at each replay, and copied to
+memory that stays.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import enum
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+import math
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend._torch import pytree
 from breakable_backend.errors import CaptureError, EagerOutputError
-from breakable_backend.ir.layout import TensorSpec, extent
+from breakable_backend.ir.layout import Geometry, Strided, TensorSpec, extent, strided
+from breakable_backend.ir.live import is_view_to_autograd
+from breakable_backend.marks.structure import (
+    PLAIN,
+    Structure,
+    fields,
+    foreign,
+    holds_tensors,
+    instances_in,
+    leaves_of,
+    reach,
+    replaced,
+    take_apart,
+    view_leaf,
+    with_leaves,
+)
+from breakable_backend.marks.tapes import Member
 
 ALIGNMENT = 256
 """Bytes: where views of one storage are kept together, they keep the alignment that the allocator gave them."""
-PLAIN = (
-    *(int, float, bool, str, type(None), complex, bytes, enum.Enum),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
-"""What is compared by value."""
 
 
 def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
@@ -35,102 +48,247 @@ def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf.device == device and leaf.layout is torch.strided]
 
 
-def fields(value: Any, path: str = "", met: dict[int, Any] | None = None) -> Iterator[tuple[str, Any]]:
-    """The leaves of a result, each with the path that leads to it first (``[0].scores``)."""
-    met = {} if met is None else met
-    children = _children(value)
-    if children is None:
-        yield path, value
-    elif isinstance(value, tuple) or id(value) not in met:
-        met[id(value)] = value
-        for step, child in children.items():
-            yield from fields(child, path + step, met)
+def fresh_groups(tensors: Iterable[tuple[int, torch.Tensor]], known: Collection[int]) -> list[list[int]]:
+    """The positions of tensors, grouped by the storage that they lie in; without those in storages with ``known`` keys."""
+    groups: dict[int, list[int]] = {}
+    for position, tensor in tensors:
+        if (key := _torch.storage_key(tensor)) not in known:
+            groups.setdefault(key, []).append(position)
+    return list(groups.values())
 
 
-def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """``value`` with its leaves changed, in the order of :func:`fields`; what can be written is copied, once each."""
-    met = {} if met is None else met
-    children = _children(value)
-    if children is None:
-        return change(value)
-    if isinstance(value, tuple):
-        items = [replaced(child, change, met) for child in children.values()]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if id(value) not in met:
-        twin = copy.copy(value) if _is_written(value) else value
-        met[id(value)] = value, twin  # before its children, which may lead back here
-        met[id(value)] = value, _filled(twin, [replaced(child, change, met) for child in children.values()])
-    return met[id(value)][1]
+# --- in compiled code -------------------------------------------------------------------------------------------------
 
 
-def _children(value: Any) -> Mapping[str, Any] | None:
-    """What ``value`` is made of, by the step that leads there; None for a leaf."""
-    if isinstance(value, (torch.Tensor, type, *PLAIN)):
-        return None
-    if dataclasses.is_dataclass(value):
-        return {f".{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {f".{name}": item for name, item in zip(value._fields, value, strict=True)}
-    if isinstance(value, list | tuple):
-        return {f"[{number}]": item for number, item in enumerate(value)}
-    if isinstance(value, dict):
-        return {f"[{key!r}]": item for key, item in value.items()}
-    leaves, spec = pytree.tree_flatten(value)
-    if not spec.is_leaf():
-        return {f"<{number}>": leaf for number, leaf in enumerate(leaves)}
-    return {f".{name}": item for name, item in _parts(value).items()} or None
+class Unholdable(Exception):
+    """What compiled code cannot hold of a result, and what to do."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
 
 
-def _parts(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object that matter to captured code: with tensors in them, or plain, also in a container."""
-    return {name: item for name, item in _attributes(value).items() if _is_plain(item) or _holds_tensors(item)}
+@dataclass(frozen=True)
+class Result:
+    """A result, taken apart."""
+
+    structure: Structure
+    roots: list[torch.Tensor]
+    """Of each fresh storage one tensor that owns it; what else lies in it is made again from that."""
+    members: list[list[Member]]
+    """For each root, the tensors that autograd knows, where it is recording."""
+    ints: list[Any]
 
 
-def _is_plain(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-    return all(isinstance(item, PLAIN) for item in items)
+def take_result(
+    holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool, copies: bool = True
+) -> Result:
+    """Take a result apart: aliases of arguments told from fresh memory, of which there is one root for each storage.
+
+    Args:
+        holder: all that holds the result, so that what the function kept is seen.
+        arguments: the tensors that the function was called with.
+        recording: whether autograd was recording, so that results know what they need.
+        exact: whether what needs no gradient is said of each of several results that share memory.
+        copies: whether what the function kept is copied. Who wants to know the layout alone needs no copies.
+
+    Raises:
+        Unholdable: what compiled code cannot hold.
+    """
+    result = holder[0]
+    other = foreign(result) or next((type(module).__name__ for module in instances_in(result, torch.nn.Module)), "")
+    other = other or next(
+        (type(value).__name__ for value in instances_in(result, enum.Enum)), ""
+    )  # Dynamo's guards on one fail
+    if other:
+        raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
+    tensors: list[torch.Tensor] = []
+    ints: list[Any] = []
+    floats: list[Any] = []
+    structure = take_apart(result, tensors, ints, floats)
+    kinds = {float: floats, int: ints, str: [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "plain"]}
+    for kind, values in kinds.items():
+        strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
+        if strange is not None:  # such as numpy.float64, which is a float
+            raise Unholdable(
+                "a number or text of a class of its own, which compiled code cannot hold",
+                f"return it as {kind.__name__}",
+            )
+    if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
+        raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
+    if not all(isinstance(value, float) for value in floats):
+        raise Unholdable("a float that depends on values", "return it as a tensor, or in whole numbers as an int")
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
+    del result
+    taker = _Taker(tensors, arguments, _references(tensors), recording, exact, copies)
+    taker.take()
+
+    def leaf(structure: Structure) -> Structure:
+        if structure[0] == "tensor":
+            return taker.places[structure[1]]
+        if structure[0] == "int":
+            return ("int", structure[1], len(taker.roots))
+        if structure[0] == "float":
+            value = floats[structure[1]]
+            value = math.nan if value != value else value  # so that it equals itself
+            return ("plain", value, value.hex())  # so that 0.0 does not equal -0.0
+        return structure
+
+    return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
 
 
-def _is_written(value: Any) -> bool:
-    """Whether captured code gets a copy, with tensors of its own. An object without tensors it gets itself."""
-    return not _attributes(value) or _holds_tensors(value) or dataclasses.is_dataclass(value)
+class _Taker:
+    """Sorts the tensors of a result by the memory that they lie in."""
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        arguments: Sequence[torch.Tensor],
+        references: Mapping[int, int],
+        recording: bool,
+        exact: bool,
+        copies: bool,
+    ) -> None:
+        self.tensors, self.arguments, self.references = tensors, arguments, references
+        self.recording, self.exact, self.copies = recording, exact, copies
+        self.places: list[Structure] = [()] * len(tensors)
+        """The leaf for each tensor."""
+        self.roots: list[torch.Tensor] = []
+        self.members: list[list[Member]] = []
+
+    def take(self) -> None:
+        given = {_torch.storage_key(argument) for argument in self.arguments}
+        for group in fresh_groups(enumerate(self.tensors), given):
+            self._take_group(group, copied=False)
+        for number, tensor in enumerate(self.tensors):
+            if _torch.storage_key(tensor) not in given:
+                continue
+            if self.recording and not is_view_to_autograd(tensor, self.arguments):
+                self._take_group([number], copied=True)  # traced code could not make a view with that gradient
+            else:
+                self.places[number] = self._alias(tensor)
+
+    def _alias(self, tensor: torch.Tensor) -> Structure:
+        """The leaf for a result that lies in the memory of an argument."""
+        mine = Geometry.of(tensor)
+        bases = [
+            (number, base, Geometry.of(base), self._is_detached(tensor, base.requires_grad))
+            for number, base in enumerate(self.arguments)
+            if _torch.storage_key(base) == _torch.storage_key(tensor)
+        ]
+        for number, _, lies, detached in bases:
+            if lies.in_memory == mine.in_memory:
+                return ("argument", number, detached)
+        leaves = [
+            view_leaf("argument", number, strided(base), strided(tensor), detached)
+            for number, base, lies, detached in bases
+            if lies.read_as == mine.read_as
+        ]
+        if bases[0][2].read_as != mine.read_as:
+            raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
+        # Rather of one that it lies in: in another call the arguments may lie apart.
+        return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
+
+    def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
+        return self.recording and base_needs and not tensor.requires_grad
+
+    def _take_group(self, group: list[int], copied: bool) -> None:
+        """Find a tensor that owns the memory of some results, and say how each is made again from it."""
+        tensors = [self.tensors[number] for number in group]
+        first, number = tensors[0], len(self.roots)
+        lies = [Geometry.of(tensor) for tensor in tensors]
+        wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
+        if all(other.in_memory == lies[0].in_memory for other in lies[1:]):
+            root = first.detach() if self.recording else first
+            leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
+            members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
+        else:
+            if any(other.read_as != lies[0].read_as for other in lies):
+                raise Unholdable("tensors of several dtypes that share memory", "return clones")
+            where = _span(tensors)
+            root = first.detach().as_strided(*where)
+            leaves = [
+                view_leaf("root", number, where, strided(t), self._is_detached(t, self.exact and bool(wanting)))
+                for t in tensors
+            ]
+            members = _shares([(tensor, _apart(strided(tensor), where[2])) for tensor in wanting], where[0][0])
+        if root.is_conj() or root.is_neg():
+            root = root.resolve_conj().resolve_neg()
+        elif self.copies and (
+            copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording))
+        ):
+            root = copy_of(root)
+        self.roots.append(root)
+        self.members.append(members)
+        for place, leaf in zip(group, leaves, strict=True):
+            self.places[place] = leaf
 
 
-def _attributes(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object, as far as they are looked at."""
-    attributes = getattr(value, "__dict__", None)
-    skipped = isinstance(value, (torch.Tensor, torch.nn.Module, type, *PLAIN)) or callable(value)
-    return attributes if isinstance(attributes, dict) and not skipped else {}
+def _span(tensors: Sequence[torch.Tensor]) -> Strided:
+    """The geometry of a flat tensor that several lie in."""
+    wheres = [strided(tensor) for tensor in tensors]
+    start = min(where[2] for where in wheres)
+    return (max(where[2] + reach(where) for where in wheres) - start,), (1,), start
 
 
-def _holds_tensors(value: Any, depth: int = 4) -> bool:
-    """Whether there are tensors in ``value``, no deeper than ``depth`` containers and objects."""
-    if isinstance(value, torch.Tensor):
-        return True
-    if depth == 0:
+def _shares(wanting: list[Member], length: int) -> list[Member]:
+    """Which of several results that share memory take the gradient of which part of it: each part once."""
+    for tensor, where in wanting:
+        assert where is not None
+        if tensor.numel() == reach(where) == length:
+            return [(tensor, where)]
+    spans = sorted((where[2], where[2] + reach(where)) for _, where in wanting if where is not None)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise Unholdable("tensors that overlap in part and need gradients", "return clones")
+    return wanting
+
+
+_CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named tuples, dataclasses or pytree nodes"
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """New memory of the same geometry. The copy is no view, so it may be changed in place by those who get it."""
+    where = strided(tensor)
+    length = reach(where)
+    made = torch.empty_strided(where[0], where[1], dtype=tensor.dtype, device=tensor.device)
+    made.as_strided((length,), (1,), 0).copy_(tensor.detach().as_strided((length,), (1,), where[2]))
+    return made
+
+
+def _apart(where: Strided, start: int) -> Strided:
+    return where[0], where[1], where[2] - start
+
+
+def _references(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """How often Python refers to each of some tensors, by identity."""
+    return {id(tensor): sys.getrefcount(tensor) for tensor in tensors}
+
+
+_ALONE = _references([torch.empty(0)]).popitem()[1]
+"""What :func:`_references` counts for a tensor that only the list holds."""
+
+
+def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recording: bool) -> bool:
+    """Whether somebody else than the result holds its memory: the function, which may write it in a later call.
+
+    A false alarm costs a copy. Autograd holds memory too, so while it records only Python is asked.
+    """
+    for tensor in group:
+        if references[id(tensor)] > _ALONE + 2 * sum(other is tensor for other in group) - 1:
+            return True
+    if recording:
         return False
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return any(_holds_tensors(item, depth - 1) for item in (*inside, *_attributes(value).values()))
+    holders = {id(tensor) for tensor in group}
+    bases = [base for tensor in group if (base := _torch.base_of_view(tensor)) is not None and id(base) not in holders]
+    for base in {id(base): base for base in bases}.values():
+        holders.add(id(base))
+        if sys.getrefcount(base) > _ALONE + 1 + sum(other is base for other in bases):
+            return True
+    return _torch.owners_of_storage(group[0]) > len(holders)
 
 
-def _filled(twin: Any, items: Sequence[Any]) -> Any:
-    """A copy, with other children than it was copied with."""
-    if dataclasses.is_dataclass(twin):
-        for field, item in zip(dataclasses.fields(twin), items, strict=True):
-            object.__setattr__(twin, field.name, item)
-        return twin
-    if isinstance(twin, list):
-        twin[:] = items
-        return twin
-    if isinstance(twin, dict):
-        twin.update(zip(list(twin), items, strict=True))
-        return twin
-    spec = pytree.tree_structure(twin)
-    if not spec.is_leaf():
-        return pytree.tree_unflatten(list(items), spec)
-    if _is_written(twin):
-        twin.__dict__.update(zip(list(_parts(twin)), items, strict=True))
-    return twin
+# --- under ``capture`` ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,20 +338,20 @@ class Parts:
         Raises:
             CaptureError: a sparse tensor, a wrapper of tensors, or a container that is not looked into.
         """
-        known = set(known)
-        by_storage: dict[int, list[int]] = {}
         found = list(fields(result))
-        for position, (path, leaf) in enumerate(found):
+        for path, leaf in found:
             if why := _why_not_written(leaf):
                 raise CaptureError(
                     f"{name}: {f'field {path} of its' if path else 'its'} result is {why}, which cannot be written back",
                     where=source,
                     fix="return dense tensors, in tuples, lists, dicts, dataclasses or attributes of objects",
                 )
-            if isinstance(leaf, torch.Tensor) and leaf.device == device and _torch.storage_key(leaf) not in known:
-                by_storage.setdefault(_torch.storage_key(leaf), []).append(position)
-        group_of = {position: number for number, group in enumerate(by_storage.values()) for position in group}
-        spans = tuple(_span([found[p][1] for p in group], group) for group in by_storage.values())
+        on_device = (
+            (p, leaf) for p, (_, leaf) in enumerate(found) if isinstance(leaf, torch.Tensor) and leaf.device == device
+        )
+        groups = fresh_groups(on_device, set(known))
+        group_of = {position: number for number, group in enumerate(groups) for position in group}
+        spans = tuple(_span_of_bytes([found[p][1] for p in group], group) for group in groups)
         leaves = []
         for position, (path, leaf) in enumerate(found):
             if not isinstance(leaf, torch.Tensor):
@@ -204,7 +362,7 @@ class Parts:
             span = spans[group] if group >= 0 else None
             offset = _byte_offset(leaf) - span.start if span is not None else 0
             leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
-        return cls(name, source, tuple(leaves), tuple(map(tuple, by_storage.values())), spans, host_only)
+        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only)
 
     @property
     def is_trivial(self) -> bool:
@@ -310,7 +468,7 @@ def _why_not_written(leaf: Any) -> str:
         return f"a {type(leaf).__name__}"
     if not isinstance(leaf, torch.Tensor):
         inside = () if isinstance(leaf, (torch.nn.Module, type, *PLAIN)) else gc.get_referents(leaf)
-        holds = any(_holds_tensors(item, 1) for item in inside)
+        holds = any(holds_tensors(item, 1) for item in inside)
         return f"a {type(leaf).__name__} with tensors in it" if holds else ""
     if leaf.layout is not torch.strided:
         return "a sparse tensor"
@@ -331,7 +489,7 @@ def _byte_offset(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset()) * tensor.element_size()
 
 
-def _span(tensors: Sequence[torch.Tensor], positions: Sequence[int]) -> _Span | None:
+def _span_of_bytes(tensors: Sequence[torch.Tensor], positions: Sequence[int]) -> _Span | None:
     """The bytes that several tensors of one storage lie in, measured from the first of them."""
     if len(tensors) == 1:
         return None

@@ -22,20 +22,17 @@ from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.overlap import known_apart
 from breakable_backend.marks.learning import Asked, Expected, Learned
+from breakable_backend.marks.results import Result, Unholdable, copy_of, take_result
 from breakable_backend.marks.straight import Run, straight
 from breakable_backend.marks.structure import (
     LEAVES,
-    Result,
     Structure,
-    Unholdable,
     contents,
-    copy_of,
     is_changed,
     is_still,
     is_the_same,
     leaves_of,
     put_together,
-    take_result,
 )
 from breakable_backend.marks.tapes import Tape, reaches_others
 

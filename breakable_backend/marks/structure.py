@@ -6,21 +6,20 @@ Dynamo traces most of these functions: containers are gone from what it compiles
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import itertools
-import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.ir.layout import Geometry, Strided, strided
-from breakable_backend.marks.tapes import Member
+from breakable_backend._torch import pytree
+from breakable_backend.ir.layout import Geometry, Strided
 
+T = TypeVar("T")
 Structure = tuple[Any, ...]
 LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
 
@@ -59,21 +58,13 @@ def foreign(value: Any) -> str:
     return ""
 
 
-def modules_in(value: Any) -> Iterator[torch.nn.Module]:
-    """The modules in ``value``."""
-    if isinstance(value, torch.nn.Module):
+def instances_in(value: Any, kind: type[T]) -> Iterator[T]:
+    """What of ``kind`` is in ``value``."""
+    if isinstance(value, kind):
         yield value
-    elif not isinstance(value, torch.Tensor):
+    elif not isinstance(value, (torch.Tensor, torch.nn.Module)):
         for item in children(value) or ():
-            yield from modules_in(item)
-
-
-def _enums_in(value: Any) -> Iterator[enum.Enum]:
-    if isinstance(value, enum.Enum):
-        yield value
-    elif not isinstance(value, torch.Tensor):
-        for item in children(value) or ():
-            yield from _enums_in(item)
+            yield from instances_in(item, kind)
 
 
 def contents(value: Any) -> list[Any]:
@@ -204,10 +195,118 @@ def leaves_of(structure: Structure) -> Iterator[Structure]:
             yield from leaves_of(item)
 
 
+# --- containers of any kind ------------------------------------------------------------------------------------------
+# For code that Dynamo does not trace: dicts with any keys, and objects with tensors in their attributes.
+
+PLAIN = (
+    *(int, float, bool, str, type(None), complex, bytes, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""What is compared by value."""
+
+
+def fields(value: Any, path: str = "", met: dict[int, Any] | None = None) -> Iterator[tuple[str, Any]]:
+    """The leaves of a result, each with the path that leads to it first (``[0].scores``)."""
+    met = {} if met is None else met
+    children = _children(value)
+    if children is None:
+        yield path, value
+    elif isinstance(value, tuple) or id(value) not in met:
+        met[id(value)] = value
+        for step, child in children.items():
+            yield from fields(child, path + step, met)
+
+
+def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    """``value`` with its leaves changed, in the order of :func:`fields`; what can be written is copied, once each."""
+    met = {} if met is None else met
+    children = _children(value)
+    if children is None:
+        return change(value)
+    if isinstance(value, tuple):
+        items = [replaced(child, change, met) for child in children.values()]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if id(value) not in met:
+        twin = copy.copy(value) if _is_written(value) else value
+        met[id(value)] = value, twin  # before its children, which may lead back here
+        met[id(value)] = value, _filled(twin, [replaced(child, change, met) for child in children.values()])
+    return met[id(value)][1]
+
+
+def _children(value: Any) -> Mapping[str, Any] | None:
+    """What ``value`` is made of, by the step that leads there; None for a leaf."""
+    if isinstance(value, (torch.Tensor, type, *PLAIN)):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {f".{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {f".{name}": item for name, item in zip(value._fields, value, strict=True)}
+    if isinstance(value, list | tuple):
+        return {f"[{number}]": item for number, item in enumerate(value)}
+    if isinstance(value, dict):
+        return {f"[{key!r}]": item for key, item in value.items()}
+    leaves, spec = pytree.tree_flatten(value)
+    if not spec.is_leaf():
+        return {f"<{number}>": leaf for number, leaf in enumerate(leaves)}
+    return {f".{name}": item for name, item in _parts(value).items()} or None
+
+
+def _parts(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object that matter to captured code: with tensors in them, or plain, also in a container."""
+    return {name: item for name, item in _attributes(value).items() if _is_plain(item) or holds_tensors(item)}
+
+
+def _is_plain(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    return all(isinstance(item, PLAIN) for item in items)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether captured code gets a copy, with tensors of its own. An object without tensors it gets itself."""
+    return not _attributes(value) or holds_tensors(value) or dataclasses.is_dataclass(value)
+
+
+def _attributes(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object, as far as they are looked at."""
+    attributes = getattr(value, "__dict__", None)
+    skipped = isinstance(value, (torch.Tensor, torch.nn.Module, type, *PLAIN)) or callable(value)
+    return attributes if isinstance(attributes, dict) and not skipped else {}
+
+
+def holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Whether there are tensors in ``value``, no deeper than ``depth`` containers and objects."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0:
+        return False
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(holds_tensors(item, depth - 1) for item in (*inside, *_attributes(value).values()))
+
+
+def _filled(twin: Any, items: Sequence[Any]) -> Any:
+    """A copy, with other children than it was copied with."""
+    if dataclasses.is_dataclass(twin):
+        for field, item in zip(dataclasses.fields(twin), items, strict=True):
+            object.__setattr__(twin, field.name, item)
+        return twin
+    if isinstance(twin, list):
+        twin[:] = items
+        return twin
+    if isinstance(twin, dict):
+        twin.update(zip(list(twin), items, strict=True))
+        return twin
+    spec = pytree.tree_structure(twin)
+    if not spec.is_leaf():
+        return pytree.tree_unflatten(list(items), spec)
+    if _is_written(twin):
+        twin.__dict__.update(zip(list(_parts(twin)), items, strict=True))
+    return twin
+
+
 # --- views --------------------------------------------------------------------------------------------------------------
 
 
-def extent(where: Strided) -> int:
+def reach(where: Strided) -> int:
     """How many elements of its storage a tensor spans."""
     return int(_torch.extent(where[0], where[1]))
 
@@ -219,8 +318,8 @@ def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: b
     back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
     plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == _steps(dense)
     start = where[2] - base[2]
-    inside = start >= 0 and start + extent(where) <= extent(base)
-    steps: Structure | None = ("flat", start, extent(where), dense, back) if plain else _slices(base, where)
+    inside = start >= 0 and start + reach(where) <= reach(base)
+    steps: Structure | None = ("flat", start, reach(where), dense, back) if plain else _slices(base, where)
     if steps is None or not inside:
         return ("view", kind, number, detached, None, where)
     # Where the base itself lies is no part of the leaf: an argument may lie elsewhere in its storage in another call.
@@ -297,254 +396,3 @@ def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tens
         return bool(with_leaves(one, place) == with_leaves(other, place))
     except (RuntimeError, IndexError):  # there is no such part of an argument
         return False
-
-
-# --- results ------------------------------------------------------------------------------------------------------------
-
-
-class Unholdable(Exception):
-    """What compiled code cannot hold of a result, and what to do."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result, taken apart."""
-
-    structure: Structure
-    roots: list[torch.Tensor]
-    """Of each fresh storage one tensor that owns it; what else lies in it is made again from that."""
-    members: list[list[Member]]
-    """For each root, the tensors that autograd knows, where it is recording."""
-    ints: list[Any]
-
-
-def take_result(
-    holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool, copies: bool = True
-) -> Result:
-    """Take a result apart: aliases of arguments told from fresh memory, of which there is one root for each storage.
-
-    Args:
-        holder: all that holds the result, so that what the function kept is seen.
-        arguments: the tensors that the function was called with.
-        recording: whether autograd was recording, so that results know what they need.
-        exact: whether what needs no gradient is said of each of several results that share memory.
-        copies: whether what the function kept is copied. Who wants to know the layout alone needs no copies.
-
-    Raises:
-        Unholdable: what compiled code cannot hold.
-    """
-    result = holder[0]
-    other = foreign(result) or next((type(module).__name__ for module in modules_in(result)), "")
-    other = other or next((type(value).__name__ for value in _enums_in(result)), "")  # Dynamo's guards on one fail
-    if other:
-        raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
-    tensors: list[torch.Tensor] = []
-    ints: list[Any] = []
-    floats: list[Any] = []
-    structure = take_apart(result, tensors, ints, floats)
-    kinds = {float: floats, int: ints, str: [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "plain"]}
-    for kind, values in kinds.items():
-        strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
-        if strange is not None:  # such as numpy.float64, which is a float
-            raise Unholdable(
-                "a number or text of a class of its own, which compiled code cannot hold",
-                f"return it as {kind.__name__}",
-            )
-    if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
-        raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
-    if not all(isinstance(value, float) for value in floats):
-        raise Unholdable("a float that depends on values", "return it as a tensor, or in whole numbers as an int")
-    if any(tensor.layout is not torch.strided for tensor in tensors):
-        raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
-    del result
-    taker = _Taker(tensors, arguments, _references(tensors), recording, exact, copies)
-    taker.take()
-
-    def leaf(structure: Structure) -> Structure:
-        if structure[0] == "tensor":
-            return taker.places[structure[1]]
-        if structure[0] == "int":
-            return ("int", structure[1], len(taker.roots))
-        if structure[0] == "float":
-            value = floats[structure[1]]
-            value = math.nan if value != value else value  # so that it equals itself
-            return ("plain", value, value.hex())  # so that 0.0 does not equal -0.0
-        return structure
-
-    return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
-
-
-class _Taker:
-    """Sorts the tensors of a result by the memory that they lie in."""
-
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor],
-        arguments: Sequence[torch.Tensor],
-        references: Mapping[int, int],
-        recording: bool,
-        exact: bool,
-        copies: bool,
-    ) -> None:
-        self.tensors, self.arguments, self.references = tensors, arguments, references
-        self.recording, self.exact, self.copies = recording, exact, copies
-        self.places: list[Structure] = [()] * len(tensors)
-        """The leaf for each tensor."""
-        self.roots: list[torch.Tensor] = []
-        self.members: list[list[Member]] = []
-
-    def take(self) -> None:
-        given = {_torch.storage_key(argument) for argument in self.arguments}
-        groups: dict[int, list[int]] = {}
-        for number, tensor in enumerate(self.tensors):
-            key = _torch.storage_key(tensor)
-            if key not in given:
-                groups.setdefault(key, []).append(number)
-            elif self.recording and not _is_view(tensor, self.arguments):
-                groups[-1 - number] = [number]  # a copy: traced code could not make a view with that gradient
-            else:
-                self.places[number] = self._alias(tensor)
-        for key, group in groups.items():
-            self._take_group(group, copied=key < 0)
-
-    def _alias(self, tensor: torch.Tensor) -> Structure:
-        """The leaf for a result that lies in the memory of an argument."""
-        mine = Geometry.of(tensor)
-        bases = [
-            (number, base, Geometry.of(base), self._is_detached(tensor, base.requires_grad))
-            for number, base in enumerate(self.arguments)
-            if _torch.storage_key(base) == _torch.storage_key(tensor)
-        ]
-        for number, _, lies, detached in bases:
-            if lies.in_memory == mine.in_memory:
-                return ("argument", number, detached)
-        leaves = [
-            view_leaf("argument", number, strided(base), strided(tensor), detached)
-            for number, base, lies, detached in bases
-            if lies.read_as == mine.read_as
-        ]
-        if bases[0][2].read_as != mine.read_as:
-            raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
-        # Rather of one that it lies in: in another call the arguments may lie apart.
-        return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
-
-    def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
-        return self.recording and base_needs and not tensor.requires_grad
-
-    def _take_group(self, group: list[int], copied: bool) -> None:
-        """Find a tensor that owns the memory of some results, and say how each is made again from it."""
-        tensors = [self.tensors[number] for number in group]
-        first, number = tensors[0], len(self.roots)
-        lies = [Geometry.of(tensor) for tensor in tensors]
-        wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
-        if all(other.in_memory == lies[0].in_memory for other in lies[1:]):
-            root = first.detach() if self.recording else first
-            leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
-            members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
-        else:
-            if any(other.read_as != lies[0].read_as for other in lies):
-                raise Unholdable("tensors of several dtypes that share memory", "return clones")
-            where = _span(tensors)
-            root = first.detach().as_strided(*where)
-            leaves = [
-                view_leaf("root", number, where, strided(t), self._is_detached(t, self.exact and bool(wanting)))
-                for t in tensors
-            ]
-            members = _shares([(tensor, _apart(strided(tensor), where[2])) for tensor in wanting], where[0][0])
-        if root.is_conj() or root.is_neg():
-            root = root.resolve_conj().resolve_neg()
-        elif self.copies and (
-            copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording))
-        ):
-            root = copy_of(root)
-        self.roots.append(root)
-        self.members.append(members)
-        for place, leaf in zip(group, leaves, strict=True):
-            self.places[place] = leaf
-
-
-def _span(tensors: Sequence[torch.Tensor]) -> Strided:
-    """The geometry of a flat tensor that several lie in."""
-    wheres = [strided(tensor) for tensor in tensors]
-    start = min(where[2] for where in wheres)
-    return (max(where[2] + extent(where) for where in wheres) - start,), (1,), start
-
-
-def _shares(wanting: list[Member], length: int) -> list[Member]:
-    """Which of several results that share memory take the gradient of which part of it: each part once."""
-    for tensor, where in wanting:
-        assert where is not None
-        if tensor.numel() == extent(where) == length:
-            return [(tensor, where)]
-    spans = sorted((where[2], where[2] + extent(where)) for _, where in wanting if where is not None)
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise Unholdable("tensors that overlap in part and need gradients", "return clones")
-    return wanting
-
-
-_CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named tuples, dataclasses or pytree nodes"
-
-
-def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """New memory of the same geometry. The copy is no view, so it may be changed in place by those who get it."""
-    where = strided(tensor)
-    length = extent(where)
-    made = torch.empty_strided(where[0], where[1], dtype=tensor.dtype, device=tensor.device)
-    made.as_strided((length,), (1,), 0).copy_(tensor.detach().as_strided((length,), (1,), where[2]))
-    return made
-
-
-def _apart(where: Strided, start: int) -> Strided:
-    return where[0], where[1], where[2] - start
-
-
-_VIEWS = frozenset(
-    f"{name}Backward{number}"
-    for name in (
-        "Alias AsStrided Diagonal Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose "
-        "Unbind Unfold Unsafe Unsqueeze View ViewAsReal ViewAsComplex"
-    ).split()
-    for number in (0, 1, 2)
-)
-
-
-def _is_view(tensor: torch.Tensor, arguments: Sequence[torch.Tensor]) -> bool:
-    """Whether, for autograd too, a tensor in the memory of an argument is a view of it: traced code can make it again."""
-    ends = [argument.grad_fn for argument in arguments]
-    step = tensor.grad_fn
-    while step is not None and step.name() in _VIEWS and not any(step is end for end in ends):
-        step = step.next_functions[0][0]
-    leaf = step is None or step.name() == "torch::autograd::AccumulateGrad"
-    return leaf or any(step is end for end in ends)
-
-
-def _references(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
-    """How often Python refers to each of some tensors, by identity."""
-    return {id(tensor): sys.getrefcount(tensor) for tensor in tensors}
-
-
-_ALONE = _references([torch.empty(0)]).popitem()[1]
-"""What :func:`_references` counts for a tensor that only the list holds."""
-
-
-def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recording: bool) -> bool:
-    """Whether somebody else than the result holds its memory: the function, which may write it in a later call.
-
-    A false alarm costs a copy. Autograd holds memory too, so while it records only Python is asked.
-    """
-    for tensor in group:
-        if references[id(tensor)] > _ALONE + 2 * sum(other is tensor for other in group) - 1:
-            return True
-    if recording:
-        return False
-    holders = {id(tensor) for tensor in group}
-    bases = [base for tensor in group if (base := _torch.base_of_view(tensor)) is not None and id(base) not in holders]
-    for base in {id(base): base for base in bases}.values():
-        holders.add(id(base))
-        if sys.getrefcount(base) > _ALONE + 1 + sum(other is base for other in bases):
-            return True
-    return _torch.owners_of_storage(group[0]) > len(holders)

@@ -25,7 +25,7 @@ from breakable_backend.ir.effects import draws, is_opaque, producer_of
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line
-from breakable_backend.marks.marking import label
+from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import Mark
 from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.recording import (
@@ -127,7 +127,7 @@ class _Graph:
         """The call of a node; behind it what looks at its result, where sizes vary."""
         state: State | None = ambient_of(node)
         # Somebody's eager op gets no turn: it may wait for a thread that waits for one.
-        if draws(node) and not (is_opaque(node.target) and node.name in self.eager):
+        if draws(node.target) and not (is_opaque(node.target) and node.name in self.eager):
             state = _Turn(self.drawing, state)
         maker = producer_of(node)
         function: Any = node.target
@@ -264,7 +264,7 @@ def run_plain(
     slots = dict(binding.values)
     for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
         if isinstance(segment, GraphSegment):
-            with drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
+            with drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
                 results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
             slots.update(zip(segment.outputs, results, strict=True))
         else:

@@ -53,8 +53,8 @@ from breakable_backend.ir.program import (
     outputs_of,
     source_line,
 )
-from breakable_backend.marks.marking import label
 from breakable_backend.marks.ops import direct, is_call
+from breakable_backend.marks.rules import label
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact, load_all
 from breakable_backend.recordings.code import with_code
@@ -570,7 +570,7 @@ class _Recorder:
                 return False
         else:
             failed = self.put_off.reason
-        with self.driver.drawing() if any(map(draws, segment.module.graph.nodes)) else nullcontext():
+        with self.driver.drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
             self.eager(
                 EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (failed,))
             )

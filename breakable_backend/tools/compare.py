@@ -20,11 +20,13 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.trace import Change, Trace, Undo, Watch, first_change, has_memory, run_module
+from breakable_backend.capturing.trace import Change, Trace, Watch, first_change, run_module
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.errors import CAUSES, DivergenceError
+from breakable_backend.ir.effects import is_view_op
+from breakable_backend.ir.live import Undo, has_memory
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, source_line
-from breakable_backend.marks.marking import label
+from breakable_backend.marks.rules import label
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.observer import Issue, Observer, Subject
@@ -236,7 +238,7 @@ class Checker:
     def _clear(self) -> None:
         for held in (self.values, self.truth, self.moved, self.bridged, self.undeclared, self.late):
             held.clear()
-        self.witness.given.prune()
+        self.witness.escaped.prune()
         self._remember_kept()
 
     def _add(self, name: str, tensor: torch.Tensor, label: str = "", source: str = "") -> None:
@@ -304,7 +306,7 @@ class Checker:
         """Run a segment eagerly, note what comes of it, and undo it."""
         run, inputs = self._runner(position)
         undo = Undo()
-        watch = Watch(self.device, self.witness.given, inputs, undo, self.witness.traces.get(position))
+        watch = Watch(self.device, self.witness.escaped, inputs, undo, self.witness.traces.get(position))
         watch.trace.draws_random = graph.draws_random
         try:
             outputs = pytree.tree_map_only(torch.Tensor, clone_exact, run(watch))
@@ -319,13 +321,13 @@ class Checker:
         """What was written of others' memory, and where a launch of the segment leaves it."""
         segment = self._segment(position)
         names = {_torch.address_of(t): n for n in (segment.inputs if segment else ()) if has_memory(t := self.truth[n])}
-        for address, (storage, _, geometry, op) in undo.saved.items():
-            name = names.get(address, "")
+        for saved in undo.memories():
+            name, op = names.get(saved.address, ""), saved.writer
             writer, source = (op.label, op.source) if op is not None else ("", "")
             if name in self.bridged and name not in self.moved:
                 yield _Written(self.bridged[name], clone_exact(self.truth[name]), name, writer, source)
             else:
-                flat = geometry.whole(storage)
+                flat = saved.geometry.whole(saved.storage)
                 yield _Written(flat, flat.clone(), name or f"the memory that {writer} writes", writer, source)
 
     def _stale(self, position: int) -> dict[str, _Wrong]:
@@ -359,7 +361,7 @@ class Checker:
         for node in segment.module.graph.nodes:
             if node.op != "call_function" or views.isdisjoint(node.all_input_nodes):
                 continue
-            if not (isinstance(node.target, _torch.OpOverload) and node.target.is_view):
+            if not is_view_op(node.target):
                 return _maker(node)
             views.add(node)
         return "", ""
@@ -601,7 +603,7 @@ class Checker:
                 return KEEPS, why, blamed
             was = change.was.op if change.was is not None else "nothing more"
             return "frozen scalar", f"its Python took another path: {op.op} now, {was} when it was captured", blamed
-        if any(memory.written or memory.key in self.witness.given.storages for memory in op.outside):
+        if any(memory.written or memory.key in self.witness.escaped.storages for memory in op.outside):
             why = f"{op.op} takes memory that {op.label} has stored away, and took other memory when it was captured"
             return KEEPS, why, blamed
         return "address moved", f"{op.op} reads a tensor that lies elsewhere than when it was captured", blamed

@@ -26,8 +26,9 @@ from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
+from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.program import GraphSegment, Op, Segment, described, module_path, source_line
-from breakable_backend.marks.marking import label
+from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import breaks, learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
@@ -373,12 +374,8 @@ def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
     return tuple(
         Op(node.name, label(node), described(node.meta.get("val")), module_path(node), source_line(node))
         for node in module.graph.nodes
-        if node.op == "call_function" and node.target is not operator.getitem and not _is_view(node.target)
+        if node.op == "call_function" and node.target is not operator.getitem and not is_view_op(node.target)
     )
-
-
-def _is_view(target: Any) -> bool:
-    return isinstance(target, _torch.OpOverload) and target.is_view
 
 
 # --- the text -------------------------------------------------------------------------------------------------------------

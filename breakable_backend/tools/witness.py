@@ -10,10 +10,11 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.trace import Given, Script, Trace, Watch, has_memory, run_module
+from breakable_backend.capturing.trace import Escaped, Script, Trace, Watch, run_module
 from breakable_backend.ir.effects import is_of_torch
 from breakable_backend.ir.layout import Geometry
-from breakable_backend.marks.results import fields, replaced
+from breakable_backend.ir.live import has_memory
+from breakable_backend.marks.structure import fields, replaced
 from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.observer import Issue
 from breakable_backend.tools.difference import Difference, difference
@@ -52,14 +53,14 @@ class Witness:
     """By the position of the step."""
     scripts: dict[int, Script] = field(default_factory=dict)
     """Of the second door, whose code cannot be run again."""
-    given: Given = field(default_factory=Given)
+    escaped: Escaped = field(default_factory=Escaped)
     kept: list[Kept] = field(default_factory=list)
 
     def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
         """A segment's body as a function to capture."""
 
         def watched(*inputs: Any) -> Any:
-            watch = Watch(self.device, self.given, inputs)
+            watch = Watch(self.device, self.escaped, inputs)
             results = run_module(body, inputs, watch)
             self.traces[position] = watch.trace
             return results
@@ -68,7 +69,7 @@ class Witness:
 
     def issuing(self, position: int) -> Issue:
         """A segment of the second door begins: what its ops are issued through."""
-        watch, script = Watch(self.device, self.given), Script()
+        watch, script = Watch(self.device, self.escaped), Script()
         self.traces[position], self.scripts[position] = watch.trace, script
 
         def issue(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str, source: str) -> Any:

@@ -26,7 +26,7 @@ from breakable_backend.calling.keys import Entry, scalar_bytes
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.marks.marking import Scope
+from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
 from checks import compile_both
 from gpu import settled

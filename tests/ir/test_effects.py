@@ -12,7 +12,7 @@ from torch import Tensor, fx
 import silly
 from breakable_backend import _torch
 from breakable_backend.ir.effects import effective_ops, strays, written_arguments
-from breakable_backend.marks.marking import marked
+from breakable_backend.marks.rules import marked
 from checks import check, program_of
 from graphs import SCOPE, Node, by_hand, cuda, fakes, last_call, sines, subgraph, t, trace
 

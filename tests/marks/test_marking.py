@@ -20,12 +20,10 @@ import breakable_backend
 import silly
 from breakable_backend import OptionsError, eager_region, mark_eager, unmark_eager
 from breakable_backend.ir.program import Reason, source_line
-from breakable_backend.marks.marking import (
-    REGION_KEY,
+from breakable_backend.marks.marking import REGION_KEY, EagerOps, Marks, is_marked, op_name
+from breakable_backend.marks.rules import (
     RULES,
     WHOLE_PROGRAM,
-    EagerOps,
-    Marks,
     Rule,
     boolean_index,
     classify,
@@ -33,12 +31,10 @@ from breakable_backend.marks.marking import (
     explicit_generator,
     higher_order,
     host_read,
-    is_marked,
     label,
     marked,
     moves_storage,
     off_device,
-    op_name,
     region,
     sparse,
     stream_operation,

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from breakable_backend.ir.layout import strided
+from breakable_backend.marks.results import Unholdable, take_result
 from breakable_backend.marks.structure import (
-    Unholdable,
     foreign,
     put_together,
     take_apart,
-    take_result,
     view_leaf,
     view_of,
 )

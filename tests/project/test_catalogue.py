@@ -30,7 +30,7 @@ from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.marks import sites
-from breakable_backend.marks.structure import Unholdable
+from breakable_backend.marks.results import Unholdable
 
 ROOT = Path(breakable_backend.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -283,7 +283,7 @@ def unknown_stream(patch: pytest.MonkeyPatch) -> Any:
 def growing_op(patch: pytest.MonkeyPatch) -> Any:
     """An op with a kernel that the tape does not look into, which makes more memory each time."""
     sizes = iter([2, 3])
-    patch.setattr(_torch, "kernel_made_of_ops", lambda *args: None)
+    patch.setattr(_torch, "kernel_made_of_ops", lambda *args, **watching: None)
     patch.setitem(silly.hooks, "visit", lambda x: torch.ones(next(sizes)))
     return silly.visit
 

@@ -26,7 +26,7 @@ from breakable_backend.calling import executor, policy
 from breakable_backend.drivers import room
 from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
-from breakable_backend.marks.marking import RULES
+from breakable_backend.marks.rules import RULES
 from breakable_backend.recordings import buffers
 from breakable_backend.tools import measure, report
 
