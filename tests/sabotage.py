@@ -1039,6 +1039,13 @@ FAULTS = (
         "test_learning.py::test_dynamo_sees_who_called[cpu]",
     ),
     Fault(
+        "numbers-that-are-written-are-constants",
+        "compiling.partition:_takes_by_value",
+        "number in user.args[position:] and number not in user.args[:position]",
+        "True",
+        "compiling/test_partition.py::test_numbers_that_are_no_constants",
+    ),
+    Fault(
         "modules-are-called-as-ever",
         "_torch.module_calls:_ask",
         "function is None",

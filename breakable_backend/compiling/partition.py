@@ -134,13 +134,47 @@ def _has_gaps(tensor: torch.Tensor) -> bool:
 
 
 def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
-    """The host scalars of ``scope``, and what torch's own pure ops make of them: as constant as they are."""
+    """The host scalars of ``scope``, numbers in the code, and what torch's own pure ops make of them: as constant as they are."""
     names = set(scope.host_scalars)
+    if scope.device.type != "cpu":
+        names |= _numbers_in_code(graph)
     for node in graph.nodes:
         inputs = [a.name for a in node.all_input_nodes if tensors_of(a.meta.get("val"))]
         if inputs and names.issuperset(inputs) and is_pure(node) and on_host(node):
             names.add(node.name)
     return frozenset(names)
+
+
+def _numbers_in_code(graph: fx.Graph) -> set[str]:
+    """Tensors on the host like ``torch.tensor(2.0)``, and what is computed of them, where kernels take them by value.
+
+    A number that is written, returned, given to other ops, or copied to the device is none of these.
+    """
+    names: set[str] = set()
+    for node in reversed(graph.nodes):  # users first
+        taken = all(user.name in names or _takes_by_value(user, node) for user in node.users)
+        if taken and node.op == "call_function" and on_host(node) and is_pure(node):
+            names.add(node.name)
+    for node in graph.nodes:
+        inputs = [argument for argument in node.all_input_nodes if tensors_of(argument.meta.get("val"))]
+        constant = schema_name(node) == "aten::lift_fresh_copy" and all(made.op == "get_attr" for made in inputs)
+        if not constant and not (inputs and all(argument.name in names for argument in inputs)):
+            names.discard(node.name)
+    return names
+
+
+def _takes_by_value(user: fx.Node, number: fx.Node) -> bool:
+    """Whether a kernel on the device takes a number on the host as an argument, and does nothing else with it."""
+    position = _BY_VALUE.get(schema_name(user))
+    return position is not None and number in user.args[position:] and number not in user.args[:position]
+
+
+_BY_VALUE = {
+    **dict.fromkeys(_torch.aten("add sub mul div rsub eq ne lt le gt ge maximum minimum"), 0),
+    **dict.fromkeys(_torch.aten("fill fill_ add_ sub_ mul_ div_ copy_"), 1),
+    **dict.fromkeys(_torch.aten("masked_fill masked_fill_"), 2),
+}
+"""Ops that take a number on the host by value, each with the position of the first argument that may be one."""
 
 
 @dataclass(frozen=True)

@@ -443,6 +443,35 @@ def test_host_scalar() -> None:
     assert [reason.text for reason in program.reasons] == ["reads the host scalar arg1_1, which a graph would freeze"]
 
 
+def test_numbers_in_the_code() -> None:
+    """A number on the host that the code has, and what is computed of it, is as constant as the code."""
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        scale = torch.sqrt(torch.tensor(16, dtype=torch.float) * 3)
+        return ((x.sin() / scale).masked_fill(x > 0, torch.tensor(2.0)).cos(),)
+
+    assert kinds(part(f, cuda(4))) == ["captured"]
+
+
+def test_numbers_that_are_no_constants() -> None:
+    """A number in the code that is written, returned or given to other ops is made anew in each call."""
+
+    def written(x: Tensor) -> tuple[Tensor, ...]:
+        count = torch.tensor(1.0)
+        count.add_(1)
+        return ((x.sin() * count).cos(),)
+
+    def returned(x: Tensor) -> tuple[Tensor, ...]:
+        count = torch.tensor(1.0)
+        return (x.sin() * count).cos(), count
+
+    def chosen(x: Tensor) -> tuple[Tensor, ...]:
+        return (aten.where.self(x > 0, x.sin(), torch.tensor(1.0)).cos(),)
+
+    for function in (written, returned, chosen):
+        assert "eager" in kinds(part(function, cuda(4))), function.__name__
+
+
 def test_sizes_are_no_segments() -> None:
     """Arithmetic on sizes is done once, outside all segments, and reaches each segment as a number."""
 

@@ -13,7 +13,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 from breakable_backend import breakable_cg, explain
-from checks import assert_same, compile_both, program_of
+import silly
+from checks import assert_same, check, compile_both, program_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
@@ -261,6 +262,40 @@ def test_lazy_arguments(name: str, shape: str, device: torch.device, options: di
             results.append([(function(*(args := arguments(call))), args) for call in range(8)])
     assert_same(results[0], results[1])
     assert program_of(compiled).replays == 4
+
+
+def scaled(x: Tensor) -> Any:
+    scale = torch.sqrt(torch.tensor(16, dtype=torch.float) * 3)
+    y = silly.triple(x.sin() / scale)
+    return (y * scale).cos() + 1
+
+
+def masked(x: Tensor) -> Any:
+    return x.sin().masked_fill(x > 0, torch.tensor(2.0)) + torch.full_like(x, 3).fill_(torch.tensor(4.0))
+
+
+def counted(x: Tensor) -> Any:
+    count = torch.tensor(1.0)
+    count.add_(1)
+    return x.sin() * count + 1
+
+
+def returned(x: Tensor) -> Any:
+    count = torch.tensor(3.0)
+    return x.sin() * count + 1, count
+
+
+def copied(x: Tensor) -> Any:
+    return x.sin() * torch.tensor(3.0).to(x.device) + torch.where(x > 0, x.cos(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "function", [scaled, masked, counted, returned, copied], ids=lambda function: function.__name__
+)
+def test_numbers_in_the_code(function: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a number on the host that the code makes is eager's in each call, whatever is done with it."""
+    eager = {"scaled": 1, "masked": 0}.get(function.__name__)
+    check(function, lambda _: (torch.randn(2, 4, device=device),), device=device, options=options, eager=eager)
 
 
 @pytest.mark.gpu
