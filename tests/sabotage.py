@@ -1041,7 +1041,7 @@ FAULTS = (
     Fault(
         "numbers-that-are-written-are-constants",
         "compiling.partition:_takes_by_value",
-        "number in user.args[position:] and number not in user.args[:position]",
+        "position is not None and number in user.args[position:] and (number not in user.args[:position])",
         "True",
         "compiling/test_partition.py::test_numbers_that_are_no_constants",
     ),

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
-from breakable_backend import breakable_cg, explain
 import silly
+from breakable_backend import breakable_cg, explain
 from checks import assert_same, check, compile_both, program_of
 
 pytestmark = [
@@ -294,7 +294,7 @@ def copied(x: Tensor) -> Any:
 )
 def test_numbers_in_the_code(function: Any, device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: a number on the host that the code makes is eager's in each call, whatever is done with it."""
-    eager = {"scaled": 1, "masked": 0}.get(function.__name__)
+    eager = 1 if function is scaled else None
     check(function, lambda _: (torch.randn(2, 4, device=device),), device=device, options=options, eager=eager)
 
 
