@@ -305,34 +305,57 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def models(found: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "| model | kind | kernels | in graphs | programs | eager steps | result | in the way |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Which models are captured without a break, then a table of the others, and what is in the way there."""
     order = sorted(found, key=lambda key: (SOURCES.index(key.split("/")[0]), list(found).index(key)))
-    for key in order:
+    whole = [key for key in order if verdict(found[key]).startswith("as") and not breaks(found[key])]
+    others = [key for key in order if key not in whole]
+    lines = ["Without a break, and the share in graphs where it is not all:", ""]
+    for source in SOURCES:
+        names = [named(key, found[key]) for key in whole if key.startswith(source)]
+        lines += [f"- **{source}**: {', '.join(names)}"] if names else []
+    lines += [
+        "",
+        "The others:",
+        "",
+        "| model | kind | kernels | in graphs | programs | breaks | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in others:
         row = found[key]
-        became = verdict(row)
-        why = (
-            row.get("stopped")
-            or row.get("failed")
-            or (row.get("differs") and became != "as Dynamo" and row["differs"])
-            or ""
-        )
-        whys = [why] if why else []
-        whys += in_the_way(row)
         lines.append(
             f"| {key} | {row.get('kind', '')} | {row.get('kernels', '')} | {share(row):.1%} | {row.get('programs', '')} "
-            f"| {row.get('eager_steps', '')} | {became} | {'; '.join(whys).replace('|', '/')} |"
+            f"| {breaks(row)} | {verdict(row)} |"
         )
+    lines += ["", "What is in the way there:", ""]
+    for key in others:
+        row = found[key]
+        wrong = [row[what] for what in ("stopped", "failed", "differs") if row.get(what)]
+        lines += [f"- **{key}**: {'; '.join([*wrong, *in_the_way(row)])}"]
     return lines
+
+
+def named(key: str, row: dict[str, Any]) -> str:
+    """A model without a break, as the list has it."""
+    name = key.partition("/")[2]
+    marks = [f"{share(row):.1%}"] if share(row) < 0.9995 else []
+    marks += ["as Dynamo"] if verdict(row) == "as Dynamo" else []
+    return f"`{name}` ({', '.join(marks)})" if marks else f"`{name}`"
+
+
+def breaks(row: dict[str, Any]) -> int:
+    """Eager steps, Dynamo's graph breaks, and graphs that run eagerly."""
+    return (
+        row.get("eager_steps", 0)
+        + sum(count for _, count in row.get("graph_breaks", []))
+        + len(row.get("eager_graphs", []))
+    )
 
 
 def in_the_way(row: dict[str, Any]) -> list[str]:
     """The breaks of a model, each with its reason and line."""
     found: dict[str, int] = defaultdict(int)
     for _, op, text, source, count in row.get("reasons", []):
-        found[f"`{op}` {text} ({place(source)})"] += count
+        found[f"`{op}` {re.sub(r'the host scalar [^ ,]+', 'a host scalar', text)} ({place(source)})"] += count
     for why, count in row.get("graph_breaks", []):
         what, _, where = why.partition(", at ")
         found[f"graph break: {what} ({place(where)})"] += count
@@ -342,7 +365,8 @@ def in_the_way(row: dict[str, Any]) -> list[str]:
 
 
 def place(source: str) -> str:
-    return source.split(" in ")[0]
+    """File and line, without the folder of the library and of its models."""
+    return re.sub(r"^.*/", "", source.split(" in ")[0])
 
 
 def main(given: Sequence[str] | None = None) -> None:
