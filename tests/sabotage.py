@@ -1046,6 +1046,13 @@ FAULTS = (
         "test_partition.py::test_numbers_that_are_no_constants",
     ),
     Fault(
+        "what-is-never-called-so-is-learned-for-ever",
+        "marks.sites:Site.settle",
+        "self.learned.in_vain += 1",
+        "pass",
+        "test_learning.py::test_code_that_is_traced_calls_it_otherwise[cpu-never]",
+    ),
+    Fault(
         "modules-are-called-as-ever",
         "_torch.module_calls:_ask",
         "function is None",

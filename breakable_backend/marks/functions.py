@@ -26,7 +26,9 @@ from breakable_backend.marks.learning import Asked
 from breakable_backend.marks.ops import writing_op
 from breakable_backend.marks.sites import (
     BY_FUNCTION,
+    CALLED_OTHERWISE,
     CHANGED_A_CONTAINER,
+    GIVE_FAKE,
     NAME_WHAT_IT_WRITES,
     WROTE_AN_ARGUMENT,
     Site,
@@ -313,6 +315,8 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     arguments, order, num_written = _arranged(mark, structure)
     modes = Modes.traced()
     learned = learned_of(mark, (arguments, modes), modules.keys())
+    if learned.in_vain >= MAX_IN_VAIN and not learned.why_not:
+        learned.why_not, learned.cure = CALLED_OTHERWISE, GIVE_FAKE
     if learned.why_not:
         return 0, learned.why_not
     try:
@@ -325,6 +329,10 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     if not _torch.keep_with_code(site):
         mark.sites[number] = site
     return number, ""
+
+
+MAX_IN_VAIN = 4
+"""After so many calls that ran as Python, and in none of which a function was called as in traced code, it is a break."""
 
 
 def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, ...], int]:

@@ -189,6 +189,8 @@ class Learned:
         """What helps then."""
         self.error: Exception | None = None
         """What said so, if it was an error."""
+        self.in_vain = 0
+        """How many calls in a row ran as Python, and none of them called the function like this."""
         self.waiting: dict[int, Any] = {}
         """Those that run as Python until this is known, by the identity of their code."""
         self._samples: dict[tuple[Any, ...], dict[Given, _Sample]] = {}
@@ -197,6 +199,7 @@ class Learned:
     def add(self, asked: Asked, expected: Expected) -> None:
         """Note what a call returned."""
         with self._lock:
+            self.in_vain = 0
             samples = self._samples.setdefault(asked.kind, {})
             sample = samples.get(asked.given)
             if sample is None:

@@ -105,7 +105,8 @@ class Learning:
 
 def learning() -> list[Learning]:
     """What is not compiled yet, because marked functions in it have not run, or not often enough."""
-    return [waiting for _, learned in _all_learned() for waiting in learned.waiting.values()]
+    known = [learned for _, learned in _all_learned() if not learned.why_not]
+    return [waiting for learned in known for waiting in learned.waiting.values()]
 
 
 def why_a_break(mark: Mark, why: str) -> Learned | None:
@@ -234,8 +235,9 @@ class Site:
         if not self.is_known:
             if not _torch.can_run_as_python():
                 raise self._failure(
-                    "nothing yet: its result is not known before its first call", _GIVE_FAKE, PartitionError
+                    "nothing yet: its result is not known before its first call", GIVE_FAKE, PartitionError
                 )
+            self.learned.in_vain += 1
             callers = Callers()
             self.learned.waiting[id(callers.whole)] = Learning(self.mark, callers)
             _torch.run_as_python(f"{self.mark.name} has not run yet, and its result is not known")
@@ -541,11 +543,12 @@ BY_FUNCTION = "eager_on_graph"
 """What marks functions; by another name modules are called."""
 WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
 NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
+CALLED_OTHERWISE = (
+    "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
+)
 CHANGED_A_CONTAINER = "it changed what a container among its arguments holds"
 
-_GIVE_FAKE = (
-    "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
-)
+GIVE_FAKE = "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
 
 _swapping = locks.lock()
 """Held while a module has tensors that are not its own."""

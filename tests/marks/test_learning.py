@@ -61,6 +61,36 @@ def vectors(device: torch.device, count: int, size: int = 4) -> list[Tensor]:
     return [torch.randn(size, generator=generator).to(device) * number for number in range(1, count + 1)]
 
 
+@pytest.mark.parametrize("called", ["otherwise", "never"])
+def test_code_that_is_traced_calls_it_otherwise(compile_ours: Compile, device: torch.device, called: str) -> None:
+    """A function that only traced code calls, or calls with these arguments, is a graph break in the end, with the reason."""
+
+    @eager_on_graph
+    def scaled(x: Tensor, by: Any) -> Tensor:
+        return x * float(x.sum()) if by is None else x * float(by)
+
+    def model(x: Tensor) -> Tensor:
+        y = x.sin()
+        if torch.compiler.is_compiling():
+            y = scaled(y, None)
+        else:
+            y = scaled(y, float(y.sum())) if called == "otherwise" else y * float(y.sum())
+        return y.cos() + 1
+
+    compiled = compile_ours(model)
+    for x in vectors(device, 9):
+        assert_same(compiled(x), model(x))
+    report = explain(compiled)
+    assert not report.learning
+    assert [program.replays > 0 for program in report.programs] == [True, True]
+    assert any("code calls it with other arguments while it is traced" in why for why in report.graph_breaks)
+    torch._dynamo.reset()
+    whole = compile_ours(model, fullgraph=True)
+    with pytest.raises(PartitionError, match=r"fake="):
+        for x in vectors(device, 9):
+            assert_same(whole(x), model(x))
+
+
 # --- the calls ------------------------------------------------------------------------------------------------------------
 
 
