@@ -493,11 +493,11 @@ for name in ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "fcn_r
     torchvision(name, "segmentation", each(**{first: floats(2, 3, 96, 96)}), weights_backbone=None)
 IMAGES = each(images=lambda: [torch.rand(3, 160, 192), torch.rand(3, 176, 160)])
 for name, settings in {
-    "fasterrcnn_mobilenet_v3_large_320_fpn": {"box_score_thresh": 0.0},
-    "maskrcnn_resnet50_fpn": {"min_size": 160, "max_size": 256, "box_score_thresh": 0.0, "box_detections_per_img": 8},
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {"num_classes": 21},
+    "maskrcnn_resnet50_fpn": {"num_classes": 21, "min_size": 160, "max_size": 256, "box_detections_per_img": 4},
     "retinanet_resnet50_fpn": {"min_size": 160, "max_size": 256, "score_thresh": 0.0},
     "fcos_resnet50_fpn": {"min_size": 160, "max_size": 256, "score_thresh": 0.0},
-    "ssdlite320_mobilenet_v3_large": {},
+    "ssdlite320_mobilenet_v3_large": {"num_classes": 21, "score_thresh": 0.05},
 }.items():
     torchvision(name, "detection", IMAGES, weights_backbone=None, **settings)
 for name in ("r3d_18", "mvit_v1_b", "s3d", "swin3d_t"):
