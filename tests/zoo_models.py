@@ -497,7 +497,7 @@ for name, settings in {
     "maskrcnn_resnet50_fpn": {"num_classes": 21, "min_size": 160, "max_size": 256, "box_detections_per_img": 4},
     "retinanet_resnet50_fpn": {"min_size": 160, "max_size": 256, "score_thresh": 0.0},
     "fcos_resnet50_fpn": {"min_size": 160, "max_size": 256, "score_thresh": 0.0},
-    "ssdlite320_mobilenet_v3_large": {"num_classes": 21, "score_thresh": 0.05},
+    "ssdlite320_mobilenet_v3_large": {"num_classes": 21, "topk_candidates": 40},
 }.items():
     torchvision(name, "detection", IMAGES, weights_backbone=None, **settings)
 for name in ("r3d_18", "mvit_v1_b", "s3d", "swin3d_t"):
