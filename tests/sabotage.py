@@ -467,8 +467,8 @@ FAULTS = (
     Fault(
         "plain-calls-go-through-the-graph-each-time",
         "calling.compiled:CompiledGraph.plain_function",
-        "self._plain_function = write_plain(self.lowered, self.program, drawing, name, self.observers.file)",
-        "return write_plain(self.lowered, self.program, drawing, name, self.observers.file)",
+        "self._plain_function = self.watched_function(None)",
+        "return self.watched_function(None)",
         "test_plain.py::test_written_once[cpu]",
     ),
     Fault(
@@ -1913,7 +1913,7 @@ FAULTS = (
     Fault(
         "failed-capture-is-forgotten",
         "calling.compiled:CompiledGraph.record",
-        "\n        if failed:\n            self._run_eagerly(program, failed)\n        ",
+        "\n        if failed:\n            self.run_eagerly(program, failed)\n        ",
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
@@ -1938,6 +1938,28 @@ FAULTS = (
         "all(map(wanted, bodies(node)))",
         "True",
         "test_regions.py::test_a_region_of_torchs_ops[cpu]",
+    ),
+    # --- ops that are found in a plain call ---
+    Fault(
+        "nobody-looks-into-ops",
+        "calling.executor:Executor._warm_up",
+        "not has_unknown_ops(program)",
+        "True",
+        "test_finding.py::test_found_in_the_first_call[cpu-reads]",
+    ),
+    Fault(
+        "ops-of-ops-are-not-seen",
+        "recordings.finding:_Look._issue",
+        "with self.watching():\n    return kernel(*args, **kwargs)",
+        "return kernel(*args, **kwargs)",
+        "test_finding.py::test_found_in_the_first_call[cpu-deep]",
+    ),
+    Fault(
+        "found-in-one-place-only",
+        "recordings.finding:Finder.eager",
+        "self._found.get(op_of(node))",
+        "self._found.get(op_of(node)) if node.args[-1] is True else None",
+        "test_finding.py::test_known_in_every_place[cpu]",
     ),
     # --- ops that only a capture refuses ---
     Fault(
@@ -2013,16 +2035,16 @@ FAULTS = (
     Fault(
         "failed-warm-up-counts",
         "calling.executor:Executor._not_replayed",
-        "outputs = self._plain(args, 'warm-up')",
+        "outputs = self._warm_up(args)",
         """
         entry.warmed_up = True
-        outputs = self._plain(args, 'warm-up')
+        outputs = self._warm_up(args)
         """,
         "test_contract_gaps.py::test_first_call_that_raises_is_no_warm_up[cpu]",
     ),
     Fault(
         "recordings-under-old-keys-kept",
-        "calling.compiled:CompiledGraph._run_eagerly",
+        "calling.compiled:CompiledGraph.run_eagerly",
         "self.keyed() != keyed",
         "False",
         "test_contract_gaps.py::test_keys_read_otherwise_after_a_failed_capture[cpu]",

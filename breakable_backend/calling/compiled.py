@@ -28,6 +28,7 @@ from breakable_backend.ir.lifetimes import needed
 from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
+from breakable_backend.recordings.finding import Finder
 from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from breakable_backend.recordings.plain import Plain, write_plain
 from breakable_backend.recordings.recording import Binding, Plan, Recorded, Recording, check_places, record
@@ -98,9 +99,13 @@ class CompiledGraph:
         """The function of plain calls, made for the first of them."""
         if self._plain_function is None:
             # Where two threads make one at once, or the program is cut anew meanwhile, either is right.
-            drawing, name = self.driver.drawing, f"{self.name} plain"
-            self._plain_function = write_plain(self.lowered, self.program, drawing, name, self.observers.file)
+            self._plain_function = self.watched_function(None)
         return self._plain_function
+
+    def watched_function(self, finder: Finder | None) -> Plain:
+        """The same, with ``finder`` looking into ops."""
+        drawing, name = self.driver.drawing, f"{self.name} plain"
+        return write_plain(self.lowered, self.program, drawing, name, self.observers.file, finder)
 
     def _give_up_variety(self, args: Sequence[Any]) -> bool:
         """Count what varies from key to key; where that is too much, give up keying it. True if keys are now others."""
@@ -133,13 +138,13 @@ class CompiledGraph:
             self.cut_program()
         return bool(given_up)
 
-    def _run_eagerly(self, program: Program, failed: Mapping[str, Reason]) -> None:
+    def run_eagerly(self, program: Program, failed: Mapping[str, Reason], level: int = logging.WARNING) -> None:
         """Keep nodes that could not be captured eager, for the keys that come after this one."""
         if program is not self.program:
             return
         for reason in dict.fromkeys(failed.values()):
             at = f", at {reason.source}" if reason.source else ""
-            self.observers.noted(f"runs eagerly from now on: {reason}{at}", logging.WARNING)
+            self.observers.noted(f"runs eagerly from now on: {reason}{at}", level)
         keyed = self.keyed()
         self.scope = replace(self.scope, forced={**self.scope.forced, **failed})
         self.cut_program()
@@ -241,7 +246,7 @@ class CompiledGraph:
             del recorded, recording
             driver.release(graphs, owner)
         if failed:
-            self._run_eagerly(program, failed)
+            self.run_eagerly(program, failed)
         return outputs
 
     def count_plain(self, why: str, level: int = logging.INFO) -> None:
@@ -261,7 +266,7 @@ class CompiledGraph:
             failed = {**failed, **put_off.suspects}
             entry.trials = entry.trials.settled()
         if failed:
-            self._run_eagerly(program, failed)
+            self.run_eagerly(program, failed)
         return recorded.outputs
 
     def _put_off(self, entry: Entry, cause: Passing, reason: str) -> None:

@@ -28,7 +28,8 @@ from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.effects import python_floats
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
-from breakable_backend.recordings.plain import run_plain
+from breakable_backend.recordings.finding import Finder, has_unknown_ops
+from breakable_backend.recordings.plain import Plain, run_plain
 from breakable_backend.recordings.replay import Function
 
 IN_EAGER_STEP = "called inside an eager step"
@@ -149,7 +150,7 @@ class Executor(CompiledGraph):
         if not entry.warmed_up:
             self.callers.note()
             started = time.perf_counter()
-            outputs = self._plain(args, "warm-up")
+            outputs = self._warm_up(args)
             entry.warmup_seconds = time.perf_counter() - started
             entry.warmed_up = True
             return outputs
@@ -186,13 +187,24 @@ class Executor(CompiledGraph):
         lose_patience(self.driver)
         return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
 
-    def _plain(self, args: list[Any], why: str, level: int = logging.INFO) -> list[Any]:
+    def _warm_up(self, args: list[Any]) -> list[Any]:
+        """The plain call before a recording. Of ops that nothing is known about it shows which ones cannot be captured."""
+        program = self.program
+        if self.observers.sees_plain_steps or not self.options.auto_break or not has_unknown_ops(program):
+            return self._plain(args, "warm-up")
+        finder = Finder(self.driver.device)
+        outputs = self._plain(args, "warm-up", run=self.watched_function(finder))
+        if found := finder.eager(program):
+            self.run_eagerly(program, found, logging.INFO)
+        return outputs
+
+    def _plain(self, args: list[Any], why: str, level: int = logging.INFO, run: Plain | None = None) -> list[Any]:
         """Make a call as eager would, with no capture and no bridge."""
         self.count_plain(why, level)
         with self.observers.span(f"plain, {why}"):
             try:
                 if not self.observers.sees_plain_steps:
-                    return (self._plain_function or self.plain_function()).function(args)
+                    return (run or self._plain_function or self.plain_function()).function(args)
                 values = list(args)
                 args.clear()
                 return run_plain(self.program, values, observer=self.observers, drawing=self.driver.drawing)

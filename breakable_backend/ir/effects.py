@@ -57,6 +57,19 @@ def is_opaque(target: Any) -> bool:
     return isinstance(target, _torch.OpOverload) and not is_of_torch(target)
 
 
+_OF_TORCH = frozenset(
+    "aten prims prim breakable_cg _c10d_functional _c10d_functional_autograd c10d c10d_functional _dtensor inductor profiler "
+    "quantized rngprims streams symm_mem".split()
+)
+"""Namespaces of ops that come with torch, or with us."""
+
+
+def is_somebodys(node: fx.Node) -> bool:
+    """Whether a node calls an op that somebody has added to torch: code that nothing is known about."""
+    op = op_of(node)
+    return isinstance(op, _torch.OpOverload) and op.namespace not in _OF_TORCH
+
+
 def bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order op is called with."""
     attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]

@@ -16,7 +16,16 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.errors import CaptureError, Passing
-from breakable_backend.ir.effects import WAIT, is_asynchronous, is_getitem, is_number, is_view, op_of, tensors_of
+from breakable_backend.ir.effects import (
+    WAIT,
+    is_asynchronous,
+    is_getitem,
+    is_number,
+    is_somebodys,
+    is_view,
+    op_of,
+    tensors_of,
+)
 from breakable_backend.ir.program import GraphSegment, Program, Reason
 
 MAX_CUTS = 16
@@ -76,8 +85,7 @@ class NodeByNode:
             else:
                 assert node.op == "call_function", node.op
                 if node.name in self._pauses and self._progress is not None:
-                    time.sleep(self._pauses[node.name])
-                    before = self._progress()
+                    before = self._wait(self._pauses[node.name], self._progress)
                 self.node, self._since = node, time.perf_counter()
                 if begin is not None:
                     begin(node)
@@ -90,6 +98,15 @@ class NodeByNode:
                 del environment[dead]
         self.node = None
         return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
+
+    @staticmethod
+    def _wait(seconds: float, progress: Callable[[], Hashable]) -> Hashable:
+        """Wait until another thread has disturbed the capture, or the time is over."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            time.sleep(0.001)
+            progress()
+        return progress()
 
     def _look(self, node: fx.Node, result: Any, before: Hashable, after: Hashable) -> Hashable:
         """How far the capture is, if ``node`` has done its part."""
@@ -112,19 +129,6 @@ def _attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
-
-
-_OF_TORCH = frozenset(
-    "aten prims prim breakable_cg _c10d_functional _c10d_functional_autograd c10d c10d_functional _dtensor inductor profiler "
-    "quantized rngprims streams symm_mem".split()
-)
-"""Namespaces of ops that come with torch, or with us."""
-
-
-def is_somebodys(node: fx.Node) -> bool:
-    """Whether a node calls an op that somebody has added to torch: code that nothing is known about."""
-    op = op_of(node)
-    return isinstance(op, _torch.OpOverload) and op.namespace not in _OF_TORCH
 
 
 def acts_outside(node: fx.Node) -> bool:

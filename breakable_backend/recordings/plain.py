@@ -28,6 +28,7 @@ from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, la
 from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import Mark
 from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.finding import Finder
 from breakable_backend.recordings.recording import (
     Binding,
     Call,
@@ -66,6 +67,7 @@ def write_plain(
     drawing: Drawing,
     name: str,
     file: Callable[[str, str], str | None] | None = None,
+    finder: Finder | None = None,
 ) -> Plain:
     """The function of ``program``, which ``lowered`` was cut into.
 
@@ -75,8 +77,9 @@ def write_plain(
         drawing: see :data:`Drawing`.
         name: what ``file`` is asked for.
         file: see :func:`breakable_backend.recordings.replay.emit`.
+        finder: looks into somebody's ops while the function runs.
     """
-    replay = emit(_Graph(lowered, program, drawing).recording(), name=name, file=file)
+    replay = emit(_Graph(lowered, program, drawing, finder).recording(), name=name, file=file)
     inner = replay.function
 
     def function(args: list[Any]) -> list[Any]:
@@ -88,8 +91,8 @@ def write_plain(
 class _Graph:
     """AOT's graph as a recording of nothing but calls."""
 
-    def __init__(self, lowered: Lowered, program: Program, drawing: Drawing) -> None:
-        self.module, self.drawing = lowered.module, drawing
+    def __init__(self, lowered: Lowered, program: Program, drawing: Drawing, finder: Finder | None) -> None:
+        self.module, self.drawing, self.finder = lowered.module, drawing, finder
         self.names = {node.name for node in self.module.graph.nodes}
         self.eager = {node.name for segment in program.eager_segments for node in segment.module.graph.nodes}
         self.sources = _symbol_sources(self.module.graph)
@@ -131,6 +134,8 @@ class _Graph:
             state = _Turn(self.drawing, state)
         maker = producer_of(node)
         function: Any = node.target
+        if self.finder is not None and node.name not in self.eager:
+            function = self.finder.around(node)
         call = Call(node.name, function, args, kwargs, label(maker), source_line(maker), ambient=state)
         fake = node.meta.get("val")
         if node.name not in self.eager or not isinstance(fake, torch.Tensor) or not must_fit(maker):

@@ -32,6 +32,7 @@ from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import breaks, learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
+from breakable_backend.tools.advice import advice
 from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
@@ -398,6 +399,8 @@ def _lines(report: Report) -> Iterator[str | Table]:
             yield f"  at {graph.source}"
     for why, count in report.graph_breaks.items():
         yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
+        if helps := advice(why):
+            yield f"  to keep one program: {helps}"
     for name, source in report.learning.items():
         yield f"learning what {name} returns: its caller ran as plain Python, and is compiled at a later call"
         yield f"  at {source}"

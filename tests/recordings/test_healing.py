@@ -16,7 +16,6 @@ from torch.nn import functional
 import silly
 from breakable_backend import CaptureError, explain
 from breakable_backend.backend import executors_of
-from breakable_backend.drivers import tape
 from breakable_backend.recordings import healing
 from checks import assert_same, program_of
 
@@ -28,14 +27,9 @@ failing: dict[str, Callable[[], Exception]] = {}
 """What :func:`fails` raises."""
 
 
-def captured() -> bool:
-    """Whether a capture is under way here."""
-    return tape._active.get() is not None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
 def wait(x: Tensor) -> None:
     """What no capture allows, and nothing sees outside of one."""
-    if captured():
+    if silly.capturing():
         x.sum().item()
 
 
@@ -70,10 +64,11 @@ def waits_too(x: Tensor) -> Tensor:
 
 @op("swallows")
 def swallows(x: Tensor) -> Tensor:
-    """``x * 2``; what the wait raises is caught."""
+    """``x * 2``; what the wait raises is caught, and no op comes after it."""
+    y = x * 2
     with suppress(Exception):
         wait(x)
-    return x * 2
+    return y
 
 
 @op("fails")
@@ -90,11 +85,11 @@ def ghost(x: Tensor) -> Tensor:
     made = torch.empty_like(x)
     if x.is_cuda:
         side = torch.cuda.Stream()
-        if not captured():
+        if not silly.capturing():
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             made.copy_(x)
-        if not captured():
+        if not silly.capturing():
             torch.cuda.current_stream().wait_stream(side)
     else:
         ctypes.memmove(made.data_ptr(), x.data_ptr(), x.numel() * x.element_size())
@@ -117,8 +112,12 @@ def check(
     eager: int,
     calls: int = 6,
     shape: tuple[int, ...] = (8,),
+    recorded: int | None = None,
 ) -> Any:
-    """Six calls are eager's, call 2 records, and what is captured are so many segments; the compiled function."""
+    """Six calls are eager's, call 2 records, and what is captured are so many segments; the compiled function.
+
+    ``recorded``: how many of them the first recording has, where that is another number.
+    """
     compiled = torch.compile(function, backend="breakable_cg", options=options)
     for call in range(calls):
         x = torch.randn(shape, device=device)
@@ -129,6 +128,8 @@ def check(
     program = program_of(compiled)
     assert (program.num_graph_segments, program.num_eager_segments) == (graphs, eager), program.reasons
     assert program.replays == calls - 2 or not graphs
+    if graphs:
+        assert [key.num_graphs for key in program.recordings] == [graphs if recorded is None else recorded]
     return compiled
 
 
@@ -283,7 +284,7 @@ def test_no_more_cuts_than_a_bound(
 ) -> None:
     """Beyond a number of failures in one recording what still fails is eager as a whole, and right."""
     monkeypatch.setattr(healing, "MAX_CUTS", 1)
-    check(lambda x: many(waits_too(many(waits(many(x))))), device, options, 3, 2)
+    check(lambda x: many(waits_too(many(waits(many(x))))), device, options, 3, 2, recorded=1)
 
 
 def test_later_keys(device: torch.device, options: dict[str, Any]) -> None:

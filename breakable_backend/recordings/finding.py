@@ -1,0 +1,92 @@
+"""Ops that wait for the host, found while they run in a plain call, before any capture is tried.
+
+What an op of somebody's calls is seen by a dispatch mode of its thread: Python that reads a value, copies to the host, or
+calls a marked op. So nothing runs twice, and nothing is known, or changed, of other threads. ``torch.cuda.set_sync_debug_mode``
+would see C++ too; but its mode and the filter of warnings are one for the process, and it reports every thread's waits. What
+launches and waits in C++ is found when it is captured: see :mod:`breakable_backend.recordings.healing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.errors import user_line
+from breakable_backend.ir.effects import is_somebodys, op_of
+from breakable_backend.ir.live import OpMode, kernel_of_ops
+from breakable_backend.ir.program import Program, Reason
+from breakable_backend.marks.rules import LiveReason, label, live_reason
+
+
+def has_unknown_ops(program: Program) -> bool:
+    """Whether there are ops in captured segments of which only their own code knows what they do."""
+    return any(is_somebodys(node) for segment in program.graph_segments for node in segment.module.graph.nodes)
+
+
+class Finder:
+    """Looks into somebody's ops during one plain call of a program."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._found: dict[Any, Reason] = {}
+        """Why an op is to run eagerly."""
+
+    def around(self, node: fx.Node) -> Callable[..., Any]:
+        """What to call for ``node``: its op, and with an eye on it if it is somebody's."""
+        op: Any = node.target
+        if not is_somebodys(node):
+            return op  # type: ignore[no-any-return]
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            look = _Look(self.device)
+            with look.watching():
+                result = op(*args, **kwargs)
+            if look.found is not None:
+                inner, line = look.found
+                self._found.setdefault(op, _reason(inner, label(node), line))
+            return result
+
+        return watched
+
+    def eager(self, program: Program) -> Mapping[str, Reason]:
+        """The nodes of ``program`` that are captured as yet, and call what was found, by name."""
+        nodes = (node for segment in program.graph_segments for node in segment.module.graph.nodes)
+        called = ((node.name, self._found.get(op_of(node))) for node in nodes)
+        return {name: reason for name, reason in called if reason is not None}
+
+
+class _Look:
+    """What one op calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: tuple[LiveReason, str] | None = None
+        """Why no capture can hold it, and the user's line."""
+        self._inside = False
+
+    def watching(self) -> OpMode:
+        return OpMode(self._issue)
+
+    def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(func, _torch.OpOverload):
+            return func(*args, **kwargs)
+        if self._inside and self.found is None and (why := live_reason(func, args, kwargs, self.device)) is not None:
+            self.found = why, user_line()
+        kernel = kernel_of_ops(func, args, self.device, watching=True)
+        if kernel is None:
+            return func(*args, **kwargs)
+        outer, self._inside = self._inside, True
+        try:
+            with self.watching():
+                return kernel(*args, **kwargs)
+        finally:
+            self._inside = outer
+
+
+def _reason(inner: LiveReason, op: str, line: str) -> Reason:
+    what = f"is {inner.text}" if inner.rule == "marked" else inner.text
+    return Reason("calls_such_an_op", f"calls {inner.op}, which {what}", op, line)

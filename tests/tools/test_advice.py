@@ -1,0 +1,151 @@
+"""What the report says against a break of Dynamo's: with it, there is one program, and it is replayed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from breakable_backend import eager_on_graph, explain
+from breakable_backend.tools.advice import SCALARS, SHAPES, advice
+from checks import assert_same
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def item(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    n = y.sum().item()
+    return y * n + 1
+
+
+def mask(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    z = y[y > 0]
+    return z * 2 + 1
+
+
+def branch(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    y = y + 1 if y.sum() > 0 else y
+    return y.cos() + 1
+
+
+def listed(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    n = max(y.tolist())
+    return y.cos() + n
+
+
+def printed(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    print(end="")  # noqa: T201 - what is compiled
+    return y.cos() + 1
+
+
+@torch.compiler.disable
+def off(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def disabled(x: Tensor) -> Tensor:
+    y = off(x.sin() * 2)
+    return y.cos() + 1
+
+
+def asked(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    torch._dynamo.graph_break()
+    return y.cos() + 1
+
+
+@eager_on_graph
+def chosen(y: Tensor) -> Tensor:
+    return y + 1 if y.sum() > 0 else y + 0
+
+
+@eager_on_graph
+def largest(y: Tensor) -> Tensor:
+    return torch.tensor(max(y.tolist()), device=y.device)
+
+
+@eager_on_graph
+def noted(y: Tensor) -> Tensor:
+    print(end="")  # noqa: T201 - what is compiled
+    return y * 1
+
+
+on = eager_on_graph(lambda x: x + 1)
+
+
+class Case(NamedTuple):
+    """A function that Dynamo breaks, what is said against that, and the function or the setting that follows it."""
+
+    function: Callable[[Tensor], Tensor]
+    says: str
+    cured: Callable[[Tensor], Tensor] | None = None
+    setting: str = ""
+
+
+CASES = {
+    "item": Case(item, f"set {SCALARS}, or put `n = y.sum().item()` into a function", setting="capture_scalar_outputs"),
+    "mask": Case(mask, f"set {SHAPES}, or put `z = y[y > 0]` into", setting="capture_dynamic_output_shape_ops"),
+    "branch": Case(
+        branch,
+        "put `y = y + 1 if y.sum() > 0 else y` into a function of its own under @eager_on_graph; where both",
+        lambda x: chosen(x.sin() * 2).cos() + 1,
+    ),
+    "where": Case(
+        branch, "torch.where needs no mark", lambda x: torch.where((y := x.sin() * 2).sum() > 0, y + 1, y).cos() + 1
+    ),
+    "tolist": Case(
+        listed,
+        "put `n = max(y.tolist())` into a function of its own under @eager_on_graph",
+        lambda x: (y := x.sin() * 2).cos() + largest(y),
+    ),
+    "print": Case(printed, "put `print(end=", lambda x: noted(x.sin() * 2).cos() + 1),
+    "disable": Case(
+        disabled,
+        "put @eager_on_graph in the place of torch.compiler.disable",
+        lambda x: on(x.sin() * 2).cos() + 1,
+    ),
+    "graph_break": Case(asked, "take the call of torch._dynamo.graph_break() out", lambda x: (x.sin() * 2).cos() + 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_said_helps(name: str, device: torch.device, options: dict[str, Any]) -> None:
+    """The report has the line and what helps; who does that has one program, which is replayed, with the same values."""
+    case = CASES[name]
+    torch._dynamo.utils.graph_break_reasons.clear()
+    x = torch.rand(8, device=device)
+    compiled = torch.compile(case.function, backend="breakable_cg", options=options)
+    want = case.function(x)
+    assert_same(compiled(x), want)
+    lines = str(explain(compiled)).splitlines()
+    position = next(place for place, line in enumerate(lines) if line.startswith("Dynamo broke the graph"))
+    assert lines[position + 1].startswith("  to keep one program: ") and case.says in lines[position + 1], lines
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.graph_break_reasons.clear()
+    setting = torch._dynamo.config.patch({case.setting: True}) if case.setting else contextlib.nullcontext()
+    with setting:
+        compiled = torch.compile(
+            case.cured or case.function, backend="breakable_cg", options={**options, "min_kernels": 1}
+        )
+        for _ in range(6):
+            assert_same(compiled(x), want)
+    report = explain(compiled)
+    assert not report.graph_breaks, report.graph_breaks
+    best = max(report.programs, key=lambda program: program.replays)
+    assert best.replays >= 3 and best.num_graph_segments >= 1, str(report)
+
+
+def test_nothing_is_said_of_marked_functions() -> None:
+    """A break at a marked function has its own reason, and an unknown one gets the advice that fits all."""
+    assert advice("choose, is no node: it returned a Request, at model.py:3 in forward: choose(x)") == ""
+    assert advice("Something new") == "put it into a function of its own under @eager_on_graph"
