@@ -27,7 +27,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, log
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
-from breakable_backend.drivers.seen import without_autocast_cache
+from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line

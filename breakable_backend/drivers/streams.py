@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from breakable_backend.drivers.interception import intercepted_by
 from breakable_backend.drivers.ordering import is_captured
-from breakable_backend.drivers.seen import seen_by
 from breakable_backend.errors import CaptureError, first_line
 
 
@@ -61,8 +61,8 @@ class StreamOrder:
     def watching(self) -> Iterator[None]:
         """See this thread's events, which in the end can be waited for outside of the capture."""
         with ExitStack() as stack:
-            stack.enter_context(seen_by(self._record, torch.cuda.Event, "record"))
-            stack.enter_context(seen_by(self._wait, torch.cuda.Event, "wait"))
+            stack.enter_context(intercepted_by(self._record, torch.cuda.Event, "record"))
+            stack.enter_context(intercepted_by(self._wait, torch.cuda.Event, "wait"))
             yield
         for event, _ in self._recorded.values():
             event.record(self._caller)

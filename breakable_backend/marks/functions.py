@@ -82,7 +82,7 @@ def eager_on_graph(
     recompute: bool = False,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]: ...
-def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 - see overloads
+def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D417 - see overloads
     """Have a Python function run eagerly between captured segments, at every call and on real tensors.
 
     >>> @eager_on_graph
@@ -132,35 +132,35 @@ def eager_on_graph(function: Any = None, /, **said: Any) -> Any:  # noqa: D417 -
         EagerOutputError: from the compiled call, a result other than ``fake`` or earlier calls told.
     """
     if isinstance(function, bool):
-        if "enable" in said:
+        if "enable" in options:
             raise OptionsError("eager_on_graph was told enable twice", fix="eager_on_graph(True) or enable=True")
-        function, said = None, {**said, "enable": function}
-    enable = said.pop("enable", True)
+        function, options = None, {**options, "enable": function}
+    enable = options.pop("enable", True)
     if not isinstance(enable, bool):
         raise OptionsError(f"enable takes True or False, got {enable!r}")
     if function is None:
-        return functools.partial(_mark, enable=enable, said=said)
-    return _mark(function, enable=enable, said=said)
+        return functools.partial(_mark, enable=enable, options=options)
+    return _mark(function, enable=enable, options=options)
 
 
-def marked_as(function: Callable[..., Any], by: str, **said: Any) -> Callable[..., Any]:
+def marked_as(function: Callable[..., Any], by: str, **options: Any) -> Callable[..., Any]:
     """``function``, marked like one under :func:`eager_on_graph`, which reports say ``by`` has marked."""
-    made: Callable[..., Any] = _mark(function, enable=True, said=said, by=by)
+    made: Callable[..., Any] = _mark(function, enable=True, options=options, by=by)
     return made
 
 
-def _mark(function: Any, *, enable: bool, said: dict[str, Any], by: str = BY_FUNCTION) -> Any:
+def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_FUNCTION) -> Any:
     if not enable:
         return function
     if isinstance(function, staticmethod | classmethod):
-        return type(function)(_mark(function.__func__, enable=enable, said=said))
+        return type(function)(_mark(function.__func__, enable=enable, options=options))
     if not callable(function) or isinstance(function, type):
         raise OptionsError(f"eager_on_graph marks functions, not {function!r}")
-    _check_said(said)
-    _check_names(function, said.get("mutates_args", ()))
+    _check_options(options)
+    _check_names(function, options.get("mutates_args", ()))
     source = defined_at(function)
     name = getattr(function, "__qualname__", type(function).__name__)
-    mark = Mark(_with_gradients(function, said), name, source, original=function, by=by, **said)
+    mark = Mark(_with_gradients(function, options), name, source, original=function, by=by, **options)
     function = mark.function
     uncompiled: list[Callable[..., Any]] = []
     """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
@@ -216,8 +216,8 @@ def _mark(function: Any, *, enable: bool, said: dict[str, Any], by: str = BY_FUN
 _identities = itertools.count()
 
 
-def _with_gradients(function: Callable[..., Any], said: Mapping[str, Any]) -> Callable[..., Any]:
-    recompute, backward = said.get("recompute", False), said.get("backward")
+def _with_gradients(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    recompute, backward = options.get("recompute", False), options.get("backward")
     if recompute and backward is not None:
         raise OptionsError("recompute and backward exclude each other", fix="let backward compute again what it needs")
     if backward is not None:
@@ -226,16 +226,16 @@ def _with_gradients(function: Callable[..., Any], said: Mapping[str, Any]) -> Ca
 
 
 _CALLED = ("fake", "capture_stub", "barrier", "backward")
-_SAID = ("mutates_args", "host_only", "recompute", *_CALLED)
+_OPTIONS = ("mutates_args", "host_only", "recompute", *_CALLED)
 
 
-def _check_said(said: Mapping[str, Any]) -> None:
-    for name, value in said.items():
-        if name not in _SAID:
-            near = difflib.get_close_matches(name, _SAID, 1)
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS, 1)
             raise OptionsError(
                 f"eager_on_graph takes no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                fix=f"it takes: enable, {', '.join(_SAID)}",
+                fix=f"it takes: enable, {', '.join(_OPTIONS)}",
             )
         if name in _CALLED and value is not None and not callable(value):
             raise OptionsError(f"{name} takes a function, got {value!r}")

@@ -52,8 +52,8 @@ def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) ->
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return function(*args, **kwargs)
         results: list[Any] = []
-        given = _Given(name, function, backward, args, kwargs, structure, results)
-        made = _torch.apply_function(_Declared, given, *tensors)
+        call = _DeclaredCall(name, function, backward, args, kwargs, structure, results)
+        made = _torch.apply_function(_Declared, call, *tensors)
         numbers, returned = results
         return put_together(returned, _reader(made, numbers))
 
@@ -61,7 +61,7 @@ def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) ->
 
 
 @dataclass(frozen=True)
-class _Given:
+class _DeclaredCall:
     name: str
     function: Callable[..., Any]
     backward: Callable[..., Any]
@@ -75,14 +75,14 @@ class _Declared(torch.autograd.Function):
     """The node of a call whose backward the user wrote."""
 
     @staticmethod
-    def forward(ctx: Any, given: _Given, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, call: _DeclaredCall, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         made: list[torch.Tensor] = []
         numbers: list[Any] = []
-        result = given.function(*given.args, **given.kwargs)
+        result = call.function(*call.args, **call.kwargs)
         returned = take_apart(result, made, numbers, numbers)
-        given.results.extend((numbers, returned))
+        call.results.extend((numbers, returned))
         ctx.save_for_backward(*tensors, *made)
-        ctx.given = (given.name, given.backward, given.structure, _others(given), returned, numbers, len(tensors))
+        ctx.given = (call.name, call.backward, call.structure, _others(call), returned, numbers, len(tensors))
         ctx.set_materialize_grads(False)
         return tuple(made)
 
@@ -109,11 +109,11 @@ class _Declared(torch.autograd.Function):
         return None, *gradients
 
 
-def _others(given: _Given) -> tuple[list[Any], dict[int, Any]]:
+def _others(call: _DeclaredCall) -> tuple[list[Any], dict[int, Any]]:
     """The numbers and the modules among the arguments."""
     numbers: list[Any] = []
-    take_apart((given.args, given.kwargs), [], numbers, numbers)
-    return numbers, {id(module): module for module in instances_in((given.args, given.kwargs), torch.nn.Module)}
+    take_apart((call.args, call.kwargs), [], numbers, numbers)
+    return numbers, {id(module): module for module in instances_in((call.args, call.kwargs), torch.nn.Module)}
 
 
 def _reader(tensors: Sequence[Any], numbers: Sequence[Any], modules: Any = None) -> Callable[[Structure], Any]:

@@ -37,7 +37,7 @@ class Expected:
 # --- what a call was given ----------------------------------------------------------------------------------------------
 
 
-Given = tuple[tuple[Any, ...], tuple[str | None, ...]]
+Values = tuple[tuple[Any, ...], tuple[str | None, ...]]
 """The numbers that a call is given: sizes, strides of what is not dense, and ints; and its floats, bit for bit."""
 
 
@@ -80,16 +80,16 @@ class Asked:
         return replace(self, numbers=tuple(map(int, self.numbers)), floats=tuple(map(float, self.floats)))
 
     @property
-    def given(self) -> Given:
+    def values(self) -> Values:
         """What samples are looked up by; None for symbols."""
         floats = tuple(value.hex() if type(value) is float else None for value in self.floats)  # -0.0 is not 0.0
         return tuple(number if type(number) is int else None for number in self.numbers), floats
 
-    def agrees(self, sample: Given) -> bool:
+    def agrees(self, sample: Values) -> bool:
         """Whether this is what a call was given, for some values of the symbols."""
         return all(
             mine is None or mine == theirs
-            for ours, other in zip(self.given, sample, strict=True)
+            for ours, other in zip(self.values, sample, strict=True)
             for mine, theirs in zip(ours, other, strict=True)
         )
 
@@ -171,12 +171,12 @@ class Rule:
 @dataclass
 class _Sample:
     expected: Expected
-    seen: int = 1
+    count: int = 1
 
     @property
     def is_sure(self) -> bool:
         """Whether what it returned is more than a coincidence: a float or bool often depends on values."""
-        return self.seen > 1 or not _has_values(self.expected.result)
+        return self.count > 1 or not _has_values(self.expected.result)
 
 
 class Learned:
@@ -193,7 +193,7 @@ class Learned:
         """How many calls in a row ran as Python, and none of them called the function like this."""
         self.waiting: dict[int, Any] = {}
         """Those that run as Python until this is known, by the identity of their code."""
-        self._samples: dict[tuple[Any, ...], dict[Given, _Sample]] = {}
+        self._samples: dict[tuple[Any, ...], dict[Values, _Sample]] = {}
         self._lock = locks.lock()
 
     def add(self, asked: Asked, expected: Expected) -> None:
@@ -201,13 +201,13 @@ class Learned:
         with self._lock:
             self.in_vain = 0
             samples = self._samples.setdefault(asked.kind, {})
-            sample = samples.get(asked.given)
+            sample = samples.get(asked.values)
             if sample is None:
                 if len(samples) >= MAX_SAMPLES:
                     samples.pop(next(iter(samples)))
-                samples[asked.given] = _Sample(expected)
+                samples[asked.values] = _Sample(expected)
             elif sample.expected == expected:
-                sample.seen += 1
+                sample.count += 1
             else:
                 self.why_not = f"its result differs from call to call: {_difference(sample.expected, expected)}"
 
@@ -222,8 +222,8 @@ MAX_SAMPLES = 64
 """How many calls of one kind are remembered."""
 
 
-def _known(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | None:
-    sample = samples.get(asked.given)
+def _known(asked: Asked, samples: Mapping[Values, _Sample]) -> Expected | None:
+    sample = samples.get(asked.values)
     if sample is not None:
         return sample.expected if sample.is_sure else None
     sizes = asked.numbers[: asked.num_sizes]
@@ -231,7 +231,7 @@ def _known(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | None:
     return alike[0] if len(alike) > 1 and all(other == alike[0] for other in alike) else None  # whatever the numbers
 
 
-def _explained(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | None:
+def _explained(asked: Asked, samples: Mapping[Values, _Sample]) -> Expected | None:
     """What a call returns whose sizes are symbols, explained by all calls that it may be one of."""
     found = {given: sample for given, sample in samples.items() if asked.agrees(given)}
     if not found or (len(found) < 2 and not _is_now(next(iter(found)), asked)):
@@ -239,7 +239,7 @@ def _explained(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | Non
     like = next(iter(found.values())).expected
     if _has_views(like.result) or not all(_is_alike(sample.expected, like) for sample in found.values()):
         return None
-    if _has_values(like.result) and sum(sample.seen for sample in found.values()) < 2:
+    if _has_values(like.result) and sum(sample.count for sample in found.values()) < 2:
         return None
     given = [numbers for numbers, _ in found]
     shapes, strides = [], []
@@ -255,7 +255,7 @@ def _explained(asked: Asked, samples: Mapping[Given, _Sample]) -> Expected | Non
     return replace(like, specs=rule.specs(like.specs, asked.numbers), rule=rule)
 
 
-def _is_now(sample: Given, asked: Asked) -> bool:
+def _is_now(sample: Values, asked: Asked) -> bool:
     """Whether a sample has the sizes of the call that is being traced, as far as these are known."""
     hints = (_torch.hint_of(number) if _torch.has_hint(number) else None for number in asked.numbers)
     return all(hint is None or hint == number for hint, number in zip(hints, sample[0], strict=True))

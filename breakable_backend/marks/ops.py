@@ -10,8 +10,8 @@ import torch
 
 from breakable_backend import _torch, locks
 from breakable_backend.errors import ReplayError
+from breakable_backend.marks.saved import SavedForBackward, saved_behind
 from breakable_backend.marks.sites import sites
-from breakable_backend.marks.tapes import Tape, tape_of
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
 _library = torch.library.Library("breakable_cg", "FRAGMENT")
@@ -26,9 +26,9 @@ _calls: set[Any] = set()
 """The ops that run marked functions."""
 
 
-def _tape(number: int, handle: torch.Tensor) -> Tape:
-    tape = tape_of(handle)
-    if tape is None:
+def _saved(number: int, handle: torch.Tensor) -> SavedForBackward:
+    saved = saved_behind(handle)
+    if saved is None:
         site = sites.get(number)
         raise ReplayError(
             f"what {site.mark.name if site is not None else 'a marked function'} keeps for its backward is gone: "
@@ -36,11 +36,11 @@ def _tape(number: int, handle: torch.Tensor) -> Tape:
             where=site.mark.source if site is not None else "",
             fix="have the hooks keep int64 tensors on the host as they are",
         )
-    return tape
+    return saved
 
 
 class _Node(torch.autograd.Function):
-    """A call that will run backward. Its tape is per call, behind a handle that is saved like any tensor."""
+    """A call that will run backward. What it saves is per call, behind a handle that is saved like any tensor."""
 
     @staticmethod
     def forward(
@@ -52,11 +52,11 @@ class _Node(torch.autograd.Function):
         made = _torch.below_autograd(op, keys, number, needs, ctx.traced, *written, rest, ints, floats)
         *results, handle = [made] if isinstance(made, torch.Tensor) else made
         site = sites[number]
-        members = site.expected.differentiable if _torch.is_traced(handle) else _tape(number, handle).members
+        members = site.expected.differentiable if _torch.is_traced(handle) else _saved(number, handle).members
         ctx.mark_non_differentiable(*(result for result, some in zip(results, members, strict=False) if not some))
         ctx.save_for_backward(handle)
         if _torch.saves_through_hooks() and not ctx.traced:
-            ctx.handle = handle  # what somebody's hooks make of the saved one does not own the tape
+            ctx.handle = handle  # what somebody's hooks make of the saved one does not own what the call saved
         ctx.set_materialize_grads(False)
         ctx.site, ctx.needs, ctx.num_roots = number, needs, len(members)
         ctx.sizes = [size for tensor, need in zip(tensors, needs, strict=True) if need for size in tensor.shape]
@@ -72,7 +72,7 @@ class _Node(torch.autograd.Function):
             if _torch.is_traced(handle):
                 made = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
             else:
-                made = _tape(ctx.site, handle).backward(given)
+                made = _saved(ctx.site, handle).backward(given)
         gradients = iter(made or [None] * sum(ctx.needs))
         return *(None,) * 6, *(next(gradients) if need else None for need in ctx.needs)
 
@@ -163,12 +163,12 @@ def _number_fake(site: int, numbers: torch.Tensor, position: int) -> Any:
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int]) -> list[torch.Tensor]:
-    tape = _tape(site, handle)
+    saved = _saved(site, handle)
     with _torch.above_autograd():
-        made = tape.backward(grads)
+        made = saved.backward(grads)
     taken = {_torch.storage_key(grad) for grad in grads if grad is not None}
     results = []
-    for gradient, leaf in zip(made, tape.leaves, strict=True):
+    for gradient, leaf in zip(made, saved.leaves, strict=True):
         result = (
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
         )

@@ -22,6 +22,7 @@ from breakable_backend import _torch
 from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, Strided, TensorSpec, extent, strided
 from breakable_backend.ir.live import is_view_to_autograd
+from breakable_backend.marks.saved import Member
 from breakable_backend.marks.structure import (
     PLAIN,
     Structure,
@@ -36,7 +37,6 @@ from breakable_backend.marks.structure import (
     view_leaf,
     with_leaves,
 )
-from breakable_backend.marks.tapes import Member
 
 ALIGNMENT = 256
 """Bytes: where views of one storage are kept together, they keep the alignment that the allocator gave them."""

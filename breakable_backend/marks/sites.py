@@ -23,6 +23,7 @@ from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.overlap import known_apart
 from breakable_backend.marks.learning import Asked, Expected, Learned
 from breakable_backend.marks.results import Result, Unholdable, copy_of, take_result
+from breakable_backend.marks.saved import SavedForBackward, reaches_others
 from breakable_backend.marks.straight import Run, straight
 from breakable_backend.marks.structure import (
     LEAVES,
@@ -34,7 +35,6 @@ from breakable_backend.marks.structure import (
     leaves_of,
     put_together,
 )
-from breakable_backend.marks.tapes import Tape, reaches_others
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +319,7 @@ class Site:
             tensors: all tensors that the call takes, the written ones first.
             ints: its ints.
             floats: its floats.
-            traced: whether what runs before and after was compiled: it may use memory again that a tape still reads.
+            traced: whether what runs before and after was compiled: it may use memory again that a backward still reads.
             own: whether the caller sees to autocast and grad mode, and passes modules' own tensors: a replay does.
 
         Raises:
@@ -340,7 +340,7 @@ class Site:
         made = self._made(taken, traced, (needs, given, ints, floats))
         if needs:
             leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
-            made = [*made, Tape.handle(leaves, taken.members)]
+            made = [*made, SavedForBackward.handle(leaves, taken.members)]
         return made
 
     def straight(self) -> Run:

@@ -25,7 +25,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
-from breakable_backend.drivers.seen import without_autocast_cache
+from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.errors import (
     CAUSES,
     BreakableError,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from breakable_backend import BreakableCUDAGraph, CaptureError, OptionsError, _torch, capture, eager_on_graph
 from breakable_backend.drivers import cuda
-from breakable_backend.drivers.seen import seen_by, without_autocast_cache
+from breakable_backend.drivers.interception import intercepted_by, without_autocast_cache
 from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -287,12 +287,12 @@ def test_methods_are_seen_in_one_thread() -> None:
     def elsewhere() -> None:
         seen.append(Owner().method(1))
 
-    with seen_by(doubled, Owner, "method"):
+    with intercepted_by(doubled, Owner, "method"):
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
         assert Owner().method(1) == 2
-        with seen_by(lambda method, owner, number: 7, Owner, "method"):
+        with intercepted_by(lambda method, owner, number: 7, Owner, "method"):
             assert Owner().method(1) == 7
         assert Owner().method(1) == 2
     assert seen == [1]
@@ -306,7 +306,7 @@ def test_forked_while_another_thread_captures() -> None:
     inside, done = threading.Event(), threading.Event()
 
     def look() -> None:
-        with seen_by(lambda method, owner, number: 7, Owner, "method"):
+        with intercepted_by(lambda method, owner, number: 7, Owner, "method"):
             inside.set()
             done.wait(60)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph
-from breakable_backend.marks import tapes
+from breakable_backend.marks import saved
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
@@ -47,13 +47,13 @@ def learned(compiled: Function) -> Function:
 
 
 @pytest.fixture(autouse=True)
-def no_tape_is_left() -> Any:
-    """A tape goes with the graph of the call."""
+def nothing_saved_is_left() -> Any:
+    """What a call saved goes with its graph."""
     runs.clear()
     yield
     torch.compiler.reset()
     gc.collect()
-    assert not tapes._tapes
+    assert not saved._all_saved
 
 
 runs: list[Any] = []
@@ -87,7 +87,7 @@ def model(x: Tensor, w: Tensor) -> Tensor:
 
 
 def test_two_forward_passes(compile_with: Function, device: torch.device) -> None:
-    """Passes that are pending together keep their own tapes, and the body runs once for each call."""
+    """Passes that are pending together keep what they saved, and the body runs once for each call."""
     compiled = compile_with(model)
     for _ in range(2):
         x, y = leaves(device, (4,), (4,))
@@ -134,19 +134,19 @@ def test_nothing_is_left(compile_with: Function, device: torch.device) -> None:
         kept.clear()
         ((x,),) = leaves(device, (4,), number=1)
         out = compiled(x)
-        assert len(tapes._tapes) == 1
+        assert len(saved._all_saved) == 1
         assert all(ref() is not None for ref in kept)
         if backward:
             out.sum().backward()
         del out
         gc.collect()
-        assert not tapes._tapes
+        assert not saved._all_saved
         assert kept
         assert all(ref() is None for ref in kept)
 
 
 def test_memory_that_compiled_code_uses_again(compile_with: Function, device: torch.device) -> None:
-    """What a tape holds is not overwritten by compiled code that takes the memory for free: arguments and results."""
+    """What a call saved is not overwritten by compiled code that takes the memory for free: arguments and results."""
 
     @eager_on_graph(fake=lambda x, n: (torch.empty_like(x), torch.empty_like(x)))
     def holds(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -627,7 +627,7 @@ def test_views_in_the_body(compile_with: Function, device: torch.device) -> None
 
 
 def test_saved_tensors_hooks(options: dict[str, Any], device: torch.device) -> None:
-    """Hooks that keep copies of what is saved find the tape; where compiled code saves the handle, that is an error."""
+    """Hooks that keep copies of what is saved find what the call saved; where compiled code saves the handle, that is an error."""
     square = eager_on_graph(lambda x: x * x)
 
     def run(backend: str, **kwargs: Any) -> Tensor:

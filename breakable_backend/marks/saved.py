@@ -1,4 +1,4 @@
-"""What calls of marked functions keep for their backward: a tape for each call."""
+"""What calls of marked functions save for their backward, for each call."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Member = tuple[torch.Tensor, Strided | None]
 """A tensor that a function returned, and where its gradient lies in that of the root; None: it is the root's."""
 
 
-class Tape(bytearray):
+class SavedForBackward(bytearray):
     """What one call of a function has to keep until its backward.
 
     It is the memory of a tensor, its *handle*, which compiled code saves for the backward as it saves any other. So it
-    lives as long as that: a call has a tape of its own, and one that is never run backward leaves nothing behind.
+    lives as long as that: a call has an object of its own, and one that is never run backward leaves nothing behind.
     """
 
     leaves: list[torch.Tensor]
@@ -27,12 +27,12 @@ class Tape(bytearray):
 
     @classmethod
     def handle(cls, leaves: list[torch.Tensor], members: list[list[Member]]) -> torch.Tensor:
-        """The only owner of a new tape."""
+        """The only owner of a new one."""
         number = next(_numbers)
-        tape = cls(number.to_bytes(8, "little"))
-        tape.leaves, tape.members = leaves, members
-        _tapes[number] = tape
-        return torch.frombuffer(tape, dtype=torch.int64)
+        saved = cls(number.to_bytes(8, "little"))
+        saved.leaves, saved.members = leaves, members
+        _all_saved[number] = saved
+        return torch.frombuffer(saved, dtype=torch.int64)
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Gradients of the leaves; None where nothing depends on one."""
@@ -57,24 +57,24 @@ class Tape(bytearray):
 
 
 _numbers = itertools.count(1)
-_tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
+_all_saved: weakref.WeakValueDictionary[int, SavedForBackward] = weakref.WeakValueDictionary()
 
 
-def tape_of(handle: torch.Tensor) -> Tape | None:
-    """The tape behind a handle, or behind a copy of one while that lives; None where there are only copies left."""
-    return _tapes.get(int(handle.item()))
+def saved_behind(handle: torch.Tensor) -> SavedForBackward | None:
+    """What is behind a handle, or behind a copy of one while that lives; None where there are only copies left."""
+    return _all_saved.get(int(handle.item()))
 
 
 def reaches_others(members: Sequence[Sequence[Member]], ends: Sequence[Any]) -> bool:
     """Whether results need gradients of tensors that are not among the ends: leaves, and nodes of autograd's graph."""
     known = {id(end) for end in ends if isinstance(end, torch.Tensor)}
     pending: list[Any] = [tensor.grad_fn for group in members for tensor, _ in group]
-    seen: set[Any] = {end for end in ends if not isinstance(end, torch.Tensor)}
+    visited: set[Any] = {end for end in ends if not isinstance(end, torch.Tensor)}
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
             return True

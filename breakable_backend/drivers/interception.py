@@ -1,4 +1,4 @@
-"""Methods of torch's own classes, seen for the time of a capture.
+"""Methods of torch's own classes, intercepted for the time of a capture.
 
 Events and autocast regions tell no dispatch mode that they are used, and under a mode for functions Dynamo would compile
 everything anew. So their methods are replaced while a capture is under way, and call what the capture's thread gave;
@@ -18,65 +18,65 @@ import torch
 
 from breakable_backend import _torch, locks
 
-Seer = Callable[..., Any]
+Interceptor = Callable[..., Any]
 """Called with the method as it was, and with what the method was called with."""
 
 
-class _Seen:
-    """One method while somebody sees it."""
+class _Intercepted:
+    """One method while somebody intercepts it."""
 
     def __init__(self, owner: type, name: str) -> None:
-        self.seers: dict[int, list[Seer]] = defaultdict(list)
+        self.interceptors: dict[int, list[Interceptor]] = defaultdict(list)
         """By thread; the innermost is the last."""
         self.method = method = vars(owner)[name]
 
         @functools.wraps(method)
-        def seen(*args: Any, **kwargs: Any) -> Any:
-            seers = self.seers.get(threading.get_ident())
-            return seers[-1](method, *args, **kwargs) if seers else method(*args, **kwargs)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            interceptors = self.interceptors.get(threading.get_ident())
+            return interceptors[-1](method, *args, **kwargs) if interceptors else method(*args, **kwargs)
 
-        self.seen = seen
+        self.replacement = replacement
 
 
 _lock = locks.lock()
-_methods: dict[tuple[type, str], _Seen] = {}
+_methods: dict[tuple[type, str], _Intercepted] = {}
 """Empty unless a capture is under way."""
 
 
 @contextmanager
-def seen_by(seer: Seer, owner: type, name: str) -> Iterator[None]:
+def intercepted_by(interceptor: Interceptor, owner: type, name: str) -> Iterator[None]:
     """Have ``owner.name`` call ``seer`` in this thread, for a ``with`` statement."""
     key, thread = (owner, name), threading.get_ident()
     with _lock:
         if key not in _methods:
-            _methods[key] = _Seen(owner, name)
-            setattr(owner, name, _methods[key].seen)
-        seen = _methods[key]
-        seen.seers[thread].append(seer)
+            _methods[key] = _Intercepted(owner, name)
+            setattr(owner, name, _methods[key].replacement)
+        intercepted = _methods[key]
+        intercepted.interceptors[thread].append(interceptor)
     try:
         yield
     finally:
         with _lock:
-            seen.seers[thread].pop()
+            intercepted.interceptors[thread].pop()
             _tidy()
 
 
 def _tidy() -> None:
-    """Give back the methods that nobody sees any more."""
-    for (owner, name), seen in list(_methods.items()):
-        for thread in [thread for thread, seers in seen.seers.items() if not seers]:
-            del seen.seers[thread]
-        if not seen.seers:
+    """Give back the methods that nobody intercepts any more."""
+    for (owner, name), intercepted in list(_methods.items()):
+        for thread in [thread for thread, interceptors in intercepted.interceptors.items() if not interceptors]:
+            del intercepted.interceptors[thread]
+        if not intercepted.interceptors:
             del _methods[owner, name]
-            if vars(owner)[name] is seen.seen:  # else somebody has replaced it in turn, and calls ours
-                setattr(owner, name, seen.method)
+            if vars(owner)[name] is intercepted.replacement:  # else somebody has replaced it in turn, and calls ours
+                setattr(owner, name, intercepted.method)
 
 
 def _in_child(_: Any) -> None:
     """Of all threads, a forked child has only the one that forked."""
-    for seen in _methods.values():
-        for thread in seen.seers.keys() - {threading.get_ident()}:
-            del seen.seers[thread]
+    for intercepted in _methods.values():
+        for thread in intercepted.interceptors.keys() - {threading.get_ident()}:
+            del intercepted.interceptors[thread]
     _tidy()
 
 
@@ -94,7 +94,7 @@ def without_autocast_cache() -> Iterator[None]:
     if _torch.any_autocast_enabled():
         torch.set_autocast_cache_enabled(False)
     try:
-        with seen_by(_enter_without_cache, torch.autocast, "__enter__"):
+        with intercepted_by(_enter_without_cache, torch.autocast, "__enter__"):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
