@@ -682,6 +682,20 @@ FAULTS = (
         "test_host_time.py::test_marked_functions_are_called_straight[cpu-listed]",
     ),
     Fault(
+        "which-arguments-are-one-tensor-does-not-count",
+        "marks.learning:Asked.of",
+        "(tuple(needs), kind, given_as)",
+        "(tuple(needs), kind)",
+        "test_functions.py::test_one_tensor_given_twice[breakable_cg-cpu-inference]",
+    ),
+    Fault(
+        "a-tensor-that-is-given-twice-is-copied-twice",
+        "marks.sites:Site._modules",
+        "id(tensor) not in copies",
+        "True",
+        "test_functions.py::test_one_tensor_given_twice[aot_eager-cpu-gradients]",
+    ),
+    Fault(
         "views-of-what-has-gaps-begin-where-they-did",
         "marks.structure:view_leaf",
         "_slices(base, where)",
@@ -1313,8 +1327,8 @@ FAULTS = (
     Fault(
         "tapes-on-memory-of-compiled-code",
         "marks.sites:Site._modules",
-        "copy_of(tensor) if copied else tensor",
-        "tensor",
+        "copies[id(tensor)] = copy_of(tensor)",
+        "copies[id(tensor)] = tensor",
         "test_functions_gradients.py::test_memory_that_compiled_code_uses_again[inductor-cpu]",
     ),
     Fault(

@@ -46,7 +46,7 @@ class Asked:
     """What a call is given, as far as the layout of its result may depend on it."""
 
     kind: tuple[Any, ...]
-    """Which tensors need gradients; dtype, device, and the order in memory of each."""
+    """Which tensors need gradients; dtype, device, and the order in memory of each; which of them are one tensor."""
     numbers: tuple[Any, ...]
     """Sizes, strides of what is not dense, and ints. Some may be symbols."""
     floats: tuple[Any, ...]
@@ -65,7 +65,8 @@ class Asked:
         orders = tuple(_order_in_memory(tensor) for tensor in tensors)
         kind = tuple((t.dtype, t.device, t.dim(), order) for t, order in zip(tensors, orders, strict=True))
         numbers = _numbers(tensors, orders)
-        return cls((tuple(needs), kind), (*numbers, *ints), tuple(floats), len(numbers))
+        given_as = tuple(next(at for at, other in enumerate(tensors) if other is tensor) for tensor in tensors)
+        return cls((tuple(needs), kind, given_as), (*numbers, *ints), tuple(floats), len(numbers))
 
     @property
     def is_symbolic(self) -> bool:

@@ -406,9 +406,13 @@ class Site:
         tensors = list(given)
         if needs:
             parts = {place for leaf in leaves_of(self.arguments) if leaf[0] == "module" for place in leaf[3]}
+            copies: dict[int, torch.Tensor] = {}
             for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
-                copied = traced and place >= self.num_written and place not in parts and place not in self.overlaps
-                given[place] = (copy_of(tensor) if copied else tensor).detach().requires_grad_(need)
+                if traced and place >= self.num_written and place not in parts and place not in self.overlaps:
+                    if id(tensor) not in copies:  # one tensor that is given twice stays one
+                        copies[id(tensor)] = copy_of(tensor)
+                    tensor = copies[id(tensor)]
+                given[place] = tensor.detach().requires_grad_(need)
         modules = {address: self._module(address) for address in self.modules}
         with ExitStack() as stack:
             if needs or not own:

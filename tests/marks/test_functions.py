@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from breakable_backend import (
     BreakableCUDAGraph,
@@ -293,6 +294,38 @@ def test_view_of_an_argument_that_begins_elsewhere(
         assert close(product, x[1:] * 2)
         assert tail.data_ptr() == x[1:].data_ptr()
         assert close(tail, x[1:])
+
+
+@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_one_tensor_given_twice(compile_with: Callable[..., Any], device: torch.device, grad: bool) -> None:
+    """A result that is one of the arguments is that one in calls with other tensors, though they were one tensor at first."""
+
+    @eager_on_graph
+    def second(x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    @eager_on_graph
+    def third(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return z, x[1:], y * 2
+
+    def model(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        s = x.sin()
+        t = s if x is y else y.cos()
+        return second(x, y) + 1, second(s, t) * 2, third(x, y, y), third(s, t, s)
+
+    compiled = compile_with(model)
+    with torch.set_grad_enabled(grad):
+        for call in range(9):
+            x, other = (torch.randn(4, device=device, requires_grad=grad) for _ in range(2))
+            y = x if call < 5 else other
+            got, want = (tree_leaves(function(x, y)) for function in (compiled, model))
+            assert all(close(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+            if grad:
+                for mine, theirs in zip(
+                    *(torch.autograd.grad(sum(t.sum() for t in r), [x, y]) for r in (got, want)), strict=True
+                ):
+                    assert close(mine, theirs)
 
 
 def test_arguments_that_lie_in_each_other(compile_with: Callable[..., Any], device: torch.device) -> None:
