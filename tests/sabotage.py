@@ -2970,9 +2970,9 @@ FAULTS = (
     ),
     Fault(
         "loads-count-to-the-break-before-them",
-        "tools.page:source_lines",
-        "_first_load(lines, launch)",
-        "launch",
+        "recordings.replay:_Writer.source",
+        "start, _ = spans.get(statement.step, (len(lines), 0))",
+        "start = len(lines)",
         "test_page.py::test_source_lines[cpu-several]",
     ),
 )

@@ -31,7 +31,7 @@ from breakable_backend.marks.functions import Mark
 from breakable_backend.options import Options
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording, check_places, refuse_place
-from breakable_backend.recordings.replay import Function, Tally
+from breakable_backend.recordings.replay import Function, Replay
 
 log = logging.getLogger(__name__)
 """One log for the door: the name is in docs/tools.md."""
@@ -117,6 +117,20 @@ class Captured:
         self.driver.release(graphs, owner, wait=wait)
         if not wait:
             self.driver.settle()
+
+
+@dataclass(frozen=True)
+class GraphSnapshot:
+    """What tools read of a graph: how it was at one moment. It keeps what was captured alive: it is not to be kept."""
+
+    name: str
+    driver: CaptureDriver | None
+    debug: str | None
+    replays: int
+    record_seconds: float
+    recording: Recording | None
+    replay: Replay | None
+    """With ``recording`` both, or neither."""
 
 
 class BreakableCUDAGraph:
@@ -328,10 +342,13 @@ class BreakableCUDAGraph:
         """What captured it, or will; None before that is known."""
         return self._captured.driver if self._captured is not None else self._driver
 
-    @property
-    def tally(self) -> Tally | None:
-        """What replays counted; None before a capture."""
-        return self._captured.replay.tally if self._captured is not None else None
+    def snapshot(self) -> GraphSnapshot:
+        """What there is now."""
+        captured = self._captured
+        recording, replay = (captured.recording, captured.replay) if captured is not None else (None, None)
+        if recording is None or replay is None:  # another thread has released it
+            recording = replay = None
+        return GraphSnapshot(self.name, self.driver, self.debug, self.replays, self.record_seconds, recording, replay)
 
     @property
     def source(self) -> str:

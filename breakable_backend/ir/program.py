@@ -18,7 +18,7 @@ A program holds no tensors but the constants of the traced code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -261,30 +261,49 @@ def describe(value: Any) -> str:
 
 def format_program(program: Program) -> str:
     """The printed form: what tests, docs and bug reports show. No addresses, no paths but the user's."""
-    return "\n".join(_lines(program))
+    segments = (line for position in range(len(program.segments)) for line in _segment(program, position))
+    return "\n".join([*_head(program), *segments, *_tail(program)])
 
 
-def _lines(program: Program) -> Iterator[str]:
+def lines_of_segments(program: Program) -> list[tuple[int, int]]:
+    """For each segment its lines of the printed form, counted from 0: the first, and the one behind the last."""
+    end, found = _count(_head(program)), []
+    for position in range(len(program.segments)):
+        start, end = end, end + _count(_segment(program, position))
+        found.append((start, end))
+    return found
+
+
+def _count(lines: Iterable[str]) -> int:
+    return sum(line.count("\n") + 1 for line in lines)
+
+
+def _head(program: Program) -> Iterator[str]:
     yield f"program on {program.device.type}: {len(program.graph_segments)} captured, {len(program.eager_segments)} eager"
     for value in program.inputs:
         yield f"  input {value.name}: {value.kind} {describe(value.value)}"
     for name, size in program.sizes.items():
         held = program.floats.get(name)
         yield f"  float {name} = {held}" if held else f"  size {name} = {size}"
-    for position, segment in enumerate(program.segments):
-        captured = isinstance(segment, GraphSegment)
-        yield f"  segment {position}: {'captured' if captured else 'eager'}"
-        if isinstance(segment, EagerSegment):
-            for reason in segment.reasons:
-                yield f"    because {reason}"
-        for label, accesses in (("reads", segment.reads), ("writes", segment.writes)):
-            if accesses:
-                yield f"    {label} {', '.join(map(str, accesses))}"
-        for node in segment.module.graph.nodes:
-            if node.op not in ("placeholder", "output", "get_attr"):
-                yield f"    {node.name} = {_call(node)}"
-        if segment.outputs:
-            yield f"    makes {', '.join(segment.outputs)}"
+
+
+def _segment(program: Program, position: int) -> Iterator[str]:
+    segment = program.segments[position]
+    yield f"  segment {position}: {'captured' if isinstance(segment, GraphSegment) else 'eager'}"
+    if isinstance(segment, EagerSegment):
+        for reason in segment.reasons:
+            yield f"    because {reason}"
+    for label, accesses in (("reads", segment.reads), ("writes", segment.writes)):
+        if accesses:
+            yield f"    {label} {', '.join(map(str, accesses))}"
+    for node in segment.module.graph.nodes:
+        if node.op not in ("placeholder", "output", "get_attr"):
+            yield f"    {node.name} = {_call(node)}"
+    if segment.outputs:
+        yield f"    makes {', '.join(segment.outputs)}"
+
+
+def _tail(program: Program) -> Iterator[str]:
     for node in program.epilogue.module.graph.nodes:
         if node.op not in ("placeholder", "output", "get_attr"):
             yield f"  {node.name} = {_call(node)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.calling.snapshot import Snapshot
-from breakable_backend.capturing.graph import BreakableCUDAGraph
+from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.errors import OptionsError
 from breakable_backend.recordings.recording import GraphStep, Recording
 from breakable_backend.tools.profiling import step_names
@@ -53,7 +53,7 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
             f"export: {target} is not a directory", fix="name a directory; it is made if it is not there"
         )
     if isinstance(compiled, BreakableCUDAGraph):
-        files, eager = list(_captured(compiled)), []
+        files, eager = list(_captured(compiled.snapshot())), []
     else:
         files = [file for executor in executors_of(compiled) for file in _compiled(executor.snapshot())]
         eager = eager_graphs_of(compiled)
@@ -87,10 +87,10 @@ def _compiled(snapshot: Snapshot) -> Iterator[_File]:
             yield from _recorded(f"{name} replay {key.number}", key.recording, key.replay.source)
 
 
-def _captured(graph: BreakableCUDAGraph) -> Iterator[_File]:
-    if graph.recording is None:
+def _captured(graph: GraphSnapshot) -> Iterator[_File]:
+    if graph.recording is None or graph.replay is None:
         raise OptionsError("export: nothing was captured", fix="capture first: with capture(graph): ...")
-    yield from _recorded(f"{graph.name} replay", graph.recording, graph.source)
+    yield from _recorded(f"{graph.name} replay", graph.recording, graph.replay.source)
 
 
 def _recorded(name: str, recording: Recording, source: str) -> Iterator[_File]:

@@ -308,12 +308,13 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     Raises:
         OptionsError: nothing was captured.
     """
-    recording, driver, tally = graph.recording, graph.driver, graph.tally
-    if recording is None or driver is None or tally is None:
+    snapshot = graph.snapshot()
+    recording, replay, driver = snapshot.recording, snapshot.replay, snapshot.driver
+    if recording is None or replay is None or driver is None:
         raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
-    if graph.debug is not None:
+    if snapshot.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
-    with _undisturbed(driver, lambda: graph.written) as bench, _uncounted(tally):
+    with _undisturbed(driver, lambda: graph.written) as bench, _uncounted(replay.tally):
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))
             with graph.modes.enter():

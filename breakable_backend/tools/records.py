@@ -35,6 +35,10 @@ class StepReport:
     num_kernels: int
     """-1 before it is recorded, and where the driver cannot tell."""
     bridges: tuple[BridgeReport, ...]
+    first_line: int = -1
+    """Of its lines in the text or the source that it is a step of, counted from 0; -1: it has none there."""
+    end_line: int = -1
+    """The line behind the last of them."""
     host_us: float | None = None
     """Host time, measured; None if it was not."""
     gpu_us: float | None = None

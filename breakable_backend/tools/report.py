@@ -10,7 +10,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -23,15 +23,24 @@ from breakable_backend import _torch
 from breakable_backend.callers import found_by
 from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
-from breakable_backend.capturing.graph import BreakableCUDAGraph
+from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.effects import is_view_op
-from breakable_backend.ir.program import GraphSegment, Op, Segment, described, module_path, source_line
+from breakable_backend.ir.program import (
+    GraphSegment,
+    Op,
+    Segment,
+    described,
+    lines_of_segments,
+    module_path,
+    source_line,
+)
 from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import breaks, learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
+from breakable_backend.recordings.replay import Replay
 from breakable_backend.tools.advice import advice
 from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
@@ -159,7 +168,7 @@ def explain(
         )
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
-        return Report((_captured(compiled, timed),), (), {}, (), {}, "default", {})
+        return Report((_captured(compiled.snapshot(), timed),), (), {}, (), {}, "default", {})
     measured: Mapping[Place, Measured] = {}
     if compiled is not None and _is_plain(compiled):
         if not (args or kwargs):
@@ -235,7 +244,7 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
         num_graph_segments=len(program.graph_segments),
         num_eager_segments=len(program.eager_segments),
         reasons=program.reasons,
-        steps=tuple(_segment(position, segment) for position, segment in enumerate(program.segments)),
+        steps=_with_lines(map(_segment, itertools.count(), program.segments), lines_of_segments(program)),
         text=str(program),
         calls=statistics.calls,
         captures=statistics.captures,
@@ -275,16 +284,16 @@ def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> Re
         refused=key.refused,
         failures=key.failures,
         last_failure=key.last_failure,
-        steps=_timed(_steps(recording), measured),
+        steps=_timed(_steps(recording, replay), measured),
         measured=measured,
     )
 
 
-def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramReport:
-    recording, driver = graph.recording, graph.driver
-    steps = _steps(recording)
+def _captured(graph: GraphSnapshot, measured: Measured | None) -> ProgramReport:
+    recording, replay, driver = graph.recording, graph.replay, graph.driver
+    steps = _steps(recording, replay)
     eager = [step for step in steps if step.kind == "eager"]
-    copies = graph.tally.copies if graph.tally else 0
+    copies, source = (replay.tally.copies, replay.source) if replay is not None else (0, "")
     recordings: tuple[RecordingReport, ...] = ()
     if recording is not None:
         recordings = (
@@ -301,7 +310,7 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
                 warmup_seconds=0.0,
                 record_seconds=graph.record_seconds,
                 why="captured",
-                source=graph.source,
+                source=source,
                 refused="",
                 failures=0,
                 last_failure="",
@@ -315,8 +324,8 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
         num_graph_segments=len(recording.graphs) if recording else 0,
         num_eager_segments=len(eager),
         reasons=tuple(reason for step in eager for reason in step.reasons),
-        steps=steps,
-        text=graph.source,
+        steps=tuple(dataclasses.replace(step, first_line=-1, end_line=-1) for step in steps),
+        text=source,
         calls=graph.replays + (recording is not None),
         captures=len(recording.graphs) if recording else 0,
         replays=graph.replays,
@@ -333,10 +342,16 @@ def _captured(graph: BreakableCUDAGraph, measured: Measured | None) -> ProgramRe
     )
 
 
-def _steps(recording: Recording | None) -> tuple[StepReport, ...]:
-    if recording is None:
+def _steps(recording: Recording | None, replay: Replay | None) -> tuple[StepReport, ...]:
+    if recording is None or replay is None:
         return ()
-    return tuple(_step(recording, position, step) for position, step in enumerate(recording.steps))
+    steps = (_step(recording, position, step) for position, step in enumerate(recording.steps))
+    return _with_lines(steps, replay.steps)
+
+
+def _with_lines(steps: Iterable[StepReport], lines: Sequence[tuple[int, int]]) -> tuple[StepReport, ...]:
+    placed = zip(steps, lines, strict=True)
+    return tuple(dataclasses.replace(step, first_line=first, end_line=end) for step, (first, end) in placed)
 
 
 def _timed(steps: tuple[StepReport, ...], measured: Measured | None) -> tuple[StepReport, ...]:

@@ -20,9 +20,10 @@ from torch import Tensor
 import silly
 from breakable_backend import BreakableCUDAGraph, Report, capture, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
+from breakable_backend.ir.program import lines_of_segments
 from breakable_backend.recordings.recording import Recording
-from breakable_backend.recordings.replay import emit
-from breakable_backend.tools.page import TEMPLATE, page, source_lines, text_lines
+from breakable_backend.recordings.replay import Replay, emit
+from breakable_backend.tools.page import TEMPLATE, page, step_lines
 from checks import entries_of
 from reports import called, from_file
 
@@ -82,7 +83,11 @@ def repeated(report: dict[str, Any], times: int) -> dict[str, Any]:
     bodies = [line.partition(": ")[2] for line in lines]
     texts = [bodies[0], *(bodies[2 - number % 2] for number in range(1, 3 + 2 * times))]
     program["text"] = head + "".join(f"  segment {n}: {body}" for n, body in enumerate(texts)) + f"  returns{end}"
-    recording["source"] = ""
+    recording["source"], segments, line = "", program["steps"], head.count("\n")
+    program["steps"] = []
+    for position, body in enumerate(texts):
+        place = {"position": position, "first_line": line, "end_line": (line := line + body.count("\n"))}
+        program["steps"].append({**segments[2 - position % 2 if position else 0], **place})
     return report
 
 
@@ -156,18 +161,23 @@ def test_data_cannot_break_out(small: dict[str, Any]) -> None:
 # --- where a step stands ---------------------------------------------------------------------------------------------------
 
 
-def test_text_lines() -> None:
+def test_lines_of_segments() -> None:
     """A segment has its heading and what is indented below it; what the program returns is of none."""
-    text = "program\n  input x\n  segment 0: captured\n    a = f(x)\n  segment 1: eager\n    b = g(a)\n    makes b\n  returns b"
-    assert text_lines(text) == [(2, 4), (4, 7)]
-    assert text_lines("program\n  segment 0: captured\n    a = f(x)") == [(1, 3)]
-    assert text_lines("def replay(args, stream):\n    return []\n") == []
+    compiled = torch.compile(several, backend="breakable_cg", options={"driver": "tape", "min_kernels": 1})
+    with torch.no_grad():
+        compiled(torch.ones(3), torch.ones(3))
+    (executor,) = executors_of(compiled)
+    program = executor.program
+    lines, places = str(program).splitlines(), lines_of_segments(program)
+    kinds = ["captured" if segment in program.graph_segments else "eager" for segment in program.segments]
+    assert [lines[first] for first, _ in places] == [f"  segment {at}: {kind}" for at, kind in enumerate(kinds)]
+    assert all(line.startswith("    ") for first, end in places for line in lines[first + 1 : end])
+    assert not lines[places[-1][1]].startswith("    ")
 
 
-def marked_lines(recording: Recording) -> tuple[str, list[tuple[int, int]]]:
+def marked_lines(recording: Recording, like: Replay) -> tuple[str, list[tuple[int, int]]]:
     """The source of a replay, and where its steps stand: read off a replay that tells where it is."""
-    replay = emit(recording, lambda position: None)
-    replay.forget()
+    replay = emit(recording, lambda position: None, variant=like.variant)
     lines, starts = [], []
     for line in replay.source.splitlines():
         if re.match(r"    mark\(\d+\)$", line):
@@ -221,10 +231,10 @@ def test_source_lines(function: Callable[..., Any], device: torch.device, option
     (executor,) = executors_of(compiled)
     checked = 0
     for entry, report in zip(entries_of(executor), program["recordings"], strict=True):
-        if entry.recording is not None:
-            source, expected = marked_lines(entry.recording)
+        if entry.recording is not None and entry.replay is not None:
+            source, expected = marked_lines(entry.recording, entry.replay)
             assert source == report["source"]
-            assert source_lines(source, report["steps"]) == expected
+            assert step_lines(report["steps"]) == expected
             checked += 1
     assert checked
 
@@ -239,19 +249,22 @@ def test_source_lines_of_a_captured_block() -> None:
     graph, x = BreakableCUDAGraph(driver="tape"), torch.randn(3)
     with torch.no_grad(), capture(graph):
         clip(clip(x.sin()) + 1) * 2
-    assert graph.recording is not None
-    source, expected = marked_lines(graph.recording)
+    snapshot = graph.snapshot()
+    assert snapshot.recording is not None and snapshot.replay is not None
+    source, expected = marked_lines(snapshot.recording, snapshot.replay)
     (program,) = explain(graph).to_dict()["programs"]
-    assert source_lines(source, program["recordings"][0]["steps"]) == expected
+    assert source == program["text"]
+    assert step_lines(program["recordings"][0]["steps"]) == expected
+    assert step_lines(program["steps"]) == []
+    del snapshot
     graph.reset()
 
 
-def test_source_without_its_steps() -> None:
-    """A source that has not all the steps gets no lines, and the page shows it without."""
-    step = {"kind": "captured", "reasons": [], "ops": []}
-    assert source_lines("def replay(args, stream):\n    return []\n", [step]) == []
-    assert source_lines("    graph_0(stream)\n", [step, {**step, "kind": "eager"}]) == []
-    assert source_lines("", []) == []
+def test_steps_without_lines() -> None:
+    """A report that does not say where all its steps stand gets no lines, and the page shows it without."""
+    assert step_lines([{"first_line": 1, "end_line": 2}, {}]) == []
+    assert step_lines([{"first_line": 1, "end_line": 2}, {"first_line": 2, "end_line": 4}]) == [(1, 2), (2, 4)]
+    assert step_lines([]) == []
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------------
