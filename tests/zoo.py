@@ -352,21 +352,36 @@ def breaks(row: dict[str, Any]) -> int:
 
 
 def in_the_way(row: dict[str, Any]) -> list[str]:
-    """The breaks of a model, each with its reason and line."""
-    found: dict[str, int] = defaultdict(int)
+    """The breaks of a model, each with its reason and line; those with one reason in one file are together."""
+    found: dict[tuple[str, str], list[tuple[str, str, int]]] = defaultdict(list)
     for _, op, text, source, count in row.get("reasons", []):
-        found[f"`{op}` {re.sub(r'the host scalar [^ ,]+', 'a host scalar', text)} ({place(source)})"] += count
+        said = re.sub(
+            r"host scalar [^ ,]+", "host scalar", re.sub(r"^reads (?!the |a |its )[^ ]+ on", "reads a tensor on", text)
+        )
+        file, line = place(source)
+        found[said, file].append((f"`{op}`", line, count))
     for why, count in row.get("graph_breaks", []):
         what, _, where = why.partition(", at ")
-        found[f"graph break: {what} ({place(where)})"] += count
+        file, line = place(where)
+        found[f"graph break: {what}", file].append(("", line, count))
     for why, source in row.get("eager_graphs", []):
-        found[f"graph: {why} ({place(source)})"] += 1
-    return [f"{why} × {count}" if count > 1 else why for why, count in found.items()]
+        file, line = place(source)
+        found[f"graph: {why}", file].append(("", line, 1))
+    texts = []
+    for (said, file), parts in found.items():
+        ops = list(dict.fromkeys(op for op, _, _ in parts if op))
+        ops = [*ops[:4], f"and {len(ops) - 4} more:"] if len(ops) > 4 else ops
+        lines = sorted({int(line or 0) for _, line, _ in parts})
+        where = f"{file}:{lines[0]} to {lines[-1]}" if len(lines) > 4 else f"{file}:{', '.join(map(str, lines))}"
+        times = sum(count for *_, count in parts)
+        texts.append(f"{' '.join(ops)} {said} ({where})".strip() + (f" × {times}" if times > 1 else ""))
+    return texts
 
 
-def place(source: str) -> str:
-    """File and line, without the folder of the library and of its models."""
-    return re.sub(r"^.*/", "", source.split(" in ")[0])
+def place(source: str) -> tuple[str, str]:
+    """File and line of a reason; the file without its folders."""
+    file, _, line = re.sub(r"^.*/", "", source.split(" in ")[0]).rpartition(":")
+    return file, line
 
 
 def main(given: Sequence[str] | None = None) -> None:
