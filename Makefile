@@ -12,12 +12,13 @@ TORCHES := 2.11.0 2.14.1 $(NEWEST)
 PYTHONS := 3.11 3.12 3.13 3.14
 PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 
-.PHONY: help docs release demo test check newest matrix fix gpu bench sweep zoo soak mutate clean
+.PHONY: help docs release demo test quick check newest matrix fix gpu bench sweep zoo soak mutate clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    decode with a Llama, eagerly and compiled, and compare bit for bit"
 	@echo "make test    all checks: format, lint, types, tests (make check is the same)"
+	@echo "make quick   the inner loop, less than a minute: format, lint, and the tests that compile little"
 	@echo "make newest  the core of the tests on the newest torch, $(NEWEST), in an environment of its own"
 	@echo "make matrix  the tests on the torches $(TORCHES), with each of the Pythons $(PYTHONS) that is here"
 	@echo "make fix     format, and repair what lint can repair"
@@ -42,6 +43,17 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# What a change breaks first, by the second: the parts by themselves, the drivers, and the heart of the contract.
+QUICK := ir $(addprefix marks/test_,marking.py structure.py) $(addprefix compiling/test_,partition.py lowering.py) \
+	$(addprefix recordings/test_,buffers.py replay.py) calling/test_policy.py \
+	$(addprefix drivers/test_,driver_contract.py ordering.py nodes.py leaving.py) \
+	$(addprefix contract/test_contract_,once.py order.py aliases.py random.py exceptions.py gaps.py) \
+	$(addprefix project/test_,layering.py public_api.py options.py)
+quick: $(READY)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q -m "not gpu" $(addprefix tests/,$(QUICK))
 
 # The environments of these two are .venv-<torch>-<python>; with the CUDA builds of PyTorch each takes about 6 GB.
 newest: $(READY)

@@ -52,8 +52,10 @@ def test_green_without_a_fault(gpu: bool, tmp_path: Path) -> None:
 
 
 def test_faults_fit() -> None:
-    """Each fault, those for a GPU too, has its place in the package of today, once; names differ."""
+    """Each fault, those for a GPU too, has its place in the package of today, once, and a file of tests; names differ."""
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    files = {path.name for path in TESTS.rglob("test_*.py")}
+    assert {file for fault in FAULTS if (file := fault.test.partition("::")[0]) not in files} == set()
     trees = {file: _parsed(file) for file in {fault.file for fault in FAULTS}}
     for fault in FAULTS:
         fault.place(trees[fault.file])
