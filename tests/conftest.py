@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import breakable_backend
+import preloaded  # noqa: F401 - what the first compilation imports
 from breakable_backend import BreakableCUDAGraph, _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is not garbage. Left out of each collection it saves a third of a second in each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
