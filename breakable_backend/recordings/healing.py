@@ -147,7 +147,7 @@ class Healing:
         """Whether the segment that has just failed is to be captured once more as it is."""
         self._recut = recut
         self._apart: set[str] = set()
-        self._guilty: fx.Node | None = None
+        self._blamed: tuple[fx.Node, ...] = ()
         self._suspects: dict[str, tuple[str, float]] = {}
         """By what segments begin with: the node at which something made the capture invalid, and for how long that ran."""
         self._times: Counter[Any] = Counter()
@@ -176,26 +176,36 @@ class Healing:
         self.again = not any(map(acts_outside, nodes[: nodes.index(body.node) + 1]))
         return "" if self.again else cause
 
-    def found(self, nodes: Mapping[str, Reason], guilty: fx.Node | None) -> None:
-        """``nodes`` are eager from now on; ``guilty`` is the one among them that is to blame, if that is known."""
+    def found(self, nodes: Mapping[str, Reason], blamed: Sequence[fx.Node]) -> None:
+        """``nodes`` are eager from now on; ``blamed`` are those to blame, if that is known."""
         self.eager.update(nodes)
-        self._guilty = guilty
+        self._blamed = tuple(blamed)
 
     def cut(self, program: Program, position: int) -> Program | None:
         """``program``, cut anew around what was found in segment ``position``. None: that segment is eager in this recording."""
-        guilty = self._guilty
-        if guilty is None or self._recut is None or len(self._apart) >= MAX_CUTS:
+        if not self._blamed or self._recut is None or len(self._apart) >= MAX_CUTS:
             return None
-        reason = self.eager[guilty.name]
-        self._times[op_of(guilty)] += 1
-        # An op of torch's own may well be captured elsewhere: all of a kind are eager only when a second one has failed.
-        if is_somebodys(guilty) or self._times[op_of(guilty)] > 1:
-            for node in _calls_behind(guilty, program, position):
-                if op_of(node) == op_of(guilty):
-                    self.eager.setdefault(node.name, reason)
+        for blamed in self._blamed:
+            self._times[op_of(blamed)] += 1
+            # An op of torch's own may well be captured elsewhere: all of a kind are eager only when a second one has failed.
+            if is_somebodys(blamed) or self._times[op_of(blamed)] > 1:
+                for node in _calls_behind(blamed, program, position):
+                    if op_of(node) == op_of(blamed):
+                        self.eager.setdefault(node.name, self.eager[blamed.name])
         self._apart.add(next(node.name for node in _calls(program.segments[position]) if _is_action(node)))
         cut = self._recut(self.eager, self._apart)
         return cut if _same_start(program, cut, position) else None
+
+
+def suspects_among(nodes: Sequence[fx.Node], body: NodeByNode | None) -> list[fx.Node]:
+    """Which of a segment's ``nodes`` made its capture fail; empty where that is not known.
+
+    ``body`` knows where it was. Where all nodes have run, and the capture fails at its end, somebody's op has forked a stream
+    and did not join it: torch's own ops do no such thing.
+    """
+    if body is None:
+        return []
+    return [body.node] if body.node is not None else [node for node in nodes if is_somebodys(node)]
 
 
 def _calls(segment: Any) -> Iterator[fx.Node]:

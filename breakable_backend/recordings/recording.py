@@ -58,7 +58,7 @@ from breakable_backend.marks.rules import label
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact, load_all
 from breakable_backend.recordings.code import with_code
-from breakable_backend.recordings.healing import Healing, NodeByNode, Recut
+from breakable_backend.recordings.healing import Healing, NodeByNode, Recut, suspects_among
 
 if TYPE_CHECKING:
     import sympy
@@ -771,29 +771,31 @@ class _Recorder:
         body: NodeByNode | None = None,
     ) -> Reason:
         """Why a segment cannot be captured: for good, because of the node that ``body`` was at; or, if it passes, now."""
-        guilty = body.node if body is not None else None
         for copy in loads:
             self._unbridge(copy, position)
         for name in segment.outputs:  # of a graph that could not be launched
             self.owners.pop(name, None)
             self.constants.pop(name, None)
         nodes = [node for node in segment.module.graph.nodes if node.op == "call_function"]
-        blamed = guilty if guilty is not None else next(iter(nodes), None)
         ours = error if isinstance(error, BreakableError) else None
         what = ours.what if ours is not None else first_line(error)
-        where = (ours.blamed if ours is not None else "") or (source_line(blamed) if blamed is not None else "")
-        reason = Reason(
-            "capture_failed", f"could not be captured: {what}", label(blamed) if blamed is not None else "", where
-        )
+        line = ours.blamed if ours is not None else ""
+        blamed = suspects_among(nodes, body)
+        reasons = {
+            node.name: Reason(
+                "capture_failed", f"could not be captured: {what}", label(node), line or source_line(node)
+            )
+            for node in blamed or nodes
+        }
+        reason = next(iter(reasons.values()), Reason("capture_failed", f"could not be captured: {what}", "", line))
         cause = self.healing.judge(passing(error), body, nodes)
         if not cause and not self.auto_break and not self.healing.again:
             fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
-            raise CaptureError(what, where=where, fix=fix) from error.__cause__
-        suspects = dict.fromkeys((node.name for node in (nodes if guilty is None else [guilty])), reason)
+            raise CaptureError(what, where=reason.source, fix=fix) from error.__cause__
         if cause:
-            self.put_off = PutOff(cause, reason, suspects)
+            self.put_off = PutOff(cause, reason, reasons)
         elif not self.healing.again:
-            self.healing.found(suspects, guilty)
+            self.healing.found(reasons, blamed)
         return reason
 
     def give_up(self, error: Exception) -> None:

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._library.effects import EffectType
 from torch.nn import functional
 
 import silly
 from breakable_backend import CaptureError, explain
 from breakable_backend.backend import executors_of
+from breakable_backend.drivers import tape
+from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.recordings import healing
 from checks import assert_same, program_of
 
@@ -229,8 +232,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = healing.Healing.cut
 
     def cut(self: healing.Healing, *args: Any) -> Any:
-        assert self._guilty is not None
-        found.append(self._guilty.name)
+        found.extend(node.name for node in self._blamed)
         return real(self, *args)
 
     monkeypatch.setattr(healing.Healing, "cut", cut)
@@ -315,6 +317,96 @@ def test_an_op_that_adds_nothing(device: torch.device, options: dict[str, Any]) 
     assert reason.op == "healing::ghost" and "adds nothing to the captured graph" in reason.text
 
 
+left_open: list[bool] = []
+
+
+@op("forks")
+def forks(x: Tensor) -> Tensor:
+    """``x * 2``; under a capture it leaves something behind with which that cannot be ended."""
+    if silly.capturing():
+        left_open.append(True)
+        if x.is_cuda:
+            leave_a_stream_open()
+    return x * 2
+
+
+def leave_a_stream_open() -> None:
+    """Fork a stream past torch's classes, and do not join it."""
+    from cuda.bindings import runtime
+
+    current = torch.cuda.current_stream().cuda_stream
+    _, event = runtime.cudaEventCreate()
+    _, side = runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)
+    assert not runtime.cudaEventRecord(event, current)[0]
+    assert not runtime.cudaStreamWaitEvent(side, event, 0)[0]
+
+
+def test_a_capture_that_fails_at_its_end(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a capture cannot be ended, the ops of somebody's in it are eager, and torch's own stay captured."""
+    if device.type == "cpu":
+        real = tape.TapeSession.end
+
+        def end(self: tape.TapeSession) -> Any:
+            if left_open:
+                self.abandon()
+                raise CaptureError("a stream was never joined")
+            return real(self)
+
+        monkeypatch.setattr(tape.TapeSession, "end", end)
+    driver: Any = CudaDriver if device.type == "cuda" else tape.TapeDriver
+    capture = driver.capture
+
+    def captured(self: Any, body: Any) -> Any:
+        left_open.clear()
+        return capture(self, body)
+
+    monkeypatch.setattr(driver, "capture", captured)
+    compiled = check(lambda x: many(forks(many(forks(many(x))))), device, options, 3, 2)
+    assert {reason.op for reason in program_of(compiled).reasons} == {"healing::forks"}
+
+
+@op("allocates")
+def allocates(x: Tensor) -> Tensor:
+    """``x * 2``, with memory that it has of CUDA itself."""
+    from cuda.bindings import runtime
+
+    error, address = runtime.cudaMalloc(1 << 10)
+    if error:
+        raise RuntimeError(f"cudaMalloc failed: {error}")
+    runtime.cudaFree(address)
+    return x * 2
+
+
+@op("allocates_in_silence")
+def allocates_in_silence(x: Tensor) -> Tensor:
+    """The same, and what CUDA says of it goes unheard."""
+    from cuda.bindings import runtime
+
+    y = x * 2
+    error, address = runtime.cudaMalloc(1 << 10)
+    if not error:
+        runtime.cudaFree(address)
+    return y
+
+
+@op("synchronises")
+def synchronises(x: Tensor) -> Tensor:
+    """``x * 2``, and waits for all that the GPU does."""
+    torch.cuda.synchronize()
+    return x * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hostile", [allocates, allocates_in_silence, synchronises], ids=lambda op: op._name)
+def test_hostile_ops_on_cuda(hostile: Any) -> None:
+    """An op that takes memory from another allocator, or waits for the whole GPU, heals under its name."""
+    compiled = check(lambda x: many(hostile(many(x))), torch.device("cuda", 0), {}, 2, 1)
+    (reason,) = program_of(compiled).reasons
+    assert reason.op == f"healing::{hostile._name}"
+
+
 class Mine(Exception):
     """An error of the user's."""
 
@@ -396,3 +488,108 @@ def test_under_autocast(device: torch.device, options: dict[str, Any]) -> None:
 
     compiled = check(f, device, options, 2, 1)
     assert {reason.op for reason in program_of(compiled).reasons} == {"healing::waits"}
+
+
+# --- an op, or another thread -------------------------------------------------------------------------------------------------
+
+disturbed: list[str] = []
+"""Set by an op: something has made the capture invalid, and has raised nothing."""
+disturbs_in: set[int] = set()
+"""The captures in which :func:`disturbs` does so; all if empty."""
+
+
+@op("disturbs")
+def disturbs(x: Tensor) -> Tensor:
+    """``x * 2``."""
+    if silly.capturing() and (not disturbs_in or runs["disturbs"] in disturbs_in):
+        disturbed.append("disturbs")
+    return x * 2
+
+
+@op("effectful")
+def effectful(x: Tensor) -> Tensor:
+    """``x * 2``, registered with an effect."""
+    return x * 2
+
+
+effectful.register_effect(EffectType.ORDERED)
+
+
+@pytest.fixture
+def disturbable(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Captures fail, as if another thread had made them invalid, once ``disturbed`` is set."""
+    driver: Any = CudaDriver if device.type == "cuda" else tape.TapeDriver
+    progress, capture = driver.progress, driver.capture
+
+    def looked_at(self: Any) -> Any:
+        if disturbed:
+            error = CaptureError("something made the capture invalid, and raised no error")
+            error.passing = "disturbed"
+            raise error
+        return progress(self)
+
+    def captured(self: Any, body: Any) -> Any:
+        disturbed.clear()
+        return capture(self, body)
+
+    monkeypatch.setattr(driver, "progress", looked_at)
+    monkeypatch.setattr(driver, "capture", captured)
+    disturbs_in.clear()
+    yield
+    disturbed.clear()
+    disturbs_in.clear()
+
+
+@pytest.mark.usefixtures("disturbable")
+def test_disturbed_twice_at_one_op(device: torch.device, options: dict[str, Any]) -> None:
+    """An op at which the capture becomes invalid twice in a row is to blame, in the call that records."""
+    compiled = check(lambda x: many(disturbs(many(x))), device, options, 2, 1)
+    (reason,) = program_of(compiled).reasons
+    assert reason.op == "healing::disturbs"
+    assert program_of(compiled).plain_calls == {"warm-up": 1}
+
+
+@pytest.mark.usefixtures("disturbable")
+def test_disturbed_once(device: torch.device, options: dict[str, Any]) -> None:
+    """What happens once is nobody's fault: the second capture is the recording."""
+    disturbs_in.add(3)  # eager, warm-up, and the first capture
+    compiled = check(lambda x: many(disturbs(many(x))), device, options, 1, 0)
+    assert program_of(compiled).plain_calls == {"warm-up": 1}
+
+
+@pytest.mark.usefixtures("disturbable")
+def test_disturbed_in_the_pause(device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that goes on disturbing does so in the pause before the op, which is then not to blame: the call is plain."""
+    wait = healing.NodeByNode._wait
+
+    def disturbed_meanwhile(seconds: float, progress: Callable[[], Any]) -> Any:
+        disturbed.append("another thread")
+        return wait(seconds, progress)
+
+    monkeypatch.setattr(healing.NodeByNode, "_wait", staticmethod(disturbed_meanwhile))
+    disturbs_in.update((3, 4))
+    compiled = torch.compile(lambda x: many(disturbs(many(x))), backend="breakable_cg", options=options)
+    x = torch.randn(8, device=device)
+    want = many(disturbs(many(x)))
+    for _ in range(5):
+        assert_same(compiled(x), want)
+    program = program_of(compiled)
+    assert (program.num_graph_segments, program.num_eager_segments) == (1, 0)
+    assert sum(count for why, count in program.plain_calls.items() if why.startswith("could not be recorded")) == 1
+
+
+@pytest.mark.usefixtures("disturbable")
+def test_nothing_is_captured_again_behind_an_effect(device: torch.device, options: dict[str, Any]) -> None:
+    """Where an op acts outside of the process, its segment is not captured a second time just to see what comes of it."""
+    disturbs_in.update((3, 4))
+    compiled = torch.compile(lambda x: many(disturbs(effectful(many(x)))), backend="breakable_cg", options=options)
+    x = torch.randn(8, device=device)
+    want = many(disturbs(effectful(many(x))))
+    bodies = []
+    for _ in range(5):
+        before = runs["effectful"]
+        assert_same(compiled(x), want)
+        bodies.append(runs["effectful"] - before)
+    # plain; a capture that fails and a plain run; then a capture that fails and one more plain call; the capture; a replay
+    assert bodies[:2] == [1, 2], bodies
+    assert (program_of(compiled).num_graph_segments, program_of(compiled).num_eager_segments) == (1, 0)
