@@ -608,7 +608,7 @@ FAULTS = (
     ),
     Fault(
         "a-child-is-in-its-parents-call",
-        "drivers.tape:TapeDriver._forked",
+        "drivers.device:DeviceDriver._forked",
         "not locks.is_ours(self.lock)",
         "False",
         "test_concurrency.py::test_a_forked_child[in a replay]",
@@ -2100,7 +2100,7 @@ FAULTS = (
     ),
     Fault(
         "no-lock",
-        "drivers.tape:TapeDriver.__init__",
+        "drivers.device:DeviceDriver.__init__",
         "self.lock = locks.lock()",
         "self.lock = __import__('unittest.mock').mock.MagicMock()",
         "test_passing.py::test_one_call_waits_for_a_busy_pool[tape]",

@@ -136,7 +136,7 @@ class Executor(CompiledGraph):
             return self._not_replayed(entry, addresses, args, stream)
         entry.replays += 1
         keys.touch(entry, addresses, now)
-        driver.bring(args)
+        driver.note_arguments(args)
         try:
             return entry.run(args, stream)
         except Exception as error:

@@ -112,14 +112,14 @@ class capture:
         if barrier is not None and not callable(barrier):
             raise OptionsError(f"barrier takes a function, got {barrier!r}")
         self.graph, self.stream, self.mode, self.barrier = graph, stream, capture_error_mode, barrier
-        said = {"debug": debug, "tolerance": tolerance}
-        self.options = Options.parse({name: value for name, value in said.items() if value is not None})
-        self._door: _Door | None = None
+        given = {"debug": debug, "tolerance": tolerance}
+        self.options = Options.parse({name: value for name, value in given.items() if value is not None})
+        self._under_way: _Door | None = None
 
     def __enter__(self) -> BreakableCUDAGraph:
         if active.handler.get() is not None:
             raise CaptureError("a capture was begun inside a capture", where=user_line(), fix="captures do not nest")
-        if any(isinstance(mode, _Watcher) and mode.door.capturing for mode in _torch.dispatch_modes()):
+        if any(isinstance(mode, _Watcher) and mode.under_way.capturing for mode in _torch.dispatch_modes()):
             error = _other_context(user_line())
             raise error
         driver = self.graph._made_driver()
@@ -127,17 +127,17 @@ class capture:
             driver = TapeDriver(driver.device)
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        self._door = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
-        self._door.open()
+        self._under_way = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
+        self._under_way.open()
         return self.graph
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        door, self._door = self._door, None
-        assert door is not None
+        under_way, self._under_way = self._under_way, None
+        assert under_way is not None
         try:
-            door.close(error)
+            under_way.close(error)
         except Exception as fault:
             raise_if_ours(fault, log)
             raise
@@ -184,24 +184,24 @@ def _nothing() -> None:
 class _Watcher(OpMode):
     """Sees every op of the body."""
 
-    def __init__(self, door: _Door) -> None:
-        super().__init__(door.op)
-        self.door = door
+    def __init__(self, under_way: _Door) -> None:
+        super().__init__(under_way.op)
+        self.under_way = under_way
 
 
 class _MarkedFunctions(TorchFunctionMode):
     """Sees calls of the functions of torch's that are marked and no ops, where the body's own code calls them."""
 
-    def __init__(self, door: _Door, functions: tuple[Any, ...]) -> None:
+    def __init__(self, under_way: _Door, functions: tuple[Any, ...]) -> None:
         super().__init__()
-        self.door, self.functions = door, functions
+        self.under_way, self.functions = under_way, functions
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(func is function for function in self.functions):
             mark = Mark(func, func.__name__, "")
-            return self.door.call(mark, args, kwargs or {}, why="marked by mark_eager")
+            return self.under_way.call(mark, args, kwargs or {}, why="marked by mark_eager")
         return func(*args, **(kwargs or {}))
 
 

@@ -110,7 +110,7 @@ class CaptureDriver(Protocol):
             ReplayError: the device is lost: see :meth:`give_up`.
         """
 
-    def bring(self, args: Sequence[Any]) -> None:
+    def note_arguments(self, args: Sequence[Any]) -> None:
         """The arguments of this call. Recorded graphs may find memory of theirs at an address that was another's."""
 
     def end(self, stream: int) -> None:

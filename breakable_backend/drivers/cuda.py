@@ -19,10 +19,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from breakable_backend import _torch, locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
+from breakable_backend import _torch
+from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
+from breakable_backend.drivers.device import DeviceDriver
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, capture_end, relaxed
@@ -237,7 +238,7 @@ def _takes_graphs(pool: torch.cuda.MemPool, draws: Draws) -> bool:
     return vars(pool)[_KEEPER] is not None
 
 
-class CudaDriver:
+class CudaDriver(DeviceDriver):
     """Captures CUDA graphs on one device. See :class:`breakable_backend.drivers.CaptureDriver`."""
 
     name = "cuda"
@@ -248,14 +249,7 @@ class CudaDriver:
         self._given_pool = pool
         """A pool of the caller's, until a capture fails in it: a ``MemPool``, or a handle from
         ``torch.cuda.graph_pool_handle()``, which dies with its last graph."""
-        self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        self.lock = locks.lock()
-        self.patience = LOCK_TIMEOUT
-        self.busy = False
-        locks.in_child(self, CudaDriver._forked)
-        self.tenants: list[Callable[[], Tenant | None]] = []
-        self.room = Room()
-        self.deferred: deque[Callable[[], None]] = deque()
+        super().__init__(device)
         self._index: int = self.device.index
         self._draws = Draws.of(self.device)
         self.stream = self._draws.stream
@@ -300,7 +294,7 @@ class CudaDriver:
         self.begin, self.end = refuse, lambda stream: None  # type: ignore[method-assign]
         self._lost = True
 
-    def bring(self, args: Sequence[Any]) -> None:
+    def note_arguments(self, args: Sequence[Any]) -> None:
         """Nothing to do: a graph reads whatever is at its addresses."""
 
     def end(self, stream: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
@@ -18,9 +17,9 @@ from torch import fx
 
 from breakable_backend import _torch, locks
 from breakable_backend._torch import pytree
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureSession, Tenant
+from breakable_backend.drivers import CapturedGraph, CaptureSession
+from breakable_backend.drivers.device import DeviceDriver
 from breakable_backend.drivers.nodes import dot_of_names
-from breakable_backend.drivers.room import Room
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.layout import non_owning
@@ -76,7 +75,7 @@ class RerunGraph:
         self._body, self.made = None, {}
 
 
-class EagerDriver:
+class EagerDriver(DeviceDriver):
     """Runs what others capture, on one device of any type. See :class:`breakable_backend.drivers.CaptureDriver`.
 
     Unlike under a capture, the effects of a body have happened when :meth:`capture` returns, and the first replay does
@@ -87,24 +86,10 @@ class EagerDriver:
     reuses_memory = False
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
-        self.lock = locks.lock()
-        self.patience = LOCK_TIMEOUT
-        self.busy = False
-        locks.in_child(self, EagerDriver._forked)
-        self.tenants: list[Callable[[], Tenant | None]] = []
-        self.room = Room()
-        self.deferred: deque[Callable[[], None]] = deque()
+        super().__init__(device)
         self._graphs: weakref.WeakSet[RerunGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._adopting = locks.lock()
-
-    def _forked(self) -> None:
-        """In a forked child: a call that another thread was in is none there."""
-        if not locks.is_ours(self.lock):
-            self.busy = False
 
     def begin(self) -> int:
         if self._done is None:
@@ -113,7 +98,7 @@ class EagerDriver:
         stream.wait_event(self._done)
         return stream.cuda_stream
 
-    def bring(self, args: Sequence[Any]) -> None:
+    def note_arguments(self, args: Sequence[Any]) -> None:
         """Nothing to do: a segment reads whatever is at its addresses."""
 
     def end(self, stream: int) -> None:

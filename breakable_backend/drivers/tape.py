@@ -10,7 +10,6 @@ that was captured afterwards: any of them may have got the memory. Streams, and 
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active, locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
+from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
+from breakable_backend.drivers.device import DeviceDriver
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
@@ -399,7 +399,7 @@ def _failure(error: Exception) -> CaptureError:
     return as_passing(failed, error)
 
 
-class TapeDriver:
+class TapeDriver(DeviceDriver):
     """Captures by running and undoing, and replays by running again, on one device of any type.
 
     Graphs live as long as the caller holds them; :meth:`release` empties them earlier. The modes that see the ops are
@@ -413,16 +413,7 @@ class TapeDriver:
     reuses_memory = True
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
-        self.lock = locks.lock()
-        self.patience = LOCK_TIMEOUT
-        self.busy = False
-        locks.in_child(self, TapeDriver._forked)
-        self.tenants: list[Callable[[], Tenant | None]] = []
-        self.room = Room()
-        self.deferred: deque[Callable[[], None]] = deque()
+        super().__init__(device)
         self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
         self._brought: dict[int, int] = {}
         self._lent: dict[int, _Lent] = {}
@@ -434,15 +425,10 @@ class TapeDriver:
         """Of the capture that :meth:`capture` has under way."""
         self._adopting = locks.lock()
 
-    def _forked(self) -> None:
-        """In a forked child: a call that another thread was in is none there."""
-        if not locks.is_ours(self.lock):
-            self.busy = False
-
     def begin(self) -> int:
         return 0
 
-    def bring(self, args: Sequence[Any]) -> None:
+    def note_arguments(self, args: Sequence[Any]) -> None:
         storages = [arg.untyped_storage() for arg in args if isinstance(arg, torch.Tensor)]
         self._brought.update((storage.data_ptr(), storage.nbytes()) for storage in storages)
 
