@@ -142,6 +142,8 @@ class BoundCall(Generic[T]):
         # In a function that is being compiled: then the bound one is a part of that.
         if binding is None or torch.compiler.is_compiling():
             return self.__wrapped__(*args, **kwargs)
+        if binding.quick is not None and (result := binding.quick(args, kwargs)) is not resolved.NOT_NOW:
+            return result  # type: ignore[no-any-return]
         if binding.fits is not None and not binding.fits(args, kwargs):
             return self._misfit(binding, binding.why(args, kwargs), args, kwargs)
         binding.executor.statistics.bound += 1
@@ -196,6 +198,9 @@ class _Binding:
     """Dynamo's own; what it installed among the globals lives as long."""
     fits: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
     function: Callable[..., Any] = operator.not_
+    """Dynamo's code around the graph, with a look at what it hands over."""
+    quick: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    """All of the call in one function, without Dynamo's code; see :func:`breakable_backend.calling.resolved.resolve`."""
 
     def __post_init__(self) -> None:
         self.wanted = self.executor.observers.wanted  # of the executor, it would be looked up in each call
@@ -219,29 +224,43 @@ class _State:
 
     def test(self) -> Callable[[], bool]:
         """Asks whether all is as it was, in microseconds: see :meth:`differs`. A function without a look at this object."""
-        settings, is_inference, inference = self._settings, torch.is_inference_mode_enabled, self._inference
-        count, function_modes, seen = _torch.number_of_function_modes, _torch.function_modes, self._function_modes
-        number, dispatch_modes, frame_callback = len(seen), _torch.number_of_dispatch_modes, _torch.frame_callback
-        modules, training, hooks = self._modules, self._training, self._hooks
-        stance_is_default, callers = _torch.stance_is_default(), self._executor.callers
-        forward_ad = _torch.forward_ad_active
+        names: dict[str, Any] = {}
+        condition = self.condition(names)
+        return eval(f"lambda: {condition}", names)  # type: ignore[no-any-return]
 
-        def same() -> bool:
-            return (
-                settings()
-                and is_inference() is inference
-                and count() == number
-                and (number == 0 or function_modes() == seen)
-                and dispatch_modes() == 0
-                and frame_callback() is None
-                and list(map(_training, modules)) == training
-                and not any(hooks)
-                and stance_is_default()
-                and not callers.gone
-                and not forward_ad()
-            )
-
-        return same
+    def condition(self, names: dict[str, Any]) -> str:
+        """The question as source. What it refers to is added to ``names``."""
+        seen = self._function_modes
+        names |= {
+            "settings": self._settings,
+            "is_inference": torch.is_inference_mode_enabled,
+            "function_modes": _torch.function_modes,
+            "count_function_modes": _torch.number_of_function_modes,
+            "seen_modes": seen,
+            "count_dispatch_modes": _torch.number_of_dispatch_modes,
+            "frame_callback": _torch.frame_callback,
+            "training_of": _training,
+            "modules": self._modules,
+            "training": self._training,
+            "hooks": self._hooks,
+            "stance_is_default": _torch.stance_is_default(),
+            "callers": self._executor.callers,
+            "forward_ad": _torch.forward_ad_active,
+        }
+        terms = [
+            "settings()",
+            f"is_inference() is {self._inference}",
+            f"count_function_modes() == {len(seen)}",
+            *(["function_modes() == seen_modes"] if seen else ()),
+            "count_dispatch_modes() == 0",
+            "frame_callback() is None",
+            *(["list(map(training_of, modules)) == training"] if self._modules else ()),
+            *(["not any(hooks)"] if self._hooks else ()),
+            "stance_is_default()",
+            "not callers.gone",
+            "not forward_ad()",
+        ]
+        return " and ".join(terms)
 
     def differs(self) -> str:
         """What is not as it was; empty if all is."""
@@ -361,8 +380,7 @@ def _bound(
             roots = [root for root in (*before, *inlined) if isinstance(root, torch.nn.Module)]
             same = resolved.look(roots, [handed[at] for at in lean.static])
         if check == "nothing" or (same is not None and not lean.numbers):
-            made = _resolved(replayed, lean, binding, function, handed, others, own, same)
-            binding.function = made or binding.function
+            binding.quick = _resolved(replayed, lean, binding, function, handed, others, own, same)
     return binding, ""
 
 
@@ -391,12 +409,14 @@ def _resolved(
     result = resolved.source_of(made, leaves)
     if result is None or not all(placed.values()):
         return None
-    slow, before = binding.function, binding.before
-    otherwise = (lambda *args, **kwargs: slow(*before, *args, **kwargs)) if before else slow
-    found = resolved.resolve(executor, entry, run, handed, placed, lean.static, result, same, otherwise)
-    if found is not None:
-        binding.before = ()
-    return found
+    names: dict[str, Any] = {"wanted": binding.wanted}
+    looks = ["if wanted(): return NOT_NOW"]  # a profiler: the call gets a name in it
+    if binding.fits is not None:
+        looks += [
+            f"if not ({binding.state.condition(names)}): return NOT_NOW",
+            *binding.inputs.lines(names, "return NOT_NOW"),
+        ]
+    return resolved.resolve(executor, entry, run, handed, placed, lean.static, result, same, looks, names)
 
 
 def _handed(

@@ -43,17 +43,22 @@ class Inputs:
 
     def checker(self, first: Callable[[], bool]) -> Test:
         """A function of ``args`` and ``kwargs``, made of source: ``first()``, and whether these are like those of the call."""
-        names: dict[str, Any] = {"first": first, "alike": self.alike}
-        places: dict[int, str] = {}
-        lines = [
-            "if not first(): return False",
-            *_source(self.args, "args", names, places),
-            *(_source_of_kwargs if self.kwargs.kind is _Keywords else _source)(self.kwargs, "kwargs", names, places),
-            f"return alike({', '.join(places[number] for number in sorted(places))})",
-        ]
-        body = "\n    ".join(lines)
+        names: dict[str, Any] = {"first": first}
+        body = "\n    ".join(["if not first(): return False", *self.lines(names, "return False"), "return True"])
         exec(compile(f"def fits(args, kwargs):\n    {body}\n", "<breakable_cg inputs>", "exec"), names)
         return names.pop("fits")  # type: ignore[no-any-return]
+
+    def lines(self, names: dict[str, Any], otherwise: str) -> list[str]:
+        """Source that does ``otherwise`` unless the variables ``args`` and ``kwargs`` are like the arguments of the call.
+
+        What it refers to is added to ``names``.
+        """
+        names["alike"] = self.alike
+        places: dict[int, str] = {}
+        kwargs = (_source_of_kwargs if self.kwargs.kind is _Keywords else _source)(self.kwargs, "kwargs", names, places)
+        lines = [*_source(self.args, "args", names, places), *kwargs]
+        lines.append(f"if not alike({', '.join(places[number] for number in sorted(places))}): return False")
+        return [line.replace(": return False", f": {otherwise}") for line in lines]
 
     def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Which argument is not like that of the call, and how; empty if all are."""

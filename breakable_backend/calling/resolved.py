@@ -10,6 +10,7 @@ import dis
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from types import CodeType
 from typing import Any
 
@@ -97,32 +98,38 @@ def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> C
     """
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     wanted = {id(tensor) for tensor in tensors}
-    places = [
-        (held, name, tensor)
+    holders = [
+        held
         for module in modules
         for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
-        if id(tensor) in wanted
+        if any(id(tensor) in wanted for tensor in held.values())
     ]
-    if {id(tensor) for *_, tensor in places} != wanted:
+    held_now = [tensor for held in holders for tensor in held.values()]
+    if {id(tensor) for tensor in held_now} & wanted != wanted:
         return None
-    below = [(module._modules, name, child) for module in modules for name, child in module._modules.items()]
-    holders, names = [held for held, *_ in places], [name for _, name, _ in places]
-    addresses = [0 if tensor is None else tensor.data_ptr() for *_, tensor in places]
-    everywhere, are_at = list(range(len(places))), _torch.are_at
-    parents, children = [parent for parent, *_ in below], [child for *_, child in below]
-    names_of_children = [name for _, name, _ in below]
-    del places, below, tensors, wanted
+    addresses = [tensor.data_ptr() if id(tensor) in wanted and tensor is not None else 0 for tensor in held_now]
+    places, number = [at for at, tensor in enumerate(held_now) if id(tensor) in wanted], len(held_now)
+    parents = [module._modules for module in modules if module._modules]
+    children = [child for parent in parents for child in parent.values()]
+    values: Any = dict.values
+    of, are_at, is_same = chain.from_iterable, _torch.are_at, operator.is_
+    del held_now, wanted
 
     def same() -> bool:
+        # Whole dictionaries at once: to look a name up in each takes longer than all else.
+        found, modules = [*of(map(values, holders))], [*of(map(values, parents))]
+        if len(found) != number or len(modules) != len(children):
+            return False
         try:
-            found = list(map(operator.getitem, holders, names))
-            modules = map(operator.getitem, parents, names_of_children)
-            return all(map(operator.is_, modules, children)) and are_at(found, addresses, everywhere)
-        except (KeyError, RuntimeError, TypeError):  # taken out, or None by now
+            return all(map(is_same, modules, children)) and are_at(found, addresses, places)
+        except (RuntimeError, TypeError):  # None by now
             return False
 
     return same
+
+
+NOT_NOW = object()
+"""What a resolved call returns where it did nothing, and the call has to go another way."""
 
 
 def resolve(
@@ -134,9 +141,13 @@ def resolve(
     static: Sequence[int],
     result: str,
     same: Callable[[], bool] | None,
-    otherwise: Callable[..., Any],
-) -> Callable[..., Any] | None:
-    """A function of the caller's arguments that is a replay; None if an eager step takes a static input.
+    looks: Sequence[str],
+    names: dict[str, Any],
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
+    """A function of the caller's ``args`` and ``kwargs`` that is a replay; None if an eager step takes a static input.
+
+    It returns ``NOT_NOW`` where there is no such replay now. One function has all of it, since each call of another takes
+    0.1 us, and more where a launch has emptied the caches.
 
     Args:
         executor: whose replay.
@@ -147,7 +158,8 @@ def resolve(
         static: where the static inputs are.
         result: what is returned, as source of ``outputs`` and the arguments.
         same: asks in each call whether static inputs are where they were; None: nobody asks.
-        otherwise: called with the arguments where there is no such replay now.
+        looks: source that returns ``NOT_NOW`` for a call that does not fit.
+        names: what that refers to.
     """
     named = run.__code__.co_varnames  # slots keep their names
     names_at = {value.index: value.name for value in executor.program.inputs}
@@ -155,26 +167,27 @@ def resolve(
         return None
     template = [None if at in placed or at in static else value for at, value in enumerate(handed)]
     memory = Memory([handed[at] for at in static])
-    scope = {
+    names |= {
+        "NOT_NOW": NOT_NOW,
         "template": template,
         "freed": memory.freed,
         "memory": memory,
         "call": executor.__call__,
+        "statistics": executor.statistics,
         "entry": weakref.ref(entry),
         "run": weakref.ref(run),
-        "otherwise": otherwise,
         "same": same,
     }
     lines = [
-        f"if not freed{'' if same is None else ' and same()'}:",
-        "    values = template.copy()",
-        *(f"    values[{at}] = {text}" for at, text in placed.items()),
-        "    key, known = entry(), run()",
-        "    outputs = call(values, None, key, known) if key is not None and known is not None else None",
-        "    if outputs is not None:",
-        f"        return {result}",
-        "return otherwise(*args, **kwargs)",
+        *looks,
+        f"if freed{'' if same is None else ' or not same()'}: return NOT_NOW",
+        "values = template.copy()",
+        *(f"values[{at}] = {text}" for at, text in placed.items()),
+        "key, known = entry(), run()",
+        "if key is None or known is None or (outputs := call(values, None, key, known)) is None: return NOT_NOW",
+        "statistics.bound += 1",
+        f"return {result}",
     ]
     body = "\n    ".join(lines)
-    exec(compile(f"def resolved(*args, **kwargs):\n    {body}\n", "<breakable_cg bound call>", "exec"), scope)
-    return scope.pop("resolved")  # type: ignore[return-value]
+    exec(compile(f"def resolved(args, kwargs):\n    {body}\n", "<breakable_cg bound call>", "exec"), names)
+    return names.pop("resolved")  # type: ignore[no-any-return]

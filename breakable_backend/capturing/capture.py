@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, log
+from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, allow_others, log, refuse_others
 from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.interception import without_autocast_cache
@@ -34,6 +34,7 @@ from breakable_backend.errors import BreakableError, CaptureError, OptionsError,
 from breakable_backend.failures import as_passing
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.effects import is_view_op, written_values
+from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.live import OpMode, kernel_of_ops, memory_on
 from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Op, Reason, described
@@ -47,10 +48,12 @@ from breakable_backend.options import Options
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
 from breakable_backend.recordings.recording import (
+    MAX_FED,
     Call,
     Copy,
     EagerStep,
     GraphStep,
+    Held,
     Recording,
     Slot,
     Step,
@@ -219,9 +222,22 @@ class _Door:
     constants: dict[str, Any] = field(default_factory=dict)
     loads: tuple[Copy, ...] = ()
     """Copies of the last eager step's results, which the next segment begins with."""
-    made: dict[int, tuple[_torch.StorageWeakRef, int]] = field(default_factory=dict)
-    """Storages made in segments, and in which. The weak references keep the keys from being used again."""
+    fed: Sequence[tuple[Copy, torch.Tensor]] = ()
+    """Those that its graph makes by itself, and what it copies: held until it is a graph, and knows other places to copy from."""
+    made: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
+    """Storages in memory of the pool: made in segments, and bridges. The weak references keep the keys from being used again.
+
+    Who refers to one keeps its memory. Once nobody does, segments that are captured later may get it: each replay makes
+    the value anew before it is read, in the same order.
+    """
+    bridges: set[int] = field(default_factory=set)
+    """Those among them that are bridges."""
+    most: Held = field(default_factory=Held)
+    """What of them is needed at once, at most."""
+    places: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+    """What replays have in place of those storages, so that aliases are aliases there too."""
     held: dict[int, Any] = field(default_factory=dict)
+    """Storages that are held as long as the graph lives: those from outside."""
     parameters: dict[int, Any] = field(default_factory=dict)
     """Held while capturing, and watched later, with their memory."""
     written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
@@ -239,6 +255,8 @@ class _Door:
         self.observers = observers_of(Subject(self.graph.name, self.options, log, compiled=False))
         self.issue: Issue | None = None
         """What ops of the segment under way are issued through."""
+        self.keep = self.observers.reads_values or not self.driver.reuses_memory
+        """Whether all that is made is held."""
         self.whole = marked_composites(entirely=_records_gradients())
         """Marked ops that are made of others, and that this capture sees as a whole."""
         self._refuse_gradients()
@@ -257,6 +275,7 @@ class _Door:
             self.modes = replace(Modes.current(), autocast=(), grad=False)
             self.stream = self.driver.begin()
             stack.callback(self.driver.end, self.stream)
+            stack.callback(allow_others, self.driver, refuse_others(self.driver))
             if isinstance(self.driver, CudaDriver):
                 stack.enter_context(self.driver.capturing_on(self.capture_stream, self.error_mode))
             stack.enter_context(self.driver.recording())
@@ -316,7 +335,8 @@ class _Door:
 
     def _keep(self) -> None:
         bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
-        recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges))
+        most = None if self.keep else self.most
+        recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges), most)
         # One that the body itself gave other memory is not among them: the graph keeps the memory that it reads.
         watched = {key: value for key, value in self.parameters.items() if _torch.storage_key(value) == key}
         captured = Captured(
@@ -335,7 +355,7 @@ class _Door:
     # segments
 
     def _begin(self) -> None:
-        self.session.begin()
+        self.session.begin([(self.constants[copy.bridge.name].tensor, value) for copy, value in self.fed])
         self.capturing = True
         self.issue = self.observers.issuing(len(self.steps))
 
@@ -347,8 +367,12 @@ class _Door:
             self.failed = error
             placed = _placed(error, error.blamed or user_line())
             raise placed from error.__cause__
-        self.steps.append(GraphStep(graph, self.loads, ops=tuple(self.ops)))
-        self.loads = ()
+        feeds = {copy.bridge.name: feed for (copy, _), feed in zip(self.fed, graph.feeds, strict=True)}
+        for name, feed in feeds.items():
+            feed.take(self.constants[name].tensor)  # which is loaded already
+        loads = tuple(replace(copy, feed=feeds.get(copy.bridge.name)) for copy in self.loads)
+        self.steps.append(GraphStep(graph, loads, ops=tuple(self.ops)))
+        self.loads = self.fed = ()
         self.ops.clear()
         try:
             graph.replay(self.stream)
@@ -394,18 +418,21 @@ class _Door:
         if key not in self.made and key not in self.outside:
             address = tensor.untyped_storage().data_ptr()
             self.outside[key] = Outside(weakref.ref(tensor), address, user_line())
-        if key in self.made:
-            if self.made[key][1] != len(self.steps):
-                self.held[key] = tensor.untyped_storage()  # it crosses a break: nobody else may have its memory
-        else:
+        if self.keep or key not in self.made:
             self.held[key] = tensor.untyped_storage()
-            if isinstance(tensor, nn.Parameter):
-                self.parameters[key] = tensor
+        if key not in self.made and isinstance(tensor, nn.Parameter):
+            self.parameters[key] = tensor
 
     def _makes(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
         if key not in self.made and key not in self.held:
-            self.made[key] = (_torch.StorageWeakRef(tensor.untyped_storage()), len(self.steps))
+            self.made[key] = _torch.StorageWeakRef(tensor.untyped_storage())
+
+    def _look(self) -> None:
+        """Note how much memory of the pool is referred to, between two segments."""
+        live = {key: storage for key, ref in self.made.items() if (storage := _torch.live_storage(ref)) is not None}
+        bridges = sum(storage.nbytes() for key, storage in live.items() if key in self.bridges)
+        self.most = self.most.or_more(Held(bridges, sum(storage.nbytes() for storage in live.values()) - bridges))
 
     # breaks
 
@@ -434,7 +461,7 @@ class _Door:
         self._end()
         # Before the call, which may change the containers and objects that it is given.
         given = pytree.tree_flatten((args, dict(kwargs)))
-        known = {key for key, (ref, _) in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
+        known = {key for key, ref in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
         taken = tensors_on(self.driver.device, (args, kwargs))  # alive until their keys are compared
         known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
@@ -505,20 +532,43 @@ class _Door:
         fresh = parts.fresh(result)
         if not parts.is_trivial:
             calls.append(Call(f"{base}_parts", parts.check, (Slot(base),), {}, "check"))
-        bridges, loads = [], []
+        bridges: list[torch.Tensor] = []
+        loads: list[Copy] = []
+        fed: list[tuple[Copy, torch.Tensor]] = []
         for number, source in enumerate(fresh):
-            with torch.inference_mode(False):
-                bridge = Bridge.like(source, self.driver.device)
-            bridge.load(source)
+            bridge = self._bridge(source)
             bridges.append(bridge.tensor)
-            self.held[_torch.storage_key(bridge.tensor)] = bridge.tensor.untyped_storage()
             value, place = f"{base}_{number}", f"{base}_bridge_{number}"
             calls.append(Call(value, operator.getitem, (Slot(f"{base}_parts"), number), {}, "part"))
-            self.constants[place] = bridge
-            loads.append(Copy(Slot(place), Slot(value)))
+            self.constants[place] = bridge.on(self._place(bridge.tensor))
+            loads.append(Copy(Slot(place), Slot(value), source.device))
+            if not self.keep and bridge.flat is None and self.driver.feeds(bridge.tensor, source):
+                fed.append((loads[-1], source))
         self.steps.append(EagerStep(tuple(calls), (reason,)))
-        self.loads = tuple(loads)
+        self.loads, self.fed = tuple(loads), fed if len(fed) <= MAX_FED else ()
+        self._look()
         return parts.on(result, bridges)
+
+    def _bridge(self, source: torch.Tensor) -> Bridge:
+        """A bridge that holds ``source``, in memory of the pool that lives as long as somebody refers to it."""
+        with torch.inference_mode(False), nullcontext() if self.keep else self.driver.allocating():
+            bridge = Bridge.like(source, self.driver.device)
+        if not self.keep and source.numel() > 0:
+            bridge = bridge.on(self.driver.lend(bridge.tensor).untyped_storage())
+        bridge.load(source)
+        key, storage = _torch.storage_key(bridge.tensor), bridge.tensor.untyped_storage()
+        self.made[key] = _torch.StorageWeakRef(storage)
+        self.bridges.add(key)
+        if self.keep:
+            self.held[key] = storage
+        return bridge
+
+    def _place(self, tensor: torch.Tensor) -> torch.UntypedStorage:
+        """What a replay takes for the storage of ``tensor``: it does not hold memory of the pool."""
+        storage = tensor.untyped_storage()
+        if self.keep or _torch.storage_key(tensor) not in self.made or storage.nbytes() == 0:
+            return storage
+        return self.places.setdefault(_torch.storage_key(tensor), _torch.unowned_storage(storage))
 
     def _argument(self, leaf: Any, name: str, calls: list[Call], source: str) -> Any:
         """What stands for an argument in the recorded call: parameters and modules weakly, all else as it is."""
@@ -528,7 +578,9 @@ class _Door:
             calls.append(Call(name, _Alive(weakref.ref(leaf), type(leaf).__name__, source), (), {}, "alive"))
         else:
             tensor = isinstance(leaf, torch.Tensor)
-            self.constants[name] = leaf.detach() if tensor and leaf.requires_grad else leaf
+            leaf = leaf.detach() if tensor and leaf.requires_grad else leaf
+            ours = type(leaf) is torch.Tensor and leaf.layout is torch.strided and _torch.storage_key(leaf) in self.made
+            self.constants[name] = Geometry.of(leaf).on(self._place(leaf)) if ours else leaf
         return Slot(name)
 
 

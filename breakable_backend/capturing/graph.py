@@ -63,6 +63,31 @@ class Outside:
             refuse_place(what, freed=address == 0, where=self.source)
 
 
+def refuse_others(driver: CaptureDriver) -> Callable[[], int]:
+    """From here on an eager step of this thread cannot use the pool of ``driver``, until :func:`allow_others`.
+
+    Graphs that share a pool lie in each other's memory: what one has made is another's before it is read.
+    """
+
+    def refuse() -> int:
+        nested = ReplayError(
+            "a graph was used in an eager step of another one that shares its pool",
+            where=user_line(),
+            fix="give one of the two a pool of its own",
+        )
+        raise nested
+
+    # In place of the method, so that other replays have nothing to look at.
+    driver.begin = refuse  # type: ignore[method-assign]
+    return refuse
+
+
+def allow_others(driver: CaptureDriver, refusing: Callable[[], int]) -> None:
+    """Undo :func:`refuse_others`, unless the device was given up meanwhile."""
+    if driver.begin is refusing:
+        del driver.begin
+
+
 @dataclass(eq=False)
 class Captured:
     """What a graph owns."""
@@ -94,11 +119,17 @@ class Captured:
 
     def run(self, stream: int) -> None:
         """Replay, between the driver's ``begin`` and ``end``."""
-        if self.breaks and not self.modes.are_current():
+        if not self.breaks:
+            self.function([], stream)
+        elif not self.modes.are_current():
             with self.modes.enter():
                 self.run(stream)
         else:
-            self.function([], stream)
+            refusing = refuse_others(self.driver)
+            try:
+                self.function([], stream)
+            finally:
+                allow_others(self.driver, refusing)
 
     def check(self) -> None:
         """Raise if what segments read is not where it was when they were captured."""

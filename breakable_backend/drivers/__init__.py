@@ -23,6 +23,25 @@ LOCK_TIMEOUT = 5.0
 a compiled function would otherwise wait for ever."""
 
 
+class Feed(Protocol):
+    """A copy at the head of a captured segment, into a bridge, from wherever a value is in each call.
+
+    A launch copies from :attr:`source`. That has to be the value's memory then, and somebody holds it until the launch is
+    issued: whoever launches a graph sees to its feeds first.
+    """
+
+    source: int
+    """The address that the next launch copies from."""
+    copies: int
+    """1; or 0 where that is the bridge itself, and nothing has to be copied."""
+
+    def take(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Have the next launch copy ``value``.
+
+        Returns the tensor that it copies in its place, where that one lies otherwise: to be held until the launch is issued.
+        """
+
+
 class CapturedGraph(Protocol):
     """One captured segment: launches what ran under the capture, on the addresses that it had then.
 
@@ -32,6 +51,10 @@ class CapturedGraph(Protocol):
 
     draws_random: bool
     """Whether a replay advances the device's default generator."""
+
+    @property
+    def feeds(self) -> Sequence[Feed]:
+        """Its copies from outside, in the order in which :meth:`CaptureDriver.capture` was given them."""
 
     @property
     def num_kernels(self) -> int:
@@ -56,8 +79,8 @@ class CapturedGraph(Protocol):
 class CaptureSession(Protocol):
     """Segments captured one after the other in the middle of the caller's own code."""
 
-    def begin(self) -> None:
-        """Capture from here on. Raises CaptureError where a capture is active already."""
+    def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+        """Capture from here on; ``fed`` as in :meth:`CaptureDriver.capture`. Raises CaptureError where a capture is active already."""
 
     def touch(self) -> None:
         """An op on the device is about to run: its stream belongs to this capture, and is joined when the segment ends.
@@ -119,8 +142,16 @@ class CaptureDriver(Protocol):
     def recording(self) -> AbstractContextManager[None]:
         """Held around one recording, all its segments and the eager steps between them."""
 
-    def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
+    def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether graphs can copy ``value``, and what lies like it, into ``bridge`` by themselves."""
+
+    def capture(
+        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    ) -> tuple[CapturedGraph, T]:
         """Run ``body`` under a capture; returns the graph and what ``body`` returned.
+
+        ``fed``: bridges and values, one of the graph's :attr:`~CapturedGraph.feeds` for each pair. Before anything else a
+        launch copies those values; the first one copies these.
 
         No device effect of ``body`` has happened when this returns: written storages and the random state are as
         before, and tensors made inside hold no values until :meth:`CapturedGraph.replay`. Host effects have.

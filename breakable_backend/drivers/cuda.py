@@ -24,8 +24,9 @@ from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import DeviceDriver
+from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
-from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, nodes
+from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, first_copies, nodes
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, capture_end, relaxed
 from breakable_backend.drivers.room import Room
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
@@ -80,6 +81,43 @@ class CudaGraph:
         self._replayed = False
         self.draws_random = False
         self._index = draws.index
+        self.feeds: tuple[Fed, ...] = ()
+
+    def feed(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Know the copies at its head, which were captured first, one for each pair of bridge and value."""
+        if fed:
+            assert self._graph is not None
+            copies = first_copies(self._graph.raw_cuda_graph(), len(fed))
+            self.feeds = tuple(
+                Fed(bridge, value, self._pointer(cudart.cudaGraphNode_t(node), bridge))
+                for node, (bridge, value) in zip(copies, fed, strict=True)
+            )
+
+    def _pointer(self, node: Any, bridge: torch.Tensor) -> Callable[[int], bool]:
+        """What has launches from the next on copy from another address; False where CUDA does not take it here."""
+        assert self._graph is not None
+        executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
+        target, size = bridge.data_ptr(), bridge.numel() * bridge.element_size()
+        kind, index, enabled = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self._index, True
+
+        def point(source: int) -> bool:
+            nonlocal enabled
+            assert self._graph is not None, "fed after its release"
+            if _torch.current_device() != index:
+                with torch.cuda.device(index):
+                    return point(source)
+            if (source != target) is not enabled:
+                enabled = not enabled
+                (status,) = cudart.cudaGraphNodeSetEnabled(executable, node, int(enabled))
+                assert not status, status
+            if enabled:
+                (status,) = cudart.cudaGraphExecMemcpyNodeSetParams1D(executable, node, target, source, size, kind)
+                if status:
+                    cudart.cudaGetLastError()  # else the next launch of anybody's would be told of it
+                    return False
+            return True
+
+        return point
 
     @property
     def num_kernels(self) -> int:
@@ -152,7 +190,7 @@ class CudaGraph:
     def release(self) -> None:
         """Destroy the executable. The pool gets the memory back."""
         self._executable = None
-        self._hooks = ()
+        self._hooks, self.feeds = (), ()
         with registry:
             graph, self._graph, self._nodes = self._graph, None, None
             if graph is not None:
@@ -376,10 +414,15 @@ class CudaDriver(DeviceDriver):
         finally:
             self._recordings -= 1
 
-    def capture(self, body: Callable[[], T]) -> tuple[CudaGraph, T]:
-        """Run ``body`` under a capture on the driver's own stream."""
+    def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
+        return can_be_fed(bridge, value)
+
+    def capture(
+        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    ) -> tuple[CudaGraph, T]:
+        """Run ``body`` under a capture on the driver's own stream, behind the copies of what is ``fed``."""
         with self.session() as session:
-            session.begin()
+            session.begin(fed)
             try:
                 result = body()
             except BaseException as error:
@@ -394,6 +437,13 @@ class CudaDriver(DeviceDriver):
     def progress(self) -> Hashable:
         """The nodes that the next one on the capture stream will come after, as CUDA has them."""
         return capture_end(self.stream.cuda_stream)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy bytes on the capture stream, by the call that makes one node of it."""
+        size, kind = target.numel() * target.element_size(), cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        stream = self.stream.cuda_stream
+        (status,) = cudart.cudaMemcpyAsync(target.data_ptr(), source.data_ptr(), size, kind, stream)
+        torch.cuda.check_error(int(status))
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
@@ -685,8 +735,9 @@ class CudaSession:
         self.order = StreamOrder(driver.stream)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stack = ExitStack()
+        self._fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
 
-    def begin(self) -> None:
+    def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
         if self.driver.is_capturing():
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
         caller = torch.cuda.current_stream(self.driver.device)
@@ -695,6 +746,9 @@ class CudaSession:
             self._graph = self.driver.begin_capture()
             self._stack = stack.pop_all()
         try:
+            for bridge, value in fed:  # before other streams fork
+                self.driver.copy(bridge, value)
+            self._fed = fed
             self.order.begin(caller)
         except BaseException:
             self.abandon()
@@ -711,12 +765,14 @@ class CudaSession:
                 f"a segment ends while {current} is the current stream",
                 fix="leave `with torch.cuda.stream(...)` before the break, or put the break outside",
             )
-        graph = self._taken()
+        graph, fed = self._taken()
         with self._stack:
-            return self.driver.end_capture(graph, self.order)
+            captured = self.driver.end_capture(graph, self.order)
+        captured.feed(fed)
+        return captured
 
     def abandon(self) -> bool:
-        graph = self._taken()
+        graph, _ = self._taken()
         with self._stack, torch.cuda.stream(self.driver.stream):  # a capture ends on the stream that it began on
             with suppress(RuntimeError):  # what made the capture invalid is on its way to the caller already
                 self.order.end()
@@ -725,10 +781,12 @@ class CudaSession:
     def events(self) -> Sequence[torch.cuda.Event]:
         return self.order.used()
 
-    def _taken(self) -> torch.cuda.CUDAGraph:
+    def _taken(self) -> tuple[torch.cuda.CUDAGraph, Sequence[tuple[torch.Tensor, torch.Tensor]]]:
+        """The graph, and what it is fed, which the session holds no longer."""
         assert self._graph is not None, "ended without a beginning"
-        graph, self._graph = self._graph, None
-        return graph
+        graph, fed = self._graph, self._fed
+        self._graph, self._fed = None, ()
+        return graph, fed
 
 
 def _refuse_in_child() -> NoReturn:

@@ -17,7 +17,7 @@ from torch import fx
 
 from breakable_backend import _torch, locks
 from breakable_backend._torch import pytree
-from breakable_backend.drivers import CapturedGraph, CaptureSession
+from breakable_backend.drivers import CapturedGraph, CaptureSession, Feed
 from breakable_backend.drivers.device import DeviceDriver
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
@@ -55,6 +55,8 @@ class RerunGraph:
 
     def dot(self) -> str:
         return dot_of_names(self.kernels())
+
+    feeds: tuple[Feed, ...] = ()
 
     def copier(self, like: torch.Tensor) -> None:
         """None: torch's own copy is as quick."""
@@ -108,7 +110,13 @@ class EagerDriver(DeviceDriver):
     def recording(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
+    def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
+        """No: what is copied is copied before."""
+        return False
+
+    def capture(
+        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    ) -> tuple[CapturedGraph, T]:
         """Run ``body``, and keep it for replays. Of a ``partial`` the arguments are kept by their address."""
         args = body.args if isinstance(body, functools.partial) else ()
         arguments = {_torch.storage_key(arg) for arg in args if isinstance(arg, torch.Tensor)}

@@ -35,6 +35,20 @@ def nodes(graph: int) -> tuple[GraphNode, ...]:
     return tuple(_nodes(cuda.CUgraph(graph)))
 
 
+def first_copies(graph: int, count: int) -> list[int]:
+    """The handles of the first ``count`` copies that were captured into the ``cudaGraph_t`` at ``graph``.
+
+    Raises:
+        ReplayError: CUDA does not tell.
+    """
+    kind = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
+    _, several = _ask(cuda.cuGraphGetNodes(cuda.CUgraph(graph)), "cuGraphGetNodes")
+    found, _ = _ask(cuda.cuGraphGetNodes(cuda.CUgraph(graph), several), "cuGraphGetNodes")
+    copies = [int(node) for node in found if _ask(cuda.cuGraphNodeGetType(node), "cuGraphNodeGetType") == (kind,)]
+    assert len(copies) >= count, "a copy is no node"
+    return copies[:count]
+
+
 def dot(graph: int) -> str:
     """The ``cudaGraph_t`` at ``graph`` as CUDA draws it, with all that it knows of each node.
 

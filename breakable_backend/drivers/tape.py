@@ -22,6 +22,7 @@ from breakable_backend import _torch, active, locks
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import DeviceDriver
+from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
@@ -198,6 +199,7 @@ class TapeGraph:
         self._ops = tape.ops
         self._outside = list(tape.outside.values())
         self.released = False
+        self.feeds: tuple[Fed, ...] = ()
 
     def kernels(self) -> tuple[str, ...]:
         """The taped ops."""
@@ -205,6 +207,10 @@ class TapeGraph:
 
     def dot(self) -> str:
         return dot_of_names(self.kernels())
+
+    def feed(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy values into bridges at the beginning of each replay."""
+        self.feeds = tuple(Fed(bridge, value, lambda _: True) for bridge, value in fed)
 
     def copier(self, like: torch.Tensor) -> None:
         """None: torch's own copy is as quick."""
@@ -218,6 +224,8 @@ class TapeGraph:
             lent.spoil()
         # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
         with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
+            for feed in self.feeds:
+                feed.copy()
             for op in self._ops:
                 op.run()
 
@@ -225,7 +233,7 @@ class TapeGraph:
         """Drop the tape and all that it owns. Results that the caller still holds keep their own storage."""
         self.released = True
         self._ops, self._outside, self.made = [], [], {}
-        self._free, self._given = (), ()
+        self._free, self._given, self.feeds = (), (), ()
 
 
 class _Taping(OpMode):
@@ -440,9 +448,14 @@ class TapeDriver(DeviceDriver):
         with held_off():
             yield
 
-    def capture(self, body: Callable[[], T]) -> tuple[CapturedGraph, T]:
+    def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
+        return can_be_fed(bridge, value)
+
+    def capture(
+        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    ) -> tuple[CapturedGraph, T]:
         with self.session() as session:
-            session.begin()
+            session.begin(fed)
             self._session = session
             try:
                 result = body()
@@ -560,12 +573,16 @@ class TapeSession:
             self._generators.append(torch.cuda.default_generators[driver.device.index])
         self._states: list[torch.Tensor] = []
         self._free: tuple[_Lent, ...] = ()
+        self._fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
         self._tape: _Tape | None = None
         self._token: active.Held[TapeDriver | None] | None = None
 
-    def begin(self) -> None:
+    def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
         if _active.get() is not None:
             raise CaptureError("a capture was begun inside a capture", fix="end the outer one first")
+        for bridge, value in fed:  # the code runs for real, and looks at its numbers
+            bridge.copy_(value)
+        self._fed = fed
         self.driver.lock.acquire()
         self._token = _active.set(self.driver)
         self._states = [generator.get_state() for generator in self._generators]
@@ -584,6 +601,7 @@ class TapeSession:
             drew = not torch.equal(self._states[-1], self._generators[-1].get_state())
             given = self.driver.taken()
             graph = TapeGraph(tape, drew, self.driver._brought, self._free, given)
+            graph.feed(self._fed)
         except Exception as error:
             raise _failure(error) from error
         finally:
@@ -608,7 +626,7 @@ class TapeSession:
         assert tape is not None, "ended without a beginning"
         assert token is not None
         self._tape = self._token = self.taping.tape = self.host_reads.tape = None
-        self._free = ()
+        self._free, self._fed = (), ()
         self.driver.taken()  # of a capture that failed nobody reads it
         _active.reset(token)
         try:

@@ -16,7 +16,7 @@ import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.drivers import CapturedGraph, CaptureDriver
+from breakable_backend.drivers import CapturedGraph, CaptureDriver, Feed
 from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.errors import (
     CAUSES,
@@ -81,6 +81,8 @@ class Copy:
     value: Slot
     device: torch.device | None = None
     """Where the value is, in each call; None where nobody can tell."""
+    feed: Feed | None = None
+    """What copies it in each launch of the graph; None: it is copied before."""
 
 
 class State(Protocol):
@@ -404,6 +406,9 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
             symbols[symbol] = int(number)
 
 
+MAX_FED = 4
+"""Copies that a graph makes by itself. More are launched together, before it."""
+
 # --- recording ------------------------------------------------------------------------------------------------------------
 
 
@@ -597,8 +602,10 @@ class _Recorder:
             for name in (*segment.inputs, *self._early()):
                 if (copy := self._bridge(name, position)) is not None:
                     loads.append(copy)
+            feeding = self._fed(loads)
+            before = [copy for copy in loads if copy not in feeding]
             self.copies += load_all(
-                [self.values[copy.bridge.name] for copy in loads], [self.values[copy.value.name] for copy in loads]
+                [self.values[copy.bridge.name] for copy in before], [self.values[copy.value.name] for copy in before]
             )
         except (CaptureError, torch.OutOfMemoryError) as error:
             return self._capture_failed(position, segment, loads, error)
@@ -606,11 +613,15 @@ class _Recorder:
         observer = self.plan.observer
         body = NodeByNode(segment.module, self.driver.progress, self.healing.pauses(segment))
         captured = body if observer is None else observer.captured(position, body)
+        fed = [(self.values[copy.bridge.name].tensor, self.values[copy.value.name]) for copy in feeding]
         try:
             with without_autocast_cache():
-                graph, results = self.driver.capture(functools.partial(captured, *inputs))
+                graph, results = self.driver.capture(functools.partial(captured, *inputs), fed)
         except CaptureError as error:
             return self._capture_failed(position, segment, loads, error, body)
+        self.copies += len(feeding)
+        feeds = {copy.bridge.name: feed for copy, feed in zip(feeding, graph.feeds, strict=True)}
+        loads = [replace(copy, feed=feeds.get(copy.bridge.name)) for copy in loads]
         self.addresses.update(
             (name, value.data_ptr())
             for name, value in zip(segment.inputs, inputs, strict=True)
@@ -639,6 +650,18 @@ class _Recorder:
             if not self._is_input(copy.value.name) and copy.value.name not in self.lives.returned:
                 del self.values[copy.value.name]  # the bridge is where it lives from here on
         return None
+
+    def _fed(self, loads: Sequence[Copy]) -> list[Copy]:
+        """Those that the graph makes by itself: few, since one is done after the other."""
+        if self.plan.keep:  # for somebody who looks at bridges before a launch
+            return []
+        fed = []
+        for copy in loads:
+            bridge = self.values[copy.bridge.name]
+            plain = bridge.flat is None and copy.device == self.driver.device
+            if plain and self.driver.feeds(bridge.tensor, self.values[copy.value.name]):
+                fed.append(copy)
+        return fed if len(fed) <= MAX_FED else []
 
     def _early(self) -> Iterator[str]:
         """Inputs that are loaded before anything is launched, with static results.

@@ -57,7 +57,8 @@ def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tal
         slots[call.result] = perform(call, slots)
     for step in recording.steps:
         if isinstance(step, GraphStep):
-            tally.copies += sum(slots[copy.bridge.name].load(slots[copy.value.name]) for copy in step.loads)
+            held: list[Any] = []
+            tally.copies += sum(_loaded(copy, slots, held) for copy in step.loads)
             step.graph.replay(stream)
             tally.copies += sum(slots[copy.bridge.name].store(slots[copy.value.name]) for copy in step.stores)
         else:
@@ -74,6 +75,15 @@ class Variant:
 
     wanted: Callable[[], bool]
     function: Function
+
+
+def _loaded(copy: Copy, slots: dict[str, Any], held: list[Any]) -> int:
+    """Bring a value to its bridge, or have the graph do so, which needs what is ``held``; how many copies that takes."""
+    value = slots[copy.value.name]
+    if copy.feed is None:
+        return int(slots[copy.bridge.name].load(value))
+    held.append(copy.feed.take(value))
+    return copy.feed.copies
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ class _Writer:
         self.bound: dict[int, str] = {}
         self.quick: dict[TensorSpec, Callable[[Any], bool]] = {}
         """Quick tests of layouts: one for all values that lie alike."""
+        self.answers: dict[str, tuple[TensorSpec, str]] = {}
+        """Variables that tell whether a slot fits a layout, of slots that no call has taken since."""
         calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
         self.slots = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
         self.args, self.stream = self._free("args"), self._free("stream")
@@ -173,7 +185,7 @@ class _Writer:
     def _statements(self) -> Iterator[_Statement]:
         for name, spec in self.recording.specs.items():
             check, whole = self._bind("check_argument", check_argument), self._bind(f"{name}_spec", spec)
-            lines = (f"if not {self._fits(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
+            lines = (f"if not {self._fits_first(name, spec)}:", f"    {check}({name!r}, {whole}, {name})")
             yield _Statement(lines, frozenset((name,)))
         for call in self.recording.prologue:
             yield self._call(call)
@@ -188,7 +200,11 @@ class _Writer:
 
     def _launch(self, step: GraphStep, number: int) -> Iterator[_Statement]:
         yield from self._loads(step)
-        yield _Statement((f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})",))
+        launch = f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})"
+        fed = [copy for copy in step.loads if copy.feed is not None]
+        copies = " + ".join(f"{self._bind(f'{copy.bridge.name}_feed', copy.feed)}.copies" for copy in fed)
+        # It reads what it is fed, which goes behind it.
+        yield _Statement((launch, *([self._counted(copies)] if fed else ())), frozenset(c.value.name for c in fed))
         for copy in step.stores:
             line = self._counted(f"{self._constant(copy.bridge)}.store({copy.value.name})")
             yield _Statement((line,), frozenset((copy.value.name,)))
@@ -207,6 +223,9 @@ class _Writer:
         """The copies into bridges, those of one dtype and device in one launch; a bridge that is rare by itself loads."""
         groups: dict[Any, list[Copy]] = defaultdict(list)
         for copy in step.loads:
+            if copy.feed is not None:
+                yield self._feed(copy)
+                continue
             bridge: Bridge = self.recording.constants[copy.bridge.name]
             plain = bridge.flat is None and bridge.bits is None
             groups[(bridge.tensor.dtype, copy.device) if plain else None].append(copy)
@@ -239,10 +258,18 @@ class _Writer:
             lines += [f"    {target}.copy_({value})"]
         else:
             address, raw = self._bind(f"{copy.bridge.name}_address", tensor.data_ptr()), self._bind("copy_bytes", short)
-            lines += [f"    if {self._fits(value, TensorSpec.of(tensor))}:"]
+            lines += [f"    if {self._fits_still(value, TensorSpec.of(tensor))}:"]
             lines += [f"        {raw}({address}, {value}.data_ptr(), {self.stream})"]
             lines += ["    else:", f"        {target}.copy_({value})"]
         return _Statement((*lines, f"    {self._counted(1)}"), frozenset((value,)))
+
+    def _feed(self, copy: Copy) -> _Statement:
+        """The graph copies by itself, from where the value was last: only another place has to be told."""
+        feed, value = self._bind(f"{copy.bridge.name}_feed", copy.feed), copy.value.name
+        fits = self._fits_still(value, TensorSpec.of(self.recording.constants[copy.bridge.name].tensor))
+        held = self._free(f"{value}_held")
+        lines = (f"if not {fits} or {value}.data_ptr() != {feed}.source:", f"    {held} = {feed}.take({value})")
+        return _Statement(lines, frozenset((value,)))
 
     def _load_together(self, copies: Sequence[Copy]) -> _Statement:
         targets = [self.recording.constants[copy.bridge.name].tensor for copy in copies]
@@ -269,6 +296,8 @@ class _Writer:
             text, used = self._text(argument)
             arguments.append(f"{key}={text}" if key else text)
             uses |= used
+        for used_name in uses:
+            self.answers.pop(used_name, None)  # the call may change how it lies
         if call.function is operator.getitem:
             line = f"{name} = {arguments[0]}[{arguments[1]}]"
         elif call.function is clone_exact and (source := self._clones_exactly(call.args[0])) is not None:
@@ -288,7 +317,7 @@ class _Writer:
             lines = [f"with {self._bind(f'{name}_ambient', call.ambient)}.enter():", f"    {line}"]
         if call.spec is not None:
             refuse, whole = self._bind("reject", reject), self._bind(f"{name}_call", call)
-            lines += [f"if not {self._fits(name, call.spec)}:", f"    {refuse}({whole}, {name})"]
+            lines += [f"if not {self._fits_first(name, call.spec)}:", f"    {refuse}({whole}, {name})"]
         return _Statement(tuple(lines), uses, name)
 
     def _fits(self, name: str, spec: TensorSpec) -> str:
@@ -297,6 +326,18 @@ class _Writer:
         if quick is None:
             quick = self.quick[spec] = spec.quick_check() or spec.accepts
         return f"{self._bind('fits', quick)}({name})"
+
+    def _fits_first(self, name: str, spec: TensorSpec) -> str:
+        """:meth:`_fits`, whose answer a variable keeps for :meth:`_fits_still`."""
+        answer = self._free(f"{name}_fits")
+        self.slots.add(answer)
+        self.answers[name] = spec, answer
+        return f"({answer} := {self._fits(name, spec)})"
+
+    def _fits_still(self, name: str, spec: TensorSpec) -> str:
+        """:meth:`_fits`, where nothing has had the tensor in its hands since that was asked first without a call."""
+        first, answer = self.answers.get(name, (None, ""))
+        return answer if first == spec else self._fits(name, spec)
 
     def _clones_exactly(self, place: Slot) -> torch.Tensor | None:
         value = self.recording.constants.get(place.name)

@@ -21,7 +21,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Change, Trace, Watch, first_change, run_module
-from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.errors import CAUSES, DivergenceError
 from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.live import Undo, has_memory
@@ -109,6 +109,11 @@ class _Compared:
     position: int
     graph: CapturedGraph
     draws_random: bool = False
+
+    @property
+    def feeds(self) -> tuple[Feed, ...]:
+        """None: what is compared is copied before."""
+        return ()
 
     @property
     def num_kernels(self) -> int:

@@ -16,7 +16,7 @@ from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling import lowering
 from breakable_backend.marks import sites
-from breakable_backend.recordings.recording import EagerStep
+from breakable_backend.recordings.recording import MAX_FED, EagerStep
 from checks import assert_same, check, compile_both
 
 
@@ -85,15 +85,15 @@ def test_bits_of_arguments_that_are_loaded_together(
 ) -> None:
     """Arguments that one launch brings to their bridges keep all bits, those of a signalling NaN too."""
 
-    def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x.view(torch.int16) + 1, y.view(torch.int16) + 1
+    def f(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view(torch.int16) + 1 for x in given)
 
     compiled, eager = compile_both(f, options)
     bits = torch.tensor([0x7C01, 0x7F81, 0x7C15, 1], dtype=torch.int16, device=device)
     with torch.no_grad():
         for shift in range(5):
-            x, y = (bits + shift).view(dtype), (bits.flip(0) - shift).view(dtype)
-            assert_same(compiled(x, y), eager(x, y))
+            given = [(bits * (-1) ** number + shift).view(dtype) for number in range(MAX_FED + 1)]
+            assert_same(compiled(*given), eager(*given))
     replay = entry_of(compiled).replay
     assert replay is not None
     assert "copy_together" in replay.source

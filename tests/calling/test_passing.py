@@ -59,11 +59,11 @@ def failing(driver: CaptureDriver, *captures: int, cause: str = "memory", made: 
     """
     real, count = driver.capture, [0]
 
-    def counted(body: Callable[[], Any]) -> Any:
+    def counted(body: Callable[[], Any], *fed: Any) -> Any:
         number = count[0]
         count[0] += 1
         if number not in captures:
-            return real(body)
+            return real(body, *fed)
 
         def fails(*args: Any) -> None:
             result = body()
@@ -71,7 +71,7 @@ def failing(driver: CaptureDriver, *captures: int, cause: str = "memory", made: 
                 made(result)
             raise CAUSES[cause]()
 
-        return real(fails)
+        return real(fails, *fed)
 
     driver.capture = counted  # type: ignore[method-assign]
     try:
@@ -262,8 +262,8 @@ def test_what_is_always_disturbed_is_eager_for_good(build: Make) -> None:
     real = build.driver.capture
     calls = 2**policy.MAX_DISTURBED + 1
 
-    def spoiling(body: Callable[[], Any]) -> Any:
-        graph, results = real(body)
+    def spoiling(body: Callable[[], Any], *fed: Any) -> Any:
+        graph, results = real(body, *fed)
         if not spoilt or "cos" not in str(graph.kernels()):
             return graph, results
         spoilt.append(1)
@@ -597,13 +597,13 @@ def sessions_failing(driver: CaptureDriver, position: int) -> Iterator[None]:
                     setattr(made, name, refusing(getattr(made, name), position % 2, made))
             yield made
 
-    def refusing(method: Callable[[], Any], at: int, made: Any) -> Callable[[], Any]:
+    def refusing(method: Callable[..., Any], at: int, made: Any) -> Callable[..., Any]:
         count = [0]
 
-        def refuse() -> Any:
+        def refuse(*args: Any) -> Any:
             count[0] += 1
             if count[0] - 1 != at:
-                return method()
+                return method(*args)
             if method.__name__ == "end":
                 made.abandon()
             error = CaptureError("OutOfMemoryError: CUDA out of memory")

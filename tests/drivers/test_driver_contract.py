@@ -11,7 +11,7 @@ import gc
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -68,12 +68,12 @@ class Session:
         self.device = driver.device
         self.graphs: list[CapturedGraph] = []
 
-    def capture(self, body: Callable[[], Any]) -> tuple[CapturedGraph, Any]:
+    def capture(self, body: Callable[[], Any], fed: Sequence[tuple[Tensor, Tensor]] = ()) -> tuple[CapturedGraph, Any]:
         with self.driver.lock:
             stream = self.driver.begin()
             try:
                 with self.driver.recording():
-                    graph, result = self.driver.capture(body)
+                    graph, result = self.driver.capture(body, fed)
             finally:
                 self.driver.end(stream)
         self.graphs.append(graph)
@@ -108,6 +108,79 @@ def session(driver: CaptureDriver) -> Iterator[Session]:
     with torch.no_grad():
         yield session
     driver.release(session.graphs)
+
+
+# --- copies at the head of a graph ------------------------------------------------------------------------------------------
+
+
+def test_a_graph_copies_what_it_is_fed(session: Session) -> None:
+    """Each launch copies the value that the feed took last, before all else; the bridge itself is not copied."""
+    bridge, first, second = session.normal(4, 3), session.normal(4, 3), session.normal(4, 3)
+    assert session.driver.feeds(bridge, first)
+    graph, result = session.capture(lambda: bridge + 1, [(bridge, first)])
+    (feed,) = graph.feeds
+    assert feed.source == first.data_ptr()
+    session.replay(graph)
+    assert torch.equal(result, first + 1)
+    assert feed.take(second) is None
+    assert (feed.source, feed.copies) == (second.data_ptr(), 1)
+    session.replay(graph)
+    assert torch.equal(result, second + 1)
+    second.zero_()
+    session.replay(graph)
+    assert torch.equal(result, second + 1)
+    bridge.fill_(5)
+    assert feed.take(bridge) is None
+    assert feed.copies == 0
+    session.replay(graph)
+    assert torch.equal(result, bridge + 1)
+    assert feed.take(first) is None
+    session.replay(graph)
+    assert torch.equal(result, first + 1)
+
+
+def test_a_feed_takes_what_lies_otherwise(session: Session) -> None:
+    """What lies otherwise than the bridge, or is negated when it is read, is copied first; who launches holds the copy."""
+    bridge, value = session.normal(4, 3), session.normal(4, 3)
+    graph, result = session.capture(lambda: bridge + 1, [(bridge, value)])
+    (feed,) = graph.feeds
+    lazy = torch.complex(session.normal(4, 3), session.normal(4, 3)).conj().imag
+    assert lazy.is_neg()
+    for other in (session.normal(3, 4).t(), session.normal(4, 6)[:, ::2], lazy):
+        held = feed.take(other)
+        assert held is not None
+        session.replay(graph)
+        assert torch.equal(result, other + 1)
+    longer = session.normal(5, 4, 3)[2]
+    assert feed.take(longer) is None
+    session.replay(graph)
+    assert torch.equal(result, longer + 1)
+
+
+def test_launches_under_way_keep_what_they_copy(session: Session) -> None:
+    """To take another value changes no launch that was issued before."""
+    bridge, values = session.normal(64), [session.normal(64) for _ in range(40)]
+    graph, result = session.capture(lambda: bridge * 2, [(bridge, values[0])])
+    (feed,) = graph.feeds
+    got = []
+    for value in values:
+        assert feed.take(value) is None
+        session.replay(graph)
+        got.append(result.clone())
+    for mine, value in zip(got, values, strict=True):
+        assert torch.equal(mine, value * 2)
+
+
+def test_what_a_graph_cannot_be_fed(session: Session) -> None:
+    """Bytes are copied: of what is dense, lies as the bridge does, and is read as it lies."""
+    bridge = session.normal(4, 3)
+    number = torch.complex(bridge, bridge)
+    assert session.driver.feeds(bridge.t(), session.normal(4, 3).t())
+    assert not session.driver.feeds(bridge, session.normal(3, 4).t())
+    assert not session.driver.feeds(bridge, bridge.double())
+    assert not session.driver.feeds(session.normal(4, 6)[:, ::2], session.normal(4, 6)[:, ::2])
+    assert not session.driver.feeds(session.normal(0), session.normal(0))
+    assert not session.driver.feeds(number, number.conj())
 
 
 # --- capture and replay -----------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def cuda_driver(patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
     patch.setattr(torch.cuda, "current_stream", lambda device: "another stream")
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    patch.setattr(cuda.CudaSession, "begin", lambda session: setattr(session, "_graph", object()))
+    patch.setattr(cuda.CudaSession, "begin", lambda session, fed=(): setattr(session, "_graph", object()))
     return driver
 
 
@@ -471,6 +471,10 @@ CASES: dict[str, Case] = {
     "capture_error_mode does not take": Case("capture(graph, capture_error_mode='mine')  # here"),
     "capturing/capture.py: a capture was begun inside a capture": Case(in_body("with capture(graph): pass  # here")),
     "another CUDA graph capture is active": Case("planted()\nwith capture(graph):  # here\n    pass", foreign_capture),
+    "a graph was used in an eager step of another one that shares its pool": Case(
+        "other = BreakableCUDAGraph(pool=graph.pool())\nwith capture(other):\n    x + 1\n"
+        "with capture(graph):\n    eager_on_graph(other.replay)()  # here"
+    ),
     "the graph is being": Case(in_body("eager_on_graph(lambda: capture(graph).__enter__())()  # here")),
     "code of another context (a task of asyncio?) ran while a capture was under way in this thread": Case(
         "import contextvars\n" + in_body("contextvars.Context().run(torch.sin, x)  # here")

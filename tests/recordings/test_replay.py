@@ -10,6 +10,7 @@ import operator
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,20 +51,26 @@ class Maker:
         return bridge.tensor
 
     def capture(
-        self, body: Callable[[], Mapping[str, Tensor]], loads: Sequence[str] = (), stores: Sequence[str] = ()
+        self,
+        body: Callable[[], Mapping[str, Tensor]],
+        loads: Sequence[str] = (),
+        stores: Sequence[str] = (),
+        fed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """A captured step. What ``body`` returns become constants by their names."""
+        """A captured step. What ``body`` returns become constants by their names; the graph copies what is ``fed``."""
+        pairs = [(self.constants[f"{name}_bridge"].tensor, value) for name, value in (fed or {}).items()]
         with self.driver.lock:
             stream = self.driver.begin()
             try:
                 with self.driver.recording():
-                    graph, made = self.driver.capture(body)
+                    graph, made = self.driver.capture(body, pairs)
                 graph.replay(stream)
             finally:
                 self.driver.end(stream)
         self._graphs.append(graph)
         self.constants.update(made)
-        self.steps.append(GraphStep(graph, *(tuple(map(self._copy, names)) for names in (loads, stores))))
+        copies = [replace(self._copy(name), feed=feed) for name, feed in zip(fed or {}, graph.feeds, strict=True)]
+        self.steps.append(GraphStep(graph, (*map(self._copy, loads), *copies), tuple(map(self._copy, stores))))
 
     def eager(self, *calls: Call) -> None:
         self.steps.append(EagerStep(calls, (REASON,)))
@@ -404,6 +411,72 @@ def test_bytes_of_what_is_not_plain(tape: Maker, copied_bytes: list[int]) -> Non
     assert copied_bytes == [24]
 
 
+# --- copies that a graph makes by itself ---------------------------------------------------------------------------------
+
+
+def test_fed_values(maker: Maker) -> None:
+    """A graph that copies by itself reads the values of each call, wherever and however they lie, as the interpreter has it."""
+    like = torch.zeros(4, 3, device=maker.device)
+    x, y = maker.bridge("x", like), maker.bridge("y", like)
+    maker.capture(lambda: {"sum": x - y}, fed={"x": like, "y": like + 1})
+    recording = maker.recording(["x", "y"], [Slot("sum")])
+    replay, tally = emit(recording), Tally()
+    base = torch.rand(3, 4, device=maker.device)
+    for call in range(6):
+        one, other = torch.rand(4, 3, device=maker.device), torch.rand(3, 4, device=maker.device).t()
+        values = [[one, one * 2], [other, one], [one, y], [x, other + 1], [base.view(4, 3), one], [base.t(), one]][call]
+        want = values[0] - values[1]
+        assert torch.equal(replay.function(list(values), maker.stream())[0], want)
+        assert torch.equal(interpret(recording, values, maker.stream(), tally)[0], want)
+    assert replay.tally.copies == tally.copies == 10
+
+
+def test_a_fed_value_that_a_call_lays_out_anew(tape: Maker) -> None:
+    """Where a call had the tensor in its hands, how it lies is asked about anew."""
+    like = torch.zeros(3, 3)
+    x = tape.bridge("x", like)
+    tape.eager(call("none", Tensor.t_, Slot("x")))
+    tape.capture(lambda: {"y": x + 1}, fed={"x": like})
+    replay = emit(tape.recording(["x"], [Slot("y")], specs={"x": TensorSpec.of(like)}))
+    for _ in range(2):
+        value = torch.rand(3, 3)
+        assert torch.equal(replay.function([value.clone()], 0)[0], value.t() + 1)
+
+
+def test_a_fed_value_is_held_until_the_launch(tape: Maker) -> None:
+    """What a graph copies by itself is deleted behind the launch, and its layout is asked about once."""
+    like = torch.zeros(2, 3)
+    x, z = tape.bridge("x", like), tape.bridge("z", like)
+    tape.capture(lambda: {"y": x + 1}, fed={"x": like})
+    tape.eager(checked("z", like, triple, Slot("y")))
+    tape.capture(lambda: {"sum": z + x}, fed={"z": like + 1})
+    golden(
+        emit(tape.recording(["x"], [Slot("sum")], specs={"x": TensorSpec.of(like)})).source,
+        """\
+def replay(args, stream):
+    x = args[0]
+    args.clear()
+    if not (x_fits := fits(x)):
+        check_argument('x', x_spec, x)
+    if not x_fits or x.data_ptr() != x_bridge_feed.source:
+        x_held = x_bridge_feed.take(x)
+    graph_0(stream)
+    copied.copies += x_bridge_feed.copies
+    del x
+    # eager: silly::triple: tagged cudagraph_unsafe at model.py:12 in forward: y = triple(x)
+    z = silly_triple(y)
+    if not (z_fits := fits(z)):
+        reject(z_call, z)
+    if not z_fits or z.data_ptr() != z_bridge_feed.source:
+        z_held = z_bridge_feed.take(z)
+    graph_1(stream)
+    copied.copies += z_bridge_feed.copies
+    del z
+    return [sum]
+""",
+    )
+
+
 # --- the source ---------------------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +488,7 @@ def test_source(tape: Maker) -> None:
 def replay(args, stream):
     x = args[0]
     args.clear()
-    if not fits(x):
+    if not (x_fits := fits(x)):
         check_argument('x', x_spec, x)
     if x.data_ptr() != x_bridge_address:
         x_bridge.copy_(x)
@@ -424,7 +497,7 @@ def replay(args, stream):
     graph_0(stream)
     # eager: silly::triple: tagged cudagraph_unsafe at model.py:12 in forward: y = triple(x)
     z = silly_triple(y)  # model.py:12
-    if not fits(z):
+    if not (z_fits := fits(z)):
         reject(z_call, z)
     if z.data_ptr() != z_bridge_address:
         z_bridge.copy_(z)
