@@ -2205,14 +2205,14 @@ FAULTS = (
         "_torch.aot:trace_inference",
         "keep_floats",
         "not keep_floats",
-        "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float32-softplus]",
+        "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float32]",
     ),
     Fault(
         "floats-computed-by-symbols",
         "compiling.partition:_Flow.of",
         "views if of_floats else sizes",
         "sizes",
-        "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float64-in Python]",
+        "test_contract_keys.py::test_floats_are_numbers[cpu-torch.float64]",
     ),
     Fault(
         "pythons-decompositions-stay",

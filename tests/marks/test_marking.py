@@ -249,6 +249,12 @@ def test_host_scalar_in_the_key() -> None:
     assert off_device(node, replace(SCOPE, host_scalars=frozenset({"s_1"}))) == ""
 
 
+def test_a_scalar_elsewhere_is_no_host_scalar() -> None:
+    """A tensor without dimensions on another device is told as what it is: only one on the host has a value to freeze."""
+    x, s = fakes(cuda(4), functools.partial(torch.empty, (), device="cuda:1"))
+    assert off_device(by_hand(aten.mul.Tensor, x, s, val=x), SCOPE) == "reads arg1 on cuda:1, off the capture device"
+
+
 def test_device_without_index() -> None:
     """A tensor made on "cuda" is on the current CUDA device, where the others are."""
     node = last_call(lambda: aten.ones.default([2], device="cuda"))
