@@ -1,0 +1,75 @@
+"""A mixture of experts whose routing is plain Python: it reads counts, loops, and skips experts that nobody chose.
+
+No CUDA graph can hold the routing, and Dynamo would break its graph there. ``@eager_on_graph`` marks it: all around it is
+captured, and the layer runs as it stands, on real tensors. It needs nothing but this package.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from breakable_backend import eager_on_graph, explain
+
+WIDTH, EXPERTS, CHOSEN, LAYERS = 64, 8, 2, 4
+
+
+class Experts(nn.Module):
+    """Feed-forward experts, of which each token uses :data:`CHOSEN`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(EXPERTS)
+        )
+        self.calls_of_experts = 0
+
+    @eager_on_graph
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of shape (tokens, width): the weighted sum of what the chosen experts make of each token."""
+        weights, chosen = self.router(x).softmax(-1).topk(CHOSEN)
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            if len(token) == 0:  # a size that is known on the GPU alone: the host waits here
+                continue
+            self.calls_of_experts += 1  # happens in each call, as in eager
+            result.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return result
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.mix(self.norm(x)))
+        return x + self.experts(self.norm(x))
+
+
+@torch.no_grad()
+def main() -> int:
+    """Five calls, eagerly and compiled; 0 if all have the same bits and the model is one program."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)).to(device).eval()
+    compiled = torch.compile(model, backend="breakable_cg", fullgraph=True)
+    for number in range(6):
+        x = torch.randn(16, WIDTH, device=device)
+        if not torch.equal(compiled(x), model(x)):
+            print(f"call {number}: other bits than eager's")
+            return 1
+    report = explain(compiled)
+    print(report)
+    (program,) = report.programs
+    print(f"\n{program.num_graph_segments} captured segments, {program.num_eager_segments} eager steps; same bits as eager")
+    return 0 if program.num_eager_segments == LAYERS and program.replays >= 3 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
