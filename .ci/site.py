@@ -36,7 +36,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Have the links of ``docs/`` to files beside it lead to their pages."""
-    return markdown if page.file.src_uri in PAGES.values() else re.sub(r"\]\(\.\./([^)]+)\)", moved, markdown)
+    if page.file.src_uri in PAGES.values():
+        return markdown
+    depth = page.file.src_uri.count("/")
+    up = r"\.\./" * (depth + 1)
+    return re.sub(rf"\]\({up}([^)]+)\)", lambda link: moved(link, "../" * depth), markdown)
 
 
 def examples() -> list[Path]:
@@ -70,8 +74,8 @@ def in_site(text: str) -> str:
     return re.sub(r"\]\(((?:docs/|examples/)[^)]+|CHANGELOG\.md|LICENSE)\)", moved, text)
 
 
-def moved(link: re.Match[str]) -> str:
-    """Where a link to a file of the repository leads in the site."""
+def moved(link: re.Match[str], up: str = "") -> str:
+    """Where a link to a file of the repository leads in the site, from a page that ``up`` leads out of."""
     target = link[1]
     if target.startswith("docs/"):
         target = target.removeprefix("docs/")
@@ -81,4 +85,4 @@ def moved(link: re.Match[str]) -> str:
         target = PAGES[target]
     elif target.endswith(".py"):
         target = f"{target.removesuffix('.py')}.md"
-    return f"]({target})"
+    return f"]({up}{target})"

@@ -60,7 +60,9 @@ def main() -> int:
     report = explain(model)
     print(report)
     replays = sum(program.replays for program in report.programs)
-    print(f"\n{len(report.programs)} programs for {2 + 4} blocks; results are {'the same bits' if same else 'different'}")
+    print(
+        f"\n{len(report.programs)} programs for {2 + 4} blocks; results are {'the same bits' if same else 'different'}"
+    )
     return 0 if same and replays >= 60 else 1
 
 

@@ -109,6 +109,12 @@ def learning() -> list[Learning]:
     return [waiting for learned in known for waiting in learned.waiting.values()]
 
 
+def _code_being_traced() -> int:
+    """The identity of the code of the user's function, or of torch's, that Dynamo is tracing; 0: of none."""
+    code = _torch.code_under_compilation()
+    return id(code[1]) if code is not None else 0
+
+
 def why_a_break(mark: Mark, why: str) -> Learned | None:
     """What was learned of calls that are breaks for the reason ``why``; None if that is none of their results."""
     found = (learned for other, learned in _all_learned() if other is mark and learned.why_not == why)
@@ -238,11 +244,10 @@ class Site:
                     "nothing yet: its result is not known before its first call", GIVE_FAKE, PartitionError
                 )
             self.learned.in_vain += 1
-            callers = Callers()
-            self.learned.waiting[id(callers.whole)] = Learning(self.mark, callers)
+            self.learned.waiting[_code_being_traced()] = Learning(self.mark, Callers())
             _torch.run_as_python(f"{self.mark.name} has not run yet, and its result is not known")
-        if self.learned.waiting and (code := _torch.code_under_compilation()) is not None:
-            self.learned.waiting.pop(id(code[1]), None)
+        if self.learned.waiting:
+            self.learned.waiting.pop(_code_being_traced(), None)
         return self.expected
 
     def _remember(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
