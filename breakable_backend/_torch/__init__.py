@@ -121,6 +121,7 @@ from breakable_backend._torch.symbols import (
     ignore_fresh_symbols,
     is_argument_float,
     is_ragged,
+    name_of,
     numbers_of,
     symbol_of,
     symbols_made,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,14 @@ def has_hint(number: Any) -> bool:
 def hint_of(number: Any) -> int:
     """The number that a symbolic int is in the call that is being traced."""
     return number if type(number) is int else int(number.node.hint)
+
+
+def name_of(number: Any) -> str:
+    """Where Dynamo reads a symbolic number, as ``x.size()[1]`` or ``n``; empty where it computes it, or for no symbol."""
+    if not isinstance(number, torch.SymInt) or not number.node.expr.is_symbol:
+        return ""
+    sources = number.node.shape_env.var_to_sources.get(number.node.expr, ())
+    return re.sub(r"\bL\['(\w+)'\]", r"\1", str(sources[0].name)) if sources else ""
 
 
 def fresh_int(tensor: Any) -> Any:

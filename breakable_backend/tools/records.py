@@ -133,6 +133,8 @@ class ProgramReport:
     """Calls of bound functions, which did not ask Dynamo's guards; among ``calls``."""
     misfits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Calls of bound functions that did not fit, by why."""
+    findings: tuple[str, ...] = ()
+    """Where few calls replay: what varies, its values, and the remedy."""
 
     @property
     def main(self) -> RecordingReport | None:

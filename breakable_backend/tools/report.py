@@ -47,6 +47,7 @@ from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
 from breakable_backend.tools.saved import record_from
 from breakable_backend.tools.text import Table, as_html, as_rich, as_text, program_lines
+from breakable_backend.tools.varies import findings, of_one_function
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -188,6 +189,10 @@ def explain(
                 compiled(*args, **kwargs)
     executors = executors_of(compiled)
     programs = [_program(executor.snapshot(), measured) for executor in executors]
+    if executors:
+        calls = [(executor.callers.whole, program.calls) for executor, program in zip(executors, programs, strict=True)]
+        told = (*programs[0].findings, *of_one_function(calls))
+        programs[0] = dataclasses.replace(programs[0], findings=told)
     if compiled is not None and executors:
         unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
         notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
@@ -238,6 +243,7 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
     recordings = tuple(
         _recording(key, position, measured.get((snapshot.name, key.key))) for position, key in enumerate(snapshot.keys)
     )
+    replays = statistics.finished_replays + sum(recording.replays for recording in recordings)
     return ProgramReport(
         name=snapshot.name,
         driver=f"{driver.name} on {driver.device}",
@@ -248,7 +254,7 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
         text=str(program),
         calls=statistics.calls,
         captures=statistics.captures,
-        replays=statistics.finished_replays + sum(recording.replays for recording in recordings),
+        replays=replays,
         copies=statistics.finished_copies + sum(recording.copies for recording in recordings),
         evictions=statistics.evictions,
         plain_calls=dict(statistics.plain),
@@ -261,6 +267,7 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
         debug=snapshot.options.debug,
         bound_calls=statistics.bound,
         misfits=dict(statistics.misfits),
+        findings=findings(snapshot, replays),
     )
 
 

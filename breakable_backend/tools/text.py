@@ -129,6 +129,8 @@ def program_lines(program: ProgramReport) -> Iterator[str | Table]:
         yield f"  bound calls {program.bound_calls}, calls that did not fit what was bound {sum(program.misfits.values())}"
     for why, count in program.misfits.items():
         yield f"  did not fit {count}x: {why}"
+    for finding in program.findings:
+        yield f"  few calls replay: {finding}"
     for note in program.notes:
         yield f"  note: {note}"
     if program.reasons:

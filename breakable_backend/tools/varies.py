@@ -1,0 +1,114 @@
+"""What varies from call to call where few calls replay, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from types import CodeType
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
+from breakable_backend.ir.program import Input
+
+FEW = 0.5
+"""The share of calls that replay under which a report says what varies."""
+MANY = 3
+"""Values, or sets of addresses, from which on they are worth a line."""
+SHOWN = 6
+"""Values that a line shows."""
+
+
+def findings(snapshot: Snapshot, replays: int) -> tuple[str, ...]:
+    """For a program of which few calls were replayed: what varies, its values, and the remedy.
+
+    Args:
+        snapshot: of the program's executor.
+        replays: how many of its calls were replayed.
+    """
+    calls = snapshot.statistics.calls
+    if calls < 2 * MANY or replays >= FEW * calls:
+        return ()
+    return (*_numbers(snapshot), *_scalars(snapshot), *_addresses(snapshot))
+
+
+def of_one_function(calls: Sequence[tuple[CodeType | None, int]]) -> tuple[str, ...]:
+    """Where one function was compiled into many programs that are called once or twice each: that, as one finding.
+
+    Args:
+        calls: for each program what it was compiled from, and how often it was called.
+    """
+    told = []
+    for code in dict.fromkeys(code for code, _ in calls if code is not None):
+        counts = [count for other, count in calls if other is code]
+        seldom = sum(count <= 2 for count in counts)
+        if len(counts) > MANY and seldom > len(counts) / 2:
+            where = f"{code.co_name} at {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+            told.append(
+                f"{len(counts)} programs are of one function, {where}, and {seldom} of them were called once or twice: "
+                "Dynamo compiles it anew where a Python value, a flag or an object differs (TORCH_LOGS=recompiles says "
+                "which); pass it as a tensor, or say torch.compile(..., dynamic=True) if it is a size"
+            )
+    return tuple(told)
+
+
+def _numbers(snapshot: Snapshot) -> Iterator[str]:
+    numbers = [value for value in snapshot.program.inputs if value.kind == "number" and value.index >= 0]
+    for place, value in enumerate(numbers):
+        found = _distinct(snapshot.keys, place)
+        if len(found) < MANY:
+            continue
+        name = _torch.name_of(value.value) or value.name
+        if ".size()" in name:
+            tensor = name.partition(".")[0]
+            yield (
+                f"{name} has had {_listed(found)}, and each is recorded for itself: pad {tensor} to a few sizes, for example "
+                f"to multiples of 64: torch.nn.functional.pad({tensor}, (0, -{name} % 64))"
+            )
+        else:
+            yield (
+                f"the number {name} has had {_listed(found)}, and each is recorded for itself: where no shape depends on "
+                f"it, pass torch.tensor({name}, device=...) instead, whose value a graph reads anew"
+            )
+
+
+def _scalars(snapshot: Snapshot) -> Iterator[str]:
+    if snapshot.options.scalars != "key":
+        return
+    scalars = [value for value in snapshot.program.inputs if value.kind == "scalar" and value.index >= 0]
+    for place, value in enumerate(reversed(scalars), 1):
+        found = {key.key.shapes[-place] for key in snapshot.keys if len(key.key.shapes) >= place}
+        if len(found) >= MANY:
+            yield (
+                f"{value.name}, a value on the host, has had {len(found)} values, and each is recorded for itself: "
+                "options={'scalars': 'device'} has one recording for all, or put it on the device: .to('cuda')"
+            )
+
+
+def _addresses(snapshot: Snapshot) -> Iterator[str]:
+    sets = dict.fromkeys(key.key.addresses for key in snapshot.keys)
+    if len(sets) < MANY:
+        return
+    statics = [value for value in snapshot.program.inputs if value.kind == "static" and value.index >= 0]
+    moved = [value for place, value in enumerate(statics) if len({addresses[place] for addresses in sets}) >= MANY]
+    shown = ", ".join(_described(value) for value in moved[:MANY]) or "those that it writes"
+    more = f" and {len(moved) - MANY} more" if len(moved) > MANY else ""
+    yield (
+        f"inputs that are read in place have been at {len(sets)} sets of addresses ({shown}{more}), and each set is "
+        "recorded for itself: write new values into the same tensor, with copy_; if weights moved for good, call "
+        "breakable_backend.reset(compiled)"
+    )
+
+
+def _described(value: Input) -> str:
+    return f"{value.name}, {list(value.value.shape)}" if isinstance(value.value, torch.Tensor) else value.name
+
+
+def _distinct(keys: Sequence[KeySnapshot], place: int) -> list[int]:
+    return sorted({key.key.shapes[place] for key in keys})
+
+
+def _listed(values: Sequence[int]) -> str:
+    more = f", … {len(values)} values" if len(values) > SHOWN else f": {len(values)} values"
+    return ", ".join(map(str, values[:SHOWN])) + more
