@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         model, prompt = small_llama(device)
 
     # That is all: a static cache, so that nothing moves, and this backend in place of Inductor.
-    compiled = CompileConfig(backend="breakable_cg")
+    # (torch takes options only where there is no mode, and transformers gives one.)
+    options = {} if device.type == "cuda" else dict(mode=None, options={"driver": "tape"})
+    compiled = CompileConfig(backend="breakable_cg", **options)
     compiled._compile_all_devices = True  # transformers compiles on GPUs alone; this is for the CPU
     settings = dict(max_new_tokens=given.tokens, do_sample=False, cache_implementation="static")
     settings |= dict(attention_mask=torch.ones_like(prompt))
