@@ -23,10 +23,12 @@ from breakable_backend.calling import registry
 from breakable_backend.calling.executor import Executor, scope_for
 from breakable_backend.calling.lifetime import when_idle
 from breakable_backend.calling.registry import EagerGraph, executors_of
+from breakable_backend.calling.training import Training
 from breakable_backend.compiling.flat import FlatGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
 from breakable_backend.compiling.traced import as_eager
+from breakable_backend.compiling.training import Halves
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
@@ -115,33 +117,52 @@ class Backend:
         if again:
             log.info("%s: compiled again, because Dynamo says: %s", name, again)
 
-        def compile_lowered(lowered: Lowered) -> Executor:
+        def make(kind: Callable[..., Executor], lowered: Lowered, name: str, *others: Any) -> Executor:
             observers.traced(lowered.module, "aten")
             driver = self._driver(chosen, lowered)
             bare = Scope(driver.device, eager_ops)
             require_whole_regions(lowered.module, bare)
             scope = scope_for(lowered, bare, chosen)
-            executor = Executor(lowered, scope, chosen, driver, name)
+            executor: Executor = kind(*(others or (lowered,)), scope, chosen, driver, name)
             executor.statistics.lowering_seconds = time.perf_counter() - started
             registry.executors.add(executor, number)
             if any(is_collective(schema_name(node)) for node in lowered.module.graph.nodes):
                 leaves_with_groups(executor)
             return executor
 
+        def compile_lowered(lowered: Lowered) -> Executor:
+            return make(Executor, lowered, name)
+
         flat = FlatGraph.of(gm, example_inputs)
         try:
             keep_floats = chosen.scalars == "key"
             return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats))
         except CannotLower as why:
-            return flat.around(self._eagerly(number, flat.module, str(why), chosen))
+            refused = str(why)
+        if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None and chosen.debug != "compare":
+            try:
+                return self._training(Halves.of(gm, eager_ops), make, number)
+            except CannotLower as why:
+                refused = str(why)
+        return flat.around(self._eagerly(number, flat.module, refused, chosen))
+
+    def _training(self, halves: Halves, make: Callable[..., Executor], number: int) -> Callable[..., Any]:
+        training = Training(halves, as_eager(halves.gm), make, f"graph {number}", _last_line(halves.gm))
+
+        def train(*args: Any) -> Any:
+            return training(*args)
+
+        train.training = training  # type: ignore[attr-defined]
+        registry.as_traced.add(training, number)
+        return train
 
     def _eagerly(self, number: int, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
-        name = f"graph {number}"
-        source = next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")
+        name, source = f"graph {number}", _last_line(gm)
         if why == NEEDS_GRADIENTS:
             self._say(
                 "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
-                "For inference call the compiled function under torch.no_grad() or torch.inference_mode()."
+                "For inference call the compiled function under torch.no_grad() or torch.inference_mode(); to capture "
+                "training as well, compile with options={'training': True}."
             )
         elif not options.auto_break:
             raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
@@ -236,3 +257,8 @@ def reset(compiled: Any = None) -> None:
         executor.reset()
     if compiled is None:
         breakable_cg.free()
+
+
+def _last_line(gm: fx.GraphModule) -> str:
+    """The user's last line in a graph."""
+    return next(filter(None, map(source_line, reversed(gm.graph.nodes))), "")

@@ -18,6 +18,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "driver": ("auto", "cuda", "tape"),
     "debug": (None, "eager", "compare"),
     "auto_break": (True, False),
+    "training": (True, False),
     "outputs": ("fresh", "static"),
     "scalars": ("key", "device"),
     "inner": ("eager",),
@@ -67,6 +68,9 @@ class Options:
     min_kernels: int = 2
     """Captured segments with fewer ATen ops that launch a kernel run eagerly."""
 
+    training: bool = False
+    """Whether graphs that need gradients are captured, forward and backward, or run as Dynamo traced them."""
+
     inner: str = "eager"
     """What compiles the captured segments."""
 
@@ -104,7 +108,7 @@ def _from_text(name: str, text: str) -> Any:
         return None
     if name == "tolerance":
         return _numbers(text)
-    if name == "auto_break":
+    if name in ("auto_break", "training"):
         return {"1": True, "true": True, "0": False, "false": False}.get(text.strip().lower(), text)
     return text.strip()
 

@@ -160,6 +160,49 @@ def _as_statements(code: ast.expr | list[ast.AST]) -> list[ast.AST]:
 
 
 FAULTS = (
+    # --- training ---
+    Fault(
+        "what-is-saved-lies-in-the-shared-pool",
+        "recordings.recording:record",
+        "plan.saved_from is not None",
+        "False",
+        "test_training.py::test_inference_between_forward_and_backward[cpu]",
+    ),
+    Fault(
+        "a-slot-is-free-while-its-forward-is-pending",
+        "calling.training:ForwardExecutor._free",
+        "ref is None or ref.expired()",
+        "True",
+        "test_training.py::test_two_forwards_pending[cpu-order0]",
+    ),
+    Fault(
+        "two-gradients-share-memory",
+        "calling.training:Training.gradients",
+        "place in backward.entangled",
+        "False",
+        "test_training.py::test_one_gradient_of_two_inputs[cpu]",
+    ),
+    Fault(
+        "outputs-are-not-looked-at",
+        "calling.training:_Captured.forward",
+        "forward.checked",
+        "()",
+        "test_training.py::test_what_was_written_since[cpu]",
+    ),
+    Fault(
+        "a-second-derivative-goes-on",
+        "calling.training:_refusal",
+        "torch.is_grad_enabled()",
+        "False",
+        "test_training.py::test_second_derivatives[cpu]",
+    ),
+    Fault(
+        "a-backward-is-traced-under-autocast",
+        "compiling.training:Halves._traced",
+        "_torch.autocast_off()",
+        "torch.enable_grad()",
+        "test_training.py::test_autocast[cpu-True]",
+    ),
     # --- somebody else's captures ---
     Fault(
         "an-event-of-ours-in-a-foreign-capture",

@@ -154,3 +154,15 @@ from breakable_backend._torch.tensors import (
     version_of,
     with_lazy_bits,
 )
+from breakable_backend._torch.training import (
+    FakeTensor,
+    autocast_off,
+    compiled_autograd_active,
+    functorch_active,
+    keeps_its_address,
+    number_backward,
+    retains,
+    trace_joint,
+    traced_so_far,
+    tracing_both_halves,
+)

@@ -198,6 +198,11 @@ class Executor(CompiledGraph):
             self.run_eagerly(program, found, logging.INFO)
         return outputs
 
+    def plain(self, args: list[Any], why: str) -> list[Any]:
+        """A call that is plain whatever was recorded."""
+        self.statistics.calls += 1
+        return self._plain(args, why)
+
     def _plain(self, args: list[Any], why: str, level: int = logging.INFO, run: Plain | None = None) -> list[Any]:
         """Make a call as eager would, with no capture and no bridge."""
         self.count_plain(why, level)

@@ -24,7 +24,9 @@ class EagerGraph:
 class AsTraced(Filed, Protocol):
     """A function that runs a graph as Dynamo traced it."""
 
-    uncaptured: EagerGraph
+    @property
+    def uncaptured(self) -> EagerGraph | None:
+        """None once something of it is captured."""
 
 
 T = TypeVar("T", bound=Filed)
@@ -64,4 +66,5 @@ def executors_of(compiled: Any = None) -> list[Executor]:
 
 def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:
     """The graphs behind ``compiled`` that run as Dynamo traced them, oldest first; None: of all."""
-    return [function.uncaptured for function in as_traced.behind(compiled)]
+    found = (function.uncaptured for function in as_traced.behind(compiled))
+    return [graph for graph in found if graph is not None]

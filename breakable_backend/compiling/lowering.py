@@ -128,7 +128,7 @@ def _traced(
     around = marks.taken_apart(_called_ops(gm))
     try:
         apart = _torch.apart(example_inputs)
-        kept = _kept_ops(gm, marks.eager_ops)
+        kept = kept_ops(gm, marks.eager_ops)
         function = _torch.trace_inference(gm, apart, inference, training, kept, around, keep_floats)
     except (CannotLower, CutsRegion, _torch.dynamo_error()):
         raise
@@ -248,7 +248,7 @@ def out_of_place_views(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
+def kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
     """The ops that any graph in ``gm`` calls for more than their result.
 
     Those are marked ones, those that return nothing, and higher-order ops, whose bodies may write: AOT looks into none,

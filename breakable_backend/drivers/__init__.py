@@ -139,8 +139,13 @@ class CaptureDriver(Protocol):
     def end(self, stream: int) -> None:
         """Mark on ``stream`` where this call's use of the pool ends. Called also when the call raised."""
 
-    def recording(self) -> AbstractContextManager[None]:
-        """Held around one recording, all its segments and the eager steps between them."""
+    def recording(self, apart: bool = False) -> AbstractContextManager[None]:
+        """Held around one recording, all its segments and the eager steps between them.
+
+        Memory of the pool that a recording lends and somebody holds may be memory that graphs before it use for themselves
+        while they run: it keeps its values within a call. ``apart``: the recording gets memory that no other recording
+        gets, before or after; what is held keeps its values from call to call.
+        """
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether graphs can copy ``value``, and what lies like it, into ``bridge`` by themselves."""

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -293,6 +293,8 @@ class CudaDriver(DeviceDriver):
         self.stream = self._draws.stream
         """Where captures happen. One only: the allocator never gives a block of one stream to another."""
         self._pool: Any = None
+        self._pools_apart: list[Any] = []
+        """Those of recordings that are apart, as long as there is memory in them."""
         self._keeper: torch.cuda.CUDAGraph | None = None
         """A graph that keeps the pool alive between recordings: a pool dies with its last graph, and its handle is
         then an internal assertion away."""
@@ -395,24 +397,38 @@ class CudaDriver(DeviceDriver):
             self.stream, self.capture_error_mode = before
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, apart: bool = False) -> Iterator[None]:
         """Hold off Python's gc, which may free CUDA memory in mid-capture, and keep cuBLAS's workspaces in the pool.
 
         cuBLAS takes a workspace for each pair of handle and stream when it is first used. Handles must exist before a
         capture. A workspace must be allocated inside it: one from outside the pool could be freed under our graphs by
         anybody who clears workspaces, as torch's own CUDA graph trees do. It goes back to the pool at the end, where
-        later graphs may have it: replays in one pool are ordered.
+        later graphs may have it: replays in one pool are ordered. ``apart``: a pool of its own, which nobody captures in
+        afterwards; it goes with the last of its graphs.
         """
         self._recordings += 1
         self._first = True
         try:
-            with held_off():
+            with held_off(), self._apart() if apart else nullcontext():
                 try:
                     yield
                 finally:
                     _torch.clear_cublas_workspaces()
         finally:
             self._recordings -= 1
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Another pool, for the time of a recording."""
+        before = self._pool, self._keeper
+        self._pool = self._keeper = None
+        try:
+            yield
+        finally:
+            if self._pool is not None:
+                self._pools_apart.append(self._pool)
+            self._drop_keeper()
+            self._pool, self._keeper = before
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         return can_be_fed(bridge, value)
@@ -689,10 +705,15 @@ class CudaDriver(DeviceDriver):
         return len(self._live)
 
     def _segments(self) -> list[dict[str, Any]]:
-        pool = self._pool  # as it is now: other threads may open and close pools
-        if pool is None:
+        pool, apart = self._pool, list(self._pools_apart)  # as they are now: other threads may open and close pools
+        pools = {tuple(pool) for pool in (pool, *apart) if pool is not None}
+        if not pools:
             return []
-        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool)]
+        segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) in pools]
+        alive = {tuple(segment["segment_pool_id"]) for segment in segments}
+        for gone in [pool for pool in apart if tuple(pool) not in alive]:
+            self._pools_apart.remove(gone)
+        return segments
 
 
 _drivers: weakref.WeakSet[CudaDriver] = weakref.WeakSet()

@@ -107,7 +107,7 @@ class EagerDriver(DeviceDriver):
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self.device))
 
-    def recording(self) -> AbstractContextManager[None]:
+    def recording(self, apart: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:

@@ -4,11 +4,13 @@ A real capture runs no kernel: it notes launches and addresses. The tape driver 
 it captures is Python that may look at shapes, and so it takes everything back afterwards: storages that were written,
 the random state, and the values of what was made inside, which turn into poison. A stale address, a missing replay or
 a host read therefore fails here as it does on a GPU. What was lent and is no longer held is overwritten by each segment
-that was captured afterwards: any of them may have got the memory. Streams, and kernels that allocate, are what it lacks.
+that was captured afterwards: any of them may have got the memory. So is what is held by each that was captured before: it
+may have been free memory of that one. Streams, and kernels that allocate, are what it lacks.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -156,6 +158,9 @@ class _Lent:
     twin: _torch.StorageWeakRef
     memory: _torch.StorageWeakRef
     dtype: torch.dtype
+    pool: object
+    made_by: float
+    """The number of the graph that it was made in, or behind."""
 
     @property
     def is_held(self) -> bool:
@@ -185,8 +190,11 @@ class TapeGraph:
         brought: Mapping[int, int],
         free: Sequence[_Lent] = (),
         given: Sequence[torch.UntypedStorage] = (),
+        later: Callable[[], Sequence[_Lent]] = tuple,
     ) -> None:
         self.draws_random = draws_random
+        self._later = later
+        """What is held of memory that was got behind this graph, which it may use for itself while it runs."""
         self._free = free
         """What was free in the pool when this was captured, and so may be this graph's memory too."""
         self._given = given
@@ -220,7 +228,7 @@ class TapeGraph:
             raise ReplayError("a graph was replayed after its release", fix="capture it again")
         for memory in self._outside:
             memory.check(self._brought)
-        for lent in self._free:
+        for lent in (*self._free, *self._later()):
             lent.spoil()
         # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
         with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
@@ -233,7 +241,7 @@ class TapeGraph:
         """Drop the tape and all that it owns. Results that the caller still holds keep their own storage."""
         self.released = True
         self._ops, self._outside, self.made = [], [], {}
-        self._free, self._given, self.feeds = (), (), ()
+        self._free, self._given, self.feeds, self._later = (), (), (), tuple
 
 
 class _Taping(OpMode):
@@ -429,6 +437,10 @@ class TapeDriver(DeviceDriver):
         self._given: list[torch.UntypedStorage] = []
         """Memory that was allocated between captures: the next graph's to own."""
         self._last: weakref.ref[TapeGraph] | None = None
+        self.pool = object()
+        """What tells memory of recordings apart."""
+        self._captured = 0
+        """Graphs that were captured so far."""
         self._session: TapeSession | None = None
         """Of the capture that :meth:`capture` has under way."""
         self._adopting = locks.lock()
@@ -444,9 +456,15 @@ class TapeDriver(DeviceDriver):
         self._brought.clear()
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        with held_off():
-            yield
+    def recording(self, apart: bool = False) -> Iterator[None]:
+        before = self.pool
+        if apart:
+            self.pool = object()
+        try:
+            with held_off():
+                yield
+        finally:
+            self.pool = before
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         return can_be_fed(bridge, value)
@@ -500,6 +518,7 @@ class TapeDriver(DeviceDriver):
         with self._adopting:
             self._graphs.add(graph)
             self._last = weakref.ref(graph)
+            self._captured += 1
 
     def allocating(self) -> AbstractContextManager[None]:
         """Nothing to hold: :meth:`lend` sees what was made."""
@@ -511,17 +530,24 @@ class TapeDriver(DeviceDriver):
         if storage.nbytes() == 0:
             return made
         last = self._last() if self._last is not None else None
+        made_by: float = self._captured
         if last is None or _torch.storage_key(made) not in last.made:
             self._given.append(storage)
+            made_by += 0.5
         twin = _torch.twin_storage(storage)
         refs = _torch.StorageWeakRef(twin), _torch.StorageWeakRef(storage)
-        self._lent[int(twin._cdata)] = _Lent(*refs, made.dtype)
+        self._lent[int(twin._cdata)] = _Lent(*refs, made.dtype, self.pool, made_by)
         return Geometry.of(made).on(twin)
 
     def free(self) -> tuple[_Lent, ...]:
         """What was lent and is not held any more."""
         self._lent = {key: lent for key, lent in self._lent.items() if _torch.live_storage(lent.memory) is not None}
-        return tuple(lent for lent in self._lent.values() if not lent.is_held)
+        return tuple(lent for lent in self._lent.values() if lent.pool is self.pool and not lent.is_held)
+
+    def held_behind(self, number: int, pool: object) -> tuple[_Lent, ...]:
+        """What is held of memory that a recording got from ``pool`` behind the graph of that number."""
+        lent = tuple(self._lent.values())
+        return tuple(some for some in lent if some.made_by > number and some.pool is pool and some.is_held)
 
     def taken(self) -> tuple[torch.UntypedStorage, ...]:
         """What was allocated between captures, taken from the driver."""
@@ -600,7 +626,8 @@ class TapeSession:
                 raise tape.refusal
             drew = not torch.equal(self._states[-1], self._generators[-1].get_state())
             given = self.driver.taken()
-            graph = TapeGraph(tape, drew, self.driver._brought, self._free, given)
+            later = functools.partial(self.driver.held_behind, self.driver._captured + 1, self.driver.pool)
+            graph = TapeGraph(tape, drew, self.driver._brought, self._free, given, later)
             graph.feed(self._fed)
         except Exception as error:
             raise _failure(error) from error

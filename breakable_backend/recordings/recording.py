@@ -182,6 +182,8 @@ class Recording:
     """What is needed at once, at most; None if everything is held as long as the recording lives."""
     prologue: tuple[Call, ...] = ()
     """What comes before the steps: see :meth:`_Recorder._settled`."""
+    saved: tuple[torch.Tensor, ...] = field(default=(), repr=False)
+    """What holds the memory of values that are saved for a backward: see :attr:`Plan.saved_from`."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -421,6 +423,9 @@ class Plan:
     device_scalars: bool = False
     """Whether host scalars have a bridge on the device instead of being in the key."""
     fresh_outputs: bool = True
+    saved_from: int | None = None
+    """From this output on, outputs are what a backward needs, each a value of its own. They are handed out as they lie, and the
+    recording holds their memory."""
     observer: StepObserver | None = None
     keep: bool = False
     """Whether every value and bridge is held as long as the recording lives."""
@@ -476,7 +481,7 @@ def record(
     """
     recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream, auto_break, recut)
     try:
-        with driver.recording():
+        with driver.recording(apart=plan.saved_from is not None):  # what is saved lives on between calls
             position = 0
             while position < len(recorder.segments):
                 segment = recorder.segments[position]
@@ -535,6 +540,9 @@ class _Recorder:
         self.made_for: dict[str, int] = {}
         """The segment that each bridge was made for, by slot."""
         self.lives = Lifetimes.of(binding.program)
+        leaves = outputs_of(binding.program.epilogue.module)
+        self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
+        """The values among the outputs that a backward needs."""
         self.most = Held()
         self.steps: list[Step] = []
         self.addresses: dict[str, int] = {}
@@ -716,7 +724,7 @@ class _Recorder:
                 self._give_up(name)
                 self.values.pop(name, None)
                 self.home.pop(name, None)
-            if name not in self.lives.returned or name in self.intact:
+            if name not in self.saved and (name not in self.lives.returned or name in self.intact):
                 self._give_up(_bridge_name(name))
         for name in self.lives.unloaded.get(position, ()):
             self._give_up(_bridge_name(name))
@@ -921,7 +929,8 @@ class _Recorder:
             return clones[place.name]
 
         places: dict[str, Any] = {}
-        behind = _outputs_behind(epilogue.module)
+        leaves = outputs_of(epilogue.module)[: self.plan.saved_from]
+        behind = _outputs_behind(epilogue.module, leaves)
         for name in epilogue.inputs:
             home = self.intact.get(name, self.home[name])
             # Several outputs on one storage of ours: copy the storage once, and make the views on the copy.
@@ -929,10 +938,16 @@ class _Recorder:
         for call in self.binding.calls(EagerSegment(epilogue.module, epilogue.inputs, (), (), (), ()), places, None):
             places[call.result] = make(call)
         returned = []
-        for leaf in outputs_of(epilogue.module):
+        for leaf in leaves:
             place = places[leaf.name] if isinstance(leaf, fx.Node) else leaf
             returned.append(copied(place) if self._to_copy(place, local) else place)
         outputs = list(_fill(tuple(returned), local))
+        returned += [self.home[name] for name in self.saved]
+        held = [self._holder(name) for name in self.saved]
+        outputs += [
+            self.values[self.home[name].name] if owner is None else owner
+            for name, owner in zip(self.saved, held, strict=True)
+        ]
         if self.put_off is not None:
             nothing = Recording((), {}, (), (), (), {})
             return Recorded(nothing, outputs, self.healing.eager, self.copies, program, self.put_off)
@@ -950,6 +965,7 @@ class _Recorder:
             addresses=self.addresses | places_of(self.constants),
             most=None if self.keep else self.most + Held.by(self.constants.values(), self.owner_of),
             prologue=tuple(self._settled()),
+            saved=tuple(owner for owner in held if owner is not None),
         )
         return Recorded(recording, outputs, self.healing.eager, self.copies, program)
 
@@ -973,6 +989,14 @@ class _Recorder:
         for value in self.binding.program.inputs:
             if value.kind == "tensor" and value.name in touched & self.outside:
                 yield Call(value.name, settled, (Slot(value.name),), {}, "settled")
+
+    def _holder(self, name: str) -> torch.Tensor | None:
+        """What holds the memory of a value that is saved, if the pool has it."""
+        home = self.home[name].name
+        owner = self.owners.get(_bridge_name(name) if home == _inside_name(name) else home)
+        if owner is None and home in self.constants:
+            owner = self.constants[home]
+        return owner.tensor if isinstance(owner, Bridge) else owner
 
     def _to_copy(self, place: Any, local: Mapping[str, Any]) -> bool:
         """Whether the caller would get memory of this recording, which the next call changes."""
@@ -1012,8 +1036,8 @@ def is_view_call(call: Call) -> bool:
     return call.view or call.function is operator.getitem
 
 
-def _outputs_behind(module: fx.GraphModule) -> dict[str, int]:
-    """How many returned values each input of the epilogue is behind."""
+def _outputs_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, int]:
+    """How many of ``leaves``, which are returned, each input of the epilogue is behind."""
     behind: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -1021,7 +1045,7 @@ def _outputs_behind(module: fx.GraphModule) -> dict[str, int]:
         elif node.op == "call_function":
             behind[node] = next(behind[argument] for argument in node.all_input_nodes if argument in behind)
     counts = dict.fromkeys((node.name for node in module.graph.find_nodes(op="placeholder")), 0)
-    for leaf in outputs_of(module):
+    for leaf in leaves:
         if isinstance(leaf, fx.Node):
             counts[behind[leaf].name] += 1
     return counts

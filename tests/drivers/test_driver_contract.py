@@ -811,6 +811,33 @@ def test_memory_between_captures(driver: CaptureDriver) -> None:
     driver.release([graph])
 
 
+def test_a_recording_apart(driver: CaptureDriver) -> None:
+    """What is held of a recording apart keeps its values while graphs are replayed that were captured before and behind it."""
+    session = Session(driver)
+    x = session.ramp(1024)
+    stream = driver.begin()
+    graphs = []
+
+    def capture(apart: bool, body: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with driver.lock, driver.recording(apart=apart):
+            graph, result = driver.capture(body)
+            graphs.append(graph)
+            return driver.lend(result)
+
+    before = capture(False, lambda: (x + 1).sin() * 2)
+    del before
+    held = capture(True, lambda: (x * 3).cos() + 1)
+    behind = capture(False, lambda: (x - 1).exp() / 3)
+    del behind
+    gc.collect()
+    for graph in (graphs[1], graphs[0], graphs[2], graphs[0]):
+        graph.replay(stream)
+    driver.end(stream)
+    assert torch.equal(held, (x * 3).cos() + 1)
+    del held
+    driver.release(graphs)
+
+
 def test_release_frees(driver: CaptureDriver) -> None:
     """Released graphs give back what they made: no live block is left."""
     session = Session(driver)

@@ -25,6 +25,8 @@ import breakable_backend
 import silly
 from breakable_backend import BreakableError, ReplayError, _torch, backend, errors
 from breakable_backend.calling import device_errors
+from breakable_backend.compiling import training
+from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers import cuda, generator, nodes, ordering, streams, tape
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.eager import EagerDriver
@@ -286,6 +288,15 @@ def growing_op(patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(_torch, "kernel_made_of_ops", lambda *args, **watching: None)
     patch.setitem(silly.hooks, "visit", lambda x: torch.ones(next(sizes)))
     return silly.visit
+
+
+def losing(patch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call of this on, no graph can be traced with its backward."""
+
+    def backward(halves: Any, pattern: Any) -> Any:
+        raise CannotLower("planted")
+
+    return lambda: patch.setattr(training.Halves, "backward", backward)
 
 
 def parting(patch: pytest.MonkeyPatch) -> None:
@@ -573,6 +584,17 @@ CASES: dict[str, Case] = {
         "with torch.enable_grad(), warnings.catch_warnings(action='ignore'):\n"
         "    (first,) = torch.autograd.grad(compile(lambda x: Square.apply(x))(y := leaf()).sum(), y, create_graph=True)\n"
         "    torch.autograd.grad(first.sum(), y)  # here"
+    ),
+    "only what ran eagerly can do that": Case(
+        "y = leaf()\nf = compile(lambda x: (x.sin() * 2).exp(), training=True)  # here\n"
+        "with torch.enable_grad():\n    for _ in range(3): f(y).sum().backward()\n"
+        "    torch.autograd.grad(f(y).sum(), y, create_graph=True)"
+    ),
+    "got gradients that it was not traced for": Case(
+        "y = leaf()\nf = compile(lambda x: ((x.sin() * 2).exp(), x.cos() * 3), training=True)  # here\n"
+        "with torch.enable_grad():\n    for _ in range(3): f(y)[0].sum().backward()\n"
+        "    planted()\n    f(y)[1].sum().backward()",
+        losing,
     ),
     "is not as in eager": Case(
         "shift = torch.library.custom_op('catalogue::shift', lambda x: x.add_(1) + 1, mutates_args=(), schema='(Tensor x) -> Tensor')\n"

@@ -24,6 +24,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "scalars": ("key", "device"),
     "max_recordings": (1, 64),
     "min_kernels": (1, 2),
+    "training": (True, False),
     "inner": ("eager",),
 }
 
@@ -45,6 +46,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("max_recordings", "64"),
     ("min_kernels", True),
     ("min_kernels", -1),
+    ("training", 1),
+    ("training", "on"),
     ("inner", "nvfuser"),
     ("debug", True),
     ("tolerance", 1e-3),

@@ -50,6 +50,7 @@ OPTIONS = [
     "scalars",
     "max_recordings",
     "min_kernels",
+    "training",
     "inner",
 ]
 

@@ -1,0 +1,108 @@
+"""Graphs that need gradients: how they are traced with their backward, and what autograd says of a call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import traceback as _fx_traceback
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from breakable_backend._torch.aot import _eager_kernels, _entered_around, _side_effects
+from breakable_backend._torch.ops import find_overloads, never_run_on_constants
+
+
+@contextmanager
+def tracing_both_halves(
+    keep_alive: Iterable[Any], around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]
+) -> Iterator[FakeTensorMode]:
+    """What :func:`trace_joint` is called in, and what fake arguments for it are made under: as in :func:`trace_inference`.
+
+    Dynamo compiles nothing meanwhile, since tables of the process are changed.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._inductor import config
+
+    kept = (*keep_alive, *find_overloads("aten::_assert_async"))
+    with ExitStack() as stack:
+        stack.enter_context(compile_lock)
+        # As while Dynamo compiles: else FX tells other threads that call compiled functions that they are being traced.
+        stack.callback(setattr, torch.compiler, "_is_compiling_flag", torch.compiler._is_compiling_flag)
+        torch.compiler._is_compiling_flag = True
+        stack.enter_context(_side_effects(kept))
+        for op in keep_alive:
+            if isinstance(op, OpOverload):
+                stack.callback(setattr, op, "_tags", op._tags)
+                never_run_on_constants(op)
+        stack.enter_context(_eager_kernels())
+        stack.enter_context(_entered_around(around))
+        stack.enter_context(config.patch(fallback_random=True))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(_fx_traceback.preserve_node_meta())
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def trace_joint(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
+    """The ATen graph of a function that computes gradients, which stand behind the nodes of what they are gradients of.
+
+    Mutation stays in program order. Looked at on torch 2.11 and 2.13.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.enable_grad():
+        return make_fx(function, record_module_stack=True)(*arguments)
+
+
+def traced_so_far() -> frozenset[str]:
+    """The names of the nodes that :func:`trace_joint` has made by now."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    assert mode is not None
+    return frozenset(node.name for node in mode.tracer.graph.nodes)
+
+
+def autocast_off() -> AbstractContextManager[None]:
+    """Without autocast, for a ``with`` statement: a backward is run outside of it, and the graph of one is traced so."""
+    return cast(AbstractContextManager[None], torch._C._DisableAutocast())
+
+
+def number_backward(outputs: Sequence[torch.Tensor]) -> None:
+    """Have nodes of the backward that is traced next carry the number of the op that they are the gradient of (``seq_nr``)."""
+    from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
+
+    setup_stacktrace_preservation_hooks([output.grad_fn for output in outputs if output.grad_fn is not None])
+
+
+def functorch_active() -> bool:
+    """Whether a transform of ``torch.func`` is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def compiled_autograd_active() -> bool:
+    """Whether a backward that begins now would be compiled, or is."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    config = sys.modules.get("torch._dynamo.config")
+    return bool(
+        (module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region))
+        or (config is not None and config.compiled_autograd)
+    )
+
+
+def retains(tensor: torch.Tensor) -> StorageWeakRef:
+    """A weak reference that tells whether autograd, or anybody, still has the storage of ``tensor``."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def keeps_its_address(node: fx.Node) -> bool:
+    """Whether an input of a graph of Dynamo's is a parameter, a buffer or a marked tensor: what AOTAutograd looks at."""
+    return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))

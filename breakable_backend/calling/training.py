@@ -1,0 +1,446 @@
+"""What happens when a graph that needs gradients is called: eager until a backward has been seen, captured in two halves then.
+
+The first calls run as Dynamo traced them. Once one of them has run backward it is known which gradients come in, and
+how, and the graph is traced (:mod:`breakable_backend.compiling.training`). From then on each forward takes a *slot*: a
+recording with memory of its own for what it saves. The slot is taken until autograd lets go of what that forward saved,
+which is at its backward, later where the graph is retained, or when nobody can run it backward any more. So forwards can
+be pending while others run. Where all slots are taken, a forward runs plainly.
+
+The backward is a program with an executor of its own. What a slot saved is at addresses that do not move, so for that
+executor it is a static input like a parameter, and each slot has recordings of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+
+from breakable_backend import _torch, locks
+from breakable_backend.active import handler as door
+from breakable_backend.active import in_call
+from breakable_backend.callers import Callers
+from breakable_backend.calling.executor import Executor
+from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey
+from breakable_backend.calling.registry import EagerGraph
+from breakable_backend.compiling.lowering import CannotLower
+from breakable_backend.compiling.training import Backward, Forward, Halves, Pattern
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.errors import ReplayError
+from breakable_backend.ir.layout import Geometry, TensorSpec
+from breakable_backend.ir.modes import Modes
+from breakable_backend.recordings.buffers import clone_exact
+from breakable_backend.recordings.recording import Plan
+
+log = logging.getLogger(__name__)
+
+MAX_SLOTS = 4
+"""Forwards of one graph, with the same parameters, that may be pending at once in captured form."""
+
+LEARNING = "it needs gradients, and no backward has been seen that tells how"
+"""Why the first calls are eager."""
+
+WAY_OUT = "compile it with options={'training': False}"
+
+
+# --- the forward --------------------------------------------------------------------------------------------------------
+
+
+class Number(int):
+    """The number of a slot, in a key."""
+
+    def __repr__(self) -> str:
+        return f"slot {int(self)}"
+
+
+class Outputs(list[Any]):
+    """What a forward returned: outputs, and what it saved behind them."""
+
+    saved: list[torch.Tensor] | None = None
+    """Where all that was saved is, of a forward that was captured: constants of the recording, and what moves. They hold no memory."""
+    owners: tuple[torch.Tensor, ...] = ()
+    """What holds that memory."""
+    static: frozenset[str] = frozenset()
+    """The names of what does not move."""
+
+
+class ForwardExecutor(Executor):
+    """The first half. Each call takes a slot, which is a part of its key."""
+
+    def __init__(self, forward: Forward, *args: Any) -> None:
+        self.forward = forward
+        self.taken: weakref.WeakKeyDictionary[Entry, _torch.StorageWeakRef] = weakref.WeakKeyDictionary()
+        """By key, what lives as long as what was saved by its last call."""
+        super().__init__(forward.lowered, *args)
+
+    def pending(self) -> int:
+        """Forwards that may still be run backward."""
+        return sum(not ref.expired() for ref in list(self.taken.values()))
+
+    def run(self, args: list[Any], token: torch.Tensor) -> Outputs:
+        """Run once. The slot is taken as long as ``token`` lives."""
+        made = self(args, token)  # type: ignore[arg-type]
+        return made if isinstance(made, Outputs) else Outputs(made)
+
+    def _locked(self, args: list[Any], stream: int, driver: CaptureDriver, known: Any = None, *_: Any) -> Any:
+        reader, keys = self.reader, self.keys
+        assert isinstance(reader, _WithSlot)
+        addresses = keys.last if keys.last is not None and reader.are_at(keys.last.pointers, args) else None
+        if addresses is None:
+            addresses = keys.sets.get(reader.read(args).addresses)
+        slot = self._free(reader.without_slot(args), addresses)
+        if slot is None:
+            return self._plain(args, f"{MAX_SLOTS} forwards are pending, one in each slot", logging.WARNING)
+        reader.slot = slot
+        shapes = reader.shapes(args)
+        made = super()._locked(args, stream, driver)
+        entry = addresses.entries.get(shapes) if addresses is not None else None
+        return made if entry is None else self._leased(entry, made, known)
+
+    def _free(self, shapes: ShapeKey, addresses: AddressSet | None) -> Number | None:
+        """The first slot that is not taken."""
+        for number in map(Number, range(MAX_SLOTS)):
+            entry = addresses.entries.get((*shapes, number)) if addresses is not None else None
+            ref = self.taken.get(entry) if entry is not None else None
+            if ref is None or ref.expired():
+                return number
+        return None
+
+    def _leased(self, entry: Entry, made: list[Any], token: torch.Tensor) -> list[Any]:
+        """What a call of ``entry`` made; the slot is taken, if that lies in memory of its recording."""
+        recording, count = entry.recording, self.forward.num_outputs
+        if recording is None:
+            return made
+        saved, static = made[count:], set()
+        for place, (leaf, name) in enumerate(zip(recording.returned[count:], self.forward.saved, strict=True)):
+            constant = recording.constants.get(leaf.name)
+            if constant is None:
+                continue
+            if constant is not saved[place] and constant.data_ptr() != saved[place].data_ptr():
+                return made  # this call was a plain one
+            saved[place] = constant
+            static.add(name)
+        self.taken[entry] = _torch.retains(token)
+        outputs = Outputs(made[:count])
+        outputs.saved, outputs.owners, outputs.static = saved, recording.saved, frozenset(static)
+        return outputs
+
+    def cut_program(self) -> None:
+        super().cut_program()
+        self.reader = _WithSlot.of(self.program, self.keyed(), self.options.scalars == "key")
+
+    def plan(self) -> Plan:
+        return replace(super().plan(), fresh_outputs=True, saved_from=self.forward.num_outputs)
+
+    def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
+        entry = super().new_entry(key, args)
+        entry.warmed_up = entry.warmed_up or bool(entry.key.shapes[-1])  # the first slot was warmed up for all
+        return entry
+
+    def why_new(self, key: Key) -> str:
+        why, slot = super().why_new(key), key.shapes[-1]
+        return f"{int(slot)} more forward{'s' * (slot != 1)} pending" if slot and "new" in why else why
+
+    def _make_way(self, need: int, driver: CaptureDriver) -> None:
+        """What saves something is recorded in memory of its own, whatever room there is in the pool."""
+
+
+class _WithSlot(KeyReader):
+    """Reads keys that have the number of a slot in them, behind all else."""
+
+    slot = Number(0)
+    """That of the call that is under way."""
+
+    def shapes(self, args: Sequence[Any]) -> ShapeKey:
+        return (*super().shapes(args), self.slot)
+
+    def without_slot(self, args: Sequence[Any]) -> ShapeKey:
+        return super().shapes(args)
+
+
+# --- both halves --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What was seen of backwards while the graph was eager."""
+
+    pattern: list[TensorSpec | None]
+    came: bool = False
+    refused: str = ""
+
+
+class Training:
+    """A graph that needs gradients, as Dynamo calls it. Thread-safe.
+
+    Args:
+        halves: the graph.
+        eager: runs it as Dynamo traced it.
+        make: an executor of the class, for what was lowered, by that name; behind that what else the class wants.
+        name: of the graph.
+        source: the user's last line in it.
+    """
+
+    def __init__(
+        self, halves: Halves, eager: Callable[..., Any], make: Callable[..., Any], name: str, source: str
+    ) -> None:
+        self.halves, self.eager, self.make, self.name, self.source = halves, eager, make, name, source
+        self.callers = Callers()
+        self.why = LEARNING
+        """Why it is eager; empty once it is not."""
+        self.for_good = False
+        self.forward: ForwardExecutor | None = None
+        self.backwards: dict[tuple[Pattern, frozenset[str]], tuple[Backward, Executor]] = {}
+        self._seen: _Seen | None = None
+        self._lock = locks.lock()
+        self._modes = Modes.current()
+
+    @property
+    def uncaptured(self) -> EagerGraph | None:
+        """What the report says of it while nothing is captured."""
+        return EagerGraph(self.name, self.why, self.source) if self.why else None
+
+    @property
+    def executors(self) -> list[Executor]:
+        """Of both halves."""
+        forward = [self.forward] if self.forward is not None else []
+        return [*forward, *(executor for _, executor in list(self.backwards.values()))]
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the forward once; autograd gets what runs the backward."""
+        if why := _not_now():
+            if self.forward is not None:
+                self.forward.statistics.calls += 1
+                self.forward.count_plain(why)
+            return self.eager(*args)
+        if self.why and (self.for_good or not self._ready(args)):
+            return self._learn(args)
+        forward = self.halves.forward
+        assert forward is not None
+        call = _Call(self, args)
+        made = _torch.apply_function(_Captured, call, *(args[index] for index in self.halves.wanted))
+        results, call.results = call.results, []
+        for index, output in zip(forward.differentiable, made, strict=True):
+            results[index] = output
+        return results
+
+    # until a backward has been seen
+
+    def _learn(self, args: Sequence[Any]) -> Any:
+        """An eager call whose backward is looked at."""
+        outputs = self.eager(*args)
+        if self.for_good:
+            return outputs
+        differentiable = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
+        if any(value.grad_fn is None for value in differentiable):
+            return outputs
+        if self._seen is None or not self._seen.came:
+            self._seen = seen = _Seen([None] * len(differentiable))
+            for place, value in enumerate(differentiable):
+                assert value.grad_fn is not None
+                value.grad_fn.register_prehook(functools.partial(_look, seen, place, value.output_nr))
+        return outputs
+
+    def _ready(self, args: Sequence[Any]) -> bool:
+        """Whether both halves are there; traces them as soon as a backward has been seen."""
+        seen = self._seen
+        if seen is None or not (seen.came or seen.refused):
+            return False
+        with self._lock:
+            if not self.why:
+                return True
+            if self.for_good:
+                return False
+            if seen.refused:
+                self._give_up(seen.refused)
+                return False
+            try:
+                forward = self.halves.trace(args, tuple(seen.pattern))
+                self.forward = self.make(ForwardExecutor, forward.lowered, f"forward of {self.name}", forward)
+                self.forward.callers = self.callers
+            except CannotLower as why:
+                self._give_up(f"it needs gradients, and is not captured: {why}")
+                return False
+            self.why = ""
+            log.info("%s: its forward and its backward are captured from now on", self.name)
+            return True
+
+    def _give_up(self, why: str) -> None:
+        self.why, self.for_good, self._seen = why, True, None
+        log.info("%s: stays as Dynamo traced it, because %s", self.name, why)
+
+    # the backward
+
+    def gradients(self, ctx: Any, moving: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+        """The gradients of the inputs that want some, of one forward."""
+        pattern = tuple(None if grad is None else TensorSpec.of(grad) for grad in grads)
+        if all(spec is None for spec in pattern):
+            return [None] * len(self.halves.wanted)
+        backward, executor = self._backward(pattern, ctx.static if ctx.captured else None)
+        forward = self.halves.forward
+        assert forward is not None
+        left = iter(moving)
+        saved = {
+            name: next(left) if value is None else value for name, value in zip(forward.saved, ctx.saved, strict=True)
+        }
+        given = dict(zip(forward.inputs, inputs, strict=True))
+        args = [
+            *(saved[name] for name in backward.saved),
+            *(given[index] for index in backward.inputs),
+            *(grads[place] for place in backward.gradients),
+        ]
+        made = executor(args) if ctx.captured else executor.plain(args, "its forward ran plainly")
+        return [clone_exact(value) if place in backward.entangled else value for place, value in enumerate(made)]
+
+    def _backward(self, pattern: Pattern, static: frozenset[str] | None) -> tuple[Backward, Executor]:
+        """The backward for ``pattern``, and its executor for a forward whose ``static`` values do not move; None: for a plain one."""
+        if static is None:
+            known = (key for key in list(self.backwards) if key[0] == pattern)
+            assert self.halves.forward is not None
+            static = next(known, (pattern, frozenset(self.halves.forward.saved)))[1]
+        found = self.backwards.get((pattern, static))
+        if found is not None:
+            return found
+        with self._lock:
+            if (pattern, static) not in self.backwards:
+                try:
+                    with self._modes.enter():
+                        backward = self.halves.backward(pattern)
+                except CannotLower as why:
+                    raise ReplayError(
+                        f"the backward of {self.name} got gradients that it was not traced for: {why}",
+                        where=self.source,
+                        fix=WAY_OUT,
+                    ) from None
+                lowered = backward.lowered(self.halves.static, static)
+                executor = self.make(Executor, lowered, f"backward of {self.name}")
+                executor.callers = self.callers
+                self.backwards[pattern, static] = backward, executor
+            return self.backwards[pattern, static]
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise for a backward that eager alone can run; later calls are eager."""
+        with self._lock:
+            self._give_up(f"it needs gradients, and {why}")
+        raise ReplayError(
+            f"{self.name} was captured, and {why}: only what ran eagerly can do that",
+            where=self.source,
+            fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
+        )
+
+
+def _look(seen: _Seen, place: int, number: int, grads: tuple[Any, ...]) -> None:
+    """A backward has come to an output of an eager call."""
+    grad = grads[number]
+    if why := _refusal(grads):
+        seen.refused = f"it needs gradients, and {why}"
+    elif grad is not None:
+        seen.pattern[place], seen.came = TensorSpec.of(grad), True
+
+
+def _refusal(grads: Sequence[Any]) -> str:
+    """Why eager alone can run a backward that begins now."""
+    if torch.is_grad_enabled():
+        return "a backward was run with create_graph=True"
+    if _torch.any_autocast_enabled():
+        return "a backward was run under autocast"
+    for grad in grads:
+        if grad is None:
+            continue
+        if _torch.is_transformed(grad):
+            return "gradients came in batches"
+        if type(grad) not in (torch.Tensor, torch.nn.Parameter) or grad.layout is not torch.strided:
+            return f"a gradient that came in is a {type(grad).__name__} of layout {grad.layout}"
+        if any(_torch.lazy_bits(grad)):
+            return "a gradient that came in is conjugated lazily"
+    return ""
+
+
+def _not_now() -> str:
+    """Why this call is eager's, whatever was captured."""
+    if _torch.saves_through_hooks():
+        return "saved_tensors_hooks are active"
+    if _torch.dispatch_mode_active():
+        return "a dispatch mode is active"
+    if _torch.functorch_active():
+        return "a transform of torch.func is active"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection is on"
+    if _torch.compiled_autograd_active():
+        return "compiled autograd is on"
+    if door.get() is not None:
+        return "called inside capture"
+    if in_call():
+        return "called inside an eager step"
+    return ""
+
+
+class _Call:
+    """One call, on its way through autograd."""
+
+    def __init__(self, training: Training, args: Sequence[Any]) -> None:
+        self.training, self.args = training, args
+        self.results: list[Any] = []
+
+
+class _Captured(torch.autograd.Function):
+    """The node of a call. What it saves beside its slot goes through autograd, which looks whether it was written since."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *_differentiable: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        training, args = call.training, call.args
+        executor, forward = training.forward, training.halves.forward
+        assert executor is not None
+        assert forward is not None
+        if forward.written:
+            torch.autograd.graph.increment_version([args[index] for index in forward.written])
+        token = torch.empty(0)
+        with _without_autocast():
+            made = executor.run(list(args), token)
+        count = forward.num_outputs
+        results = [_on_its_own(value) for value in made[:count]]
+        if made.saved is not None:
+            ctx.saved = [
+                value if name in made.static else None for name, value in zip(forward.saved, made.saved, strict=True)
+            ]
+            moving = [value for name, value in zip(forward.saved, made.saved, strict=True) if name not in made.static]
+        else:
+            ctx.saved, moving = [None] * len(forward.saved), made[count:]
+        ctx.captured, ctx.static, ctx.owners = made.saved is not None, made.static, made.owners
+        ctx.training, ctx.num_moving = training, len(moving)
+        inputs = [args[index] for index in forward.inputs]
+        ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked))
+        ctx.set_materialize_grads(False)
+        call.results, call.args = results, ()
+        return tuple(results[index] for index in forward.differentiable)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors  # raises where that is gone, or was written
+        training: Training = ctx.training
+        if why := _refusal(grads):
+            training.refuse(why)
+        forward = training.halves.forward
+        assert forward is not None
+        moving = saved[1 : 1 + ctx.num_moving]
+        inputs = saved[1 + ctx.num_moving : 1 + ctx.num_moving + len(forward.inputs)]
+        with _without_autocast():
+            return None, *training.gradients(ctx, moving, inputs, grads)
+
+
+def _on_its_own(value: Any) -> Any:
+    """An output as a tensor that is no view: of a view that was made without gradients, autograd refuses later writes."""
+    if isinstance(value, torch.Tensor) and _torch.base_of_view(value) is not None:
+        return Geometry.of(value).on(value.untyped_storage())
+    return value
+
+
+def _without_autocast() -> AbstractContextManager[None]:
+    """The halves are traced below autocast: their casts are ops."""
+    return Modes().enter() if _torch.any_autocast_enabled() else nullcontext()

@@ -1,0 +1,494 @@
+"""A graph that needs gradients to two ATen graphs: one computes results and what the backward needs, one the gradients.
+
+Both halves are traced at once, as eager runs them: the graph is run on fake tensors, and autograd computes gradients of
+its outputs. What stands behind that point in the trace is the backward. Nothing is moved across, merged or computed a second
+time, and mutation stays at its place; so the forward saves what eager's autograd saves. Views are no exception: a half
+makes them again from the value that made the storage, and launches nothing for them.
+
+Which gradients come in is part of a backward: outputs that nobody uses get none, as in eager, and a gradient may lie in
+memory in another way than its output. So there is a backward for each of these *patterns*.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.compiling.lowering import (
+    CannotLower,
+    Lowered,
+    kept_ops,
+    note_ambient,
+    note_outs,
+    out_of_place_views,
+)
+from breakable_backend.errors import first_line
+from breakable_backend.ir.effects import alias_source, is_view, tensors_of, written_arguments
+from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.modes import AMBIENT_KEY
+from breakable_backend.marks.marking import EagerOps, Marks
+
+Pattern = tuple[TensorSpec | None, ...]
+"""Of each output that can be differentiated: what its gradient looks like; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The first half. It returns the outputs, and behind them what backwards need and neither inputs nor views of them are."""
+
+    lowered: Lowered
+    num_outputs: int
+    differentiable: tuple[int, ...]
+    """The outputs that need gradients."""
+    saved: tuple[str, ...]
+    """The values behind the outputs."""
+    inputs: tuple[int, ...]
+    """The inputs that backwards need."""
+    written: tuple[int, ...]
+    """Inputs whose version counts up in a call, as in eager."""
+    checked: tuple[int, ...]
+    """The outputs whose memory a backward reads: who writes them spoils it, in eager too."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The second half, for one pattern."""
+
+    module: fx.GraphModule
+    saved: tuple[str, ...]
+    """What it takes first, of what the forward saves."""
+    inputs: tuple[int, ...]
+    """What it takes next: inputs of the forward."""
+    gradients: tuple[int, ...]
+    """What it takes last: of which outputs, by their place among the differentiable ones."""
+    entangled: frozenset[int]
+    """Gradients that lie in memory of what it takes, or of gradients before them."""
+
+    def lowered(self, static_inputs: frozenset[int], static_saved: frozenset[str]) -> Lowered:
+        """As a program is made of it: inputs and saved values that keep their address are static."""
+        places = [i for i, name in enumerate(self.saved) if name in static_saved]
+        places += [len(self.saved) + i for i, index in enumerate(self.inputs) if index in static_inputs]
+        return Lowered(self.module, frozenset(places))
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """One trace: both halves."""
+
+    module: fx.GraphModule
+    forward: frozenset[str]
+    """The names of the nodes of the first half."""
+    outputs: tuple[Any, ...]
+    gradients: tuple[Any, ...]
+    differentiable: tuple[int, ...]
+    placeholders: tuple[fx.Node, ...]
+    """The inputs, and behind them the gradients that come in."""
+    given: tuple[int, ...]
+    """The places, among differentiable outputs, of the gradients that come in."""
+    written: tuple[int, ...]
+    """Inputs whose version counts up."""
+
+    def used(self) -> Iterator[fx.Node]:
+        """What the second half takes of the first, and of the inputs; with repetitions."""
+        for node in self.module.graph.nodes:
+            if node.op == "call_function" and node.name not in self.forward:
+                yield from (argument for argument in node.all_input_nodes if self._is_before(argument))
+        yield from (leaf for leaf in self.gradients if isinstance(leaf, fx.Node) and self._is_before(leaf))
+
+    def _is_before(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" or node.name in self.forward
+
+    def roots(self) -> dict[str, fx.Node]:
+        """What has to be kept for the second half: the values that the first one made which the second is made from."""
+        found: dict[str, fx.Node] = {}
+        for node in self.used():
+            for root in _roots(node):
+                if root.op == "call_function":
+                    found[root.name] = root
+        return found
+
+    def inputs(self) -> tuple[int, ...]:
+        """The inputs that the second half is made from."""
+        roots = {root for node in self.used() for root in _roots(node)}
+        count = len(self.placeholders) - len(self.given)
+        return tuple(index for index, node in enumerate(self.placeholders[:count]) if node in roots)
+
+
+@dataclass
+class Halves:
+    """Traces a graph of Dynamo's. Holds the graph, and what its arguments look like, but no tensors.
+
+    Raises:
+        CannotLower: the graph is not taken; the text says why.
+    """
+
+    gm: fx.GraphModule
+    eager_ops: EagerOps
+    static: frozenset[int] = frozenset()
+    """Inputs that keep their address."""
+    inputs: tuple[tuple[TensorSpec, bool], ...] = ()
+    """What the inputs look like, and whether they need gradients."""
+    forward: Forward | None = None
+    backwards: dict[Pattern, Backward] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
+        """Of a graph, at the time at which Dynamo hands it over: the autocast around the call is the caller's then."""
+        for module in gm.modules():
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                if why := _refused(node):
+                    raise CannotLower(why)
+        if any(isinstance(module, fx.GraphModule) for module in gm.children()):
+            raise CannotLower("it has graphs inside")
+        note_ambient(gm)
+        if note_outs(gm):
+            raise CannotLower("it needs gradients, and calls ops with out=")
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        static = frozenset(index for index, node in enumerate(placeholders) if _torch.keeps_its_address(node))
+        return cls(gm, eager_ops, static)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """The inputs that get gradients."""
+        return tuple(index for index, (_, needs) in enumerate(self.inputs) if needs)
+
+    def trace(self, args: Sequence[torch.Tensor], pattern: Pattern) -> Forward:
+        """Make the forward, for arguments like ``args``, and the backward for ``pattern``."""
+        self.inputs = tuple((TensorSpec.of(value), value.requires_grad) for value in args)
+        joint = self._joint(None)
+        wanted = joint if len(joint.given) == len(pattern) and _pattern(joint) == pattern else self._joint(pattern)
+        known = {node.name: node for node in joint.module.graph.nodes}
+        roots = {**joint.roots(), **{name: known.get(name) for name in wanted.roots()}}
+        if None in roots.values():
+            raise CannotLower("its two halves do not fit")
+        inputs = tuple(sorted({*joint.inputs(), *wanted.inputs()}))
+        self.forward = _forward(joint, self.static, tuple(name for name in known if name in roots), inputs)
+        self.backwards[pattern] = self._backward(wanted)
+        return self.forward
+
+    def backward(self, pattern: Pattern) -> Backward:
+        """The backward for ``pattern``, which is traced if it is new."""
+        if pattern not in self.backwards:
+            self.backwards[pattern] = self._backward(self._joint(pattern))
+        return self.backwards[pattern]
+
+    def _backward(self, joint: _Joint) -> Backward:
+        assert self.forward is not None
+        missing = joint.roots().keys() - set(self.forward.saved)
+        if missing or not set(joint.inputs()) <= set(self.forward.inputs):
+            raise CannotLower("its backward takes what the forward did not keep for it")
+        return _backward(joint, self.forward.saved)
+
+    def _joint(self, pattern: Pattern | None) -> _Joint:
+        """Trace both halves for the gradients of ``pattern``; None: for one of each output, which lies as that does."""
+        try:
+            return self._traced(pattern)
+        except (CannotLower, _torch.dynamo_error()):
+            raise
+        except Exception as error:  # whatever an op raises on fake tensors
+            raise CannotLower(first_line(error)) from error
+
+    def _traced(self, pattern: Pattern | None) -> _Joint:
+        marks = Marks(self.eager_ops)
+        marks.annotate(self.gm)
+        kept, around = kept_ops(self.gm, self.eager_ops), marks.taken_apart(_called(self.gm))
+        count = len(self.inputs)
+        facts: dict[str, Any] = {}
+        with _torch.tracing_both_halves(kept, around):
+            values = [_fake(spec).requires_grad_(needs) for spec, needs in self.inputs]
+            if pattern is None:
+                outputs = fx.Interpreter(self.gm).run(*values)
+                tangents: list[Any] = [_fake(TensorSpec.of(o)) for o in outputs if _needs(o)]
+                values = [_fake(spec).requires_grad_(needs) for spec, needs in self.inputs]
+            else:
+                tangents = [_fake(spec) for spec in pattern if spec is not None]
+
+            def both(*flat: Any) -> Any:
+                primals, came = flat[:count], flat[count:]
+                before = [(value.requires_grad, value._version) for value in primals]
+                outputs = fx.Interpreter(self.gm).run(*primals)
+                facts["forward"] = _torch.traced_so_far()
+                for value, (needs, version) in zip(primals, before, strict=True):
+                    if value.requires_grad is not needs or value.grad_fn is not None:
+                        raise CannotLower("it writes a gradient's history into an argument")
+                    if needs and value._version != version:
+                        raise CannotLower("it writes an argument that needs gradients")
+                facts["written"] = [i for i, value in enumerate(primals) if value._version != before[i][1]]
+                facts["differentiable"] = [index for index, value in enumerate(outputs) if _needs(value)]
+                differentiable = [outputs[index] for index in facts["differentiable"]]
+                facts["given"] = [
+                    place for place in range(len(differentiable)) if pattern is None or pattern[place] is not None
+                ]
+                taken = [differentiable[place] for place in facts["given"]]
+                _torch.number_backward(taken)
+                wanted = [value for value in primals if value.requires_grad]
+                with _torch.autocast_off():
+                    gradients = torch.autograd.grad(taken, wanted, list(came), allow_unused=True)
+                return tuple(outputs), gradients
+
+            module = _torch.trace_joint(both, [*values, *tangents])
+        returned: Any = module.graph.output_node().args[0]
+        outputs, gradients = returned
+        joint = _Joint(
+            module,
+            facts["forward"],
+            tuple(outputs),
+            tuple(gradients),
+            tuple(facts["differentiable"]),
+            tuple(module.graph.find_nodes(op="placeholder")),
+            tuple(facts["given"]),
+            tuple(facts["written"]),
+        )
+        _check(joint, count)
+        _attribute_backward(joint)
+        return joint
+
+
+def _refused(node: fx.Node) -> str:
+    """Why a node of Dynamo's graph keeps it eager."""
+    if isinstance(node.target, _torch.HigherOrderOperator):
+        return f"it needs gradients, and calls {node.target.name()}"
+    if node.op in ("get_attr", "call_module"):
+        return "it needs gradients, and holds tensors or modules of its own"
+    if node.target is _torch.ENTER_INFERENCE_MODE:
+        return "it enters or leaves inference mode"
+    if node.op == "placeholder":
+        value: Any = node.meta.get("example_value")
+        if type(value) not in _PLAIN or value.layout is not torch.strided:
+            return "it needs gradients, and takes arguments that are no plain tensors"
+        numbers = (*value.shape, *value.stride())
+        if any(isinstance(number, torch.SymInt) for number in numbers):
+            return "it needs gradients, and its sizes vary"
+        if any(_torch.lazy_bits(value)):
+            return "it needs gradients, and takes a lazy conjugate"
+    return ""
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, _torch.FakeTensor)
+
+
+def _called(gm: fx.GraphModule) -> set[Any]:
+    return {op for node in gm.graph.nodes for op in _torch.overloads(node.target)}
+
+
+def _needs(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _fake(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
+
+
+def _pattern(joint: _Joint) -> Pattern:
+    """The pattern that ``joint``, which gets a gradient for each output, was traced for."""
+    count = len(joint.placeholders) - len(joint.given)
+    return tuple(TensorSpec.of(node.meta["val"]) for node in joint.placeholders[count:])
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(joint: _Joint, num_inputs: int) -> None:
+    """Refuse what the two halves would not keep right."""
+    if not joint.differentiable:
+        raise CannotLower("none of its outputs needs gradients")
+    graph = joint.module.graph
+    for node in graph.find_nodes(op="get_attr"):
+        constant = getattr(joint.module, str(node.target))
+        if not isinstance(constant, torch.Tensor) or isinstance(constant, _torch.FakeTensor):
+            raise CannotLower("it holds constants that cannot be traced")
+    taken: dict[int, str] = {
+        _torch.storage_key(node.meta["val"]): "an argument" for node in joint.placeholders[:num_inputs]
+    }
+    for leaf in joint.outputs:
+        if isinstance(leaf, fx.Node) and isinstance(value := leaf.meta.get("val"), torch.Tensor):
+            if (
+                type(value) is not _torch.FakeTensor
+                or value.layout is not torch.strided
+                or any(_torch.lazy_bits(value))
+            ):
+                raise CannotLower("an output is no plain tensor")
+            if (of := taken.get(_torch.storage_key(value))) is not None:
+                raise CannotLower(f"an output is, or views, {of}")
+            taken[_torch.storage_key(value)] = "another output"
+        elif isinstance(leaf, fx.Node):
+            raise CannotLower("an output is a number")
+    for index in joint.differentiable:
+        if not isinstance(joint.outputs[index], fx.Node):
+            raise CannotLower("an output is a constant that needs gradients")
+    before = {
+        _torch.storage_key(tensor)
+        for node in graph.nodes
+        if node.op == "placeholder" or node.name in joint.forward
+        for tensor in tensors_of(node.meta.get("val"))
+    }
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        if any(isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) for number in (value,)):
+            raise CannotLower("it computes with numbers that are known only at run time")
+        if isinstance(node.target, _torch.HigherOrderOperator):
+            raise CannotLower(f"it calls {node.target.name()}")
+        if node.name not in joint.forward:
+            for written in written_arguments(node):
+                if any(_torch.storage_key(tensor) in before for tensor in tensors_of(written.meta.get("val"))):
+                    raise CannotLower("its backward writes what it is given")
+
+
+def _attribute_backward(joint: _Joint) -> None:
+    """Give nodes of the backward the user's line and the marks of the op that they are the gradient of."""
+    first: dict[int, fx.Node] = {}
+    for node in joint.module.graph.nodes:
+        number = node.meta.get("seq_nr", -1)
+        if node.op != "call_function":
+            continue
+        if node.name in joint.forward:
+            first.setdefault(number, node)
+            continue
+        custom = {key: value for key, value in node.meta.get("custom", {}).items() if key != AMBIENT_KEY}
+        if (of := first.get(number)) is not None:
+            inherited = {key: value for key, value in of.meta.get("custom", {}).items() if key != AMBIENT_KEY}
+            custom = {**inherited, **custom}
+            for key in ("stack_trace", "nn_module_stack"):
+                if of.meta.get(key) and not node.meta.get(key):
+                    node.meta[key] = of.meta[key]
+        node.meta["custom"] = custom
+
+
+# --- taking the trace apart -----------------------------------------------------------------------------------------------
+
+
+def _roots(node: fx.Node) -> Iterator[fx.Node]:
+    """The values that ``node``, of the first half, is made from where a view is made again."""
+    source = _source(node)
+    if source is None:
+        yield node
+    else:
+        yield from _roots(source)
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """What ``node`` is, or is a view of; None if it made its storage, or brought it in."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_view(node.args[0]):
+        node = node.args[0]
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) and not is_view(node):
+        return None
+    if is_view(node):
+        keys = {_torch.storage_key(tensor) for tensor in tensors_of(value)}
+        return next(
+            a for a in node.all_input_nodes for t in tensors_of(a.meta.get("val")) if _torch.storage_key(t) in keys
+        )
+    for written in written_arguments(node):
+        mine = written.meta.get("val")
+        assert isinstance(value, torch.Tensor)
+        if isinstance(mine, torch.Tensor) and _torch.storage_key(mine) == _torch.storage_key(value):
+            return alias_source(node, written)
+    return None
+
+
+def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inputs: tuple[int, ...]) -> Forward:
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    count = len(joint.placeholders) - len(joint.given)
+    tangents = set(joint.placeholders[count:])
+    for node in joint.module.graph.nodes:
+        if node not in tangents and (node.op == "get_attr" or node.name in joint.forward):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    by_name = {node.name: node for node in joint.module.graph.nodes}
+    outputs = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in joint.outputs]
+    graph.output((*outputs, *(copies[by_name[name]] for name in saved)))
+    module = fx.GraphModule(joint.module, graph)
+    out_of_place_views(module)
+    memory = {_torch.storage_key(by_name[name].meta["val"]) for name in saved if _is_tensor(by_name[name])}
+    return Forward(
+        Lowered(module, static),
+        len(outputs),
+        joint.differentiable,
+        saved,
+        inputs,
+        joint.written,
+        tuple(
+            index
+            for index, leaf in enumerate(joint.outputs)
+            if isinstance(leaf, fx.Node) and _torch.storage_key(leaf.meta["val"]) in memory
+        ),
+    )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    count = len(joint.placeholders) - len(joint.given)
+    inputs, tangents = joint.placeholders[:count], joint.placeholders[count:]
+    roots = joint.roots()
+    taken = tuple(name for name in saved if name in roots)
+    indices = joint.inputs()
+    for node in (*(roots[name] for name in taken), *(inputs[index] for index in indices), *tangents):
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+
+    def again(node: fx.Node) -> fx.Node:
+        """A value of the first half: what was kept, or a view of that."""
+        if node in copies:
+            return copies[node]
+        if node.op == "get_attr" or is_view(node) or (node.target is operator.getitem and is_view(_maker(node))):
+            copies[node] = graph.node_copy(node, again)
+        else:  # an in-place op: what it wrote is there
+            source = _source(node)
+            assert source is not None, node
+            copies[node] = _like(graph, node, again(source), source)
+        return copies[node]
+
+    for node in joint.module.graph.nodes:
+        if node.op == "call_function" and node.name not in joint.forward:
+            copies[node] = graph.node_copy(node, again)
+    gradients = [again(leaf) if isinstance(leaf, fx.Node) else None for leaf in joint.gradients]
+    graph.output(tuple(gradients))
+    module = fx.GraphModule(joint.module, graph)
+    out_of_place_views(module)
+    return Backward(module, taken, indices, joint.given, _entangled(module))
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    assert isinstance(node.args[0], fx.Node)
+    return node.args[0]
+
+
+def _like(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
+    mine, theirs = node.meta["val"], source.meta["val"]
+    place = (tuple(mine.shape), mine.stride(), mine.storage_offset())
+    if place == (tuple(theirs.shape), theirs.stride(), theirs.storage_offset()) and mine.dtype is theirs.dtype:
+        return copied
+    if mine.dtype is not theirs.dtype:
+        raise CannotLower("it writes through a view of another dtype what its backward reads")
+    view = graph.call_function(torch.ops.aten.as_strided.default, (copied, *map(list, place[:2]), place[2]))
+    view.meta = dict(node.meta)
+    return view
+
+
+def _entangled(module: fx.GraphModule) -> frozenset[int]:
+    """Which gradients lie in memory of what comes in, or of others before them: nobody may get those as they are."""
+    taken = {
+        _torch.storage_key(t) for n in module.graph.find_nodes(op="placeholder") for t in tensors_of(n.meta.get("val"))
+    }
+    found = set()
+    gradients: Any = module.graph.output_node().args[0]
+    for place, leaf in enumerate(gradients):
+        for tensor in tensors_of(leaf.meta.get("val")) if isinstance(leaf, fx.Node) else ():
+            key = _torch.storage_key(tensor)
+            if key in taken:
+                found.add(place)
+            taken.add(key)
+    return frozenset(found)

@@ -1,0 +1,814 @@
+"""Graphs that need gradients, captured: results, gradients, draws and buffers as eager gives them, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import breakable_backend
+from breakable_backend import ReplayError, eager_on_graph
+from breakable_backend.backend import breakable_cg, executors_of
+from breakable_backend.calling.training import MAX_SLOTS, ForwardExecutor
+from checks import assert_same
+
+
+@pytest.fixture
+def options(device: torch.device) -> dict[str, Any]:
+    """The options of every compiled function here."""
+    return {"driver": "cuda" if device.type == "cuda" else "tape", "training": True}
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Some backward kernels add in an order of their own, unless they are told not to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Block(nn.Module):
+    """A block of a transformer, with dropout."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down, self.drop = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.before(x)).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2)).softmax(-1)
+        x = x + self.drop(self.out((scores @ v).transpose(1, 2).reshape(batch, length, width)))
+        return x + self.drop(self.down(F.gelu(self.up(self.between(x)))))
+
+
+class Gpt(nn.Module):
+    """Tokens in, loss and logits out; batch norm between, which writes buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 16)
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(16, 20)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.tokens(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.view(-1, 20), targets.view(-1)), logits
+
+
+class Mlp(nn.Module):
+    """Two linear layers with dropout between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.dropout(self.first(x).relu(), 0.5, self.training))
+
+
+Step = Callable[[Any, nn.Module], Any]
+
+
+def state_of(module: nn.Module) -> list[Any]:
+    """What training changes of a module: copies."""
+    found: list[Any] = []
+    for tensor in (*module.parameters(), *module.buffers()):
+        found += [tensor.detach().clone(), None if tensor.grad is None else tensor.grad.clone()]
+    return found
+
+
+def trained(function: Any, module: nn.Module, step: Step, steps: int) -> list[Any]:
+    """What ``step(function, module)`` returned, and left in ``module``, time after time."""
+    torch.manual_seed(3)
+    found: list[Any] = []
+    for _ in range(steps):
+        found += [step(function, module), state_of(module)]
+    device = next(module.parameters()).device
+    return [*found, torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()]
+
+
+def assert_trains(
+    model: nn.Module, step: Step, device: torch.device, options: dict[str, Any], steps: int = 8, **kwargs: Any
+) -> list[breakable_backend.tools.report.ProgramReport]:
+    """``step`` does to a compiled copy of ``model`` what it does to another in eager. Returns the programs."""
+    torch.manual_seed(0)
+    model = model.to(device)
+    mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options, **kwargs)
+    got = trained(compiled, mine, step, steps)
+    want = trained(theirs, theirs, step, steps)
+    for number, (one, other) in enumerate(zip(got, want, strict=True)):
+        assert_same(one, other, f"part {number}")
+    return list(breakable_backend.explain(compiled).programs)
+
+
+def assert_replays(programs: Any, at_least: int) -> None:
+    """Both halves were replayed."""
+    halves = {program.name.split()[0]: program for program in programs if program.replays}
+    assert set(halves) >= {"forward", "backward"}, [str(program) for program in programs]
+    assert all(halves[half].replays >= at_least for half in ("forward", "backward")), halves
+
+
+def descend(module: nn.Module) -> None:
+    """One step of gradient descent."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.1)
+
+
+def mlp_step(device: torch.device) -> Step:
+    """A forward, a backward, and a descent."""
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        loss = function(torch.rand(3, 4, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    return step
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_transformer_trains(kind: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1, 5 and 6: loss, logits, gradients, weights, buffers and draws of 20 steps are eager's, from replays."""
+    optimizers: dict[int, torch.optim.Optimizer] = {}
+
+    def step(function: Any, module: nn.Module) -> Any:
+        if id(module) not in optimizers:
+            optimizers[id(module)] = getattr(torch.optim, kind)(module.parameters(), lr=0.01)
+        tokens = torch.randint(0, 20, (2, 6), device=device)
+        loss, logits = function(tokens, tokens.roll(1, 1))
+        loss.backward()
+        optimizers[id(module)].step()
+        optimizers[id(module)].zero_grad()
+        return loss.detach(), logits.detach()
+
+    assert_replays(assert_trains(Gpt(), step, device, options, 20), 14)
+
+
+def test_an_mlp_trains(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 6: a loss that is computed outside sends its gradient in."""
+    assert_replays(assert_trains(Mlp(), mlp_step(device), device, options), 3)
+
+
+def test_batch_norm_and_convolution(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 5: buffers that the forward writes are written once, in channels-last too."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(4 * 16, 2)).to(memory_format=torch.channels_last)
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        loss = function(torch.rand(2, 3, 8, 8, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(model, step, device, options), 3)
+
+
+def test_gradients_come_in_as_they_are(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a gradient that is expanded, transposed or has gaps is what the backward is traced for."""
+
+    def step(function: Any, module: nn.Module) -> None:
+        module.zero_grad()
+        for ends in (
+            lambda y: y.sum(),
+            lambda y: (y * torch.arange(12.0, device=device).view(4, 3).t()).sum(),
+            lambda y: y[:, ::2].square().sum(),
+        ):
+            ends(function(torch.rand(3, 4, device=device))).backward()
+        descend(module)
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 8), 3)
+
+
+def test_outputs_without_a_gradient(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: what hangs on an unused output alone gets no gradient, in whatever order outputs are used."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.other, self.unused = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.body(x).tanh()
+            return self.one(x), self.other(x)
+
+    turns = iter([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1] * 2)
+
+    def step(function: Any, module: nn.Module) -> None:
+        module.zero_grad(set_to_none=True)
+        one, other = function(torch.rand(3, 4, device=device))
+        turn = next(turns)
+        (one if turn == 0 else other if turn == 1 else one + other).square().sum().backward()
+        descend(module)
+
+    assert_replays(assert_trains(Heads(), step, device, options, 12), 1)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+def test_gradients_of_inputs(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: leaves and results of other code get their gradients, by backward and by ``torch.autograd.grad``."""
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        x = torch.rand(3, 4, device=device, requires_grad=True)
+        loss = function(x.exp()).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+        return grad, x.grad
+
+    assert_replays(assert_trains(Mlp(), step, device, options), 3)
+
+
+def test_one_gradient_of_two_inputs(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 4: a gradient that two inputs get is no one memory: writing one ``.grad`` leaves the other alone."""
+    compiled = torch.compile(lambda a, b, w: (a + b) * 2 + w.exp() * 0, backend="breakable_cg", options=options)
+    for _ in range(5):
+        a, b, w = (torch.rand(4, device=device, requires_grad=True) for _ in range(3))
+        compiled(a, b, w).sum().backward()
+        a.grad.zero_()
+        assert_same(b.grad, torch.full((4,), 2.0, device=device))
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_forwards_pending(order: tuple[int, int], device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: each backward finds what its own forward saved, in whatever order they run."""
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        losses = [function(torch.rand(3, 4, device=device)).square().sum() for _ in order]
+        for place in order:
+            losses[place].backward()
+        descend(module)
+        return [loss.detach() for loss in losses]
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 10), 8)
+
+
+def test_a_contrastive_pair(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: one loss of two forwards of one model."""
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        one, other = (function(torch.rand(3, 4, device=device)) for _ in range(2))
+        loss = F.cross_entropy(one @ other.t(), torch.arange(3, device=device))
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 10), 8)
+
+
+def test_more_forwards_pending_than_slots(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: beyond the slots a forward runs plainly, the report says why, and its gradients are right."""
+
+    def step(function: Any, module: nn.Module) -> None:
+        module.zero_grad()
+        losses = [function(torch.rand(3, 4, device=device)).square().sum() for _ in range(MAX_SLOTS + 2)]
+        for loss in losses:
+            loss.backward()
+        descend(module)
+
+    programs = assert_trains(Mlp(), step, device, options, 6)
+    assert_replays(programs, 8)
+    (forward,) = [program for program in programs if program.name.startswith("forward")]
+    assert forward.plain_calls[f"{MAX_SLOTS} forwards are pending, one in each slot"] >= 2
+    assert len(forward.recordings) == MAX_SLOTS
+
+
+def test_accumulated_gradients(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 4: gradients add up over micro batches, and a kept ``.grad`` is nobody else's memory."""
+
+    def step(function: Any, module: nn.Module) -> list[Tensor]:
+        module.zero_grad()
+        seen = []
+        for _ in range(4):
+            function(torch.rand(3, 4, device=device)).square().mean().backward()
+            seen.append(next(module.parameters()).grad.clone())
+        descend(module)
+        return seen
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 6), 12)
+
+
+def test_a_retained_graph(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a graph that is retained is run backward again after other forwards, and once more is an error."""
+
+    def step(function: Any, module: nn.Module) -> None:
+        module.zero_grad()
+        first = function(torch.rand(3, 4, device=device)).square().sum()
+        first.backward(retain_graph=True)
+        for _ in range(2):
+            function(torch.rand(3, 4, device=device)).square().sum().backward()
+        first.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            first.backward()
+        descend(module)
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 6), 8)
+
+
+def test_a_forward_that_is_never_run_backward(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a result that is dropped, and one that is kept, cost no later step its gradients."""
+    kept: list[Tensor] = []
+    turns = itertools.cycle(range(12))
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        function(torch.rand(3, 4, device=device))
+        if (turn := next(turns)) in (3, 7):
+            kept.append(function(torch.rand(3, 4, device=device)))
+        elif turn == 10:
+            kept.clear()
+        return mlp_step(device)(function, module)
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 12), 4)
+
+
+def test_inference_between_forward_and_backward(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: validation, in the middle of a step too, leaves what is saved alone, and reads the weights of its time."""
+
+    def step(function: Any, module: nn.Module) -> list[Tensor]:
+        module.zero_grad()
+        loss = function(torch.rand(3, 4, device=device)).square().sum()
+        with torch.no_grad():
+            seen = [function(torch.rand(3, 4, device=device))]
+        with torch.inference_mode():
+            seen.append(function(torch.rand(3, 4, device=device)).clone())
+        loss.backward()
+        descend(module)
+        module.eval()
+        with torch.no_grad():
+            seen.append(function(torch.rand(3, 4, device=device)))
+        module.train()
+        return [value.detach().clone() for value in seen]
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 10), 5)
+
+
+def test_slots_are_free_after_backward(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: a loss that the caller still has takes no slot once it was run backward; one slot serves a usual loop."""
+    model = Mlp().to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    for _ in range(6):
+        loss = compiled(torch.rand(3, 4, device=device)).square().sum()
+        loss.backward()
+    (forward,) = [executor for executor in executors_of(compiled) if isinstance(executor, ForwardExecutor)]
+    assert forward.pending() == 0
+    (recording,) = [key for key in forward.snapshot().keys if key.recording is not None]
+    assert recording.replays == 3  # 6 calls: eager, warm-up, recorded
+    loss = compiled(torch.rand(3, 4, device=device))
+    assert forward.pending() == 1
+    del loss
+    gc.collect()
+    assert forward.pending() == 0
+
+
+def test_reset_between_forward_and_backward(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 10: what a forward saved outlives a reset, and its backward is right."""
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        losses = [function(torch.rand(3, 4, device=device)).square().sum() for _ in range(2)]
+        if function is not module:
+            breakable_backend.reset(function)
+        others = [torch.rand(64, 64, device=device) for _ in range(8)]
+        for loss in losses:
+            loss.backward()
+        descend(module)
+        return others[0] * 0
+
+    assert_trains(Mlp(), step, device, options, 6)
+
+
+# --- eager's errors ---------------------------------------------------------------------------------------------------------
+
+
+def warmed_up(function: Callable[..., Tensor], device: torch.device, options: dict[str, Any], *args: Any) -> Any:
+    """``function`` compiled, and both its halves replayed."""
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    for _ in range(5):
+        compiled(*args).sum().backward()
+    assert_replays(breakable_backend.explain(compiled).programs, 1)
+    return compiled
+
+
+def test_what_was_written_since(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a weight, an input or a result that the backward needs, and that was written since, is eager's error."""
+    weight = torch.rand(4, 4, device=device, requires_grad=True)
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = warmed_up(lambda x: (x @ weight).exp(), device, options, x)
+    for spoil in (
+        lambda _: weight.detach().mul_(2) if False else weight.data.add_(0) if False else _bump(weight),
+        lambda _: _bump(x),
+        lambda y: y.detach().mul_(2),
+    ):
+        y = compiled(x)
+        spoil(y)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    weight.grad = x.grad = None
+    compiled(x).sum().backward()
+    want = [tensor.grad.clone() for tensor in (weight, x)]
+    weight.grad = x.grad = None
+    (x @ weight).exp().sum().backward()
+    assert_same(want, [weight.grad, x.grad])
+
+
+def _bump(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.mul_(1)
+
+
+def test_results_may_be_written(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 4: a result that no backward needs is written in place, and differentiated, as in eager."""
+    weight = torch.rand(4, 4, device=device, requires_grad=True)
+    x = torch.rand(3, 4, device=device)
+    compiled = warmed_up(lambda x: (x.tanh() @ weight * 2).view(2, 6), device, options, x)
+
+    def gradient(function: Any) -> Tensor:
+        weight.grad = None
+        y = function(x)
+        y.mul_(3)
+        y.square().sum().backward()
+        return weight.grad
+
+    assert_same(gradient(compiled), gradient(lambda x: (x.tanh() @ weight * 2).view(2, 6)))
+
+
+# --- marks ------------------------------------------------------------------------------------------------------------------
+
+
+def test_marked_functions_in_both_halves(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 2: a marked function runs once in a forward, its backward once in a backward, on the values of its call."""
+    calls: list[str] = []
+
+    @eager_on_graph
+    def attend(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append("forward")
+        y = (x @ weight).softmax(-1)
+        if y.requires_grad:
+            y.register_hook(lambda _: calls.append("backward"))
+        return y
+
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.weight = nn.Parameter(torch.rand(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(attend(self.first(x).tanh() + 1, self.weight).exp() * 2)
+
+    counted: list[list[str]] = []
+
+    def step(function: Any, module: nn.Module) -> Any:
+        calls.clear()
+        result = mlp_step(device)(function, module)
+        counted.append([call for call in calls if call])
+        return result
+
+    programs = assert_trains(Marked(), step, device, options, 10)
+    assert_replays(programs, 4)
+    assert counted[4:10] == counted[14:]
+    assert all("marked" in str(program.reasons) for program in programs if program.replays)
+
+
+def test_marked_ops_in_both_halves(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: an op that is marked, or that no graph can hold, is eager in the forward, and its gradient is right."""
+
+    class Sorting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).tanh() * 2
+            x = x.sort(-1).values.exp() + 1
+            return self.second(x).tanh()
+
+    programs = assert_trains(Sorting(), mlp_step(device), device, {**options, "eager_ops": ["aten::sort"]}, 10)
+    assert_replays(programs, 4)
+    (forward,) = [program for program in programs if program.name.startswith("forward")]
+    assert forward.num_eager_segments == 1
+
+
+def test_an_eager_region_is_eager_in_its_backward(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: the gradients of ops of an eager region are eager steps too."""
+
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).tanh() * 2
+            with breakable_backend.eager_region():
+                x = x.cumsum(-1)
+            return self.second(x.tanh()).tanh()
+
+    programs = assert_trains(Region(), mlp_step(device), device, options, 10)
+    assert_replays(programs, 4)
+    assert all(program.num_eager_segments for program in programs if program.replays)
+
+
+def test_equal_calls_are_not_merged(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 1: two equal marked calls are two, an unused one is one, and so it is with draws."""
+    calls: list[int] = []
+
+    @eager_on_graph
+    def note(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * 2
+
+    class Twice(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            note(x)
+            torch.rand(3, device=x.device)
+            return self.second(note(x) + note(x) + F.dropout(x, 0.5) + F.dropout(x, 0.5))
+
+    counted: list[int] = []
+
+    def step(function: Any, module: nn.Module) -> Any:
+        calls.clear()
+        result = mlp_step(device)(function, module)
+        counted.append(len(calls))
+        return result
+
+    assert_replays(assert_trains(Twice(), step, device, options, 9), 3)
+    assert set(counted[3:]) == {3}
+
+
+# --- mixed precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_autocast(around: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 7: autocast around the call, and inside it, as eager has it."""
+
+    class Cast(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            if around:
+                return super().forward(x)
+            with torch.autocast(device.type, torch.bfloat16):
+                return super().forward(x)
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=around):
+            loss = function(torch.rand(3, 4, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(Cast(), step, device, options, 10), 4)
+
+
+def test_a_scaled_loss(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a GradScaler's scale comes in with the gradient, and its steps are eager's."""
+    scalers: dict[int, Any] = {}
+
+    def step(function: Any, module: nn.Module) -> Any:
+        if id(module) not in scalers:
+            scalers[id(module)] = (
+                torch.amp.GradScaler(device.type, init_scale=2.0**30, growth_interval=2),
+                torch.optim.SGD(module.parameters(), lr=0.1),
+            )
+        scaler, optimizer = scalers[id(module)]
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.float16):
+            loss = function(torch.rand(3, 4, device=device)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach(), scaler.get_scale()
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 10), 4)
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_tied_and_added_weights(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a frozen weight gets no gradient, a tied one gets both, a low-rank addition trains beside it."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(4, 4).requires_grad_(False)
+            self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+            self.tokens = nn.Embedding(5, 4)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.tokens.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.tokens(x)
+            return self.head(self.base(x) + self.up(self.down(x)))
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        tokens = torch.randint(0, 5, (6,), device=device)
+        loss = F.cross_entropy(function(tokens), tokens)
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(Adapted(), step, device, options, 10), 4)
+
+
+def test_hooks(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: hooks on parameters, on what they accumulate and on results see and change what they do in eager."""
+    seen: list[Tensor] = []
+    hooked: set[int] = set()
+
+    def step(function: Any, module: nn.Module) -> Any:
+        if id(module) not in hooked:
+            hooked.add(id(module))
+            first, second = module.first.weight, module.second.weight
+            first.register_hook(lambda grad: grad * 2)
+            second.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+        seen.clear()
+        module.zero_grad()
+        y = function(torch.rand(3, 4, device=device))
+        y.register_hook(lambda grad: grad.clamp(max=0.1))
+        y.square().sum().backward()
+        descend(module)
+        return list(seen)
+
+    assert_trains(Mlp(), step, device, options, 8)
+
+
+# --- what stays eager -----------------------------------------------------------------------------------------------------------
+
+
+def test_second_derivatives(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a graph whose first backward is differentiated stays eager, and the report says why."""
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        x = torch.rand(3, 4, device=device, requires_grad=True)
+        (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        (grad.norm() - 1).square().backward()
+        descend(module)
+        return grad.detach()
+
+    class Smooth(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).tanh())
+
+    torch.manual_seed(0)
+    model = Smooth().to(device)
+    mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options)
+    assert_same(trained(compiled, mine, step, 5), trained(theirs, theirs, step, 5))
+    report = breakable_backend.explain(compiled)
+    assert report.programs == ()
+    assert "create_graph=True" in str(report)
+
+
+@pytest.mark.parametrize("how", ["create_graph", "autocast"])
+def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: once captured, such a backward is an error that says what to do; from then on the graph is eager, and right."""
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = warmed_up(lambda x: x.sin() * x, device, options, x)
+    with pytest.raises(ReplayError, match="call it again"):
+        if how == "create_graph":
+            torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+        else:
+            y = compiled(x).sum()
+            with torch.autocast(device.type, torch.bfloat16):
+                y.backward()
+    (first,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+    (got,) = torch.autograd.grad(first.sum(), x)
+    (first,) = torch.autograd.grad((x.sin() * x).sum(), x, create_graph=True)
+    assert_same(got, torch.autograd.grad(first.sum(), x)[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing(inside: bool, reentrant: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 6: a block that is computed again is eager's, be the checkpoint inside of the graph or around it."""
+
+    class Checked(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant) if inside else super().forward(x)
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        x = torch.rand(3, 4, device=device, requires_grad=True)
+        y = function(x) if inside else checkpoint(function, x, use_reentrant=reentrant)
+        loss = y.square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_trains(Checked(), step, device, options, 6)
+
+
+def test_saved_tensors_hooks(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: under hooks on saved tensors a call is eager's, hooks and all; without them it is replayed again."""
+    packed: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(1)
+        return tensor.cpu()
+
+    turns = iter([False] * 5 + [True, False] * 4 + [False] * 5 + [True, False] * 4)
+
+    def step(function: Any, module: nn.Module) -> Any:
+        packed.clear()
+        if next(turns):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.to(device)):
+                return mlp_step(device)(function, module), len(packed) > 2
+        return mlp_step(device)(function, module), len(packed)
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 13), 4)
+
+
+def test_graphs_that_are_not_taken(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: an output that views an argument, sizes that vary, and a written leaf's history are eager, with the reason."""
+    weight = torch.rand(4, device=device, requires_grad=True)
+
+    def views(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * weight, x.view(2, 2)
+
+    for function, why in ((views, "views, an argument"), (lambda x: (x * weight).view(2, 2)[0], "")):
+        compiled = torch.compile(function, backend="breakable_cg", options=options)
+        for _ in range(5):
+            x = torch.rand(4, device=device)
+            got, want = compiled(x), function(x)
+            assert_same(got, want)
+            first = got[0] if isinstance(got, tuple) else got
+            first.sum().backward()
+        if why:
+            assert why in str(breakable_backend.explain(compiled))
+
+
+def test_threads(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 11: threads that train models of one class at once get their own gradients."""
+    torch.manual_seed(0)
+    models = [Mlp().to(device).eval() for _ in range(3)]
+    inputs = [torch.rand(3, 4, device=device) for _ in range(6)]
+    found: dict[int, list[Any]] = {}
+    compiled = [torch.compile(model, backend="breakable_cg", options=options) for model in models]
+    for function in compiled:
+        function(inputs[0]).sum().backward()
+
+    def run(number: int) -> None:
+        for x in inputs * 3:
+            models[number].zero_grad()
+            compiled[number](x).square().sum().backward()
+            found.setdefault(number, []).append([parameter.grad.clone() for parameter in models[number].parameters()])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number, model in enumerate(models):
+        want = []
+        for x in inputs * 3:
+            model.zero_grad()
+            model(x).square().sum().backward()
+            want.append([parameter.grad.clone() for parameter in model.parameters()])
+        assert_same(found[number], want)
+
+
+def test_everything_is_released(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: after a reset nothing of both halves is left in the pool."""
+    compiled = torch.compile(Mlp().to(device), backend="breakable_cg", options=options)
+    for _ in range(6):
+        compiled(torch.rand(3, 4, device=device)).square().sum().backward()
+    (driver,) = {executor.driver for executor in executors_of(compiled)}
+    assert driver.live_graphs() == 2
+    breakable_backend.reset(compiled)
+    gc.collect()
+    breakable_cg.free()
+    assert driver.live_graphs() == 0
+    assert driver.live_blocks() == 0
