@@ -542,7 +542,8 @@ class TapeDriver(DeviceDriver):
     def free(self) -> tuple[_Lent, ...]:
         """What was lent and is not held any more."""
         self._lent = {key: lent for key, lent in self._lent.items() if _torch.live_storage(lent.memory) is not None}
-        return tuple(lent for lent in self._lent.values() if lent.pool is self.pool and not lent.is_held)
+        free = (lent for lent in self._lent.values() if not lent.is_held)
+        return tuple(lent for lent in free if lent.pool is self.pool)
 
     def held_behind(self, number: int, pool: object) -> tuple[_Lent, ...]:
         """What is held of memory that a recording got from ``pool`` behind the graph of that number."""
