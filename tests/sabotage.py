@@ -2577,7 +2577,7 @@ FAULTS = (
     ),
     Fault(
         "ops-without-a-result-are-dropped",
-        "compiling.lowering:_kept_ops",
+        "compiling.lowering:kept_ops",
         "not op._schema.returns",
         "False",
         "test_effects.py::test_ops_without_a_result[cpu]",
@@ -2619,7 +2619,7 @@ FAULTS = (
     ),
     Fault(
         "kernels-of-users-are-dropped",
-        "compiling.lowering:_kept_ops",
+        "compiling.lowering:kept_ops",
         "found.union((target for target in targets if isinstance(target, _torch.HigherOrderOperator)))",
         "found",
         "test_triton.py::test_a_kernel_writes",
