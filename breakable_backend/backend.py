@@ -68,7 +68,7 @@ class Backend:
         self._drivers: dict[tuple[str, torch.device], CaptureDriver] = {}
         self._numbers = itertools.count()
         self._lock = locks.lock()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def __call__(
         self,
@@ -159,7 +159,7 @@ class Backend:
     def _eagerly(self, number: int, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
         name, source = f"graph {number}", _last_line(gm)
         if why == NEEDS_GRADIENTS:
-            self._say(
+            self._warn_once(
                 "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
                 "For inference call the compiled function under torch.no_grad() or torch.inference_mode(); to capture "
                 "training as well, compile with options={'training': True}."
@@ -210,7 +210,7 @@ class Backend:
         elif kind == "auto":
             kind = "tape"
             if not debug:
-                self._say(
+                self._warn_once(
                     f"breakable_cg found no CUDA tensor in the graph and uses the tape driver on {device}, which shows "
                     "what would be captured, not how fast. Say options={'driver': 'tape'} to choose that."
                 )
@@ -220,10 +220,10 @@ class Backend:
                 self._drivers[kind, device] = _DRIVERS[kind](device)
             return self._drivers[kind, device]
 
-    def _say(self, text: str) -> None:
+    def _warn_once(self, text: str) -> None:
         """Warn once in the life of this backend."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(text, stacklevel=3)
 
 

@@ -235,7 +235,7 @@ FAULTS = (
     ),
     Fault(
         "the-stream-of-captures-stays-current",
-        "capturing.capture:_Door.open",
+        "capturing.capture:_OngoingCapture.open",
         "stack.callback(_back_on, torch.cuda.current_stream(self.driver.device))",
         "pass",
         "test_capture.py::test_break_on_a_side_stream",
@@ -711,7 +711,7 @@ FAULTS = (
     ),
     Fault(
         "a-body-does-not-hold-its-bridge",
-        "capturing.capture:_Door._bridge",
+        "capturing.capture:_OngoingCapture._bridge",
         "bridge.on(self.driver.lend(bridge.tensor).untyped_storage())",
         "bridge if self.driver.lend(bridge.tensor) is None else bridge",
         "test_capture_lifetimes.py::test_what_the_body_keeps_lives[cpu]",
@@ -725,7 +725,7 @@ FAULTS = (
     ),
     Fault(
         "a-graph-holds-what-the-body-has-dropped",
-        "capturing.capture:_Door._place",
+        "capturing.capture:_OngoingCapture._place",
         "self.keep or _torch.storage_key(tensor) not in self.made or storage.nbytes() == 0",
         "True",
         "test_capture_lifetimes.py::test_nothing_that_was_dropped_is_held",
@@ -1067,7 +1067,7 @@ FAULTS = (
     ),
     Fault(
         "a-swallowed-error-has-no-line",
-        "capturing.capture:_Door.close",
+        "capturing.capture:_OngoingCapture.close",
         "user_line(self.failed.__traceback__)",
         "None",
         "test_catalogue.py::test_every_error_shows_the_users_line[nothing was captured, since an error was caught inside]",
@@ -1181,7 +1181,7 @@ FAULTS = (
     ),
     Fault(
         "marked-modules-are-not-watched-under-capture",
-        "capturing.capture:_Door.open",
+        "capturing.capture:_OngoingCapture.open",
         "stack.enter_context(modules.watching())",
         "pass",
         "test_marked_modules.py::test_under_capture[cpu-class]",
@@ -1475,7 +1475,7 @@ FAULTS = (
     # --- the second door ---
     Fault(
         "capture-keeps-no-inputs",
-        "capturing.capture:_Door._reads",
+        "capturing.capture:_OngoingCapture._reads",
         "self.held[key] = tensor.untyped_storage()",
         "pass",
         "test_capture.py::test_inputs_are_kept[cpu]",
@@ -1496,14 +1496,14 @@ FAULTS = (
     ),
     Fault(
         "capture-copies-arguments",
-        "capturing.capture:_Door._break",
+        "capturing.capture:_OngoingCapture._break",
         "set(map(_torch.storage_key, taken))",
         "set()",
         "test_doors.py::test_equals_eager[capture-cpu-result that is an input]",
     ),
     Fault(
         "segment-not-launched-at-its-end",
-        "capturing.capture:_Door._end",
+        "capturing.capture:_OngoingCapture._end",
         "graph.replay(self.stream)",
         "pass",
         "test_doors.py::test_equals_eager[capture-cpu-one break]",
@@ -1572,7 +1572,7 @@ FAULTS = (
     ),
     Fault(
         "barrier-of-a-capture-forgotten",
-        "capturing.capture:_Door._break",
+        "capturing.capture:_OngoingCapture._break",
         "self.barrier",
         "None",
         "test_capture.py::test_barrier_of_a_capture[cpu]",
@@ -1624,28 +1624,28 @@ FAULTS = (
     ),
     Fault(
         "capture-forgets-autocast",
-        "capturing.capture:_Door._note",
+        "capturing.capture:_OngoingCapture._note",
         "modes if modes != self.modes else None",
         "None",
         "test_doors.py::test_equals_eager[capture-cpu-autocast in the model]",
     ),
     Fault(
         "capture-owns-parameters",
-        "capturing.capture:_Door._reads",
+        "capturing.capture:_OngoingCapture._reads",
         "isinstance(tensor, nn.Parameter)",
         "False",
         "test_capture.py::test_dropped_model[cpu]",
     ),
     Fault(
         "marked-in-marked-breaks-again",
-        "capturing.capture:_Door._break",
+        "capturing.capture:_OngoingCapture._break",
         "active.handler.set(None)",
         "active.handler.set(self)",
         "test_capture.py::test_is_capturing[cpu]",
     ),
     Fault(
         "failed-capture-keeps-its-graphs",
-        "capturing.capture:_Door.close",
+        "capturing.capture:_OngoingCapture.close",
         "self.driver.release(graphs, [*self.steps, self.constants, self.held])",
         "pass",
         "test_capture.py::test_error_in_an_eager_function[cuda]",
@@ -1691,14 +1691,14 @@ FAULTS = (
     ),
     Fault(
         "other-tasks-are-captured",
-        "capturing.capture:_Door.op",
+        "capturing.capture:_OngoingCapture.op",
         "active.handler.get() is not self and threading.get_ident() == self.thread",
         "False",
         "test_capture_hostile.py::test_tasks[cpu]",
     ),
     Fault(
         "arguments-read-after-the-call",
-        "capturing.capture:_Door._break",
+        "capturing.capture:_OngoingCapture._break",
         """
         parts = Parts.of(
             result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
@@ -2301,14 +2301,14 @@ FAULTS = (
     ),
     Fault(
         "a-capture-sees-marked-ops-in-parts",
-        "capturing.capture:_Door.open",
+        "capturing.capture:_OngoingCapture.open",
         "stack.enter_context(_torch.composites_as_ops())",
         "pass",
         "test_contract_reasons.py::test_marks_of_composite_ops_in_a_capture[cpu-linear-no_grad]",
     ),
     Fault(
         "marked-parts-are-captured-under-inference-mode",
-        "capturing.capture:_Door.op",
+        "capturing.capture:_OngoingCapture.op",
         "_torch.is_composite(func)",
         "False",
         "test_contract_reasons.py::test_marks_of_parts_in_a_capture[cpu]",
@@ -2870,7 +2870,7 @@ FAULTS = (
     ),
     Fault(
         "a-launch-that-fails-in-a-capture-is-forgotten",
-        "capturing.capture:_Door._end",
+        "capturing.capture:_OngoingCapture._end",
         "Exception",
         "KeyError",
         "test_passing.py::test_a_launch_that_fails[cpu]",

@@ -117,7 +117,7 @@ class capture:
         self.graph, self.stream, self.mode, self.barrier = graph, stream, capture_error_mode, barrier
         given = {"debug": debug, "tolerance": tolerance}
         self.options = Options.parse({name: value for name, value in given.items() if value is not None})
-        self._under_way: _Door | None = None
+        self._under_way: _OngoingCapture | None = None
 
     def __enter__(self) -> BreakableCUDAGraph:
         if active.handler.get() is not None:
@@ -130,7 +130,7 @@ class capture:
             driver = TapeDriver(driver.device)
         if driver.is_capturing():
             raise CaptureError("another CUDA graph capture is active", where=user_line(), fix="captures do not nest")
-        self._under_way = _Door(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
+        self._under_way = _OngoingCapture(self.graph, driver, self.options, self.stream, self.mode, self.barrier)
         self._under_way.open()
         return self.graph
 
@@ -187,7 +187,7 @@ def _nothing() -> None:
 class _Watcher(OpMode):
     """Sees every op of the body."""
 
-    def __init__(self, under_way: _Door) -> None:
+    def __init__(self, under_way: _OngoingCapture) -> None:
         super().__init__(under_way.op)
         self.under_way = under_way
 
@@ -195,7 +195,7 @@ class _Watcher(OpMode):
 class _MarkedFunctions(TorchFunctionMode):
     """Sees calls of the functions of torch's that are marked and no ops, where the body's own code calls them."""
 
-    def __init__(self, under_way: _Door, functions: tuple[Any, ...]) -> None:
+    def __init__(self, under_way: _OngoingCapture, functions: tuple[Any, ...]) -> None:
         super().__init__()
         self.under_way, self.functions = under_way, functions
 
@@ -209,7 +209,7 @@ class _MarkedFunctions(TorchFunctionMode):
 
 
 @dataclass
-class _Door:
+class _OngoingCapture:
     """One capture under way: implements :class:`active.BreakHandler`."""
 
     graph: BreakableCUDAGraph

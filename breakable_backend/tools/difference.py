@@ -38,7 +38,7 @@ class Difference:
 def difference(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance = None) -> Difference | None:
     """What is different in ``got``; None if nothing is. NaN equals NaN, and -0.0 does not equal 0.0."""
     if got.shape != want.shape or got.dtype is not want.dtype or got.device != want.device:
-        return Difference(got.numel(), got.numel(), float("inf"), float("inf"), (), _looks(got), _looks(want))
+        return Difference(got.numel(), got.numel(), float("inf"), float("inf"), (), _layout_of(got), _layout_of(want))
     if got.numel() == 0:
         return None
     with torch.no_grad():
@@ -80,5 +80,5 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
-def _looks(tensor: torch.Tensor) -> str:
+def _layout_of(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"

@@ -21,7 +21,7 @@ from breakable_backend.tools.difference import Difference, difference
 
 
 @dataclass
-class Kept:
+class KeptArgument:
     """An argument that a function did not let go of when it returned."""
 
     ref: _torch.StorageWeakRef
@@ -54,7 +54,7 @@ class Witness:
     scripts: dict[int, Script] = field(default_factory=dict)
     """Of the second door, whose code cannot be run again."""
     escaped: Escaped = field(default_factory=Escaped)
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[KeptArgument] = field(default_factory=list)
 
     def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
         """A segment's body as a function to capture."""
@@ -132,10 +132,10 @@ class _Twins:
             return self.tensors[id(twin)][1]
         return Geometry.of(twin).on(self.originals[_torch.storage_key(twin)])
 
-    def kept(self, name: str, source: str) -> list[Kept]:
+    def kept(self, name: str, source: str) -> list[KeptArgument]:
         """Drop the twins, and say which of them somebody still holds."""
         found = [
-            Kept(_torch.StorageWeakRef(twin), storage, geometry, name, source)
+            KeptArgument(_torch.StorageWeakRef(twin), storage, geometry, name, source)
             for storage, twin, geometry in self.storages.values()
         ]
         self.storages.clear()
