@@ -20,13 +20,14 @@ from torch import fx
 from breakable_backend import _torch, locks
 from breakable_backend.callers import Callers
 from breakable_backend.calling import registry
-from breakable_backend.calling.executor import Executor, scope_for
+from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.lifetime import when_idle
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.calling.training import Training
 from breakable_backend.compiling.flat import FlatGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
+from breakable_backend.compiling.scope import scope_for
 from breakable_backend.compiling.traced import as_eager
 from breakable_backend.compiling.training import Halves
 from breakable_backend.drivers import CaptureDriver

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from breakable_backend.callers import Callers
 from breakable_backend.calling import policy
-from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, held, scalar_bytes
+from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, Spectator, held, scalar_bytes
 from breakable_backend.calling.lifetime import release, release_all, run_deferred, watch, when_idle
 from breakable_backend.calling.sharing import SharedMemory
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, Statistics
@@ -356,6 +358,38 @@ class CompiledGraph:
             return Snapshot(
                 self.name, self.options, self.driver, self.lowered, self.program, statistics, notes, tuple(keys)
             )
+
+    @contextmanager
+    def showing(self, spectator: Spectator) -> Iterator[None]:
+        """Have ``spectator`` shown what this thread replays of what is recorded now, before it does."""
+        thread = threading.get_ident()
+
+        def mine(entry: Entry, args: list[Any]) -> None:
+            if threading.get_ident() == thread:
+                spectator(entry, args)
+
+        with self.keys.changing:
+            shown = [entry for addresses in dict.values(self.keys.sets) for entry in dict.values(addresses.entries)]
+            for entry in shown:
+                entry.show(mine)
+        try:
+            yield
+        finally:
+            with self.keys.changing:
+                for entry in shown:
+                    entry.hide(mine)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave all counts as they are: to measure is no use."""
+        entries = self.keys.entries()
+        counted = [self.statistics, *entries, *(entry.replay.tally for entry in entries if entry.replay is not None)]
+        before = [{name: count for name, count in vars(part).items() if type(count) is int} for part in counted]
+        try:
+            yield
+        finally:
+            for part, counts in zip(counted, before, strict=True):
+                vars(part).update(counts)
 
 
 def checked_once(entry: Entry, recording: Recording, replay: Replay) -> Function:

@@ -6,28 +6,17 @@ Call 1 of a key runs plainly and is the warm-up. Call 2 records. Call 3 and late
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
-
-import torch
 
 from breakable_backend import _torch, active
 from breakable_backend.calling.compiled import PUT_OFF, CompiledGraph, log
 from breakable_backend.calling.device_errors import blame
-from breakable_backend.calling.keys import AddressSet, Entry, Spectator
+from breakable_backend.calling.keys import AddressSet, Entry
 from breakable_backend.calling.lifetime import lose_patience, run_deferred
-from breakable_backend.compiling.lowering import Lowered
-from breakable_backend.compiling.partition import partition
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
-from breakable_backend.errors import CaptureError, PartitionError
+from breakable_backend.errors import CaptureError
 from breakable_backend.faults import raise_if_ours
-from breakable_backend.ir.effects import python_floats
-from breakable_backend.marks.rules import Scope
-from breakable_backend.options import Options
 from breakable_backend.recordings.finding import Finder, has_unknown_ops
 from breakable_backend.recordings.plain import Plain, run_plain
 from breakable_backend.recordings.replay import Function
@@ -216,67 +205,3 @@ class Executor(CompiledGraph):
             except Exception as error:
                 raise_if_ours(error, log)
                 raise
-
-    # tools
-
-    @contextmanager
-    def showing(self, spectator: Spectator) -> Iterator[None]:
-        """Have ``spectator`` shown what this thread replays of what is recorded now, before it does."""
-        thread = threading.get_ident()
-
-        def mine(entry: Entry, args: list[Any]) -> None:
-            if threading.get_ident() == thread:
-                spectator(entry, args)
-
-        with self.keys.changing:
-            shown = [entry for addresses in dict.values(self.keys.sets) for entry in dict.values(addresses.entries)]
-            for entry in shown:
-                entry.show(mine)
-        try:
-            yield
-        finally:
-            with self.keys.changing:
-                for entry in shown:
-                    entry.hide(mine)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Leave all counts as they are: to measure is no use."""
-        entries = self.keys.entries()
-        counted = [self.statistics, *entries, *(entry.replay.tally for entry in entries if entry.replay is not None)]
-        before = [{name: count for name, count in vars(part).items() if type(count) is int} for part in counted]
-        try:
-            yield
-        finally:
-            for part, counts in zip(counted, before, strict=True):
-                vars(part).update(counts)
-
-
-def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
-    """``scope`` with the host scalars of ``lowered``: 0-d inputs on the host where the capture device is another, and floats.
-
-    Raises:
-        PartitionError: with ``auto_break=False``, a node that cannot be captured and is not marked.
-    """
-    if scope.device.type != "cpu":
-        scalars = [
-            node.name
-            for node in lowered.module.graph.find_nodes(op="placeholder")
-            if isinstance(value := node.meta.get("val"), torch.Tensor)
-            and value.device.type == "cpu"
-            and value.dim() == 0
-        ]
-        scope = replace(scope, host_scalars=frozenset(scalars))
-    elif options.scalars == "key":
-        floats = python_floats(lowered.module.graph).values()
-        scope = replace(scope, host_scalars=frozenset(held.name for held in floats))
-    if not options.auto_break:
-        program = partition(lowered, scope, min_kernels=options.min_kernels)
-        for reason in program.reasons:
-            if reason.rule not in ("marked", "region", "min_kernels"):
-                raise PartitionError(
-                    f"{reason.op} cannot be captured: {reason.text}",
-                    where=reason.source,
-                    fix="mark it (mark_eager, eager_region), or let it run eagerly: auto_break=True",
-                )
-    return scope

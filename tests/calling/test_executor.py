@@ -21,10 +21,11 @@ import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend.active import calling, in_call
 from breakable_backend.calling import policy
-from breakable_backend.calling.executor import Executor, scope_for
+from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry, scalar_bytes
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.lowering import Lowered
+from breakable_backend.compiling.scope import scope_for
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options

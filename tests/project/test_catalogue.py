@@ -415,7 +415,7 @@ CASES: dict[str, Case] = {
         "def inferred(x):\n    with torch.inference_mode(): return x * 2  # here\n\n"
         "compile(inferred, auto_break=False)(x)"
     ),
-    "calling/executor.py: cannot be captured": Case(
+    "compiling/scope.py: cannot be captured": Case(
         "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"
     ),
     "keeps for its backward is gone: saved_tensors_hooks kept a copy of its handle instead": Case(
