@@ -26,7 +26,7 @@ from breakable_backend.ir.effects import (
     op_of,
     tensors_of,
 )
-from breakable_backend.ir.program import GraphSegment, Program, Reason
+from breakable_backend.ir.program import GraphSegment, Program, Reason, Segment
 
 MAX_CUTS = 16
 """Times that a program is cut anew in one recording. Each failed capture leaves its memory behind; beyond that the segments
@@ -194,7 +194,14 @@ class Healing:
                         self.eager.setdefault(node.name, self.eager[blamed.name])
         self._apart.add(next(node.name for node in _calls(program.segments[position]) if _is_action(node)))
         cut = self._recut(self.eager, self._apart)
-        return cut if _same_start(program, cut, position) else None
+        if not _same_start(program, cut, position):
+            return None
+        if _names(cut.segments[position]) == _names(program.segments[position]):
+            # Guilty is what the partition has added, such as a wait for a collective: no node of the graph.
+            reason = self.eager[self._blamed[0].name]
+            self.eager.update(dict.fromkeys((node.name for node in _calls(program.segments[position])), reason))
+            return None
+        return cut
 
 
 def suspects_among(nodes: Sequence[fx.Node], body: NodeByNode | None) -> list[fx.Node]:
@@ -208,7 +215,7 @@ def suspects_among(nodes: Sequence[fx.Node], body: NodeByNode | None) -> list[fx
     return [body.node] if body.node is not None else [node for node in nodes if is_somebodys(node)]
 
 
-def _calls(segment: Any) -> Iterator[fx.Node]:
+def _calls(segment: Segment) -> Iterator[fx.Node]:
     return (node for node in segment.module.graph.nodes if node.op == "call_function")
 
 
@@ -227,8 +234,10 @@ def _is_action(node: fx.Node) -> bool:
 
 def _same_start(one: Program, other: Program, length: int) -> bool:
     """Whether two programs have the same first segments, with the same names."""
+    return len(other.segments) > length and (
+        list(map(_names, one.segments[:length])) == list(map(_names, other.segments[:length]))
+    )
 
-    def names(program: Program) -> list[tuple[Any, ...]]:
-        return [(type(s), s.outputs, *(node.name for node in s.module.graph.nodes)) for s in program.segments[:length]]
 
-    return len(other.segments) > length and names(one) == names(other)
+def _names(segment: Segment) -> tuple[Any, ...]:
+    return (type(segment), segment.outputs, *(node.name for node in segment.module.graph.nodes))

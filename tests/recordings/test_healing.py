@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._library.effects import EffectType
+from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional
 
 import silly
@@ -19,7 +20,7 @@ from breakable_backend import CaptureError, explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import tape
 from breakable_backend.drivers.cuda import CudaDriver
-from breakable_backend.recordings import healing
+from breakable_backend.recordings import healing, recording
 from checks import assert_same, program_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -593,3 +594,28 @@ def test_nothing_is_captured_again_behind_an_effect(device: torch.device, option
     # plain; a capture that fails and a plain run; then a capture that fails and one more plain call; the capture; a replay
     assert bodies[:2] == [1, 2], bodies
     assert (program_of(compiled).num_graph_segments, program_of(compiled).num_eager_segments) == (1, 0)
+
+
+def test_what_the_partition_has_added(
+    device: torch.device, options: dict[str, Any], group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a capture fails at a wait that was added behind a collective, its segment is eager, and the call is right."""
+
+    class Failing(healing.NodeByNode):
+        def _look(self, node: Any, *rest: Any) -> Any:
+            if node.name.endswith("_wait"):
+                raise CaptureError("no")
+            return super()._look(node, *rest)
+
+    monkeypatch.setattr(recording, "NodeByNode", Failing)
+
+    def f(x: Tensor) -> Tensor:
+        y = collectives.all_reduce(x.sin() * 2, "sum", group)
+        return silly.triple(y).cos() + 1
+
+    compiled = torch.compile(f, backend="breakable_cg", options=options)
+    for _ in range(5):
+        x = torch.randn(8, device=device)
+        assert_same(compiled(x), f(x))
+    program = program_of(compiled)
+    assert (program.num_graph_segments, program.num_eager_segments, program.replays) == (1, 1, 3)
