@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._library.effects import EffectType
 from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional
@@ -509,11 +509,28 @@ def disturbs(x: Tensor) -> Tensor:
 
 @op("effectful")
 def effectful(x: Tensor) -> Tensor:
-    """``x * 2``, registered with an effect."""
+    """``x * 2``; a test says that it acts outside of the process."""
     return x * 2
 
 
-effectful.register_effect(EffectType.ORDERED)
+def test_what_acts_outside() -> None:
+    """Collectives, and ops that were registered with an effect, act outside of the process."""
+    registered = torch.library.custom_op(
+        "healing::registered", lambda x: x * 2, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    registered.register_fake(torch.empty_like)
+    registered.register_effect(EffectType.ORDERED)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    nodes = {
+        "registered": graph.call_function(torch.ops.healing.registered.default, (x,)),
+        "collective": graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0")),
+        "wait": graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (x,)),
+        "other": graph.call_function(torch.ops.healing.waits.default, (x,)),
+        "torch's": graph.call_function(torch.ops.aten.sin.default, (x,)),
+    }
+    found = {name for name, node in nodes.items() if healing.acts_outside(node)}
+    assert found == {"registered", "collective", "wait"}
 
 
 @pytest.fixture
@@ -580,8 +597,11 @@ def test_disturbed_in_the_pause(device: torch.device, options: dict[str, Any], m
 
 
 @pytest.mark.usefixtures("disturbable")
-def test_nothing_is_captured_again_behind_an_effect(device: torch.device, options: dict[str, Any]) -> None:
+def test_nothing_is_captured_again_behind_an_effect(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where an op acts outside of the process, its segment is not captured a second time just to see what comes of it."""
+    monkeypatch.setattr(healing, "acts_outside", lambda node: "effectful" in str(node.target))
     disturbs_in.update((3, 4))
     compiled = torch.compile(lambda x: many(disturbs(effectful(many(x)))), backend="breakable_cg", options=options)
     x = torch.randn(8, device=device)
