@@ -359,9 +359,9 @@ def test_a_capture_that_fails_at_its_end(
     driver: Any = CudaDriver if device.type == "cuda" else tape.TapeDriver
     capture = driver.capture
 
-    def captured(self: Any, body: Any) -> Any:
+    def captured(self: Any, *arguments: Any) -> Any:
         left_open.clear()
-        return capture(self, body)
+        return capture(self, *arguments)
 
     monkeypatch.setattr(driver, "capture", captured)
     compiled = check(lambda x: many(forks(many(forks(many(x))))), device, options, 3, 2)
@@ -546,9 +546,9 @@ def disturbable(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterat
             raise error
         return progress(self)
 
-    def captured(self: Any, body: Any) -> Any:
+    def captured(self: Any, *arguments: Any) -> Any:
         disturbed.clear()
-        return capture(self, body)
+        return capture(self, *arguments)
 
     monkeypatch.setattr(driver, "progress", looked_at)
     monkeypatch.setattr(driver, "capture", captured)
