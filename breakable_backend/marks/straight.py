@@ -132,7 +132,7 @@ def caller(function: Callable[..., Any], arguments: Structure, look: Look) -> Ca
     """
     names: dict[str, Any] = {"function": function, "look": look}
     made: list[str] = []
-    """Statements that make the lists and dicts, the inner ones first."""
+    """Statements that make the containers, the inner ones first."""
     looks: list[str] = []
     """Statements that look at them again."""
 
@@ -157,8 +157,9 @@ def caller(function: Callable[..., Any], arguments: Structure, look: Look) -> Ca
             raise _Rare
         items = [text(item) for item in structure[-1]]
         listed = "".join(f"{item}, " for item in items)
-        if kind == "tuple":
-            return f"({listed})"
+        if kind == "tuple":  # made once: it is looked for, as an object, in the list or dict that holds it
+            made.append(f"given_{len(made)} = ({listed})")
+            return f"given_{len(made) - 1}"
         if kind == "list":
             return watched(f"[{listed}]", "{}", listed)
         keys = [bound(key) for key in structure[1]]
