@@ -33,6 +33,8 @@ from breakable_backend.ir.effects import alias_source, is_view, tensors_of, writ
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import AMBIENT_KEY
 from breakable_backend.marks.marking import EagerOps, Marks
+from breakable_backend.marks.ops import is_backward
+from breakable_backend.marks.sites import sites
 
 Pattern = tuple[TensorSpec | None, ...]
 """Of each output that can be differentiated: what its gradient looks like; None where there is none."""
@@ -336,6 +338,11 @@ def _check(joint: _Joint, num_inputs: int) -> None:
             raise CannotLower("it computes with numbers that are known only at run time")
         if isinstance(node.target, _torch.HigherOrderOperator):
             raise CannotLower(f"it calls {node.target.name()}")
+        if is_backward(node.target):
+            site = sites[int(node.args[0])]
+            if site.gives_none:
+                raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient")
+            site.is_exact = True
         if node.name not in joint.forward:
             for written in written_arguments(node):
                 if any(_torch.storage_key(tensor) in before for tensor in tensors_of(written.meta.get("val"))):

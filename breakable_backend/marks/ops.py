@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.errors import ReplayError
+from breakable_backend.errors import EagerOutputError, ReplayError
 from breakable_backend.marks.saved import SavedForBackward, saved_behind
 from breakable_backend.marks.sites import sites
 
@@ -73,6 +73,7 @@ class _Node(torch.autograd.Function):
                 made = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
             else:
                 made = _saved(ctx.site, handle).backward(given)
+                sites[ctx.site].gives_none |= any(gradient is None for gradient in made)
         gradients = iter(made or [None] * sum(ctx.needs))
         return *(None,) * 6, *(next(gradients) if need else None for need in ctx.needs)
 
@@ -166,6 +167,13 @@ def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int
     saved = _saved(site, handle)
     with _torch.above_autograd():
         made = saved.backward(grads)
+    if sites[site].is_exact and any(gradient is None for gradient in made):
+        mark = sites[site].mark
+        raise EagerOutputError(
+            f"the gradients of {mark.name} leave one of its arguments out, and did not when they were captured",
+            where=mark.source,
+            fix="have each result depend on each argument, or compile with options={'training': False}",
+        )
     taken = {_torch.storage_key(grad) for grad in grads if grad is not None}
     results = []
     for gradient, leaf in zip(made, saved.leaves, strict=True):
@@ -186,6 +194,11 @@ def _backward_fake(site: int, handle: torch.Tensor, grads: list[Any], sizes: lis
         torch.empty(tuple(itertools.islice(left, dim)), dtype=dtype, device=device)
         for dim, dtype, device in sites[site].gradients
     ]
+
+
+def is_backward(op: Any) -> bool:
+    """Whether an op computes the gradients of a call of a marked function."""
+    return op is torch.ops.breakable_cg.backward.default
 
 
 def is_call(op: Any) -> bool:

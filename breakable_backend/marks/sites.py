@@ -191,6 +191,10 @@ class Site:
     expected: Expected = field(default_factory=Expected)
     gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
     """Dimensions, dtype and device of the gradients that the backward computes."""
+    gives_none: bool = False
+    """Whether a backward that autograd ran gave an argument no gradient at all; traced code has zeros there."""
+    is_exact: bool = False
+    """Whether zeros there would be wrong: a captured backward says for good which arguments get a gradient."""
     error: PartitionError | None = None
     overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Tensors that are read and lie in the memory of one that is written: which one, and how many elements after it."""

@@ -497,6 +497,24 @@ def test_marked_functions_in_both_halves(device: torch.device, options: dict[str
     assert all("marked" in str(program.reasons) for program in programs if program.replays)
 
 
+def test_a_marked_function_that_gives_no_gradient(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an argument of a marked function that gets no gradient in eager gets none, not zeros, and the report says why."""
+
+    @eager_on_graph
+    def first(x: Tensor, _unused: Tensor) -> Tensor:
+        return x * 2
+
+    class Unused(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.rand(4, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(first(self.first(x).relu(), self.unused.exp()))
+
+    assert_trains(Unused(), mlp_step(device), device, options)
+
+
 def test_marked_ops_in_both_halves(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: an op that is marked, or that no graph can hold, is eager in the forward, and its gradient is right."""
 

@@ -590,6 +590,12 @@ CASES: dict[str, Case] = {
         "with torch.enable_grad():\n    for _ in range(3): f(y).sum().backward()\n"
         "    torch.autograd.grad(f(y).sum(), y, create_graph=True)"
     ),
+    "leave one of its arguments out, and did not when they were captured": Case(
+        "y = leaf()\nuses = [True]\n@eager_on_graph  # here\ndef add(a, b): return a + b if uses[0] else a * 1\n"
+        "f = compile(lambda x: (add(x.sin() * 2, x.cos() * 3) * 2).exp(), training=True)\n"
+        "with torch.enable_grad():\n    for _ in range(7): f(y).sum().backward()\n"
+        "    uses[0] = False\n    f(y).sum().backward()"
+    ),
     "got gradients that it was not traced for": Case(
         "y = leaf()\nf = compile(lambda x: ((x.sin() * 2).exp(), x.cos() * 3), training=True)  # here\n"
         "with torch.enable_grad():\n    for _ in range(3): f(y)[0].sum().backward()\n"
