@@ -1,4 +1,4 @@
-"""Ops of somebody's that no capture takes, or that do what nobody can see: each is an eager step with its name, or told."""
+"""Ops of somebody's that no capture takes, that keep their arguments, or that raise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from breakable_backend import DivergenceError, explain
+from breakable_backend import explain
 from checks import assert_same, check
 
 Body = Callable[[Tensor], Tensor]
@@ -129,27 +129,3 @@ def test_an_op_that_raises(device: torch.device, options: dict[str, Any], call: 
                 failing = contextlib.nullcontext
             assert_same(compiled(x), function(x), f"call {number}")
     assert sum(program.replays for program in explain(compiled).programs) > 0
-
-
-# --- ops of which nobody sees all -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_an_op_that_works_on_another_stream() -> None:
-    """An op that launches a part of its work where the capture is not is found by compare mode, which names it."""
-    side, calls = torch.cuda.Stream(), []
-
-    def elsewhere(x: Tensor) -> Tensor:
-        calls.append(1)
-        with torch.cuda.stream(side):
-            scale = torch.full((), float(len(calls)), device=x.device)
-        side.synchronize()
-        return x * scale
-
-    function = around(op("elsewhere", elsewhere))
-    compiled = torch.compile(
-        function, backend="breakable_cg", options={"driver": "cuda", "debug": "compare", "min_kernels": 1}
-    )
-    with torch.no_grad(), pytest.raises(DivergenceError, match="hostile::elsewhere"):
-        for _ in range(5):
-            compiled(torch.randn(2, 4, device="cuda"))
