@@ -4,6 +4,7 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+MARKDOWN := README.md CHANGELOG.md docs
 EXTRAS := dev,examples,inspect,docs
 
 # The torches that are supported beside the pin of constraints.txt, which `make test` runs with, and the Pythons.
@@ -41,6 +42,7 @@ test: check
 check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m mdformat --check $(MARKDOWN)
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
@@ -64,6 +66,7 @@ matrix: $(READY)
 
 fix: $(READY)
 	$(RUN) -m ruff format .
+	$(RUN) -m mdformat $(MARKDOWN)
 	$(RUN) -m ruff check --fix .
 
 gpu: $(READY)
