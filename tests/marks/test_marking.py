@@ -24,6 +24,7 @@ from breakable_backend.marks.marking import REGION_KEY, EagerOps, Marks, is_mark
 from breakable_backend.marks.rules import (
     RULES,
     WHOLE_PROGRAM,
+    LiveOp,
     Rule,
     boolean_index,
     classify,
@@ -35,12 +36,13 @@ from breakable_backend.marks.rules import (
     marked,
     moves_storage,
     off_device,
+    on_host,
     region,
     sparse,
     stream_operation,
     waits_for_host,
 )
-from graphs import CUDA, SCOPE, Node, by_hand, calls, cuda, fakes, host, last_call, sines, subgraph, t, trace
+from graphs import CUDA, SCOPE, Maker, Node, by_hand, calls, cuda, fakes, host, last_call, sines, subgraph, t, trace
 
 aten = torch.ops.aten
 
@@ -253,6 +255,23 @@ def test_a_scalar_elsewhere_is_no_host_scalar() -> None:
     """A tensor without dimensions on another device is told as what it is: only one on the host has a value to freeze."""
     x, s = fakes(cuda(4), functools.partial(torch.empty, (), device="cuda:1"))
     assert off_device(by_hand(aten.mul.Tensor, x, s, val=x), SCOPE) == "reads arg1 on cuda:1, off the capture device"
+
+
+@pytest.mark.parametrize(("maker", "expected"), [(host(), True), (host(2), False), (cuda(), False)])
+def test_on_host(maker: Maker, expected: bool) -> None:
+    """On the host are tensors without dimensions that lie there, and nothing else is."""
+    (x,) = fakes(maker)
+    assert on_host(by_hand(aten.sin.default, x, val=x)) == expected
+    assert not on_host(by_hand(aten.sin.default, x))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_is_on_device(device: str) -> None:
+    """An op is on the capture device if it takes a tensor that lies there, or makes one there."""
+    x, capturing = torch.empty(2, device=device), torch.device("meta")
+    for args, kwargs in (((x,), {}), (([x],), {}), (([2],), {"device": device}), ((x,), {"device": device})):
+        assert LiveOp(aten.ones.default, args, kwargs, capturing).is_on_device == (device == "meta")
+    assert not LiveOp(aten.ones.default, ([2],), {}, capturing).is_on_device
 
 
 def test_device_without_index() -> None:
