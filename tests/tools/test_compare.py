@@ -900,8 +900,10 @@ def test_later_replays_do_not_look(device: torch.device, options: dict[str, Any]
     """From the second replay on a call is the generated function and nothing else."""
     compiled = torch.compile(in_steps, backend="breakable_cg", options=options)
     run(compiled, device, 3)
-    replay = entry_of(compiled).replay
+    entry = entry_of(compiled)
+    replay = entry.replay
     assert replay is not None
+    assert entry.run is replay.function
     assert replay.function.__code__.co_filename == replay.file
     assert "Checker" not in replay.source
 
