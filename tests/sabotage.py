@@ -196,13 +196,6 @@ FAULTS = (
         "False",
         "test_training.py::test_second_derivatives[cpu]",
     ),
-    Fault(
-        "a-backward-is-traced-under-autocast",
-        "compiling.training:Halves._traced",
-        "_torch.autocast_off()",
-        "torch.enable_grad()",
-        "test_training.py::test_autocast[cpu-True]",
-    ),
     # --- somebody else's captures ---
     Fault(
         "an-event-of-ours-in-a-foreign-capture",

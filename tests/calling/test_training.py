@@ -243,12 +243,12 @@ def test_gradients_of_inputs(device: torch.device, options: dict[str, Any]) -> N
 
 def test_one_gradient_of_two_inputs(device: torch.device, options: dict[str, Any]) -> None:
     """Line 4: a gradient that two inputs get is no one memory: writing one ``.grad`` leaves the other alone."""
-    compiled = torch.compile(lambda a, b, w: (a + b) * 2 + w.exp() * 0, backend="breakable_cg", options=options)
+    compiled = torch.compile(lambda a, b, w: (a + b.view(4)) * 2 + w.exp() * 0, backend="breakable_cg", options=options)
     for _ in range(5):
-        a, b, w = (torch.rand(4, device=device, requires_grad=True) for _ in range(3))
+        a, b, w = (torch.rand(shape, device=device, requires_grad=True) for shape in (4, (2, 2), 4))
         compiled(a, b, w).sum().backward()
         a.grad.zero_()
-        assert_same(b.grad, torch.full((4,), 2.0, device=device))
+        assert_same(b.grad, torch.full((2, 2), 2.0, device=device))
 
 
 # --- slots ----------------------------------------------------------------------------------------------------------------
