@@ -660,7 +660,7 @@ def test_containers_that_a_later_call_changes(
         return kept[0] * named["by"]
 
     def model(x: Tensor) -> tuple[Any, ...]:
-        kept, named = [x.sin() + 1, x], {"other": "text", "by": 2, "in": [x]}
+        kept, named = [x.sin() + 1, x], {"other": "text", "by": 2, "in": [x], "pair": (x, [x], (2, None))}
         made = change(kept, named)
         return made.cos(), kept, named["by"], list(named), len(named["in"])
 
