@@ -409,6 +409,10 @@ class CudaDriver(DeviceDriver):
         self._recordings += 1
         self._first = True
         try:
+            # The first takes seconds on a busy machine, so not in a capture's turn. Why there is none, the capture will tell.
+            with torch.cuda.device(self.device), relaxed(), suppress(RuntimeError):
+                if not _torch.is_stream_capturing():
+                    torch.cuda.current_blas_handle()
             with held_off(), self._apart() if apart else nullcontext():
                 try:
                     yield
@@ -502,7 +506,6 @@ class CudaDriver(DeviceDriver):
         assert self._recordings, "capture outside recording()"
         try:
             if self._first:
-                torch.cuda.current_blas_handle()
                 _torch.clear_cublas_workspaces()
                 self._first = False
             if self._pool is None or (
@@ -609,8 +612,13 @@ class CudaDriver(DeviceDriver):
         return given if isinstance(given, tuple) else torch.cuda.graph_pool_handle()
 
     def _drop_keeper(self) -> None:
-        with registry:
-            self._keeper = None
+        if self._keeper is not None:
+            holder, self._keeper = [self._keeper], None
+            self._draws.leave(self._pool, holder)
+
+    def __del__(self) -> None:
+        if getattr(self, "_keeper", None) is not None and not sys.is_finalizing():
+            self._drop_keeper()
 
     @contextmanager
     def on_capture_stream(self) -> Iterator[None]:

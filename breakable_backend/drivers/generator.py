@@ -26,9 +26,10 @@ from breakable_backend.failures import passing
 
 cudart = Bindings("cuda.bindings.runtime")
 
-WAIT = 5.0
+WAIT = 15.0
 """Seconds that one capture may last while others wait for its end. Under ``with capture`` its code is the user's, and
-may itself wait for the thread that waits here."""
+may itself wait for the thread that waits here. On a busy machine the first capture of a process, which loads kernels,
+takes longer than 5 s."""
 RETRY = 2.0
 """Seconds for which an empty capture is tried again, while other threads synchronise all the time and make it invalid."""
 
@@ -76,6 +77,8 @@ def hold_for_ever() -> None:
     """The process ends: no other thread begins a capture, or a replay that draws."""
     captures.hold()
     draws.hold()
+    for user in list(_users.values()):
+        _torch.keep_for_ever(user._left)
 
 
 def end(graph: torch.cuda.CUDAGraph) -> None:
@@ -96,6 +99,8 @@ class Draws:
         self._order = Order(device)
         self._registered = not _torch.ONE_CAPTURE_STATE
         self.stream = _new_stream(device)
+        self._left: list[tuple[Any, torch.cuda.CUDAGraph]] = []
+        """Pools that no driver captures in any more, and the graphs that keep them: see :meth:`leave`."""
         self.stuck = False
         """Whether a capture has left the generator in capture mode. It leaves that at the end of one that succeeds."""
 
@@ -213,6 +218,20 @@ class Draws:
         if "already recording" not in str(error) and _torch.stop_allocating_to_pool(self.index, pool):
             _torch.release_pool(self.index, pool)
 
+    def leave(self, pool: Any, holder: list[torch.cuda.CUDAGraph]) -> None:
+        """Give up ``pool``, and the graph in it that ``holder`` alone holds, once nothing of it is alive in expandable segments.
+
+        torch counts wrongly what is mapped of them. A pool that no graph uses may be gone then while tensors in it are
+        alive (with the next ``empty_cache``), and these write to memory that is freed when they die: so it was with torch
+        2.11, where one mapping of several pages is given back page by page.
+        """
+        with registry:
+            self._left.append((pool, holder.pop()))
+            left = [tuple(pool) for pool, _ in self._left]
+        gone = set(left) - _alive_in_expandable_segments(self.index)
+        with registry:
+            self._left[:] = [kept for kept in self._left if tuple(kept[0]) not in gone]
+
     def mend(self) -> None:
         """Take the generator out of capture mode, if a capture has left it there; in a turn."""
         if self.stuck:
@@ -240,6 +259,17 @@ class Draws:
         finally:
             if taken:
                 draws.give()
+
+
+def _alive_in_expandable_segments(index: int) -> set[tuple[int, int]]:
+    """The pools in which memory is allocated that torch can unmap in pieces."""
+    return {
+        tuple(segment["segment_pool_id"])
+        for segment in torch.cuda.memory_snapshot()
+        if segment["is_expandable"]
+        and segment["device"] == index
+        and any(block["state"] != "inactive" for block in segment["blocks"])
+    }
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -98,3 +98,40 @@ except bb.OptionsError as error:
 """
     done = process(code, setting)
     assert (done.returncode, done.stdout.partition(" of")[0]) == (0, f"take {setting} out"), done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["", "expandable_segments:True"])
+def test_results_outlive_their_pool(setting: str) -> None:
+    """Line 10: a static result that outlives all graphs of its pool, and each cached block, is memory until it dies."""
+    code = """
+import gc
+torch.set_grad_enabled(False)
+compiled = torch.compile(lambda x: x.sin().sum().expand(4_500_000) * 2, backend="breakable_cg", options={"outputs": "static"})
+x = torch.rand(25_000_000, device="cuda")
+for _ in range(4):
+    result = compiled(x)
+want = result.clone()
+bb.reset(compiled)
+torch.compiler.reset()
+torch.cuda.empty_cache()
+junk = [bytearray(size) for size in range(100, 600, 8) for _ in range(200)]
+assert torch.equal(result, want)
+del result
+gc.collect()
+x = [torch.ones(2_000_000, device="cuda") for _ in range(20)]
+del x
+torch.cuda.empty_cache()
+reserved = torch.cuda.memory_reserved()
+again = bb.BreakableCUDAGraph()
+with bb.capture(again):
+    y = want * 2
+again.reset()
+del y
+gc.collect()
+torch.cuda.empty_cache()
+assert torch.cuda.memory_reserved() <= reserved
+print("right")
+"""
+    done = process(code, setting)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
