@@ -2268,9 +2268,16 @@ FAULTS = (
     Fault(
         "values-come-with-vectors",
         "_torch.aot:_eager_kernels",
-        "_values_only().items()",
+        "_as_for_plain_tensors().items()",
         "()",
         "test_sweep.py::test_as_eager_with_breaks[cpu-linalg.cond]",
+    ),
+    Fault(
+        "a-batch-of-one-is-folded",
+        "_torch.aot:_matmul",
+        "right = _repeated(right, left)",
+        "pass",
+        "test_lowering.py::test_products_of_batches[4x1-none-matmul]",
     ),
     Fault(
         "functions-that-are-no-ops-ignored",

@@ -161,16 +161,16 @@ def _eager_kernels() -> Iterator[None]:
         (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
     ]
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    values_only = {op: kernel for op, kernel in _values_only().items() if composite not in op.py_kernels}
-    for op, kernel in values_only.items():
+    as_plain = {op: kernel for op, kernel in _as_for_plain_tensors().items() if composite not in op.py_kernels}
+    for op, kernel in as_plain.items():
         op.py_kernels[composite] = kernel
-    changed = {*values_only, *(op for op, _, _ in removed)}
+    changed = {*as_plain, *(op for op, _, _ in removed)}
     for op in changed:
         op._dispatch_cache.clear()
     try:
         yield
     finally:
-        for op in values_only:
+        for op in as_plain:
             del op.py_kernels[composite]
         for op, key, kernel in removed:
             op.py_kernels[key] = kernel
@@ -178,11 +178,13 @@ def _eager_kernels() -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
-def _values_only() -> dict[OpOverload, Callable[..., Any]]:
-    """Kernels of the two ops that compute vectors as well while they are traced, as if a subclass were to ask for them.
+def _as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
+    """Kernels of the composite ops that call other ops while they are traced than eager does, and so round otherwise.
 
-    LAPACK takes another way there, and rounds otherwise. ``linalg_cond`` and the nuclear norm call one of them.
-    (torch 2.11 to 2.15)
+    Their C++ asks whether a tensor is of a subclass, and under a mode of Python's dispatcher each tensor counts as one.
+    ``linalg_svdvals`` and ``linalg_eigvalsh`` then compute vectors as well, with another algorithm of LAPACK's;
+    ``linalg_cond`` and the nuclear norm call one of them. A ``matmul`` of batches then multiplies one large matrix where
+    one of the two batches has one matrix, and eager a batch. (torch 2.11 to 2.15)
     """
 
     def svdvals(matrix: torch.Tensor, *, driver: str | None = None) -> Any:
@@ -191,7 +193,33 @@ def _values_only() -> dict[OpOverload, Callable[..., Any]]:
     def eigvalsh(matrix: torch.Tensor, UPLO: str = "L") -> Any:
         return torch.ops.aten._linalg_eigh(matrix, UPLO, _asks_for_gradients(matrix))[0]
 
-    return {torch.ops.aten.linalg_svdvals.default: svdvals, torch.ops.aten.linalg_eigvalsh.default: eigvalsh}
+    aten = torch.ops.aten
+    return {
+        aten.linalg_svdvals.default: svdvals,
+        aten.linalg_eigvalsh.default: eigvalsh,
+        aten.matmul.default: functools.partial(_matmul, aten.matmul.default),
+        aten.matmul.out: functools.partial(_matmul, aten.matmul.out),
+    }
+
+
+def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> Any:
+    """``matmul`` of batches of one size, where eager makes them of one size and not one large matrix."""
+    if left.dim() == right.dim() == 3 and left.shape[0] != right.shape[0]:
+        if left.shape[0] == 1:
+            left = _repeated(left, right)
+        elif right.shape[0] == 1:
+            right = _repeated(right, left)
+    return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, left, right, **out)
+
+
+def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
+    """A batch of one matrix as long as ``many``, unless eager asks for one large matrix too.
+
+    That is where ``one`` needs a gradient, in whatever grad mode, or is of a subclass.
+    """
+    if one.requires_grad or is_traceable_wrapper_subclass(one):
+        return one
+    return one.expand(many.shape[0], -1, -1)
 
 
 def _asks_for_gradients(tensor: torch.Tensor) -> bool:

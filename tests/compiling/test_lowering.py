@@ -136,6 +136,28 @@ def test_kernels_are_put_back() -> None:
     assert dict(op.py_kernels) == before
 
 
+MATMULS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    torch.matmul,
+    lambda left, right: torch.matmul(left, right, out=left.new_empty(4, 3, 3)),
+)
+
+
+@pytest.mark.parametrize("matmul", MATMULS, ids=["matmul", "out"])
+@pytest.mark.parametrize("grads", [(False, False), (True, False), (False, True)], ids=["none", "left", "right"])
+@pytest.mark.parametrize("batches", [(4, 1), (1, 4), (4, 4)], ids=["4x1", "1x4", "4x4"])
+def test_products_of_batches(
+    matmul: Callable[[Tensor, Tensor], Tensor], grads: tuple[bool, bool], batches: tuple[int, int]
+) -> None:
+    """A product of batches calls the op that eager calls, so it rounds alike: one of batches, or one large product."""
+    left, right = (torch.randn(batch, 3, 3, requires_grad=grad) for batch, grad in zip(batches, grads, strict=True))
+    products = {"aten::mm", "aten::bmm"}
+    with torch.no_grad():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            matmul(left, right)
+        found = ops(lowered(matmul, left, right))
+    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+
+
 def test_mutation_stays_at_its_place() -> None:
     """Writes are in place and in program order: no functional wrapper, no write-back at the end."""
 
