@@ -17,7 +17,7 @@ from checks import assert_same
 @pytest.fixture(autouse=True)
 def forget_warnings() -> None:
     """Each test hears the warning, which is given once in a process."""
-    breakable_backend.breakable_cg._said.clear()
+    breakable_backend.breakable_cg._warned.clear()
 
 
 class Net(nn.Module):
@@ -73,7 +73,7 @@ def test_inference_after_training(device: torch.device, options: dict[str, Any])
         x = torch.rand(3, 4, device=device)
         with (
             pytest.warns(UserWarning, match="no_grad")
-            if not breakable_backend.breakable_cg._said
+            if not breakable_backend.breakable_cg._warned
             else warnings.catch_warnings()
         ):
             compiled(x).sum().backward()
