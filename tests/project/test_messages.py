@@ -549,7 +549,7 @@ def f(x):
 @pytest.fixture
 def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that has not warned of anything yet."""
-    monkeypatch.setattr(breakable_backend.breakable_cg, "_said", set())
+    monkeypatch.setattr(breakable_backend.breakable_cg, "_warned", set())
 
 
 def said(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
