@@ -144,7 +144,9 @@ class _Graph:
         numbers = (*fake.shape, *fake.stride())
         symbols = sorted(_torch.free_symbols(numbers), key=str)
         if not symbols:
-            yield replace(call, spec=TensorSpec.of(fake))
+            yield replace(
+                call, spec=TensorSpec.of(fake, {})
+            )  # torch 2.11 leaves ``SymInt`` of numbers that a check told
             return
         yield call
         if self.sources.keys() >= set(symbols):  # else it is of a size known only at run time

@@ -283,8 +283,10 @@ def test_what_is_always_disturbed_is_eager_for_good(build: Make) -> None:
         assert ways(executor, [build.ones(4)], [build.ones(4)]) == ["record", "replay"]
     finally:
         del build.driver.capture  # type: ignore[method-assign]
-    assert [reason.text for reason in executor.program.reasons if reason.rule == "capture_failed"] == [
-        "could not be captured: somebody synchronised"
+    text = "could not be captured: somebody synchronised"
+    assert [(reason.op, reason.text) for reason in executor.program.reasons if reason.rule == "capture_failed"] == [
+        ("aten::cos", text),
+        ("aten::add", text),
     ]
     assert len(executor.program.graph_segments) == 2
 
@@ -813,10 +815,10 @@ def test_the_plain_rest_has_the_memory_that_a_capture_took() -> None:
         (executor,) = executors_of(ours)
         captures = executor.driver.capture
 
-        def fails(body: Callable[[], Any]) -> Any:
+        def fails(body: Callable[[], Any], *fed: Any) -> Any:
             nonlocal hog
             try:
-                return captures(body)
+                return captures(body, *fed)
             except CaptureError:
                 hog = hog[:0].clone()  # as if somebody else had given memory back by then: two fit, and the third does
                 raise

@@ -76,7 +76,9 @@ def message(
 
 # --- options ------------------------------------------------------------------------------------------------------------------
 
-ALL_OPTIONS = "driver, debug, tolerance, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, inner"
+ALL_OPTIONS = (
+    "driver, debug, tolerance, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, training, inner"
+)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,10 @@ ALL_OPTIONS = "driver, debug, tolerance, eager_ops, auto_break, outputs, scalars
         ),
         (
             {"eager_ops": [3]},
-            "3 is not an op\n  pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned",
+            (
+                "3 is not an op\n"
+                "  pass 'namespace::op', an op from torch.ops, what torch.library.custom_op returned, or a module"
+            ),
         ),
         (
             {"eager_ops": [from_file(PLAIN)]},
@@ -133,11 +138,14 @@ def test_options(options: dict[str, Any], text: str) -> None:
 
 
 def test_mode() -> None:
-    """A ``mode`` other than the default is an unknown option."""
-    compiled = torch.compile(from_file(PLAIN), backend="breakable_cg", mode="reduce-overhead")
+    """A ``mode`` of Inductor's that this backend has no like of is an error, and says which modes are taken."""
+    compiled = torch.compile(from_file(PLAIN), backend="breakable_cg", mode="max-autotune")
     with pytest.raises(OptionsError) as caught:
         compiled(torch.ones(3))
-    assert text_of(caught.value) == f"unknown option 'mode'\n  options are: {ALL_OPTIONS}"
+    assert text_of(caught.value) == (
+        "mode='max-autotune' is a mode of Inductor's, and this backend compiles no kernels\n"
+        "  leave mode out; 'default' and 'reduce-overhead' are taken, and change nothing"
+    )
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +174,7 @@ def test_marks(mark: Callable[[Any], Any]) -> None:
     with pytest.raises(OptionsError) as caught:
         mark(None)
     assert text_of(caught.value) == (
-        "None is not an op\n  pass 'namespace::op', an op from torch.ops, or what torch.library.custom_op returned"
+        "None is not an op\n  pass 'namespace::op', an op from torch.ops, what torch.library.custom_op returned, or a module"
     )
     with pytest.raises(OptionsError, match="for a function, put @eager_on_graph above it"):
         mark(test_marks)
@@ -579,7 +587,8 @@ def test_training_is_said_once(unsaid: None) -> None:
     assert said(lambda x: x * weight, torch.ones(3), driver="tape") == [
         (
             "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
-            "For inference call the compiled function under torch.no_grad() or torch.inference_mode()."
+            "For inference call the compiled function under torch.no_grad() or torch.inference_mode(); to capture "
+            "training as well, compile with options={'training': True}."
         )
     ]
 
@@ -716,7 +725,15 @@ def test_every_raise_is_typed() -> None:
     """The package raises its own errors only, or passes on what it was given."""
     own = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, BreakableError)}
     inside = {"CannotLower", "CutsRegion", "Unholdable", "_Misfit"}  # never seen by users
-    makers = {"refuse", "_failure", "_mismatch", "_closed_over", "_changed_a_container", "as_passing"}  # of own ones
+    makers = {
+        "refuse",
+        "_failure",
+        "_mismatch",
+        "_closed_over",
+        "_changed_a_container",
+        "as_passing",
+        "_misfit",
+    }  # of own ones
     root = Path(breakable_backend.__file__).parent
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -123,7 +123,7 @@ def replay(args, stream):
     view = aten_view_default(sin, [2, 2])
     del sin
     triple = silly_triple_default(view)
-    if not fits(triple):
+    if not (triple_fits := fits(triple)):
         reject(triple_call, triple)
     del view
     cos = aten_cos_default(triple)
