@@ -1884,7 +1884,7 @@ FAULTS = (
     Fault(
         "plain-call-checks-no-eager-result",
         "recordings.plain:_Graph._calls",
-        "replace(call, spec=TensorSpec.of(fake))",
+        "replace(call, spec=TensorSpec.of(fake, {}))",
         "call",
         "test_contract_exceptions.py::test_wrong_fake_implementation[cpu]",
     ),

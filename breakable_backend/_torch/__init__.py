@@ -13,7 +13,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-from breakable_backend._torch.aot import apart, static_input_indices, trace_inference, written_without_wrappers
+from breakable_backend._torch.aot import (
+    apart,
+    forget_effect_tokens,
+    static_input_indices,
+    trace_inference,
+    written_without_wrappers,
+)
 from breakable_backend._torch.as_python import can_run_as_python, heed_requests_for_python, run_as_python, thread
 from breakable_backend._torch.compiled import Subject, codes_of, holds_compiled, running_compiled, subjects_of
 from breakable_backend._torch.cuda import (

@@ -96,6 +96,17 @@ def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tup
     return tuple(facts.mutated_graph_handled_indices_seen_by_autograd)
 
 
+def forget_effect_tokens() -> None:
+    """Have AOT hand no effect tokens to the graph that it compiles now, which was traced without functionalization and takes none.
+
+    torch 2.11 alone does: a None in front of the arguments for each kind of effect among the ops, and it drops as many
+    results. torch 2.13 to 2.15 forget the tokens by themselves.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.tokens = {}
+
+
 def apart(inputs: Sequence[Any]) -> list[Any]:
     """``inputs`` of a graph that Dynamo traced, with fake tensors on storages of their own for those that share one.
 

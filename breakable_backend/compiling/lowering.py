@@ -100,6 +100,7 @@ def _traced(
 
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         nonlocal written
+        _torch.forget_effect_tokens()
         written = None if autocast else _torch.written_without_wrappers(gm, module)
         out_of_place_views(module)
         if lost := lost_outs(module, outs):

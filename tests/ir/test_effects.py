@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._library.effects import EffectType
 
 import silly
 from breakable_backend import _torch
@@ -422,3 +423,39 @@ def test_ops_without_a_result(device: torch.device, options: dict[str, Any]) -> 
     with torch.no_grad():
         unmarked(values[0])
     assert "effects.note" in program_of(unmarked).text
+
+
+counts: list[int] = []
+
+
+@torch.library.custom_op("effects::counts", mutates_args=())
+def counts_calls(x: Tensor) -> Tensor:
+    """``x * 2``, and counts its calls."""
+    counts.append(1)
+    return x * 2
+
+
+counts_calls.register_fake(torch.empty_like)
+counts_calls.register_effect(EffectType.ORDERED)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_ops_registered_with_an_effect(device: torch.device, options: dict[str, Any], marked: bool) -> None:
+    """Line 1: two results of a graph with ops that have a registered effect are eager's, and a marked op runs once per call."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.ops.effects.counts(x.sin() + 1).cos()
+        return y, torch.ops.effects.counts(y) + 1
+
+    marks = {"eager_ops": ["effects::counts"]} if marked else {}
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, **marks})
+    ran = []
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(8, device=device)
+            want = function(x)
+            counts.clear()
+            assert all(map(torch.equal, compiled(x), want))
+            ran.append(len(counts))
+    assert ran == ([2, 2, 2, 2] if marked else [2, 2, 0, 0])
+    assert program_of(compiled).replays >= 2
