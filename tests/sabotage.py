@@ -710,6 +710,28 @@ FAULTS = (
         "test_capture_lifetimes.py::test_what_the_body_keeps_lives[cpu]",
     ),
     Fault(
+        "a-copy-that-was-not-patched-counts",
+        "drivers.feeds:Fed.take",
+        "self.source = 0",
+        "pass",
+        "test_refused_copies.py::test_a_copy_that_could_not_be_patched",
+    ),
+    Fault(
+        "a-capture-that-is-invalid-before-its-copies-goes-on",
+        "drivers.cuda:CudaDriver.begin_capture",
+        "self.abandon_capture(graph)",
+        "pass",
+        "test_refused_copies.py::test_a_capture_that_is_invalid_before_its_copies",
+    ),
+    Fault(
+        "graphs-of-one-pool-share-memory",
+        "capturing.capture:_OngoingCapture.open",
+        "self.graph.shares_pool",
+        "False",
+        "test_capture_lifetimes.py::test_graphs_of_one_pool_keep_each_others_results[cuda-owner first]",
+        gpu=True,
+    ),
+    Fault(
         "graphs-of-one-pool-are-nested",
         "capturing.graph:refuse_others",
         "driver.begin = refuse",

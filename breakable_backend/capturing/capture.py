@@ -278,7 +278,7 @@ class _OngoingCapture:
             stack.callback(allow_others, self.driver, refuse_others(self.driver))
             if isinstance(self.driver, CudaDriver):
                 stack.enter_context(self.driver.capturing_on(self.capture_stream, self.error_mode))
-            stack.enter_context(self.driver.recording())
+            stack.enter_context(self.driver.recording(apart=self.graph.shares_pool))
             self.observers.recording(self.driver.device)
             self.session: CaptureSession = stack.enter_context(self.driver.session())
             token = active.handler.set(self)

@@ -42,7 +42,10 @@ RESET = "nothing was captured: the graph was reset"
 
 @dataclass(frozen=True)
 class Pool:
-    """Where captured memory lives. Graphs that share one are replayed one after the other, on whatever streams."""
+    """Where captured memory lives. Graphs that share one are replayed one after the other, on whatever streams.
+
+    Each has memory of its own in it.
+    """
 
     driver: CaptureDriver
 
@@ -66,7 +69,7 @@ class Outside:
 def refuse_others(driver: CaptureDriver) -> Callable[[], int]:
     """From here on an eager step of this thread cannot use the pool of ``driver``, until :func:`allow_others`.
 
-    Graphs that share a pool lie in each other's memory: what one has made is another's before it is read.
+    A pool is one graph's at a time.
     """
 
     def refuse() -> int:
@@ -186,7 +189,7 @@ class BreakableCUDAGraph:
     ``module.to(...)``), the graph releases all it has. :meth:`check` looks for whatever else has moved.
 
     Args:
-        pool: what :meth:`pool` of another graph returned, to share its memory; or a ``torch.cuda.MemPool``, which the graph
+        pool: what :meth:`pool` of another graph returned, to be replayed in turn with that one; or a ``torch.cuda.MemPool``, which the graph
             keeps alive; or a handle from ``torch.cuda.graph_pool_handle()``, which lives as long as a graph in it does. Once a
             capture has failed in it, graphs go to pools of their own. The tape has no pools.
         driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
@@ -200,6 +203,12 @@ class BreakableCUDAGraph:
         self._choice = Options.parse({} if driver is None else {"driver": driver}).driver
         self._given_pool = _checked_pool(pool)
         self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
+        self.shares_pool = isinstance(pool, Pool)
+        """Whether it is in the pool of another one, and so gets memory of its own there.
+
+        Segments of that one may use what they have used before, and nobody has held at the time: results of this one would
+        be overwritten by its replays.
+        """
         self._captured: Captured | None = None
         self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
         """Frees what was captured when the graph is dropped."""

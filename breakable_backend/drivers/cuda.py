@@ -107,9 +107,10 @@ class CudaGraph:
                 with torch.cuda.device(index):
                     return point(source)
             if (source != target) is not enabled:
+                (status,) = cudart.cudaGraphNodeSetEnabled(executable, node, int(not enabled))
+                if status:
+                    self._refuse(cudart.cudaGetErrorString(status)[1].decode())
                 enabled = not enabled
-                (status,) = cudart.cudaGraphNodeSetEnabled(executable, node, int(enabled))
-                assert not status, status
             if enabled:
                 (status,) = cudart.cudaGraphExecMemcpyNodeSetParams1D(executable, node, target, source, size, kind)
                 if status:
@@ -501,8 +502,11 @@ class CudaDriver(DeviceDriver):
         with session.order.watching():
             yield session
 
-    def begin_capture(self) -> torch.cuda.CUDAGraph:
-        """A graph that captures the current stream into the pool; it is in :meth:`turn`. Raises and repairs."""
+    def begin_capture(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> torch.cuda.CUDAGraph:
+        """A graph that captures the current stream into the pool, behind the copies of what is ``fed``; it is in :meth:`turn`.
+
+        Raises and repairs.
+        """
         assert self._recordings, "capture outside recording()"
         try:
             if self._first:
@@ -520,6 +524,12 @@ class CudaDriver(DeviceDriver):
             except Exception as error:
                 self._repair(graph, error)
                 raise
+            try:
+                for bridge, value in fed:  # before other streams fork
+                    self.copy(bridge, value)
+            except BaseException:  # another thread may have made the capture invalid
+                self.abandon_capture(graph)
+                raise
         except Exception as error:
             raise as_passing(CaptureError(first_line(error)), error) from error
         return graph
@@ -531,7 +541,12 @@ class CudaDriver(DeviceDriver):
         graph.pool_of_the_caller = self._given_pool
         return graph
 
-    def end_capture(self, graph: torch.cuda.CUDAGraph, order: StreamOrder | None = None) -> CudaGraph:
+    def end_capture(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        order: StreamOrder | None = None,
+        fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> CudaGraph:
         """What was captured, with its streams as ``order`` says; after an error the process is repaired."""
         try:
             try:
@@ -540,19 +555,25 @@ class CudaDriver(DeviceDriver):
                 self.abandon_capture(graph)  # whatever comes of the streams, the capture has to end
                 raise
             self._end(graph)
-            captured = self._instantiated(graph, waits)
+            captured = self._instantiated(graph, waits, fed)
         except Exception as error:
             what, fix = (order.explained if order is not None else explained)(error)
             raise as_passing(CaptureError(what, fix=fix), error) from error
         self._live.add(captured)
         return captured
 
-    def _instantiated(self, graph: torch.cuda.CUDAGraph, waits: tuple[Wait, ...]) -> CudaGraph:
+    def _instantiated(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        waits: tuple[Wait, ...],
+        fed: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> CudaGraph:
         kind = CudaGraphAmongGPUs if self._several else CudaGraph
         captured = WaitingGraph(graph, self._draws, waits) if waits else kind(graph, self._draws)
         free, _ = torch.cuda.mem_get_info(self._index)
         try:
             graph.instantiate()
+            captured.feed(fed)
         except Exception:
             captured.release()
             raise
@@ -772,11 +793,9 @@ class CudaSession:
         caller = torch.cuda.current_stream(self.driver.device)
         with ExitStack() as stack:
             stack.enter_context(self.driver.turn())
-            self._graph = self.driver.begin_capture()
+            self._graph = self.driver.begin_capture(fed)
             self._stack = stack.pop_all()
         try:
-            for bridge, value in fed:  # before other streams fork
-                self.driver.copy(bridge, value)
             self._fed = fed
             self.order.begin(caller)
         except BaseException:
@@ -796,9 +815,7 @@ class CudaSession:
             )
         graph, fed = self._taken()
         with self._stack:
-            captured = self.driver.end_capture(graph, self.order)
-        captured.feed(fed)
-        return captured
+            return self.driver.end_capture(graph, self.order, fed)
 
     def abandon(self) -> bool:
         graph, _ = self._taken()

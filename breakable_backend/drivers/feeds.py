@@ -45,6 +45,7 @@ class Fed:
 
     def take(self, value: torch.Tensor) -> torch.Tensor | None:
         held = None
+        self.source = 0  # should this fail half-way, whatever comes next is taken anew
         if _is_lazy(value) or not self._spec.accepts(value):
             held = value = self._laid_out(value)
         if not self._point(value.data_ptr()):  # memory of another kind than the first value's

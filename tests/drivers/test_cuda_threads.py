@@ -286,7 +286,7 @@ def test_streams_that_are_idle_are_forgotten() -> None:
     """Events are recorded while two streams are in use, and no more once one has had all calls to itself for a while."""
     ours = compiled(lambda x: x.sin() + 1)
     x = torch.randn(64, device=CUDA)
-    for _ in range(3):
+    for _ in range(100):  # other functions of the process have called on other streams
         ours(x)
     order = executors_of(ours)[0].driver._order  # type: ignore[attr-defined]
     assert not order.several

@@ -1,0 +1,78 @@
+"""Copies at the head of a graph, where CUDA refuses them: who is told what, and what holds afterwards. Without a GPU."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from breakable_backend.drivers import cuda
+from breakable_backend.drivers.feeds import Fed
+from breakable_backend.errors import CaptureError, ReplayError
+
+INVALID = "operation failed due to a previous error during capture (901)"
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A driver for CUDA in a recording, whose captures begin and end."""
+    driver: Any = cuda.CudaDriver.__new__(cuda.CudaDriver)
+    driver.lock, driver._recordings, driver._first, driver._pool = threading.RLock(), 1, False, (0, 1)
+    driver._given_pool, driver.capture_error_mode, driver._index, driver._several = None, "thread_local", 0, False
+    driver._live, driver._draws = set(), SimpleNamespace(index=0)
+    driver.ended, graph = [], SimpleNamespace(capture_begin=lambda **_: None, instantiate=lambda: None, reset=lambda: None)
+    driver._made, driver._end = lambda: graph, driver.ended.append
+    monkeypatch.setattr(cuda._torch, "launch_hooks", lambda graph: ())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (0, 0))
+    return driver
+
+
+def test_a_capture_that_is_invalid_before_its_copies(driver: Any) -> None:
+    """Where another thread has made a capture invalid before its copies, it is ended, and that is a failure that passes."""
+
+    def invalid(bridge: torch.Tensor, value: torch.Tensor) -> None:
+        raise RuntimeError(INVALID)
+
+    driver.copy = invalid
+    with pytest.raises(CaptureError, match="previous error during capture") as caught:
+        driver.begin_capture([(torch.empty(2), torch.ones(2))])
+    assert caught.value.passing == "disturbed"
+    assert len(driver.ended) == 1
+
+
+def test_copies_that_are_not_found_in_the_graph(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA does not tell the copies of a graph, that is a failed capture, which leaves no graph behind."""
+
+    def untold(graph: Any, fed: Any) -> None:
+        raise ReplayError("cuGraphGetNodes failed: planted")
+
+    monkeypatch.setattr(cuda.CudaGraph, "feed", untold)
+    graph = driver.begin_capture()
+    with pytest.raises(CaptureError, match="cuGraphGetNodes failed"):
+        driver.end_capture(graph, None, [(torch.empty(2), torch.ones(2))])
+    assert not driver._live
+
+
+def test_a_copy_that_could_not_be_patched() -> None:
+    """Whatever comes after a value that could not be taken is taken anew, be it at the address of one before."""
+    asked, refusing = [], [False]
+
+    def point(address: int) -> bool:
+        asked.append(address)
+        if refusing[0]:
+            raise ReplayError("cudaGraphLaunch failed: planted")
+        return True
+
+    bridge, first, second = torch.empty(3), torch.ones(3), torch.zeros(3)
+    fed = Fed(bridge, first, point)
+    refusing[0] = True
+    with pytest.raises(ReplayError):
+        fed.take(second)
+    refusing[0] = False
+    assert fed.source != first.data_ptr()
+    fed.take(first)
+    assert asked == [second.data_ptr(), first.data_ptr()]
+    assert fed.source == first.data_ptr()
