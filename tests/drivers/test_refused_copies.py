@@ -23,7 +23,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     driver.lock, driver._recordings, driver._first, driver._pool = threading.RLock(), 1, False, (0, 1)
     driver._given_pool, driver.capture_error_mode, driver._index, driver._several = None, "thread_local", 0, False
     driver._live, driver._draws = set(), SimpleNamespace(index=0)
-    driver.ended, graph = [], SimpleNamespace(capture_begin=lambda **_: None, instantiate=lambda: None, reset=lambda: None)
+    driver.ended, graph = (
+        [],
+        SimpleNamespace(capture_begin=lambda **_: None, instantiate=lambda: None, reset=lambda: None),
+    )
     driver._made, driver._end = lambda: graph, driver.ended.append
     monkeypatch.setattr(cuda._torch, "launch_hooks", lambda graph: ())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (0, 0))
