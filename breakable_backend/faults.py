@@ -17,7 +17,7 @@ from breakable_backend.errors import BreakableError, InternalError, without_advi
 
 _OF_ITS_OWN = (
     *(BreakableError, Warning),
-    *(torch.AcceleratorError, torch.OutOfMemoryError, MemoryError, RecursionError),
+    *(torch.AcceleratorError, torch.cuda.CudaError, torch.OutOfMemoryError, MemoryError, RecursionError),
 )
 """What has a meaning of its own, wherever it comes up."""
 FIX = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,15 @@ import torch
 from breakable_backend.drivers import cuda
 from breakable_backend.drivers.feeds import Fed
 from breakable_backend.errors import CaptureError, ReplayError
+from breakable_backend.faults import raise_if_ours
 
 INVALID = "operation failed due to a previous error during capture (901)"
+
+
+class CudaError(int):
+    """Stands for CUDA's numbers of errors."""
+
+    success = 0
 
 
 @pytest.fixture
@@ -79,3 +87,18 @@ def test_a_copy_that_could_not_be_patched() -> None:
     fed.take(first)
     assert asked == [second.data_ptr(), first.data_ptr()]
     assert fed.source == first.data_ptr()
+
+
+def test_what_cuda_says_of_a_copy_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own error for a copy between launches is told as that, and not as a fault of the package."""
+    told = SimpleNamespace(cudaError=CudaError, cudaGetErrorString=lambda code: "not permitted")
+    kinds = SimpleNamespace(cudaMemcpyDeviceToDevice=3)
+    monkeypatch.setattr(torch.cuda, "_cudart", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(cuda, "cudart", SimpleNamespace(cudaMemcpyAsync=lambda *_: (900,), cudaMemcpyKind=kinds))
+    graph: Any = cuda.CudaGraph.__new__(cuda.CudaGraph)
+    graph._graph = graph._index = None
+    copy = graph.copier(torch.ones(3))
+    with pytest.raises(torch.cuda.CudaError, match="not permitted") as caught:
+        copy(1, 2, 0)
+    raise_if_ours(caught.value, logging.getLogger("breakable_backend.test"))
