@@ -3039,6 +3039,20 @@ FAULTS = (
         "test_sources.py::test_segment_runs_from_its_file[cpu-eager-hits0]",
     ),
     Fault(
+        "segments-are-captured-from-no-file",
+        "tools.sources:DepyfFiles.captured",
+        "self.debug is None",
+        "False",
+        "test_sources.py::test_segment_runs_from_its_file[cpu-None-hits1]",
+    ),
+    Fault(
+        "nobody-looks-behind-ops-in-files",
+        "tools.sources:_Stepped.run",
+        "body.ends(nodes[name], result)",
+        "None",
+        "test_sources.py::test_a_capture_from_files_finds_the_guilty_op[cpu]",
+    ),
+    Fault(
         "files-are-overwritten",
         "tools.sources:place",
         "path.exists()",

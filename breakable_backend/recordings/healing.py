@@ -62,6 +62,8 @@ class NodeByNode:
         self.node: fx.Node | None = None
         """The node under way; after a call that failed, the one at which it did. None before the first and behind the last."""
         self._since = 0.0
+        self._before: Hashable = None
+        """How far the capture was before that node."""
 
     @property
     def seconds(self) -> float:
@@ -76,7 +78,8 @@ class NodeByNode:
         """
         environment: dict[fx.Node, Any] = {}
         *nodes, output = self.module.graph.nodes
-        last, given, before = _last_uses(self.module.graph), iter(inputs), self._progress and self._progress()
+        last, given = _last_uses(self.module.graph), iter(inputs)
+        self.starts()
         for node in nodes:
             if node.op == "placeholder":
                 environment[node] = next(given)
@@ -84,20 +87,32 @@ class NodeByNode:
                 environment[node] = _attribute(self.module, str(node.target))
             else:
                 assert node.op == "call_function", node.op
-                if node.name in self._pauses and self._progress is not None:
-                    before = self._wait(self._pauses[node.name], self._progress)
-                self.node, self._since = node, time.perf_counter()
+                self.begins(node)
                 if begin is not None:
                     begin(node)
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
                 environment[node] = node.target(*args, **kwargs)
                 del args, kwargs
-                if self._progress is not None and not is_getitem(node):
-                    before = self._look(node, environment[node], before, self._progress())
+                self.ends(node, environment[node])
             for dead in last[node]:
                 del environment[dead]
         self.node = None
         return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
+
+    def starts(self) -> None:
+        """The nodes are run now: by a call of this, or by code that says of each when it begins and ends."""
+        self.node, self._before = None, self._progress and self._progress()
+
+    def begins(self, node: fx.Node) -> None:
+        """``node`` is run now."""
+        if node.name in self._pauses and self._progress is not None:
+            self._before = self._wait(self._pauses[node.name], self._progress)
+        self.node, self._since = node, time.perf_counter()
+
+    def ends(self, node: fx.Node, result: Any) -> None:
+        """``node`` has run. Raises as a call of this does."""
+        if self._progress is not None and not is_getitem(node):
+            self._before = self._look(node, result, self._before, self._progress())
 
     @staticmethod
     def _wait(seconds: float, progress: Callable[[], Hashable]) -> Hashable:

@@ -6,17 +6,24 @@ was cut anew, gets a number more and leaves the older one as it is.
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import operator
 import re
 import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import fx
 
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Segment
 from breakable_backend.recordings.code import printing, with_code
+from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.observer import Observer, Subject
 
 PREFIX = "breakable_cg"
@@ -139,7 +146,9 @@ class DepyfFiles(Observer):
     """Inside ``depyf.prepare_debug``: what is made of a graph, as files that it runs from, so that breakpoints there are hit."""
 
     def __init__(self, subject: Subject) -> None:
-        self.name = subject.name
+        self.name, self.debug = subject.name, subject.options.debug
+        self._stepped: weakref.WeakKeyDictionary[fx.GraphModule, _Stepped] = weakref.WeakKeyDictionary()
+        """What runs from the files of captured segments while those are captured."""
 
     def traced(self, module: fx.GraphModule, stage: str) -> None:
         folder = depyf_folder()
@@ -155,7 +164,15 @@ class DepyfFiles(Observer):
         place(folder, file_name(self.name, "program"), whole_text(program, self.name))
         for position, segment in enumerate(program.segments):
             text, name = segment_text(program, position), file_name(self.name, segment_name(position, segment))
-            _run_from(segment.module, text, place(folder, name, text))
+            path = place(folder, name, text)
+            _run_from(segment.module, text, path)
+            if isinstance(segment, GraphSegment) and (stepped := _Stepped.of(segment.module, text, path)) is not None:
+                self._stepped[segment.module] = stepped
+
+    def captured(self, position: int, body: NodeByNode) -> Callable[..., Any] | None:
+        """The code of the segment's file. Debug modes run it by themselves, or look at each node."""
+        stepped = self._stepped.get(body.module) if self.debug is None else None
+        return None if stepped is None else functools.partial(stepped.run, body)
 
     def file(self, source: str, name: str) -> str | None:
         folder = depyf_folder()
@@ -172,3 +189,60 @@ def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:
     scope: dict[str, Any] = dict(forward.__globals__)
     exec(code, scope)
     forward.__code__ = scope[_class_name(module)].forward.__code__
+
+
+@dataclass(frozen=True)
+class _Stepped:
+    """The code of a segment's file, with calls at the lines of its nodes that say when each begins and ends."""
+
+    code: CodeType
+    names: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, text: str, file: Path) -> _Stepped | None:
+        """None where the text has no statement for some node."""
+        nodes = {node.name for node in module.graph.nodes if node.op == "call_function"}
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:
+            return None
+        forward = next(f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "forward")
+        told: list[ast.stmt] = []
+        for statement in forward.body:
+            name = _made_by(statement)
+            if name in nodes:
+                nodes.remove(name)
+                calls = [ast.parse(f"_begins({name!r})").body[0], ast.parse(f"_ends({name!r}, {name})").body[0]]
+                for node in (part for call in calls for part in ast.walk(call)):
+                    ast.copy_location(node, statement)
+                told += [calls[0], statement, calls[1]]
+            else:
+                told.append(statement)
+        if nodes:
+            return None
+        forward.body = told
+        names = dict(type(module).forward.__globals__)
+        exec(compile(tree, str(file), "exec"), names)
+        return cls(names[_class_name(module)].forward.__code__, names)
+
+    def run(self, body: NodeByNode, *inputs: Any) -> tuple[Any, ...]:
+        """``body``, from the file."""
+        nodes = {node.name: node for node in body.module.graph.nodes}
+        told = {
+            "_begins": lambda name: body.begins(nodes[name]),
+            "_ends": lambda name, result: body.ends(nodes[name], result),
+        }
+        body.starts()
+        results = FunctionType(self.code, {**self.names, **told})(body.module, *inputs)
+        body.node = None
+        return tuple(results)
+
+
+def _made_by(statement: ast.stmt) -> str:
+    """The variable that a statement of a printed graph computes. It sets those to None that are not used any more."""
+    target: ast.expr | None = None
+    if isinstance(statement, ast.AnnAssign):
+        target = statement.target
+    elif isinstance(statement, ast.Assign) and not isinstance(statement.value, ast.Constant):
+        (target,) = statement.targets
+    return target.id if isinstance(target, ast.Name) else ""

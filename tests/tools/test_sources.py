@@ -20,6 +20,7 @@ import silly
 from breakable_backend import BreakableCUDAGraph, capture
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import executors_of
+from breakable_backend.recordings.code import with_code
 from breakable_backend.tools import sources
 from graphs import golden
 
@@ -154,6 +155,33 @@ def test_segment_runs_from_its_file(
     assert counts == hits  # mul, cos and add
 
 
+@torch.library.custom_op("sources::ghost", mutates_args=())
+def ghost(x: Tensor) -> Tensor:
+    """A copy of ``x``, which no op makes under a capture."""
+    return torch.empty_like(x) if silly.capturing() else x.clone()
+
+
+ghost.register_fake(torch.empty_like)
+
+
+def test_a_capture_from_files_finds_the_guilty_op(
+    device: torch.device, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where segments are captured from their files, an op that adds nothing to the graph is found as it is without."""
+
+    def with_a_ghost(x: Tensor) -> Tensor:
+        return torch.ops.sources.ghost((x.sin() + 1).cos()).sin() * 2 + x
+
+    compiled = torch.compile(with_a_ghost, backend="breakable_cg", options=options)
+    with depyf(tmp_path), torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(8, device=device)
+            assert torch.equal(compiled(x), with_a_ghost(x))
+    (reason,) = executor_of(compiled).program.reasons
+    assert reason.op == "sources::ghost" and "adds nothing to the captured graph" in reason.text
+    assert len(executor_of(compiled).program.graph_segments) == 2
+
+
 def test_error_in_a_file_names_the_users_line(tmp_path: Path) -> None:
     """What raises in a segment that runs from its file is still traced to the user's line.
 
@@ -212,7 +240,8 @@ def test_nothing_outside_of_depyf(
     compiled = compiled_model(options)
     call(compiled, device, 3)
     assert list(tmp_path.rglob("breakable_cg*")) == []
-    assert executor_of(compiled).program.segments[0].module.forward.__code__.co_filename.startswith("<eval_with_key>")
+    module = with_code(executor_of(compiled).program.segments[0].module)
+    assert module.forward.__code__.co_filename.startswith("<eval_with_key>")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
