@@ -190,6 +190,27 @@ FAULTS = (
         "test_training.py::test_what_was_written_since[cpu]",
     ),
     Fault(
+        "nobody-looks-whether-weights-moved",
+        "calling.training:_Captured.backward",
+        "not _torch.are_at(list(inputs), ctx.pointers, list(range(len(inputs))))",
+        "False",
+        "test_training.py::test_other_memory_between_the_two[cpu]",
+    ),
+    Fault(
+        "what-is-written-through-another-argument-is-not-noticed",
+        "calling.training:Training.__call__",
+        "forward.written and not _count_up(args, forward.written, forward.watched)",
+        "forward.written and not _count_up(args, forward.written, ())",
+        "test_training.py::test_an_argument_written_through_another[cpu-input]",
+    ),
+    Fault(
+        "formulas-are-captured-as-traced",
+        "compiling.training:Halves._traced",
+        "_torch.traced_otherwise(differentiable)",
+        "''",
+        "test_training.py::test_formulas_that_are_traced_otherwise[cpu-prod]",
+    ),
+    Fault(
         "a-second-derivative-goes-on",
         "calling.training:_refusal",
         "torch.is_grad_enabled()",

@@ -169,6 +169,7 @@ from breakable_backend._torch.training import (
     number_backward,
     retains,
     trace_joint,
+    traced_otherwise,
     traced_so_far,
     tracing_both_halves,
 )

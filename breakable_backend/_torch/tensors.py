@@ -125,8 +125,12 @@ def storage_of(octets: torch.Tensor) -> torch.UntypedStorage:
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for many, or for a derivative, under ``torch.func.vmap`` and its like."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    """Whether a tensor stands for many, or for a derivative, under ``torch.func.vmap`` and its like.
+
+    Gradients of ``torch.autograd.grad(..., is_grads_batched=True)`` are of a kind of their own. Checked on torch 2.11 to 2.15.
+    """
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
 def lazy_bits(tensor: torch.Tensor) -> tuple[bool, bool]:

@@ -54,6 +54,8 @@ class Forward:
     """The inputs that backwards need."""
     written: tuple[int, ...]
     """Inputs whose version counts up in a call, as in eager."""
+    watched: tuple[int, ...]
+    """Inputs that backwards need, and that in one call or another may be views of those that are written."""
     checked: tuple[int, ...]
     """The outputs whose memory a backward reads: who writes them spoils it, in eager too."""
 
@@ -227,6 +229,8 @@ class Halves:
                 facts["given"] = [
                     place for place in range(len(differentiable)) if pattern is None or pattern[place] is not None
                 ]
+                if name := _torch.traced_otherwise(differentiable):
+                    raise CannotLower(f"autograd traces another formula for {name} than it runs")
                 taken = [differentiable[place] for place in facts["given"]]
                 _torch.number_backward(taken)
                 wanted = [value for value in primals if value.requires_grad]
@@ -301,6 +305,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
     if not joint.differentiable:
         raise CannotLower("none of its outputs needs gradients")
     graph = joint.module.graph
+    if any(t.layout is not torch.strided for node in graph.nodes for t in tensors_of(node.meta.get("val"))):
+        raise CannotLower("it makes sparse tensors, or its gradients are sparse")
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(joint.module, str(node.target))
         if not isinstance(constant, torch.Tensor) or isinstance(constant, _torch.FakeTensor):
@@ -423,12 +429,20 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         saved,
         inputs,
         joint.written,
+        _watched(inputs, joint.written, static),
         tuple(
             index
             for index, leaf in enumerate(joint.outputs)
             if isinstance(leaf, fx.Node) and _torch.storage_key(leaf.meta["val"]) in memory
         ),
     )
+
+
+def _watched(inputs: tuple[int, ...], written: tuple[int, ...], static: frozenset[int]) -> tuple[int, ...]:
+    """Which of ``inputs`` may be views of ``written`` ones in one call and not in another: two static ones are, or are not."""
+    if not written:
+        return ()
+    return inputs if not static.issuperset(written) else tuple(index for index in inputs if index not in static)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -710,7 +710,7 @@ def test_second_derivatives(device: torch.device, options: dict[str, Any]) -> No
     assert "create_graph=True" in str(report)
 
 
-@pytest.mark.parametrize("how", ["create_graph", "autocast"])
+@pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
 def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: once captured, such a backward is an error that says what to do; from then on the graph is eager, and right."""
     x = torch.rand(3, 4, device=device, requires_grad=True)
@@ -718,6 +718,9 @@ def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, opt
     with pytest.raises(ReplayError, match="call it again"):
         if how == "create_graph":
             torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+        elif how == "batches":
+            y = compiled(x)
+            torch.autograd.grad(y, x, torch.ones(2, *y.shape, device=device), is_grads_batched=True)
         else:
             y = compiled(x).sum()
             with torch.autocast(device.type, torch.bfloat16):
@@ -747,6 +750,94 @@ def test_checkpointing(inside: bool, reentrant: bool, device: torch.device, opti
         return loss.detach()
 
     assert_trains(Checked(), step, device, options, 6)
+
+
+def test_other_memory_between_the_two(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a weight that is given other memory between forward and backward is an error, and later calls are eager."""
+    weight = torch.rand(4, 4, device=device, requires_grad=True)
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return (x @ weight * 2).tanh()
+
+    def moved(function: Any) -> tuple[Tensor, ...]:
+        y, kept = function(x).sum(), weight.data
+        weight.data = weight.data * 2
+        try:
+            return torch.autograd.grad(y, (weight, x))
+        finally:
+            weight.data = kept
+
+    compiled = warmed_up(function, device, options, x)
+    weight.data = weight.data.clone()  # between two steps it may
+    got = torch.autograd.grad(compiled(x).sum(), (weight, x))
+    assert_same(got, torch.autograd.grad(function(x).sum(), (weight, x)))
+    with pytest.raises(ReplayError, match="given other memory"):
+        moved(compiled)
+    assert_same(moved(compiled), moved(function))
+
+
+@pytest.mark.parametrize("kind", ["input", "buffer"])
+def test_an_argument_written_through_another(kind: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: what the backward needs, and the forward writes through another argument, is eager's error."""
+    weight = torch.rand(4, 4, device=device, requires_grad=True)
+    count = torch.zeros(4, device=device)
+
+    def function(x: Tensor, seen: Tensor) -> Tensor:
+        y = (x @ weight) * x
+        seen.add_(1)
+        return y
+
+    module = nn.Module()
+    module.register_buffer("count", count)
+    module.forward = lambda x: function(x, module.count)
+    x = torch.rand(4, 4, device=device)
+    options = {**options, "min_kernels": 1}
+    compiled = torch.compile(function if kind == "input" else module, backend="breakable_cg", options=options)
+    for _ in range(5):
+        y = compiled(x, count) if kind == "input" else compiled(x)
+        y.sum().backward()
+    programs = breakable_backend.explain(compiled).programs
+    y = compiled(x, x[0]) if kind == "input" else compiled(count.expand(4, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert_replays(programs, 1)
+    weight.grad = None
+    (compiled(x, count) if kind == "input" else compiled(x)).sum().backward()
+    got, weight.grad = weight.grad, None
+    ((x @ weight) * x).sum().backward()
+    assert_same(got, weight.grad)
+
+
+@pytest.mark.parametrize(
+    "op", [torch.prod, lambda x: x.cumprod(1), torch.max, torch.median], ids=["prod", "cumprod", "max", "median"]
+)
+def test_formulas_that_are_traced_otherwise(
+    op: Callable[[Tensor], Tensor], device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 1: gradients whose formula depends on what is in a tensor are eager's, bit for bit."""
+    x = torch.randn(5, 7, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: op(x * 1.5), backend="breakable_cg", options=options)
+    for _ in range(5):
+        grad = -torch.rand_like(op(x))
+        (got,) = torch.autograd.grad(compiled(x), x, grad)
+        (want,) = torch.autograd.grad(op(x * 1.5), x, grad)
+        assert_same(got, want)
+        assert torch.equal(got.signbit(), want.signbit())
+
+
+def test_sparse_gradients(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a graph with sparse gradients stays eager, and the report says why."""
+    tokens = nn.Embedding(5, 4, sparse=True, device=device)
+    compiled = torch.compile(lambda x: tokens(x).sin() * 2, backend="breakable_cg", options=options)
+    x = torch.tensor([0, 1, 1], device=device)
+    for _ in range(4):
+        tokens.weight.grad = None
+        compiled(x).sum().backward()
+    got, tokens.weight.grad = tokens.weight.grad, None
+    (tokens(x).sin() * 2).sum().backward()
+    assert_same(got.to_dense(), tokens.weight.grad.to_dense())
+    assert "sparse" in str(breakable_backend.explain(compiled))
 
 
 def test_saved_tensors_hooks(device: torch.device, options: dict[str, Any]) -> None:
