@@ -91,7 +91,7 @@ def f(x):
         """\
 replayed 2 of 4 calls (50%), recorded 1, ran plainly 1
 graph 0: 2 captured, 1 eager (tape on cpu)
-  calls 4, captures 2, replays 2, copies 7, plain 1, evictions 0, lowered in 0.0 s
+  calls 4, captures 2, replays 2, copies 6, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
   recorded 1x: first of this program
     eager            times  because                                                                          at
