@@ -160,6 +160,14 @@ def _as_statements(code: ast.expr | list[ast.AST]) -> list[ast.AST]:
 
 
 FAULTS = (
+    # --- views in the body of an op ---
+    Fault(
+        "a-view-in-the-body-of-an-op-is-made-twice",
+        "_torch.ops:_run_kernel",
+        "not is_view or key != 'ADInplaceOrView'",
+        "True",
+        "test_finding.py::test_views_in_the_body_of_an_op[cpu-False]",
+    ),
     # --- training ---
     Fault(
         "what-is-saved-lies-in-the-shared-pool",

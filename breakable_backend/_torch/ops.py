@@ -172,7 +172,9 @@ def kernel_made_of_ops(
 def _run_kernel(op: OpOverload, keys: Any, seen: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
     # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
     # parameter requires no grad, and matmul takes another path.
-    with _seen_again(*_HIDDEN_BY_MODES, *seen):
+    # narrow and chunk, which have a kernel of their own there, have run it above the mode, and it refuses a view twice.
+    is_view = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "ADInplaceOrView")
+    with _seen_again(*(key for key in _HIDDEN_BY_MODES if not is_view or key != "ADInplaceOrView"), *seen):
         return op.redispatch(keys, *args, **kwargs)
 
 

@@ -205,3 +205,23 @@ def test_an_error_of_the_op(device: torch.device, options: dict[str, Any]) -> No
         silly.hooks.clear()
     assert_same(compiled(x), compiled(x))
     assert not any(executor.driver.busy for executor in executors_of(compiled))
+
+
+@torch.library.custom_op("finding::views", mutates_args=())
+def views(x: Tensor, weight: Tensor) -> Tensor:
+    """Makes views in every way that reaches a mode as one op."""
+    first, second = weight.chunk(2)
+    return (x @ weight.t() + weight.narrow(0, 0, 1)) * first[0] + second.reshape(-1)[:4] + weight.movedim(0, 1)[0]
+
+
+views.register_fake(lambda x, weight: torch.empty_like(x))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_views_in_the_body_of_an_op(learns: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """An op whose Python makes views, also of a parameter, runs as in eager while it is watched."""
+    weight = torch.rand(4, 4, device=device, requires_grad=learns)
+    compiled = torch.compile(lambda x: views(x.sin(), weight).cos() + 1, backend="breakable_cg", options=options)
+    for _ in range(4):
+        x = torch.rand(3, 4, device=device)
+        assert_same(compiled(x), views(x.sin(), weight).cos() + 1)
