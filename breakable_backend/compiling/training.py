@@ -344,6 +344,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
             raise CannotLower("it computes with numbers that are known only at run time")
         if isinstance(node.target, _torch.HigherOrderOperator):
             raise CannotLower(f"it calls {node.target.name()}")
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            raise CannotLower("one of its gradients is a zero that has no memory")
         if is_backward(node.target):
             site = sites[int(node.args[0])]
             if site.gives_none:

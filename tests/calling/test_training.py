@@ -840,6 +840,16 @@ def test_sparse_gradients(device: torch.device, options: dict[str, Any]) -> None
     assert "sparse" in str(breakable_backend.explain(compiled))
 
 
+def test_zeros_without_memory(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a graph in whose backward autograd makes zeros that have no memory stays eager, and the report says why."""
+    x = torch.rand(5, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: torch.sgn(x * 2), backend="breakable_cg", options={**options, "min_kernels": 1})
+    for _ in range(4):
+        (got,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert_same(got, torch.zeros_like(x))
+    assert "no memory" in str(breakable_backend.explain(compiled))
+
+
 def test_saved_tensors_hooks(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: under hooks on saved tensors a call is eager's, hooks and all; without them it is replayed again."""
     packed: list[int] = []
