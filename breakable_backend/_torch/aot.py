@@ -228,9 +228,19 @@ def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
 
     That is where ``one`` needs a gradient, in whatever grad mode, or is of a subclass.
     """
-    if one.requires_grad or is_traceable_wrapper_subclass(one):
+    needs_gradient = one.requires_grad and (torch.is_grad_enabled() or not _computed(one))
+    if needs_gradient or is_traceable_wrapper_subclass(one):
         return one
     return one.expand(many.shape[0], -1, -1)
+
+
+def _computed(tensor: torch.Tensor) -> bool:
+    """Whether the graph that is traced makes ``tensor``: with gradients off it needs none, whatever the fake says."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return slot is not None and slot.proxy.node.op not in ("placeholder", "get_attr")
 
 
 def _asks_for_gradients(tensor: torch.Tensor) -> bool:

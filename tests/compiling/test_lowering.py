@@ -158,6 +158,17 @@ def test_products_of_batches(
     assert products.intersection(found) == products.intersection(event.name for event in profile.events())
 
 
+def test_product_with_a_part_of_a_parameter() -> None:
+    """With gradients off what is computed from a parameter needs none: a batch of one of them is no large matrix."""
+    weight = nn.Parameter(torch.randn(1, 5, 3))
+
+    def f(x: Tensor) -> Tensor:
+        return torch.matmul(x, nn.functional.pad(weight, [0, 0, 1, 1])[:, 1:5])
+
+    with torch.no_grad():
+        assert "aten::bmm" in ops(lowered(f, torch.randn(4, 3, 4)))
+
+
 def test_mutation_stays_at_its_place() -> None:
     """Writes are in place and in program order: no functional wrapper, no write-back at the end."""
 
