@@ -198,8 +198,9 @@ class CudaGraph:
                 graph.reset()
                 del graph  # what leaves torch's registry is the object itself
 
-    def __del__(self) -> None:
-        if getattr(self, "_graph", None) is not None and not sys.is_finalizing():
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # (a default, since modules lose their names at the end of a process)
+        if getattr(self, "_graph", None) is not None and not ending():
             self.release()
 
 
@@ -637,8 +638,8 @@ class CudaDriver(DeviceDriver):
             holder, self._keeper = [self._keeper], None
             self._draws.leave(self._pool, holder)
 
-    def __del__(self) -> None:
-        if getattr(self, "_keeper", None) is not None and not sys.is_finalizing():
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if getattr(self, "_keeper", None) is not None and not ending():
             self._drop_keeper()
 
     @contextmanager

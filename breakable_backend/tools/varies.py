@@ -30,7 +30,7 @@ def findings(snapshot: Snapshot, replays: int) -> tuple[str, ...]:
     calls = snapshot.statistics.calls
     if calls < 2 * MANY or replays >= FEW * calls:
         return ()
-    return (*_numbers(snapshot), *_scalars(snapshot), *_addresses(snapshot))
+    return (*_numbers(snapshot), *_addresses(snapshot))
 
 
 def of_one_function(calls: Sequence[tuple[CodeType | None, int]]) -> tuple[str, ...]:
@@ -70,19 +70,6 @@ def _numbers(snapshot: Snapshot) -> Iterator[str]:
             yield (
                 f"the number {name} has had {_listed(found)}, and each is recorded for itself: where no shape depends on "
                 f"it, pass torch.tensor({name}, device=...) instead, whose value a graph reads anew"
-            )
-
-
-def _scalars(snapshot: Snapshot) -> Iterator[str]:
-    if snapshot.options.scalars != "key":
-        return
-    scalars = [value for value in snapshot.program.inputs if value.kind == "scalar" and value.index >= 0]
-    for place, value in enumerate(reversed(scalars), 1):
-        found = {key.key.shapes[-place] for key in snapshot.keys if len(key.key.shapes) >= place}
-        if len(found) >= MANY:
-            yield (
-                f"{value.name}, a value on the host, has had {len(found)} values, and each is recorded for itself: "
-                "options={'scalars': 'device'} has one recording for all, or put it on the device: .to('cuda')"
             )
 
 

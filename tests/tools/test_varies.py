@@ -35,16 +35,6 @@ def test_a_number_that_varies() -> None:
     assert "torch.tensor(n, device=...)" in found
 
 
-@pytest.mark.gpu
-def test_a_value_on_the_host_that_varies() -> None:
-    """A tensor on the host whose value graphs freeze is told, with the option that helps, and not where that is set."""
-    calls = [(torch.ones(4, device="cuda"), torch.tensor(float(n))) for n in range(8)]
-    function = lambda x, n: (x + n).sin() * 2  # noqa: E731
-    assert "options={'scalars': 'device'}" in told(function, calls, driver="cuda")
-    torch.compiler.reset()
-    assert "'scalars'" not in told(function, calls, driver="cuda", scalars="device")
-
-
 def test_caches_that_are_replaced() -> None:
     """Inputs that are read in place and come at new addresses are told, with writing in place as the remedy."""
 
