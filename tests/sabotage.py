@@ -403,13 +403,6 @@ FAULTS = (
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-handed_back-fresh]",
     ),
     Fault(
-        "what-a-segment-hands-back-goes",
-        "recordings.recording:_Recorder._inside",
-        "self.owners.get(home.name, self.values[home.name])",
-        "self.values[home.name]",
-        "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-echoed-fresh]",
-    ),
-    Fault(
         "static-results-go",
         "recordings.recording:_Recorder.__init__",
         "plan.keep or not plan.fresh_outputs or (not driver.reuses_memory)",
@@ -1537,7 +1530,7 @@ FAULTS = (
         "marks.results:fresh_groups",
         "(key := _torch.storage_key(tensor)) not in known",
         "(key := _torch.storage_key(tensor))",
-        "test_capture.py::test_function_that_keeps_its_result[cpu]",
+        "test_capture.py::test_result_that_cannot_be_written_back[cpu-alias lost]",
     ),
     Fault(
         "capture-clones-aliases-apart",
@@ -1702,13 +1695,6 @@ FAULTS = (
         "pass",
         "test_capture.py::test_error_in_an_eager_function[cuda]",
         gpu=True,
-    ),
-    Fault(
-        "compiled-call-inside-capture-keeps-its-breaks",
-        "calling.executor:Executor.__call__",
-        "active.handler.held.get() is not None and active.handler.get() is not None",
-        "False",
-        "test_capture.py::test_compiled_function_inside[cpu]",
     ),
     Fault(
         "replay-in-the-modes-of-the-caller",
@@ -2710,7 +2696,7 @@ FAULTS = (
         "ir.effects:effective_ops",
         "bodies(node)",
         "()",
-        "test_contract_models.py::test_higher_order_ops[cpu-subgraph_marked]",
+        "test_effects.py::test_effective_ops_of_a_subgraph",
     ),
     Fault(
         "masks-are-captured",
