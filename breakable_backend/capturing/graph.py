@@ -423,9 +423,10 @@ class BreakableCUDAGraph:
     def _watch(self, parameter: torch.Tensor) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
         """Hear of the end of a parameter, and of its memory alone: nothing has to be looked at in each replay."""
         me, what = weakref.ref(self), f"a {type(parameter).__name__}"
+        ending = sys.is_finalizing  # at the end of a process modules lose their names
 
         def expire(why: str) -> None:
-            if (graph := me()) is not None and not sys.is_finalizing():
+            if (graph := me()) is not None and not ending():
                 graph._expire(f"{what} {why}; the graph was released")
 
         def moved(_: Any) -> None:

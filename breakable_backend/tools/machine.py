@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.backend import reset
 from breakable_backend.errors import BreakableError, first_line
+from breakable_backend.tools.report import explain
 
 OLDEST, NEWEST = (2, 11), (2, 15)
 """The releases of torch that the tests run on, from the first to the last."""
@@ -151,9 +153,6 @@ def _self_test(device: torch.device) -> str:
     Raises:
         AssertionError: a result differs, or nothing was captured.
     """
-    from breakable_backend.backend import reset
-    from breakable_backend.tools.report import explain
-
     options: dict[str, Any] = {"driver": "cuda" if device.type == "cuda" else "tape", "eager_ops": ["aten::sort"]}
     weight = torch.randn(16, 16, device=device)
 
