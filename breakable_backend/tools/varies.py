@@ -78,8 +78,11 @@ def _addresses(snapshot: Snapshot) -> Iterator[str]:
     if len(sets) < MANY:
         return
     statics = [value for value in snapshot.program.inputs if value.kind == "static" and value.index >= 0]
-    moved = [value for place, value in enumerate(statics) if len({addresses[place] for addresses in sets}) >= MANY]
-    shown = ", ".join(_described(value) for value in moved[:MANY]) or "those that it writes"
+    places = list(zip(*sets, strict=False))
+    if len(statics) != len(places):
+        statics = []  # written inputs have addresses too, and a snapshot does not tell which those are: nothing is named
+    moved = [value for value, found in zip(statics, places, strict=False) if len(set(found)) >= MANY]
+    shown = ", ".join(_described(value) for value in moved[:MANY]) or "some of them written"
     more = f" and {len(moved) - MANY} more" if len(moved) > MANY else ""
     yield (
         f"inputs that are read in place have been at {len(sets)} sets of addresses ({shown}{more}), and each set is "
