@@ -171,7 +171,7 @@ FAULTS = (
     # --- training ---
     Fault(
         "what-is-saved-lies-in-the-shared-pool",
-        "recordings.recording:record",
+        "recordings.recorder:record",
         "plan.saved_from is not None",
         "False",
         "test_training.py::test_inference_between_forward_and_backward[cpu]",
@@ -303,7 +303,7 @@ FAULTS = (
     # --- lifetimes ---
     Fault(
         "aliases-are-told-by-their-storage",
-        "recordings.recording:_Recorder._behind",
+        "recordings.slots:Slots._behind",
         "memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes()",
         "memory._cdata == tensor.untyped_storage()._cdata",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-over_the_same-fresh]",
@@ -352,7 +352,7 @@ FAULTS = (
     ),
     Fault(
         "a-value-goes-before-its-last-reader",
-        "recordings.recording:_Recorder.retire",
+        "recordings.slots:Slots.retire",
         "self.lives.ends.get(position, ())",
         "self.lives.ends.get(position + 1, ())",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-crosses-2-fresh]",
@@ -366,80 +366,80 @@ FAULTS = (
     ),
     Fault(
         "what-is-returned-goes-too",
-        "recordings.recording:_Recorder.retire",
+        "recordings.slots:Slots.retire",
         """
         if name not in self.lives.returned:
             self._give_up(name)
             self.values.pop(name, None)
-            self.home.pop(name, None)
+            self.read_from.pop(name, None)
         """,
         """
         if True:
             self._give_up(name)
             self.values.pop(name, None)
-            self.home.pop(name, None)
+            self.read_from.pop(name, None)
         """,
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-returned_early-fresh]",
     ),
     Fault(
         "an-inputs-bridge-goes-before-its-last-reader",
-        "recordings.recording:_Recorder.retire",
+        "recordings.slots:Slots.retire",
         "self.lives.unloaded.get(position, ())",
         "self.lives.unloaded.get(position + 2, ())",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-an_input_twice-fresh]",
     ),
     Fault(
         "a-written-bridge-goes-before-the-result",
-        "recordings.recording:_Recorder.retire",
+        "recordings.slots:Slots.retire",
         "name not in self.lives.returned or name in self.intact",
         "True",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-a_bridge_that_was_written-fresh]",
     ),
     Fault(
         "what-an-eager-step-hands-back-goes",
-        "recordings.recording:_Recorder._give_up",
-        "slot not in self.pinned",
+        "recordings.slots:Slots._give_up",
+        "slot not in self._pinned",
         "True",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-handed_back-fresh]",
     ),
     Fault(
         "static-results-go",
-        "recordings.recording:_Recorder.__init__",
+        "recordings.recorder:_Recorder.__init__",
         "plan.keep or not plan.fresh_outputs or (not driver.reuses_memory)",
         "plan.keep or (not driver.reuses_memory)",
         "test_lifetimes.py::test_static_results_are_held[cpu]",
     ),
     Fault(
         "static-results-are-read-late",
-        "recordings.recording:_Recorder._capture",
+        "recordings.recorder:_Recorder._capture",
         "(*segment.inputs, *self._early())",
         "segment.inputs",
         "test_lifetimes.py::test_static_results_fed_back_to_a_late_reader[cpu]",
     ),
     Fault(
         "nothing-goes",
-        "recordings.recording:_Recorder._give_up",
+        "recordings.slots:Slots._give_up",
         "self.owners.pop(slot, None)",
         "pass",
         "test_lifetimes.py::test_memory_does_not_grow_with_breaks[cpu-chain]",
     ),
     Fault(
         "eager-steps-hold-memory",
-        "recordings.recording:_Recorder._take",
+        "recordings.slots:Slots.captured",
         "geometry.on(place)",
         "geometry.on(owner)",
         "test_lifetimes.py::test_nothing_is_held_between_calls[cpu-read_by_eager_steps]",
     ),
     Fault(
         "a-recording-holds-results-of-eager-steps",
-        "recordings.recording:_Recorder._capture",
-        "del self.values[copy.value.name]",
+        "recordings.recorder:_Recorder._capture",
+        "del values[copy.value.name]",
         "pass",
         "test_lifetimes.py::test_results_of_eager_steps_go_during_a_recording[cpu]",
     ),
     Fault(
         "a-recording-holds-results-inside-of-an-eager-step",
-        "recordings.recording:_Recorder.eager",
+        "recordings.recorder:_Recorder.eager",
         "del local[name]",
         "pass",
         "test_lifetimes.py::test_results_of_eager_steps_go_during_a_recording[cpu]",
@@ -848,8 +848,8 @@ FAULTS = (
     ),
     Fault(
         "eager-steps-read-static-results-late",
-        "recordings.recording:_Recorder.finish",
-        "tuple(self._settled())",
+        "recordings.recorder:_Recorder.finish",
+        "tuple(settled(self.binding, slots, self.steps))",
         "()",
         "test_lifetimes.py::test_static_results_fed_back_to_an_eager_step[cpu-read_late]",
     ),
@@ -1583,7 +1583,7 @@ FAULTS = (
     ),
     Fault(
         "recording-with-a-warm-autocast-cache",
-        "recordings.recording:_Recorder._capture",
+        "recordings.recorder:_Recorder._capture",
         """
         with without_autocast_cache():
             graph, results = self.driver.capture(functools.partial(captured, *inputs), fed)
@@ -1817,104 +1817,98 @@ FAULTS = (
     # --- recording: what enters and leaves captured segments ---
     Fault(
         "eager-write-to-a-bridged-input-is-missed",
-        "recordings.recording:_Recorder.eager",
+        "recordings.slots:Slots.written",
         "self.loaded.discard(access.storage)",
         "pass",
         "test_contract_gaps.py::test_eager_write_between_two_graphs[cpu]",
     ),
     Fault(
         "eager-result-is-read-where-it-was",
-        "recordings.recording:_Recorder.eager",
+        "recordings.slots:Slots.returned",
         "self.outside.add(name)",
         "pass",
         "test_contract_stale.py::test_eager_result_is_bridged[cpu]",
     ),
     Fault(
         "captured-write-to-an-eager-result-is-missed",
-        "recordings.recording:_Recorder._capture",
-        """
-        for access in segment.writes:
-            self.intact.pop(access.storage, None)
-        """,
-        """
-        for access in ():
-            self.intact.pop(access.storage, None)
-        """,
+        "recordings.recorder:_Recorder._capture",
+        "slots.written(segment)",
+        "pass",
         "test_contract_aliases.py::test_aliases[cpu-eager_result_that_a_graph_writes]",
     ),
     Fault(
         "eager-write-to-an-eager-result-is-missed",
-        "recordings.recording:_Recorder.eager",
+        "recordings.slots:Slots.written",
         "self.intact.pop(access.storage, None)",
         "pass",
         "test_contract_aliases.py::test_aliases[cpu-eager_result_that_eager_writes]",
     ),
     Fault(
         "recording-skips-the-store-back",
-        "recordings.recording:_Recorder._capture",
+        "recordings.recorder:_Recorder._capture",
         """
         for copy in stores:
-            self.copies += self.values[copy.bridge.name].store(self.values[copy.value.name])
+            self.copies += values[copy.bridge.name].store(values[copy.value.name])
         """,
         """
         for copy in ():
-            self.copies += self.values[copy.bridge.name].store(self.values[copy.value.name])
+            self.copies += values[copy.bridge.name].store(values[copy.value.name])
         """,
         "test_contract_stale.py::test_mutated_input[cpu]",
     ),
     Fault(
         "views-of-arguments-are-constants",
-        "recordings.recording:_Recorder._is_constant_view",
+        "recordings.slots:Slots.is_constant_view",
         "slot.name in self.constants",
         "slot.name in self.values",
         "test_contract_aliases.py::test_aliases[cpu-same_result_of_eager_twice]",
     ),
     Fault(
         "views-behind-views-by-storage-are-made-again",
-        "recordings.recording:Binding._call",
+        "recordings.binding:Binding._call",
         "is_view(node)",
         "getattr(node.target, 'is_view', False)",
         "test_host_time.py::test_views_of_captured_memory_are_made_once[cpu]",
     ),
     Fault(
         "copies-are-constant-views",
-        "recordings.recording:_Recorder._is_constant_view",
+        "recordings.slots:Slots.is_constant_view",
         "all((_torch.storage_key(tensor) in memory for tensor in tensors_of(made)))",
         "bool(memory)",
         "test_executor.py::test_a_copy_that_its_fake_takes_for_a_view[tape]",
     ),
     Fault(
         "outputs-cloned-apart",
-        "recordings.recording:_Recorder.finish",
+        "recordings.epilogue:Epilogue.run",
         "behind[name] > 1",
         "behind[name] > 9",
         "test_contract_aliases.py::test_aliases[cpu-views_of_one_result]",
     ),
     Fault(
         "pool-memory-returned",
-        "recordings.recording:_Recorder._to_copy",
-        "not self._is_input(place.name)",
+        "recordings.epilogue:Epilogue._is_to_copy",
+        "place.name not in self.slots.inputs",
         "False",
         "test_contract_once.py::test_counts_of_the_silly_model[cpu]",
     ),
     Fault(
         "pool-memory-told-by-name",
-        "recordings.recording:_Recorder._to_copy",
-        "self._is_ours(local[place.name])",
-        "place.name in self.constants",
+        "recordings.epilogue:Epilogue._is_to_copy",
+        "self.slots.is_ours(self.values[place.name])",
+        "place.name in self.slots.constants",
         "test_contract_gaps.py::test_eager_op_that_returns_its_argument[cpu]",
     ),
     Fault(
         "static-inputs-held",
-        "recordings.recording:_Recorder._introduce",
-        "value.kind == 'constant'",
-        "value.kind in ('constant', 'static')",
+        "recordings.slots:Slots.__init__",
+        "v.kind == 'constant'",
+        "v.kind in ('constant', 'static')",
         "test_contract_release.py::test_dropped_model[cpu]",
     ),
     Fault(
         "failed-capture-leaves-loads-done",
-        "recordings.recording:_Recorder._capture_failed",
-        "self._unbridge(copy, position)",
+        "recordings.recorder:_Recorder._capture_failed",
+        "self.slots.unbridge(copy, position)",
         "pass",
         "test_contract_reasons.py::test_capture_that_fails[cpu]",
     ),
@@ -1927,7 +1921,7 @@ FAULTS = (
     ),
     Fault(
         "interrupted-recording-is-kept",
-        "recordings.recording:record",
+        "recordings.recorder:record",
         """
         recorder.forget()
         driver.release(graphs)
@@ -2100,7 +2094,7 @@ FAULTS = (
     # --- ops that only a capture refuses ---
     Fault(
         "the-whole-segment-is-eager",
-        "recordings.recording:_Recorder.capture",
+        "recordings.recorder:_Recorder.capture",
         "self.healing.again or self._heal(position)",
         "self.healing.again",
         "test_healing.py::test_only_the_guilty_op[cpu]",
@@ -2849,7 +2843,7 @@ FAULTS = (
     ),
     Fault(
         "disturbed-once-eager-for-good",
-        "recordings.recording:_Recorder._capture_failed",
+        "recordings.recorder:_Recorder._capture_failed",
         "self.healing.judge(passing(error), body, nodes)",
         "''",
         "test_passing.py::test_recorded_again_once_it_has_passed[tape-memory]",
@@ -2877,21 +2871,21 @@ FAULTS = (
     ),
     Fault(
         "a-failed-recording-keeps-its-graphs",
-        "recordings.recording:_Recorder.capture",
+        "recordings.recorder:_Recorder.capture",
         "self._give_back(position, self.put_off.cause)",
-        "self.dead = last_uses(self.binding.program)",
+        "self.slots.keep_nothing(self.binding.program, 0)",
         "test_passing.py::test_the_rest_of_the_call_has_the_memory[tape]",
     ),
     Fault(
         "the-rest-is-captured-after-a-failure",
-        "recordings.recording:_Recorder.capture",
+        "recordings.recorder:_Recorder.capture",
         "self.put_off is None",
         "True",
         "test_passing.py::test_the_rest_of_the_call_has_the_memory[tape]",
     ),
     Fault(
         "a-swollen-pool-keeps-its-memory",
-        "recordings.recording:_Recorder._give_back",
+        "recordings.recorder:_Recorder._give_back",
         """
         if cause == 'memory':
             self.driver.vacate()
@@ -2908,7 +2902,7 @@ FAULTS = (
     ),
     Fault(
         "results-that-find-no-memory-end-the-call",
-        "recordings.recording:record",
+        "recordings.recorder:record",
         "recorder.give_up(error)",
         "raise",
         "test_passing.py::test_no_memory_for_the_results[tape]",

@@ -30,10 +30,13 @@ from breakable_backend.ir.lifetimes import needed
 from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
+from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.finding import Finder
 from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from breakable_backend.recordings.plain import Plain, write_plain
-from breakable_backend.recordings.recording import Binding, Plan, Recorded, Recording, check_places, record
+from breakable_backend.recordings.recorder import Plan, Recorded, record
+from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay
 
 log = logging.getLogger("breakable_backend.calling.executor")

@@ -36,7 +36,7 @@ from breakable_backend.errors import ReplayError
 from breakable_backend.ir.layout import Geometry, TensorSpec
 from breakable_backend.ir.modes import Modes
 from breakable_backend.recordings.buffers import clone_exact
-from breakable_backend.recordings.recording import Plan
+from breakable_backend.recordings.recorder import Plan
 
 log = logging.getLogger(__name__)
 

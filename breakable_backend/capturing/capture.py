@@ -46,9 +46,10 @@ from breakable_backend.marks.rules import live_reason
 from breakable_backend.marks.structure import fields
 from breakable_backend.options import Options
 from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
+from breakable_backend.recordings.recorder import MAX_FED
 from breakable_backend.recordings.recording import (
-    MAX_FED,
     Call,
     Copy,
     EagerStep,
@@ -57,7 +58,6 @@ from breakable_backend.recordings.recording import (
     Recording,
     Slot,
     Step,
-    places_of,
 )
 
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"

@@ -29,8 +29,9 @@ from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.functions import Mark
 from breakable_backend.options import Options
+from breakable_backend.recordings.checks import check_places, refuse_place
 from breakable_backend.recordings.observer import Observers
-from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording, check_places, refuse_place
+from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
 from breakable_backend.recordings.replay import Function, Replay
 
 log = logging.getLogger(__name__)

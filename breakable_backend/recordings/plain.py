@@ -27,20 +27,12 @@ from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line
 from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import Mark
+from breakable_backend.recordings.binding import Binding, must_fit
+from breakable_backend.recordings.checks import perform, reject
 from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.finding import Finder
-from breakable_backend.recordings.recording import (
-    Binding,
-    Call,
-    EagerStep,
-    Recording,
-    Slot,
-    State,
-    StepObserver,
-    must_fit,
-    perform,
-    reject,
-)
+from breakable_backend.recordings.observer import Observers
+from breakable_backend.recordings.recording import Call, EagerStep, Recording, Slot, State
 from breakable_backend.recordings.replay import emit
 
 if TYPE_CHECKING:
@@ -257,7 +249,7 @@ def run_plain(
     args: Sequence[Any],
     handler: BreakHandler | None = None,
     *,
-    observer: StepObserver | None = None,
+    observer: Observers | None = None,
     drawing: Drawing = nullcontext,
 ) -> list[Any]:
     """Run every segment as eager would, with no capture and no bridge: the specification of what :func:`write_plain` writes.

@@ -22,6 +22,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
+from breakable_backend.recordings.checks import check_argument, perform, reject
 from breakable_backend.recordings.code import defined
 from breakable_backend.recordings.recording import (
     Call,
@@ -30,9 +31,6 @@ from breakable_backend.recordings.recording import (
     GraphStep,
     Recording,
     Slot,
-    check_argument,
-    perform,
-    reject,
 )
 
 Function = Callable[[list[Any], int], list[Any]]

@@ -27,18 +27,17 @@ from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.live import Undo, has_memory
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, source_line
 from breakable_backend.marks.rules import label
+from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.buffers import Bridge, clone_exact
+from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.observer import Issue, Observer, Subject
 from breakable_backend.recordings.recording import (
-    Binding,
     Call,
     EagerStep,
     GraphStep,
     Recording,
     Step,
-    check_places,
-    is_view_call,
 )
 from breakable_backend.recordings.replay import Function
 from breakable_backend.tools.difference import Difference, Tolerance, difference
@@ -452,7 +451,7 @@ class Checker:
 
     def _watched(self, position: int, call: Call) -> Call:
         takes_apart = self.program is None and not call.source  # the result of a user's function, or an argument
-        quiet = takes_apart or is_view_call(call)
+        quiet = takes_apart or call.takes_part
         function = call.function
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -465,7 +464,7 @@ class Checker:
                 self._synchronise(call, given, result)
                 self._eager_ran(position, call, result, given)
             self.truth[call.result] = result
-            if has_memory(result) and (not is_view_call(call) or call.function is operator.getitem):
+            if has_memory(result) and (not call.takes_part or call.function is operator.getitem):
                 self._add(call.result, result, user.label, user.source)
             return result
 

@@ -16,7 +16,8 @@ from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling import lowering
 from breakable_backend.marks import sites
-from breakable_backend.recordings.recording import MAX_FED, EagerStep
+from breakable_backend.recordings.recorder import MAX_FED
+from breakable_backend.recordings.recording import EagerStep
 from checks import assert_same, check, compile_both
 
 

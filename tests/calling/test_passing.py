@@ -24,7 +24,7 @@ from breakable_backend.calling.compiled import PUT_OFF
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
 from breakable_backend.failures import passing
-from breakable_backend.recordings import recording
+from breakable_backend.recordings import epilogue
 from breakable_backend.recordings.buffers import Bridge
 
 
@@ -228,7 +228,7 @@ def test_no_memory_for_the_results(build: Make, monkeypatch: pytest.MonkeyPatch)
     """Where all was captured, and only the copies of the results find no memory, they get what the graphs have."""
     executor = build(three, build.ones(4))
     executor([build.ones(4)])
-    real, held = recording.clone_exact, []
+    real, held = epilogue.clone_exact, []
 
     def clone(x: Tensor) -> Tensor:
         held.append(build.driver.live_blocks())
@@ -236,7 +236,7 @@ def test_no_memory_for_the_results(build: Make, monkeypatch: pytest.MonkeyPatch)
             raise CAUSES["memory"]()
         return real(x)
 
-    monkeypatch.setattr(recording, "clone_exact", clone)
+    monkeypatch.setattr(epilogue, "clone_exact", clone)
     (got,) = executor([build.ones(4)])
     monkeypatch.undo()
     assert torch.equal(got, three(build.ones(4)))

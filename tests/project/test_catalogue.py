@@ -461,7 +461,7 @@ CASES: dict[str, Case] = {
     ),
     "breakable_cg failed inside, with": Case("compile(plain)(x)  # here", broken_partition),
     # capturing
-    "recordings/recording.py: _capture_failed": Case(
+    "recordings/recorder.py: _capture_failed": Case(
         "def item(x):\n    return x * x.max().item()  # here\n\n"
         "op = torch.library.custom_op('catalogue::item', item, mutates_args=(), schema='(Tensor x) -> Tensor')\n"
         "op.register_fake(torch.empty_like)\n"
@@ -724,7 +724,7 @@ def c():
 @pytest.mark.gpu
 def test_a_capture_that_fails_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """CUDA's own error shows the line inside of the op that did what no capture can do, as the tape does."""
-    code = CASES["recordings/recording.py: _capture_failed"].code.replace("catalogue::item", "catalogue::item_on_cuda")
+    code = CASES["recordings/recorder.py: _capture_failed"].code.replace("catalogue::item", "catalogue::item_on_cuda")
     error, source = run_into(Case('x, TAPE["driver"] = x.cuda(), "cuda"\n' + code), monkeypatch, tmp_path)
     assert isinstance(error, breakable_backend.CaptureError)
     assert "capturing" in error.what
@@ -746,7 +746,7 @@ def rows() -> dict[str, list[list[str]]]:
 
 
 REPEATS = {
-    "recordings/recording.py: _capture_failed": "which no captured graph can do",
+    "recordings/recorder.py: _capture_failed": "which no captured graph can do",
     "capturing/capture.py: close": "CUDA error",
     "capturing/capture.py: _placed": "which no captured graph can do",
     "drivers/tape.py: _failure": "which no captured graph can do",

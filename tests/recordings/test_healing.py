@@ -20,7 +20,7 @@ from breakable_backend import CaptureError, explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import tape
 from breakable_backend.drivers.cuda import CudaDriver, CudaSession
-from breakable_backend.recordings import healing, recording
+from breakable_backend.recordings import healing, recorder
 from checks import assert_same, program_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -614,7 +614,7 @@ def test_what_the_partition_has_added(
                 raise CaptureError("no")
             return super()._look(node, *rest)
 
-    monkeypatch.setattr(recording, "NodeByNode", Failing)
+    monkeypatch.setattr(recorder, "NodeByNode", Failing)
 
     def f(x: Tensor) -> Tensor:
         y = collectives.all_reduce(x.sin() * 2, "sum", group)

@@ -1,0 +1,130 @@
+"""A program together with the arguments of one call, and the calls that its eager segments are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.ir.effects import is_checked_by_nobody, is_opaque, is_view, producer_of
+from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.modes import ambient_of
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Input, Program, source_line
+from breakable_backend.marks.ops import direct, is_call
+from breakable_backend.marks.rules import label
+from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.healing import NodeByNode
+from breakable_backend.recordings.observer import Observers
+from breakable_backend.recordings.recording import Call, Slot
+
+if TYPE_CHECKING:
+    import sympy
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A program together with the arguments of one call: every number is known."""
+
+    program: Program
+    values: Mapping[str, Any]
+    """Arguments, constants of the traced code and sizes, by name."""
+    symbols: Mapping[sympy.Symbol, int]
+    observer: Observers | None = None
+
+    @classmethod
+    def of(cls, program: Program, args: Sequence[Any], observer: Observers | None = None) -> Binding:
+        values = {value.name: value.value if value.index < 0 else args[value.index] for value in program.inputs}
+        symbols: dict[sympy.Symbol, int] = {}
+        for value in program.inputs:
+            _bind(value, values[value.name], symbols)
+        return cls(program, values | cls._sizes(program, values, symbols), symbols, observer)
+
+    def recut(self, program: Program) -> Binding:
+        """The same arguments for ``program``, which is made of the same graph."""
+        values = {name: self.values[name] for name in self.values if name not in self.program.sizes}
+        return Binding(program, values | self._sizes(program, values, self.symbols), self.symbols, self.observer)
+
+    @staticmethod
+    def _sizes(program: Program, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> dict[str, Any]:
+        return {
+            name: values[program.floats[name]].item() if name in program.floats else _torch.evaluate(size, symbols)
+            for name, size in program.sizes.items()
+        }
+
+    def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:
+        """A captured segment as a function of its inputs."""
+        if self.observer is None:
+            return with_code(segment.module)
+        return self.observer.captured(position, NodeByNode(segment.module))
+
+    def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
+        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for direct functions."""
+        environment: dict[fx.Node, Any] = {}
+        calls: list[Call] = []
+        for node in segment.module.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = slots[node.name]
+            elif node.op == "get_attr":
+                environment[node] = getattr(segment.module, node.target)
+            elif node.op == "call_function":
+                calls.append(self._call(node, environment, device_type))
+                environment[node] = Slot(node.name)
+        return calls
+
+    def _call(self, node: fx.Node, environment: Mapping[fx.Node, Any], device_type: str | None) -> Call:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
+        function: Any = node.target
+        if device_type is not None and isinstance(function, _torch.OpOverload):
+            if is_call(function):
+                site, args = args[0], args[1:]
+                assert isinstance(site, int)
+                function = direct(function, site)
+            else:
+                function = _torch.python_implementation(function, device_type) or function
+        producer = producer_of(node)
+        value = node.meta.get("val")
+        checked = isinstance(value, torch.Tensor) and must_fit(producer) and self._known(value)
+        view = is_view(node)
+        if self.observer is not None and not (view or function is operator.getitem):
+            function = self.observer.eager(function, label(producer), source_line(producer))
+        return Call(
+            result=node.name,
+            function=function,
+            args=tuple(args),
+            kwargs=kwargs,
+            label=label(producer),
+            source=source_line(producer),
+            spec=TensorSpec.of(value, self.symbols) if checked and value is not None else None,
+            ambient=ambient_of(node),
+            view=view,
+        )
+
+    def _known(self, value: torch.Tensor) -> bool:
+        return all(
+            not isinstance(size, torch.SymInt) or size.node.expr.free_symbols <= set(self.symbols)
+            for size in (*value.shape, *value.stride())
+        )
+
+
+def must_fit(maker: fx.Node) -> bool:
+    """Whether the results of an eager call may be other than its fake says, and nobody else would notice."""
+    return is_opaque(maker.target) or is_checked_by_nobody(maker)
+
+
+def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
+    fake = value.value
+    if value.kind == "ragged":
+        return
+    pairs = (
+        zip((*fake.shape, *fake.stride()), (*actual.shape, *actual.stride()), strict=True)
+        if isinstance(fake, torch.Tensor)
+        else [(fake, actual)]
+    )
+    for symbolic, number in pairs:
+        if isinstance(symbolic, torch.SymInt) and (symbol := _torch.symbol_of(symbolic)) is not None:
+            symbols[symbol] = int(number)

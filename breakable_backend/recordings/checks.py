@@ -1,0 +1,82 @@
+"""What has to hold while a recording is replayed: results of eager steps, arguments, addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from breakable_backend.errors import CAUSES, DivergenceError, EagerOutputError, ReplayError
+from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.recording import Call, Recording, fill
+
+
+def perform(call: Call, slots: Mapping[str, Any]) -> Any:
+    """Make ``call``, with values from ``slots``, and check its result."""
+    args, kwargs = fill((call.args, call.kwargs), slots)
+    if call.ambient is None:
+        result = call.function(*args, **kwargs)
+    else:
+        with call.ambient.enter():
+            result = call.function(*args, **kwargs)
+    if call.spec is not None and not call.spec.accepts(result):
+        reject(call, result)
+    return result
+
+
+def reject(call: Call, result: Any) -> None:
+    """Raise for a result that does not fit; the strict check that comes first lets harmless strides through to here."""
+    assert call.spec is not None
+    if call.spec.accepts(result):
+        return
+    got = TensorSpec.of(result) if isinstance(result, torch.Tensor) else f"a {type(result).__name__}"
+    raise EagerOutputError(
+        f"{call.label} returned {got}, but was compiled for {call.spec}",
+        where=call.source,
+        fix="make its fake implementation (register_fake) return what the real one returns, strides included",
+    )
+
+
+def check_argument(name: str, spec: TensorSpec, value: Any) -> None:
+    """Raise if an argument does not fit what was recorded."""
+    if not spec.accepts(value):
+        got = TensorSpec.of(value) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ReplayError(
+            f"argument {name} is {got}, but was recorded as {spec}",
+            fix="Dynamo's guards recompile for such calls: do not filter them out (guard_filter_fn)",
+        )
+
+
+def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
+    """Where the tensors and bridges among ``constants`` lie."""
+    tensors = {name: value.tensor if isinstance(value, Bridge) else value for name, value in constants.items()}
+    return {
+        name: tensor.data_ptr()
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    }
+
+
+def check_places(recording: Recording, args: Sequence[Any]) -> None:
+    """Raise if what captured segments take is not where it was when they were captured."""
+    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
+    for name, address in recording.addresses.items():
+        value = slots[name]
+        tensor = value.tensor if isinstance(value, Bridge) else value
+        if tensor.data_ptr() != address:
+            refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", tensor.data_ptr() == 0)
+
+
+def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:
+    """Raise for memory that a captured segment would look for in vain."""
+    fate = "was freed" if freed else "is not where it was when they were captured"
+    raise DivergenceError(
+        f"captured segments take {what} at its address, and it {fate}: this looks like address moved",
+        where=where,
+        fix=CAUSES["address moved"],
+        cause="address moved",
+        kind="captured",
+        value=what,
+    )

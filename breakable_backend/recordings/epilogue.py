@@ -1,0 +1,112 @@
+"""What a recorded call returns, and what is copied for it: results that must outlive the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend.ir.program import EagerSegment
+from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.buffers import clone_exact
+from breakable_backend.recordings.checks import perform
+from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Slot, Step
+from breakable_backend.recordings.slots import Slots
+
+
+class Epilogue:
+    """Runs the epilogue of a program, which makes what the caller gets of what the segments made.
+
+    Args:
+        binding: has the program.
+        slots: where the values of this call are. Views that are made once become constants there.
+        fresh: whether the caller gets copies of what lies in memory of the recording, which the next call changes.
+    """
+
+    def __init__(self, binding: Binding, slots: Slots, fresh: bool) -> None:
+        self.binding, self.slots, self.fresh = binding, slots, fresh
+        self.module = binding.program.epilogue.module
+        self.values = dict(slots.values)
+        """All slots, with this call's values."""
+        self.calls: list[Call] = []
+        """What each replay makes anew."""
+        self._taken = {node.name for node in self.module.graph.nodes} | set(self.values)
+        self._copies: dict[str, Slot] = {}
+
+    def run(self, leaves: Sequence[Any]) -> list[Any]:
+        """Make ``leaves``, some outputs of the epilogue; the slots, or numbers, that they are."""
+        inputs = self.binding.program.epilogue.inputs
+        places: dict[str, Any] = {}
+        behind = _leaves_behind(self.module, leaves)
+        for name in inputs:
+            place = self.slots.intact.get(name, self.slots.read_from[name])
+            # Several outputs on one storage of ours: copy the storage once, and make the views on the copy.
+            places[name] = self._copied(place) if behind[name] > 1 else place
+        for call in self.binding.calls(EagerSegment(self.module, inputs, (), (), (), ()), places, None):
+            places[call.result] = self._make(call)
+        return [self._copied(places[leaf.name]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+    def _make(self, call: Call) -> Slot:
+        made = self.values[call.result] = perform(call, self.values)
+        if self.slots.is_constant_view(call, made):
+            self.slots.constants[call.result] = made
+        else:
+            self.calls.append(call)
+        return Slot(call.result)
+
+    def _copied(self, place: Any) -> Any:
+        """A copy of what is there, if the caller would get memory of this recording; else ``place``."""
+        if not self._is_to_copy(place):
+            return place
+        if place.name not in self._copies:
+            fresh = f"{place.name.replace('.', '_')}_fresh"
+            while fresh in self._taken:
+                fresh += "_"
+            self._taken.add(fresh)
+            self._copies[place.name] = self._make(Call(fresh, clone_exact, (place,), {}, "clone"))
+        return self._copies[place.name]
+
+    def _is_to_copy(self, place: Any) -> bool:
+        if not (self.fresh and isinstance(place, Slot) and isinstance(self.values[place.name], torch.Tensor)):
+            return False
+        return place.name not in self.slots.inputs and self.slots.is_ours(self.values[place.name])
+
+
+def _leaves_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, int]:
+    """How many of ``leaves``, which are returned, each input of the epilogue is behind."""
+    behind: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            behind[node] = node
+        elif node.op == "call_function":
+            behind[node] = next(behind[argument] for argument in node.all_input_nodes if argument in behind)
+    counts = dict.fromkeys((node.name for node in module.graph.find_nodes(op="placeholder")), 0)
+    for leaf in leaves:
+        if isinstance(leaf, fx.Node):
+            counts[behind[leaf].name] += 1
+    return counts
+
+
+def settled(binding: Binding, slots: Slots, steps: Sequence[Step]) -> Iterator[Call]:
+    """With static results: inputs that may be such results, copied before anything is launched.
+
+    For captured segments that read an input it is enough to load it early. An eager step may read it behind a launch, and
+    what is written to it would be written to a result of this call.
+    """
+    launches = [at for at, step in enumerate(steps) if isinstance(step, GraphStep)]
+    if not launches:
+        return
+    late = [step.segment for step in steps[launches[0] :] if isinstance(step, EagerStep) and step.segment]
+    touched = {name for segment in late for name in segment.inputs}
+    touched |= {access.storage for segment in binding.program.segments for access in segment.writes}
+    owned = slots.owned_storages()
+
+    def copied(value: torch.Tensor) -> torch.Tensor:
+        return clone_exact(value) if _torch.storage_key(value) in owned else value
+
+    for value in binding.program.inputs:
+        if value.kind == "tensor" and value.name in touched & slots.outside:
+            yield Call(value.name, copied, (Slot(value.name),), {}, "settled")

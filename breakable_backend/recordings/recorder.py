@@ -1,0 +1,412 @@
+"""Run a program once under a driver and keep what replay needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from breakable_backend._torch import pytree
+from breakable_backend.drivers import CapturedGraph, CaptureDriver
+from breakable_backend.drivers.interception import without_autocast_cache
+from breakable_backend.errors import BreakableError, CaptureError, Passing, ReplayError, first_line
+from breakable_backend.failures import passing
+from breakable_backend.ir.effects import draws
+from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.lifetimes import by_value
+from breakable_backend.ir.program import (
+    EagerSegment,
+    GraphSegment,
+    Input,
+    Program,
+    Reason,
+    Segment,
+    outputs_of,
+    source_line,
+)
+from breakable_backend.marks.rules import label
+from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.buffers import load_all
+from breakable_backend.recordings.checks import perform, places_of
+from breakable_backend.recordings.epilogue import Epilogue, settled
+from breakable_backend.recordings.healing import Healing, NodeByNode, Recut, suspects_among
+from breakable_backend.recordings.observer import Observers
+from breakable_backend.recordings.recording import (
+    Call,
+    Copy,
+    EagerStep,
+    GraphStep,
+    Recording,
+    Slot,
+    Step,
+    bridge_name,
+    fill,
+)
+from breakable_backend.recordings.slots import Slots
+
+MAX_FED = 4
+"""Copies that a graph makes by itself. More are launched together, before it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How arguments enter captured segments, beyond what the program says."""
+
+    keyed: frozenset[str] = frozenset()
+    """Tensor inputs whose address is in the key, so that captured segments use it directly."""
+    device_scalars: bool = False
+    """Whether host scalars have a bridge on the device instead of being in the key."""
+    fresh_outputs: bool = True
+    saved_from: int | None = None
+    """From this output on, outputs are what a backward needs, each a value of its own. They are handed out as they lie, and the
+    recording holds their memory."""
+    observer: Observers | None = None
+    keep: bool = False
+    """Whether every value and bridge is held as long as the recording lives."""
+
+
+@dataclass
+class Recorded:
+    """What came of recording one call."""
+
+    recording: Recording
+    outputs: list[Any]
+    failed: Mapping[str, Reason]
+    """Nodes that could not be captured and ran eagerly instead, by name; and others that are eager with them from now on."""
+    copies: int
+    program: Program
+    """What was recorded: the program, cut anew around those nodes."""
+    put_off: PutOff | None = None
+    """Why nothing is recorded this time; None if all went well. There is nothing in the recording then."""
+
+
+@dataclass(frozen=True)
+class PutOff:
+    """A capture failed for a reason that passes. What came after it, and the segment itself, ran plainly."""
+
+    cause: Passing
+    reason: Reason
+    suspects: Mapping[str, Reason]
+    """The nodes that did it, if nobody else has; all of the segment where nobody knows which."""
+
+
+def record(
+    program: Program,
+    driver: CaptureDriver,
+    args: Sequence[Any],
+    plan: Plan,
+    stream: int,
+    *,
+    auto_break: bool,
+    recut: Recut | None = None,
+) -> Recorded:
+    """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
+
+    The caller holds the driver's lock and is between ``driver.begin`` (which gave ``stream``) and ``driver.end``.
+    Eager steps see real data. If this raises, everything that was captured is given back. So it is once a capture fails
+    for a reason that passes, before the rest of the program runs plainly.
+
+    A segment that cannot be captured heals: the node that made its capture fail becomes eager, the program is cut anew,
+    and goes on from the beginning of that segment, of which nothing has happened. Without ``recut`` all of it is eager.
+
+    Raises:
+        CaptureError: a segment cannot be captured, and ``auto_break`` is off.
+        Exception: whatever an eager step raised, unchanged.
+    """
+    recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream, auto_break, recut)
+    try:
+        with driver.recording(apart=plan.saved_from is not None):  # what is saved lives on between calls
+            position = 0
+            while position < len(recorder.segments):
+                segment = recorder.segments[position]
+                if isinstance(segment, GraphSegment):
+                    if not recorder.capture(position, segment):
+                        continue  # the program was cut anew, and has another segment there
+                else:
+                    recorder.eager(segment)
+                recorder.slots.retire(position)
+                position += 1
+            try:
+                return recorder.finish()
+            except torch.OutOfMemoryError as error:
+                if recorder.put_off is not None:
+                    raise
+                recorder.give_up(error)
+            return recorder.finish()
+    except BaseException:
+        graphs = recorder.graphs()
+        recorder.forget()
+        driver.release(graphs)
+        raise
+
+
+class _Recorder:
+    def __init__(
+        self,
+        binding: Binding,
+        driver: CaptureDriver,
+        plan: Plan,
+        stream: int,
+        auto_break: bool,
+        recut: Recut | None,
+    ) -> None:
+        self.binding, self.driver, self.plan, self.stream, self.auto_break = binding, driver, plan, stream, auto_break
+        self.healing = Healing(recut)
+        inputs = binding.program.inputs
+        outside = {value.name for value in inputs if self._is_outside(value)}
+        leaves = outputs_of(binding.program.epilogue.module)
+        self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
+        """The values among the outputs that a backward needs."""
+        # A static result may be an argument of the next call: no step may get its memory before that has been read.
+        keep = plan.keep or not plan.fresh_outputs or not driver.reuses_memory
+        self.slots = Slots(binding, driver, outside, self.saved, keep)
+        self.fixed = plan.keyed | {value.name for value in inputs if value.kind == "static"}
+        """Inputs that captured segments use at their address."""
+        self.addresses: dict[str, int] = {}
+        self.steps: list[Step] = []
+        self.copies = 0
+        self.put_off: PutOff | None = None
+
+    def _is_outside(self, value: Input) -> bool:
+        """Whether captured segments reach an input only through a bridge."""
+        if value.kind == "scalar":
+            return self.plan.device_scalars
+        return value.kind == "tensor" and value.name not in self.plan.keyed
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.binding.program.segments
+
+    # captured segments
+
+    def capture(self, position: int, segment: GraphSegment) -> bool:
+        """Capture a segment, or run it. False: nothing of it has happened, and the program is another from there on."""
+        if self.put_off is None:
+            failed = self._capture(position, segment)
+            if failed is None:
+                return True
+            if self.put_off is not None:
+                self._give_back(position, self.put_off.cause)
+            elif self.healing.again or self._heal(position):
+                return False
+        else:
+            failed = self.put_off.reason
+        with self.driver.drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
+            self.eager(
+                EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (failed,))
+            )
+        return True
+
+    def _heal(self, position: int) -> bool:
+        """Cut the program anew around what cannot be captured; whether the recording can go on with that."""
+        program = self.healing.cut(self.binding.program, position)
+        if program is None:
+            return False
+        self.binding = self.binding.recut(program)
+        self.slots.follow(self.binding)
+        return True
+
+    def _capture(self, position: int, segment: GraphSegment) -> Reason | None:
+        """Capture a segment and launch it; why it could not be, and has to run eagerly.
+
+        The error is gone when this returns, and with it what its frames held of the capture.
+        """
+        loads: list[Copy] = []
+        slots, values = self.slots, self.slots.values
+        try:
+            for name in (*segment.inputs, *self._early()):
+                if (copy := slots.bridge(name, position)) is not None:
+                    loads.append(copy)
+            feeding = self._fed(loads)
+            before = [copy for copy in loads if copy not in feeding]
+            self.copies += load_all(
+                [values[copy.bridge.name] for copy in before], [values[copy.value.name] for copy in before]
+            )
+        except (CaptureError, torch.OutOfMemoryError) as error:
+            return self._capture_failed(position, segment, loads, error)
+        inputs = [slots.inside(name) for name in segment.inputs]
+        observer = self.plan.observer
+        body = NodeByNode(segment.module, self.driver.progress, self.healing.pauses(segment))
+        captured = body if observer is None else observer.captured(position, body)
+        fed = [(values[copy.bridge.name].tensor, values[copy.value.name]) for copy in feeding]
+        try:
+            with without_autocast_cache():
+                graph, results = self.driver.capture(functools.partial(captured, *inputs), fed)
+        except CaptureError as error:
+            return self._capture_failed(position, segment, loads, error, body)
+        self.copies += len(feeding)
+        feeds = {copy.bridge.name: feed for copy, feed in zip(feeding, graph.feeds, strict=True)}
+        loads = [replace(copy, feed=feeds.get(copy.bridge.name)) for copy in loads]
+        self.addresses.update(
+            (name, value.data_ptr())
+            for name, value in zip(segment.inputs, inputs, strict=True)
+            if name in self.fixed and isinstance(value, torch.Tensor)
+        )
+        stores = tuple(
+            Copy(Slot(bridge_name(access.storage)), Slot(access.storage))
+            for access in segment.writes
+            if access.storage in slots.outside
+            and access.storage not in segment.outputs
+            and access.storage in slots.inputs
+        )
+        self.steps.append(GraphStep(graph, tuple(loads), stores, segment))
+        slots.captured(segment.outputs, results, inputs)
+        try:
+            graph.replay(self.stream)
+        except ReplayError as error:
+            if not error.passing:
+                raise
+            return self._capture_failed(position, segment, loads, error)
+        slots.written(segment)
+        for copy in stores:
+            self.copies += values[copy.bridge.name].store(values[copy.value.name])
+        for copy in loads:
+            if copy.value.name not in slots.inputs and copy.value.name not in slots.lives.returned:
+                del values[copy.value.name]  # the bridge is where it lives from here on
+        return None
+
+    def _fed(self, loads: Sequence[Copy]) -> list[Copy]:
+        """Those that the graph makes by itself: few, since one is done after the other."""
+        if self.plan.keep:  # for somebody who looks at bridges before a launch
+            return []
+        fed = []
+        for copy in loads:
+            bridge, value = self.slots.values[copy.bridge.name], self.slots.values[copy.value.name]
+            plain = bridge.flat is None and copy.device == self.driver.device
+            if plain and self.driver.feeds(bridge.tensor, value):
+                fed.append(copy)
+        return fed if len(fed) <= MAX_FED else []
+
+    def _early(self) -> Iterator[str]:
+        """Inputs that are loaded before anything is launched, with static results.
+
+        They may be such results, in memory that segments before their first reader use for themselves.
+        """
+        if not self.plan.fresh_outputs and not any(isinstance(step, GraphStep) for step in self.steps):
+            for names in self.slots.lives.unloaded.values():
+                yield from names
+
+    def _capture_failed(
+        self,
+        position: int,
+        segment: GraphSegment,
+        loads: Sequence[Copy],
+        error: Exception,
+        body: NodeByNode | None = None,
+    ) -> Reason:
+        """Why a segment cannot be captured: for good, because of the node that ``body`` was at; or, if it passes, now."""
+        for copy in loads:
+            self.slots.unbridge(copy, position)
+        self.slots.uncaptured(segment.outputs)
+        nodes = [node for node in segment.module.graph.nodes if node.op == "call_function"]
+        ours = error if isinstance(error, BreakableError) else None
+        what = ours.what if ours is not None else first_line(error)
+        line = ours.blamed if ours is not None else ""
+        blamed = suspects_among(nodes, body)
+        reasons = {
+            node.name: Reason(
+                "capture_failed", f"could not be captured: {what}", label(node), line or source_line(node)
+            )
+            for node in blamed or nodes
+        }
+        reason = next(iter(reasons.values()), Reason("capture_failed", f"could not be captured: {what}", "", line))
+        cause = self.healing.judge(passing(error), body, nodes)
+        if not cause and not self.auto_break and not self.healing.again:
+            fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
+            raise CaptureError(what, where=reason.source, fix=fix) from error.__cause__
+        if cause:
+            self.put_off = PutOff(cause, reason, reasons)
+        elif not self.healing.again:
+            self.healing.found(reasons, blamed)
+        return reason
+
+    def give_up(self, error: Exception) -> None:
+        """All went well, but there is no memory for copies of the results: they get that of the graphs."""
+        behind = len(self.binding.program.segments)
+        reason = Reason("capture_failed", f"results could not be copied: {first_line(error)}", "")
+        self.put_off = PutOff("memory", reason, {})
+        self._give_back(behind, "memory")
+
+    def _give_back(self, position: int, cause: Passing) -> None:
+        """Give back what was captured before segment ``position``: the rest of the program may need the memory."""
+        graphs = self.graphs()
+        self.steps.clear()
+        self.slots.keep_nothing(self.binding.program, position)
+        self.driver.release(graphs)
+        if cause == "memory":
+            self.driver.vacate()
+
+    def graphs(self) -> list[CapturedGraph]:
+        """What was captured so far."""
+        return [step.graph for step in self.steps if isinstance(step, GraphStep)]
+
+    # eager segments
+
+    def eager(self, segment: EagerSegment) -> None:
+        slots = self.slots
+        places = {name: slots.read_from[name] for name in segment.inputs}
+        calls = self.binding.calls(segment, places, self.driver.device.type)
+        local = dict(slots.values)
+        kept = []
+        for call, dead in zip(calls, _dead_after(calls, segment.outputs), strict=True):
+            local[call.result] = perform(call, local)
+            if slots.is_constant_view(call, local[call.result]):
+                slots.constants[call.result] = local[call.result]
+            else:
+                kept.append(call)
+            for name in dead:
+                del local[name]
+        self.steps.append(EagerStep(tuple(kept), segment.reasons, segment))
+        slots.written(segment, outside=True)
+        for name in segment.outputs:
+            slots.returned(name, local[name])
+
+    def finish(self) -> Recorded:
+        program, slots = self.binding.program, self.slots
+        epilogue = Epilogue(self.binding, slots, self.plan.fresh_outputs)
+        returned = epilogue.run(outputs_of(program.epilogue.module)[: self.plan.saved_from])
+        outputs = [fill(place, epilogue.values) for place in returned]
+        held = [slots.holder(name) for name in self.saved]
+        saved = [slots.read_from[name] for name in self.saved]
+        outputs += [
+            slots.values[place.name] if owner is None else owner for place, owner in zip(saved, held, strict=True)
+        ]
+        if self.put_off is not None:
+            nothing = Recording((), {}, (), (), (), {})
+            return Recorded(nothing, outputs, self.healing.eager, self.copies, program, self.put_off)
+        recording = Recording(
+            arguments=tuple(value.name for value in program.inputs if value.index >= 0),
+            specs={
+                value.name: TensorSpec.of(slots.values[value.name])
+                for value in program.inputs
+                if value.kind in ("tensor", "scalar") and value.name in program.read_by_graphs()
+            },
+            steps=tuple(self.steps),
+            epilogue=tuple(epilogue.calls),
+            returned=(*returned, *saved),
+            constants=slots.constants,
+            addresses=self.addresses | places_of(slots.constants),
+            most=slots.needed(),
+            prologue=() if self.plan.fresh_outputs else tuple(settled(self.binding, slots, self.steps)),
+            saved=tuple(owner for owner in held if owner is not None),
+        )
+        return Recorded(recording, outputs, self.healing.eager, self.copies, program)
+
+    def forget(self) -> None:
+        """Drop what the pool owns."""
+        self.steps.clear()
+        self.slots.forget()
+
+
+def _dead_after(calls: Sequence[Call], outputs: Sequence[str]) -> list[tuple[str, ...]]:
+    """For each call, results of these calls that no later one takes, and that do not leave the segment."""
+    last = {call.result: position for position, call in enumerate(calls)}
+    for position, call in enumerate(calls):
+        slots = [leaf.name for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
+        last.update((name, position) for name in slots if name in last)
+    dead = by_value({name: position for name, position in last.items() if name not in outputs})
+    return [dead.get(position, ()) for position in range(len(calls))]

@@ -1,0 +1,275 @@
+"""Where each value of a call is while that call is recorded: outside, in a bridge, in memory of the pool.
+
+Who owns what: memory that captured segments read or make is the pool's. While a recording is made, each value and each
+bridge holds its part of the pool until its last reader was recorded; then later segments may get it, and so may later
+recordings. Replays keep the order, and so do calls. The recording itself knows addresses. What it does hold: results that
+are static, bridges of small inputs, and everything where a tool asks for that. Arguments, static inputs too, belong to the
+caller and are in no constant, not even as a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from breakable_backend import _torch
+from breakable_backend._torch import pytree
+from breakable_backend.drivers import CaptureDriver
+from breakable_backend.ir.effects import tensors_of
+from breakable_backend.ir.layout import Geometry, extent
+from breakable_backend.ir.lifetimes import Lifetimes
+from breakable_backend.ir.program import Program, Segment, last_uses
+from breakable_backend.recordings import buffers
+from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.recording import Call, Copy, Held, Slot, bridge_name
+
+
+class Slots:
+    """The slots of one recording, with this call's values.
+
+    Args:
+        binding: the program, with the arguments of this call.
+        driver: has the pool.
+        outside: inputs that captured segments reach only through a bridge.
+        saved: the values among the outputs that a backward needs.
+        keep: whether every value and bridge is held as long as the recording lives.
+    """
+
+    def __init__(
+        self, binding: Binding, driver: CaptureDriver, outside: set[str], saved: tuple[str, ...], keep: bool
+    ) -> None:
+        program = binding.program
+        self.driver, self.saved, self.keep = driver, saved, keep
+        self.inputs = binding.values.keys()
+        self.values: dict[str, Any] = dict(binding.values)
+        """All slots, with this call's values."""
+        self.constants: dict[str, Any] = {v.name: self.values[v.name] for v in program.inputs if v.kind == "constant"}
+        self.read_from: dict[str, Any] = {
+            value.name: self.values[value.name] if value.kind == "number" else Slot(value.name)
+            for value in program.inputs
+        }
+        """Where later readers find a value that segments exchange: a slot, or the number itself."""
+        self.outside = outside
+        """Storages that captured segments reach only through a bridge: unkeyed inputs, and what eager steps made."""
+        self.loaded: set[str] = set()
+        """Inputs whose bridge holds their present version."""
+        self.intact: dict[str, Slot] = {}
+        """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
+        self.owners: dict[str, torch.Tensor | Bridge] = {}
+        """What holds memory of the pool, by slot. Constants lie at the same addresses, and hold nothing."""
+        self.most = Held()
+        """What was held at once, at most, beside what is held for good."""
+        self._lent: set[int] = set()
+        """Keys of storages of constants that lie over memory of an owner."""
+        self._pinned: set[str] = set()
+        """Slots of values that an eager step has returned an alias of: it may be read when they are not any more."""
+        self._made_for: dict[str, int] = {}
+        """The segment that each bridge was made for, by slot."""
+        self._dead: list[tuple[str, ...]] = []
+        """What nobody reads behind each segment; known once nothing is kept."""
+        self.follow(binding)
+
+    def follow(self, binding: Binding) -> None:
+        """The rest of the call is that of ``binding``, whose program was cut anew."""
+        self.inputs = binding.values.keys()
+        self.lives = Lifetimes.of(binding.program)
+        for name in binding.program.sizes:
+            self.read_from[name] = self.values[name] = binding.values[name]
+
+    # bridges
+
+    def bridge(self, name: str, position: int) -> Copy | None:
+        """Make ``name`` reachable for segment ``position``; returns the copy that this takes on each call, if any."""
+        if name not in self.outside or name in self.loaded:
+            return None
+        bridge = Slot(bridge_name(name))
+        if bridge.name not in self.values:
+            self.values[bridge.name] = self.constants[bridge.name] = self._made_bridge(name, bridge.name)
+            self._made_for[bridge.name] = position
+        self.loaded.add(name)
+        if name not in self.inputs:
+            # From here on the bridge is where this value lives, for eager steps too.
+            self.intact[name] = Slot(name)
+            inside = Slot(_inside_name(name))
+            self.values[inside.name] = self.constants[inside.name] = self.values[bridge.name].tensor
+            self.read_from[name] = inside
+        return Copy(bridge, Slot(name), self.values[name].device)
+
+    def _made_bridge(self, name: str, slot: str) -> Bridge:
+        """A bridge for ``name``, in memory of the pool that it holds until its last captured reader is recorded."""
+        value = self.values[name]
+        small = name in self.inputs and extent(value) * value.element_size() <= buffers.KEPT_INPUT
+        if self.keep or small or value.numel() == 0:
+            return Bridge.like(value, self.driver.device)
+        with self.driver.allocating():
+            made = Bridge.like(value, self.driver.device)
+        owner = made.on(self.driver.lend(made.tensor).untyped_storage())
+        place = _torch.unowned_storage(owner.tensor.untyped_storage())
+        self._hold(slot, owner, place)
+        return made.on(place)
+
+    def unbridge(self, copy: Copy, position: int) -> None:
+        """Undo :meth:`bridge`: segment ``position``, which asked for it, is no graph, so no replay loads this bridge there."""
+        name = copy.value.name
+        self.loaded.discard(name)
+        if name not in self.inputs:
+            self.intact.pop(name)
+            self.read_from[name] = Slot(name)
+            self.constants.pop(_inside_name(name))
+        if self._made_for.get(copy.bridge.name) == position:  # and no graph before it knows the bridge's address
+            for slots in (self.values, self.constants, self.owners):
+                slots.pop(copy.bridge.name, None)
+
+    def inside(self, name: str) -> Any:
+        """``name`` as a captured segment sees it."""
+        if name in self.outside:
+            bridge = bridge_name(name)
+            return self.owners.get(bridge, self.values[bridge]).tensor
+        place = self.read_from[name]
+        # The tensor that holds the memory, not the one that only lies there: what a segment makes may be an alias of it.
+        return self.owners.get(place.name, self.values[place.name]) if isinstance(place, Slot) else place
+
+    # what steps make and change
+
+    def captured(self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """What a captured segment made. It holds its memory until its last reader is recorded."""
+        with_memory = [tensor for tensor in tensors_of(inputs) if tensor.layout is torch.strided]
+        lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]]
+        lent = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in with_memory}
+        for name, result in zip(names, results, strict=True):
+            self.read_from[name] = Slot(name)
+            self.values[name] = self.constants[name] = result
+            if self.keep or not self._is_memory(result):
+                continue
+            key = _torch.storage_key(result)
+            owner, place = lent[key] if key in lent else (self.driver.lend(result).untyped_storage(), None)
+            place = place if place is not None else _torch.unowned_storage(owner)
+            lent[key] = owner, place
+            geometry = Geometry.of(result)
+            self._hold(name, geometry.on(owner), place)
+            self.values[name] = self.constants[name] = geometry.on(place)
+        self.most = self.most.or_more(Held.by(self.owners.values()))
+
+    def uncaptured(self, names: Sequence[str]) -> None:
+        """Undo :meth:`captured`: the graph could not be launched."""
+        for name in names:
+            self.owners.pop(name, None)
+            self.constants.pop(name, None)
+
+    def _is_memory(self, value: Any) -> bool:
+        """Whether ``value`` is a tensor in memory of the pool."""
+        return (
+            type(value) is torch.Tensor
+            and value.layout is torch.strided
+            and value.device == self.driver.device
+            and value.untyped_storage().nbytes() > 0
+        )
+
+    def returned(self, name: str, value: Any) -> None:
+        """What an eager step returned, for later segments."""
+        self.values[name] = value
+        self.read_from[name] = Slot(name)
+        if isinstance(value, torch.Tensor):
+            self.outside.add(name)
+        self._pinned.update(self._behind(value))
+
+    def written(self, segment: Segment, *, outside: bool = False) -> None:
+        """What a segment has written is not what it was; ``outside``: nor is it what the bridges of inputs hold."""
+        for access in segment.writes:
+            self.intact.pop(access.storage, None)
+            if outside and access.storage in self.inputs:
+                self.loaded.discard(access.storage)
+
+    # lifetimes
+
+    def _hold(self, slot: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
+        """Have ``owner`` hold the memory behind ``place``, on which the constants of ``slot`` lie."""
+        self.owners[slot] = owner
+        self._lent.add(int(place._cdata))
+
+    def retire(self, position: int) -> None:
+        """Give up the memory of what no step behind ``position`` reads."""
+        for name in self.lives.ends.get(position, ()):
+            if name not in self.lives.returned:
+                self._give_up(name)
+                self.values.pop(name, None)
+                self.read_from.pop(name, None)
+            if name not in self.saved and (name not in self.lives.returned or name in self.intact):
+                self._give_up(bridge_name(name))
+        for name in self.lives.unloaded.get(position, ()):
+            self._give_up(bridge_name(name))
+        # Where nothing is kept, constants and arguments go as early as in a plain call.
+        for name in self._dead[position] if self._dead else ():
+            for held in (name, bridge_name(name), _inside_name(name)):
+                self.values.pop(held, None)
+                self.constants.pop(held, None)
+
+    def keep_nothing(self, program: Program, position: int) -> None:
+        """The rest of the call is not recorded: give up what only segments before ``position`` and replays would read."""
+        self._dead = last_uses(program)
+        for before in range(position):
+            self.retire(before)
+
+    def _give_up(self, slot: str) -> None:
+        if slot not in self._pinned:
+            self.owners.pop(slot, None)
+
+    def forget(self) -> None:
+        """Drop what the pool owns."""
+        self.constants.clear()
+        self.values.clear()
+        self.owners.clear()
+
+    def needed(self) -> Held | None:
+        """What the recording needs at once, at most; None if everything is held as long as the recording lives."""
+        return None if self.keep else self.most + Held.by(self.constants.values(), self._lent)
+
+    # whose memory a value lies in
+
+    def is_constant_view(self, call: Call, made: Any) -> bool:
+        """Whether a call only makes a view of memory that stays where it is, so that it need not be made again.
+
+        What a fake says is not enough: were ``made`` a copy, later calls would get the values of this one.
+        """
+        if not call.takes_part:
+            return False
+        slots = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
+        if not slots or not all(slot.name in self.constants for slot in slots):
+            return False
+        memory = {_torch.storage_key(t) for slot in slots for t in tensors_of(self.constants[slot.name])}
+        return all(_torch.storage_key(tensor) in memory for tensor in tensors_of(made))
+
+    def holder(self, name: str) -> torch.Tensor | None:
+        """What holds the memory of a value that is saved, if the pool has it."""
+        place = self.read_from[name].name
+        owner = self.owners.get(bridge_name(name) if place == _inside_name(name) else place)
+        if owner is None and place in self.constants:
+            owner = self.constants[place]
+        return owner.tensor if isinstance(owner, Bridge) else owner
+
+    def is_ours(self, value: torch.Tensor) -> bool:
+        """Whether ``value`` lies in our memory. Not by its name: an op that returns its argument, against its schema, hands it out."""
+        return _torch.storage_key(value) in self.owned_storages() or any(True for _ in self._behind(value))
+
+    def owned_storages(self) -> frozenset[int]:
+        """The keys of the storages that constants lie on."""
+        owned = (value for name, value in self.constants.items() if name not in self.inputs)
+        tensors = (value.tensor if isinstance(value, Bridge) else value for value in owned)
+        return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
+
+    def _behind(self, value: Any) -> Iterator[str]:
+        """Slots whose memory tensors in ``value`` lie in, on whatever storage: DLPack makes others over the same memory."""
+        for tensor in tensors_of(value):
+            if tensor.layout is torch.strided and tensor.device == self.driver.device:
+                address = tensor.untyped_storage().data_ptr()
+                for slot, owner in self.owners.items():
+                    memory = (owner.tensor if isinstance(owner, Bridge) else owner).untyped_storage()
+                    if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():
+                        yield slot
+
+
+def _inside_name(name: str) -> str:
+    return f"{name}.inside"
