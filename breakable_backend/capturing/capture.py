@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, allow_others, log, refuse_others
-from breakable_backend.drivers import CaptureDriver, CaptureSession, tape
+from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.drivers.streams import explained
@@ -213,7 +213,7 @@ class _OngoingCapture:
     """One capture under way: implements :class:`active.BreakHandler`."""
 
     graph: BreakableCUDAGraph
-    driver: CaptureDriver
+    driver: SessionDriver
     options: Options
     capture_stream: torch.cuda.Stream | None
     error_mode: str

@@ -19,7 +19,7 @@ import torch
 
 from breakable_backend import _torch, active
 from breakable_backend.calling.device_errors import blame
-from breakable_backend.drivers import CaptureDriver
+from breakable_backend.drivers import CaptureDriver, SessionDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.ordering import replayed_inside
@@ -48,7 +48,7 @@ class Pool:
     Each has memory of its own in it.
     """
 
-    driver: CaptureDriver
+    driver: SessionDriver
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class BreakableCUDAGraph:
     def __init__(self, pool: Any = None, driver: str | None = None) -> None:
         self._choice = Options.parse({} if driver is None else {"driver": driver}).driver
         self._given_pool = _checked_pool(pool)
-        self._driver: CaptureDriver | None = pool.driver if isinstance(pool, Pool) else None
+        self._driver: SessionDriver | None = pool.driver if isinstance(pool, Pool) else None
         self.shares_pool = isinstance(pool, Pool)
         """Whether it is in the pool of another one, and so gets memory of its own there.
 
@@ -403,7 +403,7 @@ class BreakableCUDAGraph:
         recording = captured.recording
         return f"BreakableCUDAGraph({len(recording.graphs)} segments, {captured.breaks} eager steps, {self.replays} replays)"
 
-    def _made_driver(self) -> CaptureDriver:
+    def _made_driver(self) -> SessionDriver:
         if self._driver is None:
             self._driver = _driver(self._choice, self._given_pool)
         return self._driver
@@ -451,7 +451,7 @@ def _checked_pool(pool: Any) -> Any:
 _numbers = itertools.count()
 
 
-def _driver(choice: str, pool: Any = None) -> CaptureDriver:
+def _driver(choice: str, pool: Any = None) -> SessionDriver:
     if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()):
         require_cuda()
         return CudaDriver(torch.device("cuda", torch.cuda.current_device()), pool)

@@ -1,4 +1,4 @@
-"""The seam between a recording and the machine that captures: two protocols, and no code.
+"""The seam between a recording and the machine that captures: protocols, and no code.
 
 ``cuda`` captures CUDA graphs. ``tape`` gives the same semantics on any device, by running and undoing ATen ops:
 it shows what a capture would do, not how fast. One suite (``tests/drivers/test_driver_contract.py``) holds both to this text.
@@ -188,9 +188,6 @@ class CaptureDriver(Protocol):
         before reads and writes it on at its address. Only where memory is reused.
         """
 
-    def session(self) -> AbstractContextManager[CaptureSession]:
-        """For captures that begin and end in the middle of a ``with`` block. Within :meth:`recording`."""
-
     def drawing(self) -> AbstractContextManager[None]:
         """Held around ops that run by themselves and may draw from the device's default generator."""
 
@@ -238,3 +235,10 @@ class CaptureDriver(Protocol):
 
     def live_graphs(self) -> int:
         """Graphs that were captured and not released."""
+
+
+class SessionDriver(CaptureDriver, Protocol):
+    """Captures in the middle of the caller's own code too, which cannot be run again."""
+
+    def session(self) -> AbstractContextManager[CaptureSession]:
+        """For captures that begin and end in the middle of a ``with`` block. Within :meth:`CaptureDriver.recording`."""

@@ -336,9 +336,6 @@ class CudaDriver(DeviceDriver):
         self.begin, self.end = refuse, lambda stream: None  # type: ignore[method-assign]
         self._lost = True
 
-    def note_arguments(self, args: Sequence[Any]) -> None:
-        """Nothing to do: a graph reads whatever is at its addresses."""
-
     def end(self, stream: int) -> None:
         """Mark on ``stream`` where this call's use of the pool ends."""
         order = self._order
@@ -491,10 +488,6 @@ class CudaDriver(DeviceDriver):
                 yield
         finally:
             self._draws.end_capture()
-
-    def lend(self, made: torch.Tensor) -> torch.Tensor:
-        """``made`` itself: torch's allocator counts who holds its storage."""
-        return made
 
     @contextmanager
     def session(self) -> Iterator[CudaSession]:

@@ -1,14 +1,17 @@
-"""What each driver has, whatever it captures: a device, a lock, and who is in its pool."""
+"""What drivers have in common: a device, a lock, and who is in the pool; and what has no pool of a device's."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 
 from breakable_backend import locks
-from breakable_backend.drivers import LOCK_TIMEOUT, Tenant
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
 from breakable_backend.drivers.room import Room
 
 
@@ -31,3 +34,82 @@ class DeviceDriver:
         """In a forked child: a call that another thread was in is none there."""
         if not locks.is_ours(self.lock):
             self.busy = False
+
+    def note_arguments(self, args: Sequence[Any]) -> None:
+        """Nothing to do: a graph reads whatever is at its addresses."""
+
+    def lend(self, made: torch.Tensor) -> torch.Tensor:
+        """``made`` itself: whoever holds its storage holds the memory."""
+        return made
+
+
+class OpByOpGraph(Protocol):
+    """A segment that runs op by op, in memory that it owns."""
+
+    @property
+    def made(self) -> Mapping[int, torch.UntypedStorage]: ...
+
+    @property
+    def released(self) -> bool: ...
+
+    def release(self) -> None: ...
+
+
+class OpByOpDriver(DeviceDriver):
+    """What runs op by op allocates as it always does, is over when it returns, and fails where the device does.
+
+    Graphs live as long as the caller holds them; :meth:`release` empties them earlier.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._adopted: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._adopting = locks.lock()
+
+    def adopt(self, graph: OpByOpGraph) -> None:
+        """Count what ``graph`` owns as the pool's."""
+        with self._adopting:
+            self._adopted.add(graph)
+
+    def _live(self) -> list[OpByOpGraph]:
+        with self._adopting:
+            return [graph for graph in self._adopted if not graph.released]
+
+    def allocating(self) -> AbstractContextManager[None]:
+        """Nothing to hold: there is no other memory than the device's."""
+        return nullcontext()
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Nothing to hold: no capture disturbs the generator."""
+        return nullcontext()
+
+    def make_room(self) -> None:
+        """Nothing to do: nobody holds free memory."""
+
+    vacate = settle = make_room
+
+    def give_up(self, why: str) -> None:
+        """Nothing to do: later calls fail by themselves."""
+
+    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
+        """Give back ``graphs`` at once."""
+        for graph in graphs:
+            assert graph in self._adopted, graph
+            graph.release()  # type: ignore[attr-defined]
+        if owner is not None:
+            owner.clear()
+
+    def pool_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._made().values())
+
+    def executable_bytes(self) -> int:
+        return 0
+
+    def live_blocks(self) -> int:
+        return len(self._made())
+
+    def live_graphs(self) -> int:
+        return len(self._live())
+
+    def _made(self) -> dict[int, torch.UntypedStorage]:
+        return {int(storage._cdata): storage for graph in self._live() for storage in graph.made.values()}

@@ -7,7 +7,6 @@ therefore wrong in that path, and what is right here is wrong in the capture.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
@@ -15,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from breakable_backend import _torch, locks
+from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.drivers import CapturedGraph, CaptureSession, Feed
-from breakable_backend.drivers.device import DeviceDriver
+from breakable_backend.drivers import CapturedGraph, Feed
+from breakable_backend.drivers.device import OpByOpDriver
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.effects import is_view_op
@@ -72,12 +71,16 @@ class RerunGraph:
         for position, storage in self.made.items():
             _move(leaves[position].untyped_storage(), storage)
 
+    @property
+    def released(self) -> bool:
+        return self._body is None
+
     def release(self) -> None:
         """Drop the body and what the graph owns."""
         self._body, self.made = None, {}
 
 
-class EagerDriver(DeviceDriver):
+class EagerDriver(OpByOpDriver):
     """Runs what others capture, on one device of any type. See :class:`breakable_backend.drivers.CaptureDriver`.
 
     Unlike under a capture, the effects of a body have happened when :meth:`capture` returns, and the first replay does
@@ -89,9 +92,7 @@ class EagerDriver(DeviceDriver):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._graphs: weakref.WeakSet[RerunGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._adopting = locks.lock()
 
     def begin(self) -> int:
         if self._done is None:
@@ -99,9 +100,6 @@ class EagerDriver(DeviceDriver):
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self._done)
         return stream.cuda_stream
-
-    def note_arguments(self, args: Sequence[Any]) -> None:
-        """Nothing to do: a segment reads whatever is at its addresses."""
 
     def end(self, stream: int) -> None:
         if self._done is not None:
@@ -129,8 +127,7 @@ class EagerDriver(DeviceDriver):
                 made[position] = leaf.untyped_storage()
         drew = not torch.equal(state, self._random_state())
         graph = RerunGraph(self._by_address(body), made, drew, Modes.current())
-        with self._adopting:
-            self._graphs.add(graph)
+        self.adopt(graph)
         return graph, result
 
     def _by_address(self, body: Callable[[], T]) -> Callable[[], T]:
@@ -154,63 +151,15 @@ class EagerDriver(DeviceDriver):
         """An object of its own for each moment: what runs is never in vain."""
         return object()
 
-    def allocating(self) -> AbstractContextManager[None]:
-        """Nothing to hold: there is no pool."""
-        return nullcontext()
-
-    def lend(self, made: torch.Tensor) -> torch.Tensor:
-        """There is nothing to lend: each segment keeps its memory."""
-        raise NotImplementedError
-
-    def session(self) -> AbstractContextManager[CaptureSession]:
-        """There is none: the body of a ``with`` statement cannot be run again. The tape driver takes its place."""
-        raise NotImplementedError
-
-    def drawing(self) -> AbstractContextManager[None]:
-        """Nothing to hold: no capture disturbs the generator."""
-        return nullcontext()
-
-    def make_room(self) -> None:
-        """Nothing to do: what runs op by op allocates as it always does."""
-
-    def vacate(self) -> None:
-        """Nothing to do: there is no free memory in a pool."""
-
     def is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def give_up(self, why: str) -> None:
-        """Nothing to do: what runs op by op fails where the device does."""
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
         # A lost device is nothing that whoever lets go of a model could mend.
         with suppress(torch.AcceleratorError):
             if self._done is not None and not self.is_capturing():
                 self._done.synchronize()  # the last call may have run on another stream than the memory is of
-        for graph in graphs:
-            assert isinstance(graph, RerunGraph), graph
-            graph.release()
-        if owner is not None:
-            owner.clear()
-
-    def settle(self) -> None:
-        """Nothing to do: a release does all at once."""
-
-    def pool_bytes(self) -> int:
-        return sum(storage.nbytes() for graph in self._live() for storage in graph.made.values())
-
-    def executable_bytes(self) -> int:
-        return 0
-
-    def live_blocks(self) -> int:
-        return sum(len(graph.made) for graph in self._live())
-
-    def live_graphs(self) -> int:
-        return len(self._live())
-
-    def _live(self) -> list[RerunGraph]:
-        with self._adopting:
-            return list(self._graphs)
+        super().release(graphs, owner, wait=wait)
 
 
 def _launching(module: fx.GraphModule) -> tuple[str, ...]:

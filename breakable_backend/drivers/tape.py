@@ -13,20 +13,19 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from breakable_backend import _torch, active, locks
+from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.device import DeviceDriver
+from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph
 from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.nodes import dot_of_names
-from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing
 from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, written_values
@@ -415,11 +414,11 @@ def _failure(error: Exception) -> CaptureError:
     return as_passing(failed, error)
 
 
-class TapeDriver(DeviceDriver):
+class TapeDriver(OpByOpDriver):
     """Captures by running and undoing, and replays by running again, on one device of any type.
 
-    Graphs live as long as the caller holds them; :meth:`release` empties them earlier. The modes that see the ops are
-    those of the calling thread, so that threads may capture side by side as far as :attr:`lock` lets them.
+    The modes that see the ops are those of the calling thread, so that threads may capture side by side as far as
+    :attr:`lock` lets them.
 
     Raises:
         CaptureError: from :meth:`capture`; see the protocol.
@@ -430,20 +429,18 @@ class TapeDriver(DeviceDriver):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._graphs: weakref.WeakSet[TapeGraph] = weakref.WeakSet()
         self._brought: dict[int, int] = {}
         self._lent: dict[int, _Lent] = {}
         """By the key of the twin, which the weak reference keeps from being used again."""
         self._given: list[torch.UntypedStorage] = []
         """Memory that was allocated between captures: the next graph's to own."""
-        self._last: weakref.ref[TapeGraph] | None = None
+        self._last: weakref.ref[OpByOpGraph] | None = None
         self.pool = object()
         """What tells memory of recordings apart."""
         self._captured = 0
         """Graphs that were captured so far."""
         self._session: TapeSession | None = None
         """Of the capture that :meth:`capture` has under way."""
-        self._adopting = locks.lock()
 
     def begin(self) -> int:
         return 0
@@ -500,29 +497,14 @@ class TapeDriver(DeviceDriver):
             raise tape.refusal
         return len(tape.ops)
 
-    def drawing(self) -> AbstractContextManager[None]:
-        """Nothing to hold: no capture disturbs the generator."""
-        return nullcontext()
-
-    def make_room(self) -> None:
-        """Nothing to do: what runs op by op allocates as it always does."""
-
-    def vacate(self) -> None:
-        """Nothing to do: there is no free memory in a pool."""
-
     def is_capturing(self) -> bool:
         return _active.get() not in (None, self)
 
-    def adopt(self, graph: TapeGraph) -> None:
-        """Count what ``graph`` owns as the pool's."""
+    def adopt(self, graph: OpByOpGraph) -> None:
+        super().adopt(graph)
         with self._adopting:
-            self._graphs.add(graph)
             self._last = weakref.ref(graph)
             self._captured += 1
-
-    def allocating(self) -> AbstractContextManager[None]:
-        """Nothing to hold: :meth:`lend` sees what was made."""
-        return nullcontext()
 
     def lend(self, made: torch.Tensor) -> torch.Tensor:
         """A tensor on a twin storage: so one can tell when nobody needs the memory, which the tape goes on using."""
@@ -554,39 +536,6 @@ class TapeDriver(DeviceDriver):
         """What was allocated between captures, taken from the driver."""
         given, self._given = tuple(self._given), []
         return given
-
-    def give_up(self, why: str) -> None:
-        """Nothing to do: what runs op by op fails where the device does."""
-
-    def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        for graph in graphs:
-            assert isinstance(graph, TapeGraph), graph
-            graph.release()
-        if owner is not None:
-            owner.clear()
-        if not self.live_graphs():
-            self.room = Room()
-
-    def settle(self) -> None:
-        """Nothing to do: a release does all at once."""
-
-    def pool_bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._made().values())
-
-    def executable_bytes(self) -> int:
-        return 0
-
-    def live_blocks(self) -> int:
-        return len(self._made())
-
-    def live_graphs(self) -> int:
-        with self._adopting:
-            return sum(not graph.released for graph in self._graphs)
-
-    def _made(self) -> dict[int, torch.UntypedStorage]:
-        with self._adopting:
-            graphs = list(self._graphs)
-        return {key: storage for graph in graphs for key, storage in graph.made.items()}
 
 
 class TapeSession:
