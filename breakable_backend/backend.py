@@ -106,7 +106,7 @@ class Backend:
         if mode not in MODES:
             raise OptionsError(
                 f"mode={mode!r} is a mode of Inductor's, and this backend compiles no kernels",
-                fix="leave mode out; 'default' and 'reduce-overhead' are taken, and change nothing",
+                fix="leave mode out; 'default' and 'reduce-overhead' are accepted, and change nothing",
             )
         chosen = Options.parse(options)
         eager_ops = EagerOps.resolve(chosen.eager_ops)

@@ -30,7 +30,7 @@ def internal(error: Exception, log: logging.Logger) -> InternalError:
     """What ``error``, a fault of this package, is told as."""
     log.error("this is a fault of breakable_backend", exc_info=error)
     return InternalError(
-        f"breakable_cg failed inside, with {type(error).__name__}: {without_advice(str(error))}",
+        f"breakable_cg failed internally with {type(error).__name__}: {without_advice(str(error))}",
         original=error,
         fix=FIX,
     )

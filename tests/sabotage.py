@@ -1115,7 +1115,7 @@ FAULTS = (
         "capturing.capture:_OngoingCapture.close",
         "user_line(self.failed.__traceback__)",
         "None",
-        "test_catalogue.py::test_every_error_shows_the_users_line[nothing was captured, since an error was caught inside]",
+        "test_catalogue.py::test_every_error_shows_the_users_line[nothing was captured, since the body caught an error]",
     ),
     # --- marked functions in compiled code ---
     Fault(

@@ -128,7 +128,7 @@ class BoundCall(Generic[T]):
         if self.why_not and raises:
             raise BindError(
                 f"this call cannot be bound: {self.why_not}",
-                fix='call the compiled function itself, or let it be called: bind(..., misfit="call")',
+                fix='call the compiled function itself, or let bind do so: bind(..., misfit="call")',
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> T:
@@ -166,7 +166,7 @@ class BoundCall(Generic[T]):
         if self.raises:
             raise ReplayError(
                 f"this call does not fit what was bound: {why}",
-                fix='bind anew, or let such calls go to the compiled function: bind(..., misfit="call")',
+                fix='bind again, or let such calls go to the compiled function: bind(..., misfit="call")',
             )
         if why not in (MOVED, GONE):
             return self.__wrapped__(*args, **kwargs)

@@ -342,7 +342,7 @@ class Training:
         with self._lock:
             self._give_up(f"it needs gradients, and {why}")
         raise ReplayError(
-            f"{self.name} was captured, and {why}: only what ran eagerly can do that",
+            f"{self.name} was captured, and {why}: only a call that ran eagerly supports that",
             where=self.source,
             fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
         )

@@ -121,7 +121,9 @@ class capture:
 
     def __enter__(self) -> BreakableCUDAGraph:
         if active.handler.get() is not None:
-            raise CaptureError("a capture was begun inside a capture", where=user_line(), fix="captures do not nest")
+            raise CaptureError(
+                "a capture was started inside another capture", where=user_line(), fix="captures do not nest"
+            )
         if any(isinstance(mode, _Watcher) and mode.under_way.capturing for mode in _torch.dispatch_modes()):
             error = _other_context(user_line())
             raise error
@@ -296,7 +298,7 @@ class _OngoingCapture:
         """Raise where autograd would take marked ops apart before the capture sees them."""
         if self.whole and _records_gradients():
             raise CaptureError(
-                f"{', '.join(self.whole)} is marked by mark_eager, and autograd takes it apart before a capture sees it",
+                f"{', '.join(self.whole)} is marked by mark_eager, but autograd decomposes it before the capture sees it",
                 where=user_line(),
                 fix="capture under torch.no_grad() or torch.inference_mode(), or put the call under eager_region()",
             )
@@ -327,7 +329,7 @@ class _OngoingCapture:
             self.constants, self.held, self.parameters, self.outside = {}, {}, {}, {}
         if error is None and self.failed is not None:
             nothing = CaptureError(
-                f"nothing was captured, since an error was caught inside: {first_line(self.failed)}",
+                f"nothing was captured, since the body caught an error: {first_line(self.failed)}",
                 where=user_line(self.failed.__traceback__),
                 fix="catch it outside of the capture",
             )
@@ -485,7 +487,7 @@ class _OngoingCapture:
                 and any(tensor.requires_grad for tensor in tensors_on(self.driver.device, result))
             ):
                 raise CaptureError(
-                    f"the result of {name} needs gradients, which do not pass a break",
+                    f"the result of {name} needs gradients, which do not pass an eager step",
                     where=reason.source,
                     fix="capture under torch.no_grad(), or compile with torch.compile, where they pass",
                 )
@@ -628,7 +630,9 @@ class _Alive:
         value = self.ref()
         if value is None:
             raise ReplayError(
-                f"a {self.kind} that an eager function takes is gone", where=self.source, fix="keep the model alive"
+                f"a {self.kind} that an eager function takes no longer exists",
+                where=self.source,
+                fix="keep the model alive",
             )
         return value
 
@@ -653,7 +657,7 @@ def _placed(error: CaptureError, where: str) -> CaptureError:
 
 def _other_context(where: str) -> CaptureError:
     return CaptureError(
-        "code of another context (a task of asyncio?) ran while a capture was under way in this thread",
+        "code of another context (an asyncio task?) ran during a capture in this thread",
         where=where,
         fix="do not await inside of a capture",
     )

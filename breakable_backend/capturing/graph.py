@@ -75,7 +75,7 @@ def refuse_others(driver: CaptureDriver) -> Callable[[], int]:
 
     def refuse() -> int:
         nested = ReplayError(
-            "a graph was used in an eager step of another one that shares its pool",
+            "a graph was used in an eager step of another graph that shares its pool",
             where=user_line(),
             fix="give one of the two a pool of its own",
         )
@@ -360,7 +360,7 @@ class BreakableCUDAGraph:
         raise CaptureError(
             "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses",
             where=user_line(),
-            fix="make a new one, and capture into that",
+            fix="make a new graph, and capture into it",
         )
 
     def pool(self) -> Pool:

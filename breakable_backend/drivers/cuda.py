@@ -53,7 +53,7 @@ def require_cuda() -> None:
         raise OptionsError("driver='cuda' needs a CUDA GPU, and torch sees none", fix="use driver='tape' or 'auto'")
     if torch.cuda.get_allocator_backend() != "native":
         raise OptionsError(
-            "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep",
+            "driver='cuda' needs PyTorch's own allocator: under backend:cudaMallocAsync a graph keeps no memory between launches",
             fix="take backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF, or use driver='tape'",
         )
     if not cudart.found():
@@ -330,7 +330,7 @@ class CudaDriver(DeviceDriver):
 
     def give_up(self, why: str) -> None:
         def refuse() -> int:
-            raise ReplayError(why, fix="start the process anew")
+            raise ReplayError(why, fix="restart the process")
 
         # In place of the methods, so that a call has nothing more to do while all is well.
         self.begin, self.end = refuse, lambda stream: None  # type: ignore[method-assign]

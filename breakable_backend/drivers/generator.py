@@ -116,11 +116,11 @@ class Draws:
         """Take the turn of a capture. Before it nothing is done on the capture stream: another thread may capture there.
 
         Raises:
-            CaptureError: another thread's capture went on for ``WAIT`` seconds.
+            CaptureError: another thread's capture did not end within ``WAIT`` seconds.
         """
         if not captures.take(again=False):
             busy = CaptureError(
-                f"another thread's capture went on for {WAIT:g} s",
+                f"another thread's capture did not end within {WAIT:g} s",
                 fix="do not wait, inside of `with capture`, for a thread that captures",
             )
             busy.passing = "busy"
@@ -149,11 +149,11 @@ class Draws:
         """Take the turn of a replay that draws, or may draw, on ``stream``, the current one.
 
         Raises:
-            ReplayError: another thread's capture went on for ``WAIT`` seconds.
+            ReplayError: another thread's capture did not end within ``WAIT`` seconds.
         """
         if not draws.take():
             busy = ReplayError(
-                f"a graph that draws random numbers was replayed while another thread's capture went on for {WAIT:g} s",
+                f"a graph that draws random numbers cannot be replayed: another thread's capture did not end within {WAIT:g} s",
                 fix="do not wait, inside of `with capture`, for a thread that replays such graphs",
             )
             busy.passing = "busy"
@@ -281,5 +281,5 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
     with torch.cuda.device(device):
         status, made = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)
     if status:
-        raise CaptureError(f"CUDA has no stream to give: {cudart.cudaGetErrorString(status)[1].decode()}")
+        raise CaptureError(f"CUDA cannot create a stream: {cudart.cudaGetErrorString(status)[1].decode()}")
     return torch.cuda.ExternalStream(int(made), device)

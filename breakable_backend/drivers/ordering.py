@@ -33,7 +33,7 @@ def capture_end(stream: int) -> tuple[int, ...] | None:
     """
     error, status = cudart.cudaStreamIsCapturing(stream)
     if error or status != cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive:
-        invalid = CaptureError("something made the capture invalid, and raised no error")
+        invalid = CaptureError("the capture became invalid, and no error was raised")
         invalid.passing = "disturbed"  # another thread may have done it
         raise invalid
     # In cuda-python 12 the function of this name tells no nodes, and the next version of it does.
@@ -48,7 +48,7 @@ REPLAY_OUTSIDE = "replay it outside, or capture with `with capture(graph)`, wher
 def replayed_inside() -> ReplayError:
     """What a replay on a stream that somebody else captures is told: CUDA takes no launch of a graph into a capture."""
     return ReplayError(
-        "a graph was replayed inside somebody else's capture, which can hold no launch of a graph",
+        "a graph was replayed inside somebody else's capture, which cannot contain the launch of a graph",
         where=user_line(),
         fix=REPLAY_OUTSIDE,
     )
@@ -138,7 +138,7 @@ class Order:
         while is_captured(stream):
             if time.monotonic() > until:
                 raise ReplayError(
-                    f"somebody else has been capturing the stream of the last replay for {WAIT:g} s, so none can follow it",
+                    f"somebody else has been capturing the stream of the last replay for {WAIT:g} s, so no replay can be ordered behind it",
                     where=user_line(),
                     fix="replay after that capture, or on a stream that nobody captures on",
                 )

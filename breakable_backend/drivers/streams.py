@@ -85,7 +85,7 @@ class StreamOrder:
             return
         if not is_captured(stream.cuda_stream):
             raise CaptureError(
-                f"an op ran on {stream}, which the capture does not know: no graph would have it",
+                f"an op ran on {stream}, which is not a part of the capture, so no graph would contain the op",
                 fix="fork the stream first: side.wait_stream(torch.cuda.current_stream())",
             )
         self._sides[stream.cuda_stream] = stream
@@ -164,11 +164,11 @@ class StreamOrder:
 UNJOINED = "unjoined work"
 _MEANINGS = {
     "uncaptured work in another stream": (
-        "captured code waited for work from outside of the capture, past torch.cuda.Stream and torch.cuda.Event",
+        "captured code waited for work from outside of the capture, without torch.cuda.Stream and torch.cuda.Event",
         "wait with torch.cuda.Stream.wait_stream, wait_event or torch.cuda.Event.wait, or in an eager function",
     ),
     UNJOINED: (
-        "a stream that something forked past torch.cuda.Stream and torch.cuda.Event was never joined",
+        "a stream that was forked without torch.cuda.Stream and torch.cuda.Event was never joined",
         "join it before the segment ends: torch.cuda.current_stream().wait_stream(side)",
     ),
     "event last recorded in a capturing stream": (

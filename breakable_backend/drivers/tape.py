@@ -145,7 +145,7 @@ class _Outside:
         if storage is None or storage.data_ptr() != self.address:
             fate = "freed" if storage is None else "moved"
             raise ReplayError(
-                f"{self.label} was {fate} after the capture, which reads it at its address",
+                f"{self.label} was {fate} after the capture, but the graph reads it at its address",
                 fix="keep what goes into a captured graph alive, and write new values into it in place",
             )
 
@@ -555,7 +555,7 @@ class TapeSession:
 
     def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
         if _active.get() is not None:
-            raise CaptureError("a capture was begun inside a capture", fix="end the outer one first")
+            raise CaptureError("a capture was started inside another capture", fix="end the outer one first")
         for bridge, value in fed:  # the code runs for real, and looks at its numbers
             bridge.copy_(value)
         self._fed = fed

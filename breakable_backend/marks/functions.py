@@ -133,7 +133,7 @@ def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D41
     """
     if isinstance(function, bool):
         if "enable" in options:
-            raise OptionsError("eager_on_graph was told enable twice", fix="eager_on_graph(True) or enable=True")
+            raise OptionsError("eager_on_graph got enable twice", fix="eager_on_graph(True) or enable=True")
         function, options = None, {**options, "enable": function}
     enable = options.pop("enable", True)
     if not isinstance(enable, bool):
@@ -219,7 +219,7 @@ _identities = itertools.count()
 def _with_gradients(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     recompute, backward = options.get("recompute", False), options.get("backward")
     if recompute and backward is not None:
-        raise OptionsError("recompute and backward exclude each other", fix="let backward compute again what it needs")
+        raise OptionsError("recompute and backward exclude each other", fix="compute again in backward what it needs")
     if backward is not None:
         return with_backward(function, backward)
     return recomputed(function) if recompute else function

@@ -31,8 +31,8 @@ def _saved(number: int, handle: torch.Tensor) -> SavedForBackward:
     if saved is None:
         site = sites.get(number)
         raise ReplayError(
-            f"what {site.mark.name if site is not None else 'a marked function'} keeps for its backward is gone: "
-            "saved_tensors_hooks kept a copy of its handle instead",
+            f"what {site.mark.name if site is not None else 'a marked function'} saved for its backward is gone: "
+            "saved_tensors_hooks kept only a copy of its handle",
             where=site.mark.source if site is not None else "",
             fix="have the hooks keep int64 tensors on the host as they are",
         )
@@ -170,7 +170,7 @@ def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int
     if sites[site].is_exact and any(gradient is None for gradient in made):
         mark = sites[site].mark
         raise EagerOutputError(
-            f"the gradients of {mark.name} leave one of its arguments out, and did not when they were captured",
+            f"the gradients of {mark.name} leave out one of its arguments, and did not when they were captured",
             where=mark.source,
             fix="have each result depend on each argument, or compile with options={'training': False}",
         )

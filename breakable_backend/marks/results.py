@@ -101,7 +101,7 @@ def take_result(
         (type(value).__name__ for value in instances_in(result, enum.Enum)), ""
     )  # Dynamo's guards on one fail
     if other:
-        raise Unholdable(f"what compiled code cannot hold: {other}", _CONTAINERS)
+        raise Unholdable(f"an object that compiled code cannot hold: {other}", _CONTAINERS)
     tensors: list[torch.Tensor] = []
     ints: list[Any] = []
     floats: list[Any] = []
@@ -111,13 +111,13 @@ def take_result(
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
         if strange is not None:  # such as numpy.float64, which is a float
             raise Unholdable(
-                "a number or text of a class of its own, which compiled code cannot hold",
+                "a number or string of a subclass, which compiled code cannot hold",
                 f"return it as {kind.__name__}",
             )
     if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
         raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
     if not all(isinstance(value, float) for value in floats):
-        raise Unholdable("a float that depends on values", "return it as a tensor, or in whole numbers as an int")
+        raise Unholdable("a float that depends on values", "return it as a tensor, or as an int if it is whole")
     if any(tensor.layout is not torch.strided for tensor in tensors):
         raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
     del result
@@ -186,7 +186,7 @@ class _Taker:
             if lies.read_as == mine.read_as
         ]
         if bases[0][2].read_as != mine.read_as:
-            raise Unholdable("a view of an argument as another dtype", "make that view outside, or return a clone")
+            raise Unholdable("a view of an argument with another dtype", "make that view outside, or return a clone")
         # Rather of one that it lies in: in another call the arguments may lie apart.
         return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
 
@@ -240,7 +240,7 @@ def _shares(wanting: list[Member], length: int) -> list[Member]:
             return [(tensor, where)]
     spans = sorted((where[2], where[2] + reach(where)) for _, where in wanting if where is not None)
     if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise Unholdable("tensors that overlap in part and need gradients", "return clones")
+        raise Unholdable("tensors that partly overlap and need gradients", "return clones")
     return wanting
 
 

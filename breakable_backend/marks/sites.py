@@ -408,7 +408,7 @@ class Site:
                     given[place] = target.as_strided(tensor.shape, tensor.stride(), target.storage_offset() + apart)
                 except RuntimeError:
                     raise ReplayError(
-                        f"{self.mark.name} reads memory around a tensor that it writes, which the backend has copied without that",
+                        f"{self.mark.name} writes a tensor and reads memory around it, but the backend passed a copy of the tensor alone",
                         where=self.mark.source,
                         fix="pass the whole tensor, and name it in mutates_args; or make clones of the parts before",
                     ) from None
@@ -501,9 +501,9 @@ class Site:
             self.learned.why_not = CHANGED_A_CONTAINER
             _torch.forget_code_of(self, f"{self.mark.name} changed a container")
         return EagerOutputError(
-            f"{self.mark.name}: {CHANGED_A_CONTAINER}, and compiled code has given it a copy of that",
+            f"{self.mark.name}: {CHANGED_A_CONTAINER}, and in compiled code that is a copy",
             where=self.mark.source,
-            fix="return what is to be put there, and put it there outside of the function",
+            fix="return the new element, and store it outside of the function",
         )
 
     def _failed_on_fakes(self, error: Exception) -> PartitionError:
@@ -547,7 +547,7 @@ def expected_of(taken: Result, declared: bool) -> Expected:
 
 def _closed_over() -> Unholdable:
     return Unholdable(
-        "a tensor that needs gradients of what the function closes over, which compiled code cannot give",
+        "a tensor with gradients of what the function closes over, which compiled code does not support",
         "pass that tensor or module as an argument, or compute under torch.no_grad()",
     )
 
@@ -559,7 +559,7 @@ NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(m
 CALLED_OTHERWISE = (
     "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
 )
-CHANGED_A_CONTAINER = "it changed what a container among its arguments holds"
+CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
 
 GIVE_FAKE = "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
 
@@ -608,7 +608,7 @@ class _Sites(weakref.WeakValueDictionary[int, Site]):
             return super().__getitem__(number)
         except KeyError:
             raise ReplayError(
-                "code has a call of a marked function that this process does not know: it has the number of the call, and not "
+                "code calls a marked function that this process does not know: it contains the number of the call, and not "
                 "the function",
                 fix="an exported program that was saved cannot hold marked functions: export in the process that runs it",
             ) from None

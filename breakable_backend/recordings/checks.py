@@ -60,7 +60,7 @@ def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_places(recording: Recording, args: Sequence[Any]) -> None:
-    """Raise if what captured segments take is not where it was when they were captured."""
+    """Raise if what captured segments read is not where it was when they were captured."""
     slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, address in recording.addresses.items():
         value = slots[name]
@@ -73,7 +73,7 @@ def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:
     """Raise for memory that a captured segment would look for in vain."""
     fate = "was freed" if freed else "is not where it was when they were captured"
     raise DivergenceError(
-        f"captured segments take {what} at its address, and it {fate}: this looks like address moved",
+        f"captured segments read {what} at its address, but it {fate}: this looks like address moved",
         where=where,
         fix=CAUSES["address moved"],
         cause="address moved",

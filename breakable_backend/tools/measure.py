@@ -311,7 +311,7 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
     snapshot = graph.snapshot()
     recording, replay, driver = snapshot.recording, snapshot.replay, snapshot.driver
     if recording is None or replay is None or driver is None:
-        raise OptionsError("there is nothing to measure: the graph holds nothing", fix="capture first")
+        raise OptionsError("there is nothing to measure: the graph is empty", fix="capture first")
     if snapshot.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
     with _undisturbed(driver, lambda: graph.written) as bench, _uncounted(replay.tally):

@@ -106,12 +106,14 @@ class Report:
         try:
             saved = json.loads(text)
         except json.JSONDecodeError as error:
-            raise OptionsError(f"this is no JSON: {error}", fix="give what Report.to_json() wrote, unchanged") from None
+            raise OptionsError(
+                f"this is not JSON: {error}", fix="give what Report.to_json() wrote, unchanged"
+            ) from None
         schema = saved.get("schema") if isinstance(saved, dict) else None
         if schema != SCHEMA:
             raise OptionsError(
-                f"this is no report of schema {SCHEMA}: its schema is {schema!r}",
-                fix="save the report anew, with this version of the package",
+                f"this is not a report of schema {SCHEMA}: its schema is {schema!r}",
+                fix="save the report again, with this version of the package",
             )
         return record_from(cls, saved)
 
@@ -165,7 +167,8 @@ def explain(
     """
     if options is not None and (compiled is None or not _is_plain(compiled)):
         raise OptionsError(
-            "options are for what is not compiled yet", fix="give them to torch.compile, or explain the plain function"
+            "options apply to a function that is not compiled yet",
+            fix="give them to torch.compile, or explain the plain function",
         )
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None

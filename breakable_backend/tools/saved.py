@@ -33,7 +33,7 @@ def record_from(kind: type[T], saved: Any, where: str = "report") -> T:
             values[field.name] = _value(hints[field.name], saved[field.name], f"{where}.{field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise OptionsError(
-                f"the saved report lacks {where}.{field.name}", fix="save it anew, with this version of the package"
+                f"the saved report lacks {where}.{field.name}", fix="save it again, with this version of the package"
             )
     return kind(**values)
 

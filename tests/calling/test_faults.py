@@ -32,7 +32,7 @@ def told_as_ours(call: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.ERROR, "breakable_backend"), pytest.raises(InternalError) as caught:
         call()
     text = str(caught.value)
-    assert "breakable_cg failed inside, with TypeError: 'NoneType' object is not callable" in text
+    assert "breakable_cg failed internally with TypeError: 'NoneType' object is not callable" in text
     assert "test_faults.py" in text and "the package breakable_backend" in text and "backend='eager'" in text
     assert isinstance(caught.value.original, TypeError)
     assert [record.message for record in caplog.records] == ["this is a fault of breakable_backend"]

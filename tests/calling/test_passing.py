@@ -572,7 +572,7 @@ def test_a_launch_that_fails(make: Callable[..., BreakableCUDAGraph], device: to
 
     driver.session = session  # type: ignore[method-assign, assignment]
     with torch.no_grad():
-        with pytest.raises(CaptureError, match="nothing was captured, since an error was caught inside") as caught:
+        with pytest.raises(CaptureError, match="nothing was captured, since the body caught an error") as caught:
             with capture(graph), suppress(ReplayError):
                 block(x)
         assert caught.value.passing == "busy"

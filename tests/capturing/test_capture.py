@@ -243,7 +243,7 @@ def test_enable(device: torch.device) -> None:
     assert marked_bend.__name__ == "bend"
     with pytest.raises(OptionsError, match="marks functions"):
         eager_on_graph(3)  # type: ignore[type-var]
-    with pytest.raises(OptionsError, match="told enable twice"):
+    with pytest.raises(OptionsError, match="got enable twice"):
         eager_on_graph(True, enable=True)  # type: ignore[call-overload]
     with pytest.raises(OptionsError, match="enable takes True or False, got 1"):
         eager_on_graph(enable=1)  # type: ignore[call-overload]
@@ -528,7 +528,7 @@ def test_error_that_is_caught_inside(make: MakeGraph, device: torch.device) -> N
         raise Mine("no")
 
     graph, x = make(), torch.zeros(4, device=device)
-    with pytest.raises(CaptureError, match="an error was caught inside: Mine: no"), capture(graph):
+    with pytest.raises(CaptureError, match="the body caught an error: Mine: no"), capture(graph):
         try:
             fails()
         except Mine:

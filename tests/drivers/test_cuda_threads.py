@@ -139,7 +139,7 @@ def test_a_capture_that_waits_for_a_thread_that_draws_ends() -> None:
         thread.start()
         thread.join(40)
     assert not thread.is_alive() and time.monotonic() - began < 30
-    assert f"another thread's capture went on for {generator.WAIT:g} s" in told[1]
+    assert f"another thread's capture did not end within {generator.WAIT:g} s" in told[1]
     assert told[0] == "" or "draws random numbers was replayed while another thread's capture" in told[0]
     mine.replay(), graph.replay()
     assert set(z.tolist()) == {2.0} and set(y.tolist()) == {0.0, 2.0}

@@ -675,4 +675,4 @@ def test_containers_that_a_later_call_changes(
             continue
         calls[:] = calls[:at]
         assert_same(got, model(x))
-    assert len(told) == 1 and "changed what a container among its arguments holds" in told[0]
+    assert len(told) == 1 and "changed a list or dict among its arguments" in told[0]

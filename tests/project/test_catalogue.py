@@ -354,14 +354,14 @@ CASES: dict[str, Case] = {
     "driver='cuda' needs a CUDA GPU, and torch sees none": Case(
         "compile(plain, driver='cuda')(x)  # here", machine(gpu=False)
     ),
-    "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep": Case(
+    "driver='cuda' needs PyTorch's own allocator: under backend:cudaMallocAsync a graph keeps no memory between launches": Case(
         "compile(plain, driver='cuda')(x)  # here", machine(allocator="cudaMallocAsync")
     ),
     "driver='cuda' needs cuda-python, which cannot be imported": Case(
         "compile(plain, driver='cuda')(x)  # here", machine()
     ),
     "eager_on_graph marks functions, not": Case("eager_on_graph(3)  # here"),
-    "eager_on_graph was told enable twice": Case("eager_on_graph(True, enable=True)  # here"),
+    "eager_on_graph got enable twice": Case("eager_on_graph(True, enable=True)  # here"),
     "enable takes True or False, got": Case("eager_on_graph(enable=1)  # here"),
     "pool takes a torch.cuda.MemPool, a handle or another graph's pool(), got": Case(
         "BreakableCUDAGraph(pool=3)  # here"
@@ -370,7 +370,7 @@ CASES: dict[str, Case] = {
     "eager_on_graph takes no": Case("eager_on_graph(mutate_args=('x',))(plain)  # here"),
     "takes a function, got": Case("eager_on_graph(fake=3)(plain)  # here"),
     "capture takes a BreakableCUDAGraph, got": Case("capture(plain)  # here"),
-    "options are for what is not compiled yet": Case("explain(compile(plain), options={})  # here"),
+    "options apply to a function that is not compiled yet": Case("explain(compile(plain), options={})  # here"),
     "recompute and backward exclude each other": Case("eager_on_graph(recompute=True, backward=plain)(plain)  # here"),
     "mutates_args takes a tuple of names, got": Case("eager_on_graph(mutates_args='x')(plain)  # here"),
     "mutates_args: there is no parameter": Case("eager_on_graph(mutates_args=('y',))(plain)  # here"),
@@ -383,8 +383,8 @@ CASES: dict[str, Case] = {
     "export: nothing was compiled by breakable_cg yet": Case("export(compile(plain), folder)  # here"),
     "export: nothing was captured": Case("export(graph, folder)  # here"),
     "is not compiled": Case("explain(plain)  # here"),
-    "this is no JSON": Case("Report.from_json('{')  # here"),
-    "this is no report of schema": Case("Report.from_json('{}')  # here"),
+    "this is not JSON": Case("Report.from_json('{')  # here"),
+    "this is not a report of schema": Case("Report.from_json('{}')  # here"),
     "the saved report lacks": Case("Report.from_json('{\"schema\": 1}')  # here"),
     "the saved report does not fit": Case('Report.from_json(\'{"schema": 1, "programs": 3}\')  # here'),
     "measure=True needs the function to measure": Case("explain(measure=True)  # here"),
@@ -406,7 +406,7 @@ CASES: dict[str, Case] = {
         "for _ in range(3): f(x, x + 1)\n"
         "explain(f, measure=True)  # here"
     ),
-    "there is nothing to measure: the graph holds nothing": Case("explain(graph, measure=True)  # here"),
+    "there is nothing to measure: the graph is empty": Case("explain(graph, measure=True)  # here"),
     "the graph is in debug mode, where times mean nothing": Case(
         "with capture(graph, debug='eager'): x + 1\nexplain(graph, measure=True)  # here"
     ),
@@ -418,12 +418,12 @@ CASES: dict[str, Case] = {
     "compiling/scope.py: cannot be captured": Case(
         "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"
     ),
-    "keeps for its backward is gone: saved_tensors_hooks kept a copy of its handle instead": Case(
+    "saved for its backward is gone: saved_tensors_hooks kept only a copy of its handle": Case(
         "@eager_on_graph  # here\ndef square(x): return x * x\n\ntorch.set_grad_enabled(True)\n"
         "f = torch.compile(lambda x: square(x.sin()) * 2, backend='aot_eager')\nf(leaf())\n"
         "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor): out = f(leaf())\nout.sum().backward()"
     ),
-    "reads memory around a tensor that it writes, which the backend has copied without that": Case(
+    "writes a tensor and reads memory around it, but the backend passed a copy of the tensor alone": Case(
         "@eager_on_graph(mutates_args=('a',), fake=lambda a, b: torch.empty_like(b))  # here\n"
         "def write(a, b): return a.add_(1) + b\n\n"
         "compile(lambda x: write((y := x * 2)[:2], y[1:]))(x)",
@@ -432,7 +432,7 @@ CASES: dict[str, Case] = {
     "cannot be one node": Case(
         "@eager_on_graph  # here\ndef unwrap(thing): return x + 1\n\nthing = object()\ncall_as_one_node(lambda x: unwrap(thing))"
     ),
-    "and compiled code has given it a copy of that": Case(
+    "and in compiled code that is a copy": Case(
         "@eager_on_graph(fake=lambda x, kept: x * 2)  # here\n"
         "def keep(x, kept):\n    kept.append(x)\n    return x * 2\n\n"
         "compile(lambda x: keep(x + 1, []))(x)"
@@ -441,12 +441,12 @@ CASES: dict[str, Case] = {
         returns("x * 2", fake="lambda x: x * 2 if x.sum() > 0 else x")
     ),
     "returned": Case(returns("x[:2] * 2", fake="lambda x: x * 2")),
-    "a tensor that needs gradients of what the function closes over, which compiled code cannot give": Case(
+    "a tensor with gradients of what the function closes over, which compiled code does not support": Case(
         "with torch.enable_grad():\n    weight = leaf()\n    "
         + returns("x * weight", fake="lambda x: torch.empty_like(x)")
     ),
-    "what compiled code cannot hold": Case(returns("object()")),
-    "a number or text of a class of its own, which compiled code cannot hold": Case(
+    "an object that compiled code cannot hold": Case(returns("object()")),
+    "a number or string of a subclass, which compiled code cannot hold": Case(
         returns("__import__('numpy').float64(1.5)")
     ),
     "an int of more than 64 bits": Case(returns("2**63")),
@@ -454,12 +454,12 @@ CASES: dict[str, Case] = {
         "call_as_one_node(eager_on_graph(fake=lambda x: x.shape[0] / 3)(lambda x: x.shape[0] / 3), dynamic=True)  # here"
     ),
     "a sparse tensor, which compiled code cannot hold": Case(returns("x.to_sparse()")),
-    "a view of an argument as another dtype": Case(returns("x.view(torch.int32)")),
+    "a view of an argument with another dtype": Case(returns("x.view(torch.int32)")),
     "tensors of several dtypes that share memory": Case(returns("(y := x * 2, y.view(torch.int32))")),
-    "tensors that overlap in part and need gradients": Case(
+    "tensors that partly overlap and need gradients": Case(
         "with torch.enable_grad():\n    x = leaf()\n    " + returns("(lambda x: [x[:2], x[1:]])(x * 2)")
     ),
-    "breakable_cg failed inside, with": Case("compile(plain)(x)  # here", broken_partition),
+    "breakable_cg failed internally with": Case("compile(plain)(x)  # here", broken_partition),
     # capturing
     "recordings/recorder.py: _capture_failed": Case(
         "def item(x):\n    return x * x.max().item()  # here\n\n"
@@ -468,7 +468,7 @@ CASES: dict[str, Case] = {
         "f = compile(lambda x: op(x + 1) * 2, auto_break=False)\n"
         "f(x), f(x)"
     ),
-    "adds nothing to the captured graph, so a replay would not do what it does": Case(
+    "adds nothing to the captured graph, so a replay would leave out its work": Case(
         "@torch.library.custom_op('catalogue::ghost', mutates_args=())\n"
         "def ghost(x: torch.Tensor) -> torch.Tensor:\n    return torch.empty_like(x)\n\n"
         "ghost.register_fake(torch.empty_like)\n"
@@ -480,14 +480,16 @@ CASES: dict[str, Case] = {
         "def f(x):\n    return silly.triple(x + 1)  # here\n\nf = compile(f)\nf(x), planted(), f(x)", foreign_capture
     ),
     "capture_error_mode does not take": Case("capture(graph, capture_error_mode='mine')  # here"),
-    "capturing/capture.py: a capture was begun inside a capture": Case(in_body("with capture(graph): pass  # here")),
+    "capturing/capture.py: a capture was started inside another capture": Case(
+        in_body("with capture(graph): pass  # here")
+    ),
     "another CUDA graph capture is active": Case("planted()\nwith capture(graph):  # here\n    pass", foreign_capture),
-    "a graph was used in an eager step of another one that shares its pool": Case(
+    "a graph was used in an eager step of another graph that shares its pool": Case(
         "other = BreakableCUDAGraph(pool=graph.pool())\nwith capture(other):\n    x + 1\n"
         "with capture(graph):\n    eager_on_graph(other.replay)()  # here"
     ),
     "the graph is being": Case(in_body("eager_on_graph(lambda: capture(graph).__enter__())()  # here")),
-    "code of another context (a task of asyncio?) ran while a capture was under way in this thread": Case(
+    "code of another context (an asyncio task?) ran during a capture in this thread": Case(
         "import contextvars\n" + in_body("contextvars.Context().run(torch.sin, x)  # here")
     ),
     "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses": Case(
@@ -497,7 +499,7 @@ CASES: dict[str, Case] = {
     "was called under a transform of torch.func, inside a capture": Case(
         in_body("torch.func.vmap(eager_on_graph(plain))(x)  # here")
     ),
-    "is marked by mark_eager, and autograd takes it apart before a capture sees it": Case(
+    "is marked by mark_eager, but autograd decomposes it before the capture sees it": Case(
         "mark_eager('aten::softmax')\n"
         "try:\n"
         "    with torch.enable_grad(), capture(graph):  # here\n"
@@ -505,10 +507,10 @@ CASES: dict[str, Case] = {
         "finally:\n"
         "    unmark_eager('aten::softmax')"
     ),
-    "needs gradients, which do not pass a break": Case(
+    "needs gradients, which do not pass an eager step": Case(
         "with torch.enable_grad(), capture(graph):\n    y = eager_on_graph(lambda x: x * leaf())(x)  # here"
     ),
-    "nothing was captured, since an error was caught inside": Case(
+    "nothing was captured, since the body caught an error": Case(
         "@eager_on_graph\ndef fails():\n    raise KeyError('mine')  # here\n\n"
         + in_body("try: fails()\n    except KeyError: pass")
     ),
@@ -522,30 +524,32 @@ CASES: dict[str, Case] = {
         "def fails(): raise KeyError('mine')  # here\nTapeDriver(x.device).capture(fails)"
     ),
     "drivers/tape.py: _failure": Case("TapeDriver(x.device).capture(lambda: x.tolist())  # here"),
-    "drivers/tape.py: a capture was begun inside a capture": Case(
+    "drivers/tape.py: a capture was started inside another capture": Case(
         "driver = TapeDriver(x.device)\ndriver.capture(lambda: driver.capture(fails))  # here"
     ),
     "drivers/cuda.py: capture": Case(
         "def fails(): raise RuntimeError('CUDA error')  # here\nplanted.capture(fails)", cuda_driver
     ),
-    "something made the capture invalid, and raised no error": Case("planted(7)  # here", invalid_capture),
+    "the capture became invalid, and no error was raised": Case("planted(7)  # here", invalid_capture),
     "drivers/cuda.py: end_capture": Case("planted.end_capture(object())  # here", failing_end),
     "drivers/cuda.py: begin_capture": Case("planted.begin_capture()  # here", failing_begin),
     "drivers/cuda.py: allocating": Case("with planted.allocating():  # here\n    pass", failing_allocation),
-    "another thread's capture went on for": Case("planted.begin_capture()  # here", long_capture),
-    "CUDA has no stream to give": Case("planted(torch.device('cuda', 9))  # here", no_stream),
+    "another thread's capture did not end within": Case("planted.begin_capture()  # here", long_capture),
+    "CUDA cannot create a stream": Case("planted(torch.device('cuda', 9))  # here", no_stream),
     "a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
-    "which the capture does not know: no graph would have it": Case("planted.touch()  # here", unknown_stream),
+    "which is not a part of the capture, so no graph would contain the op": Case(
+        "planted.touch()  # here", unknown_stream
+    ),
     "is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),
     # replaying
     "nothing was captured": Case("graph.replay()  # here"),
     "somebody else has been capturing the stream of the last replay for": Case(
         "planted.follow(2)  # here", captured_stream
     ),
-    "a graph was replayed inside somebody else's capture, which can hold no launch of a graph": Case(
+    "a graph was replayed inside somebody else's capture, which cannot contain the launch of a graph": Case(
         in_body("eager_on_graph(plain)(x)") + "\nplanted()\ngraph.replay()  # here", foreign_capture
     ),
-    "that an eager function takes is gone": Case(
+    "that an eager function takes no longer exists": Case(
         "model = torch.nn.Linear(3, 3)\n"
         + in_body("eager_on_graph(lambda model, x: x + 1)(model, x)  # here")
         + "\ndel model\ngraph.replay()"
@@ -572,7 +576,7 @@ CASES: dict[str, Case] = {
         "def backward(context, grad): return grad, grad  # here\n"
         "with torch.enable_grad(): eager_on_graph(backward=backward)(lambda x: x * 2)(leaf()).sum().backward()"
     ),
-    "code has a call of a marked function that this process does not know: it has the number of the call, and not the function": Case(
+    "code calls a marked function that this process does not know: it contains the number of the call, and not the function": Case(
         "torch.ops.breakable_cg.call(3, [False], False, [x], [], [])  # here"
     ),
     "a second derivative was asked for through a torch.autograd.Function whose backward turns gradients on or off, and Dynamo"
@@ -585,12 +589,12 @@ CASES: dict[str, Case] = {
         "    (first,) = torch.autograd.grad(compile(lambda x: Square.apply(x))(y := leaf()).sum(), y, create_graph=True)\n"
         "    torch.autograd.grad(first.sum(), y)  # here"
     ),
-    "only what ran eagerly can do that": Case(
+    "only a call that ran eagerly supports that": Case(
         "y = leaf()\nf = compile(lambda x: (x.sin() * 2).exp(), training=True)  # here\n"
         "with torch.enable_grad():\n    for _ in range(3): f(y).sum().backward()\n"
         "    torch.autograd.grad(f(y).sum(), y, create_graph=True)"
     ),
-    "leave one of its arguments out, and did not when they were captured": Case(
+    "leave out one of its arguments, and did not when they were captured": Case(
         "y = leaf()\nuses = [True]\n@eager_on_graph  # here\ndef add(a, b): return a + b if uses[0] else a * 1\n"
         "f = compile(lambda x: (add(x.sin() * 2, x.cos() * 3) * 2).exp(), training=True)\n"
         "with torch.enable_grad():\n    for _ in range(7): f(y).sum().backward()\n"
@@ -612,7 +616,7 @@ CASES: dict[str, Case] = {
     "drivers/tape.py: bytes where it made": Case(
         "made, _ = TapeDriver(x.device).capture(lambda: planted(x))\nmade.replay(0)  # here", growing_op
     ),
-    "after the capture, which reads it at its address": Case(
+    "after the capture, but the graph reads it at its address": Case(
         "made, _ = TapeDriver(x.device).capture(lambda: x + 1)\nx.data = torch.ones(5)\nmade.replay(0)  # here"
     ),
     "drivers/tape.py: a graph was replayed after its release": Case(
@@ -625,7 +629,7 @@ CASES: dict[str, Case] = {
         "sizes = iter([2, 3])\nmade, _ = EagerDriver(x.device).capture(lambda: torch.ones(next(sizes)))\n"
         "made.replay(0), made.replay(0)  # here"
     ),
-    "a graph that draws random numbers was replayed while another thread's capture went on for": Case(
+    "a graph that draws random numbers cannot be replayed: another thread's capture did not end within": Case(
         "planted.begin_replay(0)  # here", long_capture
     ),
     "the GPU is lost to this process": Case("planted()  # here", lost_device),

@@ -144,7 +144,7 @@ def test_mode() -> None:
         compiled(torch.ones(3))
     assert text_of(caught.value) == (
         "mode='max-autotune' is a mode of Inductor's, and this backend compiles no kernels\n"
-        "  leave mode out; 'default' and 'reduce-overhead' are taken, and change nothing"
+        "  leave mode out; 'default' and 'reduce-overhead' are accepted, and change nothing"
     )
 
 
@@ -262,7 +262,7 @@ def test_other_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     """``driver="cuda"`` where CUDA's allocator was chosen, whose memory a captured graph cannot keep."""
     machine(monkeypatch, allocator="cudaMallocAsync")
     assert message(OptionsError, from_file(PLAIN), torch.ones(3), driver="cuda") == (
-        "driver='cuda' needs torch's own allocator: under backend:cudaMallocAsync what a graph makes is no memory to keep\n"
+        "driver='cuda' needs PyTorch's own allocator: under backend:cudaMallocAsync a graph keeps no memory between launches\n"
         "  take backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF, or use driver='tape'"
     )
 
@@ -409,7 +409,7 @@ def test_capture_in_a_capture() -> None:
     driver = TapeDriver(CPU)
     with pytest.raises(CaptureError) as caught:
         driver.capture(lambda: driver.capture(lambda: None))
-    assert str(caught.value).startswith("a capture was begun inside a capture\n")
+    assert str(caught.value).startswith("a capture was started inside another capture\n")
     assert str(caught.value).endswith("\n  end the outer one first")
 
 
@@ -463,7 +463,7 @@ def test_memory_that_is_gone() -> None:
     with pytest.raises(ReplayError) as caught:
         graph.replay(0)
     assert text_of(caught.value) == (
-        "the float32[3] tensor that aten.add.Tensor takes was freed after the capture, which reads it at its address\n"
+        "the float32[3] tensor that aten.add.Tensor takes was freed after the capture, but the graph reads it at its address\n"
         "  keep what goes into a captured graph alive, and write new values into it in place"
     )
     y = torch.ones(3)
@@ -598,7 +598,7 @@ def test_training_is_said_once(unsaid: None) -> None:
 DOOR: dict[str, tuple[str, str]] = {
     "in a capture": (
         "with capture(graph):\n        pass",
-        "a capture was begun inside a capture\n  at model.py:7 in f: with capture(graph):\n  captures do not nest",
+        "a capture was started inside another capture\n  at model.py:7 in f: with capture(graph):\n  captures do not nest",
     ),
     "in use": (
         "eager_on_graph(lambda: capture(graph).__enter__())()",
@@ -611,7 +611,7 @@ DOOR: dict[str, tuple[str, str]] = {
     "another context": (
         "contextvars.Context().run(torch.sin, x)",
         (
-            "code of another context (a task of asyncio?) ran while a capture was under way in this thread\n"
+            "code of another context (an asyncio task?) ran during a capture in this thread\n"
             "  at model.py:7 in f: contextvars.Context().run(torch.sin, x)\n"
             "  do not await inside of a capture"
         ),
@@ -621,7 +621,7 @@ DOOR: dict[str, tuple[str, str]] = {
         (
             "a BreakableCUDAGraph was copied or pickled, but its graphs read memory at fixed addresses\n"
             "  at model.py:7 in f: copy.copy(graph)\n"
-            "  make a new one, and capture into that"
+            "  make a new graph, and capture into it"
         ),
     ),
     "transform": (

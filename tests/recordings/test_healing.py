@@ -528,7 +528,7 @@ def disturbable(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def looked_at(self: Any) -> Any:
         if disturbed:
-            error = CaptureError("something made the capture invalid, and raised no error")
+            error = CaptureError("the capture became invalid, and no error was raised")
             error.passing = "disturbed"
             raise error
         return progress(self)

@@ -877,7 +877,7 @@ def test_first_replay_looks_at_bridges(device: torch.device, options: dict[str, 
     error = diverges(compiled, device, "address moved")
     fate = "was freed" if fault == "freed" else "is not where it was when they were captured"
     assert str(error) == (
-        f"captured segments take the bridge arg0_1.bridge at its address, and it {fate}: this looks like address moved\n"
+        f"captured segments read the bridge arg0_1.bridge at its address, but it {fate}: this looks like address moved\n"
         f"  at {error.where}\n"
         "  keep the tensor, and write new values into it in place (copy_), or pass it as an argument"
     )

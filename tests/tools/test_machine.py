@@ -115,7 +115,7 @@ def changed(report: dict[str, Any], path: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        ("schema", 99, "no report of schema 1: its schema is 99"),
+        ("schema", 99, "not a report of schema 1: its schema is 99"),
         ("programs", None, "the saved report lacks report.programs"),
         ("programs", 3, "report.programs is '3', which is not a list"),
         ("programs.0.calls", "many", "report.programs[0].calls is 'many', which is not an int"),
@@ -140,7 +140,7 @@ def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([str(tmp_path / "none.json")]) == 2
     (tmp_path / "text.json").write_text("{")
     assert main([str(tmp_path / "text.json")]) == 2
-    assert "this is no JSON" in capsys.readouterr().err
+    assert "this is not JSON" in capsys.readouterr().err
 
 
 # --- where people look --------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_options_of_what_is_compiled() -> None:
     """Options for what has its own already are refused; they would be ignored."""
     compiled = torch.compile(torch.sin, backend="breakable_cg", options=TAPE)
     for what in (compiled, BreakableCUDAGraph(driver="tape"), None):
-        with pytest.raises(OptionsError, match="options are for what is not compiled yet"):
+        with pytest.raises(OptionsError, match="options apply to a function that is not compiled yet"):
             explain(what, options=TAPE)
 
 
