@@ -403,6 +403,20 @@ FAULTS = (
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-handed_back-fresh]",
     ),
     Fault(
+        "what-a-segment-hands-back-goes",
+        "recordings.recording:_Recorder._inside",
+        "self.owners.get(home.name, self.values[home.name])",
+        "self.values[home.name]",
+        "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-echoed-fresh]",
+    ),
+    Fault(
+        "a-bridge-that-a-segment-hands-back-goes",
+        "recordings.recording:_Recorder._inside",
+        "self.owners.get(bridge, self.values[bridge])",
+        "self.values[bridge]",
+        "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-echoed_bridge-fresh]",
+    ),
+    Fault(
         "static-results-go",
         "recordings.recorder:_Recorder.__init__",
         "plan.keep or not plan.fresh_outputs or (not driver.reuses_memory)",
