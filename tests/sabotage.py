@@ -404,14 +404,14 @@ FAULTS = (
     ),
     Fault(
         "what-a-segment-hands-back-goes",
-        "recordings.recording:_Recorder._inside",
-        "self.owners.get(home.name, self.values[home.name])",
-        "self.values[home.name]",
+        "recordings.slots:Slots.inside",
+        "self.owners.get(place.name, self.values[place.name])",
+        "self.values[place.name]",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-echoed-fresh]",
     ),
     Fault(
         "a-bridge-that-a-segment-hands-back-goes",
-        "recordings.recording:_Recorder._inside",
+        "recordings.slots:Slots.inside",
         "self.owners.get(bridge, self.values[bridge])",
         "self.values[bridge]",
         "test_lifetimes.py::test_a_value_lives_until_its_last_reader[cpu-echoed_bridge-fresh]",
