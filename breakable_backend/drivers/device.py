@@ -98,6 +98,8 @@ class OpByOpDriver(DeviceDriver):
             graph.release()  # type: ignore[attr-defined]
         if owner is not None:
             owner.clear()
+        if not self._live():
+            self.room = Room()
 
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._made().values())

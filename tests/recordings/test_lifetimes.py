@@ -18,7 +18,7 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import _torch
+from breakable_backend import _torch, reset
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver, room
 from breakable_backend.drivers.tape import TapeDriver
@@ -554,6 +554,18 @@ def test_what_is_spared_makes_no_move(device: torch.device, options: dict[str, A
                 compiled(torch.rand(size * 100, device=device))
     after = program_of(compiled)
     assert "moved to a larger pool" not in after.recorded and after.notes == ()
+
+
+def test_an_empty_pool_has_no_room(device: torch.device, options: dict[str, Any]) -> None:
+    """Where nothing is recorded any more, nothing is remembered of how large the pool was."""
+    compiled, _ = compile_both(grows, options)
+    with torch.no_grad():
+        for call in range(3):
+            compiled(*vectors(call, device))
+    driver = driver_behind(compiled)
+    assert driver.room.largest
+    reset(compiled)
+    assert driver.room == room.Room()
 
 
 @pytest.mark.gpu
