@@ -23,7 +23,7 @@ from breakable_backend.calling import registry
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.lifetime import when_idle
 from breakable_backend.calling.registry import EagerGraph, executors_of
-from breakable_backend.calling.training import Training
+from breakable_backend.calling.training import BySize, Training
 from breakable_backend.compiling.flat import FlatGraph
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
@@ -148,13 +148,19 @@ class Backend:
         return flat.around(self._eagerly(number, flat.module, refused, chosen))
 
     def _training(self, halves: Halves, make: Callable[..., Executor], number: int) -> Callable[..., Any]:
-        training = Training(halves, as_eager(halves.gm), make, f"graph {number}", _last_line(halves.gm))
+        name, source = f"graph {number}", _last_line(halves.gm)
+        training: Training | BySize
+        if halves.varying:
+            file = functools.partial(registry.as_traced.add, number=number)
+            training = BySize(halves, make, name, source, file, as_eager)
+        else:
+            training = Training(halves, as_eager(halves.gm), make, name, source)
+            registry.as_traced.add(training, number)
 
         def train(*args: Any) -> Any:
             return training(*args)
 
         train.training = training  # type: ignore[attr-defined]
-        registry.as_traced.add(training, number)
         return train
 
     def _eagerly(self, number: int, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:

@@ -225,6 +225,41 @@ FAULTS = (
         "False",
         "test_training.py::test_second_derivatives[cpu]",
     ),
+    Fault(
+        "a-weight-with-another-storage-is-read",
+        "calling.training:Training.have_other_storages",
+        "place not in before or before[place].cdata != _torch.storage_key(value)",
+        "False",
+        "test_training.py::test_other_memory_between_the_two[cpu]",
+    ),
+    Fault(
+        "a-storage-that-was-filled-again-counts-as-another",
+        "calling.training:Training.have_other_storages",
+        "place not in before or before[place].cdata != _torch.storage_key(value)",
+        "True",
+        "test_training.py::test_memory_that_is_freed_between_the_two[cpu]",
+    ),
+    Fault(
+        "one-trace-for-all-sizes",
+        "calling.training:BySize.__call__",
+        "tuple([value if type(value) is int else (value.shape, value.stride()) for value in values])",
+        "()",
+        "test_training.py::test_sizes_that_vary[cpu-dynamic]",
+    ),
+    Fault(
+        "one-site-for-all-sizes",
+        "compiling.training:Halves.at",
+        "twins.get(site) or site.twin()",
+        "site",
+        "test_training.py::test_sizes_that_vary[cpu-dynamic]",
+    ),
+    Fault(
+        "results-of-two-dtypes-in-one-copy",
+        "recordings.replay:_Writer._epilogue",
+        "self._source(call).dtype if copies else len(groups)",
+        "0",
+        "test_replay.py::test_many_results_are_copied_together",
+    ),
     # --- somebody else's captures ---
     Fault(
         "an-event-of-ours-in-a-foreign-capture",

@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 MAX_SLOTS = 4
 """Forwards of one graph, with the same parameters, that may be pending at once in captured form."""
 
+MAX_SIZES = 8
+"""Sets of sizes of one graph that are captured."""
+
 LEARNING = "it needs gradients, and no backward has been seen that tells how"
 """Why the first calls are eager."""
 
@@ -166,6 +169,9 @@ class _WithSlot(KeyReader):
         return super().shapes(args)
 
 
+Make = Callable[..., Any]
+"""Makes an executor of a class, for what was lowered, by a name; behind that what else the class wants."""
+
 # --- both halves --------------------------------------------------------------------------------------------------------
 
 
@@ -189,9 +195,7 @@ class Training:
         source: the user's last line in it.
     """
 
-    def __init__(
-        self, halves: Halves, eager: Callable[..., Any], make: Callable[..., Any], name: str, source: str
-    ) -> None:
+    def __init__(self, halves: Halves, eager: Callable[..., Any], make: Make, name: str, source: str) -> None:
         self.halves, self.eager, self.make, self.name, self.source = halves, eager, make, name, source
         self.callers = Callers()
         self.why = LEARNING
@@ -200,6 +204,8 @@ class Training:
         self.forward: ForwardExecutor | None = None
         self.backwards: dict[tuple[Pattern, frozenset[str]], tuple[Backward, Executor]] = {}
         self._seen: _Seen | None = None
+        self._storages: tuple[list[int], list[_torch.StorageWeakRef]] | None = None
+        """Where static inputs were in the last call, and their storages."""
         self._lock = locks.lock()
         self._modes = Modes.current()
 
@@ -337,6 +343,36 @@ class Training:
                 self.backwards[pattern, static] = backward, executor
             return self.backwards[pattern, static]
 
+    # the memory of what it reads
+
+    def storages(self, inputs: Sequence[torch.Tensor], pointers: Sequence[int]) -> list[_torch.StorageWeakRef]:
+        """The storages of static inputs that a backward needs. They are asked for where addresses are others than last time."""
+        places = self._static_places
+        there = [pointers[place] for place in places]
+        known = self._storages
+        if known is None or known[0] != there:
+            known = self._storages = there, [_torch.retains(inputs[place]) for place in places]
+        return known[1]
+
+    def have_other_storages(self, inputs: Sequence[torch.Tensor], ctx: Any) -> bool:
+        """Whether an input that moved has another storage than in its forward.
+
+        One whose storage was freed and filled again (FSDP does that) is read at its new place, as eager does, through views
+        too. Of an input with another storage eager reads the old memory through views.
+        """
+        before = dict(zip(self._static_places, ctx.storages, strict=True))
+        return any(
+            place not in before or before[place].cdata != _torch.storage_key(value)
+            for place, (value, pointer) in enumerate(zip(inputs, ctx.pointers, strict=True))
+            if value.data_ptr() != pointer
+        )
+
+    @functools.cached_property
+    def _static_places(self) -> tuple[int, ...]:
+        """Which of the inputs that backwards need are static."""
+        assert self.halves.forward is not None
+        return tuple(place for place, index in enumerate(self.halves.forward.inputs) if index in self.halves.static)
+
     def refuse(self, why: str) -> NoReturn:
         """Raise for a backward that eager alone can run; later calls are eager."""
         with self._lock:
@@ -346,6 +382,69 @@ class Training:
             where=self.source,
             fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
         )
+
+
+class BySize:
+    """A graph that needs gradients and whose sizes vary, as Dynamo calls it: a :class:`Training` for each set of sizes."""
+
+    def __init__(
+        self,
+        halves: Halves,
+        make: Make,
+        name: str,
+        source: str,
+        file: Callable[[Any], None],
+        as_eager: Callable[..., Any],
+    ) -> None:
+        self.halves, self.make, self.name, self.source, self.file = halves, make, name, source, file
+        self.as_eager = as_eager
+        """Makes what runs a graph as Dynamo traced it."""
+        self.eager = as_eager(halves.gm)
+        self.callers, self._modes = Callers(), Modes.current()
+        self.known: dict[tuple[Any, ...], Training] = {}
+        self.others: Others | None = None
+        """What the report says of sizes beyond those."""
+        self._varying = halves.varying
+        self._lock = locks.lock()
+
+    def __call__(self, *args: Any) -> Any:
+        values = [args[index] for index in self._varying]
+        key = tuple([value if type(value) is int else (value.shape, value.stride()) for value in values])
+        training = self.known.get(key)
+        if training is None:
+            numbers = {index: args[index] for index in self._varying if isinstance(args[index], int)}
+            with self._lock:
+                training = self.known.get(key) or self._made(key, numbers)
+            if training is None:
+                return self.eager(*args)
+        return training(*[value for value in args if type(value) is not int])
+
+    def _made(self, key: tuple[Any, ...], numbers: dict[int, int]) -> Training | None:
+        if len(self.known) >= MAX_SIZES:
+            if self.others is None:
+                self.others = Others(EagerGraph(f"{self.name}, other sizes", TOO_MANY_SIZES, self.source), self.callers)
+                self.file(self.others)
+                log.warning("%s: %s", self.name, TOO_MANY_SIZES)
+            return None
+        halves = self.halves.at(numbers)
+        sizes = ", ".join(map(str, dict.fromkeys(numbers.values())))
+        name = f"{self.name} for sizes {sizes}" if sizes else self.name
+        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source)
+        training.callers, training._modes = self.callers, self._modes
+        self.known[key] = training
+        self.file(training)
+        return training
+
+
+@dataclass(frozen=True, eq=False)
+class Others:
+    """Calls of a graph that are not captured."""
+
+    uncaptured: EagerGraph
+    callers: Callers
+
+
+TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes"
 
 
 def _look(seen: _Seen, place: int, number: int, grads: tuple[Any, ...]) -> None:
@@ -428,6 +527,7 @@ class _Captured(torch.autograd.Function):
         inputs = [args[index] for index in forward.inputs]
         # 0.04 us for each: autograd's check of versions does not see that an input was given other memory.
         ctx.pointers = [value.data_ptr() for value in inputs]
+        ctx.storages = training.storages(inputs, ctx.pointers)
         ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked))
         ctx.set_materialize_grads(False)
         call.results, call.args = results, ()
@@ -443,7 +543,9 @@ class _Captured(torch.autograd.Function):
         assert forward is not None
         moving = saved[1 : 1 + ctx.num_moving]
         inputs = saved[1 + ctx.num_moving : 1 + ctx.num_moving + len(forward.inputs)]
-        if not _torch.are_at(list(inputs), ctx.pointers, list(range(len(inputs)))):
+        if not _torch.are_at(list(inputs), ctx.pointers, list(range(len(inputs)))) and training.have_other_storages(
+            inputs, ctx
+        ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
         with _without_autocast():
             return None, *training.gradients(ctx, moving, inputs, grads)

@@ -12,7 +12,7 @@ memory in another way than its output. So there is a backward for each of these 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ from breakable_backend.ir.effects import alias_source, is_view, tensors_of, writ
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import AMBIENT_KEY
 from breakable_backend.marks.marking import EagerOps, Marks
-from breakable_backend.marks.ops import is_backward
-from breakable_backend.marks.sites import sites
+from breakable_backend.marks.ops import is_backward, site_of
+from breakable_backend.marks.sites import Site, sites
 
 Pattern = tuple[TensorSpec | None, ...]
 """Of each output that can be differentiated: what its gradient looks like; None where there is none."""
@@ -138,6 +138,8 @@ class Halves:
     """Inputs that keep their address."""
     inputs: tuple[tuple[TensorSpec, bool], ...] = ()
     """What the inputs look like, and whether they need gradients."""
+    sites: tuple[Site, ...] = ()
+    """Calls of marked functions that it owns."""
     forward: Forward | None = None
     backwards: dict[Pattern, Backward] = field(default_factory=dict)
 
@@ -153,9 +155,40 @@ class Halves:
         note_ambient(gm)
         if note_outs(gm):
             raise CannotLower("it needs gradients, and calls ops with out=")
+        return cls._noted(gm, eager_ops)
+
+    @classmethod
+    def _noted(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
         placeholders = gm.graph.find_nodes(op="placeholder")
         static = frozenset(index for index, node in enumerate(placeholders) if _torch.keeps_its_address(node))
         return cls(gm, eager_ops, static)
+
+    @property
+    def varying(self) -> tuple[int, ...]:
+        """The inputs that are numbers, or tensors whose sizes vary."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        return tuple(index for index, node in enumerate(placeholders) if _varies(node.meta.get("example_value")))
+
+    def at(self, numbers: Mapping[int, int]) -> Halves:
+        """The same graph, with constants for its inputs that are ``numbers``, which it takes no more.
+
+        A trace with symbols would have to guard on them, and Dynamo has installed its guards by then.
+        """
+        graph, copies = fx.Graph(), dict[fx.Node, Any]()
+        twins: dict[Site, Site] = {}
+        for index, node in enumerate(self.gm.graph.find_nodes(op="placeholder")):
+            copies[node] = numbers[index] if index in numbers else graph.node_copy(node)
+        for node in self.gm.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                if (site := site_of(node.target, node.args)) is not None:
+                    twins[site] = twins.get(site) or site.twin()
+                    copies[node].args = (twins[site].number, *copies[node].args[1:])
+        output = self.gm.graph.output_node()
+        graph.output(fx.node.map_arg(output.args[0], copies.__getitem__)).meta.update(output.meta)
+        made = self._noted(fx.GraphModule(self.gm, graph), self.eager_ops)
+        made.sites = tuple(twins.values())
+        return made
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -266,14 +299,20 @@ def _refused(node: fx.Node) -> str:
         return "it enters or leaves inference mode"
     if node.op == "placeholder":
         value: Any = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            return ""
         if type(value) not in _PLAIN or value.layout is not torch.strided:
             return "it needs gradients, and takes arguments that are no plain tensors"
-        numbers = (*value.shape, *value.stride())
-        if any(isinstance(number, torch.SymInt) for number in numbers):
-            return "it needs gradients, and its sizes vary"
         if any(_torch.lazy_bits(value)):
             return "it needs gradients, and takes a lazy conjugate"
     return ""
+
+
+def _varies(value: Any) -> bool:
+    """Whether a fake argument is a number, or of sizes that vary."""
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
+    return isinstance(value, torch.SymInt)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, _torch.FakeTensor)

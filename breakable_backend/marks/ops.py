@@ -11,7 +11,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.errors import EagerOutputError, ReplayError
 from breakable_backend.marks.saved import SavedForBackward, saved_behind
-from breakable_backend.marks.sites import sites
+from breakable_backend.marks.sites import Site, sites
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
 _library = torch.library.Library("breakable_cg", "FRAGMENT")
@@ -225,6 +225,12 @@ def direct(op: Any, site: int) -> Callable[..., Any]:
         return tuple(made) if num_results > 1 else made[0] if made else None
 
     return writing
+
+
+def site_of(op: Any, args: Sequence[Any]) -> Site | None:
+    """The call of a marked function that a node of a graph is of, whatever it does for that; None if it is of none."""
+    name = op._qualified_op_name if isinstance(op, _torch.OpOverloadPacket) else getattr(op, "namespace", "")
+    return sites.get(args[0]) if name.startswith("breakable_cg") and args and isinstance(args[0], int) else None
 
 
 def name_of(op: Any, args: Sequence[Any]) -> str:

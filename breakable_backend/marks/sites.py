@@ -204,6 +204,12 @@ class Site:
         """Whether what tells layouts, or gradients, is not the function itself, so that it cannot tell what needs gradients."""
         return self.mark.fake is not None or self.mark.backward is not None
 
+    def twin(self) -> Site:
+        """Another site of the same call, for arguments of some sizes alone. Whoever asks for it owns it."""
+        made = replace(self, number=next(numbers))
+        sites[made.number] = made
+        return made
+
     # on fake tensors
 
     def fake(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:

@@ -33,6 +33,9 @@ from breakable_backend.recordings.recording import (
     Slot,
 )
 
+FUSED_FROM = 4
+"""So many copies of results are one launch. Fewer are quicker one by one."""
+
 Function = Callable[[list[Any], int], list[Any]]
 """A replay: ``function(args, stream) -> outputs``, clearing ``args``."""
 
@@ -193,8 +196,44 @@ class _Writer:
             statements = self._launch(step, next(numbers)) if isinstance(step, GraphStep) else self._eager(step)
             yield from (replace(statement, step=position) for statement in statements)
         yield from self._marked(len(self.recording.steps))
-        for call in self.recording.epilogue:
-            yield self._call(call)
+        yield from self._epilogue()
+
+    def _epilogue(self) -> Iterator[_Statement]:
+        """What is handed out. Copies that follow each other are one launch for each dtype, since a backward has hundreds."""
+        for copies, calls in itertools.groupby(self.recording.epilogue, self._is_launched_copy):
+            groups: dict[Any, list[Call]] = defaultdict(list)
+            for call in calls:
+                groups[self._source(call).dtype if copies else len(groups)].append(call)
+            for group in groups.values():
+                if len(group) < FUSED_FROM:
+                    yield from map(self._call, group)
+                else:
+                    yield from self._copies_together(group)
+
+    def _is_launched_copy(self, call: Call) -> bool:
+        """Whether it copies what lies in memory of the pool, which the driver can do without torch's dispatcher."""
+        if call.function is not clone_exact or (source := self._clones_exactly(call.args[0])) is None:
+            return False
+        return bool(self.recording.graphs) and self.recording.graphs[-1].copier(source) is not None
+
+    def _source(self, call: Call) -> torch.Tensor:
+        source: torch.Tensor = self.recording.constants[call.args[0].name]
+        return source
+
+    def _copies_together(self, calls: Sequence[Call]) -> Iterator[_Statement]:
+        empty, names = self._bind("empty_like", torch.empty_like), [call.result for call in calls]
+        for call in calls:
+            text, uses = self._text(call.args[0])
+            yield _Statement((f"{call.result} = {empty}({text})",), uses, call.result)
+        sources = [self._source(call) for call in calls]
+        if (bits := fused_as(sources[0].dtype)) is not sources[0].dtype:
+            sources = [source.view(bits) for source in sources]
+            targets = [f"{name}.view({self._bind(str(bits), bits)})" for name in names]
+        else:
+            targets = names
+        fused = self._bind("copy_together", _torch.copy_together)
+        line = f"{fused}([{', '.join(targets)}], {self._bind('results', sources)})"
+        yield _Statement((line,), frozenset(names))
 
     def _launch(self, step: GraphStep, number: int) -> Iterator[_Statement]:
         yield from self._loads(step)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import breakable_backend
 from breakable_backend import ReplayError, eager_on_graph
 from breakable_backend.backend import breakable_cg, executors_of
-from breakable_backend.calling.training import MAX_SLOTS, ForwardExecutor
+from breakable_backend.calling.training import MAX_SIZES, MAX_SLOTS, ForwardExecutor
 from checks import assert_same
 
 
@@ -777,6 +777,29 @@ def test_other_memory_between_the_two(device: torch.device, options: dict[str, A
     assert_same(moved(compiled), moved(function))
 
 
+def test_memory_that_is_freed_between_the_two(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: parameters whose storages are freed behind a forward and filled again before its backward are read there."""
+
+    def step(function: Any, module: nn.Module) -> Any:
+        loss = function(torch.rand(3, 4, device=device)).square().sum()
+        kept, others = [parameter.detach().clone() for parameter in module.parameters()], []
+        for parameter, value in zip(module.parameters(), kept, strict=True):
+            storage = parameter.untyped_storage()
+            size = storage.nbytes()
+            storage.resize_(0)
+            others.append(torch.full_like(value, torch.nan))  # where it was
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
+                storage.resize_(size)
+                parameter.copy_(value)
+        loss.backward()
+        found = state_of(module)
+        descend(module)
+        module.zero_grad()
+        return loss.detach(), found
+
+    assert_trains(Mlp(), step, device, options)
+
+
 @pytest.mark.parametrize("kind", ["input", "buffer"])
 def test_an_argument_written_through_another(kind: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: what the backward needs, and the forward writes through another argument, is eager's error."""
@@ -870,8 +893,66 @@ def test_saved_tensors_hooks(device: torch.device, options: dict[str, Any]) -> N
     assert_replays(assert_trains(Mlp(), step, device, options, 13), 4)
 
 
+class Ragged(nn.Module):
+    """An MLP over rows whose number varies, in which a marked function is given that number, and halves are sized by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 12), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        rows = x.shape[0]
+        hidden = F.dropout(scaled_by(self.first(x).relu(), rows), 0.5, self.training)
+        left, right = hidden.view(rows, 2, 6).unbind(1)
+        return self.second(left) * torch.arange(rows, device=x.device).unsqueeze(1) + right / rows, rows * 2
+
+
+@eager_on_graph
+def scaled_by(x: Tensor, number: int) -> Tensor:
+    return x * number
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_sizes_that_vary(dynamic: bool | None, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 4: each size is captured by itself, steps of all of them in turns are eager's, and numbers are returned."""
+    sizes = itertools.cycle((8, 8, 5, 7))
+
+    def step(function: Any, module: nn.Module) -> Any:
+        rows = next(sizes)
+        y, twice = function(torch.randn(rows, 4, device=device))
+        assert twice == 2 * rows
+        y.square().sum().backward()
+        found = state_of(module)
+        descend(module)
+        return y.detach(), found
+
+    programs = assert_trains(Ragged(), step, device, options, steps=32, dynamic=dynamic)
+    for rows in (8, 5, 7):
+        mine = [p for p in programs if p.name.endswith(f"for sizes {rows}")]
+        assert {p.num_eager_segments for p in mine} == {1}
+        assert_replays(mine, 2)
+
+
+def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 9 and 10: sizes beyond a bound run eagerly, right, and with a line in the report."""
+    model = Mlp().to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options, dynamic=True)
+    for rows in range(2, 2 + MAX_SIZES + 2):
+        for _ in range(5):
+            x = torch.randn(rows, 4, device=device, requires_grad=True)
+            results = []
+            for function in (compiled, model):
+                torch.manual_seed(rows)
+                results.append(torch.autograd.grad(function(x).square().sum(), (x, *model.parameters())))
+            assert_same(*results)
+    report = breakable_backend.explain(compiled)
+    assert len([p for p in report.programs if p.replays and p.name.startswith("forward")]) == MAX_SIZES
+    (graph,) = report.eager_graphs
+    assert "more than 8 sets of sizes" in graph.why
+
+
 def test_graphs_that_are_not_taken(device: torch.device, options: dict[str, Any]) -> None:
-    """Line 9: an output that views an argument, sizes that vary, and a written leaf's history are eager, with the reason."""
+    """Line 9: an output that views an argument, and a written leaf's history are eager, with the reason."""
     weight = torch.rand(4, device=device, requires_grad=True)
 
     def views(x: Tensor) -> tuple[Tensor, Tensor]:

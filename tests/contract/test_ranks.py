@@ -185,6 +185,46 @@ def with_gradients(device: torch.device) -> None:
         told(report, wrap, why)
 
 
+def captured_training(device: torch.device) -> None:
+    """Forward and backward are captured, where Dynamo hands over a graph: gradients and weights of all steps are eager's."""
+    for wrap, (graphs, _) in WRAPPERS.items():
+        torch.compiler.reset()
+        reference, model = wrapped(wrap, device), wrapped(wrap, device)
+        compiled = torch.compile(model, backend="breakable_cg", options={**options_on(device), "training": True})
+        steps = 8
+        descend(((compiled, model), (reference, reference)), steps, device, wrap.__name__)
+        report = explain(compiled)
+        what = f"{wrap.__name__}: {report}"
+        assert len(report.programs) + len(report.eager_graphs) >= graphs, what
+        if wrap in CAPTURED:
+            replays = {half: [p.replays for p in report.programs if p.name.startswith(half)] for half in HALVES}
+            assert all(max(replays[half], default=0) >= steps - 4 for half in HALVES), what
+        breakable_backend.reset(compiled)
+
+
+HALVES = "forward", "backward"
+CAPTURED: set[Wrap] = {averaged, in_buckets}
+"""Wrappers whose graphs are plain enough for both halves to be captured."""
+
+
+def descend(pairs: Any, steps: int, device: torch.device, what: str) -> None:
+    """Steps of gradient descent of two models, each called by a function; gradients and weights must be the same."""
+    optimizers = [torch.optim.SGD(module.parameters(), lr=1e-5, momentum=0.9) for _, module in pairs]
+    for step in range(steps):
+        x = torch.randn(4, 8, device=device) + dist.get_rank()
+        losses = []
+        for (function, _), optimizer in zip(pairs, optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(function(x).square().sum())
+            losses[-1].backward()
+        assert torch.equal(*losses), (what, step)
+        (_, mine), (_, theirs) = pairs
+        for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+            assert_same(local(one.grad), local(other.grad), f"{what}, step {step}, {name}")
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 def local(gradient: Any) -> Tensor | None:
     """A rank's own part; None where it has none."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
@@ -210,6 +250,13 @@ def test_wrappers(size: int, kind: str, tmp_path: Path) -> None:
 def test_wrappers_in_training(size: int, kind: str, tmp_path: Path) -> None:
     """Line 9: the same where gradients are needed."""
     spawn(with_gradients, size, kind, tmp_path)
+
+
+@on_each_kind
+@pytest.mark.parametrize("size", [1, 2])
+def test_wrappers_with_captured_training(size: int, kind: str, tmp_path: Path) -> None:
+    """Lines 1 and 3: the same where forward and backward are captured, over several steps; hooks' collectives keep their order."""
+    spawn(captured_training, size, kind, tmp_path)
 
 
 @on_each_kind

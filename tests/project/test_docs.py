@@ -22,7 +22,7 @@ import torch
 import breakable_backend
 from breakable_backend import errors
 from breakable_backend.backend import EagerGraph
-from breakable_backend.calling import executor, policy
+from breakable_backend.calling import executor, policy, training
 from breakable_backend.drivers import room
 from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
@@ -139,6 +139,7 @@ def test_limits_page() -> None:
     """Each limit has its line, with its value."""
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+)", PAGES["semantics"], re.MULTILINE))
     everything = {**vars(executor), **vars(policy), **vars(room), "KEPT_INPUT": buffers.KEPT_INPUT}
+    everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_SIZES")}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits
 

@@ -300,6 +300,23 @@ def results_named_like_helpers(maker: Maker) -> Recording:
     return maker.recording(["x", "y"], [Slot(previous), Slot("c")], [call("c", clone_exact, Slot("more"))])
 
 
+def many_results(maker: Maker) -> Recording:
+    """Results of two dtypes that are copied behind each other, and a view of one of them between two runs of those."""
+    x = maker.bridge("x", torch.zeros(2, 3, device=maker.device))
+    names = [f"{kind}_{number}" for number in range(5) for kind in ("wide", "half")]
+    maker.capture(
+        lambda: {
+            name: (x * place).bfloat16() if name.startswith("half") else x.t() + place
+            for place, name in enumerate(names)
+        },
+        loads=["x"],
+    )
+    copies = [call(f"{name}_copy", clone_exact, Slot(name)) for name in names]
+    turned = call("turned", torch.ops.aten.t.default, Slot("wide_0_copy"))
+    returned = [*(Slot(copy.result) for copy in copies), Slot("turned")]
+    return maker.recording(["x"], returned, [*copies[:9], turned, *copies[9:]])
+
+
 RECORDINGS = [
     one_of_each,
     several_bridges,
@@ -313,6 +330,7 @@ RECORDINGS = [
     input_itself,
     names_that_are_taken,
     results_named_like_helpers,
+    many_results,
 ]
 
 
@@ -390,6 +408,17 @@ def test_bytes_are_copied(build: Callable[[Maker], Recording], tape: Maker, copi
     test_emit_equals_interpret(build, tape)
     plain = (one_of_each, several_bridges, bridges_together, written_input)
     assert bool(copied_bytes) or build not in plain
+
+
+def test_many_results_are_copied_together(tape: Maker, copied_bytes: list[int]) -> None:
+    """Results of one dtype that are copied behind each other are one launch, on storages of their own; few are copied as bytes."""
+    recording = many_results(tape)
+    replay = emit(recording)
+    assert replay.source.count("copy_together") == 2
+    assert replay.source.count("copy_bytes(") == 1
+    one, other = (replay.function([torch.full((2, 3), float(value))], 0) for value in (1, 2))
+    assert len({value.untyped_storage().data_ptr() for value in (*one[:-1], *other[:-1])}) == 20
+    assert one[-1].data_ptr() == one[0].data_ptr()
 
 
 def test_bytes_of_what_is_not_plain(tape: Maker, copied_bytes: list[int]) -> None:
