@@ -80,7 +80,11 @@ def test_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert printed(out.getvalue()) == printed(expected)
 
 
-MODULES = [module.name for module in pkgutil.iter_modules(breakable_backend.__path__)]
+MODULES = [
+    module.name.partition(".")[2]
+    for module in pkgutil.walk_packages(breakable_backend.__path__, "breakable_backend.")
+    if not module.name.endswith("__main__")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
