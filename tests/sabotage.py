@@ -2129,8 +2129,8 @@ FAULTS = (
     Fault(
         "nobody-looks-into-ops",
         "calling.executor:Executor._warm_up",
-        "not has_unknown_ops(program)",
-        "True",
+        "self.options.auto_break and has_unknown_ops(program)",
+        "False",
         "test_finding.py::test_found_in_the_first_call[cpu-reads]",
     ),
     Fault(
@@ -2146,6 +2146,42 @@ FAULTS = (
         "self._found.get(op_of(node))",
         "self._found.get(op_of(node)) if node.args[-1] is True else None",
         "test_finding.py::test_known_in_every_place[cpu]",
+    ),
+    # --- ops that hand back an argument ---
+    Fault(
+        "nobody-looks-at-what-marked-ops-return",
+        "calling.executor:Executor._warm_up",
+        "inside or self.hands_back",
+        "inside",
+        "test_handed_back.py::test_a_write_reaches_both[cpu-by_an_eager_step]",
+    ),
+    Fault(
+        "what-is-handed-on-is-not-followed",
+        "recordings.handed:Handed.reasons",
+        "pair.union(*(g for g in groups if g & pair))",
+        "pair",
+        "test_handed_back.py::test_a_write_reaches_both[cpu-through_two]",
+    ),
+    Fault(
+        "results-are-compared-with-arguments-alone",
+        "recordings.handed:Handed._look",
+        "combinations(made, 2)",
+        "()",
+        "test_handed_back.py::test_a_write_reaches_both[cpu-two_results]",
+    ),
+    Fault(
+        "memory-is-known-by-its-storage",
+        "recordings.handed:_share",
+        "Region.of(one).may_share(Region.of(other))",
+        "_torch.storage_key(one) == _torch.storage_key(other)",
+        "test_handed_back.py::test_a_write_reaches_both[cpu-over_the_same_memory]",
+    ),
+    Fault(
+        "any-write-counts",
+        "recordings.handed:Handed._reasons",
+        "order[node] > order[op]",
+        "True",
+        "test_handed_back.py::test_captured_where_it_does_not_matter[cpu-written_before]",
     ),
     # --- ops that only a capture refuses ---
     Fault(

@@ -33,6 +33,7 @@ from breakable_backend.options import Options
 from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.finding import Finder
+from breakable_backend.recordings.handed import has_suspects
 from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from breakable_backend.recordings.plain import Plain, write_plain
 from breakable_backend.recordings.recorder import Plan, Recorded, record
@@ -73,6 +74,8 @@ class CompiledGraph:
         """How often a key of this program outgrew the pool; and the bytes that it had then, at most."""
         self.callers = Callers()
         self.observers: Observers = observers_of(Subject(name, options, log))
+        self.hands_back = has_suspects(lowered.module.graph)
+        """Whether it is worth to look at what ops return: see ``recordings.handed``."""
         self.cut_program()
         driver.tenants.append(weakref.ref(self, driver.tenants.remove))
         # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.

@@ -179,11 +179,12 @@ class Executor(CompiledGraph):
     def _warm_up(self, args: list[Any]) -> list[Any]:
         """The plain call before a recording. Of ops that nothing is known about it shows which ones cannot be captured."""
         program = self.program
-        if self.observers.sees_plain_steps or not self.options.auto_break or not has_unknown_ops(program):
+        inside = self.options.auto_break and has_unknown_ops(program)
+        if self.observers.sees_plain_steps or not (inside or self.hands_back):
             return self._plain(args, "warm-up")
-        finder = Finder(self.driver.device)
+        finder = Finder(self.driver.device, inside=inside)
         outputs = self._plain(args, "warm-up", run=self.watched_function(finder))
-        if found := finder.eager(program):
+        if found := finder.eager(program, self.lowered.module.graph):
             self.run_eagerly(program, found, logging.INFO)
         return outputs
 

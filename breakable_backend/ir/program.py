@@ -36,7 +36,8 @@ class Reason:
     """Why a node runs eagerly."""
 
     rule: str
-    """Name of the rule in ``rules.RULES``, or what took its part (``min_kernels``, ``capture_failed``, ``calls_such_an_op``)."""
+    """Name of the rule in ``rules.RULES``, or what took its part (``min_kernels``, ``capture_failed``, ``calls_such_an_op``,
+    ``hands_back``)."""
     text: str
     op: str
     source: str = ""

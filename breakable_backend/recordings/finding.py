@@ -20,6 +20,7 @@ from breakable_backend.ir.effects import is_somebodys, op_of
 from breakable_backend.ir.live import OpMode, kernel_of_ops
 from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.rules import LiveReason, label, live_reason
+from breakable_backend.recordings.handed import Handed
 
 
 def has_unknown_ops(program: Program) -> bool:
@@ -28,18 +29,27 @@ def has_unknown_ops(program: Program) -> bool:
 
 
 class Finder:
-    """Looks into somebody's ops during one plain call of a program."""
+    """Looks into somebody's ops during one plain call of a program, and at what they return.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        device: of the captures.
+        inside: whether it looks into them. What they return is looked at in any case.
+    """
+
+    def __init__(self, device: torch.device, *, inside: bool) -> None:
+        self.device, self.inside = device, inside
+        self._handed = Handed()
         self._found: dict[Any, Reason] = {}
         """Why an op is to run eagerly."""
 
-    def around(self, node: fx.Node) -> Callable[..., Any]:
-        """What to call for ``node``: its op, and with an eye on it if it is somebody's."""
+    def around(self, node: fx.Node, *, captured: bool) -> Callable[..., Any]:
+        """What to call for ``node``, which is to be captured or not: its op, and with an eye on it if it is somebody's."""
+        inside = self.inside and captured and is_somebodys(node)
+        call: Any = self._inside(node) if inside else node.target
+        return self._handed.around(node, call)
+
+    def _inside(self, node: fx.Node) -> Callable[..., Any]:
         op: Any = node.target
-        if not is_somebodys(node):
-            return op  # type: ignore[no-any-return]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             look = _Look(self.device)
@@ -52,11 +62,12 @@ class Finder:
 
         return watched
 
-    def eager(self, program: Program) -> Mapping[str, Reason]:
-        """The nodes of ``program`` that are captured as yet, and call what was found, by name."""
+    def eager(self, program: Program, graph: fx.Graph) -> Mapping[str, Reason]:
+        """The nodes of ``program``, cut from ``graph``, that are captured as yet, and call what was found, by name."""
         nodes = (node for segment in program.graph_segments for node in segment.module.graph.nodes)
         called = ((node.name, self._found.get(op_of(node))) for node in nodes)
-        return {name: reason for name, reason in called if reason is not None}
+        found = {name: reason for name, reason in called if reason is not None}
+        return {**found, **self._handed.reasons(graph)}
 
 
 class _Look:

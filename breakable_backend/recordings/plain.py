@@ -126,8 +126,8 @@ class _Graph:
             state = _Turn(self.drawing, state)
         maker = producer_of(node)
         function: Any = node.target
-        if self.finder is not None and node.name not in self.eager:
-            function = self.finder.around(node)
+        if self.finder is not None:
+            function = self.finder.around(node, captured=node.name not in self.eager)
         call = Call(node.name, function, args, kwargs, label(maker), source_line(maker), ambient=state)
         fake = node.meta.get("val")
         if node.name not in self.eager or not isinstance(fake, torch.Tensor) or not must_fit(maker):

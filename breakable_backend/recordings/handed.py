@@ -1,0 +1,105 @@
+"""Ops that hand back an argument although their schema says that the result is new, found while they run in a plain call.
+
+A program is cut by what schemas say. As long as nobody writes, it does not matter that the result is the argument. A write
+to one of the two has to be in the other, and it is not where one of them is copied for a captured segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import fx
+
+from breakable_backend import _torch
+from breakable_backend._torch import pytree
+from breakable_backend.ir.effects import is_somebodys, tensors_of, written_arguments
+from breakable_backend.ir.live import has_memory
+from breakable_backend.ir.overlap import Region
+from breakable_backend.ir.program import Reason, source_line
+from breakable_backend.marks.rules import label
+
+
+def has_suspects(graph: fx.Graph) -> bool:
+    """Whether somebody's op comes before a write."""
+    seen = False
+    for node in graph.nodes:
+        if seen and node.op == "call_function" and written_arguments(node):
+            return True
+        seen = seen or (is_somebodys(node) and bool(tensors_of(node.meta.get("val"))))
+    return False
+
+
+class Handed:
+    """Looks at what somebody's ops return during one plain call."""
+
+    def __init__(self) -> None:
+        self._found: dict[fx.Node, list[tuple[int, int]]] = {}
+        """Storages by the fakes, two and two, that an op has returned as one."""
+
+    def around(self, node: fx.Node, call: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call for ``node`` in place of ``call``."""
+        if not is_somebodys(node):
+            return call
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = call(*args, **kwargs)
+            self._look(node, (args, kwargs), result)
+            return result
+
+        return watched
+
+    def _look(self, node: fx.Node, arguments: Any, result: Any) -> None:
+        given = _pairs((node.args, node.kwargs), arguments)
+        made = list(zip(tensors_of(node.meta.get("val")), tensors_of(result), strict=False))
+        candidates = [*((one, other) for one in made for other in given), *combinations(made, 2)]
+        found = [
+            (_torch.storage_key(one[0]), _torch.storage_key(other[0]))
+            for one, other in candidates
+            if _torch.storage_key(one[0]) != _torch.storage_key(other[0]) and _share(one[1], other[1])
+        ]
+        if found:
+            self._found[node] = found
+
+    def reasons(self, graph: fx.Graph) -> Mapping[str, Reason]:
+        """Why the program runs eagerly, by the name of the op: what it handed back is written behind it."""
+        groups: list[frozenset[int]] = []
+        for pair in (frozenset(pair) for pairs in self._found.values() for pair in pairs):
+            groups = [*(group for group in groups if not group & pair), pair.union(*(g for g in groups if g & pair))]
+        return dict(self._reasons(graph, groups))
+
+    def _reasons(self, graph: fx.Graph, groups: list[frozenset[int]]) -> Iterator[tuple[str, Reason]]:
+        order = {node: position for position, node in enumerate(graph.nodes)}
+        for op, pairs in self._found.items():
+            memory = frozenset[int]().union(*(group for group in groups for pair in pairs if pair[0] in group))
+            for node in graph.nodes:
+                if order[node] > order[op] and not memory.isdisjoint(_written(node)):
+                    text = (
+                        f"returns one tensor as two, or its argument, although its schema says that the result is new, and "
+                        f"{label(node)} writes it"
+                    )
+                    yield op.name, Reason("hands_back", text, label(op), source_line(op), whole_program=True)
+                    break
+
+
+def _pairs(nodes: Any, values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The fakes of the tensors among the arguments of a node, each with the tensor that it stands for now."""
+    leaves = zip(pytree.tree_leaves(nodes), pytree.tree_leaves(values), strict=True)
+    fakes = ((leaf.meta.get("val") if isinstance(leaf, fx.Node) else None, value) for leaf, value in leaves)
+    return [(fake, value) for fake, value in fakes if isinstance(fake, torch.Tensor) and has_memory(value)]
+
+
+def _written(node: fx.Node) -> frozenset[int]:
+    if node.op != "call_function":
+        return frozenset()
+    fakes = (tensor for argument in written_arguments(node) for tensor in tensors_of(argument.meta.get("val")))
+    return frozenset(map(_torch.storage_key, fakes))
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the two lie in one memory, on whatever storages."""
+    if not (has_memory(one) and has_memory(other)) or one.device != other.device:
+        return False
+    return Region.of(one).may_share(Region.of(other))
