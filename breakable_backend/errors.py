@@ -104,14 +104,13 @@ class EagerOutputError(ReplayError):
     """
 
 
-_LIBRARIES = (files.TORCH, files.PACKAGE, files.PYTHON)
 _NOT_FILES = ("<breakable_cg", "<eval_with_key>", "<string>", "<frozen")
 
 
 def user_line(trace: TracebackType | None = None) -> str:
     """The innermost line that is the user's, as ``file.py:12 in forward: code``; of a traceback, or of what runs now."""
     for file, line, function in _frames(trace):
-        if not _is_library(file):
+        if not (file.startswith(_NOT_FILES) or files.is_library(file)):
             return _line(file, line, function)
     return ""
 
@@ -140,11 +139,6 @@ def without_advice(text: str) -> str:
 def _line(file: str, line: int, function: str) -> str:
     code = linecache.getline(file, line).strip()
     return f"{os.path.basename(file)}:{line} in {function}" + (f": {code}" if code else "")
-
-
-def _is_library(file: str) -> bool:
-    installed = "site-packages" in file and not file.startswith(_LIBRARIES[:2])
-    return file.startswith(_NOT_FILES) or (file.startswith(_LIBRARIES) and not installed)
 
 
 def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:

@@ -58,7 +58,7 @@ def is_ours(error: BaseException) -> bool:
         file = frame.f_code.co_filename
         if file.startswith(files.PACKAGE):
             return dis.opname[frame.f_code.co_code[instruction]] != calls_others
-        if not (file.startswith(files.TORCH) or (file.startswith(files.PYTHON) and "site-packages" not in file)):
+        if not files.is_library(file):
             return False
     return False
 

@@ -14,3 +14,8 @@ PACKAGE, TORCH, PYTHON = (
     os.path.join(path, "")
     for path in (os.path.dirname(__file__), os.path.dirname(torch.__file__), sysconfig.get_path("stdlib"))
 )
+
+
+def is_library(file: str) -> bool:
+    """Whether a file is PyTorch's, Python's or this package's; what else is installed beside them is the user's."""
+    return file.startswith((TORCH, PACKAGE)) or (file.startswith(PYTHON) and "site-packages" not in file)

@@ -1111,9 +1111,9 @@ FAULTS = (
     ),
     Fault(
         "errors-show-a-line-of-the-package",
-        "errors:_LIBRARIES",
-        "files.PACKAGE",
-        "files.TORCH",
+        "files:is_library",
+        "(TORCH, PACKAGE)",
+        "(TORCH, TORCH)",
         "test_catalogue.py::test_every_error_shows_the_users_line[is not an op]",
     ),
     Fault(
@@ -2316,14 +2316,14 @@ FAULTS = (
     # --- lowering: what AOT must keep, and the state around each node ---
     Fault(
         "unused-marked-call-dropped",
-        "_torch.aot:trace_inference",
-        "_side_effects(kept)",
+        "_torch.aot:traced_as_eager",
+        "_side_effects((*keep_alive, *find_overloads('aten::_assert_async')))",
         "_side_effects(())",
         "test_contract_once.py::test_unused_marked_call[cpu]",
     ),
     Fault(
         "unused-draw-dropped",
-        "_torch.aot:trace_inference",
+        "_torch.aot:traced_as_eager",
         "config.patch(fallback_random=True)",
         "config.patch(fallback_random=False)",
         "test_contract_once.py::test_unused_random_draw[cpu-rand]",
@@ -2701,7 +2701,7 @@ FAULTS = (
     ),
     Fault(
         "assertions-go-unnoticed",
-        "_torch.aot:trace_inference",
+        "_torch.aot:traced_as_eager",
         "(*keep_alive, *find_overloads('aten::_assert_async'))",
         "keep_alive",
         "test_effects.py::test_assertions[asserted]",
@@ -3095,7 +3095,7 @@ FAULTS = (
     ),
     Fault(
         "other-kernels-than-eager",
-        "_torch.aot:trace_inference",
+        "_torch.aot:traced_as_eager",
         "stack.enter_context(_eager_kernels())",
         "pass",
         "test_cuda.py::test_kernels_as_in_eager[conv batchnorm train-dtype0]",

@@ -141,7 +141,6 @@ from breakable_backend._torch.tensors import (
     extent,
     foreach_copy,
     has_hooks,
-    is_static,
     is_traced,
     is_transformed,
     layout_check,

@@ -6,8 +6,8 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -22,9 +22,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from breakable_backend._torch.ops import _aten_overloads, find_overloads, never_run_on_constants
 from breakable_backend._torch.symbols import free_symbols
 from breakable_backend._torch.tensors import extent, lazy_bits, storage_key, with_lazy_bits
-
-if TYPE_CHECKING:
-    pass
 
 
 def trace_inference(
@@ -46,21 +43,8 @@ def trace_inference(
     With ``keep_floats`` a Python float that varies stays a number; else AOT computes with 0-d tensors in its place.
     """
     from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._inductor import config
 
-    kept = (*keep_alive, *find_overloads("aten::_assert_async"))
-    with ExitStack() as stack:
-        stack.enter_context(_side_effects(kept))
-        for op in keep_alive:
-            if isinstance(op, OpOverload):
-                stack.callback(setattr, op, "_tags", op._tags)
-                never_run_on_constants(op)
-        stack.enter_context(_eager_kernels())
-        stack.enter_context(_entered_around(around))
-        stack.enter_context(config.patch(fallback_random=True))
-        stack.enter_context(_real_first_call())
-        if keep_floats:
-            stack.enter_context(_python_floats())
+    with traced_as_eager(keep_alive, around), _real_first_call(), _python_floats() if keep_floats else nullcontext():
         return aot_module_simplified(
             gm,
             example_inputs,
@@ -69,6 +53,25 @@ def trace_inference(
             keep_inference_input_mutations=True,
             disable_functionalization=True,
         )
+
+
+@contextmanager
+def traced_as_eager(
+    keep_alive: Iterable[Any], around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]
+) -> Iterator[None]:
+    """What is traced inside calls the ops that eager calls: see :func:`trace_inference`."""
+    from torch._inductor import config
+
+    with ExitStack() as stack:
+        stack.enter_context(_side_effects((*keep_alive, *find_overloads("aten::_assert_async"))))
+        for op in keep_alive:
+            if isinstance(op, OpOverload):
+                stack.callback(setattr, op, "_tags", op._tags)
+                never_run_on_constants(op)
+        stack.enter_context(_eager_kernels())
+        stack.enter_context(_entered_around(around))
+        stack.enter_context(config.patch(fallback_random=True))
+        yield
 
 
 def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tuple[int, ...] | None:

@@ -15,11 +15,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.dlpack import from_dlpack
 
 
-def is_static(tensor: torch.Tensor) -> bool:
-    """Whether Dynamo takes an argument for static: a parameter, a buffer, a tensor marked with ``mark_static_address``."""
-    return getattr(tensor, "_dynamo_static_input_type", None) is not None
-
-
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether a compiler is tracing the op that takes ``tensor``: nothing is computed."""
     return isinstance(tensor, FakeTensor | FunctionalTensor)

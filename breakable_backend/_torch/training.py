@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as _fx_traceback
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from breakable_backend._torch.aot import _eager_kernels, _entered_around, _side_effects
-from breakable_backend._torch.ops import find_overloads, never_run_on_constants
+from breakable_backend._torch.aot import traced_as_eager
 
 
 @contextmanager
@@ -29,22 +28,13 @@ def tracing_both_halves(
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.convert_frame import compile_lock
-    from torch._inductor import config
 
-    kept = (*keep_alive, *find_overloads("aten::_assert_async"))
     with ExitStack() as stack:
         stack.enter_context(compile_lock)
         # As while Dynamo compiles: else FX tells other threads that call compiled functions that they are being traced.
         stack.callback(setattr, torch.compiler, "_is_compiling_flag", torch.compiler._is_compiling_flag)
         torch.compiler._is_compiling_flag = True
-        stack.enter_context(_side_effects(kept))
-        for op in keep_alive:
-            if isinstance(op, OpOverload):
-                stack.callback(setattr, op, "_tags", op._tags)
-                never_run_on_constants(op)
-        stack.enter_context(_eager_kernels())
-        stack.enter_context(_entered_around(around))
-        stack.enter_context(config.patch(fallback_random=True))
+        stack.enter_context(traced_as_eager(keep_alive, around))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(_fx_traceback.preserve_node_meta())

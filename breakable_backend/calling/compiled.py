@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from breakable_backend.calling import policy
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, Spectator, held, scalar_bytes
 from breakable_backend.calling.lifetime import release, release_all, run_deferred, watch, when_idle
 from breakable_backend.calling.sharing import SharedMemory
-from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, Statistics
+from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, Statistics, uncounted
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
 from breakable_backend.drivers import CaptureDriver
@@ -385,17 +385,12 @@ class CompiledGraph:
                 for entry in shown:
                     entry.hide(mine)
 
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Leave all counts as they are: to measure is no use."""
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Leave all counts as they are."""
         entries = self.keys.entries()
-        counted = [self.statistics, *entries, *(entry.replay.tally for entry in entries if entry.replay is not None)]
-        before = [{name: count for name, count in vars(part).items() if type(count) is int} for part in counted]
-        try:
-            yield
-        finally:
-            for part, counts in zip(counted, before, strict=True):
-                vars(part).update(counts)
+        return uncounted(
+            self.statistics, *entries, *(entry.replay.tally for entry in entries if entry.replay is not None)
+        )
 
 
 def checked_once(entry: Entry, recording: Recording, replay: Replay) -> Function:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
 from breakable_backend.calling.keys import Entry, Key
+from breakable_backend.calling.policy import Trials
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.program import Program
@@ -43,52 +47,44 @@ class Statistics:
         return replace(self, plain=plain, recorded=recorded, misfits=misfits)
 
 
+@contextmanager
+def uncounted(*counted: Any) -> Iterator[None]:
+    """Leave the counts that are attributes of ``counted`` as they are: to measure is no use."""
+    before = [{name: count for name, count in vars(part).items() if type(count) is int} for part in counted]
+    try:
+        yield
+    finally:
+        for part, counts in zip(counted, before, strict=True):
+            vars(part).update(counts)
+
+
 @dataclass(frozen=True)
 class KeySnapshot:
-    """One key, as it was at one moment."""
+    """One key, as it was at one moment: what an :class:`Entry` has, of which most is copied as it is."""
 
     key: Key
     number: int
-    """Which recording of its program it has, from 0; -1: none yet."""
     recording: Recording | None
     replay: Replay | None
     run: Function | None
-    """What a call does; with ``recording`` and ``replay`` all three, or none."""
-    statics: tuple[torch.Tensor | None, ...]
-    """The static inputs that it belongs to, in order; None for one that is gone."""
     calls: int
     replays: int
     captures: int
-    copies: int
-    """Copies between bridges and the outside that were made, recording included."""
     warmup_seconds: float
     record_seconds: float
     why: str
     refused: str
-    failures: int
-    """Recordings that failed for reasons that pass."""
-    last_failure: str
+    trials: Trials
+    copies: int
+    """Copies between bridges and the outside that were made, recording included."""
+    statics: tuple[torch.Tensor | None, ...]
+    """The static inputs that it belongs to, in order; None for one that is gone."""
 
     @classmethod
     def of(cls, entry: Entry, statics: tuple[torch.Tensor | None, ...]) -> KeySnapshot:
-        return cls(
-            entry.key,
-            entry.number,
-            entry.recording,
-            entry.replay,
-            entry.run,
-            statics,
-            entry.calls,
-            entry.replays,
-            entry.captures,
-            entry.record_copies + (entry.replay.tally.copies if entry.replay is not None else 0),
-            entry.warmup_seconds,
-            entry.record_seconds,
-            entry.why,
-            entry.refused,
-            entry.trials.failures,
-            entry.trials.reason,
-        )
+        copies = entry.record_copies + (entry.replay.tally.copies if entry.replay is not None else 0)
+        copied = {part.name: getattr(entry, part.name) for part in fields(cls) if hasattr(entry, part.name)}
+        return cls(**copied, copies=copies, statics=statics)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.layout import non_owning
+from breakable_backend.ir.live import generators_of
 from breakable_backend.ir.modes import Modes
 
 T = TypeVar("T")
@@ -118,14 +119,15 @@ class EagerDriver(OpByOpDriver):
         """Run ``body``, and keep it for replays. Of a ``partial`` the arguments are kept by their address."""
         args = body.args if isinstance(body, functools.partial) else ()
         arguments = {_torch.storage_key(arg) for arg in args if isinstance(arg, torch.Tensor)}
-        state = self._random_state()
+        generator = generators_of(self.device)[-1]
+        state = generator.get_state()
         result = body()
         made: dict[int, torch.UntypedStorage] = {}
         for position, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, torch.Tensor) and (key := _torch.storage_key(leaf)) not in arguments:
                 arguments.add(key)
                 made[position] = leaf.untyped_storage()
-        drew = not torch.equal(state, self._random_state())
+        drew = not torch.equal(state, generator.get_state())
         graph = RerunGraph(self._by_address(body), made, drew, Modes.current())
         self.adopt(graph)
         return graph, result
@@ -141,11 +143,6 @@ class EagerDriver(OpByOpDriver):
         if argument.device != self.device:
             return argument.clone()  # a host number, whose value is part of the key
         return non_owning(argument)
-
-    def _random_state(self) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state(self.device)
-        return torch.get_rng_state()
 
     def progress(self) -> Hashable:
         """An object of its own for each moment: what runs is never in vain."""

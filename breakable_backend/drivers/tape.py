@@ -30,7 +30,7 @@ from breakable_backend.errors import CaptureError, ReplayError, first_line, user
 from breakable_backend.failures import as_passing
 from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, written_values
 from breakable_backend.ir.layout import Geometry, non_owning
-from breakable_backend.ir.live import OpMode, Ran, Undo, has_memory, kernel_of_ops, memory_on
+from breakable_backend.ir.live import OpMode, Ran, Undo, generators_of, has_memory, kernel_of_ops, memory_on
 from breakable_backend.marks.rules import INDEXING, MOVES_STORAGE, is_mask
 
 T = TypeVar("T")
@@ -544,9 +544,7 @@ class TapeSession:
     def __init__(self, driver: TapeDriver) -> None:
         self.driver = driver
         self.taping, self.host_reads = _Taping(), _HostReads()
-        self._generators = [torch.default_generator]
-        if driver.device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[driver.device.index])
+        self._generators = generators_of(driver.device)
         self._states: list[torch.Tensor] = []
         self._free: tuple[_Lent, ...] = ()
         self._fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()

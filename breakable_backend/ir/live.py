@@ -56,6 +56,12 @@ def kernel_of_ops(op: Any, args: Sequence[Any], device: torch.device, *, watchin
     return (lambda body, _, *operands: body(*operands)) if _torch.is_region(op) else None
 
 
+def generators_of(device: torch.device) -> list[torch.Generator]:
+    """What ops on ``device``, or on the host, draw from by default; that of ``device`` comes last."""
+    others = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    return [torch.default_generator, *others]
+
+
 def has_memory(leaf: Any) -> bool:
     """Whether ``leaf`` is a tensor in a storage of its own or another's: a strided one."""
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided

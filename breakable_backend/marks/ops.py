@@ -101,8 +101,7 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
 
     def fake(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
-        made = sites[site].fake(needs, tensors, *rest[num_written + 1 :])
-        return packed(made)
+        return packed(sites[site].fake((needs, tensors, *rest[num_written + 1 :])))
 
     def differentiate(keys: Any, site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
@@ -149,7 +148,7 @@ def _shapes(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], f
 @torch.library.register_fake("breakable_cg::shapes", lib=_library)  # type: ignore[untyped-decorator]
 def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
     sites[site].look_for_overlaps(tensors)
-    sites[site].learn(needs, tensors, ints, floats)
+    sites[site].learn((needs, tensors, ints, floats))
 
 
 @torch.library.impl(_library, "number", "CompositeExplicitAutograd")

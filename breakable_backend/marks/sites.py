@@ -168,8 +168,8 @@ def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # --- a call -------------------------------------------------------------------------------------------------------------
 
 
-Call = tuple[list[bool], Sequence[torch.Tensor], list[int], list[float]]
-"""What a call was given: which tensors need gradients, the tensors, ints and floats."""
+Call = tuple[list[bool], Sequence[torch.Tensor], list[Any], list[Any]]
+"""What a call is given: which tensors need gradients (none of them: no element), the tensors, ints and floats."""
 
 
 @dataclass(eq=False)
@@ -212,9 +212,9 @@ class Site:
 
     # on fake tensors
 
-    def fake(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> list[torch.Tensor]:
+    def fake(self, call: Call) -> list[torch.Tensor]:
         """What the op returns, as fake tensors."""
-        expected = self.learn(needs, tensors, ints, floats)
+        needs, expected = call[0], self.learn(call)
         if not self.is_known:
             return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # autograd wants its handle
         made = [spec.empty() for spec in expected.specs]
@@ -224,16 +224,13 @@ class Site:
             made.append(torch.empty(1, dtype=torch.int64, device="cpu"))
         return made
 
-    def learn(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
+    def learn(self, call: Call) -> Expected:
         """Find out what the call returns, for arguments of these layouts: fake tensors."""
+        needs, tensors, _, _ = call
         if needs:
             wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
             self.gradients = tuple((tensor.dim(), tensor.dtype, tensor.device) for tensor in wanting)
-        expected = (
-            self._remember(needs, tensors, ints, floats)
-            if self.mark.fake is None
-            else self._told(needs, tensors, ints, floats)
-        )
+        expected = self._remember(call) if self.mark.fake is None else self._told(call)
         self.is_known = expected is not None
         if expected is None:
             return Expected()
@@ -260,8 +257,8 @@ class Site:
             self.learned.waiting.pop(_code_being_traced(), None)
         return self.expected
 
-    def _remember(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
-        asked = Asked.of(needs, tensors, ints, floats)
+    def _remember(self, call: Call) -> Expected | None:
+        asked = Asked.of(*call)
         found = self.learned.find(asked)
         if found is None and asked.can_be_specialised:
             found = self.learned.find(asked.specialised())
@@ -271,14 +268,14 @@ class Site:
                 found = replace(found, specs=rule.specs(found.specs, asked.numbers))
         return found
 
-    def _told(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected | None:
+    def _told(self, call: Call) -> Expected | None:
         """What ``fake`` says, which is asked once for the same layouts."""
-        key = _layouts(needs, tensors, ints, floats)
+        key = _layouts(*call)
         if key is not None and key in self.known:
             return self.known[key]
         try:
-            with _torch.ignore_fresh_symbols(tensors), self.modes.enter():
-                expected = self._ask(needs, tensors, ints, floats)
+            with _torch.ignore_fresh_symbols(call[1]), self.modes.enter():
+                expected = self._ask(call)
         except PartitionError as error:
             self.error = error
             return None
@@ -291,7 +288,8 @@ class Site:
             self.known[key] = expected
         return expected
 
-    def _ask(self, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> Expected:
+    def _ask(self, call: Call) -> Expected:
+        needs, tensors, ints, floats = call
         given = [tensor.detach() for tensor in tensors]
         modules = {}
         with _torch.above_autograd():

@@ -36,6 +36,7 @@ from breakable_backend.recordings.epilogue import Epilogue, settled
 from breakable_backend.recordings.healing import Healing, NodeByNode, Recut, suspects_among
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import (
+    NOTHING,
     Call,
     Copy,
     EagerStep,
@@ -376,8 +377,7 @@ class _Recorder:
             slots.values[place.name] if owner is None else owner for place, owner in zip(saved, held, strict=True)
         ]
         if self.put_off is not None:
-            nothing = Recording((), {}, (), (), (), {})
-            return Recorded(nothing, outputs, self.healing.eager, self.copies, program, self.put_off)
+            return Recorded(NOTHING, outputs, self.healing.eager, self.copies, program, self.put_off)
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={

@@ -176,6 +176,10 @@ class Recording:
         return self.held.values
 
 
+NOTHING = Recording((), {}, (), (), (), {})
+"""A recording of which nothing is left."""
+
+
 def fill(tree: Any, slots: Mapping[str, Any]) -> Any:
     """``tree`` with the value of each slot in its place."""
     return pytree.tree_map_only(Slot, lambda slot: slots[slot.name], tree)

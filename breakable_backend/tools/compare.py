@@ -24,7 +24,7 @@ from breakable_backend.capturing.trace import Change, Trace, Watch, first_change
 from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.errors import CAUSES, DivergenceError
 from breakable_backend.ir.effects import is_view_op
-from breakable_backend.ir.live import Undo, has_memory
+from breakable_backend.ir.live import Undo, generators_of, has_memory
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, source_line
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.binding import Binding
@@ -637,20 +637,14 @@ class Checker:
 
     # random numbers
 
-    def _generators(self) -> list[torch.Generator]:
-        generators = [torch.default_generator]
-        if self.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self.device.index])
-        return generators
-
     def _random(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in self._generators()]
+        return [generator.get_state() for generator in generators_of(self.device)]
 
     def _of_generators(
         self, states: Sequence[torch.Tensor], trace: Trace
     ) -> Iterator[tuple[torch.Generator, torch.Tensor]]:
         """Generators that ``trace`` may have drawn from, with their states; other threads draw from that of the host."""
-        for generator, state in zip(self._generators(), states, strict=True):
+        for generator, state in zip(generators_of(self.device), states, strict=True):
             if trace.draws_random or generator.device.type == "cuda":
                 yield generator, state
 

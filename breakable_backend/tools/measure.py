@@ -19,7 +19,7 @@ from breakable_backend import active
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry, Key
 from breakable_backend.calling.lifetime import run_deferred
-from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
+from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, uncounted
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import under_ambient
@@ -314,7 +314,7 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
         raise OptionsError("there is nothing to measure: the graph is empty", fix="capture first")
     if snapshot.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
-    with _undisturbed(driver, lambda: graph.written) as bench, _uncounted(replay.tally):
+    with _undisturbed(driver, lambda: graph.written) as bench, uncounted(replay.tally):
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))
             with graph.modes.enter():
@@ -453,17 +453,6 @@ class _Bench:
         done = time.perf_counter_ns()
         self.put_back()
         return (issued - started) / burst / 1e3, (done - started) / burst / 1e3
-
-
-@contextmanager
-def _uncounted(*counters: Any) -> Iterator[None]:
-    """Leave the counts that are the attributes of ``counters`` as they are: measuring is no use."""
-    before = [{name: count for name, count in vars(counter).items() if type(count) is int} for counter in counters]
-    try:
-        yield
-    finally:
-        for counter, counts in zip(counters, before, strict=True):
-            vars(counter).update(counts)
 
 
 def _uncaptured(lowered: Lowered) -> fx.GraphModule:

@@ -64,7 +64,7 @@ class StepReport:
         return next(filter(None, (*(r.source for r in self.reasons), *(op.source for op in self.ops))), "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordingReport:
     """One key of a program: what was recorded for it, and how often it was called."""
 
@@ -82,23 +82,23 @@ class RecordingReport:
     bridge_bytes: int
     held_bytes: int
     """Bytes of pool memory for what segments hand on, as much as is needed at once; bridges are not counted."""
-    warmup_seconds: float
+    warmup_seconds: float = 0.0
     record_seconds: float
     why: str
     """Why the key was new when it came."""
     source: str
     """The generated replay function."""
-    refused: str
+    refused: str = ""
     """Why this key is not recorded; empty if it may be."""
-    failures: int
+    failures: int = 0
     """Recordings that failed for reasons that pass, since the key came."""
-    last_failure: str
+    last_failure: str = ""
     """Why the last of them failed."""
     steps: tuple[StepReport, ...]
     measured: Measured | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProgramReport:
     """One graph that Dynamo made, or one captured ``with`` block, and what became of it."""
 
@@ -115,13 +115,13 @@ class ProgramReport:
     captures: int
     replays: int
     copies: int
-    evictions: int
-    plain_calls: Mapping[str, int]
+    evictions: int = 0
+    plain_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Calls that ran plainly, by why."""
     recorded: Mapping[str, int]
     """Recordings, by why there was none for the key."""
-    notes: tuple[str, ...]
-    lowering_seconds: float
+    notes: tuple[str, ...] = ()
+    lowering_seconds: float = 0.0
     pool_bytes: int
     """Device memory that the driver's pool holds reserved, for all programs that share it."""
     executable_bytes: int

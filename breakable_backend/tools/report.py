@@ -39,7 +39,7 @@ from breakable_backend.ir.program import (
 from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import breaks, learning
 from breakable_backend.recordings.buffers import Bridge
-from breakable_backend.recordings.recording import Copy, EagerStep, Recording, Step
+from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
 from breakable_backend.tools.advice import advice
 from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
@@ -275,76 +275,68 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
 
 
 def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
-    recording, replay = key.recording, key.replay
     numbers = ", ".join(str(part) for part in key.key.shapes)
     return RecordingReport(
         key=f"{position}: {numbers}" if numbers else str(position),
-        num_graphs=len(recording.graphs) if recording else 0,
         calls=key.calls,
         captures=key.captures,
         replays=key.replays,
-        copies_per_call=recording.num_copies if recording else 0,
         copies=key.copies,
-        bridge_bytes=recording.bridge_bytes if recording else 0,
-        held_bytes=recording.held_bytes if recording else 0,
         warmup_seconds=key.warmup_seconds,
         record_seconds=key.record_seconds,
         why=key.why,
-        source=replay.source if replay else "",
         refused=key.refused,
-        failures=key.failures,
-        last_failure=key.last_failure,
-        steps=_timed(_steps(recording, replay), measured),
-        measured=measured,
+        failures=key.trials.failures,
+        last_failure=key.trials.reason,
+        **_recorded(key.recording, key.replay, measured),
     )
+
+
+def _recorded(recording: Recording | None, replay: Replay | None, measured: Measured | None) -> dict[str, Any]:
+    """What a recording is like, by the fields of a :class:`RecordingReport`."""
+    made = recording or NOTHING
+    return {
+        "num_graphs": len(made.graphs),
+        "copies_per_call": made.num_copies,
+        "bridge_bytes": made.bridge_bytes,
+        "held_bytes": made.held_bytes,
+        "source": replay.source if replay else "",
+        "steps": _timed(_steps(recording, replay), measured),
+        "measured": measured,
+    }
 
 
 def _captured(graph: GraphSnapshot, measured: Measured | None) -> ProgramReport:
     recording, replay, driver = graph.recording, graph.replay, graph.driver
+    num_graphs, copies = len((recording or NOTHING).graphs), replay.tally.copies if replay is not None else 0
     steps = _steps(recording, replay)
     eager = [step for step in steps if step.kind == "eager"]
-    copies, source = (replay.tally.copies, replay.source) if replay is not None else (0, "")
     recordings: tuple[RecordingReport, ...] = ()
     if recording is not None:
-        recordings = (
-            RecordingReport(
-                key="0",
-                num_graphs=len(recording.graphs),
-                calls=graph.replays + 1,
-                captures=len(recording.graphs),
-                replays=graph.replays,
-                copies_per_call=recording.num_copies,
-                copies=copies,
-                bridge_bytes=recording.bridge_bytes,
-                held_bytes=recording.held_bytes,
-                warmup_seconds=0.0,
-                record_seconds=graph.record_seconds,
-                why="captured",
-                source=source,
-                refused="",
-                failures=0,
-                last_failure="",
-                steps=_timed(steps, measured),
-                measured=measured,
-            ),
+        made = RecordingReport(
+            key="0",
+            calls=graph.replays + 1,
+            captures=num_graphs,
+            replays=graph.replays,
+            copies=copies,
+            record_seconds=graph.record_seconds,
+            why="captured",
+            **_recorded(recording, replay, measured),
         )
+        recordings = (made,)
     return ProgramReport(
         name="captured graph" if recording else "graph that holds nothing",
         driver=f"{driver.name} on {driver.device}" if driver else "no driver yet",
-        num_graph_segments=len(recording.graphs) if recording else 0,
+        num_graph_segments=num_graphs,
         num_eager_segments=len(eager),
         reasons=tuple(reason for step in eager for reason in step.reasons),
         steps=tuple(dataclasses.replace(step, first_line=-1, end_line=-1) for step in steps),
-        text=source,
+        text=replay.source if replay else "",
         calls=graph.replays + (recording is not None),
-        captures=len(recording.graphs) if recording else 0,
+        captures=num_graphs,
         replays=graph.replays,
         copies=copies,
-        evictions=0,
-        plain_calls={},
         recorded={"captured": 1} if recording else {},
-        notes=(),
-        lowering_seconds=0.0,
         pool_bytes=driver.pool_bytes() if driver else 0,
         executable_bytes=driver.executable_bytes() if driver else 0,
         recordings=recordings,

@@ -367,6 +367,23 @@ def test_in_place_results_are_their_argument() -> None:
     assert program.epilogue.inputs == ("triple_1", "add", "triple")
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2)], ids=str)
+def test_a_view_that_an_op_returns(shape: tuple[int, int]) -> None:
+    """What an op returns of its argument's memory, laid out otherwise, is made again so in a later segment."""
+    with torch.library._scoped_library("partitioned", "DEF") as library:
+        library.define("turned(Tensor(a) x) -> Tensor(a)")
+        library.impl("turned", lambda x: x.t(), "Meta")
+
+        def f(x: Tensor) -> tuple[Tensor, ...]:
+            y = torch.ops.partitioned.turned(x + 1)
+            return silly.triple(x), y * 2
+
+        last = part(f, cuda(*shape)).segments[2]
+    assert ops(last) == ["turned_view", "mul"]
+    view = next(node for node in last.module.graph.nodes if node.name == "turned_view")
+    assert view.args[1:] == ([*reversed(shape)], [1, shape[1]], 0)
+
+
 def test_out_variant() -> None:
     """An ``out=`` argument is written."""
 

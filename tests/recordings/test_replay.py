@@ -24,7 +24,7 @@ from breakable_backend.ir.layout import TensorSpec, extent
 from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Reason
 from breakable_backend.recordings.buffers import Bridge, clone_exact
-from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot, Step
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step
 from breakable_backend.recordings.replay import Replay, Tally, emit, interpret
 from graphs import golden
 
@@ -798,6 +798,24 @@ def test_argument_is_checked(wrong: Tensor, tape: Maker) -> None:
         with pytest.raises(ReplayError, match="argument x is"):
             run([wrong])
     assert ran == []
+
+
+def test_lines_of_a_step_without_any(tape: Maker) -> None:
+    """A step that leaves nothing to do in a replay has no lines: it ends where the one before it does."""
+    recording = several_bridges(tape)
+    graph, nothing = recording.steps[0], EagerStep((), ())
+    recording = replace(recording, steps=(nothing, graph, nothing, nothing))
+    made = emit(recording)
+    (_, first), (start, end), *others = made.steps
+    assert first == 0 < start < end
+    assert "graph_0(" in "".join(made.source.splitlines()[start:end])
+    assert others == [(end, end)] * 2
+
+
+def test_needs_add_up() -> None:
+    """What is held for good and what is held at most in between add up, bridges and values each by themselves."""
+    assert Held(1, 20) + Held(300, 4000) == Held(301, 4020)
+    assert Held(1, 20).or_more(Held(300, 4)) == Held(300, 20)
 
 
 def test_numbers_of_a_recording(tape: Maker) -> None:
