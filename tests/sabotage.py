@@ -184,6 +184,49 @@ FAULTS = (
         "test_training.py::test_two_forwards_pending[cpu-order0]",
     ),
     Fault(
+        "a-backward-leaves-the-thread-of-the-capture",
+        "capturing.capture:_OngoingCapture.open",
+        "torch.autograd.set_multithreading_enabled(False)",
+        "torch.autograd.set_multithreading_enabled(True)",
+        "test_capture_gradients.py::test_a_step_of_training[cuda-0.0-sgd]",
+        gpu=True,
+    ),
+    Fault(
+        "captured-gradients-stay-where-they-are",
+        "capturing.capture:_OngoingCapture._break",
+        "isinstance(replayed, gradients.Backward)",
+        "False",
+        "test_capture_gradients.py::test_gradients_to_inputs[cpu]",
+    ),
+    Fault(
+        "what-a-replay-saved-is-kept",
+        "capturing.gradients:Forward.__call__",
+        "self.seen(result, inputs) if self.kept.wanted else None",
+        "self.seen(result, inputs)",
+        "test_capture_gradients.py::test_nothing_is_kept_behind_the_backward[cpu]",
+    ),
+    Fault(
+        "hooks-see-gradients-twice",
+        "capturing.gradients:Backward.gradients",
+        "_torch.without_hooks(leaves)",
+        "torch.no_grad()",
+        "test_capture_gradients.py::test_hooks_on_parameters_run_once[cpu]",
+    ),
+    Fault(
+        "missing-gradients-change-a-sign",
+        "capturing.gradients:Backward.gradients",
+        "torch.full_like(leaf, -0.0)",
+        "torch.zeros_like(leaf)",
+        "test_capture_gradients.py::test_gradients_that_come_and_go[cpu]",
+    ),
+    Fault(
+        "replayed-gradients-are-not-counted",
+        "capturing.gradients:Backward.__call__",
+        "came != self.wanted",
+        "False",
+        "test_capture_gradients.py::test_refused_at_replay[cpu]",
+    ),
+    Fault(
         "two-gradients-share-memory",
         "calling.training:Training.gradients",
         "place in backward.entangled",
@@ -1794,15 +1837,11 @@ FAULTS = (
         "arguments-read-after-the-call",
         "capturing.capture:_OngoingCapture._break",
         """
-        parts = Parts.of(
-            result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
-        )
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
         """,
         """
         known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
-        parts = Parts.of(
-            result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
-        )
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
         """,
         "test_capture_hostile.py::test_object_that_a_function_changes[cpu]",
     ),

@@ -122,3 +122,30 @@ def retains(tensor: torch.Tensor) -> StorageWeakRef:
 def keeps_its_address(node: fx.Node) -> bool:
     """Whether an input of a graph of Dynamo's is a parameter, a buffer or a marked tensor: what AOTAutograd looks at."""
     return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that is under way was called with ``retain_graph=True``; asked in a node of it."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def node_number(node: Any) -> int:
+    """The number of a node of autograd's graph, but for leaves: nodes of one thread are numbered as they are made."""
+    return int(node._sequence_nr())
+
+
+def next_node_number() -> int:
+    """A number that no later node of this thread is below."""
+    with torch.enable_grad():
+        return node_number(torch.empty(0, requires_grad=True).view(0).grad_fn)
+
+
+@contextmanager
+def without_hooks(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Without the hooks of some leaves, which are to see a gradient later, when it is accumulated."""
+    with ExitStack() as stack:
+        for leaf in leaves:
+            if hooks := leaf._backward_hooks:
+                stack.callback(setattr, leaf, "_backward_hooks", hooks)
+                leaf._backward_hooks = None
+        yield

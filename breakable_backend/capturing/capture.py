@@ -24,13 +24,22 @@ from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.graph import BreakableCUDAGraph, Captured, Outside, allow_others, log, refuse_others
+from breakable_backend.capturing import gradients
+from breakable_backend.capturing.graph import (
+    Alive,
+    BreakableCUDAGraph,
+    Captured,
+    Outside,
+    allow_others,
+    log,
+    refuse_others,
+)
 from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, first_line, user_line
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, first_line, user_line
 from breakable_backend.failures import as_passing
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.effects import is_view_op, written_values
@@ -270,6 +279,8 @@ class _OngoingCapture:
             stack.enter_context(self.driver.lock)
             stack.enter_context(self.observers.span("capture"))
             stack.enter_context(without_autocast_cache())
+            # A backward stays in this thread: CUDA ends a capture in the thread that began it, and steps end segments.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             self.graph._begin_use("captured", CaptureError)
             stack.callback(self.graph._end_use)
             self.graph._free()
@@ -459,7 +470,12 @@ class _OngoingCapture:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         mark: Mark | None = None,
+        replayed: Callable[..., Any] | None = None,
     ) -> Any:
+        """Run an eager step, ``function``.
+
+        ``replayed`` is called in its place at a replay, with the leaves of the arguments.
+        """
         self._end()
         # Before the call, which may change the containers and objects that it is given.
         given = pytree.tree_flatten((args, dict(kwargs)))
@@ -473,6 +489,10 @@ class _OngoingCapture:
                     barrier()
             function = self.observers.eager(function, name, reason.source)
             run = (mark.capture_stub if mark is not None else None) or function
+            call = None
+            if mark is not None and _records_gradients():
+                call = gradients.Call.of(mark, function, *given, reason.source, self.made)
+                args, kwargs = call.arguments()
             with _torch.with_autograd() if self.whole else nullcontext():
                 result = run(*args, **kwargs)
         except BaseException as error:
@@ -481,22 +501,16 @@ class _OngoingCapture:
         finally:
             active.handler.reset(token)
         try:
-            if (
-                mark is not None
-                and torch.is_grad_enabled()
-                and any(tensor.requires_grad for tensor in tensors_on(self.driver.device, result))
-            ):
-                raise CaptureError(
-                    f"the result of {name} needs gradients, which do not pass an eager step",
-                    where=reason.source,
-                    fix="capture under torch.no_grad(), or compile with torch.compile, where they pass",
-                )
-            parts = Parts.of(
-                result, known, self.driver.device, name, reason.source, mark is not None and mark.host_only
-            )
+            host_only, apart = mark is not None and mark.host_only, isinstance(replayed, gradients.Backward)
+            parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
             del taken
-            returned = self._note(function, name, reason, given, parts, result)
+            way_back = call.take(result, self.driver.device) if call is not None else None
+            if call is not None and call.takes_part:
+                replayed = call.step
+            returned = self._note(function, name, reason, given, parts, parts.without_gradients(result), replayed)
             self._begin()
+            if call is not None and way_back is not None:
+                returned = call.through(self, way_back, result, returned, parts)
         except BaseException as error:
             self.failed = error
             raise
@@ -510,6 +524,7 @@ class _OngoingCapture:
         flat: tuple[list[Any], pytree.TreeSpec],
         parts: Parts,
         result: Any,
+        replayed: Callable[..., Any] | None,
     ) -> Any:
         """Write the eager step down; returns the result as captured code may use it: on bridges."""
         base = re.sub(r"\W+", "_", re.split(r"::|\.", name)[-1]).strip("_") + f"_{len(self.steps)}"
@@ -526,10 +541,10 @@ class _OngoingCapture:
         given: tuple[Any, ...] = pytree.tree_unflatten(slots, spec)
         modes = Modes.current()
         ambient = modes if modes != self.modes else None
-        if _is_plain(given) and all(map(_is_name, given[1])):
+        if replayed is None and _is_plain(given) and all(map(_is_name, given[1])):
             calls.append(Call(base, function, tuple(given[0]), given[1], name, reason.source, ambient=ambient))
         else:
-            packed = _Packed(function, spec)
+            packed = replayed or _Packed(function, spec)
             calls.append(Call(base, packed, tuple(slots), {}, name, reason.source, ambient=ambient))
         fresh = parts.fresh(result)
         if not parts.is_trivial:
@@ -550,6 +565,21 @@ class _OngoingCapture:
         self.loads, self.fed = tuple(loads), fed if len(fed) <= MAX_FED else ()
         self._look()
         return parts.on(result, bridges)
+
+    def backward(
+        self, step: gradients.Backward, run: gradients.Run, grads: Sequence[torch.Tensor | None]
+    ) -> Sequence[Any]:
+        """Run the backward of a marked function as an eager step."""
+
+        def first(*grads: torch.Tensor | None) -> Sequence[Any]:
+            found = step.gradients(run, grads)
+            step.wanted = tuple(gradient is not None for gradient in found)
+            return found
+
+        name, source = f"backward of {step.forward.name}", step.forward.source
+        reason = Reason("marked", "the gradients of an eager step", name, source)
+        made: Sequence[Any] = self._break(first, name, reason, tuple(grads), {}, replayed=step)
+        return made
 
     def _bridge(self, source: torch.Tensor) -> Bridge:
         """A bridge that holds ``source``, in memory of the pool that lives as long as somebody refers to it."""
@@ -577,11 +607,12 @@ class _OngoingCapture:
         if leaf is None or type(leaf) in (int, float, bool, str):
             return leaf
         if isinstance(leaf, nn.Module | nn.Parameter):
-            calls.append(Call(name, _Alive(weakref.ref(leaf), type(leaf).__name__, source), (), {}, "alive"))
+            calls.append(Call(name, Alive.of(leaf, source), (), {}, "alive"))
         else:
-            tensor = isinstance(leaf, torch.Tensor)
-            leaf = leaf.detach() if tensor and leaf.requires_grad else leaf
-            ours = type(leaf) is torch.Tensor and leaf.layout is torch.strided and _torch.storage_key(leaf) in self.made
+            strided = type(leaf) is torch.Tensor and leaf.layout is torch.strided
+            ours = strided and _torch.storage_key(leaf) in self.made
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and (ours or not leaf.is_leaf):
+                leaf = leaf.detach()
             self.constants[name] = Geometry.of(leaf).on(self._place(leaf)) if ours else leaf
         return Slot(name)
 
@@ -615,26 +646,6 @@ class _Packed:
     def __call__(self, *leaves: Any) -> Any:
         args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
         return self.function(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Alive:
-    """An argument that the graph does not own."""
-
-    ref: weakref.ref[Any]
-    kind: str
-    source: str
-    """Where the eager function was called with it."""
-
-    def __call__(self) -> Any:
-        value = self.ref()
-        if value is None:
-            raise ReplayError(
-                f"a {self.kind} that an eager function takes no longer exists",
-                where=self.source,
-                fix="keep the model alive",
-            )
-        return value
 
 
 def _is_name(text: str) -> bool:

@@ -67,6 +67,31 @@ class Outside:
             refuse_place(what, freed=address == 0, where=self.source)
 
 
+@dataclass(frozen=True)
+class Alive:
+    """An argument that the graph does not own."""
+
+    ref: weakref.ref[Any]
+    kind: str
+    source: str
+    """Where the eager function was called with it."""
+
+    @classmethod
+    def of(cls, value: Any, source: str) -> Alive:
+        """A weak reference to a parameter or a module."""
+        return cls(weakref.ref(value), type(value).__name__, source)
+
+    def __call__(self) -> Any:
+        value = self.ref()
+        if value is None:
+            raise ReplayError(
+                f"a {self.kind} that an eager function takes no longer exists",
+                where=self.source,
+                fix="keep the model alive",
+            )
+        return value
+
+
 def refuse_others(driver: CaptureDriver) -> Callable[[], int]:
     """From here on an eager step of this thread cannot use the pool of ``driver``, until :func:`allow_others`.
 

@@ -331,9 +331,18 @@ class Parts:
 
     @classmethod
     def of(
-        cls, result: Any, known: Iterable[int], device: torch.device, name: str, source: str, host_only: bool
+        cls,
+        result: Any,
+        known: Iterable[int],
+        device: torch.device,
+        name: str,
+        source: str,
+        host_only: bool,
+        apart: bool = False,
     ) -> Parts:
         """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases.
+
+        ``apart``: each tensor is copied by itself, whatever memory it shares.
 
         Raises:
             CaptureError: a sparse tensor, a wrapper of tensors, or a container that is not looked into.
@@ -349,7 +358,7 @@ class Parts:
         on_device = (
             (p, leaf) for p, (_, leaf) in enumerate(found) if isinstance(leaf, torch.Tensor) and leaf.device == device
         )
-        groups = fresh_groups(on_device, set(known))
+        groups = [[position] for position, _ in on_device] if apart else fresh_groups(on_device, set(known))
         group_of = {position: number for number, group in enumerate(groups) for position in group}
         spans = tuple(_span_of_bytes([found[p][1] for p in group], group) for group in groups)
         leaves = []
@@ -381,6 +390,16 @@ class Parts:
             tensors[group[0]] if span is None else _bytes(tensors[span.first], span, self.leaves[span.first].offset)
             for group, span in zip(self.groups, self.spans, strict=True)
         ]
+
+    def without_gradients(self, result: Any) -> Any:
+        """``result``, whose fresh tensors autograd knows nothing of."""
+        numbers = iter(self.leaves)
+
+        def change(value: Any) -> Any:
+            fresh = next(numbers).group >= 0
+            return value.detach() if fresh and value.requires_grad else value
+
+        return replaced(result, change)
 
     def on(self, result: Any, places: Sequence[torch.Tensor]) -> Any:
         """``result`` with its fresh tensors on ``places``, aliases kept."""

@@ -537,16 +537,6 @@ def test_error_that_is_caught_inside(make: MakeGraph, device: torch.device) -> N
     assert graph.recording is None
 
 
-def test_gradients_do_not_pass(make: MakeGraph, device: torch.device) -> None:
-    """Under grad mode a result that needs gradients is an error, and no silent loss of them."""
-    graph, x = make(), torch.randn(4, device=device, requires_grad=True)
-    with torch.enable_grad(), pytest.raises(CaptureError, match="bend needs gradients"), capture(graph):
-        marked_bend(x * 1)
-    with torch.enable_grad(), capture(graph):
-        y = marked_bend(x.detach() + 1)
-    replays_equal(graph, lambda x: bend(x + 1), x.detach(), y)
-
-
 def test_sparse_result(make: MakeGraph, device: torch.device) -> None:
     """A sparse result has no memory to write to: an error that names the field and what to do."""
     graph, x = make(), torch.randn(4, device=device)

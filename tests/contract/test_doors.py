@@ -324,7 +324,7 @@ ELSEWHERE = {
     "host reads outside of marked functions": "test_capture.py::test_host_read",
     "results that are the caller's to keep": "test_contract_aliases.py::test_",
     "sizes that vary": "test_functions.py::test_dynamic_shapes",
-    "gradients": "test_functions_gradients.py::test_two_forward_passes",
+    "backwards outside of the captured code": "test_functions_gradients.py::test_two_forward_passes",
 }
 """What is tested at one door, since it makes no sense at the other."""
 
@@ -352,7 +352,10 @@ NOT_AT: dict[tuple[str, str], str] = {
         "capture",
     ): "Results are the graph's own memory, and its next replay writes them.",
     ("sizes that vary", "capture"): "A graph has the sizes of its capture; other sizes are another graph.",
-    ("gradients", "capture"): "Gradients do not pass an eager step there: a result that needs them is an error.",
+    (
+        "backwards outside of the captured code",
+        "capture",
+    ): "The backward of a marked function is a step of the capture that its forward is in.",
 }
 """What makes no sense at a door, and why."""
 

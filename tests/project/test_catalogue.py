@@ -328,6 +328,11 @@ def in_body(code: str) -> str:
     return f"with capture(graph):\n    {code}"
 
 
+def with_gradients(code: str) -> str:
+    """``code`` under a capture in grad mode, with a leaf ``y``."""
+    return f"y = leaf()\nwith torch.enable_grad(), capture(graph):\n    {code}"
+
+
 def returns(result: str, **said: str) -> str:
     """A marked function with such a result, in compiled code."""
     marked = ", ".join(f"{name}={value}" for name, value in said.items())
@@ -507,8 +512,44 @@ CASES: dict[str, Case] = {
         "finally:\n"
         "    unmark_eager('aten::softmax')"
     ),
-    "needs gradients, which do not pass an eager step": Case(
-        "with torch.enable_grad(), capture(graph):\n    y = eager_on_graph(lambda x: x * leaf())(x)  # here"
+    "an argument that needs gradients": Case(
+        "double = eager_on_graph(mutates_args=('x',))(lambda x: x.mul_(2))\n" + with_gradients("double(y * 1)  # here")
+    ),
+    "has a capture_stub, which has no gradients, and an argument that needs some": Case(
+        with_gradients("eager_on_graph(capture_stub=plain)(plain)(y)  # here")
+    ),
+    "which needs gradients that no replay would renew": Case(
+        with_gradients("eager_on_graph(lambda x: x.to('meta'))(y)  # here")
+    ),
+    "returned what needs gradients of a tensor of the captured code that is no argument": Case(
+        with_gradients("z = y * 1; eager_on_graph(lambda: z * 2)()  # here")
+    ),
+    "returned memory that was there before, with a gradient of its own": Case(
+        "class Same(torch.autograd.Function):\n"
+        "    @staticmethod\n    def forward(ctx, x): return x.view_as(x)\n"
+        "    @staticmethod\n    def backward(ctx, g): return -g\n"
+        + with_gradients("eager_on_graph(lambda x: Same.apply(x))(y * 1)  # here")
+    ),
+    "outside of the capture that its forward is in, or once more": Case(
+        with_gradients("z = eager_on_graph(plain)(y)  # here") + "\nz.backward(x)"
+    ),
+    "a second derivative (create_graph=True) came to": Case(
+        with_gradients("z = eager_on_graph(plain)(y)  # here\n    torch.autograd.grad(z.sum(), y, create_graph=True)")
+    ),
+    "returned other tensors that need gradients than when it was captured": Case(
+        "cut = []\n"
+        + with_gradients("eager_on_graph(lambda x: x.detach() * 1 if cut else x * 1)(y).sum().backward()  # here")
+        + "\ncut.append(1)\ngraph.replay()"
+    ),
+    "returned what needs gradients of a tensor that nothing needed them of when it was captured": Case(
+        "other, used = leaf(), []\n"
+        + with_gradients("eager_on_graph(lambda x: x * other if used else x * 1)(y).sum().backward()  # here")
+        + "\nused.append(1)\ngraph.replay()"
+    ),
+    "has gradients of other tensors than when it was captured": Case(
+        "cut = []\n"
+        + with_gradients("eager_on_graph(lambda x, z: z * 2 + (0 if cut else x))(y, y * 2).sum().backward()  # here")
+        + "\ny.grad = None\ncut.append(1)\ngraph.replay()"
     ),
     "nothing was captured, since the body caught an error": Case(
         "@eager_on_graph\ndef fails():\n    raise KeyError('mine')  # here\n\n"

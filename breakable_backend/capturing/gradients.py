@@ -1,0 +1,395 @@
+"""Gradients through the eager steps of a capture.
+
+A marked function that is called under grad mode is two eager steps: itself, at its place in the forward, and autograd's way
+back through it, at its place in the backward. It runs on tensors that are cut off from the captured code's graph, so that
+what it does has a small graph of its own, made anew by each replay. In the captured code's graph one node stands for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from breakable_backend import _torch, active
+from breakable_backend._torch import pytree
+from breakable_backend.capturing.graph import Alive
+from breakable_backend.errors import CaptureError, EagerOutputError
+from breakable_backend.ir.layout import Geometry, strided
+from breakable_backend.ir.live import is_view_to_autograd
+from breakable_backend.marks.results import Parts
+from breakable_backend.marks.sites import Mark
+from breakable_backend.marks.structure import fields, replaced, view_leaf, view_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a marked function: the ends of its graph."""
+
+    results: tuple[GradientEdge, ...]
+    inputs: tuple[torch.Tensor, ...]
+    """The tensors that were cut off."""
+
+
+@dataclass
+class Kept:
+    """What the last replay's run has saved, until its backward."""
+
+    run: Run | None = None
+    wanted: bool = False
+    """Whether the capture has a backward through it."""
+
+
+Leaf = Callable[[], torch.Tensor]
+"""A leaf of autograd's that a marked function reads as it is. Parameters are the model's: they are not held."""
+
+
+def leaf_of(tensor: torch.Tensor, source: str) -> Leaf:
+    """A way to ``tensor``, for an eager step that is called at ``source``."""
+    return Alive.of(tensor, source) if isinstance(tensor, nn.Parameter) else lambda: tensor
+
+
+@dataclass(eq=False)
+class Forward:
+    """The step in the forward: calls a marked function with the leaves of its arguments."""
+
+    function: Callable[..., Any]
+    spec: Any
+    name: str
+    source: str
+    first: Mapping[int, int]
+    """Of the tensors to be cut off, by position: where the same tensor stands first."""
+    leaves: tuple[Leaf, ...]
+    """Those that gradients are computed of beside the tensors that are cut off."""
+    needing: tuple[bool, ...] = ()
+    """Which leaves of the result need gradients."""
+    kept: Kept = field(default_factory=Kept)
+
+    def __call__(self, *given: Any) -> Any:
+        """A replay's run."""
+        leaves, inputs = self.cut(given)
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        result = self.function(*args, **kwargs)
+        self.kept.run = self.seen(result, inputs) if self.kept.wanted else None
+        return result
+
+    def cut(self, given: Sequence[Any]) -> tuple[list[Any], tuple[torch.Tensor, ...]]:
+        """The leaves of the arguments, tensors that need gradients as leaves of autograd's; and those."""
+        cut = {place: given[place].detach().requires_grad_() for place in dict.fromkeys(self.first.values())}
+        return [cut[self.first[place]] if place in self.first else value for place, value in enumerate(given)], tuple(
+            cut.values()
+        )
+
+    def seen(self, result: Any, inputs: tuple[torch.Tensor, ...]) -> Run:
+        """A replay's run, if its graph is that of the capture."""
+        needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if needs(result) != self.needing:
+            raise EagerOutputError(
+                f"{self.name} returned other tensors that need gradients than when it was captured",
+                where=self.source,
+                fix="have the same tensors need gradients in each call",
+            )
+        known = {id(leaf) for leaf in (*inputs, *self.all_leaves())}
+        if any(id(leaf) not in known for leaf in leaves_behind(needing)):
+            raise EagerOutputError(
+                f"{self.name} returned what needs gradients of a tensor that nothing needed them of when it was captured",
+                where=self.source,
+                fix="pass that tensor, or the module that it is in, as an argument",
+            )
+        return Run(tuple(map(get_gradient_edge, needing)), inputs)
+
+    def all_leaves(self) -> list[torch.Tensor]:
+        """What :attr:`leaves` leads to."""
+        return [leaf() for leaf in self.leaves]
+
+
+@dataclass(eq=False)
+class Backward:
+    """The step in the backward: the gradients of what one run of a marked function took."""
+
+    forward: Forward
+    last: bool
+    """Whether nobody runs it backward again."""
+    wanted: tuple[bool, ...] = ()
+    """Which inputs had a gradient when it was captured."""
+
+    def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """A replay's gradients."""
+        forward = self.forward
+        run = forward.kept.run
+        assert run is not None, "its forward is an earlier step"
+        if self.last:
+            forward.kept.run = None
+        gradients = self.gradients(run, grads)
+        came = tuple(gradient is not None for gradient in gradients)
+        if came != self.wanted:
+            raise EagerOutputError(
+                f"a backward through {forward.name} has gradients of other tensors than when it was captured",
+                where=forward.source,
+                fix="let its result depend on the same tensors in each call (adding `x * 0` will do), "
+                "or have .grad there before the capture",
+            )
+        return gradients
+
+    def gradients(self, run: Run, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Of the tensors that were cut off and of the leaves; None where nothing depends on one."""
+        leaves = self.forward.all_leaves()
+        inputs = [*run.inputs, *leaves]
+        pairs = [(end, grad) for end, grad in zip(run.results, grads, strict=True) if grad is not None]
+        if not pairs or not inputs:
+            return [None] * len(inputs)
+        # In this thread: what autograd's own thread calls would wait for the lock that a replay holds.
+        with torch.autograd.set_multithreading_enabled(False), _torch.without_hooks(leaves):
+            found: list[torch.Tensor | None] = list(
+                torch.autograd.grad(
+                    [end for end, _ in pairs],
+                    inputs,
+                    [grad for _, grad in pairs],
+                    retain_graph=not self.last,
+                    allow_unused=True,
+                )
+            )
+        for number, leaf in enumerate(leaves, len(run.inputs)):
+            if found[number] is None and leaf.grad is not None:
+                found[number] = torch.full_like(leaf, -0.0)  # which, added, changes no bit
+        return found
+
+
+def needs(result: Any) -> tuple[bool, ...]:
+    """Which leaves of a result need gradients."""
+    return tuple(isinstance(leaf, torch.Tensor) and leaf.requires_grad for _, leaf in fields(result))
+
+
+def leaves_behind(tensors: Sequence[torch.Tensor], since: int | None = None) -> Iterator[torch.Tensor]:
+    """The leaves of autograd's that some tensors depend on.
+
+    Raises:
+        LookupError: they depend on what was computed before the node number ``since`` was made.
+    """
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    yield from (tensor for tensor in tensors if tensor.grad_fn is None)
+    visited: set[Any] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        elif since is not None and _torch.node_number(node) < since:
+            raise LookupError
+        pending.extend(following for following, _ in node.next_functions)
+
+
+# --- while capturing ----------------------------------------------------------------------------------------------------
+
+
+class Captures(active.BreakHandler, Protocol):
+    """The capture that is under way, as a backward sees it."""
+
+    def backward(self, step: Backward, run: Run, grads: Sequence[torch.Tensor | None]) -> Sequence[Any]:
+        """Have the backward of a marked function as an eager step; returns its gradients as captured code may use them."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a marked function under grad mode, while it is captured."""
+
+    mark: Mark
+    step: Forward
+    given: Sequence[Any]
+    """The leaves of its arguments, as captured code has them."""
+    leaves: list[Any]
+    """The same, cut off: what the function gets."""
+    inputs: tuple[torch.Tensor, ...]
+    since: int
+
+    @classmethod
+    def of(
+        cls, mark: Mark, function: Callable[..., Any], given: Sequence[Any], spec: Any, source: str, made: Any
+    ) -> Call:
+        """Cut the arguments off, but for leaves of autograd's from outside of the capture.
+
+        Args:
+            mark: of the function.
+            function: what is called.
+            given: the leaves of the arguments.
+            spec: how they are put together.
+            source: where it is called.
+            made: the keys of storages that were made inside of the capture.
+        """
+        first: dict[int, int] = {}
+        known: dict[int, int] = {}
+        own: dict[int, torch.Tensor] = {}
+        for place, value in enumerate(given):
+            if isinstance(value, nn.Module):
+                own |= {id(p): p for p in value.parameters() if p.requires_grad}
+            elif isinstance(value, torch.Tensor) and value.requires_grad:
+                if value.is_leaf and _torch.storage_key(value) not in made:
+                    own[id(value)] = value
+                else:
+                    first[place] = known.setdefault(id(value), place)
+        step = Forward(function, spec, mark.name, source, first, tuple(leaf_of(leaf, source) for leaf in own.values()))
+        leaves, inputs = step.cut(given)
+        call = cls(mark, step, given, leaves, inputs, _torch.next_node_number())
+        call._refuse_writes()
+        call._refuse_stub()
+        return call
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the function is called with."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.step.spec)
+        return args, kwargs
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether autograd has to do with it."""
+        return bool(self.inputs or self.step.leaves or any(self.step.needing))
+
+    def _refuse_writes(self) -> None:
+        if not self.mark.mutates_args or not self.inputs:
+            return
+        args, kwargs = self.arguments()
+        cut = {id(tensor) for tensor in self.inputs}
+        for name, value in inspect.signature(self.mark.body).bind(*args, **kwargs).arguments.items():
+            if name in self.mark.mutates_args and any(id(leaf) in cut for _, leaf in fields(value)):
+                raise CaptureError(
+                    f"{self.mark.name} writes {name}, an argument that needs gradients",
+                    where=self.step.source,
+                    fix="return the new value, and write it outside of the function",
+                )
+
+    def _refuse_stub(self) -> None:
+        if self.mark.capture_stub is not None and (self.inputs or self.step.leaves):
+            raise CaptureError(
+                f"{self.mark.name} has a capture_stub, which has no gradients, and an argument that needs some",
+                where=self.step.source,
+                fix="capture under torch.no_grad(), or leave the stub out",
+            )
+
+    def take(self, result: Any, device: torch.device) -> Run:
+        """Look at what the function returned."""
+        step, self.step.needing = self.step, needs(result)
+        needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        other = next((tensor.device for tensor in needing if tensor.device != device), None)
+        if other is not None:
+            raise CaptureError(
+                f"{step.name} returned a tensor on {other}, which needs gradients that no replay would renew",
+                where=step.source,
+                fix="return it on the device of the capture, or detached",
+            )
+        known = {id(leaf) for leaf in (*self.inputs, *step.all_leaves())}
+        try:
+            behind = {id(leaf): leaf for leaf in leaves_behind(needing, self.since) if id(leaf) not in known}
+        except LookupError:
+            raise CaptureError(
+                f"{step.name} returned what needs gradients of a tensor of the captured code that is no argument",
+                where=step.source,
+                fix="pass tensors that need gradients as arguments, in containers that pytree knows",
+            ) from None
+        step.leaves = (*step.leaves, *(leaf_of(leaf, step.source) for leaf in behind.values()))
+        return Run(tuple(map(get_gradient_edge, needing)), self.inputs)
+
+    def through(self, capture: Captures, run: Run, result: Any, placed: Any, parts: Parts) -> Any:
+        """``placed``, which is the result on memory of the capture, as part of the captured code's graph."""
+        mine = [leaf for _, leaf in fields(result)]
+        theirs = [leaf for _, leaf in fields(placed)]
+        outputs = [number for number, needing in enumerate(self.step.needing) if needing]
+        fresh = [number for number in outputs if parts.leaves[number].group >= 0]
+        final: dict[int, Any] = {n: self._again(mine[n]) for n in outputs if n not in fresh}
+        node = _Node(weakref.ref(capture), self.step, run, outputs, fresh, lambda: _on_shared(theirs, fresh, parts))
+        originals = [self.given[place] for place in dict.fromkeys(self.step.first.values())]
+        if fresh:
+            made = _torch.apply_function(_Through, node, *originals, *self.step.all_leaves())
+            final |= dict(zip(fresh, made, strict=True))
+        numbers = iter(range(len(theirs)))
+        return replaced(placed, lambda value: final.get(next(numbers), value))
+
+    def _again(self, result: torch.Tensor) -> torch.Tensor:
+        """A result in the memory of an argument, as captured code makes it of that."""
+        cut = dict(zip(map(id, self.inputs), dict.fromkeys(self.step.first.values()), strict=True))
+        if result.is_leaf:
+            return self.given[cut[id(result)]] if id(result) in cut else result
+        for base in self.inputs:
+            same_memory = _torch.storage_key(base) == _torch.storage_key(result)
+            read_alike = Geometry.of(base).read_as == Geometry.of(result).read_as
+            if same_memory and read_alike and is_view_to_autograd(result, [base]):
+                leaf = view_leaf("argument", 0, strided(base), strided(result), False)
+                return view_of(self.given[cut[id(base)]], leaf)
+        raise CaptureError(
+            f"{self.mark.name} returned memory that was there before, with a gradient of its own",
+            where=self.step.source,
+            fix="return a clone()",
+        )
+
+
+def _on_shared(placed: Sequence[torch.Tensor], numbers: Sequence[int], parts: Parts) -> tuple[torch.Tensor, ...]:
+    """Fresh results. Of those that share memory autograd knows that they are views: it refuses to have them written."""
+    flat: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+    made = []
+    for number in numbers:
+        tensor, group = placed[number], parts.leaves[number].group
+        if parts.spans[group] is not None:
+            key = group, tensor.dtype
+            if key not in flat:
+                flat[key] = Geometry.of(tensor).whole(tensor.untyped_storage())
+            view = flat[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            tensor = _torch.with_lazy_bits(view, _torch.lazy_bits(tensor))
+        made.append(tensor)
+    return tuple(made)
+
+
+@dataclass(eq=False)
+class _Node:
+    """What autograd's node knows."""
+
+    capture: weakref.ref[Captures]
+    step: Forward
+    run: Run | None
+    outputs: Sequence[int]
+    """The leaves of the result that need gradients, as the run has them."""
+    fresh: Sequence[int]
+    """Those whose gradients come to the node."""
+    make: Callable[[], tuple[torch.Tensor, ...]] | None
+
+    def backward(self, grads: Sequence[torch.Tensor | None]) -> Sequence[Any]:
+        capture, run = self.capture(), self.run
+        if capture is None or run is None or active.handler.get() is not capture:
+            raise CaptureError(
+                f"a backward came to {self.step.name} outside of the capture that its forward is in, or once more",
+                where=self.step.source,
+                fix="run the backward in the same capture; with retain_graph=True if it is run again",
+            )
+        if torch.is_grad_enabled():
+            raise CaptureError(
+                f"a second derivative (create_graph=True) came to {self.step.name}, an eager step",
+                where=self.step.source,
+                fix="leave the function unmarked, or run this outside of the capture",
+            )
+        came = dict(zip(self.fresh, grads, strict=True))
+        last = not _torch.graph_is_kept()
+        if last:
+            self.run = None
+        self.step.kept.wanted = True
+        return capture.backward(Backward(self.step, last), run, [came.get(number) for number in self.outputs])
+
+
+class _Through(torch.autograd.Function):
+    """Stands for a marked function in the graph of captured code."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, *_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.node, make, node.make = node, node.make, None
+        ctx.set_materialize_grads(False)
+        assert make is not None
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return None, *ctx.node.backward(grads)
