@@ -1,7 +1,8 @@
 """Architectures of four libraries through the backend, unmarked, against eager, bit for bit: ``python tests/zoo.py``.
 
-Every model runs in a process of its own, so a crash or a hang costs that model alone. Results go to a file of JSON lines,
-one for each model; what is in the file already is not run again, so a run can be stopped and gone on with.
+Every model runs in a process of its own, so a crash or a hang costs that model alone; it is a fork of one that has imported
+the libraries, which takes longer than most models. Results go to a file of JSON lines, one for each model; what is in the
+file already is not run again, so a run can be stopped and gone on with.
 
     python tests/zoo.py --device cuda --processes 8 --seconds 250 --results zoo.jsonl
     python tests/zoo.py --results zoo.jsonl --table
@@ -11,21 +12,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sweep import go_on, rows
 
@@ -49,7 +53,9 @@ def work(key: str, device_type: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     entry, device = zoo[key], torch.device(device_type)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
     row: dict[str, Any] = {"kind": entry.kind, "version": importlib.metadata.version(entry.source)}
+    row.update(torch=torch.__version__, card=card)
     begun = time.monotonic()
     try:
         want = watch(made(entry, device), entry, device)
@@ -226,25 +232,87 @@ def short(text: str) -> str:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def run(key: str, device: str, budget: float) -> dict[str, Any]:
-    """Run one model in a process of its own, within ``budget`` seconds."""
+class Lane:
+    """A process that has imported the libraries, and runs one model at a time, each in a fork of itself."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        command = [sys.executable, str(Path(__file__)), "--lane", "--device", device]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that asked CUDA itself cannot be forked any more
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, key: str, budget: float) -> dict[str, Any]:
+        """Run one model within ``budget`` seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([key, budget]) + "\n")
+        self.process.stdin.flush()
+        row: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return row
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Callable[[str, float], dict[str, Any]]]:
+        """:meth:`run`, for the time of a ``with`` statement."""
+        try:
+            yield self.run
+        finally:
+            with self.process:
+                self.process.kill()
+
+
+def serve(device: str) -> None:
+    """What a lane does: import all that models need, then run in a fork what comes from standard input."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for name in ("torch._dynamo", *SOURCES, "transformers.modeling_utils", "diffusers.models.modeling_utils"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for line in sys.stdin:
+        key, budget = json.loads(line)
+        answers.write(json.dumps(forked(key, device, budget)) + "\n")
+        answers.flush()
+
+
+def forked(key: str, device: str, budget: float) -> dict[str, Any]:
+    """Run one model in a fork of this process, within ``budget`` seconds."""
     row: dict[str, Any] = {"op": key, "device": device}
-    command = [sys.executable, str(Path(__file__)), "--worker", key, "--device", device]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     begun = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=budget, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        row["stopped"] = f"over {budget:.0f} seconds"
-    else:
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if lines:
-            row.update(json.loads(lines[-1]))
-        if done.returncode or not lines:
-            end = (done.stderr.strip().splitlines() or [""])[-1]
-            row["stopped"] = f"the process died ({done.returncode}): {end[:300]}"
+    with tempfile.TemporaryDirectory() as folder:
+        answer, errors = Path(folder, "answer"), Path(folder, "errors")
+        child = os.fork()
+        if child == 0:
+            in_child(key, device, answer, errors)
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() - begun < budget:
+            time.sleep(0.05)
+        if not ended[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            row["stopped"] = f"over {budget:.0f} seconds"
+        elif answer.exists() and not ended[1]:
+            row.update(json.loads(answer.read_text(encoding="utf-8")))
+        else:
+            said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+            row["stopped"] = f"the process died ({os.waitstatus_to_exitcode(ended[1])}): {said[-1][:300]}"
     row["whole_seconds"] = round(time.monotonic() - begun, 2)
     return row
+
+
+def in_child(key: str, device: str, answer: Path, errors: Path) -> NoReturn:
+    """Run a model, and end the process."""
+    code = 1
+    try:
+        with errors.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        answer.write_text(json.dumps(work(key, device)), encoding="utf-8")
+        code = 0
+    except BaseException:  # noqa: BLE001 - told by what is written last
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def in_turns(keys: Iterable[str]) -> list[str]:
@@ -395,11 +463,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no model later than this")
     parser.add_argument("--budget", type=float, default=150, help="seconds for one model")
     parser.add_argument("--table", action="store_true", help="print what the results say, and run nothing")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
-    if arguments.worker:
-        answers, sys.stdout = sys.stdout, sys.stderr
-        answers.write(json.dumps(work(arguments.worker, arguments.device)) + "\n")
+    if arguments.lane:
+        serve(arguments.device)
         return
     if not arguments.table:
         from zoo_models import zoo
@@ -407,8 +474,7 @@ def main(given: Sequence[str] | None = None) -> None:
         done = {row["op"] for row in rows(arguments.results) if row["device"] == arguments.device}
         names = [key for key in in_turns(zoo) if not arguments.only or any(part in key for part in arguments.only)]
         names.sort(key=lambda key: key not in arguments.first)
-        runner: Callable[[str, float], dict[str, Any]] = lambda key, budget: run(key, arguments.device, budget)  # noqa: E731
-        go_on(names, done, [lambda: contextlib.nullcontext(runner)] * arguments.processes, arguments)
+        go_on(names, done, [lambda: Lane(arguments.device).serving()] * arguments.processes, arguments)
     sys.stdout.write(table(rows(arguments.results)) + "\n")
 
 

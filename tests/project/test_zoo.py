@@ -90,7 +90,7 @@ def test_differences_are_found() -> None:
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the results have is not run again, and a model that its process does not survive is a row."""
     results = tmp_path / "zoo.jsonl"
-    monkeypatch.setattr(zoo, "run", lambda key, device, budget: {"op": key, "device": device, "stopped": "it died"})
+    monkeypatch.setattr(zoo.Lane, "run", lambda lane, key, budget: {"op": key, "device": "cpu", "stopped": "it died"})
     names = list(zoo.in_turns(zoo_models.zoo))[:3]
     for _ in range(2):
         zoo.main(["--results", str(results), "--processes", "1", "--only", *names])
