@@ -1303,6 +1303,20 @@ FAULTS = (
         "test_learning.py::test_code_that_is_traced_calls_it_otherwise[cpu-never]",
     ),
     Fault(
+        "writes-that-are-unsaid-are-learned-too",
+        "marks.functions:_not_declared",
+        "not has_memory(tensor) or _torch.storage_key(tensor) not in declared",
+        "False",
+        "test_learning.py::test_arguments_that_are_written_unsaid[cpu]",
+    ),
+    Fault(
+        "what-a-function-raises-is-no-reason",
+        "marks.functions:_learn",
+        "learned.raised = ",
+        "_ = ",
+        "test_learning.py::test_a_function_that_always_raises[cpu-True]",
+    ),
+    Fault(
         "modules-are-called-as-ever",
         "_torch.module_calls:_ask",
         "function is None",

@@ -20,6 +20,7 @@ import torch
 
 from breakable_backend import _torch, active
 from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line
+from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.gradients import recomputed, with_backward
 from breakable_backend.marks.learning import Asked
@@ -29,6 +30,7 @@ from breakable_backend.marks.sites import (
     CALLED_OTHERWISE,
     CHANGED_A_CONTAINER,
     GIVE_FAKE,
+    NAME_THEM,
     NAME_WHAT_IT_WRITES,
     WROTE_AN_ARGUMENT,
     Site,
@@ -315,8 +317,9 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     arguments, order, num_written = _arranged(mark, structure)
     modes = Modes.traced()
     learned = learned_of(mark, (arguments, modes), modules.keys())
-    if learned.in_vain >= MAX_IN_VAIN and not learned.why_not:
-        learned.why_not, learned.cure = CALLED_OTHERWISE, GIVE_FAKE
+    raises = learned.raised and _torch.refuses_graph_breaks()  # eager raises too, and nothing else is an error
+    if learned.in_vain >= MAX_IN_VAIN and not learned.why_not and not raises:
+        learned.why_not, learned.cure = learned.raised or CALLED_OTHERWISE, GIVE_FAKE
     if learned.why_not:
         return 0, learned.why_not
     try:
@@ -361,17 +364,28 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
         return mark.function(*args, **kwargs)
     before = contents((args, kwargs))
-    passed = [given[leaf[1]] for leaf in leaves_of(structure) if leaf[0] == "tensor"] if mark.by != BY_FUNCTION else []
-    written = _writes_to(passed)
-    holder = [mark.function(*args, **kwargs)]
+    written = _writes_to(_not_declared(structure, given, _written(mark, structure)))
+    try:
+        holder = [mark.function(*args, **kwargs)]
+    except BaseException as error:
+        learned.raised = f"each call so far raised, the last one {type(error).__name__}: {first_line(error)}"
+        raise
     if is_changed((args, kwargs), before):
         learned.why_not = CHANGED_A_CONTAINER
         return holder[0]
     if written():
-        learned.why_not, learned.cure = WROTE_AN_ARGUMENT, NAME_WHAT_IT_WRITES
+        learned.why_not = WROTE_AN_ARGUMENT
+        learned.cure = NAME_THEM if mark.by == BY_FUNCTION else NAME_WHAT_IT_WRITES
         return holder[0]
     see_result(mark, learned, asked, holder, tensors)
     return holder[0]
+
+
+def _not_declared(structure: Structure, given: Sequence[torch.Tensor], written: Sequence[int]) -> list[torch.Tensor]:
+    """The tensors among the arguments of which nothing says that they are written. What a module holds is its own."""
+    declared = {_torch.storage_key(given[place]) for place in written}
+    passed = [given[leaf[1]] for leaf in leaves_of(structure) if leaf[0] == "tensor"]
+    return [tensor for tensor in passed if not has_memory(tensor) or _torch.storage_key(tensor) not in declared]
 
 
 def _writes_to(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:

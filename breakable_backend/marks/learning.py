@@ -192,6 +192,8 @@ class Learned:
         """What said so, if it was an error."""
         self.in_vain = 0
         """How many calls in a row ran as Python, and none of them called the function like this."""
+        self.raised = ""
+        """What the last call raised that ran as Python, as long as none has returned."""
         self.waiting: dict[int, Any] = {}
         """Those that run as Python until this is known, by the identity of their code."""
         self._samples: dict[tuple[Any, ...], dict[Values, _Sample]] = {}
@@ -200,7 +202,7 @@ class Learned:
     def add(self, asked: Asked, expected: Expected) -> None:
         """Note what a call returned."""
         with self._lock:
-            self.in_vain = 0
+            self.in_vain, self.raised = 0, ""
             samples = self._samples.setdefault(asked.kind, {})
             sample = samples.get(asked.values)
             if sample is None:

@@ -559,6 +559,7 @@ def _closed_over() -> Unholdable:
 BY_FUNCTION = "eager_on_graph"
 """What marks functions; by another name modules are called."""
 WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
+NAME_THEM = "name them: @eager_on_graph(mutates_args=...)"
 NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
 CALLED_OTHERWISE = (
     "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"

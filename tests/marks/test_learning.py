@@ -676,3 +676,56 @@ def test_containers_that_a_later_call_changes(
         calls[:] = calls[:at]
         assert_same(got, model(x))
     assert len(told) == 1 and "changed a list or dict among its arguments" in told[0]
+
+
+def test_arguments_that_are_written_unsaid(compile_ours: Compile, device: torch.device) -> None:
+    """A function that writes an argument, and does not say so, is a break with that reason; what it says is none."""
+
+    @eager_on_graph
+    def double(x: Tensor) -> Tensor:
+        return x.mul_(2).sum()
+
+    @eager_on_graph(mutates_args=("x",))
+    def triple(x: Tensor, part: Tensor) -> Tensor:
+        return x.mul_(3).sum() + part[0]
+
+    def model(x: Tensor) -> Tensor:
+        y = x.sin()
+        return double(x) + triple(y, y[1:]) + x.cos() + y
+
+    compiled = compile_ours(model)
+    for x in vectors(device, 6):
+        other = x.clone()
+        assert_same((compiled(x), x), (model(other), other))
+    (why,) = explain(compiled).graph_breaks
+    assert "double" in why and "it wrote a tensor that it was given" in why
+    torch._dynamo.reset()
+    whole = compile_ours(model, fullgraph=True)
+    whole(vectors(device, 1)[0])
+    with pytest.raises(PartitionError, match="mutates_args"):
+        whole(vectors(device, 1)[0])
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_function_that_always_raises(compile_ours: Compile, device: torch.device, fullgraph: bool) -> None:
+    """What it raises reaches the caller in each call, and is caught where eager catches it; a break has that reason."""
+    calls = []
+
+    @eager_on_graph
+    def fail(x: Tensor) -> Tensor:
+        calls.append(1)
+        raise KeyError(len(calls))
+
+    def model(x: Tensor) -> Tensor:
+        y = x.sin()
+        try:
+            return fail(y)
+        except KeyError as error:
+            return y.cos() * error.args[0]
+
+    compiled = compile_ours(model, fullgraph=fullgraph)
+    for number, x in enumerate(vectors(device, 7), start=1):
+        assert_same(compiled(x), x.sin().cos() * number)
+    assert len(calls) == 7
+    told = [why for why in explain(compiled).graph_breaks if "each call so far raised, the last one KeyError" in why]
+    assert bool(told) is not fullgraph
