@@ -1312,8 +1312,8 @@ FAULTS = (
     Fault(
         "what-a-function-raises-is-no-reason",
         "marks.functions:_learn",
-        "learned.raised = ",
-        "_ = ",
+        "f'each call so far raised, the last one {type(error).__name__}: {first_line(error)}'",
+        "''",
         "test_learning.py::test_a_function_that_always_raises[cpu-True]",
     ),
     Fault(
