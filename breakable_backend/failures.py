@@ -25,6 +25,7 @@ _DISTURBED = (
     "for a CUDA generator not in capture mode",  # somebody else's capture has ended, and took the generator out of it
     "Offset increment outside graph capture",
     "cudaStreamCaptureStatusInvalidated",  # torch's allocator has looked at the capture
+    "status == cudaStreamCaptureStatus::cudaStreamCaptureStatusActive",  # so has torch, right after it began
     "_STATUS_ALLOC_FAILED",  # a library had no memory, or asked for it where a capture forbids that
 )
 _HIDDEN = "_STATUS_EXECUTION_FAILED"

@@ -92,6 +92,22 @@ def options(device: torch.device) -> dict[str, Any]:
 
 
 @pytest.fixture
+def order_of_gradients(device: torch.device) -> None:
+    """Second derivatives of eager that do not depend on what the process did before.
+
+    A backward adds up gradients in the order in which its nodes run: younger ones first, by a count that each thread has
+    of the nodes that it made. On a GPU what ``create_graph=True`` makes is made in autograd's thread, and all else in
+    this one. So eager has other bits once one count has overtaken the other. Here this thread's gets far ahead.
+    """
+    x = torch.ones(1, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad((x * x).sum(), x, create_graph=True)
+    assert grad.grad_fn is not None
+    aim, count = grad.grad_fn._sequence_nr() + 1000, 0
+    while count < aim:
+        count = (x * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
+
+
+@pytest.fixture
 def kind(device: torch.device) -> str:
     """The name of the driver for ``device``."""
     return "cuda" if device.type == "cuda" else "tape"

@@ -2200,6 +2200,13 @@ FAULTS = (
         "self._found.get(op_of(node)) if node.args[-1] is True else None",
         "test_finding.py::test_known_in_every_place[cpu]",
     ),
+    Fault(
+        "a-capture-that-is-invalid-at-once-never-passes",
+        "failures:_DISTURBED",
+        '"status == cudaStreamCaptureStatus::cudaStreamCaptureStatusActive"',
+        '"never"',
+        "test_passing.py::test_causes_are_told[busy]",
+    ),
     # --- ops that hand back an argument ---
     Fault(
         "nobody-looks-at-what-marked-ops-return",

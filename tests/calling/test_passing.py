@@ -49,6 +49,10 @@ CAUSES: dict[str, Callable[[], Exception]] = {
 }
 """What comes out of a capture, by what was in the way."""
 causes = pytest.mark.parametrize("cause", CAUSES)
+NOT_ACTIVE = (
+    'status == cudaStreamCaptureStatus::cudaStreamCaptureStatusActive INTERNAL ASSERT FAILED at "CUDAGraph.cpp":122'
+)
+"""What torch says where another thread has made a capture invalid right after it began."""
 
 
 @contextmanager
@@ -407,6 +411,7 @@ def test_causes_are_told(cause: str) -> None:
     """Type, CUDA's number or text tell what passes, also of an error that was raised from another; all else does not."""
     error = CAUSES[cause]()
     assert passing(error) == cause
+    assert passing(RuntimeError(NOT_ACTIVE)) == "disturbed"
     wrapped = ValueError("an op says it otherwise")
     wrapped.__cause__ = error
     assert passing(wrapped) == cause

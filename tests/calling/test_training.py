@@ -685,6 +685,7 @@ def test_hooks(device: torch.device, options: dict[str, Any]) -> None:
 # --- what stays eager -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("order_of_gradients")
 def test_second_derivatives(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: a graph whose first backward is differentiated stays eager, and the report says why."""
 
@@ -710,6 +711,7 @@ def test_second_derivatives(device: torch.device, options: dict[str, Any]) -> No
     assert "create_graph=True" in str(report)
 
 
+@pytest.mark.usefixtures("order_of_gradients")
 @pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
 def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: once captured, such a backward is an error that says what to do; from then on the graph is eager, and right."""

@@ -173,6 +173,7 @@ def _second(function: Callable[..., Any], x: Tensor, w: Tensor) -> Any:
         return str(error)[:60]
 
 
+@pytest.mark.usefixtures("order_of_gradients")
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_eager(case: str, device: torch.device, options: dict[str, Any]) -> None:
     """Lines 1, 2 and 6: values, gradients, second derivatives, draws and the number of marked calls are eager's."""

@@ -98,6 +98,7 @@ def test_input_that_needs_a_gradient(device: torch.device, options: dict[str, An
     assert_same(x.grad, x.detach().cos())
 
 
+@pytest.mark.usefixtures("order_of_gradients")
 def test_second_derivative(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: a second derivative through a compiled training graph is eager's."""
     compiled = torch.compile(lambda x: (x.sin() * x).sum(), backend="breakable_cg", options=options)
