@@ -1,7 +1,7 @@
 """Breakable CUDA graphs for ``torch.compile``: ``torch.compile(model, backend="breakable_cg")``.
 
-Ops that must run eagerly break a model into segments; the segments are captured as CUDA graphs, and a call is one
-straight line of launches and eager calls.
+Ops that must run eagerly cut a model into segments. The other segments are captured as CUDA graphs. A later call is a
+straight line of graph launches and eager calls.
 """
 
 from breakable_backend.backend import breakable_cg as breakable_cg

@@ -1,7 +1,7 @@
-"""``python -m breakable_backend`` says whether this machine will work; with a file it shows a saved report.
+"""``python -m breakable_backend``: whether this machine works; with a file, the saved report in it.
 
-``python -m breakable_backend report.json`` prints what ``Report.to_json()`` wrote, and with ``--html page.html`` writes it
-as a page.
+``python -m breakable_backend report.json`` prints what ``Report.to_json()`` wrote. With ``--html page.html`` it also
+writes the report as a page.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from breakable_backend.tools.report import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with ``arguments``, by default those of the process; returns its exit status.
+    """Run the command with ``arguments``, by default those of the process, and return its exit status.
 
-    The status is 0 if all is well, 1 if the backend does not work here, 2 if the file is no saved report.
+    The status is 0 if all is well, 1 if the backend does not work on this machine, and 2 if the file is not a saved
+    report.
     """
     parser = argparse.ArgumentParser(
         prog="python -m breakable_backend",

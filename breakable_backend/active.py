@@ -1,4 +1,4 @@
-"""What is going on in this thread and context: a call of a compiled function, a capture that a break would interrupt."""
+"""Which call of a compiled function, and which capture, is running in this thread and context."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Call:
-    """A call of a compiled function. A context copied in it (a task of asyncio, ``to_thread``) outlives it."""
+    """A call of a compiled function. A context that is copied during the call (an asyncio task, ``to_thread``) outlives it."""
 
     __slots__ = ("over",)
 
@@ -22,21 +22,22 @@ class Call:
 
 
 call: ContextVar[Call | None] = ContextVar("breakable_backend.call", default=None)
-"""The last call that began in this context. Nobody takes it out: that it is over is enough, and quicker."""
+"""The last call that began in this context. It is not removed at its end: ``over`` says that it has ended, and is
+quicker."""
 
 
 def in_call() -> bool:
-    """Whether a compiled function of this package runs, in this context or in the one that it was copied from.
+    """Whether a call of this package runs in this context, or in the one from which this context was copied.
 
-    A call made then (by an eager step) runs plainly: it would write the bridges, and take the pool, that the outer call
-    still needs.
+    A call that an eager step makes then runs plainly. Otherwise it would overwrite bridges and pool memory that the
+    outer call still needs.
     """
     return (begun := call.get()) is not None and not begun.over
 
 
 @contextmanager
 def calling() -> Iterator[None]:
-    """Be a call, for a ``with`` statement."""
+    """Mark a ``with`` block as a call."""
     begun = Call()
     call.set(begun)
     try:
@@ -47,19 +48,19 @@ def calling() -> Iterator[None]:
 
 @dataclass(eq=False)
 class Held(Generic[T]):
-    """What a :class:`Scoped` holds."""
+    """The value of a :class:`Scoped` in one block."""
 
     value: T
     thread: int
-    """Which thread set it."""
+    """The thread that set it."""
     token: Token[Held[T] | None] | None = None
 
 
 class Scoped(Generic[T]):
-    """A value for code that runs inside of a block, in the thread of that block.
+    """A value that holds inside one block, for the thread of that block.
 
-    It lies in a context variable. A context that was copied inside of the block has it too, and may run later, or in
-    another thread: there it is the default.
+    It is stored in a context variable. A context that was copied inside the block has the variable too, and may run
+    later or in another thread. There :meth:`get` returns the default.
     """
 
     def __init__(self, name: str, default: T) -> None:
@@ -68,14 +69,14 @@ class Scoped(Generic[T]):
         """For code in which each microsecond counts: if this is None, the value is the default."""
 
     def get(self) -> T:
-        """The value, here and now."""
+        """The value in this block and thread, or the default."""
         held = self.held.get()
         if held is None or held.thread != threading.get_ident():
             return self.default
         return held.value
 
     def set(self, value: T) -> Held[T]:
-        """Begin a block; the result ends it: :meth:`reset`."""
+        """Begin a block. :meth:`reset` ends it, with the result of this call."""
         held = Held(value, threading.get_ident())
         held.token = self.held.set(held)
         return held
@@ -89,18 +90,18 @@ class Scoped(Generic[T]):
 
 
 autocast: Scoped[tuple[str, ...]] = Scoped("breakable_backend.autocast", ())
-"""Device types with an autocast that was entered for the op that runs now. Below a dispatch mode torch does not tell."""
+"""Device types whose autocast is on for the op that runs now. PyTorch does not tell this below a dispatch mode."""
 
 
 class BreakHandler(Protocol):
-    """The capture that is active: what a marked function asks to run it."""
+    """The capture in progress. A marked function asks it to run the function as an eager step."""
 
     def call(self, mark: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a marked function as an eager step between two segments.
 
-        Returns what the captured code after it may use.
+        Returns the result as the captured code behind it may use it.
         """
 
 
 handler: Scoped[BreakHandler | None] = Scoped("breakable_backend.handler", None)
-"""The capture that this code is in; None outside one, and inside a break."""
+"""The capture that this code is in; None outside of a capture, and inside an eager step."""

@@ -1,7 +1,7 @@
-"""The backend: ``torch.compile(model, backend="breakable_cg")``, the whole story on one screen.
+"""The backend, ``torch.compile(model, backend="breakable_cg")``: from Dynamo's graph to an executor, on one screen.
 
-A Dynamo graph is lowered to ATen, cut into segments, and handed to an executor, which records and replays it.
-Reading order from here: ``lowering``, ``partition``, ``program``, ``recording``, ``replay``, ``executor``.
+A graph of Dynamo's is lowered to ATen ops, cut into segments, and given to an executor, which records and replays it.
+To read the code, take this order: ``lowering``, ``partition``, ``program``, ``recording``, ``replay``, ``executor``.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _DRIVERS: Mapping[str, Callable[[torch.device], CaptureDriver]] = {
 }
 
 MODES = (None, "default", "reduce-overhead")
-"""Modes of ``torch.compile`` that ask for nothing else than what this backend does. The ``CompileConfig`` of transformers
-gives the last one where its user gives none."""
+"""Modes of ``torch.compile`` that ask for nothing beyond what this backend does. The ``CompileConfig`` of transformers
+passes ``"reduce-overhead"`` if its user passes none."""
 
 
 class Backend:
     """What ``torch.compile`` calls, once for each graph that Dynamo makes.
 
-    Owns one driver, and with it one memory pool, for each device.
+    It owns one driver for each device, and so one memory pool for each.
     """
 
     __name__ = "breakable_cg"
@@ -184,14 +184,14 @@ class Backend:
         return eager
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
-        """A copy of a compiled module is compiled by the same backend."""
+        """The same backend: a copy of a compiled module is compiled by the backend of the original."""
         return self
 
     def __reduce__(self) -> str:
         return "breakable_cg"
 
     def reset(self) -> None:
-        """Free all that was recorded, and forget all that was compiled: ``torch._dynamo.reset()`` calls this."""
+        """Free everything that was recorded, and forget everything that was compiled. ``torch._dynamo.reset()`` calls this."""
         for executor in executors_of():
             executor.reset()
             executor.callers.gone = True
@@ -200,7 +200,7 @@ class Backend:
             function.callers.gone = True
 
     def free(self) -> None:
-        """Have back, now, what was let go of and the GPU may be at work on still."""
+        """Free memory that was released while the GPU may still have used it; this waits for the GPU."""
         with self._lock:
             drivers = list(self._drivers.values())
         for driver in drivers:
@@ -235,7 +235,7 @@ class Backend:
 
 
 def _capture_device(lowered: Lowered) -> torch.device:
-    """The first CUDA device in the graph; else the device of its first tensor; else the CPU."""
+    """The first CUDA device in the graph; otherwise the device of its first tensor; otherwise the CPU."""
     tensors = [tensor for node in lowered.module.graph.nodes for tensor in tensors_of(node.meta.get("val"))]
     cuda = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
     return cuda or (tensors[0].device if tensors else torch.device("cpu"))

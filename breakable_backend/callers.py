@@ -1,7 +1,8 @@
-"""Which compiled functions a graph belongs to: those that were running when it was compiled, or first called with a key.
+"""Which compiled functions a graph belongs to: those that ran when it was compiled, or first called with a key.
 
-A frame that Dynamo compiles for a callee, after a graph break say, is reached from no code object of the caller's. But it
-is compiled while the caller runs, and the caller's wrapper is on the stack.
+Dynamo may compile a frame separately, for example behind a graph break. No code object of the caller leads to such a
+frame. But it is compiled while the caller runs, when the wrapper of ``torch.compile`` around the caller is on the
+stack.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from breakable_backend import _torch
 
 
 class Callers:
-    """The compiled functions that a graph ran for, known weakly."""
+    """The compiled functions that a graph ran for, by weak references."""
 
     def __init__(self) -> None:
         code = _torch.code_under_compilation()
@@ -23,21 +24,21 @@ class Callers:
         self._whole = weakref.ref(code[1]) if code is not None and not _torch.is_shared(code[1]) else None
         self._running: tuple[tuple[weakref.ref[object], str], ...] = ()
         self.gone = False
-        """Whether Dynamo was reset since: nobody can call the graph, though Dynamo may keep it (after a graph break, say)."""
+        """Whether Dynamo was reset since. Then nobody can call the graph, although Dynamo may keep it."""
         self.note()
 
     @property
     def code(self) -> CodeType | None:
-        """What Dynamo compiled the graph for; None if it is gone."""
+        """The code object that Dynamo compiled the graph for; None if it was freed."""
         return self._code() if self._code is not None else None
 
     @property
     def whole(self) -> CodeType | None:
-        """The code of the user's function that the graph is of, on whichever side of a graph break; None if it is gone."""
+        """The code of the user's function, on whichever side of a graph break the graph is; None if it was freed."""
         return self._whole() if self._whole is not None else None
 
     def note(self) -> None:
-        """Add those that are running now. Takes microseconds: for first calls, and not for each."""
+        """Add the compiled functions that are running now. This takes microseconds, so only first calls do it."""
         self.gone = False
         alive = [(ref, name) for ref, name in self._running if ref() is not None]
         known = {(id(ref()), name) for ref, name in alive}
@@ -53,7 +54,7 @@ class Callers:
 
 
 def _weakly(subject: object) -> weakref.ref[object] | None:
-    """A weak reference; None where there can be none (``__slots__``): such a one is found by what compiles it, and its code."""
+    """A weak reference; None if the object allows none (``__slots__``), and is found by its compiler and code."""
     try:
         return weakref.ref(subject)
     except TypeError:
@@ -61,7 +62,7 @@ def _weakly(subject: object) -> weakref.ref[object] | None:
 
 
 class Filed(Protocol):
-    """Something that is found by who calls it."""
+    """An object that is found by the functions that called it."""
 
     callers: Callers
 
@@ -70,11 +71,11 @@ T = TypeVar("T", bound=Filed)
 
 
 def found_by(subjects: Iterable[tuple[object, str]], filed: Iterable[T]) -> list[T]:
-    """What of ``filed`` ran for one of ``subjects``, or is of the same function as what did.
+    """Those of ``filed`` that ran for one of ``subjects``, or that are of the same function as one that did.
 
-    Dynamo compiles a function for all that call it: a graph that is there is not compiled for another caller.
+    Dynamo compiles a function once for all its callers, so an existing graph is not compiled again for another caller.
     """
-    subjects = list(subjects)  # alive, so that their numbers are theirs
+    subjects = list(subjects)  # keeps them alive, so that their ids stay theirs
     numbers = {(id(subject), name) for subject, name in subjects}
     filed = list(filed)
     wholes = {item.callers.whole for item in filed if item.callers._include(numbers)} - {None}

@@ -1,19 +1,19 @@
-"""Every error this package raises on purpose.
+"""Every error that this package raises on purpose.
 
 ::
 
-    BreakableError                what all of them are
-    ├── OptionsError              an option, a mark or a driver that cannot be (also a ValueError)
+    BreakableError                the base class
+    ├── OptionsError              an option, a mark or a driver that is not valid (also a ValueError)
     ├── PartitionError            a graph that cannot be cut into segments as asked
     ├── CaptureError              a segment, or a call, that cannot be captured
     ├── BindError                 a function that cannot be bound
     ├── ReplayError               a call that does not fit what was recorded
     │   ├── EagerOutputError      an eager step returned something else than it was recorded with
-    │   └── DivergenceError       a replay that went another way than eager, or that would
+    │   └── DivergenceError       a replay that differs from eager, or would
     └── InternalError             a fault of this package itself
 
-Each message says what went wrong, where (the user's own source line, when there is one) and what to do about it.
-An error raised by the user's own eager function is never wrapped: it reaches the caller as the same object.
+Each message says what went wrong, where (the user's source line, if there is one) and what to do about it. An exception
+of the user's own eager function is never wrapped: it reaches the caller as the same object.
 """
 
 from __future__ import annotations
@@ -31,28 +31,27 @@ from typing import Any, Literal
 from breakable_backend import _torch, files
 
 Passing = Literal["", "memory", "busy", "disturbed"]
-"""What was in the way of a capture and passes: memory ran out; somebody else had what it needs; something made it invalid,
-most likely another thread. Empty: the same will fail again."""
+"""What made a capture fail, if that may pass: memory ran out; somebody else held what it needs; something invalidated
+it, most likely another thread. Empty: the same will fail again."""
 
 
 class BreakableError(_torch.CompileTimeError):
-    """Base of all errors of this package.
-
-    Parameters are keyword-only but for the first.
+    """Base class of all errors of this package. It is never raised itself.
 
     Args:
-        what: what went wrong, one sentence.
-        where: the user's source line, as ``file.py:12 in forward: code``; by default the innermost one that is running.
-        fix: what to do about it; empty if there is nothing to do.
+        what: what went wrong, in one sentence.
+        where: the user's source line, as ``file.py:12 in forward: code``; by default the innermost line of the user's
+            that runs now.
+        fix: what to do about it; empty if nothing can be done.
     """
 
     passing: Passing = ""
-    """What was in the way, if that passes and the same may succeed later."""
+    """What was in the way, if the same may succeed later; otherwise empty."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where or user_line(), fix
         self.blamed = where
-        """The line that is to blame; empty where ``where`` is only what was running."""
+        """The line that is to blame; empty if ``where`` is only the line that was running."""
         super().__init__(
             "\n".join(
                 line for line in (what, f"  at {self.where}" if self.where else "", f"  {fix}" if fix else "") if line
@@ -60,7 +59,7 @@ class BreakableError(_torch.CompileTimeError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, also in another process, has the text and the attributes as they are, and is not built anew."""
+        """Copies, also in another process, keep the text and the attributes; the error is not built anew."""
         return _remade, (type(self), self.args, vars(self).copy())
 
 
@@ -71,9 +70,9 @@ def _remade(kind: type[BreakableError], args: tuple[Any, ...], attributes: dict[
 
 
 class OptionsError(BreakableError, ValueError):
-    """An unknown option, a value that is not allowed, a name that is no op, a driver that this machine lacks, or nothing to export.
+    """An option, a mark or a driver that is not valid, an op name that is unknown, or nothing to export.
 
-    Raised when options are read (the first call of a compiled function) or when a mark is made.
+    Options are checked in the first call of a compiled function, and marks where they are made. Also a ``ValueError``.
     """
 
 
@@ -82,23 +81,23 @@ class PartitionError(BreakableError):
 
 
 class CaptureError(BreakableError):
-    """A segment that cannot be captured, or a call made where its eager steps cannot run.
+    """A segment that cannot be captured, or a call where its eager steps cannot run.
 
-    With ``auto_break=True`` (the default) a segment that cannot be captured runs eagerly instead, and the report
-    says so; the error then only reaches callers inside somebody else's capture.
+    With ``auto_break=True`` (the default) an op that cannot be captured runs eagerly instead, and the report says so.
+    Then only a call inside somebody else's capture raises this error.
     """
 
 
 class BindError(BreakableError):
-    """A compiled function that cannot be bound: its call is not one captured graph, or Python code runs around it."""
+    """A compiled function that cannot be bound: its call is not one captured graph, or Python code runs around the graph."""
 
 
 class ReplayError(BreakableError):
-    """A call that does not fit what was recorded, or what was bound: another device, dtype or shape than that is for."""
+    """A call that does not fit what was recorded or bound: another device, dtype or shape, or memory that was freed."""
 
 
 class EagerOutputError(ReplayError):
-    """An eager step returned another shape, stride, dtype or device than it was recorded with.
+    """An eager step returned a result of another shape, stride, dtype or device than it was recorded with.
 
     The usual cause is a fake implementation (``register_fake``) that does not match the real one.
     """
@@ -108,7 +107,7 @@ _NOT_FILES = ("<breakable_cg", "<eval_with_key>", "<string>", "<frozen")
 
 
 def user_line(trace: TracebackType | None = None) -> str:
-    """The innermost line that is the user's, as ``file.py:12 in forward: code``; of a traceback, or of what runs now."""
+    """The innermost line of the user's, as ``file.py:12 in forward: code``, in a traceback or in what runs now."""
     for file, line, function in _frames(trace):
         if not (file.startswith(_NOT_FILES) or files.is_library(file)):
             return _line(file, line, function)
@@ -116,23 +115,23 @@ def user_line(trace: TracebackType | None = None) -> str:
 
 
 def defined_at(function: Any) -> str:
-    """Where a Python function begins, in the same form, beneath its decorators; empty for other callables."""
+    """The line on which a Python function begins, beneath its decorators, in the same form; empty for other callables."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return _line(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 
 
 def message(error: BaseException) -> str:
-    """The first line of what an error says; empty if it says nothing."""
+    """The first line of an error's text; empty if it has none."""
     return without_advice((str(error).strip().splitlines() or [""])[0])
 
 
 def first_line(error: BaseException) -> str:
-    """What an error is, and what it says first: ``ValueError: too small``."""
+    """The class and the first line of an error: ``ValueError: too small``."""
     return f"{type(error).__name__}: {message(error)}"
 
 
 def without_advice(text: str) -> str:
-    """What torch says of an assertion of its own, without the advice to report it to PyTorch: it was not asked by the user."""
+    """The text without PyTorch's advice to report a bug to PyTorch."""
     return re.sub(r",? ?please report a bug to PyTorch\.?", "", text)
 
 
@@ -153,10 +152,10 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int, str]]:
 
 
 class DivergenceError(ReplayError):
-    """A replay that went another way than eager, found by ``debug="compare"``; or memory that is not where it was.
+    """A replay that differs from eager, found by ``debug="compare"``; or memory that is not at its recorded address.
 
-    The second is checked at the first replay of every recording, in all modes. Parameters are keyword-only but for the
-    first; each is an attribute, for tools.
+    The addresses are checked at the first replay of every recording, in all modes. Each argument is also an attribute,
+    for tools.
 
     Args:
         what: which value differs, by how much, and what that looks like.
@@ -165,9 +164,9 @@ class DivergenceError(ReplayError):
         cause: one of :data:`CAUSES`.
         step: position of the step in the recording; -1 for a result, after all steps.
         kind: ``"captured"``, ``"eager"`` or ``"result"``.
-        op: the op that made the first wrong value, or that is to blame for it.
-        value: the name of the value in the program; of a value inside a segment, what op made it.
-        difference: how far off, None where memory was found in the wrong place before anything ran.
+        op: the op that made the first wrong value, or the op that is to blame for it.
+        value: the name of the value in the program; for a value inside a segment, the op that made it.
+        difference: how far off the value is; None if only an address is wrong.
     """
 
     def __init__(
@@ -190,11 +189,11 @@ class DivergenceError(ReplayError):
 
 
 class InternalError(BreakableError):
-    """A fault of this package itself, neither of PyTorch nor of the user's code.
+    """A fault of this package itself, and not of PyTorch or of the user's code.
 
     Args:
         what: as for all errors, and so are ``where`` and ``fix``.
-        original: what went wrong, with its traceback. Dynamo takes the cause off an error, so it is an attribute.
+        original: the exception, with its traceback. It is an attribute, since Dynamo removes the cause of an error.
     """
 
     def __init__(self, what: str, *, original: Exception, where: str = "", fix: str = "") -> None:
@@ -211,4 +210,4 @@ CAUSES = {
     "a nondeterministic op": "make it deterministic, or compare with a tolerance: options={'tolerance': (rtol, atol)}",
     "unknown": "replay with debug='eager': what is right there is wrong in the capture, the rest in the path around it",
 }
-"""What a divergence can look like, each with its remedy."""
+"""The likely causes of a divergence, each with its remedy."""

@@ -1,7 +1,7 @@
-"""What kind of failure an error tells of: one that passes, one that comes again, or the end of the device.
+"""Which kind of failure an error is: one that passes, one that lasts, or the loss of the device.
 
-What passes is told by type and by CUDA's number, and by text where torch raises a plain ``RuntimeError`` (texts checked on
-torch 2.11 to 2.15).
+A failure that passes is recognised by its type and by CUDA's error number, and by its text where torch raises a plain
+``RuntimeError`` (texts checked on torch 2.11 to 2.15).
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ E = TypeVar("E", bound=BreakableError)
 OUT_OF_MEMORY = 2
 """``cudaErrorMemoryAllocation``."""
 CAPTURE_INVALIDATED = 901
-"""``cudaErrorStreamCaptureInvalidated``: the capture was invalid before the call that says so. Another thread's
-synchronisation does that; so does an op whose library hides the error."""
+"""``cudaErrorStreamCaptureInvalidated``: the capture was invalid before the call that reports it. A synchronisation in
+another thread does that, and so does an op whose library hides the error."""
 _DISTURBED = (
     "due to a previous error during capture",
-    "for a CUDA generator not in capture mode",  # somebody else's capture has ended, and took the generator out of it
+    "for a CUDA generator not in capture mode",  # somebody else's capture has ended, and the generator has left capture mode
     "Offset increment outside graph capture",
-    "cudaStreamCaptureStatusInvalidated",  # torch's allocator has looked at the capture
+    "cudaStreamCaptureStatusInvalidated",  # torch's allocator has asked about the capture
     "status == cudaStreamCaptureStatus::cudaStreamCaptureStatusActive",  # so has torch, right after it began
-    "_STATUS_ALLOC_FAILED",  # a library had no memory, or asked for it where a capture forbids that
+    "_STATUS_ALLOC_FAILED",  # a library had no memory, or asked for memory where a capture forbids it
 )
 _HIDDEN = "_STATUS_EXECUTION_FAILED"
-"""What a library says of a launch that CUDA has refused. Why, it does not say: the capture may have been invalid before."""
+"""What a library reports of a launch that CUDA has refused. It does not say why: the capture may have been invalid
+before."""
 _BUSY = ("Only one capture at a time is allowed",)
 _LOST = (
     "assert",
@@ -43,11 +44,11 @@ _LOST = (
     "stack error",
     "uncorrectable ECC",
 )
-"""What CUDA calls the errors after which a device is lost to the process."""
+"""CUDA's names of the errors after which a device is lost to the process."""
 
 
 def passing(error: BaseException) -> Passing:
-    """What was in the way, if that passes and the same may succeed later; empty if the same will fail again."""
+    """What was in the way, if the same may succeed later; empty if it will fail again."""
     if isinstance(error, BreakableError) and error.passing:
         return error.passing
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -62,12 +63,12 @@ def passing(error: BaseException) -> Passing:
             return "disturbed"
         if any(part in text for part in _BUSY):
             return "busy"
-    # What an op says when memory runs out in it may be an error of its own.
+    # An op may raise its own exception if memory runs out in it.
     return passing(error.__cause__) if error.__cause__ is not None else ""
 
 
 def as_passing(told: E, error: BaseException) -> E:
-    """``told``, which passes if ``error`` does."""
+    """``told``, marked as passing if ``error`` is."""
     told.passing = passing(error)
     return told
 
@@ -77,5 +78,5 @@ def is_device_error(error: BaseException) -> bool:
     ours = isinstance(error, ReplayError) and error.what.startswith("cudaGraphLaunch failed")
     if not ours and not isinstance(error, torch.AcceleratorError):
         return False
-    # The first line alone: below it torch advises on "device-side assertions", whatever the error is.
+    # Only the first line: in later lines torch advises on "device-side assertions", whatever the error is.
     return any(text in message(error) for text in _LOST)

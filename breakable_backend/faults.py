@@ -1,6 +1,6 @@
-"""Faults of this package that come up while it works: told as such, and never as PyTorch's or the user's.
+"""Faults of this package, raised as such and never as faults of PyTorch or of the user.
 
-Nothing of this runs while all is well.
+Nothing in here runs unless something has failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OF_ITS_OWN = (
     *(BreakableError, Warning),
     *(torch.AcceleratorError, torch.cuda.CudaError, torch.OutOfMemoryError, MemoryError, RecursionError),
 )
-"""What has a meaning of its own, wherever it comes up."""
+"""Exceptions that have a meaning of their own, wherever they are raised."""
 FIX = (
     "that is a fault of the package breakable_backend, and not of PyTorch: please report it there, with the traceback. "
     "Until it is mended, run this function uncompiled or with backend='eager'"
@@ -27,7 +27,7 @@ FIX = (
 
 
 def internal(error: Exception, log: logging.Logger) -> InternalError:
-    """What ``error``, a fault of this package, is told as."""
+    """The :class:`InternalError` for ``error``, a fault of this package."""
     log.error("this is a fault of breakable_backend", exc_info=error)
     return InternalError(
         f"breakable_cg failed internally with {type(error).__name__}: {without_advice(str(error))}",
@@ -37,10 +37,10 @@ def internal(error: Exception, log: logging.Logger) -> InternalError:
 
 
 def raise_if_ours(error: Exception, log: logging.Logger) -> None:
-    """Raise an error of a call, in which the user's code runs too, as a fault of this package, if it is one.
+    """Raise the exception of a call as a fault of this package, if it is one. The user's code runs in a call too.
 
     Raises:
-        InternalError: it is.
+        InternalError: it is a fault of this package.
     """
     if not (isinstance(error, _OF_ITS_OWN) or _torch.is_dynamos(error)) and is_ours(error):
         told = internal(error, log)
@@ -48,10 +48,10 @@ def raise_if_ours(error: Exception, log: logging.Logger) -> None:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an error came up in the code of this package, or in what that called of torch's or Python's.
+    """Whether an exception comes from the code of this package, or from PyTorch or Python code that this package called.
 
-    Wherever this package passes on ``*args`` it calls what others wrote, be it a function without a frame; so does the
-    code that it generates.
+    Where this package passes on ``*args`` it calls code of others, which may be a builtin without a frame. So does
+    generated code.
     """
     calls_others = "CALL_FUNCTION_EX"
     for frame, instruction in reversed(list(_frames(error.__traceback__))):
@@ -64,7 +64,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def is_generated(error: BaseException) -> bool:
-    """Whether an error came up in generated code itself, in a launch or a copy without a frame. An eager op has one of torch's."""
+    """Whether an exception comes from generated code itself (a launch or copy), which has no frame of torch's below it."""
     innermost = [frame.f_code.co_filename for frame, _ in _frames(error.__traceback__)][-1:]
     return any(file.startswith("<breakable_cg") for file in innermost)
 

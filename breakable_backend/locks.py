@@ -1,7 +1,7 @@
-"""Locks that a child process can take.
+"""Locks that a forked child process can take.
 
-A process that forks while one of its threads holds a lock leaves the child with a lock that nobody will release: of all
-threads, only the one that forked goes on.
+If a process forks while one of its threads holds a lock, nobody releases that lock in the child: only the thread that
+forked exists there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _cleanups: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakK
 
 
 def lock() -> threading.RLock:
-    """A lock that its thread may take again, and that is free in a forked child, unless the thread that forked has it."""
+    """A reentrant lock that is free in a forked child, unless the thread that forked holds it."""
     made = threading.RLock()
     _locks.add(made)
     return made
@@ -29,7 +29,7 @@ def is_ours(lock: threading.RLock) -> bool:
 
 
 def in_child(owner: Any, cleanup: Callable[[Any], None]) -> None:
-    """Call ``cleanup(owner)`` in each forked child, once all locks are free, for as long as ``owner`` lives."""
+    """Call ``cleanup(owner)`` in each forked child, after all locks were freed, as long as ``owner`` lives."""
     _cleanups[owner] = cleanup
 
 
@@ -38,7 +38,7 @@ def _forked() -> None:
         if held.acquire(blocking=False):
             held.release()
         else:
-            held._at_fork_reinit()  # as Python's own modules do: of logging, threading, concurrent.futures
+            held._at_fork_reinit()  # as Python's own modules do: logging, threading, concurrent.futures
     for owner, cleanup in list(_cleanups.items()):
         cleanup(owner)
 

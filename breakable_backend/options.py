@@ -1,4 +1,4 @@
-"""What a user may choose, parsed and checked once into one frozen value."""
+"""The user's options, parsed and checked once into one frozen value."""
 
 from __future__ import annotations
 
@@ -34,36 +34,37 @@ class Options:
     >>> Options.parse({"min_kernels": 4}).min_kernels
     4
 
-    Every option also has an environment form (``BREAKABLE_CG_MIN_KERNELS=4``), read when the function is compiled, that
-    is at its first call; what is passed to ``torch.compile`` wins.
+    Every option also has an environment form (``BREAKABLE_CG_MIN_KERNELS=4``), which is read when the function is
+    compiled, at its first call. Options that are passed to ``torch.compile`` take precedence.
     """
 
     driver: str = "auto"
-    """``"auto"``: CUDA if the inputs are there, else the tape, which shows semantics and not speed."""
+    """``"auto"``: CUDA if the inputs are on a GPU, and otherwise the tape, which has the semantics of CUDA graphs
+    without the speed."""
 
     debug: str | None = None
     """``"eager"``: every op runs eagerly, through the same record and replay path. ``"compare"``: every replay is
     compared with eager, step by step."""
 
     tolerance: tuple[float, float] | None = None
-    """How far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; None: bit for bit, with NaN equal to NaN."""
+    """How far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``. None: bit for bit, where NaN equals NaN."""
 
     eager_ops: tuple[Any, ...] = ()
     """What runs eagerly in this function: names of ops, overloads, torch functions, modules, classes of modules."""
 
     auto_break: bool = True
-    """Whether what cannot be captured runs eagerly, with a reason, or is an error."""
+    """Whether an op that cannot be captured runs eagerly, with a reason, or is an error."""
 
     outputs: str = "fresh"
     """``"fresh"``: returned tensors belong to the caller. ``"static"``: they are the graph's own memory, without a
-    copy, and hold until the next call of any function compiled for the same device."""
+    copy, and are valid until the next call of any function that was compiled for the same device."""
 
     scalars: str = "key"
     """``"key"``: a host scalar is part of the key, so results equal eager bit for bit. ``"device"``: it is copied to
     the device, so that one recording serves all values; in bf16 and fp16 a few results then differ in the last bit."""
 
     max_recordings: int = 64
-    """Recordings kept for each set of addresses."""
+    """How many recordings are kept for each set of addresses."""
 
     min_kernels: int = 2
     """Captured segments with fewer ATen ops that launch a kernel run eagerly."""
@@ -79,7 +80,7 @@ class Options:
         """Check ``given`` and the environment.
 
         Raises:
-            OptionsError: an unknown option, or a value that is not allowed; the text lists what is.
+            OptionsError: an unknown option, or a value that is not allowed. The text lists what is allowed.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         values: dict[str, Any] = {}
@@ -114,7 +115,7 @@ def _from_text(name: str, text: str) -> Any:
 
 
 def _numbers(text: str) -> Any:
-    """``"1e-3, 1e-5"`` as numbers; what is none stays text, which is refused by name."""
+    """``"1e-3, 1e-5"`` as numbers. Other text stays text, which is then refused by name."""
     if text.strip().lower() in ("", "none"):
         return None
     try:

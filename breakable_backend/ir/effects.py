@@ -1,7 +1,7 @@
-"""What an op reads, writes and returns, for every kind of node that a lowered graph may have.
+"""What an op reads, writes and returns, for every kind of node in a lowered graph.
 
-Nothing else answers that: which argument nodes a call writes, what it returns (new memory, aliases of which argument,
-numbers), whether it can be made again, and whether it depends on more than its arguments.
+This is the only module that answers these questions: which arguments a call writes, what it returns (new memory, an
+alias of an argument, a number), whether it can be made again, and whether it depends on more than its arguments.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from breakable_backend._torch import pytree
 
 
 def schema_name(node: fx.Node) -> str:
-    """``ns::op`` of the overload that a node calls; empty if it calls none."""
+    """``ns::op`` of the overload that a node calls; empty if it calls no overload."""
     return _torch.schema_name(node.target)
 
 
 def op_of(node: fx.Node) -> Any:
-    """What a node calls, beneath the state that it may enter first (``partition.under_ambient``)."""
+    """The target of a node, without the wrapper that enters ambient modes (``ir.modes.around``)."""
     return getattr(node.target, "__wrapped__", node.target) if not isinstance(node.target, str) else node.target
 
 
 def is_getitem(node: fx.Node) -> bool:
-    """Whether a node takes one of several results."""
+    """Whether a node takes one of several results of a call."""
     return schema_name(node) == "" and getattr(node.target, "__name__", "") == "getitem"
 
 
 def producer_of(node: fx.Node) -> fx.Node:
-    """The call whose result a node takes, or takes a part of a part of; other nodes are their own."""
+    """The call whose result a node is a part of, also through several ``getitem``; any other node itself."""
     while is_getitem(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in a node's ``meta["val"]``, which may be one, a nest of them, or none."""
+    """The tensors in a node's ``meta["val"]``, which may be one tensor, a nest of tensors, or none."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)] if value is not None else []
@@ -53,7 +53,7 @@ def is_of_torch(target: Any) -> bool:
 
 
 def is_opaque(target: Any) -> bool:
-    """Whether ``target`` is somebody's own op: code that sees the modes around it, and whose fake may be wrong."""
+    """Whether ``target`` is a custom op: its code sees the modes around it, and its fake may be wrong."""
     return isinstance(target, _torch.OpOverload) and not is_of_torch(target)
 
 
@@ -61,11 +61,11 @@ _OF_TORCH = frozenset(
     "aten prims prim breakable_cg _c10d_functional _c10d_functional_autograd c10d c10d_functional _dtensor inductor profiler "
     "quantized rngprims streams symm_mem".split()
 )
-"""Namespaces of ops that come with torch, or with us."""
+"""Namespaces of ops that come with PyTorch or with this package."""
 
 
 def is_somebodys(node: fx.Node) -> bool:
-    """Whether a node calls an op that somebody has added to torch: code that nothing is known about."""
+    """Whether a node calls an op that somebody else has registered, and about which nothing is known."""
     op = op_of(node)
     return isinstance(op, _torch.OpOverload) and op.namespace not in _OF_TORCH
 
@@ -78,7 +78,7 @@ def bodies(node: fx.Node) -> list[fx.GraphModule]:
 
 
 def effective_ops(node: fx.Node) -> Iterator[Any]:
-    """The ops that a call really runs, through the wrappers and bodies of higher-order ops."""
+    """The ops that a call runs, looking through the wrappers and bodies of higher-order ops."""
     yield node.target
     if not isinstance(node.target, _torch.HigherOrderOperator):
         return
@@ -97,8 +97,8 @@ def effective_ops(node: fx.Node) -> Iterator[Any]:
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The argument nodes whose storage a call writes.
 
-    An op's schema says it; of a higher-order op its bodies, whose inputs stand for operands; of a user's Triton kernel
-    torch's analysis of its code. Where none of them can tell, all tensor arguments count as written.
+    For an op its schema says this; for a higher-order op its bodies, whose inputs stand for operands; for a user's
+    Triton kernel PyTorch's analysis of its code. If none of them can tell, all tensor arguments count as written.
     """
     if isinstance(node.target, _torch.HigherOrderOperator):
         written = _written_by_higher_order(node)
@@ -114,7 +114,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 _ON_COPIES = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")
-"""Higher-order ops that hand copies to what writes."""
+"""Higher-order ops that pass copies to the op that writes."""
 
 _OPERANDS: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
     "invoke_subgraph": lambda args: args[2:],
@@ -127,7 +127,8 @@ _OPERANDS: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
     "strict_mode": lambda args: args[1],
     "hints_wrapper": lambda args: args[1],
 }
-"""What stands, among the arguments of a higher-order op, for the inputs of each of its bodies. A body may get a slice."""
+"""For each higher-order op, which of its arguments are the inputs of each body. A body may get a slice of an
+operand."""
 
 
 def _written_by_higher_order(node: fx.Node) -> Sequence[Any]:
@@ -148,7 +149,7 @@ def _written_by_higher_order(node: fx.Node) -> Sequence[Any]:
 
 
 def _may_write(node: fx.Node) -> bool:
-    """Whether any of the ops that a call really runs writes an argument of its own."""
+    """Whether any of the ops that a call runs writes one of its arguments."""
     return "mutation" in str(node.target) or any(
         op.name() in _WRITERS if isinstance(op, _torch.HigherOrderOperator) else op._schema.is_mutable
         for op in effective_ops(node)
@@ -161,7 +162,7 @@ _WRITERS = ("triton_kernel_wrapper_mutation", "invoke_leaf_function")
 
 
 def _written(body: fx.GraphModule) -> list[bool]:
-    """Of each input of a graph, whether it is written, or a view of it."""
+    """For each input of a graph, whether the graph writes it or a view of it."""
     written = [
         argument for node in body.graph.nodes if node.op == "call_function" for argument in written_arguments(node)
     ]
@@ -176,7 +177,7 @@ def _written(body: fx.GraphModule) -> list[bool]:
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:
-    """All that ``node`` was made from."""
+    """All nodes that ``node`` was computed from."""
     found, pending = {node}, [node]
     while pending:
         new = [argument for argument in pending.pop().all_input_nodes if argument not in found]
@@ -189,7 +190,7 @@ _KERNEL_KEY = "breakable_cg_kernel_writes"
 
 
 def _written_by_kernel(node: fx.Node) -> list[Any]:
-    """What a Triton kernel writes, as torch reads it off the kernel's code: noted at the node, since that takes long."""
+    """What a Triton kernel writes, by PyTorch's analysis of its code, which is slow and is stored at the node."""
     named: Mapping[str, Any] = node.kwargs["kwargs"]  # type: ignore[assignment]
     if _KERNEL_KEY not in node.meta:
         values = {name: value.meta.get("val") if isinstance(value, fx.Node) else value for name, value in named.items()}
@@ -206,13 +207,13 @@ _UNDECLARED: Mapping[str, tuple[str, ...]] = {
     "_c10d_functional::irecv": ("tensor",),
     "_c10d_functional::batch_p2p_ops": ("tensors",),
 }
-"""Arguments that ops write although their schema says nothing of it."""
+"""Arguments that ops write although their schema does not say so."""
 
 
 def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What is passed for the arguments that ``op`` writes, in the order of its schema.
+    """The values that are passed for the arguments which ``op`` writes, in the order of its schema.
 
-    Of a higher-order op that is called here and now, all that it is passed: that is for who wants to undo the call.
+    For a higher-order op that is called now, all arguments: this is for callers that want to undo the call.
     """
     if isinstance(op, _torch.HigherOrderOperator):
         return [args, kwargs]
@@ -240,19 +241,20 @@ def written_inputs(module: fx.GraphModule) -> frozenset[str]:
     )
 
 
-# --- what it leaves to be waited for ----------------------------------------------------------------------------------------
+# --- what it leaves unfinished
+# ----------------------------------------------------------------------------------------------
 
 WAIT = "_c10d_functional::wait_tensor"
-"""The op that waits for what a collective makes. A second wait for the same does nothing."""
+"""The op that waits for the result of a collective. A second wait for the same result does nothing."""
 
 
 def is_asynchronous(op: Any) -> bool:
-    """Whether a call only begins its work: what it makes is there after ``WAIT``, which finds the work by the storage."""
+    """Whether a call only starts its work. Its result is there after ``WAIT``, which finds the work by the storage."""
     return isinstance(op, _torch.OpOverload) and op.namespace == "_c10d_functional" and op._schema.name != WAIT
 
 
 def unfinished(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The calls among ``nodes`` of which a result is not waited for by another of them."""
+    """The calls among ``nodes`` with a result that no other of them waits for."""
     waited = {
         _torch.storage_key(tensor)
         for node in nodes
@@ -270,25 +272,25 @@ def unfinished(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 # --- what it returns ------------------------------------------------------------------------------------------------------
 
 _CHECKS = _torch.aten("_assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size")
-"""Ops that tell a compiler something, and check what it knows for certain: but for numbers that come late."""
+"""Ops that tell a compiler something about a number, and check it when they run. Known numbers need no check."""
 
 _SHAPE_READS = _torch.aten("sym_size sym_stride sym_numel sym_storage_offset")
 
 
 def is_check(node: fx.Node) -> bool:
-    """Whether a call tells a compiler something, and has nothing to do when all its numbers are known before the run."""
+    """Whether a call only tells a compiler something about numbers, and does nothing if all are known before the run."""
     return schema_name(node) in _CHECKS
 
 
 def is_number(node: fx.Node) -> bool:
-    """Whether a node is an int, a float or a bool, be it symbolic."""
+    """Whether a node is an int, a float or a bool, symbolic or not."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
 
 
 def python_floats(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The nodes that read a float argument of the compiled function, each with the input that Dynamo made of it.
+    """The nodes that read a float argument of the compiled function, each with the graph input that it is read from.
 
-    A float that varies comes as a 0-d float64 tensor on the host, and its number has a symbol that guards know.
+    Dynamo passes a float that varies as a 0-d float64 tensor on the host, and its value has a symbol with guards.
     """
     return {
         node: node.args[0]
@@ -301,30 +303,31 @@ def python_floats(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def is_pinned(node: fx.Node) -> bool:
-    """Whether a call made a size that depends on values, and a check has since told the compiler what it is."""
+    """Whether a call made a size that depends on values, and a check has since fixed that size for the compiler."""
     made = _torch.symbols_made(node)
     return bool(made) and not _torch.free_symbols(node.meta.get("val")) >= made
 
 
 def is_checked_by_nobody(node: fx.Node) -> bool:
-    """Whether a call made a size that is pinned, and the graph does not ask what it is: a compiler dropped the check."""
+    """Whether a call made such a fixed size, and the graph does not read it: a compiler has dropped the check."""
     return is_pinned(node) and not any(schema_name(user) in _SHAPE_READS for user in node.users)
 
 
 def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
-    """The numbers that are not known before the run; and the tensors whose shape hangs on one, where symbols do not tell.
+    """The numbers that are known only at run time, and the tensors whose shape depends on one although no symbol says so.
 
-    ``torch._check(n == 3)`` replaces an unbacked symbol by 3 everywhere: no symbol is left then in what follows from it,
-    and ``n == 3`` is True. So what counts is where a number came from: the data of a tensor, or another late value.
+    ``torch._check(n == 3)`` replaces an unbacked symbol by 3 everywhere. Then no symbol is left in what follows from
+    it, and ``n == 3`` is True. So this function asks where a number came from: the data of a tensor, or another late
+    number.
 
     Args:
         graph: the whole lowered graph.
         known: the symbols of its inputs.
-        floats: the nodes that read a Python float whose value is in the key.
+        floats: the nodes that read a Python float whose value is part of the key.
     """
     late: set[fx.Node] = set()
     replaced: set[fx.Node] = set()
-    """Those of them that have no unbacked symbol, or no longer."""
+    """Those of them that have no unbacked symbol, or have one no longer."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -342,21 +345,21 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
 
 
 def draws(op: Any) -> bool:
-    """Whether an op is said to draw random numbers: by PyTorch's tags, or by those that a custom op was given."""
+    """Whether an op draws random numbers, by its tags."""
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
 ALLOCATING = _torch.aten("empty empty_like empty_strided empty_permuted new_empty new_empty_strided")
-"""Ops that allocate memory, and launch nothing."""
+"""Ops that allocate memory and launch nothing."""
 
 
 def is_view_op(op: Any) -> bool:
-    """Whether an op returns views by its schema. Of a call :func:`is_view` knows more."""
+    """Whether an op returns views by its schema. :func:`is_view` knows more, since it looks at a call."""
     return isinstance(op, _torch.OpOverload) and op.is_view
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a call does nothing but alias its arguments, and may be made again anywhere."""
+    """Whether a call only aliases its arguments, so that it can be made again anywhere."""
     target = node.target
     if not is_of_torch(target) or target._schema.is_mutable:  # type: ignore[union-attr]
         return False
@@ -366,13 +369,14 @@ def is_view(node: fx.Node) -> bool:
 
 
 _ON_THE_HOST = _torch.aten("_efficient_attention_forward _scaled_dot_product_efficient_attention")
-"""Ops on CUDA whose third and fourth result, the seed and offset of dropout, are on the host, though a fake says otherwise."""
+"""CUDA ops whose third and fourth result, the seed and offset of dropout, are on the host although their fake is
+not."""
 
 
 def strays(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Calls of which a result is taken that is on the host, although its fake says that it is not; and what follows from it.
+    """Calls with a result in use that is on the host although its fake is not, and the nodes that depend on such a result.
 
-    Under a capture such a result may be on the device, as the fake says, and in eager it is not.
+    In a capture such a result may be on the device, as the fake says; in eager it is on the host.
     """
     found: set[fx.Node] = set()
     following: set[fx.Node] = set()
@@ -388,7 +392,7 @@ def strays(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:
-    """Which argument ``node`` is, or is a view of; ``maker`` made the storage, or was first to bring it in."""
+    """The argument that ``node`` is, or is a view of; else ``maker``, which made or first brought in the storage."""
     candidates: list[fx.Node] = []
     for call in dict.fromkeys((node, producer_of(node))):
         candidates += [*written_arguments(call), *call.all_input_nodes]
@@ -401,7 +405,7 @@ def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node calls an op of torch's own that depends on its arguments alone and writes nothing."""
+    """Whether a node calls an op of PyTorch's own that depends on its arguments only and writes nothing."""
     return (
         isinstance(node.target, _torch.OpOverload)
         and node.target.namespace in ("aten", "prims")

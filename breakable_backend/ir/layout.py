@@ -1,8 +1,8 @@
-"""How tensors lie in memory: the one description, which all of the package shares.
+"""How a tensor lies in memory: the one description, used by the whole package.
 
-A :class:`TensorSpec` is what a tensor looks like wherever its memory is. A :class:`Geometry` is that, and its place in
-a storage. A :data:`Strided` is what ``as_strided`` takes, for code that Dynamo traces: it takes plain tuples for
-constants, and no objects.
+A :class:`TensorSpec` describes a tensor wherever its memory is. A :class:`Geometry` adds the place in a storage. A
+:data:`Strided` has the arguments of ``as_strided``, as plain tuples, for code that Dynamo traces: Dynamo takes tuples
+for constants, and objects not.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     import sympy
 
 ANY = -1
-"""In place of a size or stride that is a symbol: it may be any number."""
+"""Stands for a size or stride that is a symbol, and may be any number."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor must look like to take the place of another."""
+    """What a tensor must look like to take the place of another one."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    """Empty for a tensor without strides (a sparse one)."""
+    """Empty for a tensor without strides (a sparse tensor)."""
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, tensor: torch.Tensor, symbols: Mapping[sympy.Symbol, int] | None = None) -> TensorSpec:
-        """The spec of a tensor. Symbols are replaced by the values that ``symbols`` has; without it they stay symbols."""
+        """The spec of a tensor. Symbols become their values in ``symbols``; without ``symbols`` they stay symbols."""
         shape = tuple(tensor.shape)
         stride = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
         if symbols is not None:
@@ -42,11 +42,11 @@ class TensorSpec:
         return cls(shape, stride, tensor.dtype, tensor.device)
 
     def without_symbols(self) -> TensorSpec:
-        """The same with ``ANY`` for each symbol."""
+        """The same spec with ``ANY`` for each symbol."""
         return replace(self, shape=_numbers_of(self.shape), stride=_numbers_of(self.stride))
 
     def accepts(self, value: Any) -> bool:
-        """Whether ``value`` is such a tensor. The stride of a dimension with at most one element says nothing."""
+        """Whether ``value`` fits this spec. The stride of a dimension with at most one element does not matter."""
         if not isinstance(value, torch.Tensor) or value.dtype is not self.dtype or value.device != self.device:
             return False
         if value.layout is not torch.strided:
@@ -60,13 +60,13 @@ class TensorSpec:
         )
 
     def quick_check(self) -> Callable[[Any], bool] | None:
-        """A quick check that only tensors of this spec pass, and not all of them; None where this torch has none."""
+        """A quick check that only tensors of this spec pass, but not all of them; None if this torch has no such check."""
         inference = torch.is_inference_mode_enabled()
-        memory = _torch.storage_at(0, 1 << 60, self.device)  # of which nobody reads an element
+        memory = _torch.storage_at(0, 1 << 60, self.device)  # nobody reads an element of this memory
         return _torch.layout_check(Geometry(self, 0, inference=inference).on(memory))
 
     def empty(self) -> torch.Tensor:
-        """A new tensor that looks so."""
+        """A new tensor of this spec."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
     def __str__(self) -> str:
@@ -88,56 +88,56 @@ class Geometry:
 
     spec: TensorSpec
     offset: Any
-    """Elements from the beginning of the storage to the first of the tensor."""
+    """Elements between the beginning of the storage and the first element of the tensor."""
     lazy: tuple[bool, bool] = (False, False)
-    """Whether reading the tensor conjugates, and negates, what is in memory."""
+    """Whether reading the tensor conjugates, and whether it negates, what is in memory."""
     inference: bool = False
-    """Whether it was made in inference mode."""
+    """Whether the tensor was made in inference mode."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Geometry:
-        """Read off a tensor with strides, which is not kept."""
+        """The geometry of a tensor with strides. The tensor is not kept."""
         return cls(TensorSpec.of(tensor), tensor.storage_offset(), _torch.lazy_bits(tensor), tensor.is_inference())
 
     @property
     def in_memory(self) -> tuple[Any, ...]:
-        """What tells it from others in the same storage: all but the inference mode."""
+        """What distinguishes it from others in the same storage: everything but the inference mode."""
         return self.spec, self.offset, self.lazy
 
     @property
     def read_as(self) -> tuple[Any, ...]:
-        """How the elements in memory are to be read: a view keeps it."""
+        """How the elements in memory are read. A view has the same."""
         return self.spec.dtype, self.lazy
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        """Such a tensor on ``storage``."""
+        """A tensor of this geometry on ``storage``."""
         spec = self.spec
         with torch.inference_mode(self.inference), torch.no_grad():
             made = torch.empty(0, dtype=spec.dtype, device=spec.device)
             return _torch.with_lazy_bits(made.set_(storage, self.offset, spec.shape, spec.stride), self.lazy)
 
     def whole(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        """All of ``storage``, as elements of this dtype."""
+        """All of ``storage``, as one dimension of elements of this dtype."""
         count = storage.nbytes() // self.spec.dtype.itemsize
         return Geometry(replace(self.spec, shape=(count,), stride=(1,)), 0, inference=self.inference).on(storage)
 
 
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Shape, strides, and how many elements into its storage a tensor begins: what ``as_strided`` takes."""
+"""Shape, strides and storage offset, in elements: the arguments of ``as_strided``."""
 
 
 def strided(tensor: torch.Tensor) -> Strided:
-    """Read off a tensor. A size that is symbolic becomes the number that it is, on which Dynamo guards."""
+    """The :data:`Strided` of a tensor. A symbolic size becomes a number, and Dynamo guards on it."""
     return tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), int(tensor.storage_offset())
 
 
 def non_owning(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor at the same address, of the same geometry, that does not keep the memory alive."""
+    """A tensor of the same geometry at the same address that does not keep the memory alive."""
     return Geometry.of(tensor).on(_torch.unowned_storage(tensor.untyped_storage()))
 
 
 def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory: some dimension is too short a step for those inside it."""
+    """Whether two elements may share memory: the step of some dimension is too short for the dimensions inside it."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -149,7 +149,7 @@ def overlaps(tensor: torch.Tensor) -> bool:
 
 
 def extent(tensor: torch.Tensor) -> int:
-    """How many elements lie between a tensor's first and last element, both included."""
+    """How many elements lie between the first and the last element of a tensor, both included."""
     return int(_torch.extent(tensor.shape, tensor.stride()))
 
 

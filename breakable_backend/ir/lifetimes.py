@@ -1,4 +1,4 @@
-"""How long the values of a program are needed, and so how much memory they take at once."""
+"""When the values of a program are needed last, and so how much memory they take at the same time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """When the values of a program are read last."""
+    """When each value of a program is read last."""
 
     ends: Mapping[int, tuple[str, ...]]
-    """Values that captured segments or eager steps make, by the last segment that takes or makes them."""
+    """Values that captured segments or eager steps make, by the position of the last segment that reads or makes
+    them."""
     unloaded: Mapping[int, tuple[str, ...]]
-    """Inputs, by the last captured segment that takes them."""
+    """Inputs, by the position of the last captured segment that reads them."""
     returned: frozenset[str]
-    """What the outputs are made of."""
+    """The values that the outputs are made of."""
 
     @classmethod
     def of(cls, program: Program) -> Lifetimes:
@@ -47,10 +48,10 @@ def by_value(positions: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
 
 
 def needed(program: Program, symbols: Mapping[sympy.Symbol, int]) -> int:
-    """Bytes that values between segments, and bridges, take at once, at most.
+    """The most bytes that bridges and values between segments take at the same time.
 
-    What a segment makes for itself is not among them: the number tells which of two keys needs more, and about how much
-    more. Sizes that are known only at run time count for nothing.
+    What a segment allocates for itself is not included: the number only serves to compare two keys. Sizes that are
+    known only at run time count as nothing.
     """
     lives = Lifetimes.of(program)
     inputs = {value.name: value.value for value in program.inputs if value.kind == "tensor"}
@@ -73,6 +74,6 @@ def _bytes(fake: Any, symbols: Mapping[sympy.Symbol, int]) -> int:
         return 0
     try:
         sizes = [_torch.evaluate(size, symbols) for size in fake.shape]
-    except TypeError:  # a symbol that has no value yet
+    except TypeError:  # a symbol without a value yet
         return 0
     return int(torch.Size(sizes).numel() * fake.dtype.itemsize)

@@ -1,6 +1,6 @@
-"""Ops that run now: seen one by one under a dispatch mode, what each did to memory, and how to undo it.
+"""Ops as they run: each is observed under a dispatch mode, with what it did to memory, and how to undo it.
 
-:mod:`breakable_backend.ir.effects` answers the same of the nodes of a graph.
+:mod:`breakable_backend.ir.effects` answers the same questions for the nodes of a graph.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from breakable_backend.ir.effects import is_asynchronous, written_values
 from breakable_backend.ir.layout import Geometry
 
 Issue = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-"""Takes an op and its arguments, and returns what the op returns."""
+"""Runs an op with its arguments, and returns its result."""
 
 
 class OpMode(_torch.TorchDispatchMode):
-    """Hands each op to ``issue``, below autograd and in program order."""
+    """A dispatch mode that passes each op to ``issue``, below autograd and in program order."""
 
     supports_higher_order_operators = True
 
@@ -31,7 +31,7 @@ class OpMode(_torch.TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Have Dynamo run compiled functions as such, and not uncompiled, as it does under other modes (torch 2.13)."""
+        """Let Dynamo run compiled code under this mode. Under other modes it runs the uncompiled code (torch 2.13)."""
         return True
 
     def __torch_dispatch__(
@@ -43,13 +43,13 @@ class OpMode(_torch.TorchDispatchMode):
 
 
 def kernel_of_ops(op: Any, args: Sequence[Any], device: torch.device, *, watching: bool = False) -> Any:
-    """What calls the ops that ``op`` is made of, in place of ``op``; None where its kernel is not Python that does.
+    """A function that calls the ops of which ``op`` is made; None if its kernel is not Python code made of ops.
 
     Args:
         op: an op, or a higher-order op.
         args: its positional arguments.
         device: where its tensors are.
-        watching: whether the kernel is run whatever it launches.
+        watching: whether to take the kernel even if it may launch by itself.
     """
     if isinstance(op, _torch.OpOverload):
         return _torch.kernel_made_of_ops(op, args, device.type, active.autocast.get(), watching=watching)
@@ -63,7 +63,7 @@ def generators_of(device: torch.device) -> list[torch.Generator]:
 
 
 def has_memory(leaf: Any) -> bool:
-    """Whether ``leaf`` is a tensor in a storage of its own or another's: a strided one."""
+    """Whether ``leaf`` is a tensor with strides, and so has a storage."""
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
 
 
@@ -78,9 +78,9 @@ class Ran:
 
     written: tuple[torch.Tensor, ...]
     made: Mapping[int, int]
-    """New storages by their keys, with the position of a leaf of the result that lies in each."""
+    """New storages, by their keys, each with the position of a leaf of the result that lies in it."""
     is_view: bool
-    """Whether it launched nothing: it returned other views of its arguments."""
+    """Whether it launched nothing and only returned views of its arguments."""
 
     @classmethod
     def of(
@@ -92,7 +92,7 @@ class Ran:
         device: torch.device,
         known: Container[int],
     ) -> Ran:
-        """Told by the storages of its arguments and results. Those with ``known`` keys are not new."""
+        """Find this out by the storages of arguments and results. Storages with ``known`` keys are not new."""
         written = memory_on(device, written_values(op, args, kwargs))
         taken = {_torch.storage_key(tensor) for tensor in memory_on(device, (args, kwargs))}
         outputs = [
@@ -104,7 +104,7 @@ class Ran:
         for key, position in outputs:
             if key not in taken and key not in known:
                 made.setdefault(key, position)
-        # An op without tensors for a result, such as an assertion, is there for its effect.
+        # An op without tensors in its result, such as an assertion, runs for its effect.
         only_aliases = bool(outputs) and not made and not written and not is_asynchronous(op)
         return cls(tuple(written), made, only_aliases or torch.Tag.inplace_view in getattr(op, "tags", ()))
 
@@ -120,7 +120,7 @@ _VIEW_NODES = frozenset(
 
 
 def is_view_to_autograd(tensor: torch.Tensor, arguments: Sequence[torch.Tensor]) -> bool:
-    """Whether, for autograd too, a tensor in the memory of an argument is a view of it: traced code can make it again."""
+    """Whether a result in the memory of an argument is a view of it for autograd too, so that traced code can make it again."""
     ends = [argument.grad_fn for argument in arguments]
     step = tensor.grad_fn
     while step is not None and step.name() in _VIEW_NODES and not any(step is end for end in ends):
@@ -131,39 +131,39 @@ def is_view_to_autograd(tensor: torch.Tensor, arguments: Sequence[torch.Tensor])
 
 @dataclass
 class Saved:
-    """A storage as it was before it was written."""
+    """The content of a storage before it was written."""
 
     storage: torch.UntypedStorage
     address: int
     before: torch.UntypedStorage
     geometry: Geometry
-    """Of the tensor that was about to be written."""
+    """The geometry of the tensor that was about to be written."""
     writer: Any = None
-    """Who was first to write it, as :meth:`Undo.wrote` was told."""
+    """The first that wrote the storage, as passed to :meth:`Undo.wrote`."""
 
 
 class Undo:
-    """Storages as they were before they were written."""
+    """Contents of storages before they were written, to undo the writes."""
 
     def __init__(self) -> None:
         self.saved: dict[int, Saved] = {}
-        """By key, which is not used again while the storage is held here."""
+        """By storage key. A key is not used again while its storage is held here."""
 
     def save(self, tensor: torch.Tensor) -> None:
-        """The storage of ``tensor`` is about to be written."""
+        """Call this before the storage of ``tensor`` is written."""
         key = _torch.storage_key(tensor)
         if key not in self.saved:
             storage = tensor.untyped_storage()
             self.saved[key] = Saved(storage, storage.data_ptr(), storage.clone(), Geometry.of(tensor))
 
     def wrote(self, tensor: torch.Tensor, writer: Any) -> None:
-        """``writer`` wrote the storage of ``tensor``, if that was saved."""
+        """Note that ``writer`` wrote the storage of ``tensor``, if that was saved."""
         saved = self.saved.get(_torch.storage_key(tensor))
         if saved is not None and saved.writer is None:
             saved.writer = writer
 
     def memories(self) -> list[Saved]:
-        """One of each memory that was written: several storages may lie over one."""
+        """One entry for each memory that was written, since several storages may lie over the same memory."""
         return [saved for saved in {s.address: s for s in reversed(self.saved.values())}.values() if saved.address]
 
     def any_moved(self) -> bool:
@@ -174,7 +174,7 @@ class Undo:
         )
 
     def restore(self) -> None:
-        """Put everything back. Latest first: two storages may lie over the same memory."""
+        """Undo all writes, the latest first, since two storages may lie over the same memory."""
         for saved in reversed(self.saved.values()):
             if saved.storage.nbytes() != saved.before.nbytes():
                 saved.storage.resize_(saved.before.nbytes())

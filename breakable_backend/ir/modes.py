@@ -1,4 +1,4 @@
-"""The modes of torch that Python code can see: autocast, grad mode and inference mode. The one description of them."""
+"""Autocast, grad mode and inference mode: the one description of the modes that Python code can see."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from breakable_backend import _torch, active
 from breakable_backend.ir.effects import is_opaque
 
 AMBIENT_KEY = "breakable_cg_ambient"
-"""Where a node's ``meta["custom"]`` has the modes that it was traced under."""
+"""The key in a node's ``meta["custom"]`` for the modes that it was traced under."""
 DEVICES = ("cpu", "cuda")
-"""The device types whose autocast is looked at."""
+"""The device types whose autocast matters here."""
 
 Cast = tuple[str, torch.dtype, bool]
-"""An autocast that is enabled: device type, dtype, whether casts are cached."""
+"""An autocast that is on: device type, dtype, whether casts are cached."""
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes at one place. The default is what compiled code runs in: no autocast, no grad."""
+    """The modes at one place. The default is that of compiled code: no autocast, no gradients."""
 
     autocast: tuple[Cast, ...] = ()
     grad: bool = False
     inference: bool | None = None
-    """None: that of whoever is there."""
+    """None: the mode of the caller."""
 
     @classmethod
     def current(cls) -> Modes:
-        """Those of this thread, now."""
+        """The modes of this thread now."""
         casts = tuple(cast for device in DEVICES if (cast := _current_cast(device)) is not None)
         return cls(casts, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
 
     @classmethod
     def traced(cls) -> Modes:
-        """Those of the code that is being traced now. It has no inference mode of its own: the caller's is on when it runs."""
+        """The modes of the code that is being traced now. It has no inference mode: the caller's is on when the code runs."""
         now = cls.current()
         return cls(now.autocast, now.grad)
 
     def are_current(self) -> bool:
-        """Whether they are on in this thread, now; quick, for each replay asks."""
+        """Whether these modes are on in this thread now. Quick, since each replay asks."""
         if torch.is_grad_enabled() is not self.grad:
             return False
         if self.inference is not None and torch.is_inference_mode_enabled() is not self.inference:
@@ -54,7 +54,7 @@ class Modes:
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Exactly these modes, for a ``with`` statement; what is so already is left alone."""
+        """A context manager that enters these modes. Modes that are on already are left alone."""
         token = active.autocast.set(tuple(device for device, _, _ in self.autocast))
         try:
             with ExitStack() as stack:
@@ -75,7 +75,7 @@ class Modes:
             active.autocast.reset(token)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` as a target for a graph's node, run in these modes."""
+        """``function`` as the target of a graph's node, run in these modes."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.enter():
@@ -87,16 +87,16 @@ class Modes:
 
 
 def _current_cast(device: str) -> Cast | None:
-    """The autocast of a device type that is enabled in this thread, now."""
+    """The autocast of a device type that is on in this thread now."""
     if not torch.is_autocast_enabled(device):
         return None
     return device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
 
 
 def ambient_of(node: fx.Node) -> Modes | None:
-    """The modes that ``node`` needs when it runs; None if those are what compiled code runs in, or cannot matter.
+    """The modes that ``node`` needs when it runs; None if they are those of compiled code, or make no difference.
 
-    They matter to ops that are not torch's own. Theirs were traced below autocast and grad mode: the casts are in the
-    graph, and a second time would be one too many.
+    They matter only to custom ops. PyTorch's own ops were traced below autocast and grad mode, so their casts are in
+    the graph already.
     """
     return node.meta.get("custom", {}).get(AMBIENT_KEY) if is_opaque(node.target) else None

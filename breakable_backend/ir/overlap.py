@@ -1,7 +1,7 @@
-"""Where tensors lie in memory, and whether two share any of it: a question of bytes, whatever storages they have.
+"""Whether tensors share bytes of memory, whatever storages they have: views and overlaps told from separate memory.
 
-Two storages may lie over one memory (numpy, DLPack, another process), and one storage may hold tensors that have
-nothing to do with each other (``kv[0]`` and ``kv[1]``).
+Two storages may lie over one memory (NumPy, DLPack, another process), and one storage may hold unrelated tensors
+(``kv[0]`` and ``kv[1]``).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from breakable_backend import _torch
 
 @dataclass(frozen=True)
 class Region:
-    """The memory that a tensor lies in. It does not hold the tensor."""
+    """The memory that a tensor lies in, in bytes. It does not hold the tensor."""
 
     start: int
     end: int
-    """Behind the last byte of the last element; ``start`` where there are no elements."""
+    """The address behind the last byte; equal to ``start`` if there are no elements."""
     width: int
-    """How many bytes lie in one piece."""
+    """The number of bytes in one contiguous piece."""
     period: int
-    """Each piece begins at a multiple of this behind the first; 0 where there is only one."""
+    """The distance in bytes between the beginnings of two pieces; 0 if there is only one."""
     written: bool = False
 
     @classmethod
     def of(cls, tensor: torch.Tensor, written: bool = False, start: int | None = None) -> Region:
-        """Read off a tensor with strides. ``start`` takes the place of its address, which a fake tensor lacks."""
+        """The region of a tensor with strides. ``start`` replaces its address, which a fake tensor lacks."""
         begin = tensor.data_ptr() if start is None else start
         if tensor.numel() == 0:
             return cls(begin, begin, 0, 0, written)
@@ -49,8 +49,8 @@ class Region:
     def may_share(self, other: Region) -> bool:
         """Whether an element of one may lie where an element of the other does.
 
-        Tensors between each other's elements are told apart where their pieces repeat with one period, as columns of a
-        table do. Others count as sharing.
+        Interleaved tensors are told apart if their pieces repeat with the same period, as the columns of a table do.
+        Otherwise they count as sharing memory.
         """
         if self.end <= other.start or other.end <= self.start:
             return False
@@ -59,12 +59,12 @@ class Region:
         return period == 0 or behind < self.width or period - behind < other.width
 
     def clashes(self, other: Region) -> bool:
-        """Whether the two may share memory, and one is written."""
+        """Whether the two may share memory, and one of them is written."""
         return (self.written or other.written) and self.may_share(other)
 
 
 def known_apart(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors in one storage, which may be fake, share none of it; False where sizes are symbolic."""
+    """Whether two tensors in one storage, which may be fake, share no memory. False if sizes are symbolic."""
     numbers = [(tensor.storage_offset(), *tensor.shape, *tensor.stride()) for tensor in (first, second)]
     if not all(type(number) is int for of in numbers for number in of):
         return False
@@ -73,17 +73,17 @@ def known_apart(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 class Fixed:
-    """Regions that stay where they are, in order."""
+    """Regions that do not move, in order of their addresses."""
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
         self.regions = sorted((region for region in regions if region.end > region.start), key=lambda r: r.start)
         self.starts = [region.start for region in self.regions]
         self.longest = max((region.end - region.start for region in self.regions), default=0)
         self.reach = list(accumulate((region.end for region in self.regions), max))
-        """How far the regions go, up to each."""
+        """For each region, the highest end of it and those before it."""
 
     def touches(self, start: int, end: int) -> bool:
-        """Whether the bytes from ``start`` to ``end`` lie between the beginning and the end of one, written or not."""
+        """Whether the span from ``start`` to ``end`` meets the span of a region, written or not."""
         before = bisect_left(self.starts, end)
         return before > 0 and self.reach[before - 1] > start
 
@@ -95,7 +95,7 @@ class Fixed:
 
 
 def any_touch(spans: Iterable[tuple[int, int]], fixed: Fixed) -> bool:
-    """Whether of many spans, each an address and a number of bytes, one touches another or a fixed region. A quick answer."""
+    """Whether any of many spans, each an address and a number of bytes, meets another one or a fixed region. Quick."""
     done = 0
     for start, length in sorted(spans):
         end = start + length
@@ -106,7 +106,7 @@ def any_touch(spans: Iterable[tuple[int, int]], fixed: Fixed) -> bool:
 
 
 def any_clash(moving: Iterable[Region], fixed: Fixed) -> bool:
-    """Whether one of ``moving`` may share memory with another, or with one that is fixed, and one of the two is written."""
+    """Whether one of ``moving`` may share memory with another one or with a fixed region, and one of the two is written."""
     begun: list[Region] = []
     for region in sorted((region for region in moving if region.end > region.start), key=lambda r: r.start):
         begun = [other for other in begun if other.end > region.start]

@@ -3,16 +3,16 @@
 ::
 
     program  := inputs sizes segment* epilogue
-    segment  := captured | eager                    in program order; no two of a kind touch
+    segment  := captured | eager                    in program order; kinds alternate
     captured := module inputs outputs reads writes  one CUDA graph once recorded
     eager    := module inputs outputs reads writes reasons
     epilogue := module inputs                       what the caller gets, as views of storages
 
-Segments exchange *storages*, not views: what crosses from one segment to another is the value that made its storage
-(its root), and each segment makes the views that it needs again. So there is one bridge to a storage and aliases stay
-aliases. Every write makes a new version of a storage, and a segment names the versions that it reads.
+Segments exchange *storages*, not views. What one segment passes to another is a *root*, the value that made its
+storage, and each segment makes the views that it needs again. So each storage has one bridge, and aliases stay aliases.
+Every write makes a new version of a storage, and a segment names the versions that it reads.
 
-A program holds no tensors but the constants of the traced code.
+A program holds no tensors except constants of the traced code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import fx
 from breakable_backend import files
 
 InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"]
-"""``ragged``: what stands for the lengths of a jagged nested tensor, a new one for each tensor. It is no number, and in no key."""
+"""``ragged`` stands for the lengths of a jagged nested tensor. Each tensor has a new one, so it is not a number and in
+no key."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class Reason:
     """Why a node runs eagerly."""
 
     rule: str
-    """Name of the rule in ``rules.RULES``, or what took its part (``min_kernels``, ``capture_failed``, ``calls_such_an_op``,
-    ``hands_back``)."""
+    """The name of the rule in ``rules.RULES``, or of another cause (``min_kernels``, ``capture_failed``,
+    ``calls_such_an_op``, ``hands_back``)."""
     text: str
     op: str
     source: str = ""
     """The user's line, as ``file.py:12 in forward: code``."""
     whole_program: bool = False
-    """Nothing around such a node can be captured either."""
+    """Whether nothing else in the program can be captured because of this node."""
 
     def __str__(self) -> str:
         return f"{self.op}: {self.text}" if self.op else self.text
@@ -51,13 +52,13 @@ class Reason:
 
 @dataclass(frozen=True)
 class Op:
-    """One op, as people read of it."""
+    """One op, for display."""
 
     name: str
-    """Of the value that it makes."""
+    """The name of the value that it makes."""
     op: str
     result: str
-    """What it makes, as ``f32[4, 8]``."""
+    """The type of that value, as ``f32[4, 8]``."""
     module: str
     """Path of the module that called it, as ``layers.3.attention``; empty if unknown."""
     source: str
@@ -77,7 +78,7 @@ class Input:
     index: int
     """Position among the arguments; -1 for a constant."""
     value: Any
-    """The fake tensor, or the symbolic number; of a constant, the tensor itself."""
+    """The fake tensor or symbolic number; for a constant, the tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ class GraphSegment:
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
     num_kernels: int
-    """ATen ops that launch; one may launch several kernels."""
+    """The number of ATen ops that launch. One may launch several kernels."""
 
 
 @dataclass(frozen=True)
 class EagerSegment:
-    """Nodes that run one by one on every call."""
+    """Nodes that run one by one in every call."""
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
@@ -121,7 +122,7 @@ Segment = GraphSegment | EagerSegment
 
 @dataclass(frozen=True)
 class Epilogue:
-    """How the returned values come from the roots in ``inputs``: views only."""
+    """How the returned values are made from the roots in ``inputs``, by views only."""
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
@@ -129,7 +130,7 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Program:
-    """See the module's docstring. Checked when built; ``print`` shows it."""
+    """The program; see the docstring of the module. It is checked when built, and ``print`` shows it."""
 
     inputs: tuple[Input, ...]
     sizes: Mapping[str, Any]
@@ -138,9 +139,10 @@ class Program:
     epilogue: Epilogue
     device: torch.device
     floats: Mapping[str, str] = field(default_factory=dict)
-    """Which of ``sizes`` are Python floats, and the host scalar that each is read from."""
+    """Those of ``sizes`` that are Python floats, each with the host scalar that it is read from."""
     resumed: frozenset[int] = frozenset()
-    """Positions at which a recording goes on that had this program cut anew: the segment before has run, and may be eager too."""
+    """Positions at which a recording continues that had this program cut anew. The segment before has run, and may be
+    eager too."""
 
     def __post_init__(self) -> None:
         verify(self)
@@ -161,11 +163,11 @@ class Program:
         return tuple(reason for segment in self.eager_segments for reason in segment.reasons)
 
     def written_by_graphs(self) -> frozenset[str]:
-        """Storages that captured kernels write."""
+        """Storages that captured segments write."""
         return frozenset(access.storage for segment in self.graph_segments for access in segment.writes)
 
     def read_by_graphs(self) -> frozenset[str]:
-        """Storages that captured kernels read or write."""
+        """Storages that captured segments read or write."""
         return frozenset(access.storage for segment in self.graph_segments for access in segment.reads)
 
 
@@ -181,7 +183,7 @@ def last_uses(program: Program) -> list[tuple[str, ...]]:
 
 
 def verify(program: Program) -> None:
-    """Check what every pass may rely on. A failure is a bug of this package, hence assertions."""
+    """Check what every pass may rely on. A failure is a fault of this package, so these are assertions."""
     known = {value.name for value in program.inputs} | set(program.sizes)
     versions = dict.fromkeys(known, 0)
     previous: type[Segment] | None = None
@@ -219,7 +221,7 @@ def source_line(node: fx.Node) -> str:
         if line.startswith("File "):
             file, _, rest = line.removeprefix("File ").partition(", line ")
             if file.strip('"').startswith(files.PACKAGE):
-                continue  # what Dynamo traced of ours, on its way to a marked function
+                continue  # code of this package that Dynamo traced on its way to a marked function
             number, _, function = rest.partition(", in ")
             code = lines[position + 1].strip() if position + 1 < len(lines) else ""
             return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
@@ -239,7 +241,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def described(value: Any) -> str:
-    """:func:`describe` of one value or several."""
+    """:func:`describe` for one value or several."""
     if isinstance(value, list | tuple):
         return ", ".join(map(described, value))
     return "" if value is None else describe(value)
@@ -252,7 +254,7 @@ def outputs_of(module: fx.GraphModule) -> tuple[Any, ...]:
 
 
 def describe(value: Any) -> str:
-    """A value's type as the program prints it: ``f32[4, s0]``, ``int s0``, ``cpu f64[]``."""
+    """The type of a value as the program prints it: ``f32[4, s0]``, ``int s0``, ``cpu f64[]``."""
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         device = "" if value.device.type == "cuda" else f" {value.device.type}"
@@ -261,13 +263,13 @@ def describe(value: Any) -> str:
 
 
 def format_program(program: Program) -> str:
-    """The printed form: what tests, docs and bug reports show. No addresses, no paths but the user's."""
+    """The printed form, which tests, docs and bug reports show. It contains no addresses, and no paths but the user's."""
     segments = (line for position in range(len(program.segments)) for line in _segment(program, position))
     return "\n".join([*_head(program), *segments, *_tail(program)])
 
 
 def lines_of_segments(program: Program) -> list[tuple[int, int]]:
-    """For each segment its lines of the printed form, counted from 0: the first, and the one behind the last."""
+    """For each segment its lines in the printed form, from 0: the first, and the one behind the last."""
     end, found = _count(_head(program)), []
     for position in range(len(program.segments)):
         start, end = end, end + _count(_segment(program, position))
@@ -314,7 +316,8 @@ def _tail(program: Program) -> Iterator[str]:
 
 def _call(node: fx.Node) -> str:
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    args = node.args[1:] if getattr(node.target, "namespace", "") == "breakable_cg" else node.args  # less a number
+    # Calls of marked functions are shown without the number of the call.
+    args = node.args[1:] if getattr(node.target, "namespace", "") == "breakable_cg" else node.args
     arguments = [str(argument) for argument in args] + [f"{key}={value}" for key, value in node.kwargs.items()]
     name = str(node.target) if hasattr(node.target, "namespace") else target
     return f"{name}({', '.join(arguments)})"
