@@ -208,6 +208,7 @@ CAUSES = {
     "race between streams": "join the side stream before the function returns: current_stream().wait_stream(side)",
     "an op that keeps its buffers": "have it store a clone() of what it gets, and return new memory at each call",
     "a nondeterministic op": "make it deterministic, or compare with a tolerance: options={'tolerance': (rtol, atol)}",
+    "work outside of the capture": "let the op run eagerly (mark_eager), or have it work on the current stream alone",
     "unknown": "replay with debug='eager': what is right there is wrong in the capture, the rest in the path around it",
 }
 """The likely causes of a divergence, each with its remedy."""

@@ -23,7 +23,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Change, Trace, Watch, first_change, run_module
 from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.errors import CAUSES, DivergenceError
-from breakable_backend.ir.effects import is_view_op
+from breakable_backend.ir.effects import is_somebodys, is_view_op
 from breakable_backend.ir.live import Undo, generators_of, has_memory
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, source_line
 from breakable_backend.marks.rules import label
@@ -580,7 +580,23 @@ class Checker:
         if self.device.type == "cuda" and self._agrees_synchronised(position, ran, graph, stream):
             why = "launched again after all streams had come to rest, the segment agrees with eager"
             return "race between streams", why, wrong
+        if (outside := self._work_outside(position, wrong)) is not None:
+            return outside
         return "unknown", f"it is none of: {', '.join(cause for cause in CAUSES if cause != 'unknown')}", wrong
+
+    def _work_outside(self, position: int, wrong: _Wrong) -> tuple[str, str, _Wrong] | None:
+        """What is left where only custom ops can be to blame: what they do beside torch, nobody sees. None: there are none."""
+        segment = self._segment(position)
+        nodes = [node for node in segment.module.graph.nodes if is_somebodys(node)] if segment is not None else []
+        if not nodes:
+            return None
+        names = ", ".join(dict.fromkeys(map(label, nodes)))
+        why = f"torch's own ops are captured whole; of {names}, a part that goes to another stream, or to the host, is not"
+        return (
+            "work outside of the capture",
+            why,
+            replace(wrong, label=label(nodes[0]), source=source_line(nodes[0]), how="at or behind"),
+        )
 
     def _stale_cause(self, name: str, stale: _Wrong) -> tuple[str, str, _Wrong]:
         changer, source, own = self.undeclared.get(name, ("", "", False))

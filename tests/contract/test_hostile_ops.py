@@ -160,12 +160,12 @@ Tensor keeps(const Tensor& x) {
   return x * 2;
 }
 
-static int64_t calls_left = -1;
+static int64_t times = 0;
 
-void throws_at(int64_t calls) { calls_left = calls; }
+void throws_next(int64_t number) { times = number; }
 
 Tensor throws(const Tensor& x) {
-  TORCH_CHECK(calls_left < 0 || --calls_left != 0, "no such page");
+  TORCH_CHECK(times == 0 || times-- == 0, "no such page");
   return x * 2;
 }
 
@@ -183,7 +183,7 @@ Tensor partly(const Tensor& x) {
 TORCH_LIBRARY(hostile_cpp, m) {
   for (auto name : {"waits", "waits_for_all", "waits_and_hides_it", "reads", "allocates", "forks", "keeps", "throws", "partly"})
     m.def((std::string(name) + "(Tensor x) -> Tensor").c_str());
-  m.def("throws_at(int calls) -> ()", &throws_at);
+  m.def("throws_next(int number) -> ()", &throws_next);
 }
 
 TORCH_LIBRARY_IMPL(hostile_cpp, CUDA, m) {
@@ -241,7 +241,7 @@ def test_an_op_in_cpp_that_keeps_its_arguments(in_cpp: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [1, 2, 3], ids=["plain", "recording", "after"])
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["plain", "recording", "replay"])
 def test_an_op_in_cpp_that_throws(in_cpp: Any, call: int) -> None:
     """Line 8: what C++ throws reaches the caller; the next call is right, and replays follow."""
     device, function = torch.device("cuda"), around(in_cpp.throws)
@@ -251,13 +251,30 @@ def test_an_op_in_cpp_that_throws(in_cpp: Any, call: int) -> None:
             x = torch.randn(2, 4, device=device)
             want = function(x)
             if number == call:
-                in_cpp.throws_at(1)
+                in_cpp.throws_next(9)
                 if call < 3:  # a replay does not call it
                     with pytest.raises(RuntimeError, match="no such page"):
                         compiled(x)
-                in_cpp.throws_at(-1)
+                in_cpp.throws_next(0)
             assert_same(compiled(x), want, f"call {number}")
     assert sum(program.replays for program in explain(compiled).programs) > 0
+
+
+@pytest.mark.gpu
+def test_an_op_in_cpp_that_throws_under_capture_alone(in_cpp: Any) -> None:
+    """Line 9: an op that throws while it is captured, and not when it runs by itself behind that, is one eager step."""
+    device, function = torch.device("cuda"), around(in_cpp.throws)
+    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "cuda", "min_kernels": 1})
+    with torch.no_grad():
+        for number in range(1, 8):
+            x = torch.randn(2, 4, device=device)
+            want = function(x)
+            in_cpp.throws_next(1 if number == 2 else 0)
+            assert_same(compiled(x), want, f"call {number}")
+    (program,) = explain(compiled).programs
+    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
+    assert [reason.op for reason in program.reasons] == ["hostile_cpp::throws"]
+    assert program.replays > 0
 
 
 def partly_elsewhere(x: Tensor) -> Tensor:
@@ -284,9 +301,10 @@ def test_comparing_finds_work_on_another_stream(made: str, request: pytest.Fixtu
     device = torch.device("cuda")
     options = {"driver": "cuda", "min_kernels": 1, "debug": "compare"}
     compiled = torch.compile(around(hostile), backend="breakable_cg", options=options)
-    with torch.no_grad(), pytest.raises(DivergenceError, match="partly"):
+    with torch.no_grad(), pytest.raises(DivergenceError, match="partly") as raised:
         for _ in range(5):
             compiled(torch.randn(2, 4, device=device))
+    assert raised.value.cause == "work outside of the capture"
 
 
 # --- ops that keep, and that raise ------------------------------------------------------------------------------------------

@@ -476,6 +476,27 @@ def test_nondeterministic_op(device: torch.device, compared: dict[str, Any]) -> 
         library._destroy()
 
 
+@torch.library.custom_op("comparing::beside", mutates_args=())
+def beside(x: Tensor) -> Tensor:
+    y = x * 2
+    y.numpy()[:1] = x.numpy()[:1]
+    return y
+
+
+beside.register_fake(torch.empty_like)
+
+
+def test_work_outside_of_the_capture() -> None:
+    """A custom op that does a part of its work where no capture has it is named, where all else is right."""
+    device = torch.device("cpu")
+    options = {"driver": "tape", "debug": "compare", "min_kernels": 1}
+    compiled = torch.compile(lambda x: beside(x.sin()).cos(), backend="breakable_cg", options=options)
+    run(compiled, device, 2)
+    error = diverges(compiled, device, "work outside of the capture")
+    assert error.op == "comparing::beside"
+    assert "beside(x.sin())" in error.where
+
+
 @pytest.mark.gpu
 def test_race_between_streams() -> None:
     """An eager function that works on a stream of its own, which nothing waits for."""
