@@ -79,15 +79,13 @@ def _parts(compiled: Any) -> tuple[list[Any], list[Any]]:
     """The wrappers of ``torch.compile`` in ``compiled``, and the Python functions whose frames Dynamo compiles for them."""
     wrappers: list[Any] = []
     functions: list[Any] = []
-    seen: set[int] = set()
-    kept: list[Any] = []  # so that no number of an object comes twice
+    visited: dict[int, Any] = {}  # it holds the objects: no number comes twice
     pending = [compiled]
     while pending:
         thing = pending.pop()
-        if id(thing) in seen:
+        if id(thing) in visited:
             continue
-        seen.add(id(thing))
-        kept.append(thing)
+        visited[id(thing)] = thing
         if _is_wrapper(thing):
             wrappers.append(thing)
             pending.append(_closure(thing).get("fn"))

@@ -35,7 +35,7 @@ profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 @contextmanager
 def above_autograd() -> Iterator[None]:
     """Have ops run as from the user's code: also in the kernel of an op that autograd, or a dispatch mode, called."""
-    with _seen_again("AutogradFunctionality", *_HIDDEN_BY_MODES):
+    with _included_again("AutogradFunctionality", *_HIDDEN_BY_MODES):
         yield
 
 
@@ -48,7 +48,7 @@ def composites_as_ops() -> Iterator[None]:
 
 def with_autograd() -> AbstractContextManager[None]:
     """The way back, for code within that records gradients itself."""
-    return _seen_again("AutogradFunctionality")
+    return _included_again("AutogradFunctionality")
 
 
 _HIDDEN_BY_MODES = ("ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
@@ -56,7 +56,7 @@ _HIDDEN_BY_MODES = ("ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
 
 
 @contextmanager
-def _seen_again(*keys: str) -> Iterator[None]:
+def _included_again(*keys: str) -> Iterator[None]:
     with ExitStack() as stack:
         for key in keys:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))

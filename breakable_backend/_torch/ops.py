@@ -14,7 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from breakable_backend._torch.modes import _HIDDEN_BY_MODES, _seen_again
+from breakable_backend._torch.modes import _HIDDEN_BY_MODES, _included_again
 from breakable_backend._torch.tensors import storage_key
 
 Op = OpOverload | HigherOrderOperator
@@ -165,16 +165,16 @@ def kernel_made_of_ops(
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if isinstance(argument.type, torch.TensorType) and isinstance(value, bool | int | float | complex):
             return None
-    seen = [f"Autocast{kind.upper()}" for kind in autocast if in_python]
-    return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), seen)
+    casts = [f"Autocast{kind.upper()}" for kind in autocast if in_python]
+    return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), casts)
 
 
-def _run_kernel(op: OpOverload, keys: Any, seen: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
+def _run_kernel(op: OpOverload, keys: Any, casts: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
     # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
     # parameter requires no grad, and matmul takes another path.
     # narrow and chunk, which have a kernel of their own there, have run it above the mode, and it refuses a view twice.
     is_view = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "ADInplaceOrView")
-    with _seen_again(*(key for key in _HIDDEN_BY_MODES if not is_view or key != "ADInplaceOrView"), *seen):
+    with _included_again(*(key for key in _HIDDEN_BY_MODES if not is_view or key != "ADInplaceOrView"), *casts):
         return op.redispatch(keys, *args, **kwargs)
 
 

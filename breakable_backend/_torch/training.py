@@ -84,12 +84,12 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
     way. The gradient of ``ormqr`` lies otherwise. On the host, that of a ``max`` of all elements is scattered, where a fake
     one is multiplied with a mask, which gives ``-0.0``. Found by comparing the gradients of all ops of OpInfo on torch 2.13.
     """
-    left, seen = [output.grad_fn for output in outputs], set()
+    left, visited = [output.grad_fn for output in outputs], set()
     while left:
         node = left.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         name = node.name()
         if name in _OTHER_FOR_FAKES or (
             name in _OTHER_FOR_FAKES_OF_THE_HOST and any(data.device.type == "cpu" for data in node._input_metadata)

@@ -230,13 +230,12 @@ class _State:
 
     def condition(self, names: dict[str, Any]) -> str:
         """The question as source. What it refers to is added to ``names``."""
-        seen = self._function_modes
         names |= {
             "settings": self._settings,
             "is_inference": torch.is_inference_mode_enabled,
             "function_modes": _torch.function_modes,
             "count_function_modes": _torch.number_of_function_modes,
-            "seen_modes": seen,
+            "modes_then": self._function_modes,
             "count_dispatch_modes": _torch.number_of_dispatch_modes,
             "frame_callback": _torch.frame_callback,
             "training_of": _training,
@@ -250,8 +249,8 @@ class _State:
         terms = [
             "settings()",
             f"is_inference() is {self._inference}",
-            f"count_function_modes() == {len(seen)}",
-            *(["function_modes() == seen_modes"] if seen else ()),
+            f"count_function_modes() == {len(self._function_modes)}",
+            *(["function_modes() == modes_then"] if self._function_modes else ()),
             "count_dispatch_modes() == 0",
             "frame_callback() is None",
             *(["list(map(training_of, modules)) == training"] if self._modules else ()),

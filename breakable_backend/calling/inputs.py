@@ -62,12 +62,12 @@ class Inputs:
 
     def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Which argument is not like that of the call, and how; empty if all are."""
-        seen: dict[int, Any] = {}
+        met: dict[int, Any] = {}
         keywords = _Keywords(kwargs) if self.kwargs.kind is _Keywords else kwargs
         for name, like, value in (("args", self.args, args), ("kwargs", self.kwargs, keywords)):
-            if why := next(_differences(like, value, name, seen), ""):
+            if why := next(_differences(like, value, name, met), ""):
                 return why
-        if len({id(tensor) for tensor in seen.values()}) != len(seen):
+        if len({id(tensor) for tensor in met.values()}) != len(met):
             return "two arguments are one tensor"
         return ""
 
@@ -173,14 +173,14 @@ def _source_of_kwargs(like: _Like, name: str, names: dict[str, Any], places: dic
         yield from _source(part, f"{name}_{number}", names, places)
 
 
-def _differences(like: _Like, value: Any, name: str, seen: dict[int, Any]) -> Iterator[str]:
+def _differences(like: _Like, value: Any, name: str, met: dict[int, Any]) -> Iterator[str]:
     """The same question as that of :func:`_source`, slowly, with answers."""
     if like.tensor is not None:
         if not isinstance(value, torch.Tensor):
             yield f"{name} is a {type(value).__name__}, and was {like.tensor}"
         elif _Tensor.of(value) != like.tensor:
             yield f"{name} is {_Tensor.of(value)}, and was {like.tensor}"
-        elif seen.setdefault(like.number, value) is not value:
+        elif met.setdefault(like.number, value) is not value:
             yield f"{name} is another tensor than an argument before it, and was the same"
     elif like.parts is not None:
         same: Any = value
@@ -190,7 +190,7 @@ def _differences(like: _Like, value: Any, name: str, seen: dict[int, Any]) -> It
             yield f"{name} has the keys {list(same)}, and had {list(like.keys or ())}"
         else:
             for key, part in zip(keys, like.parts, strict=True):
-                yield from _differences(part, same[key], f"{name}[{key!r}]", seen)
+                yield from _differences(part, same[key], f"{name}[{key!r}]", met)
     elif type(value) is not like.kind or (
         repr(value) != repr(like.value) if _by_text(like) else value is not like.value
     ):

@@ -23,8 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.active import handler as door
-from breakable_backend.active import in_call
+from breakable_backend.active import handler, in_call
 from breakable_backend.callers import Callers
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey
@@ -486,7 +485,7 @@ def _not_now() -> str:
         return "anomaly detection is on"
     if _torch.compiled_autograd_active():
         return "compiled autograd is on"
-    if door.get() is not None:
+    if handler.get() is not None:
         return "called inside capture"
     if in_call():
         return "called inside an eager step"

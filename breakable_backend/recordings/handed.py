@@ -24,11 +24,11 @@ from breakable_backend.marks.rules import label
 
 def has_suspects(graph: fx.Graph) -> bool:
     """Whether somebody's op comes before a write."""
-    seen = False
+    suspected = False
     for node in graph.nodes:
-        if seen and node.op == "call_function" and written_arguments(node):
+        if suspected and node.op == "call_function" and written_arguments(node):
             return True
-        seen = seen or (is_somebodys(node) and bool(tensors_of(node.meta.get("val"))))
+        suspected = suspected or (is_somebodys(node) and bool(tensors_of(node.meta.get("val"))))
     return False
 
 

@@ -490,8 +490,8 @@ class Checker:
             (tensor, clone_exact(tensor)) for tensor in _tensors((result, [tensor for tensor, _ in given.values()]))
         ]
         torch.cuda.synchronize(self.device)
-        for tensor, seen in early:
-            if (apart := difference(seen, tensor)) is not None:
+        for tensor, first in early:
+            if (apart := difference(first, tensor)) is not None:
                 what = f"what {call.label} made or wrote"
                 self.late[_torch.storage_key(tensor)] = _Wrong(0, what, call.label, call.source, apart)
 
