@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from breakable_backend.ir.effects import (
     python_floats,
     schema_name,
     strays,
+    symbols_of_inputs,
     tensors_of,
     unfinished,
     written_arguments,
@@ -57,6 +57,7 @@ from breakable_backend.ir.program import (
     Segment,
     outputs_of,
     source_line,
+    unused,
 )
 from breakable_backend.marks.rules import Scope, argument_of, classify, label, on_host
 
@@ -74,8 +75,7 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
         apart: nodes that begin a segment of their own, also behind one of the same kind: what is before them has run.
     """
     graph = lowered.module.graph
-    arguments = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
-    known = frozenset().union(*(_torch.free_symbols(value) for value in arguments if not _torch.is_ragged(value)))
+    known = symbols_of_inputs(graph)
     floats = {node: held for node, held in python_floats(graph).items() if held.name in scope.host_scalars}
     known = known.union(*(_torch.free_symbols(node.meta["val"]) for node in floats))
     scope = dataclasses.replace(
@@ -313,8 +313,7 @@ class _Builder:
 
     def unique(self, name: str) -> str:
         """``name``, with a number behind it if a segment has that name already."""
-        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
-        chosen = next(candidate for candidate in candidates if candidate not in self.names)
+        chosen = unused(name, self.names.__contains__)
         self.names.add(chosen)
         return chosen
 

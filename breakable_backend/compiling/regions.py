@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.ir.effects import bodies, is_getitem, is_opaque
+from breakable_backend.ir.effects import bodies, is_getitem, is_opaque, symbols_of_inputs
 from breakable_backend.marks.marking import REGION_KEY
 from breakable_backend.marks.rules import Scope, classify
 
@@ -55,9 +55,7 @@ def require_whole_regions(module: fx.GraphModule, scope: Scope) -> None:
     Raises:
         CutsRegion: an op in one of them runs eagerly, by a mark or a rule.
     """
-    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
-    known = frozenset().union(*(_torch.free_symbols(value) for value in values if not _torch.is_ragged(value)))
-    _require_whole(module, replace(scope, symbols=known))
+    _require_whole(module, replace(scope, symbols=symbols_of_inputs(module.graph)))
 
 
 def _require_whole(module: fx.GraphModule, scope: Scope) -> None:
@@ -78,19 +76,12 @@ def _inline(owner: fx.GraphModule, call: fx.Node) -> None:
     region, _, *operands = call.args
     assert isinstance(region, fx.Node)
     body = getattr(owner, str(region.target))
-    given = iter(operands)
-    inside: dict[fx.Node, Any] = {}
-    returned: Any = ()
+    inside: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
     with owner.graph.inserting_before(call):
-        for node in body.graph.nodes:
-            if node.op == "placeholder":
-                inside[node] = next(given)
-            elif node.op == "output":
-                returned = fx.node.map_arg(node.args[0], inside.__getitem__)
-            else:
-                inside[node] = copied = owner.graph.node_copy(node, inside.__getitem__)
-                if node.op == "get_attr":
-                    copied.target = _adopted(owner, f"{region.target}_{node.target}", getattr(body, str(node.target)))
+        returned: Any = owner.graph.graph_copy(body.graph, inside)
+        for node in body.graph.find_nodes(op="get_attr"):
+            name = f"{region.target}_{node.target}"
+            inside[node].target = _adopted(owner, name, getattr(body, str(node.target)))
         for user in [user for user in call.users if is_getitem(user)]:
             user.replace_all_uses_with(returned[user.args[1]])
             owner.graph.erase_node(user)

@@ -28,7 +28,7 @@ from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failures import as_passing
-from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, written_values
+from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, tensors_of, written_values
 from breakable_backend.ir.layout import Geometry, non_owning
 from breakable_backend.ir.live import OpMode, Ran, Undo, generators_of, has_memory, kernel_of_ops, memory_on
 from breakable_backend.marks.rules import INDEXING, MOVES_STORAGE, is_mask
@@ -296,7 +296,7 @@ class _Tape:
             # The tensor behind a literal dies with the code that wrote it: its value goes on the tape.
             func, args = aten.clone.default, (args[0].clone(),)
             self.made[_torch.storage_key(args[0])] = (args[0].untyped_storage(), None)
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_of((args, kwargs))
         self.check_generator()
         on_device = not inputs or any(tensor.device == self.device for tensor in inputs)
         if on_device and isinstance(func, _torch.OpOverload):
@@ -310,7 +310,7 @@ class _Tape:
         asynchronous = is_asynchronous(func)
         result = _torch.results_like(func, args, kwargs) if asynchronous else func(*args, **kwargs)
         self._random_state = self.generator.get_state()
-        outputs = _tensors(result)
+        outputs = tensors_of(result)
         if all(tensor.device != self.device for tensor in (*inputs, *outputs)):
             return result  # arithmetic of the host, which a capture leaves alone
         ran = Ran.of(func, args, kwargs, result, self.device, self.made)
@@ -390,10 +390,6 @@ class _HostReads(TorchFunctionMode):
         if self.tape is not None and func in HOST_READING_METHODS and args[0].device == self.tape.device:
             raise self.tape.refuse(f"Tensor.{func.__name__} {HOST_READ}")
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in _torch.pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:

@@ -313,6 +313,12 @@ def is_checked_by_nobody(node: fx.Node) -> bool:
     return is_pinned(node) and not any(schema_name(user) in _SHAPE_READS for user in node.users)
 
 
+def symbols_of_inputs(graph: fx.Graph) -> frozenset[Any]:
+    """The symbols of the sizes, strides and numbers that a lowered graph takes."""
+    values = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+    return frozenset().union(*(_torch.free_symbols(value) for value in values if not _torch.is_ragged(value)))
+
+
 def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
     """The numbers that are known only at run time, and the tensors whose shape depends on one although no symbol says so.
 

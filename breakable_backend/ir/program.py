@@ -17,8 +17,9 @@ A program holds no tensors except constants of the traced code.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -226,6 +227,12 @@ def source_line(node: fx.Node) -> str:
             code = lines[position + 1].strip() if position + 1 < len(lines) else ""
             return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
     return ""
+
+
+def unused(name: str, taken: Callable[[str], bool]) -> str:
+    """``name``, or that with the first number behind it that nothing has yet."""
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(candidate for candidate in candidates if not taken(candidate))
 
 
 _SUBSCRIPT = re.compile(r"\['?(\w+)'?\]")

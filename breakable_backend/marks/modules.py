@@ -53,19 +53,21 @@ class Modules:
     def __bool__(self) -> bool:
         return bool(self.classes or self.instances)
 
-    def with_(self, thing: Any) -> Modules:
-        """These and one more."""
-        known = [*self.classes, *(module for reference in self.instances if (module := reference()) is not None)]
-        return Modules.of([*(other for other in known if other is not thing), thing])
-
     def without(self, thing: Any) -> Modules:
         """These but one."""
-        known = [*self.classes, *(module for reference in self.instances if (module := reference()) is not None)]
-        return Modules.of(other for other in known if other is not thing)
+        return Modules.of(other for other in (*self.classes, *self.alive()) if other is not thing)
+
+    def with_(self, thing: Any) -> Modules:
+        """These and one more."""
+        return Modules.of([*self.without(thing).classes, *self.without(thing).alive(), thing])
+
+    def alive(self) -> list[nn.Module]:
+        """The single modules."""
+        return [module for reference in self.instances if (module := reference()) is not None]
 
     def kinds(self) -> set[type[nn.Module]]:
         """The classes whose ``__call__`` calls one of these."""
-        found = {type(module) for reference in self.instances if (module := reference()) is not None}
+        found = {type(module) for module in self.alive()}
         for kind in self.classes:
             found |= {kind, *(below for below in _subclasses(kind) if "__call__" in vars(below))}
         return found
@@ -76,9 +78,8 @@ class Modules:
         for kind in self.classes:
             if not any(isinstance(module, kind) for module in called):
                 yield kind.__qualname__
-        for reference in self.instances:
-            module = reference()
-            if module is not None and not any(module is other for other in called):
+        for module in self.alive():
+            if not any(module is other for other in called):
                 yield f"a {type(module).__qualname__}"
 
 
@@ -173,23 +174,24 @@ _thread = _Thread()
 
 def _instead(module: nn.Module, options: Mapping[str, Any]) -> tuple[Callable[..., Any] | None, bool]:
     """What Dynamo is to call with a module and its arguments; and whether what it compiles is for this module alone."""
-    marks, given = _marked.modules, options.get("eager_ops") or ()
-    named = Modules.of(given) if isinstance(given, list | tuple | set | frozenset) else Modules()
+    marks, named = _marked.modules, _named(options)
     if not (marks or named):
         return None, False
     how = _how(module, named)
     if how:
         return _function(type(module), how), True
-    others = (*marks.instances, *named.instances)
-    return None, any(type(other()) is type(module) for other in others)
+    return None, any(type(other) is type(module) for other in (*marks.alive(), *named.alive()))
+
+
+def _named(options: Mapping[str, Any]) -> Modules:
+    given = options.get("eager_ops")
+    return Modules.of(given) if isinstance(given, list | tuple | set | frozenset) else Modules()
 
 
 def _watch(options: Mapping[str, Any]) -> Callable[[], None]:
     """Watch the modules that a call is to learn from; returns what ends that."""
-    given = options.get("eager_ops") or ()
-    named = Modules.of(given) if isinstance(given, list | tuple | set | frozenset) else Modules()
     stack = ExitStack()
-    stack.enter_context(watching(named))
+    stack.enter_context(watching(_named(options)))
     return stack.close
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.ir.program import EagerSegment
+from breakable_backend.ir.program import EagerSegment, unused
 from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.buffers import clone_exact
 from breakable_backend.recordings.checks import perform
@@ -62,9 +62,7 @@ class Epilogue:
         if not self._is_to_copy(place):
             return place
         if place.name not in self._copies:
-            fresh = f"{place.name.replace('.', '_')}_fresh"
-            while fresh in self._taken:
-                fresh += "_"
+            fresh = unused(f"{place.name.replace('.', '_')}_fresh", self._taken.__contains__)
             self._taken.add(fresh)
             self._copies[place.name] = self._make(Call(fresh, clone_exact, (place,), {}, "clone"))
         return self._copies[place.name]

@@ -7,6 +7,7 @@ what is behind it is captured next. Several guilty nodes are found one after the
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ class NodeByNode:
             if node.op == "placeholder":
                 environment[node] = next(given)
             elif node.op == "get_attr":
-                environment[node] = _attribute(self.module, str(node.target))
+                environment[node] = operator.attrgetter(str(node.target))(self.module)
             else:
                 assert node.op == "call_function", node.op
                 self.begins(node)
@@ -138,12 +139,6 @@ def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
     for node in order:
         last[max(node.users, key=order.__getitem__, default=node)].append(node)
     return last
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def acts_outside(node: fx.Node) -> bool:

@@ -8,7 +8,6 @@ it to; it also runs where each step has to be seen (debug mode), or to become a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from breakable_backend.compiling.partition import runnable
 from breakable_backend.ir.effects import draws, is_opaque, producer_of
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import ambient_of
-from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line, unused
 from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import Mark
 from breakable_backend.recordings.binding import Binding, must_fit
@@ -167,8 +166,7 @@ class _Graph:
         return self.sizes[symbol]
 
     def _free(self, name: str) -> str:
-        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
-        chosen = next(candidate for candidate in candidates if candidate not in self.names)
+        chosen = unused(name, self.names.__contains__)
         self.names.add(chosen)
         return chosen
 

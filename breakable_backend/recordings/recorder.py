@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph, CaptureDriver
 from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.errors import BreakableError, CaptureError, Passing, ReplayError, first_line
@@ -406,7 +405,6 @@ def _dead_after(calls: Sequence[Call], outputs: Sequence[str]) -> list[tuple[str
     """For each call, results of these calls that no later one takes, and that do not leave the segment."""
     last = {call.result: position for position, call in enumerate(calls)}
     for position, call in enumerate(calls):
-        slots = [leaf.name for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
-        last.update((name, position) for name in slots if name in last)
+        last.update((name, position) for name in call.slots if name in last)
     dead = by_value({name: position for name, position in last.items() if name not in outputs})
     return [dead.get(position, ()) for position in range(len(calls))]

@@ -65,6 +65,12 @@ class Call:
     """Whether it does nothing but alias its arguments."""
 
     @property
+    def slots(self) -> list[str]:
+        """The slots that it takes, by name."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf.name for leaf in leaves if isinstance(leaf, Slot)]
+
+    @property
     def takes_part(self) -> bool:
         """Whether it makes a view, or takes one of several results, and does nothing else."""
         return self.view or self.function is operator.getitem

@@ -21,6 +21,7 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.program import unused
 from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recordings.checks import check_argument, perform, reject
 from breakable_backend.recordings.code import defined
@@ -434,8 +435,7 @@ class _Writer:
         """``name`` as an identifier, with a number behind it if that is taken."""
         base = re.sub(r"\W+", "_", name).strip("_") or "value"
         base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
-        candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
-        return next(c for c in candidates if c not in self.names and c not in self.slots and c != "replay")
+        return unused(base, lambda name: name in self.names or name in self.slots or name == "replay")
 
 
 def _deletions(statements: Sequence[_Statement]) -> list[tuple[str, ...]]:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
-from breakable_backend._torch import pytree
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.effects import tensors_of
 from breakable_backend.ir.layout import Geometry, extent
@@ -236,10 +235,10 @@ class Slots:
         """
         if not call.takes_part:
             return False
-        slots = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Slot)]
-        if not slots or not all(slot.name in self.constants for slot in slots):
+        slots = call.slots
+        if not slots or not all(slot in self.constants for slot in slots):
             return False
-        memory = {_torch.storage_key(t) for slot in slots for t in tensors_of(self.constants[slot.name])}
+        memory = {_torch.storage_key(tensor) for slot in slots for tensor in tensors_of(self.constants[slot])}
         return all(_torch.storage_key(tensor) in memory for tensor in tensors_of(made))
 
     def holder(self, name: str) -> torch.Tensor | None:
