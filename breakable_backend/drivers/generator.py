@@ -21,8 +21,8 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.ordering import Order
-from breakable_backend.errors import CaptureError, ReplayError
-from breakable_backend.failures import passing
+from breakable_backend.errors import CaptureError, ReplayError, first_line
+from breakable_backend.failures import as_passing, passing
 
 cudart = Bindings("cuda.bindings.runtime")
 
@@ -233,10 +233,19 @@ class Draws:
             self._left[:] = [kept for kept in self._left if tuple(kept[0]) not in gone]
 
     def mend(self) -> None:
-        """Take the generator out of capture mode, if a capture has left it there; in a turn."""
+        """Take the generator out of capture mode, if a capture has left it there; in a turn.
+
+        Raises:
+            ReplayError: other threads have disturbed that for ``RETRY`` seconds.
+        """
         if self.stuck:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self.reset_on(self.stream.cuda_stream):
-                graph, _ = self.capture_nothing(torch.cuda.graph_pool_handle)
+                try:
+                    graph, _ = self.capture_nothing(torch.cuda.graph_pool_handle)
+                except RuntimeError as error:
+                    if passing(error) != "disturbed":
+                        raise
+                    raise as_passing(_still_capturing(error), error) from error
                 with registry:
                     del graph
 
@@ -259,6 +268,14 @@ class Draws:
         finally:
             if taken:
                 draws.give()
+
+
+def _still_capturing(error: RuntimeError) -> ReplayError:
+    return ReplayError(
+        f"no random numbers can be drawn: a failed capture left the generator in capture mode, and so did {RETRY:g} s of "
+        f"empty ones: {first_line(error)}",
+        fix="let other threads wait for streams or events, instead of torch.cuda.synchronize() all the time",
+    )
 
 
 def _alive_in_expandable_segments(index: int) -> set[tuple[int, int]]:

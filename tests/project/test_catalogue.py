@@ -251,6 +251,25 @@ def long_capture(patch: pytest.MonkeyPatch) -> generator.Draws:
     return generator.Draws.__new__(generator.Draws)
 
 
+def stuck_generator(patch: pytest.MonkeyPatch) -> generator.Draws:
+    """The generator of a GPU that a failed capture has left in capture mode, while another thread synchronises."""
+
+    def disturbed(graph: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    draws = generator.Draws.__new__(generator.Draws)
+    draws.stuck, draws.device, draws.stream = True, torch.device("cuda", 0), SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
+    for name in ("device", "stream"):
+        patch.setattr(torch.cuda, name, lambda _: torch.no_grad())
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    patch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {"capture_begin": disturbed}))
+    patch.setattr(_torch, "keep_for_ever", lambda kept: None)
+    patch.setattr(draws, "spoilt", lambda pool, error: None, raising=False)
+    patch.setattr(draws, "reset_on", lambda stream: torch.no_grad(), raising=False)
+    patch.setattr(generator, "RETRY", 0.01)
+    return draws
+
+
 def capturing_stream(patch: pytest.MonkeyPatch) -> Any:
     """A session for CUDA, where a capture is active."""
     return cuda.CudaSession(SimpleNamespace(stream=None, is_capturing=lambda: True))  # type: ignore[arg-type]
@@ -672,6 +691,9 @@ CASES: dict[str, Case] = {
     ),
     "a graph that draws random numbers cannot be replayed: another thread's capture did not end within": Case(
         "planted.begin_replay(0)  # here", long_capture
+    ),
+    "no random numbers can be drawn: a failed capture left the generator in capture mode, and so did": Case(
+        "planted.mend()  # here", stuck_generator
     ),
     "the GPU is lost to this process": Case("planted()  # here", lost_device),
     "drivers/cuda.py: refuse": Case("planted.begin()  # here", given_up),
