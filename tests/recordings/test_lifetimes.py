@@ -18,7 +18,7 @@ from hypothesis import strategies
 from torch import Tensor
 
 import silly
-from breakable_backend import _torch, reset
+from breakable_backend import _torch, eager_on_graph, explain, reset
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver, room
 from breakable_backend.drivers.tape import TapeDriver
@@ -200,6 +200,31 @@ def test_aliases_are_as_before(function: Callable[..., Any], device: torch.devic
     check(function, lambda call: vectors(call, device), device=device, options=options)
 
 
+@eager_on_graph
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def test_a_bridge_that_a_backward_reads_lives(device: torch.device, options: dict[str, Any]) -> None:
+    """What an eager step made, and a backward reads, is there until the backward has run."""
+
+    def f(x: Tensor, weight: Tensor) -> Tensor:
+        y = doubled(x * weight).sin()  # whose backward reads what it was made of
+        for _ in range(3):
+            y = doubled(y.cos() + 1).sin()
+        return y.sum()
+
+    compiled, _ = compile_both(f, {**options, "training": True})
+    for call in range(6):
+        (x,) = vectors(call, device)
+        mine, theirs = (torch.full((ROWS,), 0.5, device=device, requires_grad=True) for _ in range(2))
+        got, want = compiled(x, mine), f(x, theirs)
+        got.backward()
+        want.backward()
+        assert_same((got, mine.grad), (want, theirs.grad), f"call {call + 1}")
+    assert any(program.replays for program in explain(compiled).programs)
+
+
 # --- and no longer ---------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +248,34 @@ def test_memory_does_not_grow_with_breaks(
                 compiled(*vectors(call, device))
         needed.append(held(compiled))
     assert needed[0] == needed[1] <= 4
+
+
+def bulges(x: Tensor) -> Tensor:
+    """More is alive in the middle than at either end."""
+    x = breaks(x, 1)
+    y, z, w = x.sin(), x.cos(), x.exp()
+    return breaks(silly.triple(y) * z + w, 2)
+
+
+def read_late_by_an_eager_step(x: Tensor) -> Tensor:
+    y = x.sin()
+    return silly.attention(bulges(y), x, x)
+
+
+def test_the_bridge_of_an_input_goes_with_its_last_captured_reader(
+    device: torch.device, options: dict[str, Any]
+) -> None:
+    """An eager step reads the argument itself: for that the bridge is not held."""
+    needed = []
+    for function in (read_late_by_an_eager_step, lambda x: bulges(x.sin())):
+        torch.compiler.reset()
+        compiled, _ = compile_both(function, options)
+        with torch.no_grad():
+            for _ in range(3):
+                x = torch.rand(8, ROWS // 8, device=device)
+                assert_same(compiled(x), function(x))
+        needed.append(held(compiled))
+    assert needed[0] == needed[1]
 
 
 def blocks(driver: CaptureDriver) -> int:
@@ -586,7 +639,7 @@ def test_a_pool_is_as_large_as_its_largest_key() -> None:
 
 def test_what_is_needed_at_once(device: torch.device, options: dict[str, Any]) -> None:
     """What a key needs is told from its program before it is recorded, as it is counted after it."""
-    for function in (crosses(1), crosses(9), read_twice, bridged_twice, an_input_twice):
+    for function in (crosses(1), crosses(9), read_twice, bridged_twice, an_input_twice, bulges):
         torch.compiler.reset()
         compiled, _ = compile_both(function, options)
         with torch.no_grad():
