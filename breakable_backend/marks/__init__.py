@@ -1,1 +1,1 @@
-"""What users mark, the rules that say what runs eagerly, and what marked functions are."""
+"""What users mark as eager, the rules that say what else runs eagerly, and what marked functions are."""

@@ -1,7 +1,7 @@
 """Any Python function as an eager step: ``@eager_on_graph``.
 
-Outside a capture a marked function is the function. Under ``capture`` it is a break. Under ``torch.compile``, whatever
-the backend, it is one opaque node, which Dynamo does not look into.
+Outside of a capture a marked function is the function itself. Under ``capture`` a call is an eager step. Under
+``torch.compile``, with any backend, a call is one opaque node, into which Dynamo does not look.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def eager_on_graph(
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]: ...
 def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D417 - see overloads
-    """Have a Python function run eagerly between captured segments, at every call and on real tensors.
+    """Have a Python function run eagerly between captured segments, in every call and on real tensors.
 
     >>> @eager_on_graph
     ... def clip(x):
@@ -94,44 +94,45 @@ def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D41
     tensor([0.6000, 0.8000, 0.0000])
 
     Args:
-        function: a function, method, static method or lambda. A marked method is called without a break as
-            ``Class.method.run_eager(instance, ...)``.
+        function: a function, method, static method or lambda. ``Class.method.run_eager(instance, ...)`` calls a marked
+            method without a break.
         enable: False returns ``function`` itself. It may also stand alone in the place of ``function``, as in
             ``eager_on_graph(False)(f)``.
-        mutates_args: names of tensor arguments that it writes, such as a cache.
-        fake: what computes shapes under ``torch.compile``, on fake tensors and with the same signature. Without it the first
-            call runs as plain Python, and shapes are learned from it.
-        host_only: whether its plain results, and plain fields of objects in its result, may change between replays of a
-            ``capture``: nothing captured uses them.
+        mutates_args: names of the tensor arguments that it writes, such as a cache; for a module, its buffers.
+        fake: a function with the same signature that runs on fake tensors under ``torch.compile`` and returns the
+            layout of the result. Without it the first call runs as plain Python, and the layout is learned from it.
+        host_only: whether plain values in its result, and plain attributes of objects in it, may change between replays
+            of a ``capture``. Captured code does not use them then.
         capture_stub: called instead of the function while capturing, with the same arguments.
-        barrier: called before it runs while capturing, such as a barrier of ranks; after that of ``capture``.
-        recompute: whether it runs again in backward, from the same random state and autocast, so that nothing which it
-            computes on the way is kept until then.
-        backward: what computes its gradients, for a body that autograd cannot follow; see below.
+        barrier: called before the function while capturing, such as a barrier of ranks; after the barrier of
+            ``capture``.
+        recompute: whether the function runs again in the backward, from the same random state and autocast, so that its
+            intermediate results are not kept until then.
+        backward: computes its gradients, for a body that autograd cannot follow; see below.
 
-    Under ``torch.compile``, whatever the backend, a call is one opaque node, with ``fullgraph=True`` too. Arguments and
-    results are tensors and plain values (int, float, bool, str, None) in lists, tuples, dicts with string keys, named
-    tuples, dataclasses and classes registered with pytree; arguments may be modules, as ``self`` of a method. A call with
-    other arguments, and one that writes a tensor which needs gradients, is a graph break of Dynamo's, and a
-    :class:`PartitionError` under fullgraph. An int that it returns is known at run time only; other plain values are
-    constants. Where they, or layouts, differ from call to call, there is a graph break for good.
+    **Arguments and results** under ``torch.compile`` are tensors and plain values (int, float, bool, str, None), in
+    lists, tuples, dicts with string keys, named tuples, dataclasses and classes registered with pytree. Arguments may
+    also be modules, such as ``self`` of a method. A call with other arguments, or one that writes a tensor which needs
+    gradients, is a graph break of Dynamo's, and with ``fullgraph=True`` a :class:`PartitionError`. An int in the result
+    is known only at run time. Other plain values are constants. If they, or layouts, differ from call to call, the call
+    is a graph break from then on.
 
-    Gradients flow to tensor arguments and to parameters of modules among the arguments. They do not flow to what the
-    function closes over: under compilation that is an error. With ``backward`` the body runs without autograd, and
-    ``backward(context, *grads)`` is called with ``context.args``, ``context.kwargs`` and ``context.result`` of that very
-    call, and a gradient (or None) for each item of a result that is a tuple, or for the result. As with
-    ``torch.library.register_autograd``, it returns one gradient (or None) for each argument: in the shape of a container,
-    and by name of parameter for a module.
+    **Gradients** flow to tensor arguments, and to parameters of modules among the arguments. They do not flow to what
+    the function closes over: in compiled code that is an error. With ``backward`` the body runs without autograd.
+    ``backward(context, *grads)`` gets ``context.args``, ``context.kwargs`` and ``context.result`` of the same call, and
+    a gradient (or None) for each item of a result that is a tuple, or for the result. As with
+    ``torch.library.register_autograd``, it returns one gradient (or None) for each argument: for a container in the
+    shape of the container, for a module a dict by the names of its parameters.
 
-    A tensor argument that the function stores away is overwritten by a later replay: store a ``clone()``. A tensor that it
-    keeps and returns reaches compiled code as a copy.
+    **Lifetimes.** A later replay overwrites the tensor arguments, so a function that stores one has to store a
+    ``clone()``. A tensor that the function keeps and also returns reaches compiled code as a copy.
 
     Raises:
-        OptionsError: not a function, ``enable`` is no bool or is said twice, ``mutates_args`` names no parameter of it, or
-            both of ``recompute`` and ``backward``.
-        PartitionError: from the compiled call under fullgraph, arguments or a result that no graph can hold, or a result
-            whose layout differs from call to call; and a ``fake`` that reads values.
-        EagerOutputError: from the compiled call, a result other than ``fake`` or earlier calls told.
+        OptionsError: not a function, ``enable`` is not a bool or is passed twice, ``mutates_args`` names no parameter
+            of the function, or both ``recompute`` and ``backward`` are passed.
+        PartitionError: in the compiled call with ``fullgraph=True``: no graph can hold the arguments or the result, or
+            the layout of the result differs from call to call. Also if ``fake`` reads values.
+        EagerOutputError: in the compiled call: the result differs from what ``fake`` or earlier calls returned.
     """
     if isinstance(function, bool):
         if "enable" in options:
@@ -146,7 +147,7 @@ def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D41
 
 
 def marked_as(function: Callable[..., Any], by: str, **options: Any) -> Callable[..., Any]:
-    """``function``, marked like one under :func:`eager_on_graph`, which reports say ``by`` has marked."""
+    """``function`` marked as by :func:`eager_on_graph`. Reports say that ``by`` has marked it."""
     made: Callable[..., Any] = _mark(function, enable=True, options=options, by=by)
     return made
 
@@ -165,9 +166,11 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
     mark = Mark(_with_gradients(function, options), name, source, original=function, by=by, **options)
     function = mark.function
     uncompiled: list[Callable[..., Any]] = []
-    """The function as Dynamo is to call it; made when Dynamo asks, which it takes a second to import."""
+    """The function for Dynamo to call. It is made when Dynamo asks for it, since the import that it needs takes a
+    second."""
     identity = f"marked function {next(_identities)}"
-    """What Dynamo guards on by its value: of functions, and so of those that it takes as constant, it guards the code alone."""
+    """Dynamo guards on this value. Of a function, also of one that it takes for a constant, Dynamo guards only the
+    code, which two marked functions may share."""
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
     exporting, thread = torch.compiler.is_exporting, _torch.thread
 
@@ -262,7 +265,7 @@ def _plan(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[str, Any]:
-    """Why a call cannot be one node, empty if it can; and what the op is called with."""
+    """Why a call cannot be one node, empty if it can; and the arguments of its op."""
     other = foreign((args, kwargs))
     if other:
         return f"an argument is, or holds, a {other}", None
@@ -306,7 +309,7 @@ def _opaque(call: Any) -> Any:
 
 
 def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
-    """A number for the call of ``mark`` that Dynamo is tracing; or why it cannot be one node."""
+    """The number of the call of ``mark`` that Dynamo is tracing; or why the call cannot be one node."""
     modules: dict[int, weakref.ref[torch.nn.Module]] = {}
     number = next(numbers)
     for leaf in leaves_of(structure):
@@ -317,7 +320,7 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     arguments, order, num_written = _arranged(mark, structure)
     modes = Modes.traced()
     learned = learned_of(mark, (arguments, modes), modules.keys())
-    raises = learned.raised and _torch.refuses_graph_breaks()  # eager raises too, and nothing else is an error
+    raises = learned.raised and _torch.refuses_graph_breaks()  # eager raises too, so this is no other error
     if learned.in_vain >= MAX_IN_VAIN and not learned.why_not and not raises:
         learned.why_not, learned.cure = learned.raised or CALLED_OTHERWISE, GIVE_FAKE
     if learned.why_not:
@@ -325,7 +328,7 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     try:
         asked = mark.known.setdefault(_torch.current_compilation(), {})
         known = asked.setdefault((arguments, modes), {})
-    except TypeError:  # somebody's pytree node with a context that cannot be hashed
+    except TypeError:  # a pytree node with a context that cannot be hashed
         known = {}
     site = Site(number, mark, arguments, order, num_written, modes, modules, known, learned)
     sites[number] = site
@@ -335,18 +338,18 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
 
 
 MAX_IN_VAIN = 4
-"""After so many calls that ran as Python, and in none of which a function was called as in traced code, it is a break."""
+"""After so many calls that ran as Python without any call of the function as in traced code, it is a graph break."""
 
 
 def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, ...], int]:
-    """How arguments are put together from the tensors of an op; in which order it takes them, and how many it writes."""
+    """How the op's tensors form the arguments; the order in which the op takes them, and how many of them it writes."""
     written = _written(mark, structure)
     order = (*written, *(place for place in _places(structure) if place not in written))
     return with_leaves(structure, lambda leaf: _moved(leaf, order)), order, len(written)
 
 
 def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows what it returns."""
+    """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows its result."""
     if mark.fake is not None or foreign((args, kwargs)):
         return mark.function(*args, **kwargs)
     given: list[torch.Tensor] = []
@@ -382,14 +385,14 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _not_declared(structure: Structure, given: Sequence[torch.Tensor], written: Sequence[int]) -> list[torch.Tensor]:
-    """The tensors among the arguments of which nothing says that they are written. What a module holds is its own."""
+    """The tensors among the arguments that are not declared as written, without those that modules hold."""
     declared = {_torch.storage_key(given[place]) for place in written}
     passed = [given[leaf[1]] for leaf in leaves_of(structure) if leaf[0] == "tensor"]
     return [tensor for tensor in passed if not has_memory(tensor) or _torch.storage_key(tensor) not in declared]
 
 
 def _writes_to(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    """Whether one of these has been written since; those that were made under inference mode are asked for their values."""
+    """Whether one of these was written since. A tensor made in inference mode has no version: its values are compared."""
     versions = [_torch.version_of(tensor) for tensor in tensors]
     copies = [tensor.clone() if tensor.is_inference() else None for tensor in tensors]
 
@@ -415,7 +418,7 @@ def _places(structure: Structure) -> list[int]:
 
 
 def _written(mark: Mark, structure: Structure) -> list[int]:
-    """The positions of the tensors that ``mark`` says it writes; of a module, its buffers."""
+    """The positions of the tensors that ``mark`` declares as written; for a module, its buffers."""
     if not mark.mutates_args:
         return []
     args, kwargs = structure[-1]
@@ -440,18 +443,18 @@ def _moved(leaf: Structure, order: Sequence[int]) -> Structure:
 
 @_torch.constant_under_dynamo
 def _order(number: int) -> tuple[tuple[int, ...], int]:
-    """The order in which the op takes the tensors of a call, and how many of them, the first, it writes."""
+    """The order in which the op takes the tensors of a call; and how many of them, the first ones, are written."""
     return sites[number].order, sites[number].num_written
 
 
 @_torch.constant_under_dynamo
 def _result(number: int) -> Structure:
-    """How the result of a call that was just traced is put together."""
+    """How the result of the call that was just traced is put together."""
     return sites[number].settle().result
 
 
 @_torch.constant_under_dynamo
 def _writer(number: int) -> str:
-    """The name of the op for a call that writes arguments and was just traced up to there."""
+    """The name of the op for a call that writes arguments, whose tracing has come this far."""
     expected = sites[number].settle()
     return writing_op(sites[number].num_written, len(expected.specs) + bool(expected.num_ints))

@@ -1,4 +1,4 @@
-"""Marked functions with gradients of their own: a second run in place of a tape, a backward that the user wrote."""
+"""``recompute=`` and ``backward=`` of marked functions: a second run in the backward, or the user's own backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from breakable_backend.marks.structure import Structure, instances_in, put_toget
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which runs again in backward, from the same random state, instead of keeping what it saved."""
+    """``function``, run again in the backward from the same random state instead of keeping intermediate results."""
 
     def packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(*args, **kwargs)
@@ -25,7 +25,7 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        with checkpoint.set_checkpoint_early_stop(False):  # the body is to run to its end
+        with checkpoint.set_checkpoint_early_stop(False):  # the body has to run to its end
             return checkpoint.checkpoint(packed, args, kwargs, use_reentrant=False)
 
     return run
@@ -33,7 +33,7 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Context:
-    """What a user's backward is given: the arguments of the call, and its result."""
+    """The context that a user's backward gets: the arguments and the result of the call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -41,7 +41,7 @@ class Context:
 
 
 def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose gradients ``backward(context, *grads)`` computes."""
+    """``function`` with gradients that ``backward(context, *grads)`` computes."""
     name = getattr(function, "__qualname__", type(function).__name__)
 
     @functools.wraps(function, updated=())
@@ -72,7 +72,7 @@ class _DeclaredCall:
 
 
 class _Declared(torch.autograd.Function):
-    """The node of a call whose backward the user wrote."""
+    """The autograd node of a call whose backward the user wrote."""
 
     @staticmethod
     def forward(ctx: Any, call: _DeclaredCall, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -129,7 +129,7 @@ def _reader(tensors: Sequence[Any], numbers: Sequence[Any], modules: Any = None)
 
 
 def _spread(structure: Structure, gradient: Any, into: list[Any]) -> None:
-    """Sort what a backward returned for one argument to that argument's tensors."""
+    """Assign what a backward returned for one argument to the tensors of that argument."""
     if gradient is None:
         return
     kind = structure[0]

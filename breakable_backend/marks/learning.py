@@ -1,8 +1,8 @@
-"""What calls of marked functions return, as it was seen in calls that ran as Python.
+"""What earlier calls of a marked function returned, as seen in calls that ran as Python.
 
-A *sample* is one call: what it was given, as far as the layout of its result may depend on it, and how the result was laid
-out. Of a call whose sizes are symbols, each number of the result is explained by the numbers of the arguments, such that
-all samples agree. Whether it is so, every call is asked.
+A *sample* is one call: those properties of its arguments on which the layout of the result may depend, and the layout
+of the result. If sizes are symbols, each number of the result's layout is explained by numbers of the arguments, so
+that all samples agree. Every later call checks the explanation.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from breakable_backend.ir.layout import TensorSpec
 
 @dataclass(frozen=True)
 class Expected:
-    """What a call returns."""
+    """The layout of a call's result."""
 
     result: tuple[Any, ...] = ("plain", None)
     specs: tuple[TensorSpec, ...] = ()
-    """Of the roots: the tensors that own the memory of the fresh results."""
+    """The specs of the roots, which are the tensors that own the memory of the fresh results."""
     differentiable: tuple[bool, ...] = ()
     num_ints: int = 0
     rule: Rule | None = field(default=None, compare=False)
-    """How sizes that are symbols come of those of the arguments; None: there are none, or ``fake`` has told."""
+    """How symbolic sizes follow from those of the arguments. None: there are no symbols, or ``fake`` gave the
+    layout."""
 
     def without_symbols(self) -> Expected:
         return replace(self, specs=tuple(spec.without_symbols() for spec in self.specs))
@@ -38,24 +39,25 @@ class Expected:
 
 
 Values = tuple[tuple[Any, ...], tuple[str | None, ...]]
-"""The numbers that a call is given: sizes, strides of what is not dense, and ints; and its floats, bit for bit."""
+"""The numbers in a call's arguments: sizes, strides of tensors that are not dense, and ints; and its floats, bit for
+bit."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a call is given, as far as the layout of its result may depend on it."""
+    """The arguments of a call, as far as the layout of the result may depend on them."""
 
     kind: tuple[Any, ...]
-    """Which tensors need gradients; dtype, device, and the order in memory of each; which of them are one tensor."""
+    """Which tensors need gradients; dtype, device and order in memory of each; which arguments are the same tensor."""
     numbers: tuple[Any, ...]
-    """Sizes, strides of what is not dense, and ints. Some may be symbols."""
+    """Sizes, strides of tensors that are not dense, and ints. Some may be symbols."""
     floats: tuple[Any, ...]
     num_sizes: int
-    """How many of the numbers are no ints."""
+    """How many of the numbers are sizes or strides; the others are ints."""
 
     @property
     def needs(self) -> tuple[bool, ...]:
-        """Which tensors need gradients; empty: none."""
+        """Which tensors need gradients; empty if none does."""
         return self.kind[0]  # type: ignore[no-any-return]
 
     @classmethod
@@ -77,17 +79,17 @@ class Asked:
         return self.is_symbolic and all(_torch.has_hint(number) for number in (*self.numbers, *self.floats))
 
     def specialised(self) -> Asked:
-        """The same with numbers for symbols: Dynamo guards on them then."""
+        """The same with numbers for the symbols. Dynamo guards on them then."""
         return replace(self, numbers=tuple(map(int, self.numbers)), floats=tuple(map(float, self.floats)))
 
     @property
     def values(self) -> Values:
-        """What samples are looked up by; None for symbols."""
+        """The key by which samples are looked up; None if there are symbols."""
         floats = tuple(value.hex() if type(value) is float else None for value in self.floats)  # -0.0 is not 0.0
         return tuple(number if type(number) is int else None for number in self.numbers), floats
 
     def agrees(self, sample: Values) -> bool:
-        """Whether this is what a call was given, for some values of the symbols."""
+        """Whether ``other`` may be a call with these arguments, for some values of the symbols."""
         return all(
             mine is None or mine == theirs
             for ours, other in zip(self.values, sample, strict=True)
@@ -105,7 +107,7 @@ def _numbers(tensors: Sequence[torch.Tensor], orders: Sequence[Any]) -> tuple[An
 
 
 def _order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The dimensions from the outermost in memory to the innermost, without those of size 1; None where there are gaps."""
+    """The dimensions from the outermost in memory to the innermost, without those of size 1; None if there are gaps."""
     if not all(_torch.has_hint(number) for number in (*tensor.shape, *tensor.stride())):
         return tuple(range(tensor.dim()))
     shape, stride = list(map(_torch.hint_of, tensor.shape)), list(map(_torch.hint_of, tensor.stride()))
@@ -114,7 +116,7 @@ def _order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def dense_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
-    """The dimensions from the outermost in memory to the innermost; None where there are gaps between elements."""
+    """The dimensions from the outermost in memory to the innermost; None if there are gaps between elements."""
     order = sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1, dim))
     steps = dense_strides(shape, order)
     fits = all(shape[dim] == 1 or steps[dim] == stride[dim] for dim in order)
@@ -133,8 +135,8 @@ def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]
 # --- what calls returned ------------------------------------------------------------------------------------------------
 
 Term = tuple[Any, ...]
-"""A number of a result: ``(a,)`` is a constant, ``(a, p, b)`` is ``a`` times the number ``p`` of the arguments and ``b`` more,
-``(p, q)`` the product of two."""
+"""How a number of a result's layout is computed: ``(a,)`` is the constant ``a``; ``(a, p, b)`` is ``a`` times the
+number ``p`` of the arguments, plus ``b``; ``(p, q)`` is the product of two numbers of the arguments."""
 
 
 def _value(term: Term, numbers: Sequence[Any]) -> Any:
@@ -148,10 +150,10 @@ def _value(term: Term, numbers: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the sizes of a result come of those of the arguments."""
+    """How the sizes of a result follow from those of the arguments."""
 
     orders: tuple[Any, ...]
-    """Of the arguments, in memory: which of their numbers count."""
+    """The order in memory of each argument, which decides which of its numbers are used."""
     shapes: tuple[tuple[Term, ...], ...]
     strides: tuple[tuple[int, ...], ...]
     """The order in memory of each root."""
@@ -176,31 +178,31 @@ class _Sample:
 
     @property
     def is_sure(self) -> bool:
-        """Whether what it returned is more than a coincidence: a float or bool often depends on values."""
+        """Whether the result is more than a coincidence: a float or bool often depends on values."""
         return self.count > 1 or not _has_values(self.expected.result)
 
 
 class Learned:
-    """What calls of one marked function returned that are put together alike."""
+    """What calls of one marked function with the same structure of arguments returned."""
 
     def __init__(self) -> None:
         self.why_not = ""
-        """Why such calls are breaks for good; empty: they are not."""
+        """Why such calls are graph breaks from now on; empty if they are not."""
         self.cure = "return the same structure and layout wherever the arguments are laid out alike; or compile without fullgraph=True"
-        """What helps then."""
+        """What the user can do in that case."""
         self.error: Exception | None = None
-        """What said so, if it was an error."""
+        """The exception that caused it, if there was one."""
         self.in_vain = 0
-        """How many calls in a row ran as Python, and none of them called the function like this."""
+        """How many calls in a row ran as Python without a call of the function like this one."""
         self.raised = ""
-        """What the last call raised that ran as Python, as long as none has returned."""
+        """The exception of the last call that ran as Python, until one of them returns."""
         self.waiting: dict[int, Any] = {}
-        """Those that run as Python until this is known, by the identity of their code."""
+        """The functions that run as Python until this is known, by the identity of their code."""
         self._samples: dict[tuple[Any, ...], dict[Values, _Sample]] = {}
         self._lock = locks.lock()
 
     def add(self, asked: Asked, expected: Expected) -> None:
-        """Note what a call returned."""
+        """Note the result of a call."""
         with self._lock:
             self.in_vain, self.raised = 0, ""
             samples = self._samples.setdefault(asked.kind, {})
@@ -215,7 +217,7 @@ class Learned:
                 self.why_not = f"its result differs from call to call: {_difference(sample.expected, expected)}"
 
     def find(self, asked: Asked) -> Expected | None:
-        """What a call will return; None where that is not known yet."""
+        """The layout of a call's result; None if it is not known yet."""
         with self._lock:
             samples = dict(self._samples.get(asked.kind, {}))
         return _explained(asked, samples) if asked.is_symbolic else _known(asked, samples)
@@ -231,11 +233,12 @@ def _known(asked: Asked, samples: Mapping[Values, _Sample]) -> Expected | None:
         return sample.expected if sample.is_sure else None
     sizes = asked.numbers[: asked.num_sizes]
     alike = [sample.expected for (numbers, _), sample in samples.items() if numbers[: asked.num_sizes] == sizes]
-    return alike[0] if len(alike) > 1 and all(other == alike[0] for other in alike) else None  # whatever the numbers
+    # Independent of the numbers.
+    return alike[0] if len(alike) > 1 and all(other == alike[0] for other in alike) else None
 
 
 def _explained(asked: Asked, samples: Mapping[Values, _Sample]) -> Expected | None:
-    """What a call returns whose sizes are symbols, explained by all calls that it may be one of."""
+    """The layout of a result with symbolic sizes, explained by all samples that may be of the same kind of call."""
     found = {given: sample for given, sample in samples.items() if asked.agrees(given)}
     if not found or (len(found) < 2 and not _is_now(next(iter(found)), asked)):
         return None
@@ -259,24 +262,24 @@ def _explained(asked: Asked, samples: Mapping[Values, _Sample]) -> Expected | No
 
 
 def _is_now(sample: Values, asked: Asked) -> bool:
-    """Whether a sample has the sizes of the call that is being traced, as far as these are known."""
+    """Whether a sample has the sizes of the call that is being traced, as far as they are known."""
     hints = (_torch.hint_of(number) if _torch.has_hint(number) else None for number in asked.numbers)
     return all(hint is None or hint == number for hint, number in zip(hints, sample[0], strict=True))
 
 
 def _common_order(specs: Sequence[TensorSpec]) -> tuple[int, ...] | None:
-    """The order in memory of all of these; None where they differ or have gaps."""
+    """The order in memory that all of these have; None if they differ or have gaps."""
     telling = [spec for spec in specs if 1 not in spec.shape and 0 not in spec.shape] or specs
     orders = {dense_order(spec.shape, spec.stride) for spec in telling}
     return orders.pop() if len(orders) == 1 else None
 
 
 def _term(values: list[int], samples: list[tuple[int, ...]], asked: Asked, dim: int) -> Term | None:
-    """What one number of a result is; None where nothing simple explains it in all samples."""
+    """How one number of the results follows from the arguments; None if no simple term fits all samples."""
     symbols = [place for place, number in enumerate(asked.numbers) if type(number) is not int]
     symbols.sort(
         key=lambda place: (place != dim, place >= asked.num_sizes)
-    )  # the same dimension, then sizes, then ints
+    )  # try the same dimension, then other sizes, then ints
     for place in symbols:
         if all(sample[place] == value for sample, value in zip(samples, values, strict=True)):
             return 1, place, 0
@@ -307,7 +310,7 @@ def _has_views(structure: Any) -> bool:
 
 
 def _has_values(structure: tuple[Any, ...]) -> bool:
-    """Whether a result has plain values in it that often depend on those of tensors."""
+    """Whether a result contains plain values that often depend on the values of tensors."""
     if structure[0] == "plain":
         return isinstance(structure[1], bool | float)
     return any(_has_values(item) for item in structure[-1]) if structure[0] in _CONTAINERS else False

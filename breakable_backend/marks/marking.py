@@ -1,7 +1,6 @@
-"""Which nodes run eagerly, and why: marks that users make, and rules about what no CUDA graph can hold.
+"""What users mark: ops, PyTorch functions and ``eager_region``; and how the marks reach the nodes of a graph.
 
-A rule is a function ``(node, scope) -> str``, which says why, or nothing; ``RULES`` lists them, first match wins. Which ops fail under
-capture was measured on an H200 (torch 2.11).
+The rules for unmarked nodes are in :mod:`breakable_backend.marks.rules`.
 """
 
 from __future__ import annotations
@@ -29,31 +28,30 @@ REGION_KEY = "breakable_cg_region"
 # --- marks ------------------------------------------------------------------------------------------------------------
 
 _marked: set[str] = set()
-"""Names of ops marked by ``mark_eager``, as ``ns::op`` or ``ns::op.overload``: names outlive the op objects."""
+"""Names of ops marked by ``mark_eager``, as ``ns::op`` or ``ns::op.overload``. Names outlive the op objects."""
 _marked_functions: list[Any] = []
-"""Functions of torch's marked by ``mark_eager``."""
+"""PyTorch functions marked by ``mark_eager``."""
 
 
 def mark_eager(op: OpT) -> OpT:
-    """Have ``op`` run eagerly in everything compiled from now on.
-
-    An op that is made of others (``aten::softmax``, ``linear``) is marked as a whole, by whatever name it is called.
+    """Have ``op`` run eagerly in everything that is compiled or captured from now on.
 
     >>> _ = mark_eager("aten::sort")
     >>> unmark_eager("aten::sort")
 
     Args:
         op: ``"ns::name"`` (all its overloads), ``"ns::name.overload"``, an op from ``torch.ops``, what
-            ``torch.library.custom_op`` returns, or a function of torch's: ``torch.softmax``, ``torch.Tensor.softmax``,
-            ``torch.nn.functional.softmax``. Or a class of modules, with its subclasses, or a single module: its call is
-            then a marked function like those under :func:`eager_on_graph`, hooks included, whatever the backend, and
-            under ``capture`` an eager step. Nothing keeps a single module alive.
+            ``torch.library.custom_op`` returns, or a PyTorch function: ``torch.softmax``, ``torch.Tensor.softmax``,
+            ``torch.nn.functional.softmax``. An op that tracing decomposes (``aten::softmax``, ``linear``) is marked as
+            a whole, by whatever name the code calls it. Or a class of modules, with its subclasses, or a single module:
+            its call, hooks included, is then that of a marked function (:func:`eager_on_graph`), under every backend
+            and under ``capture``. The mark does not keep a single module alive.
 
     Returns:
         ``op`` itself, so that this also works as a decorator, above ``custom_op`` or a class.
 
     Raises:
-        OptionsError: there is no such op; the text has the nearest names.
+        OptionsError: there is no such op. The text has the nearest names.
     """
     if modules.is_module(op):
         modules.mark(op)
@@ -67,7 +65,7 @@ def mark_eager(op: OpT) -> OpT:
 
 
 def unmark_eager(op: Any) -> None:
-    """Undo :func:`mark_eager`, for what is compiled from now on; nothing happens if ``op`` is not marked.
+    """Undo :func:`mark_eager` for everything that is compiled or captured from now on. Without a mark nothing happens.
 
     >>> unmark_eager(mark_eager(torch.ops.aten.sort))
 
@@ -91,14 +89,14 @@ def eager_region() -> AbstractContextManager[None]:
     ...         y = x.sort().values
     ...     return y + 1
 
-    Every ATen op that the block is traced to runs on its own at each call; under ``capture`` each op of the block is an
+    Every ATen op that the block is traced to runs eagerly in each call. Under ``capture`` each op of the block is an
     eager step. Elsewhere the block runs as if it were not marked.
     """
     return annotate({REGION_KEY: True})
 
 
 def op_name(op: Any) -> str:
-    """``op`` as ``ns::name`` or ``ns::name.overload``. Raises OptionsError if it is no op."""
+    """``op`` as ``ns::name`` or ``ns::name.overload``. Raises OptionsError if it is not an op."""
     if isinstance(op, str):
         if not _torch.find_overloads(op):
             near = difflib.get_close_matches(op, list(dict.fromkeys(n.split(".")[0] for n in _torch.op_names())), 3)
@@ -122,7 +120,7 @@ def op_name(op: Any) -> str:
 
 
 def _is_torch_function(op: Any) -> bool:
-    """Whether ``op`` is a function of torch's or of Python's operators: what a node of a Dynamo graph can call."""
+    """Whether ``op`` is a function of PyTorch or of Python's ``operator``, which a node of a Dynamo graph can call."""
     if isinstance(op, str | type | _torch.OpOverload | _torch.OpOverloadPacket) or hasattr(op, "_qualname"):
         return False
     module = getattr(op, "__module__", None) or getattr(getattr(op, "__self__", None), "__module__", None) or ""
@@ -131,20 +129,20 @@ def _is_torch_function(op: Any) -> bool:
 
 
 def _names_an_op(op: Any) -> bool:
-    """Whether :func:`op_name` is to judge ``op``: a text, an op, or what is no function at all."""
+    """Whether :func:`op_name` decides about ``op``: a string, an op, or anything that is not a function."""
     known = str | _torch.OpOverload | _torch.OpOverloadPacket
     return isinstance(op, known) or hasattr(op, "_qualname") or not callable(op)
 
 
 def _op_of_function(function: Any) -> list[str]:
-    """The op that a function of torch's calls: that of its name, if there is one."""
+    """The op that a PyTorch function calls: the op of the same name, if there is one."""
     name = f"aten::{getattr(function, '__name__', '')}"
     return [name] if _torch.find_overloads(name) else []
 
 
 @dataclass(frozen=True)
 class EagerOps:
-    """The option ``eager_ops``, resolved: names of ops, torch functions as they stand in a Dynamo graph, and modules."""
+    """The option ``eager_ops``, resolved to names of ops, PyTorch functions as nodes call them, and modules."""
 
     names: frozenset[str] = frozenset()
     functions: tuple[Any, ...] = ()
@@ -155,7 +153,7 @@ class EagerOps:
         """Sort ``given`` into names, functions and modules.
 
         Raises:
-            OptionsError: neither an op, nor a torch function, nor a module or a class of modules.
+            OptionsError: an element is not an op, a PyTorch function, a module or a class of modules.
         """
         given = list(given)
         names: set[str] = set()
@@ -191,7 +189,7 @@ def is_marked(op: Any, eager_ops: EagerOps) -> str:
 
 
 class Marks:
-    """The marks that a graph of Dynamo's is lowered with, and which of them it met."""
+    """The marks with which a graph of Dynamo's is lowered, and which of them the graph contained."""
 
     def __init__(self, eager_ops: EagerOps) -> None:
         self.eager_ops = eager_ops
@@ -199,7 +197,7 @@ class Marks:
         self._ops: set[Any] = set()
 
     def annotate(self, gm: fx.GraphModule) -> None:
-        """Put nodes that call a marked function of torch's under an eager region."""
+        """Put nodes that call a marked PyTorch function under an eager region."""
         for module in gm.modules():
             for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
                 target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
@@ -208,10 +206,10 @@ class Marks:
                     self._functions.append(target)
 
     def taken_apart(self, called: Iterable[Any]) -> dict[Any, Callable[[], AbstractContextManager[None]]]:
-        """The marked ops that tracing takes apart, each with the region that its parts are to be in.
+        """The marked ops that tracing decomposes, each with the region for its parts.
 
         Args:
-            called: ops that may be tagged, beside those that are marked by their names.
+            called: ops that may be tagged, in addition to those that are marked by name.
         """
         named = (op for name in _marked | self.eager_ops.names for op in _torch.find_overloads(name))
         return {
@@ -222,13 +220,13 @@ class Marks:
 
     @contextmanager
     def _part_of(self, op: Any, why: str) -> Iterator[None]:
-        """Have nodes that are traced in here say why they are eager."""
+        """Have nodes that are traced inside this block carry the reason why they are eager."""
         self._ops.add(op)
         with _torch.noted(REGION_KEY, why):
             yield
 
     def unmet(self, module: fx.GraphModule) -> frozenset[str]:
-        """What is marked, with how, and neither the lowered graph nor the one before it calls."""
+        """The marks, each with its kind, that neither Dynamo's graph nor the lowered graph contains a call of."""
         ops = {
             op for node in module.graph.nodes if node.op == "call_function" for op in effective_ops(node)
         } | self._ops
@@ -244,7 +242,7 @@ class Marks:
         )
 
     def _missing(self, names: Iterable[str], functions: Iterable[Any]) -> set[str]:
-        """Those of ``names`` that are not there by a function's name, and the functions that are not there by theirs."""
+        """Those of ``names`` that occur under no function's name, and the functions that occur under no name of theirs."""
         missing = set(names)
         for function in functions:
             ops_of_it = _op_of_function(function)
@@ -263,11 +261,11 @@ def _why_function(target: Any, eager_ops: EagerOps) -> str:
 
 
 def marked_composites(*, entirely: bool) -> list[str]:
-    """The ops marked by ``mark_eager`` that autograd takes apart before a dispatch mode sees them: all, or some, overloads."""
+    """Ops marked by ``mark_eager`` that autograd decomposes before a dispatch mode sees them, all or some overloads."""
     names = [name for name in sorted(_marked) if any(map(_torch.is_composite, _torch.find_overloads(name)))]
     return [name for name in names if _torch.is_composite_by_name(name)] if entirely else names
 
 
 def marked_functions() -> tuple[Any, ...]:
-    """The functions of torch's marked by ``mark_eager`` that are no op: Python calls them, and no dispatch mode sees that."""
+    """PyTorch functions marked by ``mark_eager`` that are not ops. No dispatch mode sees their calls."""
     return tuple(function for function in _marked_functions if not _op_of_function(function))

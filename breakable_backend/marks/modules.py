@@ -1,8 +1,9 @@
 """Modules as eager steps: ``mark_eager(model.moe)``, ``mark_eager(MoE)``, ``eager_ops=[MoE]``.
 
-The call of such a module is that of a marked function, which takes the module and its arguments. Dynamo asks, where code
-calls a module, what is to be called instead. Python does not ask: so while a frame runs as Python to be learned from, and in
-a ``with capture``, the classes of such modules have another ``__call__``, which looks at what its own thread watches.
+The call of such a module is the call of a marked function that takes the module and its arguments. Where traced code
+calls a module, Dynamo asks this module what to call instead. Plain Python does not ask. So while a frame runs as Python
+to be learned from, and in a ``with capture``, the classes of such modules get another ``__call__``, which acts only in
+threads that watch it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from breakable_backend.marks.functions import marked_as
 from breakable_backend.marks.sites import Site, sites
 
 MARK_EAGER, EAGER_OPS = "mark_eager", "eager_ops"
-"""By what a module is marked."""
+"""The ways to mark a module."""
 
 
 def is_module(thing: Any) -> bool:
@@ -35,14 +36,14 @@ def is_module(thing: Any) -> bool:
 
 @dataclass(frozen=True)
 class Modules:
-    """Classes of modules, subclasses included, and single modules."""
+    """Classes of modules, with their subclasses, and single modules."""
 
     classes: tuple[type[nn.Module], ...] = ()
     instances: tuple[weakref.ref[nn.Module], ...] = ()
 
     @classmethod
     def of(cls, things: Iterable[Any]) -> Modules:
-        """Those among ``things``."""
+        """The modules and classes among ``things``."""
         things = [thing for thing in things if is_module(thing)]
         classes = tuple(thing for thing in things if isinstance(thing, type))
         return cls(classes, tuple(weakref.ref(thing) for thing in things if not isinstance(thing, type)))
@@ -54,11 +55,11 @@ class Modules:
         return bool(self.classes or self.instances)
 
     def without(self, thing: Any) -> Modules:
-        """These but one."""
+        """A copy without one."""
         return Modules.of(other for other in (*self.classes, *self.alive()) if other is not thing)
 
     def with_(self, thing: Any) -> Modules:
-        """These and one more."""
+        """A copy with one more."""
         return Modules.of([*self.without(thing).classes, *self.without(thing).alive(), thing])
 
     def alive(self) -> list[nn.Module]:
@@ -66,14 +67,14 @@ class Modules:
         return [module for reference in self.instances if (module := reference()) is not None]
 
     def kinds(self) -> set[type[nn.Module]]:
-        """The classes whose ``__call__`` calls one of these."""
+        """The classes whose ``__call__`` calls one of these modules."""
         found = {type(module) for module in self.alive()}
         for kind in self.classes:
             found |= {kind, *(below for below in _subclasses(kind) if "__call__" in vars(below))}
         return found
 
     def unmet(self, calls: Iterable[nn.Module]) -> Iterator[str]:
-        """The names of those that none of ``calls`` is."""
+        """The names of those that no module in ``calls`` belongs to."""
         called = list(calls)
         for kind in self.classes:
             if not any(isinstance(module, kind) for module in called):
@@ -90,7 +91,7 @@ def _subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
 
 
 class _Marked:
-    """What ``mark_eager`` was given."""
+    """The modules and classes that ``mark_eager`` has marked."""
 
     modules = Modules()
 
@@ -100,12 +101,12 @@ _marking = locks.lock()
 
 
 def marked() -> Modules:
-    """What is marked by ``mark_eager``, now."""
+    """The modules and classes that are marked by ``mark_eager`` now."""
     return _marked.modules
 
 
 def mark(thing: Any) -> None:
-    """Have a module, or all of a class, run eagerly in what is compiled and captured from now on."""
+    """Have a module, or all modules of a class, run eagerly in what is compiled and captured from now on."""
     with _marking:
         _marked.modules = _marked.modules.with_(thing)
 
@@ -120,7 +121,7 @@ def unmark(thing: Any) -> None:
 
 
 def _how(module: nn.Module, named: Modules) -> str:
-    """By what a module is marked; empty: it is not."""
+    """How a module is marked; empty if it is not."""
     return MARK_EAGER if module in _marked.modules else EAGER_OPS if module in named else ""
 
 
@@ -161,9 +162,9 @@ _SIGNATURE = inspect.signature(_takes)
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.inside: list[nn.Module] = []
-        """Marked modules whose marked functions run."""
+        """Marked modules whose marked functions are running."""
         self.watched: list[Modules] = []
-        """What ``eager_ops`` names beside what is marked, for each block that watches."""
+        """For each watching block, the modules that ``eager_ops`` names in addition to the marked ones."""
 
 
 _thread = _Thread()
@@ -173,7 +174,7 @@ _thread = _Thread()
 
 
 def _instead(module: nn.Module, options: Mapping[str, Any]) -> tuple[Callable[..., Any] | None, bool]:
-    """What Dynamo is to call with a module and its arguments; and whether what it compiles is for this module alone."""
+    """What Dynamo has to call with a module and its arguments; and whether the compiled code is for this module only."""
     marks, named = _marked.modules, _named(options)
     if not (marks or named):
         return None, False
@@ -189,7 +190,7 @@ def _named(options: Mapping[str, Any]) -> Modules:
 
 
 def _watch(options: Mapping[str, Any]) -> Callable[[], None]:
-    """Watch the modules that a call is to learn from; returns what ends that."""
+    """Watch the modules in a call that is learned from. The result ends this."""
     stack = ExitStack()
     stack.enter_context(watching(_named(options)))
     return stack.close
@@ -203,7 +204,7 @@ _torch.heed_calls_of_modules(_instead, _watch)
 
 @contextmanager
 def watching(named: Modules | None = None) -> Iterator[None]:
-    """Have calls of marked modules, and of those that are ``named``, go through their marked functions in this thread."""
+    """Have calls of marked modules, and of the ``named`` ones, go through their marked functions in this thread."""
     named = named or Modules()
     kinds = _marked.modules.kinds() | named.kinds()
     if not kinds:
@@ -221,13 +222,13 @@ def watching(named: Modules | None = None) -> Iterator[None]:
 
 
 class _Changed:
-    """The classes that have another ``__call__`` for a while."""
+    """The classes that have another ``__call__`` for now."""
 
     def __init__(self) -> None:
         self.lock = locks.lock()
         self.blocks: dict[type[nn.Module], int] = {}
         self.own: dict[type[nn.Module], Any] = {}
-        """What was their own, where they had one."""
+        """The ``__call__`` that a class defined itself, if it did."""
 
     def begin(self, kind: type[nn.Module]) -> None:
         with self.lock:
@@ -252,7 +253,7 @@ _changed = _Changed()
 
 
 def _looking(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``__call__`` that goes through the marked function of the module, where its thread watches that."""
+    """A ``__call__`` that calls the module's marked function if its thread watches, and else the former ``__call__``."""
 
     @functools.wraps(plain)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +272,7 @@ def _looking(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def called_in(graph: fx.GraphModule) -> list[tuple[str, nn.Module]]:
-    """The modules that marked functions call in a graph, each with by what it is marked."""
+    """The modules that marked functions in a graph call, each with how it is marked."""
     found = []
     for part in graph.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():

@@ -1,4 +1,4 @@
-"""The ops that calls of marked functions are in compiled code, and what autograd does with them."""
+"""The ops that stand for calls of marked functions in compiled code, and their gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _saved(number: int, handle: torch.Tensor) -> SavedForBackward:
 
 
 class _Node(torch.autograd.Function):
-    """A call that will run backward. What it saves is per call, behind a handle that is saved like any tensor."""
+    """The autograd node of a call. What it saves lies behind a handle, a tensor that autograd saves like any other."""
 
     @staticmethod
     def forward(
@@ -56,7 +56,7 @@ class _Node(torch.autograd.Function):
         ctx.mark_non_differentiable(*(result for result, some in zip(results, members, strict=False) if not some))
         ctx.save_for_backward(handle)
         if _torch.saves_through_hooks() and not ctx.traced:
-            ctx.handle = handle  # what somebody's hooks make of the saved one does not own what the call saved
+            ctx.handle = handle  # hooks may replace the saved handle by a copy, which does not own what the call saved
         ctx.set_materialize_grads(False)
         ctx.site, ctx.needs, ctx.num_roots = number, needs, len(members)
         ctx.sizes = [size for tensor, need in zip(tensors, needs, strict=True) if need for size in tensor.shape]
@@ -79,9 +79,9 @@ class _Node(torch.autograd.Function):
 
 
 def _define(name: str, num_written: int, num_results: int | None) -> Any:
-    """An op that runs marked functions, and writes the first of their tensors. Without a number of results it returns a list.
+    """An op that runs marked functions and writes their first tensors. Without a number of results it returns a list.
 
-    AOTAutograd functionalises no op that writes and returns a list.
+    AOTAutograd functionalises no op that both writes and returns a list.
     """
     written = "".join(f"Tensor(a{number}!) written_{number}, " for number in range(num_written))
     returns = "Tensor[]" if num_results is None else f"({', '.join(['Tensor'] * num_results)})"
@@ -115,7 +115,7 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)
     torch.library.register_fake(f"breakable_cg::{name}", fake, lib=_library)
-    torch.fx.has_side_effect(op)  # two equal calls are two, and one whose result is unused is one
+    torch.fx.has_side_effect(op)  # two equal calls stay two, and a call with an unused result stays
     _calls.add(op)
     return op
 
@@ -125,11 +125,11 @@ def _overload(name: str) -> Any:
 
 
 OP = _define("call", 0, None)
-"""The op that marked functions are in compiled graphs, unless they write arguments."""
+"""The op for calls of marked functions in compiled graphs, unless they write arguments."""
 
 
 def writing_op(num_written: int, num_results: int) -> str:
-    """The name of the op for functions that write so many tensors and return so many."""
+    """The name of the op for functions that write and return these numbers of tensors."""
     name = f"call_{num_written}_{num_results}"
     with _defining:
         if not any(op._schema.name == f"breakable_cg::{name}" for op in _calls):
@@ -142,7 +142,7 @@ _defining = locks.lock()
 
 @torch.library.impl(_library, "shapes", "CompositeExplicitAutograd")
 def _shapes(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
-    """Tells compiled code nothing; the call reads what its fake found."""
+    """Does nothing in compiled code. The call reads what the fake of this op found."""
 
 
 @torch.library.register_fake("breakable_cg::shapes", lib=_library)  # type: ignore[untyped-decorator]
@@ -180,7 +180,8 @@ def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
         )
         if _torch.storage_key(result) in taken or _torch.owners_of_storage(result) > 1:
-            result = result.clone(memory_format=torch.contiguous_format)  # an op may not return memory that others have
+            # An op may not return memory that something else owns.
+            result = result.clone(memory_format=torch.contiguous_format)
         taken.add(_torch.storage_key(result))
         results.append(result)
     return results
@@ -212,7 +213,7 @@ def why_marked(args: Sequence[Any]) -> str:
 
 
 def direct(op: Any, site: int) -> Callable[..., Any]:
-    """What a call of ``op`` runs, without the dispatcher: takes all of its arguments but the site."""
+    """The function behind a call of ``op``, to be called without the dispatcher. It takes all arguments but the site."""
     run = sites[site].straight()
     if op is OP:
         return run
@@ -227,13 +228,13 @@ def direct(op: Any, site: int) -> Callable[..., Any]:
 
 
 def site_of(op: Any, args: Sequence[Any]) -> Site | None:
-    """The call of a marked function that a node of a graph is of, whatever it does for that; None if it is of none."""
+    """The call of a marked function that a node belongs to; None if it belongs to none."""
     name = op._qualified_op_name if isinstance(op, _torch.OpOverloadPacket) else getattr(op, "namespace", "")
     return sites.get(args[0]) if name.startswith("breakable_cg") and args and isinstance(args[0], int) else None
 
 
 def name_of(op: Any, args: Sequence[Any]) -> str:
-    """The name of the marked function that a call in a graph runs, or whose number it reads; empty for other ops."""
+    """The name of the marked function that a node runs, or whose number it reads; empty for other ops."""
     ours = op in _calls or op is torch.ops.breakable_cg.number.default
     site = sites.get(args[0]) if ours and args else None
     return site.mark.name if site is not None else ""

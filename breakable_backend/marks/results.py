@@ -1,8 +1,8 @@
-"""What eager functions return, taken apart: aliases of what was there are told from fresh memory, storage by storage.
+"""Results of marked functions, taken apart (flattened): aliases told from fresh memory, storage by storage.
 
-In compiled code (:func:`take_result`) a result is put together again from constants that Dynamo takes, and a root for
-each fresh storage. Under ``capture`` (:class:`Parts`) it may be any object; it is checked at each replay, and copied to
-memory that stays.
+In compiled code (:func:`take_result`) a result is put together again from constants, which Dynamo traces, and from one
+root for each fresh storage. Under ``capture`` (:class:`Parts`) a result may be any object. Each replay checks it, and
+copies it to memory with a fixed address.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from breakable_backend.marks.structure import (
 )
 
 ALIGNMENT = 256
-"""Bytes: where views of one storage are kept together, they keep the alignment that the allocator gave them."""
+"""In bytes. Views of one storage that are kept together keep the alignment that the allocator gave them."""
 
 
 def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
 
 
 def fresh_groups(tensors: Iterable[tuple[int, torch.Tensor]], known: Collection[int]) -> list[list[int]]:
-    """The positions of tensors, grouped by the storage that they lie in; without those in storages with ``known`` keys."""
+    """The positions of tensors, grouped by storage, without those in storages with ``known`` keys."""
     groups: dict[int, list[int]] = {}
     for position, tensor in tensors:
         if (key := _torch.storage_key(tensor)) not in known:
@@ -61,7 +61,7 @@ def fresh_groups(tensors: Iterable[tuple[int, torch.Tensor]], known: Collection[
 
 
 class Unholdable(Exception):
-    """What compiled code cannot hold of a result, and what to do."""
+    """A part of a result that compiled code cannot hold, and what to do about it."""
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
@@ -74,32 +74,33 @@ class Result:
 
     structure: Structure
     roots: list[torch.Tensor]
-    """Of each fresh storage one tensor that owns it; what else lies in it is made again from that."""
+    """For each fresh storage one tensor that owns it. Other tensors in the storage are made again from it."""
     members: list[list[Member]]
-    """For each root, the tensors that autograd knows, where it is recording."""
+    """For each root, the tensors that autograd knows, if it is recording."""
     ints: list[Any]
 
 
 def take_result(
     holder: list[Any], arguments: Sequence[torch.Tensor], *, recording: bool, exact: bool, copies: bool = True
 ) -> Result:
-    """Take a result apart: aliases of arguments told from fresh memory, of which there is one root for each storage.
+    """Take a result apart: tell aliases of arguments from fresh memory, and find one root for each fresh storage.
 
     Args:
-        holder: all that holds the result, so that what the function kept is seen.
+        holder: a list with the result as its only element. Nothing else may hold the result, so that references that
+            the function kept can be counted.
         arguments: the tensors that the function was called with.
-        recording: whether autograd was recording, so that results know what they need.
-        exact: whether what needs no gradient is said of each of several results that share memory.
-        copies: whether what the function kept is copied. Who wants to know the layout alone needs no copies.
+        recording: whether autograd was recording, so that results know whether they need gradients.
+        exact: whether it is noted separately, for each of several results that share memory, which need no gradient.
+        copies: whether to copy what the function kept. A caller that only asks for the layout needs no copies.
 
     Raises:
-        Unholdable: what compiled code cannot hold.
+        Unholdable: a part of the result that compiled code cannot hold.
     """
     result = holder[0]
     other = foreign(result) or next((type(module).__name__ for module in instances_in(result, torch.nn.Module)), "")
     other = other or next(
         (type(value).__name__ for value in instances_in(result, enum.Enum)), ""
-    )  # Dynamo's guards on one fail
+    )  # Dynamo's guards on enums fail
     if other:
         raise Unholdable(f"an object that compiled code cannot hold: {other}", _CONTAINERS)
     tensors: list[torch.Tensor] = []
@@ -109,7 +110,7 @@ def take_result(
     kinds = {float: floats, int: ints, str: [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "plain"]}
     for kind, values in kinds.items():
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
-        if strange is not None:  # such as numpy.float64, which is a float
+        if strange is not None:  # such as numpy.float64, a subclass of float
             raise Unholdable(
                 "a number or string of a subclass, which compiled code cannot hold",
                 f"return it as {kind.__name__}",
@@ -131,7 +132,7 @@ def take_result(
             return ("int", structure[1], len(taker.roots))
         if structure[0] == "float":
             value = floats[structure[1]]
-            value = math.nan if value != value else value  # so that it equals itself
+            value = math.nan if value != value else value  # so that a NaN equals itself
             return ("plain", value, value.hex())  # so that 0.0 does not equal -0.0
         return structure
 
@@ -139,7 +140,7 @@ def take_result(
 
 
 class _Taker:
-    """Sorts the tensors of a result by the memory that they lie in."""
+    """Sorts the tensors of a result by their memory."""
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class _Taker:
             if _torch.storage_key(tensor) not in given:
                 continue
             if self.recording and not is_view_to_autograd(tensor, self.arguments):
-                self._take_group([number], copied=True)  # traced code could not make a view with that gradient
+                self._take_group([number], copied=True)  # traced code cannot make a view with this gradient
             else:
                 self.places[number] = self._alias(tensor)
 
@@ -187,14 +188,14 @@ class _Taker:
         ]
         if bases[0][2].read_as != mine.read_as:
             raise Unholdable("a view of an argument with another dtype", "make that view outside, or return a clone")
-        # Rather of one that it lies in: in another call the arguments may lie apart.
+        # Prefer an argument that contains it: in another call the arguments may lie apart.
         return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
 
     def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
         return self.recording and base_needs and not tensor.requires_grad
 
     def _take_group(self, group: list[int], copied: bool) -> None:
-        """Find a tensor that owns the memory of some results, and say how each is made again from it."""
+        """Find a tensor that owns the memory of several results, and how each is made again from it."""
         tensors = [self.tensors[number] for number in group]
         first, number = tensors[0], len(self.roots)
         lies = [Geometry.of(tensor) for tensor in tensors]
@@ -226,14 +227,14 @@ class _Taker:
 
 
 def _span(tensors: Sequence[torch.Tensor]) -> Strided:
-    """The geometry of a flat tensor that several lie in."""
+    """The geometry of a flat tensor that contains several tensors."""
     wheres = [strided(tensor) for tensor in tensors]
     start = min(where[2] for where in wheres)
     return (max(where[2] + reach(where) for where in wheres) - start,), (1,), start
 
 
 def _shares(wanting: list[Member], length: int) -> list[Member]:
-    """Which of several results that share memory take the gradient of which part of it: each part once."""
+    """Which of several results that share memory takes the gradient of which part of it. Each part is taken once."""
     for tensor, where in wanting:
         assert where is not None
         if tensor.numel() == reach(where) == length:
@@ -248,7 +249,7 @@ _CONTAINERS = "return tensors and plain values, in lists, tuples, dicts, named t
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """New memory of the same geometry. The copy is no view, so it may be changed in place by those who get it."""
+    """A copy with the same geometry in new memory. It is not a view, so its owner may change it in place."""
     where = strided(tensor)
     length = reach(where)
     made = torch.empty_strided(where[0], where[1], dtype=tensor.dtype, device=tensor.device)
@@ -266,13 +267,13 @@ def _references(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
 
 
 _ALONE = _references([torch.empty(0)]).popitem()[1]
-"""What :func:`_references` counts for a tensor that only the list holds."""
+"""The count of :func:`_references` for a tensor that only the list holds."""
 
 
 def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recording: bool) -> bool:
-    """Whether somebody else than the result holds its memory: the function, which may write it in a later call.
+    """Whether anything besides the result holds its memory: the function, which may write it in a later call.
 
-    A false alarm costs a copy. Autograd holds memory too, so while it records only Python is asked.
+    A false alarm costs a copy. Autograd holds memory too, so while it records only Python references are counted.
     """
     for tensor in group:
         if references[id(tensor)] > _ALONE + 2 * sum(other is tensor for other in group) - 1:
@@ -293,40 +294,40 @@ def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recor
 
 @dataclass(frozen=True)
 class _Leaf:
-    """What a leaf must be again at replay."""
+    """What a leaf of the result has to be in a replay."""
 
     path: str
     spec: TensorSpec | None
     value: Any
-    """Of a plain leaf, or of a tensor on the host; the address, of a tensor that stays where it is."""
+    """The value of a plain leaf or of a tensor on the host; for a tensor that is not copied, its address."""
     group: int
-    """Which fresh storage the tensor lies in; -1 for one that stays where it is."""
+    """The index of the fresh storage that the tensor lies in; -1 for a tensor that is not copied."""
     offset: int = 0
-    """Bytes from the group's first."""
+    """In bytes, from the first tensor of the group."""
     bits: tuple[bool, bool] = (False, False)
-    """Whether a tensor is lazily conjugated, and negated."""
+    """Whether a tensor is lazily conjugated, and whether it is lazily negated."""
 
 
 @dataclass(frozen=True)
 class _Span:
     start: int
-    """First byte in the storage at capture."""
+    """The first byte in the storage, at the capture."""
     size: int
     first: int
-    """Position of the leaf that the others are measured from."""
+    """The position of the leaf from which the others are measured."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A result as it was at capture: what has to be there again, and what is to be copied where."""
+    """A result at the capture: what a replay has to return again, and what is copied where."""
 
     name: str
     source: str
     leaves: tuple[_Leaf, ...]
     groups: tuple[tuple[int, ...], ...]
-    """Leaves that share a fresh storage, by position."""
+    """For each fresh storage, the positions of the leaves in it."""
     spans: tuple[_Span | None, ...]
-    """Where several leaves share a storage, the bytes that they lie in; None for one leaf alone."""
+    """If several leaves share a storage, the bytes that they lie in; None for a single leaf."""
     host_only: bool = False
 
     @classmethod
@@ -340,12 +341,12 @@ class Parts:
         host_only: bool,
         apart: bool = False,
     ) -> Parts:
-        """Take ``result`` apart. Tensors in storages with ``known`` keys stay where they are: they are aliases.
+        """Take ``result`` apart. Tensors in storages with ``known`` keys are aliases, and are not copied.
 
         ``apart``: each tensor is copied by itself, whatever memory it shares.
 
         Raises:
-            CaptureError: a sparse tensor, a wrapper of tensors, or a container that is not looked into.
+            CaptureError: a sparse tensor, a tensor subclass that wraps others, or a container of an unknown kind.
         """
         found = list(fields(result))
         for path, leaf in found:
@@ -384,7 +385,7 @@ class Parts:
         return len(self.leaves) == len(self.groups) == 1 and not self.leaves[0].path
 
     def fresh(self, result: Any) -> list[torch.Tensor]:
-        """One tensor for each fresh storage: the leaf, or the bytes that several leaves lie in."""
+        """One tensor for each fresh storage: its leaf, or the bytes that several leaves lie in."""
         tensors = [leaf for _, leaf in fields(result)]
         return [
             tensors[group[0]] if span is None else _bytes(tensors[span.first], span, self.leaves[span.first].offset)
@@ -392,7 +393,7 @@ class Parts:
         ]
 
     def without_gradients(self, result: Any) -> Any:
-        """``result``, whose fresh tensors autograd knows nothing of."""
+        """``result`` with its fresh tensors detached from autograd."""
         numbers = iter(self.leaves)
 
         def change(value: Any) -> Any:
@@ -421,10 +422,10 @@ class Parts:
         return replaced(result, change)
 
     def check(self, result: Any) -> tuple[torch.Tensor, ...]:
-        """The fresh tensors of a result at replay.
+        """The fresh tensors of a result in a replay.
 
         Raises:
-            EagerOutputError: it cannot take the place of the result at capture; the text names the field.
+            EagerOutputError: it cannot take the place of the result at the capture. The text names the field.
         """
         if self.is_one_tensor and self.leaves[0].spec.accepts(result):  # type: ignore[union-attr]
             return (result,)
@@ -457,7 +458,7 @@ class Parts:
             return
         if leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
             raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
-        is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # all others are copied by value
+        is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # other tensors are copied by value
         if is_view and _torch.lazy_bits(value) != leaf.bits:
             raise self._failure(path, "is lazily conjugated or negated otherwise", "as a view of the same memory")
 
@@ -482,7 +483,7 @@ class Parts:
 
 
 def _why_not_written(leaf: Any) -> str:
-    """What a leaf is that captured code could use and that no replay would renew; empty for all others."""
+    """What a leaf is if captured code could use it and no replay would renew it; otherwise empty."""
     if isinstance(leaf, Iterator):
         return f"a {type(leaf).__name__}"
     if not isinstance(leaf, torch.Tensor):
@@ -497,7 +498,7 @@ def _why_not_written(leaf: Any) -> str:
 
 
 def _is_same(value: Any, recorded: Any) -> bool:
-    """Whether a plain leaf is what it was; of other objects only the type is compared."""
+    """Whether a plain leaf has not changed. Of other objects only the type is compared."""
     if not isinstance(value, PLAIN):
         return type(value) is recorded
     both_nan = value != value and recorded != recorded
@@ -519,6 +520,6 @@ def _span_of_bytes(tensors: Sequence[torch.Tensor], positions: Sequence[int]) ->
 
 
 def _bytes(first: torch.Tensor, span: _Span, offset: int) -> torch.Tensor:
-    """The span in the storage of ``first``, which lies ``offset`` bytes into it."""
+    """The span in the storage of ``first``, which begins ``offset`` bytes into it."""
     octets = torch.empty(0, dtype=torch.uint8, device=first.device)
     return octets.set_(first.untyped_storage(), _byte_offset(first) - offset, (span.size,), (1,))

@@ -1,8 +1,8 @@
-"""Rules: which nodes, and which ops that run now, no CUDA graph can hold, so that they run eagerly.
+"""Rules: which nodes, and which running ops, no CUDA graph can hold, so that they run eagerly.
 
-A rule has two forms side by side. The form of a node of a graph is a function ``(node, scope) -> str``, which says why,
-or nothing. The live form asks the same of an op that is about to run inside ``capture``. ``RULES`` lists the rules; the
-first match wins. Which ops fail under capture was measured on an H200 (torch 2.11).
+A rule has two forms, side by side. The form for nodes is a function ``(node, scope) -> str``, which returns the reason,
+or an empty string. The live form answers the same for an op that is about to run inside ``capture``. ``RULES`` lists
+the rules in order, and the first match wins. Which ops fail under capture was measured on an H200 (torch 2.11).
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class Scope:
     device: torch.device
     eager_ops: EagerOps = field(default_factory=EagerOps)
     host_scalars: frozenset[str] = frozenset()
-    """0-d host inputs whose value is in the key, or that have a bridge on the device; and what follows from them."""
+    """0-d host inputs whose value is in the key, or that have a bridge on the device; and nodes computed from them."""
     symbols: frozenset[Any] = frozenset()
-    """The symbols of sizes that are known before anything runs; filled in by ``partition``."""
+    """The symbols of sizes that are known before anything runs. ``partition`` fills them in."""
     late: frozenset[fx.Node] = frozenset()
-    """Numbers, and shapes, that are known only at run time (``effects.late_values``); filled in by ``partition``."""
+    """Numbers and shapes that are known only at run time (``effects.late_values``). ``partition`` fills them in."""
     strays: frozenset[fx.Node] = frozenset()
-    """Calls that return, or read, what is on the host against its fake (``effects.strays``); filled in by ``partition``."""
+    """Calls with a result that is on the host although its fake is not (``effects.strays``). ``partition`` fills them
+    in."""
     forced: Mapping[str, Reason] = field(default_factory=dict)
-    """Nodes that must run eagerly whatever the rules say, such as those of a segment whose capture failed."""
+    """Nodes that run eagerly whatever the rules say, such as nodes of a segment whose capture failed."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class LiveOp:
 
     @property
     def name(self) -> str:
-        """``ns::op``; of a higher-order op its name."""
+        """``ns::op``; for a higher-order op its name."""
         return _torch.schema_name(self.op) or str(self.op)
 
     @functools.cached_property
     def is_on_device(self) -> bool:
-        """Whether it takes, or makes, a tensor on the capture device. What the host computes happens once."""
+        """Whether it takes or returns a tensor on the capture device. Work on the host happens once, at the capture."""
         return self.goes_to_device or any(
             tensor.device == self.device for tensor in tensors_of((self.args, self.kwargs))
         )
@@ -70,11 +71,11 @@ class LiveOp:
 
 
 class Refusal(str):
-    """Why an op can be no eager step either: its result has another shape, or is another number, at each replay."""
+    """Why an op cannot be an eager step either: its result has another shape, or is another number, in each replay."""
 
 
 class Rule:
-    """Why a node runs eagerly; and its other form, why an op that is about to run inside ``capture`` does."""
+    """Why a node runs eagerly; and, as the other form, why an op inside ``capture`` does."""
 
     def __init__(self, of_node: Callable[[fx.Node, Scope], str]) -> None:
         self.__name__, self.of_node = of_node.__name__, of_node
@@ -84,7 +85,7 @@ class Rule:
         return self.of_node(node, scope)
 
     def live(self, of_op: Callable[[LiveOp], str]) -> Callable[[LiveOp], str]:
-        """Have ``of_op`` say it of an op that runs now."""
+        """Use ``of_op`` as the form for running ops."""
         self.of_op = of_op
         return of_op
 
@@ -118,7 +119,7 @@ def _(call: LiveOp) -> str:
 
 _CAPTURABLE_HIGHER_ORDER = ("invoke_subgraph", "triton_kernel_wrapper_mutation")
 _FROM_THE_HOST = ("flex_attention", "flex_attention_backward")
-"""What runs uncompiled here makes tensors of numbers that Python has, which CUDA captures no copy of."""
+"""When these are not compiled by Inductor, they make tensors from Python numbers, a copy that CUDA does not capture."""
 
 
 @Rule
@@ -196,7 +197,7 @@ INDEXING = _torch.aten("index index_put index_put_ _unsafe_index _unsafe_index_p
 
 
 def is_mask(index: torch.Tensor) -> bool:
-    """Whether an index picks elements by values, so that the shape of the result depends on them."""
+    """Whether an index selects elements by values, so that the shape of the result depends on them."""
     return index.dtype in (torch.bool, torch.uint8)
 
 
@@ -253,7 +254,7 @@ def _(call: LiveOp) -> str:
 
 
 def _copied(call: LiveOp) -> tuple[str, str]:
-    """From which type of device to which a copy goes that waits; twice the same for all else."""
+    """The types of the source and target device of a copy that waits; the same type twice for other ops."""
     args, kwargs = call.args, call.kwargs
     if call.name not in ("aten::copy_", "aten::_to_copy"):
         return "", ""
@@ -273,7 +274,7 @@ WAITS_FOR_HOST = _torch.aten(
     "linalg_ldl_solve linalg_lstsq linalg_matrix_exp linalg_pinv bincount _ctc_loss _cudnn_ctc_loss histc masked_select "
     "nonzero repeat_interleave segment_reduce unique_consecutive unique_dim _unique _unique2"
 )
-"""``linalg.inv``, ``linalg.cholesky``, ``solve`` and ``lu_factor`` are captured but for the check of their errors."""
+"""``linalg.inv``, ``linalg.cholesky``, ``solve`` and ``lu_factor`` are captured, except for their check of errors."""
 
 READS_NUMBER = {
     "aten::masked_fill": "value",
@@ -285,7 +286,7 @@ READS_NUMBER = {
     "aten::normal": "std",
     "aten::searchsorted": "sorter",
 }
-"""Ops that read an argument on the host, to use it or to check it, where it is a tensor on the device."""
+"""Ops that read an argument on the host, to use or to check it, if it is a tensor on the device."""
 
 
 def _waits(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -293,7 +294,7 @@ def _waits(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _has_range(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``histc`` is told its range: without one it asks the values, on the host."""
+    """Whether ``histc`` gets a range. Without one it reads the values on the host."""
     least = args[2] if len(args) > 2 else kwargs.get("min", 0)
     most = args[3] if len(args) > 3 else kwargs.get("max", 0)
     return all(isinstance(number, int | float) for number in (least, most)) and least < most
@@ -320,7 +321,7 @@ def _(call: LiveOp) -> str:
 
 
 def argument_of(node: fx.Node, name: str) -> Any:
-    """What a node passes for an argument of its op's schema; None for its default."""
+    """The value that a node passes for an argument of its op's schema; None for the default."""
     assert isinstance(node.target, _torch.OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     position = names.index(name) if name in names else len(node.args)
@@ -356,11 +357,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 WHOLE_PROGRAM: frozenset[Rule] = frozenset({moves_storage, stream_operation})
-"""Rules for what makes all of a program uncapturable: addresses or streams that change under the other segments."""
+"""Rules for nodes because of which nothing in the program can be captured: they change addresses or streams of other
+segments."""
 
 
 def classify(node: fx.Node, scope: Scope) -> Reason | None:
-    """Why ``node`` runs eagerly; None if it may be captured."""
+    """The reason why ``node`` runs eagerly; None if it may be captured."""
     if node.name in scope.forced:
         return scope.forced[node.name]
     for rule in RULES:
@@ -370,7 +372,7 @@ def classify(node: fx.Node, scope: Scope) -> Reason | None:
 
 
 def label(node: fx.Node) -> str:
-    """What a node calls, as reports show it."""
+    """The name of what a node calls, as reports show it."""
     op = op_of(node)
     return ops.name_of(op, node.args) or _torch.schema_name(op) or getattr(op, "__name__", str(op))
 
@@ -383,13 +385,14 @@ class LiveReason:
     text: str
     op: str
     refused: bool = False
-    """Whether it cannot be an eager step either: see :class:`Refusal`."""
+    """Whether it cannot be an eager step either; see :class:`Refusal`."""
 
 
 def live_reason(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:
     """Why ``op``, called with real tensors, is not captured on ``device``; None if it can be."""
     call = LiveOp(op, args, kwargs, device)
-    for rule in (*(rule for rule in RULES if rule is not region), region):  # a region holds no op that is refused
+    # The region is asked last, since it does not help an op that is refused.
+    for rule in (*(rule for rule in RULES if rule is not region), region):
         if (rule in (marked, higher_order) or call.is_on_device) and (text := rule.of_op(call)):
             return LiveReason(rule.__name__, text, call.name, isinstance(text, Refusal))
     return None

@@ -1,4 +1,4 @@
-"""What calls of marked functions save for their backward, for each call."""
+"""What each call of a marked function saves for its backward."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from breakable_backend.ir.layout import Strided
 
 Member = tuple[torch.Tensor, Strided | None]
-"""A tensor that a function returned, and where its gradient lies in that of the root; None: it is the root's."""
+"""A tensor in a function's result, and where its gradient lies in that of the root; None if it is the root's
+gradient."""
 
 
 class SavedForBackward(bytearray):
-    """What one call of a function has to keep until its backward.
+    """What one call of a marked function keeps until its backward.
 
-    It is the memory of a tensor, its *handle*, which compiled code saves for the backward as it saves any other. So it
-    lives as long as that: a call has an object of its own, and one that is never run backward leaves nothing behind.
+    It is the memory of a tensor, the *handle*. Compiled code saves the handle for the backward as it saves any tensor.
+    So each call has its own object, which lives as long as the saved handle, and a call that is never run backward
+    leaves nothing behind.
     """
 
     leaves: list[torch.Tensor]
@@ -27,7 +29,7 @@ class SavedForBackward(bytearray):
 
     @classmethod
     def handle(cls, leaves: list[torch.Tensor], members: list[list[Member]]) -> torch.Tensor:
-        """The only owner of a new one."""
+        """Make the handle, which is the only owner of this object."""
         number = next(_numbers)
         saved = cls(number.to_bytes(8, "little"))
         saved.leaves, saved.members = leaves, members
@@ -35,7 +37,7 @@ class SavedForBackward(bytearray):
         return torch.frombuffer(saved, dtype=torch.int64)
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Gradients of the leaves; None where nothing depends on one."""
+        """Gradients of the leaves; None for a leaf on which nothing depends."""
         outputs, given = [], []
         for members, grad in zip(self.members, grads, strict=True):
             for tensor, where in members if grad is not None else ():
@@ -45,10 +47,10 @@ class SavedForBackward(bytearray):
                 given.append(flat if where is None else flat.as_strided(*where[:2], flat.storage_offset() + where[2]))
         if not outputs:
             return [None] * len(self.leaves)
-        # A parameter may be among the arguments twice, by its module and by itself: its gradient is there once.
+        # A parameter may come twice, through its module and by itself. It gets its gradient once.
         firsts = {id(leaf): place for place, leaf in reversed(list(enumerate(self.leaves)))}
         leaves = [self.leaves[place] for place in firsts.values()]
-        # Whether the caller retains its graph, nobody tells; the handle ends this one.
+        # Nothing tells whether the caller retains its graph. This object dies with the handle.
         found = torch.autograd.grad(outputs, leaves, given, retain_graph=True, allow_unused=True)
         gradients: list[torch.Tensor | None] = [None] * len(self.leaves)
         for place, gradient in zip(firsts.values(), found, strict=True):
@@ -61,12 +63,12 @@ _all_saved: weakref.WeakValueDictionary[int, SavedForBackward] = weakref.WeakVal
 
 
 def saved_behind(handle: torch.Tensor) -> SavedForBackward | None:
-    """What is behind a handle, or behind a copy of one while that lives; None where there are only copies left."""
+    """The object behind a handle, or behind a copy while the handle lives; None if only copies are left."""
     return _all_saved.get(int(handle.item()))
 
 
 def reaches_others(members: Sequence[Sequence[Member]], ends: Sequence[Any]) -> bool:
-    """Whether results need gradients of tensors that are not among the ends: leaves, and nodes of autograd's graph."""
+    """Whether results need gradients of tensors other than the ends, which are leaves and nodes of autograd's graph."""
     known = {id(end) for end in ends if isinstance(end, torch.Tensor)}
     pending: list[Any] = [tensor.grad_fn for group in members for tensor, _ in group]
     visited: set[Any] = {end for end in ends if not isinstance(end, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""Calls of marked functions in compiled code: what they return, as ``fake`` or earlier calls tell, and their run on real tensors."""
+"""Calls of marked functions in compiled code: what they return, by ``fake`` or by earlier calls, and how they run."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from breakable_backend.marks.structure import (
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A marked function, and what its user said of it."""
+    """A marked function with the options of its mark."""
 
     function: Callable[..., Any]
     name: str
-    """As it stands in reports: the qualified name."""
+    """The qualified name, as reports show it."""
     source: str
-    """Where it is defined, as ``file.py:12 in name: code``."""
+    """Its definition, as ``file.py:12 in name: code``."""
     mutates_args: tuple[str, ...] = ()
     fake: Callable[..., Any] | None = None
     host_only: bool = False
@@ -54,20 +54,20 @@ class Mark:
     recompute: bool = False
     backward: Callable[..., Any] | None = None
     by: str = "eager_on_graph"
-    """What has marked it; of what calls a module, ``mark_eager`` or ``eager_ops``."""
+    """What has marked it; for a function that calls a module, ``mark_eager`` or ``eager_ops``."""
     original: Callable[..., Any] | None = None
-    """What was marked, where ``function`` is that with ``recompute`` or ``backward`` around it."""
+    """The user's function, if ``function`` is a wrapper of it for ``recompute`` or ``backward``."""
     sites: dict[int, Site] = field(default_factory=dict, repr=False)
-    """The calls of it in graphs that outlive Dynamo's code, such as exported ones. Others live as long as the code."""
+    """Its calls in graphs that outlive Dynamo's code, such as exported ones. Other calls live as long as the code."""
     known: weakref.WeakKeyDictionary[Any, dict[Any, dict[Any, Expected]]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
-    """What they return, by structure of the arguments, and by their layouts; for each compilation. In the next one, modules
+    """Results by structure of the arguments and by their layouts, for each compilation. In another compilation, modules
     and what the function closes over may be others."""
 
     @property
     def why(self) -> str:
-        """Why calls of it are eager steps."""
+        """Why its calls are eager steps."""
         return "named in eager_ops" if self.by == "eager_ops" else f"marked by {self.by}"
 
     @property
@@ -76,12 +76,12 @@ class Mark:
 
 
 def learned_of(mark: Mark, key: tuple[Any, ...], modules: Iterable[int]) -> Learned:
-    """What calls of ``mark`` returned whose arguments are put together alike, in the same modes; since Dynamo was reset.
+    """What calls of ``mark`` with the same structure of arguments and the same modes returned, since Dynamo was reset.
 
     Args:
         mark: the function.
-        key: how the arguments are put together, and the modes.
-        modules: addresses of modules among the arguments. What is known of them goes when they go.
+        key: the structure of the arguments, and the modes.
+        modules: addresses of modules among the arguments. What is known about them is dropped when they die.
     """
     by_mark = _torch.until_reset().setdefault("breakable_cg", weakref.WeakKeyDictionary())
     entries: list[tuple[tuple[Any, ...], Learned, list[Any]]] = by_mark.setdefault(mark, [])
@@ -97,32 +97,32 @@ def learned_of(mark: Mark, key: tuple[Any, ...], modules: Iterable[int]) -> Lear
 
 @dataclass(eq=False)
 class Learning:
-    """A function whose call ran as Python, so that what a marked function returns is learned."""
+    """A function whose call ran as Python, so that the result of a marked function is learned."""
 
     mark: Mark
     callers: Callers
 
 
 def learning() -> list[Learning]:
-    """What is not compiled yet, because marked functions in it have not run, or not often enough."""
+    """Functions that are not compiled yet, since marked functions in them have not run, or not often enough."""
     known = [learned for _, learned in _all_learned() if not learned.why_not]
     return [waiting for learned in known for waiting in learned.waiting.values()]
 
 
 def _code_being_traced() -> int:
-    """The identity of the code of the user's function, or of torch's, that Dynamo is tracing; 0: of none."""
+    """The identity of the code that Dynamo is tracing, of the user's function or of torch's; 0 if there is none."""
     code = _torch.code_under_compilation()
     return id(code[1]) if code is not None else 0
 
 
 def why_a_break(mark: Mark, why: str) -> Learned | None:
-    """What was learned of calls that are breaks for the reason ``why``; None if that is none of their results."""
+    """What was learned of calls that are graph breaks for the reason ``why``; None if no result gave this reason."""
     found = (learned for other, learned in _all_learned() if other is mark and learned.why_not == why)
     return next(found, None)
 
 
 def breaks() -> dict[str, str]:
-    """Marked functions of which some calls are breaks for good, by name and what has marked them; and why."""
+    """Marked functions with calls that are graph breaks for good, by name and mark; and why."""
     return {f"{mark.name}, {mark.why}": known.why_not for mark, known in _all_learned() if known.why_not}
 
 
@@ -134,7 +134,7 @@ def _all_learned() -> list[tuple[Mark, Learned]]:
 def see_result(
     mark: Mark, learned: Learned, asked: Asked, holder: list[Any], arguments: Sequence[torch.Tensor]
 ) -> None:
-    """Learn from a result of a call that ran as Python. Nothing of it is kept."""
+    """Learn from the result of a call that ran as Python. Nothing of the result is kept."""
     recording, declared = any(asked.needs), mark.backward is not None
     try:
         taken = take_result(holder, arguments, recording=recording, exact=not declared, copies=False)
@@ -147,15 +147,15 @@ def see_result(
             raise _closed_over()
     except Unholdable as error:
         learned.why_not, learned.cure = f"it returned {error.what}", error.fix
-        learned.error = error.with_traceback(None)  # which would keep the result
-    except Exception as error:  # noqa: BLE001 - some tensors cannot be asked how they lie; the call was right
+        learned.error = error.with_traceback(None)  # the traceback would keep the result alive
+    except Exception as error:  # noqa: BLE001 - some tensors have no strides; the call itself was right
         learned.why_not = f"nobody can tell how its result is laid out: {first_line(error)}"
     else:
         learned.add(asked, expected_of(taken, declared))
 
 
 def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Marked functions that ``function`` calls are part of its break."""
+    """Call ``function``. Marked functions that it calls run inside its eager step."""
     if active.handler.held.get() is None:
         return function(*args, **kwargs)
     token = active.handler.set(None)
@@ -169,12 +169,12 @@ def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 Call = tuple[list[bool], Sequence[torch.Tensor], list[Any], list[Any]]
-"""What a call is given: which tensors need gradients (none of them: no element), the tensors, ints and floats."""
+"""What a call takes: which tensors need gradients (empty if none), the tensors, ints and floats."""
 
 
 @dataclass(eq=False)
 class Site:
-    """A call of a marked function in compiled code, which owns it. Graphs know its number."""
+    """A call of a marked function in compiled code, which owns it. Graphs contain its number."""
 
     number: int
     mark: Mark
@@ -184,28 +184,28 @@ class Site:
     modes: Modes
     modules: dict[int, weakref.ref[torch.nn.Module]]
     known: dict[Any, Expected]
-    """What ``fake`` told, by the layouts of the arguments. Sites that differ in nothing share it."""
+    """The results of ``fake``, by the layouts of the arguments. Equal sites share it."""
     learned: Learned
-    """What such calls were seen to return."""
+    """What such calls returned."""
     is_known: bool = False
     expected: Expected = field(default_factory=Expected)
     gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
     """Dimensions, dtype and device of the gradients that the backward computes."""
     gives_none: bool = False
-    """Whether a backward that autograd ran gave an argument no gradient at all; traced code has zeros there."""
+    """Whether a backward that autograd ran gave an argument no gradient at all. Traced code would give zeros."""
     is_exact: bool = False
-    """Whether zeros there would be wrong: a captured backward says for good which arguments get a gradient."""
+    """Whether such zeros would be wrong: a captured backward fixes which arguments get a gradient."""
     error: PartitionError | None = None
     overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Tensors that are read and lie in the memory of one that is written: which one, and how many elements after it."""
+    """Tensors that are read and lie in the memory of a written one: which one, and how many elements behind it."""
 
     @property
     def declared(self) -> bool:
-        """Whether what tells layouts, or gradients, is not the function itself, so that it cannot tell what needs gradients."""
+        """Whether layouts or gradients come from ``fake`` or ``backward``: results then do not show who needs gradients."""
         return self.mark.fake is not None or self.mark.backward is not None
 
     def twin(self) -> Site:
-        """Another site of the same call, for arguments of some sizes alone. Whoever asks for it owns it."""
+        """Another site of the same call, for arguments of some sizes only. The caller owns it."""
         made = replace(self, number=next(numbers))
         sites[made.number] = made
         return made
@@ -213,10 +213,10 @@ class Site:
     # on fake tensors
 
     def fake(self, call: Call) -> list[torch.Tensor]:
-        """What the op returns, as fake tensors."""
+        """The results of the op, as fake tensors."""
         needs, expected = call[0], self.learn(call)
         if not self.is_known:
-            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # autograd wants its handle
+            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # a handle for autograd
         made = [spec.empty() for spec in expected.specs]
         if expected.num_ints:
             made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))
@@ -225,7 +225,7 @@ class Site:
         return made
 
     def learn(self, call: Call) -> Expected:
-        """Find out what the call returns, for arguments of these layouts: fake tensors."""
+        """Find out what the call returns for arguments of these layouts, which are fake tensors."""
         needs, tensors, _, _ = call
         if needs:
             wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
@@ -241,7 +241,7 @@ class Site:
         """What the call that was just traced returns.
 
         Raises:
-            PartitionError: nobody can tell.
+            PartitionError: it is not known.
         """
         if self.error is not None:
             raise self.error
@@ -262,14 +262,14 @@ class Site:
         found = self.learned.find(asked)
         if found is None and asked.can_be_specialised:
             found = self.learned.find(asked.specialised())
-        if found is None and self.is_known:  # a compiler that asks again may lay out arguments otherwise
+        if found is None and self.is_known:  # a compiler that asks again may give arguments another layout
             found, rule = self.expected, self.expected.rule
             if rule is not None:
                 found = replace(found, specs=rule.specs(found.specs, asked.numbers))
         return found
 
     def _told(self, call: Call) -> Expected | None:
-        """What ``fake`` says, which is asked once for the same layouts."""
+        """The result of ``fake``, which is called once for the same layouts."""
         key = _layouts(*call)
         if key is not None and key in self.known:
             return self.known[key]
@@ -281,7 +281,7 @@ class Site:
             return None
         except _torch.dynamo_error():
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it raises on tensors without values
+        except Exception as error:  # noqa: BLE001 - fake tensors have no values, so anything may be raised
             self.error = self._failed_on_fakes(error)
             return None
         if key is not None:
@@ -305,7 +305,7 @@ class Site:
         return expected_of(taken, self.declared)
 
     def look_for_overlaps(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Note which tensors share memory with one that is written. A compiler that functionalises parts them later."""
+        """Note which tensors share memory with a written one. A compiler that functionalises separates them later."""
         for written, target in enumerate(tensors[: self.num_written]):
             for place, tensor in enumerate(tensors[self.num_written :], self.num_written):
                 apart = tensor.storage_offset() - target.storage_offset()
@@ -328,15 +328,17 @@ class Site:
         """Call the function on real tensors, once.
 
         Args:
-            needs: which tensors need gradients; empty: none, and there will be no backward.
+            needs: which tensors need gradients; empty if none does and there will be no backward.
             tensors: all tensors that the call takes, the written ones first.
             ints: its ints.
             floats: its floats.
-            traced: whether what runs before and after was compiled: it may use memory again that a backward still reads.
-            own: whether the caller sees to autocast and grad mode, and passes modules' own tensors: a replay does.
+            traced: whether the code around it was compiled by AOTAutograd, and may reuse memory that a backward still
+                reads.
+            own: whether the caller enters autocast and grad mode, and passes the modules' own tensors, as a replay
+                does.
 
         Raises:
-            EagerOutputError: the result is not what ``fake`` or earlier calls told.
+            EagerOutputError: the result differs from what ``fake`` or earlier calls returned.
         """
         if own and not needs:
             modules = {address: self._module(address) for address in self.modules}
@@ -357,7 +359,7 @@ class Site:
         return made
 
     def straight(self) -> Run:
-        """:meth:`run` as a replay calls it, by a short way where there is one."""
+        """:meth:`run` as a replay calls it, by a shorter path if there is one."""
         run = functools.partial(self.run, own=True)
 
         def take(holder: list[Any], tensors: list[Any], ints: list[int], floats: list[float]) -> list[Any]:
@@ -374,7 +376,7 @@ class Site:
         )
 
     def _made(self, taken: Result, traced: bool, call: Call) -> list[torch.Tensor]:
-        """What the op returns of a result of a call: its roots, and behind them its ints."""
+        """What the op returns for the result of a call: its roots, and behind them its ints."""
         self._check(taken, call)
         made = [copy_of(root) for root in taken.roots] if traced else taken.roots
         if taken.ints:
@@ -422,7 +424,7 @@ class Site:
             copies: dict[int, torch.Tensor] = {}
             for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
                 if traced and place >= self.num_written and place not in parts and place not in self.overlaps:
-                    if id(tensor) not in copies:  # one tensor that is given twice stays one
+                    if id(tensor) not in copies:  # a tensor that is passed twice stays one tensor
                         copies[id(tensor)] = copy_of(tensor)
                     tensor = copies[id(tensor)]
                 given[place] = tensor.detach().requires_grad_(need)
@@ -437,7 +439,7 @@ class Site:
     def _settle(
         self, leaf: Structure, module: Any, tensors: list[Any], given: list[Any], recording: bool, stack: ExitStack
     ) -> None:
-        """Have a module use the tensors that the op was given: its own, unless a compiler put others in their place."""
+        """Have a module use the tensors that the op was given. They are its own, unless a compiler has replaced them."""
         other = {}
         for name, place in zip(leaf[2], leaf[3], strict=True):
             mine = operator.attrgetter(name)(module)
@@ -470,7 +472,7 @@ class Site:
 
     @functools.cached_property
     def _gets_containers(self) -> bool:
-        """Whether among the arguments are containers that can be written."""
+        """Whether the arguments contain containers that the function could change."""
 
         def can_be_written(structure: Structure) -> bool:
             if structure[0] in LEAVES:
@@ -493,7 +495,7 @@ class Site:
         return taken
 
     def _loses_gradients(self, taken: Result, leaves: list[torch.Tensor], recording: bool) -> bool:
-        """Whether a result needs gradients of what is no argument, which a backward of compiled code would lose."""
+        """Whether a result needs gradients of a tensor that is no argument, which compiled code would lose."""
         if recording:
             return reaches_others(taken.members, leaves)
         return self.modes.grad and any(root.requires_grad for root in taken.roots)
@@ -536,11 +538,12 @@ class Site:
 
 
 def expected_of(taken: Result, declared: bool) -> Expected:
-    """What a call returns that returned this.
+    """The :class:`Expected` for a result.
 
     Args:
-        taken: what it returned.
-        declared: whether what computes gradients is not the function's own, so that results cannot tell what needs some.
+        taken: the result, taken apart.
+        declared: whether the function does not compute its gradients itself, so that results cannot tell what needs
+            gradients.
     """
     if declared:
         differentiable = tuple(root.is_floating_point() or root.is_complex() for root in taken.roots)
@@ -557,7 +560,7 @@ def _closed_over() -> Unholdable:
 
 
 BY_FUNCTION = "eager_on_graph"
-"""What marks functions; by another name modules are called."""
+"""The name of the mark for functions. Under other names modules are called."""
 WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
 NAME_THEM = "name them: @eager_on_graph(mutates_args=...)"
 NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
@@ -573,13 +576,14 @@ _swapping = locks.lock()
 
 
 def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A copy of a module, its submodules included, with other parameters and buffers; what it holds besides is shared."""
+    """A copy of a module with its submodules, with other parameters and buffers. Everything else in it is shared."""
     twins: dict[int, torch.nn.Module] = {}
 
     def copied(original: torch.nn.Module) -> torch.nn.Module:
         if id(original) not in twins:
             kind = type(original)
-            made = twins[id(original)] = kind.__new__(kind)  # __getstate__, as copy.copy has it, may leave things out
+            # ``copy.copy`` calls ``__getstate__``, which may leave things out.
+            made = twins[id(original)] = kind.__new__(kind)
             made.__dict__.update(original.__dict__)
             for name in ("_parameters", "_buffers"):
                 made.__dict__[name] = {
@@ -595,7 +599,7 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
 
 
 def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]) -> Any:
-    """What results are looked up by; None where a size or number is symbolic."""
+    """The key by which results are looked up; None if a size or number is symbolic."""
     specs = tuple(map(TensorSpec.of, tensors))
     numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
     if not all(type(number) in (int, float) for number in numbers):
@@ -604,7 +608,8 @@ def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Seque
 
 
 numbers = itertools.count(int.from_bytes(os.urandom(4), "little") << 24)
-"""No number comes again in another process, so that code which Inductor keeps on disk is never found for another site."""
+"""A number is never used again in another process, so that code which Inductor keeps on disk is never found for another
+site."""
 
 
 class _Sites(weakref.WeakValueDictionary[int, Site]):
@@ -620,4 +625,4 @@ class _Sites(weakref.WeakValueDictionary[int, Site]):
 
 
 sites: weakref.WeakValueDictionary[int, Site] = _Sites()
-"""Sites by their number, which is what a graph can hold."""
+"""Sites by their number, which is what a graph can contain."""

@@ -1,6 +1,7 @@
-"""Calls of marked functions in a replay, where there is nothing to take apart: tensors and plain values in, fresh tensors out.
+"""The shortest way to call a marked function in a replay, for tensors and plain values in, and fresh tensors out.
 
-What is not so is left to :meth:`breakable_backend.marks.sites.Site.run`, which is right for everything and takes ten times as long.
+Everything else is left to :meth:`breakable_backend.marks.sites.Site.run`, which handles every case and takes ten times
+as long.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from breakable_backend.ir.layout import ANY, TensorSpec
 Structure = tuple[Any, ...]
 """As in :mod:`breakable_backend.marks.structure`."""
 Run = Callable[[list[bool], bool, list[Any], list[int], list[float]], list[Any]]
-"""Takes what the op of a marked function takes, but for the site."""
+"""Takes the arguments of a marked function's op, without the site."""
 Take = Callable[[list[Any], list[Any], list[int], list[float]], list[Any]]
-"""Takes a result apart: what alone holds it, and the tensors and numbers that the function was given."""
+"""Takes a result apart, given its only holder and the tensors and numbers that the function was called with."""
 Look = Callable[[Sequence[Any], Sequence[Any]], None]
-"""Takes what a container holds now, and what it held."""
+"""Takes what a container holds now, and what it held before."""
 
 
 def straight(
@@ -35,19 +36,19 @@ def straight(
     take: Take,
     look: Look,
 ) -> Run:
-    """``run``, by the shortest way where each call goes as expected; ``run`` itself where there is no short way.
+    """``run`` by the shortest way if a call goes as expected; ``run`` itself if there is no short way.
 
-    A result is fresh, and its function's no longer, if nobody refers to it but the caller, in Python or by its memory.
+    A result is fresh, and no longer the function's, if only the caller refers to it, in Python and by its memory.
 
     Args:
         function: the marked function.
-        arguments: how its arguments are put together.
-        result: how its result is.
-        layouts: of the fresh tensors in the result; sizes that vary are ``ANY``.
-        capture: tells the capture that is under way here, None if there is none.
-        run: for calls that need gradients, that are traced, or within a capture.
+        arguments: the structure of its arguments.
+        result: the structure of its result.
+        layouts: specs of the fresh tensors in the result; sizes that vary are ``ANY``.
+        capture: returns the capture in progress; None if there is none.
+        run: for calls that need gradients, that are traced, or that are inside a capture.
         take: for results that are not as expected.
-        look: raises if a container among the arguments does not hold what it was made of.
+        look: raises if a list or dict among the arguments has changed.
     """
     call = caller(function, arguments, look)
     kind = _kind(result, len(layouts))
@@ -84,7 +85,7 @@ def straight(
             del returned
             return take(holder, tensors, ints, floats)
         made = parts(returned)
-        del returned  # the function may have kept the container
+        del returned  # the function may have kept the container of the result
         if check(made):
             return made
         holder = made if kind is torch.Tensor else [kind(made) if made else None]
@@ -105,11 +106,11 @@ def _references() -> int:
 
 
 _ALONE = _references()
-"""What ``sys.getrefcount`` counts for a tensor that only one list holds."""
+"""The count of ``sys.getrefcount`` for a tensor that only one list holds."""
 
 
 def _kind(result: Structure, count: int) -> type | None:
-    """What the function returns: a tensor, a tuple or list of tensors, or None; None for all else."""
+    """The kind of result: a tensor, a tuple or list of tensors, or None; None if it is anything else."""
     tensors = tuple(("tensor", number, False) for number in range(count))
     if count == 1 and result == tensors[0]:
         return torch.Tensor
@@ -122,19 +123,19 @@ _GIVEN = {"tensor": "tensors", "int": "ints", "float": "floats"}
 
 
 class _Rare(Exception):
-    """A container that no source is written for."""
+    """A container for which no source is written."""
 
 
 def caller(function: Callable[..., Any], arguments: Structure, look: Look) -> Callable[[Any, Any, Any], Any] | None:
-    """A call of ``function`` with arguments put together from tensors, ints and floats; None for rare containers.
+    """``function`` as a call with tensors, ints and floats, put together to its arguments; None for rare containers.
 
-    After the call ``look`` compares what lists and dicts hold with what they were made of.
+    After the call ``look`` compares what lists and dicts contain with what they were made of.
     """
     names: dict[str, Any] = {"function": function, "look": look}
     made: list[str] = []
     """Statements that make the containers, the inner ones first."""
     looks: list[str] = []
-    """Statements that look at them again."""
+    """Statements that compare them after the call."""
 
     def bound(value: Any) -> str:
         name = f"plain_{len(names)}"

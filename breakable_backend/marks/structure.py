@@ -1,7 +1,7 @@
-"""How arguments and results are put together from tensors, numbers and plain values.
+"""Arguments and results flattened to tensors, numbers and plain values, and put together again (unflattened).
 
-A structure is a nest of tuples: what kind of container, and its children; or a leaf, which says where its value is.
-Dynamo traces most of these functions: containers are gone from what it compiles, and only tensors and numbers are left.
+A structure is a nest of tuples. A node is a kind of container with its children, or a leaf that says where its value
+is. Dynamo traces most of these functions, so that compiled code contains tensors and numbers, and no containers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
 
 
 def children(value: Any) -> list[Any] | None:
-    """What a container holds; None for a leaf, and for what no structure can hold."""
+    """The children of a container; None for a leaf, and for an object that no structure can hold."""
     kind = type(value)
     if kind is dict and not all([isinstance(key, (str, int)) for key in value]):  # noqa: C419 - Dynamo traces it
         return None
@@ -56,12 +56,12 @@ def _opened(value: Any) -> tuple[Structure, list[Any]] | None:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether ``value`` is made of a dataclass. Dynamo of torch 2.11 cannot ask that of a dict's subclass, which is none."""
+    """Whether ``value`` is an instance of a dataclass. Dynamo of torch 2.11 cannot check this for a subclass of dict."""
     return not isinstance(value, (dict, type)) and dataclasses.is_dataclass(value)
 
 
 def foreign(value: Any) -> str:
-    """The type of what no structure can hold in ``value``; empty if there is none."""
+    """The type of an object in ``value`` that no structure can hold; empty if there is none."""
     if value is None or isinstance(
         value, (torch.Tensor, bool, str, int, float, enum.Enum, torch.SymInt, torch.SymFloat, torch.nn.Module)
     ):
@@ -77,7 +77,7 @@ def foreign(value: Any) -> str:
 
 
 def instances_in(value: Any, kind: type[T]) -> Iterator[T]:
-    """What of ``kind`` is in ``value``."""
+    """The instances of ``kind`` in ``value``."""
     if isinstance(value, kind):
         yield value
     elif not isinstance(value, (torch.Tensor, torch.nn.Module)):
@@ -86,7 +86,7 @@ def instances_in(value: Any, kind: type[T]) -> Iterator[T]:
 
 
 def contents(value: Any) -> list[Any]:
-    """What the containers in ``value`` hold, flat; to be compared by :func:`is_changed` later."""
+    """The contents of the containers in ``value``, flat, for :func:`is_changed` to compare later."""
     items = None if isinstance(value, (torch.Tensor, torch.nn.Module)) else children(value)
     if items is None:
         return [value]
@@ -97,12 +97,12 @@ def contents(value: Any) -> list[Any]:
 
 
 def is_changed(value: Any, before: list[Any]) -> bool:
-    """Whether a container in ``value`` holds other things than before. The values of tensors do not count."""
+    """Whether a container in ``value`` contains other objects than before. The values of tensors do not count."""
     return not is_still(contents(value), before)
 
 
 def is_still(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    """Whether these are the same objects one by one; numbers and texts may be equal ones."""
+    """Whether these are the same objects, one by one. Numbers and strings need only be equal."""
     if len(now) != len(before):
         return False
     for one, other in zip(now, before, strict=True):
@@ -112,11 +112,11 @@ def is_still(now: Sequence[Any], before: Sequence[Any]) -> bool:
 
 
 def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
-    """The structure of ``value``, whose tensors and numbers go to the lists; of a module, its parameters and buffers."""
+    """The structure of ``value``. Its tensors and numbers go to the lists; of a module, its parameters and buffers."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return ("tensor", len(tensors) - 1)
-    if value is None or isinstance(value, (bool, str, enum.Enum)):  # an IntEnum is no number
+    if value is None or isinstance(value, (bool, str, enum.Enum)):  # an IntEnum does not count as a number
         return ("plain", value)
     if isinstance(value, (int, torch.SymInt)):
         ints.append(value)
@@ -143,7 +143,7 @@ def _take_module(module: torch.nn.Module, tensors: list[Any]) -> Structure:
 
 
 def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
-    """The value that a structure describes, with ``leaf`` called for its leaves."""
+    """The value of a structure, with ``leaf`` called for its leaves."""
     kind = structure[0]
     if kind in LEAVES:
         return leaf(structure)
@@ -162,17 +162,17 @@ def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
 
 
 def _named(kind: Any, items: Sequence[Any]) -> Any:
-    """A named tuple, a result of torch's (``torch.return_types.topk``), or a size."""
+    """A named tuple, a ``torch.return_types`` result such as that of ``topk``, or a size."""
     if kind is torch.Size:
         return torch.Size(items)
     if torch.compiler.is_dynamo_compiling() or hasattr(kind, "_fields"):
-        return tuple.__new__(kind, items)  # calling it needs a guard, and a result's class has no source
-    return kind(items)  # torch's are made in no other way
+        return tuple.__new__(kind, items)  # calling the class needs a guard, and the class of a result has no source
+    return kind(items)  # torch's classes can only be made like this
 
 
 def _dataclass(kind: type, names: Sequence[str], items: Sequence[Any]) -> Any:
-    """A dataclass with these fields. What its ``__init__`` and ``__post_init__`` did to them is done already."""
-    if issubclass(kind, dict):  # such as those of transformers: a field is an item too
+    """An instance of a dataclass with these fields. Its ``__init__`` and ``__post_init__`` do not run again."""
+    if issubclass(kind, dict):  # such as those of transformers, in which a field is also an item
         return kind(**dict(zip(names, items)))  # noqa: B905 - Dynamo traces this
     made = object.__new__(kind)
     for name, item in zip(names, items):  # noqa: B905
@@ -203,11 +203,11 @@ PLAIN = (
     *(int, float, bool, str, type(None), complex, bytes, enum.Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-"""What is compared by value."""
+"""The types that are compared by value."""
 
 
 def fields(value: Any, path: str = "", met: dict[int, Any] | None = None) -> Iterator[tuple[str, Any]]:
-    """The leaves of a result, each with the path that leads to it first (``[0].scores``)."""
+    """The leaves of a result, each with its path first (``[0].scores``)."""
     met = {} if met is None else met
     children = _children(value)
     if children is None:
@@ -219,7 +219,7 @@ def fields(value: Any, path: str = "", met: dict[int, Any] | None = None) -> Ite
 
 
 def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """``value`` with its leaves changed, in the order of :func:`fields`; what can be written is copied, once each."""
+    """``value`` with other leaves, in the order of :func:`fields`. Containers that can be written are copied, once each."""
     met = {} if met is None else met
     children = _children(value)
     if children is None:
@@ -229,13 +229,13 @@ def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any,
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if id(value) not in met:
         twin = copy.copy(value) if _is_written(value) else value
-        met[id(value)] = value, twin  # before its children, which may lead back here
+        met[id(value)] = value, twin  # stored before the children, which may lead back here
         met[id(value)] = value, _filled(twin, [replaced(child, change, met) for child in children.values()])
     return met[id(value)][1]
 
 
 def _children(value: Any) -> Mapping[str, Any] | None:
-    """What ``value`` is made of, by the step that leads there; None for a leaf."""
+    """The parts of ``value``, each with the step that leads to it; None for a leaf."""
     if isinstance(value, (torch.Tensor, type, *PLAIN)):
         return None
     if dataclasses.is_dataclass(value):
@@ -253,7 +253,7 @@ def _children(value: Any) -> Mapping[str, Any] | None:
 
 
 def _parts(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object that matter to captured code: with tensors in them, or plain, also in a container."""
+    """The attributes of an object that matter to captured code: those with tensors or plain values in them."""
     return {name: item for name, item in _attributes(value).items() if _is_plain(item) or holds_tensors(item)}
 
 
@@ -263,19 +263,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_written(value: Any) -> bool:
-    """Whether captured code gets a copy, with tensors of its own. An object without tensors it gets itself."""
+    """Whether captured code gets a copy with other tensors. It gets an object without tensors itself."""
     return not _attributes(value) or holds_tensors(value) or dataclasses.is_dataclass(value)
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object, as far as they are looked at."""
+    """The attributes of an object that are looked at."""
     attributes = getattr(value, "__dict__", None)
     skipped = isinstance(value, (torch.Tensor, torch.nn.Module, type, *PLAIN)) or callable(value)
     return attributes if isinstance(attributes, dict) and not skipped else {}
 
 
 def holds_tensors(value: Any, depth: int = 4) -> bool:
-    """Whether there are tensors in ``value``, no deeper than ``depth`` containers and objects."""
+    """Whether ``value`` contains tensors, at most ``depth`` containers and objects deep."""
     if isinstance(value, torch.Tensor):
         return True
     if depth == 0:
@@ -285,7 +285,7 @@ def holds_tensors(value: Any, depth: int = 4) -> bool:
 
 
 def _filled(twin: Any, items: Sequence[Any]) -> Any:
-    """A copy, with other children than it was copied with."""
+    """A copy with other children."""
     if dataclasses.is_dataclass(twin):
         for field, item in zip(dataclasses.fields(twin), items, strict=True):
             object.__setattr__(twin, field.name, item)
@@ -313,7 +313,7 @@ def reach(where: Strided) -> int:
 
 
 def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: bool) -> Structure:
-    """The leaf for a tensor at ``where`` that is made again from one at ``base``, without ``as_strided`` if that can be."""
+    """The leaf for a tensor at ``where`` as a view of the one at ``base``, without ``as_strided`` if possible."""
     order = sorted(range(len(where[0])), key=lambda position: (-where[1][position], position))
     dense = tuple(where[0][position] for position in order)
     back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
@@ -323,12 +323,12 @@ def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: b
     steps: Structure | None = ("flat", start, reach(where), dense, back) if plain else _slices(base, where)
     if steps is None or not inside:
         return ("view", kind, number, detached, None, where)
-    # Where the base itself lies is no part of the leaf: an argument may lie elsewhere in its storage in another call.
+    # The leaf does not say where the base lies: an argument may lie elsewhere in its storage in another call.
     return ("view", kind, number, detached, steps, (where[0], where[1], start))
 
 
 def _slices(base: Strided, where: Strided) -> Structure | None:
-    """A view as a slice of each dimension of its base, the order of those that stay, and new ones of size 1; None if it is none."""
+    """A view as slices of its base, the order of the remaining dimensions, and new ones of size 1; None if it is none."""
     if 0 in base[0] or 0 in where[0]:
         return None
     rest, left = where[2] - base[2], [dim for dim, size in enumerate(where[0]) if size > 1]
@@ -338,7 +338,7 @@ def _slices(base: Strided, where: Strided) -> Structure | None:
     for dim in outermost_first:
         step = base[1][dim]
         if step <= sum((base[0][d] - 1) * base[1][d] for d in outermost_first[outermost_first.index(dim) + 1 :]):
-            return None  # its elements overlap
+            return None  # the elements of the view overlap
         begin, rest = divmod(rest, step)
         mine = next((one for one in left if where[1][one] % step == 0), None)
         count, by = (1, 0) if mine is None else (where[0][mine], where[1][mine] // step)
@@ -366,7 +366,7 @@ def _is_contiguous(where: Strided) -> bool:
 
 
 def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
-    """What a leaf of :func:`view_leaf` stands for. Dynamo traces it."""
+    """The view that a leaf of :func:`view_leaf` stands for. Dynamo traces this."""
     _, _, _, detached, steps, where = leaf
     if steps is None:
         made = base.as_strided(where[0], where[1], where[2])
@@ -384,7 +384,7 @@ def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
 
 
 def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tensor]) -> bool:
-    """Whether two structures put the same together of these arguments, which may be, or lie in, each other."""
+    """Whether two structures give the same for these arguments, some of which may be equal or share memory."""
 
     def place(leaf: Structure) -> Structure:
         if leaf[0] != "argument" and leaf[:2] != ("view", "argument"):
@@ -395,5 +395,5 @@ def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tens
 
     try:
         return bool(with_leaves(one, place) == with_leaves(other, place))
-    except (RuntimeError, IndexError):  # there is no such part of an argument
+    except (RuntimeError, IndexError):  # the argument has no such part
         return False
