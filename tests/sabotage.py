@@ -192,6 +192,21 @@ FAULTS = (
         gpu=True,
     ),
     Fault(
+        "parameters-are-first-used-in-an-eager-step",
+        "capturing.gradients:Reach.of",
+        "tuple(map(get_gradient_edge, (*own.values(), *others.values())))",
+        "()",
+        "test_capture_gradients.py::test_parameters_of_a_module[cuda]",
+        gpu=True,
+    ),
+    Fault(
+        "gradients-that-are-gone-stay-gone",
+        "capturing.graph:Gradient.put_back",
+        "leaf.grad = self.grad",
+        "pass",
+        "test_capture_gradients.py::test_gradients_between_replays[cpu]",
+    ),
+    Fault(
         "captured-gradients-stay-where-they-are",
         "capturing.capture:_OngoingCapture._break",
         "isinstance(replayed, gradients.Backward)",

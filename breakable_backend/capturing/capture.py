@@ -12,7 +12,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -29,6 +29,7 @@ from breakable_backend.capturing.graph import (
     Alive,
     BreakableCUDAGraph,
     Captured,
+    Gradient,
     Outside,
     allow_others,
     log,
@@ -257,6 +258,8 @@ class _OngoingCapture:
     """What the segment under way has run."""
     outside: dict[int, Outside] = field(default_factory=dict)
     """Tensors whose memory is held or watched, by the key of their storage."""
+    leaves: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Leaves of autograd's that marked functions take, by identity."""
     failed: BaseException | None = None
     capturing: bool = False
     started: float = field(default_factory=time.perf_counter)
@@ -337,7 +340,7 @@ class _OngoingCapture:
                 graphs = [step.graph for step in self.steps if isinstance(step, GraphStep)]
                 self.driver.release(graphs, [*self.steps, self.constants, self.held])
                 self.steps.clear()
-            self.constants, self.held, self.parameters, self.outside = {}, {}, {}, {}
+            self.constants, self.held, self.parameters, self.outside, self.leaves = {}, {}, {}, {}, {}
         if error is None and self.failed is not None:
             nothing = CaptureError(
                 f"nothing was captured, since the body caught an error: {first_line(self.failed)}",
@@ -361,9 +364,23 @@ class _OngoingCapture:
             modes=self.modes,
             name=self.graph.name,
             observers=self.observers,
+            gradients=tuple(self._gradients()),
         )
         self.graph.record_seconds = time.perf_counter() - self.started
         self.graph._take(captured, list(watched.values()))
+
+    def _gradients(self) -> Iterator[Gradient]:
+        """Gradients that segments read or write."""
+        read = (tensor for outside in self.outside.values() if (tensor := outside.ref()) is not None)
+        leaves = {id(tensor): tensor for tensor in (*read, *self.parameters.values()) if tensor.is_leaf}
+        for leaf in (leaves | self.leaves).values():
+            if not leaf.requires_grad or (grad := leaf.grad) is None or grad.layout is not torch.strided:
+                continue
+            key = _torch.storage_key(grad)
+            if key in self.made:
+                yield Gradient(weakref.ref(leaf), grad, True, "")
+            elif key in self.outside:
+                yield Gradient(weakref.ref(leaf), grad, False, self.outside[key].source)
 
     # segments
 
@@ -476,9 +493,10 @@ class _OngoingCapture:
 
         ``replayed`` is called in its place at a replay, with the leaves of the arguments.
         """
-        self._end()
         # Before the call, which may change the containers and objects that it is given.
         given = pytree.tree_flatten((args, dict(kwargs)))
+        reach = gradients.Reach.of(mark, given[0], self.made) if mark is not None and _records_gradients() else None
+        self._end()
         known = {key for key, ref in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
         taken = tensors_on(self.driver.device, (args, kwargs))  # alive until their keys are compared
         known |= set(map(_torch.storage_key, taken))
@@ -490,8 +508,8 @@ class _OngoingCapture:
             function = self.observers.eager(function, name, reason.source)
             run = (mark.capture_stub if mark is not None else None) or function
             call = None
-            if mark is not None and _records_gradients():
-                call = gradients.Call.of(mark, function, *given, reason.source, self.made)
+            if mark is not None and reach is not None:
+                call = gradients.Call.of(mark, reach, function, *given, reason.source)
                 args, kwargs = call.arguments()
             with _torch.with_autograd() if self.whole else nullcontext():
                 result = run(*args, **kwargs)
@@ -505,6 +523,8 @@ class _OngoingCapture:
             parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
             del taken
             way_back = call.take(result, self.driver.device) if call is not None else None
+            if call is not None:
+                self.leaves |= {id(leaf): leaf for leaf in call.step.all_leaves()}
             if call is not None and call.takes_part:
                 replayed = call.step
             returned = self._note(function, name, reason, given, parts, parts.without_gradients(result), replayed)
@@ -572,9 +592,9 @@ class _OngoingCapture:
         """Run the backward of a marked function as an eager step."""
 
         def first(*grads: torch.Tensor | None) -> Sequence[Any]:
-            found = step.gradients(run, grads)
-            step.wanted = tuple(gradient is not None for gradient in found)
-            return found
+            # Nodes of leaves are for the stream of captures: no other thread may capture there now.
+            with self.driver.drawing():
+                return step.first(run, grads)
 
         name, source = f"backward of {step.forward.name}", step.forward.source
         reason = Reason("marked", "the gradients of an eager step", name, source)

@@ -7,10 +7,12 @@ what it does has a small graph of its own, made anew by each replay. In the capt
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +27,10 @@ from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.live import is_view_to_autograd
 from breakable_backend.marks.results import Parts
 from breakable_backend.marks.sites import Mark
-from breakable_backend.marks.structure import fields, replaced, view_leaf, view_of
+from breakable_backend.marks.structure import PLAIN, fields, replaced, view_leaf, view_of
+
+MOST_LOOKED_AT = 10_000
+"""Objects among which the leaves that a function closes over are searched."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,17 @@ class Backward:
     forward: Forward
     last: bool
     """Whether nobody runs it backward again."""
+    filled: tuple[bool, ...] = ()
+    """Which leaves had a ``.grad`` when it was captured: one that gets nothing is as it was then."""
     wanted: tuple[bool, ...] = ()
-    """Which inputs had a gradient when it was captured."""
+    """Which inputs got a gradient when it was captured."""
+
+    def first(self, run: Run, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients, while it is captured."""
+        self.filled = tuple(leaf.grad is not None for leaf in self.forward.all_leaves())
+        found = self.gradients(run, grads)
+        self.wanted = tuple(gradient is not None for gradient in found)
+        return found
 
     def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
         """A replay's gradients."""
@@ -155,8 +169,8 @@ class Backward:
                     allow_unused=True,
                 )
             )
-        for number, leaf in enumerate(leaves, len(run.inputs)):
-            if found[number] is None and leaf.grad is not None:
+        for number, (leaf, filled) in enumerate(zip(leaves, self.filled, strict=True), len(run.inputs)):
+            if found[number] is None and filled:
                 found[number] = torch.full_like(leaf, -0.0)  # which, added, changes no bit
         return found
 
@@ -197,11 +211,95 @@ class Captures(active.BreakHandler, Protocol):
         """Have the backward of a marked function as an eager step; returns its gradients as captured code may use them."""
 
 
+@dataclass(frozen=True)
+class Reach:
+    """The leaves of autograd's that a marked function may need gradients of.
+
+    It is made while a segment is captured, since autograd makes a leaf's node at its first use, for the stream of that
+    use: a backward in the capture could not go on to the stream that eager steps run on.
+    """
+
+    own: tuple[torch.Tensor, ...]
+    """Those among the arguments, parameters of modules included."""
+    others: Mapping[int, torch.Tensor]
+    """Those that the function closes over, by their identities."""
+    nodes: tuple[GradientEdge, ...]
+    """What keeps their nodes alive."""
+
+    @classmethod
+    def of(cls, mark: Mark, given: Sequence[Any], made: Collection[int]) -> Reach:
+        """The leaves from outside of the capture that ``mark`` reaches.
+
+        Args:
+            mark: of the function.
+            given: the leaves of its arguments.
+            made: the keys of storages that were made inside of the capture.
+        """
+        own: dict[int, torch.Tensor] = {}
+        for value in given:
+            if isinstance(value, nn.Module):
+                own |= {id(p): p for p in value.parameters() if p.requires_grad}
+            elif _is_leaf(value) and _torch.storage_key(value) not in made:
+                own[id(value)] = value
+        others = {id(leaf): leaf for leaf in leaves_in((mark.body, given)) if id(leaf) not in own}
+        with _torch.without_modes():
+            nodes = tuple(map(get_gradient_edge, (*own.values(), *others.values())))
+        return cls(tuple(own.values()), others, nodes)
+
+    def all(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [*self.own, *self.others.values()]
+
+
+def leaves_in(value: Any, depth: int = 8, met: dict[int, Any] | None = None) -> Iterator[torch.Tensor]:
+    """The leaves of autograd's that Python gets to from ``value``: through containers, objects, modules, functions."""
+    met = {} if met is None else met
+    if id(value) in met or depth == 0 or len(met) > MOST_LOOKED_AT:
+        return
+    met[id(value)] = value
+    if isinstance(value, torch.Tensor):
+        yield from (value,) if _is_leaf(value) else ()
+    elif isinstance(value, nn.Module):
+        yield from (parameter for parameter in value.parameters() if parameter.requires_grad)
+    elif not isinstance(value, (type, ModuleType, *PLAIN)):
+        for item in _inside(value):
+            yield from leaves_in(item, depth - 1, met)
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        names = [name for code in _codes(value.__code__) for name in code.co_names]
+        read = [value.__globals__[name] for name in names if name in value.__globals__]
+        return [*cells, *read, value.__defaults__, value.__kwdefaults__, vars(value)]
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
+
+
 @dataclass(eq=False)
 class Call:
     """A call of a marked function under grad mode, while it is captured."""
 
     mark: Mark
+    reach: Reach
     step: Forward
     given: Sequence[Any]
     """The leaves of its arguments, as captured code has them."""
@@ -209,35 +307,33 @@ class Call:
     """The same, cut off: what the function gets."""
     inputs: tuple[torch.Tensor, ...]
     since: int
+    grads: Sequence[torch.Tensor | None]
+    """The gradients of its leaves before it runs."""
 
     @classmethod
     def of(
-        cls, mark: Mark, function: Callable[..., Any], given: Sequence[Any], spec: Any, source: str, made: Any
+        cls, mark: Mark, reach: Reach, function: Callable[..., Any], given: Sequence[Any], spec: Any, source: str
     ) -> Call:
         """Cut the arguments off, but for leaves of autograd's from outside of the capture.
 
         Args:
             mark: of the function.
+            reach: its leaves.
             function: what is called.
             given: the leaves of the arguments.
             spec: how they are put together.
             source: where it is called.
-            made: the keys of storages that were made inside of the capture.
         """
-        first: dict[int, int] = {}
         known: dict[int, int] = {}
-        own: dict[int, torch.Tensor] = {}
-        for place, value in enumerate(given):
-            if isinstance(value, nn.Module):
-                own |= {id(p): p for p in value.parameters() if p.requires_grad}
-            elif isinstance(value, torch.Tensor) and value.requires_grad:
-                if value.is_leaf and _torch.storage_key(value) not in made:
-                    own[id(value)] = value
-                else:
-                    first[place] = known.setdefault(id(value), place)
-        step = Forward(function, spec, mark.name, source, first, tuple(leaf_of(leaf, source) for leaf in own.values()))
+        first = {
+            place: known.setdefault(id(value), place)
+            for place, value in enumerate(given)
+            if isinstance(value, torch.Tensor) and value.requires_grad and not any(value is leaf for leaf in reach.own)
+        }
+        step = Forward(function, spec, mark.name, source, first, tuple(leaf_of(leaf, source) for leaf in reach.own))
         leaves, inputs = step.cut(given)
-        call = cls(mark, step, given, leaves, inputs, _torch.next_node_number())
+        grads = [leaf.grad for leaf in reach.all()]
+        call = cls(mark, reach, step, given, leaves, inputs, _torch.next_node_number(), grads)
         call._refuse_writes()
         call._refuse_stub()
         return call
@@ -276,6 +372,7 @@ class Call:
     def take(self, result: Any, device: torch.device) -> Run:
         """Look at what the function returned."""
         step, self.step.needing = self.step, needs(result)
+        self._refuse_taken_gradients()
         needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         other = next((tensor.device for tensor in needing if tensor.device != device), None)
         if other is not None:
@@ -287,14 +384,26 @@ class Call:
         known = {id(leaf) for leaf in (*self.inputs, *step.all_leaves())}
         try:
             behind = {id(leaf): leaf for leaf in leaves_behind(needing, self.since) if id(leaf) not in known}
+            if not behind.keys() <= self.reach.others.keys():
+                raise LookupError
         except LookupError:
             raise CaptureError(
-                f"{step.name} returned what needs gradients of a tensor of the captured code that is no argument",
+                f"{step.name} returned what needs gradients of a tensor that is no argument",
                 where=step.source,
-                fix="pass tensors that need gradients as arguments, in containers that pytree knows",
+                fix="pass tensors that need gradients, and their modules, as arguments, in containers that pytree knows",
             ) from None
         step.leaves = (*step.leaves, *(leaf_of(leaf, step.source) for leaf in behind.values()))
         return Run(tuple(map(get_gradient_edge, needing)), self.inputs)
+
+    def _refuse_taken_gradients(self) -> None:
+        """Raise where it took a ``.grad`` away: at a replay what is captured would not set it again."""
+        for leaf, before in zip(self.reach.all(), self.grads, strict=True):
+            if before is not None and leaf.grad is not before:
+                raise CaptureError(
+                    f"{self.mark.name} took the .grad of a {type(leaf).__name__} of shape {list(leaf.shape)} away",
+                    where=self.step.source,
+                    fix="zero_grad(set_to_none=False), or zero gradients outside of marked functions",
+                )
 
     def through(self, capture: Captures, run: Run, result: Any, placed: Any, parts: Parts) -> Any:
         """``placed``, which is the result on memory of the capture, as part of the captured code's graph."""

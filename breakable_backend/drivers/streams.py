@@ -175,6 +175,10 @@ _MEANINGS = {
         "code outside of the capture used an event that captured code recorded",
         "record it anew outside, or wait with torch.cuda.Stream.wait_event or torch.cuda.Event.wait",
     ),
+    "legacy stream depend on a capturing": (
+        "captured code made the default stream wait for it, as a gradient does whose parameter was first used there",
+        "before the capture, drop what holds an earlier graph of autograd's, such as the loss of a call",
+    ),
     "merge of separate capture sequences": (
         "captured code waited for a stream of another capture",
         "capture one after the other",

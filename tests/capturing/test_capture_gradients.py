@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import BreakableError, CaptureError, EagerOutputError, capture, eager_on_graph, eager_region
+from breakable_backend import (
+    BreakableError,
+    CaptureError,
+    EagerOutputError,
+    ReplayError,
+    capture,
+    eager_on_graph,
+    eager_region,
+)
 from doors import MakeGraph, bend, marked_bend, shape_of
 
 Step = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -132,6 +140,43 @@ def test_gradients_that_are_none_before(make: MakeGraph, device: torch.device) -
         return loss.detach() * 1
 
     train(make, device, Model(marked_scaled), Model(scaled), step)
+
+
+def test_gradients_between_replays(make: MakeGraph, device: torch.device) -> None:
+    """A gradient that the body makes is back after each replay; one that it adds to has to stay where it is."""
+
+    def step(model: nn.Module, x: Tensor, to_none: bool) -> None:
+        model.zero_grad(set_to_none=to_none)
+        model(x).backward()
+
+    ours, theirs = Model(marked_scaled).to(device), Model(scaled).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    x, graph = torch.randn(4, WIDTH, device=device), make()
+    step(theirs, x, to_none=False)
+    with capture(graph):
+        step(ours, x, to_none=True)
+    for _ in range(3):
+        ours.zero_grad()
+        graph.replay()
+        assert_alike(ours, theirs, "made in the body")
+    with capture(graph):
+        step(ours, x, to_none=False)
+    graph.replay()
+    assert_alike(ours, theirs, "added to")
+    ours.zero_grad()
+    with pytest.raises(ReplayError, match="grad of a Parameter of shape"):
+        graph.replay()
+
+
+@pytest.mark.gpu
+def test_a_graph_of_autograds_that_is_kept(make: MakeGraph) -> None:
+    """What is left of an earlier forward holds nodes that are for another stream: an error that says so."""
+    model = Model(marked_scaled).cuda()
+    kept = model(torch.randn(4, WIDTH, device="cuda"))
+    with pytest.raises(CaptureError, match="whose parameter was first used there") as caught, capture(make()):
+        model(torch.ones(4, WIDTH, device="cuda")).backward()
+    assert "the loss of a call" in caught.value.fix
+    del kept
 
 
 def test_two_micro_batches(make: MakeGraph, device: torch.device) -> None:
@@ -507,6 +552,9 @@ def test_refused_while_capturing(make: MakeGraph, device: torch.device) -> None:
     def own(y: Tensor) -> Tensor:
         return OfItsOwn.apply(y)  # type: ignore[no-any-return]
 
+    def clears(y: Tensor) -> None:
+        weight.grad = None
+
     def double(y: Tensor) -> Tensor:
         (grad,) = torch.autograd.grad(marked_bend(y).pow(3).sum(), y, create_graph=True)
         return grad.sum()
@@ -519,10 +567,12 @@ def test_refused_while_capturing(make: MakeGraph, device: torch.device) -> None:
         "writes x, an argument that needs gradients": writes,
         "with a gradient of its own": eager_on_graph(own),
         "a second derivative": double,
-        "a tensor of the captured code that is no argument": closes,
+        r"took the \.grad of a Tensor of shape": eager_on_graph(clears),
+        "needs gradients of a tensor that is no argument": closes,
         "a capture_stub, which has no gradients": eager_on_graph(capture_stub=torch.empty_like)(bend),
     }
     for text, function in cases.items():
+        weight.grad = torch.ones(4, device=device)
         with pytest.raises(CaptureError, match=text) as caught, capture(make()):
             function(x * weight)
             pytest.fail(text)

@@ -540,7 +540,7 @@ CASES: dict[str, Case] = {
     "which needs gradients that no replay would renew": Case(
         with_gradients("eager_on_graph(lambda x: x.to('meta'))(y)  # here")
     ),
-    "returned what needs gradients of a tensor of the captured code that is no argument": Case(
+    "returned what needs gradients of a tensor that is no argument": Case(
         with_gradients("z = y * 1; eager_on_graph(lambda: z * 2)()  # here")
     ),
     "returned memory that was there before, with a gradient of its own": Case(
@@ -555,6 +555,15 @@ CASES: dict[str, Case] = {
     "a second derivative (create_graph=True) came to": Case(
         with_gradients("z = eager_on_graph(plain)(y)  # here\n    torch.autograd.grad(z.sum(), y, create_graph=True)")
     ),
+    "took the .grad of a": Case(
+        "y = leaf()\ny.grad = x\nclear = eager_on_graph(lambda y: setattr(y, 'grad', None))\n"
+        "with torch.enable_grad(), capture(graph):\n    clear(y)  # here"
+    ),
+    "is another tensor than when it was captured": Case(
+        "y = leaf()\ny.grad = x\n"
+        "with torch.enable_grad(), capture(graph):\n    (y * 2).sum().backward()  # here\n\n"
+        "graph.replay()\ny.grad = None\ngraph.replay()"
+    ),
     "returned other tensors that need gradients than when it was captured": Case(
         "cut = []\n"
         + with_gradients("eager_on_graph(lambda x: x.detach() * 1 if cut else x * 1)(y).sum().backward()  # here")
@@ -568,7 +577,7 @@ CASES: dict[str, Case] = {
     "has gradients of other tensors than when it was captured": Case(
         "cut = []\n"
         + with_gradients("eager_on_graph(lambda x, z: z * 2 + (0 if cut else x))(y, y * 2).sum().backward()  # here")
-        + "\ny.grad = None\ncut.append(1)\ngraph.replay()"
+        + "\ncut.append(1)\ngraph.replay()"
     ),
     "nothing was captured, since the body caught an error": Case(
         "@eager_on_graph\ndef fails():\n    raise KeyError('mine')  # here\n\n"
