@@ -34,6 +34,7 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.groups import is_collective, leaves_with_groups
+from breakable_backend.drivers.several import DeviceGroup
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import OptionsError, PartitionError
 from breakable_backend.faults import internal
@@ -120,8 +121,8 @@ class Backend:
 
         def make(kind: Callable[..., Executor], lowered: Lowered, name: str, *others: Any) -> Executor:
             observers.traced(lowered.module, "aten")
-            driver = self._driver(chosen, lowered)
-            bare = Scope(driver.device, eager_ops)
+            driver = self._driver(chosen, lowered, several=kind is Executor and chosen.scalars == "key")
+            bare = Scope(driver.device, eager_ops, driver.devices[1:])
             require_whole_regions(lowered.module, bare)
             scope = scope_for(lowered, bare, chosen)
             executor: Executor = kind(*(others or (lowered,)), scope, chosen, driver, name)
@@ -206,8 +207,9 @@ class Backend:
         for driver in drivers:
             when_idle(driver, functools.partial(driver.release, ()))
 
-    def _driver(self, options: Options, lowered: Lowered) -> CaptureDriver:
-        kind, device = options.driver, _capture_device(lowered)
+    def _driver(self, options: Options, lowered: Lowered, *, several: bool) -> CaptureDriver:
+        """What captures ``lowered``: on all its GPUs where ``several``, else on the first of them."""
+        kind, (device, *others) = options.driver, _capture_devices(lowered)
         debug = options.debug == "eager"
         if kind == "cuda" or (kind == "auto" and device.type == "cuda" and not debug):
             require_cuda()
@@ -222,6 +224,12 @@ class Backend:
                     "what would be captured, not how fast. Say options={'driver': 'tape'} to choose that."
                 )
         kind = "eager" if debug else kind
+        first = self._driver_of(kind, device)
+        if not (several and others):
+            return first
+        return DeviceGroup(first, [self._driver_of(kind, other) for other in others])
+
+    def _driver_of(self, kind: str, device: torch.device) -> CaptureDriver:
         with self._lock:
             if (kind, device) not in self._drivers:
                 self._drivers[kind, device] = _DRIVERS[kind](device)
@@ -234,11 +242,11 @@ class Backend:
             warnings.warn(text, stacklevel=3)
 
 
-def _capture_device(lowered: Lowered) -> torch.device:
-    """The first CUDA device in the graph; otherwise the device of its first tensor; otherwise the CPU."""
-    tensors = [tensor for node in lowered.module.graph.nodes for tensor in tensors_of(node.meta.get("val"))]
-    cuda = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
-    return cuda or (tensors[0].device if tensors else torch.device("cpu"))
+def _capture_devices(lowered: Lowered) -> list[torch.device]:
+    """The CUDA devices in the graph, in the order in which they come; otherwise the device of its first tensor; otherwise the CPU."""
+    tensors = (tensor for node in lowered.module.graph.nodes for tensor in tensors_of(node.meta.get("val")))
+    devices = list(dict.fromkeys(tensor.device for tensor in tensors)) or [torch.device("cpu")]
+    return [device for device in devices if device.type == "cuda"] or devices[:1]
 
 
 breakable_cg = Backend()

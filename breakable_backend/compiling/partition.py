@@ -14,10 +14,9 @@ mutations (pytorch#81244).
 from __future__ import annotations
 
 import copy
-import dataclasses
 import operator
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -59,7 +58,7 @@ from breakable_backend.ir.program import (
     source_line,
     unused,
 )
-from breakable_backend.marks.rules import Scope, argument_of, classify, label, on_host
+from breakable_backend.marks.rules import Scope, argument_of, classify, label, on_host, places_of
 
 _NO_LAUNCH = ALLOCATING | _torch.aten("_assert_async")
 """ATen ops that allocate or check, and launch nothing."""
@@ -78,7 +77,7 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
     known = symbols_of_inputs(graph)
     floats = {node: held for node, held in python_floats(graph).items() if held.name in scope.host_scalars}
     known = known.union(*(_torch.free_symbols(node.meta["val"]) for node in floats))
-    scope = dataclasses.replace(
+    scope = replace(
         scope,
         symbols=known,
         late=late_values(graph, known, frozenset(floats)),
@@ -92,7 +91,7 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
     if whole is not None:
         # Where storages move, views cannot be made again later: keep every node at its place, in one segment.
         flow = flow.with_all_nodes_as_actions()
-        runs = [_Run(flow.actions, (whole,), scope)]
+        runs = [_Run(flow.actions, (whole,), scope, scope.device)]
     else:
         runs = _runs(flow.actions, reasons, scope, min_kernels, apart)
     return _Builder(lowered, scope, flow).build(runs, apart)
@@ -184,6 +183,7 @@ class _Run:
     nodes: tuple[fx.Node, ...]
     reasons: tuple[Reason, ...]
     scope: Scope
+    device: torch.device
 
     def num_kernels(self) -> int:
         """How many of the ops launch: not those that only allocate, nor those on host scalars."""
@@ -201,22 +201,26 @@ def _runs(
 ) -> list[_Run]:
     where = "between eager breaks" if any(reasons.values()) else "in all"
     runs: list[_Run] = []
-    begun = 0
+    begun, device = 0, scope.device
 
-    def kind(node: fx.Node) -> tuple[bool, int]:
-        nonlocal begun
+    def kind(node: fx.Node) -> tuple[bool, int, torch.device | None]:
+        nonlocal begun, device
         begun += node.name in apart
-        return reasons[node] is None, begun
+        if reasons[node] is not None:
+            return False, begun, None
+        device = next(iter(places_of(node, scope)), device)
+        return True, begun, device
 
-    for (captured, _), group in groupby(actions, key=kind):
+    for (captured, _, place), group in groupby(actions, key=kind):
         nodes = tuple(group)
-        run = _Run(nodes, tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node]))), scope)
+        why = tuple(dict.fromkeys(reason for node in nodes if (reason := reasons[node])))
+        run = _Run(nodes, why, scope, place or scope.device)
         count = run.num_kernels()
         if captured and count < max(min_kernels, 1):
             text = f"{count} op{'s' * (count != 1)} {where}, fewer than min_kernels={min_kernels}"
-            run = _Run(nodes, (Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),), scope)
+            run = replace(run, reasons=(Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),))
         if runs and runs[-1].reasons and run.reasons and nodes[0].name not in apart:
-            runs[-1] = _Run(runs[-1].nodes + run.nodes, runs[-1].reasons + run.reasons, scope)
+            runs[-1] = replace(run, nodes=runs[-1].nodes + run.nodes, reasons=runs[-1].reasons + run.reasons)
         else:
             runs.append(run)
     return runs
@@ -391,7 +395,9 @@ class _Builder:
             reads,
             tuple(writes),
         )
-        return EagerSegment(*common, run.reasons) if run.reasons else GraphSegment(*common, run.num_kernels())
+        if run.reasons:
+            return EagerSegment(*common, run.reasons)
+        return GraphSegment(*common, run.num_kernels(), run.device)
 
 
 class _Draft:

@@ -49,8 +49,9 @@ class CapturedGraph(Protocol):
     and written at their address, and it is the caller who keeps them alive.
     """
 
-    draws_random: bool
-    """Whether a replay advances the device's default generator."""
+    @property
+    def draws_random(self) -> bool:
+        """Whether a replay advances the device's default generator."""
 
     @property
     def feeds(self) -> Sequence[Feed]:
@@ -106,46 +107,10 @@ class Tenant(Protocol):
         """Release them now, and say why. No call is replaying one, and the driver's lock is the caller's."""
 
 
-class CaptureDriver(Protocol):
-    """Captures and replays on one device, in one memory pool."""
+class Capturing(Protocol):
+    """What captures on one device, within :meth:`CaptureDriver.recording`."""
 
-    name: str
     device: torch.device
-    lock: threading.RLock
-    """Held around every call that uses the pool."""
-    patience: float
-    """Seconds that a call waits for the lock: ``LOCK_TIMEOUT``, or none, while one holder has it for longer than that."""
-    busy: bool
-    """Whether a call of a compiled function is under way. Who has got the lock, and finds this, is inside of that call."""
-    tenants: list[Callable[[], Tenant | None]]
-    """Weak references."""
-    deferred: deque[Callable[[], None]]
-    """What is to be done once no call is under way, by whoever ends one."""
-    room: Room
-    """What recordings in the pool need; written by who records, and empty again when the pool goes."""
-    reuses_memory: bool
-    """Whether later captures may get memory of the pool that nothing refers to any more."""
-
-    def begin(self) -> int:
-        """Order this call behind the last one that used the pool; returns the current stream's raw handle.
-
-        Raises:
-            ReplayError: the device is lost: see :meth:`give_up`.
-        """
-
-    def note_arguments(self, args: Sequence[Any]) -> None:
-        """The arguments of this call. Recorded graphs may find memory of theirs at an address that was another's."""
-
-    def end(self, stream: int) -> None:
-        """Mark on ``stream`` where this call's use of the pool ends. Called also when the call raised."""
-
-    def recording(self, apart: bool = False) -> AbstractContextManager[None]:
-        """Held around one recording, all its segments and the eager steps between them.
-
-        Memory of the pool that a recording lends and somebody holds may be memory that graphs before it use for themselves
-        while they run: it keeps its values within a call. ``apart``: the recording gets memory that no other recording
-        gets, before or after; what is held keeps its values from call to call.
-        """
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether graphs can copy ``value``, and what lies like it, into ``bridge`` by themselves."""
@@ -187,6 +152,52 @@ class CaptureDriver(Protocol):
         Once nothing refers to the storage of what this returns, later captures may get the memory. What was captured
         before reads and writes it on at its address. Only where memory is reused.
         """
+
+
+class CaptureDriver(Capturing, Protocol):
+    """Captures and replays on one device, in one memory pool; or on several, with a pool on each."""
+
+    name: str
+    devices: tuple[torch.device, ...]
+    """All that it captures on. The first is :attr:`~Capturing.device`."""
+    lock: threading.RLock
+    """Held around every call that uses the pool."""
+    patience: float
+    """Seconds that a call waits for the lock: ``LOCK_TIMEOUT``, or none, while one holder has it for longer than that."""
+    busy: bool
+    """Whether a call of a compiled function is under way. Who has got the lock, and finds this, is inside of that call."""
+    tenants: list[Callable[[], Tenant | None]]
+    """Weak references."""
+    deferred: deque[Callable[[], None]]
+    """What is to be done once no call is under way, by whoever ends one."""
+    room: Room
+    """What recordings in the pool need; written by who records, and empty again when the pool goes."""
+    reuses_memory: bool
+    """Whether later captures may get memory of the pool that nothing refers to any more."""
+
+    def begin(self) -> int:
+        """Order this call behind the last one that used the pool; returns the current stream's raw handle.
+
+        Raises:
+            ReplayError: the device is lost: see :meth:`give_up`.
+        """
+
+    def note_arguments(self, args: Sequence[Any]) -> None:
+        """The arguments of this call. Recorded graphs may find memory of theirs at an address that was another's."""
+
+    def end(self, stream: int) -> None:
+        """Mark on ``stream`` where this call's use of the pool ends. Called also when the call raised."""
+
+    def recording(self, apart: bool = False) -> AbstractContextManager[None]:
+        """Held around one recording, all its segments and the eager steps between them.
+
+        Memory of the pool that a recording lends and somebody holds may be memory that graphs before it use for themselves
+        while they run: it keeps its values within a call. ``apart``: the recording gets memory that no other recording
+        gets, before or after; what is held keeps its values from call to call.
+        """
+
+    def on(self, device: torch.device) -> Capturing:
+        """What captures on ``device``; on the first where that is none of :attr:`devices`."""
 
     def drawing(self) -> AbstractContextManager[None]:
         """Held around ops that run by themselves and may draw from the device's default generator."""

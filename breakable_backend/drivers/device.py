@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -22,6 +22,7 @@ class DeviceDriver:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
+        self.devices: tuple[torch.device, ...] = (device,)
         self.lock = locks.lock()
         self.patience = LOCK_TIMEOUT
         self.busy = False
@@ -29,6 +30,10 @@ class DeviceDriver:
         self.room = Room()
         self.deferred: deque[Callable[[], None]] = deque()
         locks.in_child(self, type(self)._forked)
+
+    def on(self, device: torch.device) -> Self:
+        """Itself: it has one device."""
+        return self
 
     def _forked(self) -> None:
         """In a forked child: a call that another thread was in is none there."""

@@ -104,6 +104,8 @@ class GraphSegment:
     writes: tuple[Access, ...]
     num_kernels: int
     """The number of ATen ops that launch. One may launch several kernels."""
+    device: torch.device
+    """Where it is captured: on the device of the program, or on another GPU."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,13 @@ def verify(program: Program) -> None:
     """Check what every pass may rely on. A failure is a fault of this package, so these are assertions."""
     known = {value.name for value in program.inputs} | set(program.sizes)
     versions = dict.fromkeys(known, 0)
-    previous: type[Segment] | None = None
+    previous: tuple[type[Segment], torch.device | None] | None = None
     for position, segment in enumerate(program.segments):
         where = f"segment {position}"
         kept_apart = isinstance(segment, EagerSegment) and position in program.resumed
-        assert kept_apart or type(segment) is not previous, f"{where}: two {type(segment).__name__} touch"
-        previous = type(segment)
+        kind = type(segment), segment.device if isinstance(segment, GraphSegment) else None
+        assert kept_apart or kind != previous, f"{where}: two {type(segment).__name__} touch"
+        previous = kind
         assert set(segment.inputs) <= known, f"{where}: takes {set(segment.inputs) - known}, made by nothing before it"
         assert not known & set(segment.outputs), f"{where}: makes {known & set(segment.outputs)} a second time"
         placeholders = tuple(node.name for node in segment.module.graph.find_nodes(op="placeholder"))
@@ -299,7 +302,10 @@ def _head(program: Program) -> Iterator[str]:
 
 def _segment(program: Program, position: int) -> Iterator[str]:
     segment = program.segments[position]
-    yield f"  segment {position}: {'captured' if isinstance(segment, GraphSegment) else 'eager'}"
+    elsewhere = ""
+    if isinstance(segment, GraphSegment) and segment.device != program.device:
+        elsewhere = f" on {segment.device}"
+    yield f"  segment {position}: {'captured' if isinstance(segment, GraphSegment) else 'eager'}{elsewhere}"
     if isinstance(segment, EagerSegment):
         for reason in segment.reasons:
             yield f"    because {reason}"

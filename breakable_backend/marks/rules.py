@@ -30,6 +30,8 @@ class Scope:
 
     device: torch.device
     eager_ops: EagerOps = field(default_factory=EagerOps)
+    others: tuple[torch.device, ...] = ()
+    """Devices that are captured on beside ``device``, each in segments of its own."""
     host_scalars: frozenset[str] = frozenset()
     """0-d host inputs whose value is in the key, or that have a bridge on the device; and nodes computed from them."""
     symbols: frozenset[Any] = frozenset()
@@ -41,6 +43,11 @@ class Scope:
     in."""
     forced: Mapping[str, Reason] = field(default_factory=dict)
     """Nodes that run eagerly whatever the rules say, such as nodes of a segment whose capture failed."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that are captured on."""
+        return (self.device, *self.others)
 
 
 @dataclass(frozen=True)
@@ -235,15 +242,23 @@ def off_device(node: fx.Node, scope: Scope) -> str:
     if node in scope.strays:
         return "returns, or reads, a tensor on the host, off the capture device"
     for tensor in tensors_of(node.meta.get("val")):
-        if tensor.device != scope.device:
+        if tensor.device not in scope.devices:
             return f"makes a tensor on {tensor.device}, off the capture device"
     for argument in node.all_input_nodes:
         for tensor in tensors_of(argument.meta.get("val")):
-            if tensor.device != scope.device and argument.name not in scope.host_scalars:
+            if tensor.device not in scope.devices and argument.name not in scope.host_scalars:
                 if tensor.device.type == "cpu" and tensor.dim() == 0:
                     return f"reads the host scalar {argument.name}, which a graph would freeze"
                 return f"reads {argument.name} on {tensor.device}, off the capture device"
-    return ""
+    places = places_of(node, scope)
+    return f"moves data between {' and '.join(map(str, places))}" if len(places) > 1 else ""
+
+
+def places_of(node: fx.Node, scope: Scope) -> tuple[torch.device, ...]:
+    """Which of the devices that are captured on a node takes, or makes, tensors on."""
+    values = (argument.meta.get("val") for argument in node.all_input_nodes)
+    found = {tensor.device for tensor in tensors_of([node.meta.get("val"), *values])}
+    return tuple(device for device in scope.devices if device in found)
 
 
 @off_device.live
@@ -307,7 +322,7 @@ def waits_for_host(node: fx.Node, scope: Scope) -> str:
         return "waits for the host on CUDA"
     for read in READS_NUMBER.get(name, "").split():
         tensors = tensors_of(getattr(argument_of(node, read), "meta", {}).get("val"))
-        if any(tensor.device == scope.device for tensor in tensors):
+        if any(tensor.device in scope.devices for tensor in tensors):
             return f"reads its argument {read!r} on the host, where that is a tensor on the device"
     return ""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from breakable_backend.drivers import CapturedGraph, CaptureDriver
+from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing
 from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.errors import BreakableError, CaptureError, Passing, ReplayError, first_line
 from breakable_backend.failures import passing
@@ -216,12 +216,12 @@ class _Recorder:
         The error is gone when this returns, and with it what its frames held of the capture.
         """
         loads: list[Copy] = []
-        slots, values = self.slots, self.slots.values
+        slots, values, driver = self.slots, self.slots.values, self.driver.on(segment.device)
         try:
             for name in (*segment.inputs, *self._early()):
                 if (copy := slots.bridge(name, position)) is not None:
                     loads.append(copy)
-            feeding = self._fed(loads)
+            feeding = self._fed(loads, driver)
             before = [copy for copy in loads if copy not in feeding]
             self.copies += load_all(
                 [values[copy.bridge.name] for copy in before], [values[copy.value.name] for copy in before]
@@ -230,12 +230,12 @@ class _Recorder:
             return self._capture_failed(position, segment, loads, error)
         inputs = [slots.inside(name) for name in segment.inputs]
         observer = self.plan.observer
-        body = NodeByNode(segment.module, self.driver.progress, self.healing.pauses(segment))
+        body = NodeByNode(segment.module, driver.progress, self.healing.pauses(segment))
         captured = body if observer is None else observer.captured(position, body)
         fed = [(values[copy.bridge.name].tensor, values[copy.value.name]) for copy in feeding]
         try:
             with without_autocast_cache():
-                graph, results = self.driver.capture(functools.partial(captured, *inputs), fed)
+                graph, results = driver.capture(functools.partial(captured, *inputs), fed)
         except CaptureError as error:
             return self._capture_failed(position, segment, loads, error, body)
         self.copies += len(feeding)
@@ -269,15 +269,15 @@ class _Recorder:
                 del values[copy.value.name]  # the bridge is where it lives from here on
         return None
 
-    def _fed(self, loads: Sequence[Copy]) -> list[Copy]:
+    def _fed(self, loads: Sequence[Copy], driver: Capturing) -> list[Copy]:
         """Those that the graph makes by itself: few, since one is done after the other."""
         if self.plan.keep:  # for somebody who looks at bridges before a launch
             return []
         fed = []
         for copy in loads:
             bridge, value = self.slots.values[copy.bridge.name], self.slots.values[copy.value.name]
-            plain = bridge.flat is None and copy.device == self.driver.device
-            if plain and self.driver.feeds(bridge.tensor, value):
+            plain = bridge.flat is None and copy.device == driver.device
+            if plain and driver.feeds(bridge.tensor, value):
                 fed.append(copy)
         return fed if len(fed) <= MAX_FED else []
 

@@ -100,12 +100,13 @@ class Slots:
     def _made_bridge(self, name: str, slot: str) -> Bridge:
         """A bridge for ``name``, in memory of the pool that it holds until its last captured reader is recorded."""
         value = self.values[name]
+        driver = self.driver.on(value.device)
         small = name in self.inputs and extent(value) * value.element_size() <= buffers.KEPT_INPUT
         if self.keep or small or value.numel() == 0:
-            return Bridge.like(value, self.driver.device)
-        with self.driver.allocating():
-            made = Bridge.like(value, self.driver.device)
-        owner = made.on(self.driver.lend(made.tensor).untyped_storage())
+            return Bridge.like(value, driver.device)
+        with driver.allocating():
+            made = Bridge.like(value, driver.device)
+        owner = made.on(driver.lend(made.tensor).untyped_storage())
         place = _torch.unowned_storage(owner.tensor.untyped_storage())
         self._hold(slot, owner, place)
         return made.on(place)
@@ -144,7 +145,9 @@ class Slots:
             if self.keep or not self._is_memory(result):
                 continue
             key = _torch.storage_key(result)
-            owner, place = lent[key] if key in lent else (self.driver.lend(result).untyped_storage(), None)
+            owner, place = (
+                lent[key] if key in lent else (self.driver.on(result.device).lend(result).untyped_storage(), None)
+            )
             place = place if place is not None else _torch.unowned_storage(owner)
             lent[key] = owner, place
             geometry = Geometry.of(result)
@@ -163,7 +166,7 @@ class Slots:
         return (
             type(value) is torch.Tensor
             and value.layout is torch.strided
-            and value.device == self.driver.device
+            and value.device in self.driver.devices
             and value.untyped_storage().nbytes() > 0
         )
 
@@ -262,7 +265,7 @@ class Slots:
     def _behind(self, value: Any) -> Iterator[str]:
         """Slots whose memory tensors in ``value`` lie in, on whatever storage: DLPack makes others over the same memory."""
         for tensor in tensors_of(value):
-            if tensor.layout is torch.strided and tensor.device == self.driver.device:
+            if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()
                 for slot, owner in self.owners.items():
                     memory = (owner.tensor if isinstance(owner, Bridge) else owner).untyped_storage()

@@ -249,7 +249,7 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
     replays = statistics.finished_replays + sum(recording.replays for recording in recordings)
     return ProgramReport(
         name=snapshot.name,
-        driver=f"{driver.name} on {driver.device}",
+        driver=f"{driver.name} on {', '.join(map(str, driver.devices))}",
         num_graph_segments=len(program.graph_segments),
         num_eager_segments=len(program.eager_segments),
         reasons=program.reasons,
