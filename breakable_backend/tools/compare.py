@@ -310,7 +310,8 @@ class Checker:
         """Run a segment eagerly, note what comes of it, and undo it."""
         run, inputs = self._runner(position)
         undo = Undo()
-        watch = Watch(self.device, self.witness.escaped, inputs, undo, self.witness.traces.get(position))
+        device = self.witness.places.get(position, self.device)
+        watch = Watch(device, self.witness.escaped, inputs, undo, self.witness.traces.get(position))
         watch.trace.draws_random = graph.draws_random
         try:
             outputs = pytree.tree_map_only(torch.Tensor, clone_exact, run(watch))
@@ -348,7 +349,7 @@ class Checker:
             read = name in segment.inputs if segment else bridge.untyped_storage().data_ptr() in reads
             truth = self.truth.get(name)
             if read and name not in self.moved and isinstance(truth, torch.Tensor):
-                apart = difference(bridge, truth.to(self.device), self.tolerance)
+                apart = difference(bridge, truth.to(bridge.device), self.tolerance)
                 if apart is not None:
                     reader, source = self._first_reader(position, name)
                     found[name] = _Wrong(0, f"the bridge of {name}", reader, source, apart, "first read by")
@@ -489,7 +490,7 @@ class Checker:
         early = [
             (tensor, clone_exact(tensor)) for tensor in _tensors((result, [tensor for tensor, _ in given.values()]))
         ]
-        torch.cuda.synchronize(self.device)
+        self._come_to_rest()
         for tensor, first in early:
             if (apart := difference(first, tensor)) is not None:
                 what = f"what {call.label} made or wrote"
@@ -629,10 +630,18 @@ class Checker:
         return "address moved", f"{op.op} reads a tensor that lies elsewhere than when it was captured", blamed
 
     def _agrees_synchronised(self, position: int, ran: _Ran, graph: CapturedGraph, stream: int) -> bool:
-        torch.cuda.synchronize(self.device)
+        self._come_to_rest()
         graph.replay(stream)
-        torch.cuda.synchronize(self.device)
+        self._come_to_rest()
         return self._first_wrong(position, ran) is None
+
+    def _devices(self) -> list[torch.device]:
+        """Where segments are; the first is the driver's."""
+        return list(dict.fromkeys((self.device, *self.witness.places.values())))
+
+    def _come_to_rest(self) -> None:
+        for device in self._devices():
+            torch.cuda.synchronize(device)
 
     def _failure(self, cause: str, wrong: _Wrong, position: int, why: str) -> DivergenceError:
         step = self.recorded.steps[position] if position >= 0 else None
@@ -653,14 +662,18 @@ class Checker:
 
     # random numbers
 
+    def _generators(self) -> list[torch.Generator]:
+        host, *first = generators_of(self.device)
+        return [host, *first, *(generators_of(device)[-1] for device in self._devices()[1:])]
+
     def _random(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in generators_of(self.device)]
+        return [generator.get_state() for generator in self._generators()]
 
     def _of_generators(
         self, states: Sequence[torch.Tensor], trace: Trace
     ) -> Iterator[tuple[torch.Generator, torch.Tensor]]:
         """Generators that ``trace`` may have drawn from, with their states; other threads draw from that of the host."""
-        for generator, state in zip(generators_of(self.device), states, strict=True):
+        for generator, state in zip(self._generators(), states, strict=True):
             if trace.draws_random or generator.device.type == "cuda":
                 yield generator, state
 

@@ -367,7 +367,7 @@ def _judged(
 @contextmanager
 def _undisturbed(driver: CaptureDriver, written: Callable[[], Sequence[torch.UntypedStorage]]) -> Iterator[_Bench]:
     """A bench that has the pool to itself: what a call in another thread writes in between would be put back with our own."""
-    with driver.lock, _Bench(driver.device, written()) as bench:
+    with driver.lock, _Bench(driver.devices, written()) as bench:
         yield bench
 
 
@@ -399,8 +399,8 @@ class _Bench:
     On leaving, the random state is as before too.
     """
 
-    def __init__(self, device: torch.device, storages: Sequence[torch.UntypedStorage]) -> None:
-        self.device = device
+    def __init__(self, devices: Sequence[torch.device], storages: Sequence[torch.UntypedStorage]) -> None:
+        self.device, self._devices = devices[0], devices
         self._saved = [(storage, storage.clone()) for storage in storages]
         self._random: list[Any] = []
 
@@ -416,8 +416,8 @@ class _Bench:
 
     def wait(self) -> None:
         """Until the GPU is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        for device in self._devices if self.device.type == "cuda" else ():
+            torch.cuda.synchronize(device)
 
     def put_back(self) -> None:
         """Restore what calls wrote."""
@@ -633,7 +633,7 @@ def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
 def _copy_us(bridge: Bridge) -> float:
     # Into memory of its own: that of the bridge may be another value's, in a call of another thread.
     source, target = clone_exact(bridge.tensor), Bridge.zeros(bridge.tensor)
-    return _Bench(source.device, ()).times(lambda: target.load(source)).host_us
+    return _Bench((source.device,), ()).times(lambda: target.load(source)).host_us
 
 
 def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: float) -> Iterator[Advice]:

@@ -11,7 +11,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Escaped, Script, Trace, Watch, run_module
-from breakable_backend.ir.effects import is_of_torch
+from breakable_backend.ir.effects import is_of_torch, tensors_of
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.live import has_memory
 from breakable_backend.marks.structure import fields, replaced
@@ -49,6 +49,9 @@ class Witness:
     """What was seen while a recording was made."""
 
     device: torch.device
+    """That of the driver; segments may be on others of its type."""
+    places: dict[int, torch.device] = field(default_factory=dict)
+    """Where each captured segment is, by the position of the step."""
     traces: dict[int, Trace] = field(default_factory=dict)
     """By the position of the step."""
     scripts: dict[int, Script] = field(default_factory=dict)
@@ -58,9 +61,12 @@ class Witness:
 
     def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
         """A segment's body as a function to capture."""
+        values = (tensor for node in body.module.graph.nodes for tensor in tensors_of(node.meta.get("val")))
+        devices = (value.device for value in values if value.device.type == self.device.type)
+        self.places[position] = device = next(devices, self.device)
 
         def watched(*inputs: Any) -> Any:
-            watch = Watch(self.device, self.escaped, inputs)
+            watch = Watch(device, self.escaped, inputs)
             results = run_module(body, inputs, watch)
             self.traces[position] = watch.trace
             return results
@@ -106,7 +112,7 @@ class _Twins:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
-        if not plain or tensor.device != self.device or tensor.untyped_storage().nbytes() == 0:
+        if not plain or tensor.device.type != self.device.type or tensor.untyped_storage().nbytes() == 0:
             return tensor
         key = _torch.storage_key(tensor)
         if key not in self.storages:

@@ -259,7 +259,7 @@ def test_a_model_on_two_gpus(between: str, debug: str | None) -> None:
     for (name, mine), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
         assert_same(mine, theirs, name)
     program = program_of(ours)
-    assert program.replays == 5
+    assert program.replays == (4 if between == "mark" else 5)  # call 1 learns what a marked function returns
     assert {reason.rule for reason in program.reasons} <= {"off_device", "marked"}
     (executor,) = executors_of(ours)
     assert {str(segment.device) for segment in executor.program.graph_segments} == BOTH
