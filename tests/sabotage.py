@@ -1742,11 +1742,11 @@ FAULTS = (
         "recordings.recorder:_Recorder._capture",
         """
         with without_autocast_cache():
-            graph, results = self.driver.capture(functools.partial(captured, *inputs), fed)
+            graph, results = driver.capture(functools.partial(captured, *inputs), fed)
         """,
         """
         if True:
-            graph, results = self.driver.capture(functools.partial(captured, *inputs), fed)
+            graph, results = driver.capture(functools.partial(captured, *inputs), fed)
         """,
         "test_contract_ambient.py::test_captured_op_in_a_warm_autocast_region[cpu]",
     ),
@@ -2321,6 +2321,34 @@ FAULTS = (
         "{name: min(max(PAUSE * seconds, MIN_PAUSE), MAX_PAUSE)} if name else {}",
         "{}",
         "test_healing.py::test_disturbed_in_the_pause[cpu]",
+    ),
+    Fault(
+        "segments-mix-devices",
+        "compiling.partition:_runs",
+        "device = next(iter(places_of(node, scope)), device)",
+        "pass",
+        "test_several.py::test_segments_of_two_devices_touch",
+    ),
+    Fault(
+        "a-group-takes-the-first-lock-alone",
+        "drivers.several:_Locks.acquire",
+        "enumerate(self._locks)",
+        "enumerate(self._locks[:1])",
+        "test_several.py::test_a_call_has_the_locks_of_all",
+    ),
+    Fault(
+        "an-owner-goes-with-the-first-device",
+        "drivers.several:_Share.clear",
+        "if not self._shares:\n    self._owner.clear()",
+        "self._owner.clear()",
+        "test_several.py::test_owner_goes_with_the_last",
+    ),
+    Fault(
+        "what-a-group-deferred-waits-for-its-own-call",
+        "drivers.several:_Deferred.append",
+        "driver.deferred.append(self._run)",
+        "pass",
+        "test_several.py::test_what_waits_runs_when_any_call_ends",
     ),
     Fault(
         "a-capture-that-cannot-end-takes-all-with-it",
