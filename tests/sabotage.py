@@ -318,6 +318,14 @@ FAULTS = (
         "0",
         "test_replay.py::test_many_results_are_copied_together",
     ),
+    Fault(
+        "bridges-are-filled-on-the-capture-stream",
+        "drivers.cuda:CudaDriver.allocating",
+        "_torch.memory_as_it_is()",
+        "torch.cuda.device(self.device)",
+        "test_cuda.py::test_memory_between_captures_is_not_filled",
+        gpu=True,
+    ),
     # --- somebody else's captures ---
     Fault(
         "an-event-of-ours-in-a-foreign-capture",

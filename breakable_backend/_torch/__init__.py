@@ -33,6 +33,7 @@ from breakable_backend._torch.cuda import (
     is_stream_capturing,
     keep_for_ever,
     launch_hooks,
+    memory_as_it_is,
     release_pool,
     stop_allocating_to_pool,
 )

@@ -76,6 +76,23 @@ def allocating_to_pool(device: int, pool: tuple[int, int]) -> Iterator[None]:
         torch._C._cuda_releasePool(device, pool)
 
 
+@contextmanager
+def memory_as_it_is() -> Iterator[None]:
+    """Have ``torch.empty`` launch nothing: under deterministic algorithms it fills memory with NaN, on the current stream.
+
+    The setting is the process's. Whoever changes it does so one at a time.
+    """
+    filled = torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory()
+    if not filled:
+        yield
+        return
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_fill_uninitialized_memory(True)
+
+
 def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> bool:
     """End the routing of allocations into ``pool`` that a failed capture leaves behind; whether there was any."""
     try:

@@ -469,7 +469,8 @@ class CudaDriver(DeviceDriver):
         """The pool for what this thread allocates: blocks of the capture stream, as captures get them.
 
         It is in a capture's turn. All drivers capture on that stream, and while another thread does, what is allocated on
-        it goes to that capture's pool, and is gone with it.
+        it goes to that capture's pool, and is gone with it. Nothing is launched on it: nobody who reads or writes the memory
+        waits for that stream.
         """
         assert self._recordings, "allocating outside recording()"
         self._draws.begin_capture()
@@ -484,6 +485,7 @@ class CudaDriver(DeviceDriver):
                 torch.cuda.device(self.device),
                 torch.cuda.stream(self.stream),
                 _torch.allocating_to_pool(self._index, self._pool),
+                _torch.memory_as_it_is(),
             ):
                 yield
         finally:

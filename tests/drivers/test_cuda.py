@@ -76,6 +76,31 @@ def churn() -> None:
     held += [torch.full((size,), float("nan"), device=CUDA) for size in (11, 2048, 300_000)]
 
 
+def test_memory_between_captures_is_not_filled() -> None:
+    """Line 3: deterministic algorithms fill no memory of the pool on the capture stream, for which no launch waits."""
+    driver, filled = CudaDriver(CUDA), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    stream = driver.begin()
+    try:
+        with driver.lock, driver.recording():
+            with driver.allocating():
+                first = torch.zeros(1 << 20, device=CUDA)
+            place = first.data_ptr()
+            torch.cuda.synchronize()
+            del first
+            with driver.allocating():
+                second = torch.empty(1 << 20, device=CUDA)
+            torch.cuda.synchronize()
+            assert second.data_ptr() == place
+            assert not second.isnan().any()
+            del second
+        assert torch.empty(4, device=CUDA).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(filled)
+        driver.end(stream)
+        driver.release(())
+
+
 def test_pool_reuse_across_keys() -> None:
     """Keys recorded from large to small in one pool replay exactly, in any order, however the allocator is used between.
 
