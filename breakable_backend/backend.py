@@ -141,7 +141,7 @@ class Backend:
             return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats))
         except CannotLower as why:
             refused = str(why)
-        if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None and chosen.debug != "compare":
+        if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None:
             try:
                 return self._training(Halves.of(gm, eager_ops), make, number)
             except CannotLower as why:

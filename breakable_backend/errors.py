@@ -163,7 +163,7 @@ class DivergenceError(ReplayError):
         fix: what to do about the cause.
         cause: one of :data:`CAUSES`.
         step: position of the step in the recording; -1 for a result, after all steps.
-        kind: ``"captured"``, ``"eager"`` or ``"result"``.
+        kind: ``"captured"``, ``"eager"``, ``"result"``, or ``"saved"`` for what a forward saved for its backward.
         op: the op that made the first wrong value, or the op that is to blame for it.
         value: the name of the value in the program; for a value inside a segment, the op that made it.
         difference: how far off the value is; None if only an address is wrong.

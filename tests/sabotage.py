@@ -1277,8 +1277,8 @@ FAULTS = (
     ),
     Fault(
         "marked-functions-forget-autocast",
-        "ir.modes:Modes.enter",
-        "stack.enter_context(torch.autocast(device, dtype=cast[1], cache_enabled=cast[2]))",
+        "ir.modes:_Entered.__enter__",
+        "self._enter(_torch.Autocast(device, dtype, cached))",
         "pass",
         "test_functions.py::test_autocast[aot_eager-cpu]",
     ),

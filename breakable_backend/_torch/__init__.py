@@ -81,6 +81,8 @@ from breakable_backend._torch.modes import (
     ENTER_INFERENCE_MODE,
     EXIT_AUTOCAST,
     SET_GRAD_ENABLED,
+    Autocast,
+    GradMode,
     above_autograd,
     any_autocast_enabled,
     composites_as_ops,
@@ -100,6 +102,7 @@ from breakable_backend._torch.module_calls import heed_calls_of_modules
 from breakable_backend._torch.ops import (
     Op,
     apply_function,
+    apply_plainly,
     aten,
     below_autograd,
     dense_kernel,

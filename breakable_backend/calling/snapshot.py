@@ -88,6 +88,18 @@ class KeySnapshot:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """What forwards have saved for their backwards."""
+
+    count: int
+    """Recordings with memory for that."""
+    pending: int
+    """Forwards that may still be run backward."""
+    saved_bytes: int
+    """Memory of all slots together."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What an executor had at one moment. It keeps what was recorded alive: it is not to be kept."""
 
@@ -100,3 +112,5 @@ class Snapshot:
     notes: tuple[str, ...]
     keys: tuple[KeySnapshot, ...]
     """In the order in which they came."""
+    slots: Slots | None = None
+    """Of the forward of a graph that needs gradients."""

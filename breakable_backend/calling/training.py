@@ -28,6 +28,7 @@ from breakable_backend.callers import Callers
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey
 from breakable_backend.calling.registry import EagerGraph
+from breakable_backend.calling.snapshot import Slots, Snapshot
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.compiling.training import Backward, Forward, Halves, Pattern
 from breakable_backend.drivers import CaptureDriver
@@ -35,7 +36,9 @@ from breakable_backend.errors import ReplayError
 from breakable_backend.ir.layout import Geometry, TensorSpec
 from breakable_backend.ir.modes import Modes
 from breakable_backend.recordings.buffers import clone_exact
+from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recorder import Plan
+from breakable_backend.recordings.recording import Recording
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,28 @@ class Outputs(list[Any]):
     """The names of what does not move."""
 
 
+@dataclass(frozen=True)
+class Lease:
+    """What of all that is saved lies in memory of a recording, for each of its calls."""
+
+    recording: weakref.ref[Recording]
+    constants: tuple[torch.Tensor | None, ...]
+    """None for what moves. They hold no memory."""
+    static: frozenset[str]
+    """The names of those that do not move."""
+    first: tuple[int, int] | None
+    """The place of the first of those, and its address."""
+
+    @classmethod
+    def of(cls, recording: Recording, forward: Forward) -> Lease:
+        leaves = recording.returned[forward.num_outputs :]
+        constants = tuple(recording.constants.get(leaf.name) for leaf in leaves)
+        there = [(place, constant) for place, constant in enumerate(constants) if constant is not None]
+        static = frozenset(forward.saved[place] for place, _ in there)
+        first = next(((place, constant.data_ptr()) for place, constant in there), None)
+        return cls(weakref.ref(recording), constants, static, first)
+
+
 class ForwardExecutor(Executor):
     """The first half. Each call takes a slot, which is a part of its key."""
 
@@ -81,11 +106,19 @@ class ForwardExecutor(Executor):
         self.forward = forward
         self.taken: weakref.WeakKeyDictionary[Entry, _torch.StorageWeakRef] = weakref.WeakKeyDictionary()
         """By key, what lives as long as what was saved by its last call."""
+        self.leases: weakref.WeakKeyDictionary[Entry, Lease] = weakref.WeakKeyDictionary()
         super().__init__(forward.lowered, *args)
 
     def pending(self) -> int:
         """Forwards that may still be run backward."""
         return sum(not ref.expired() for ref in list(self.taken.values()))
+
+    def snapshot(self) -> Snapshot:
+        made = super().snapshot()
+        recorded = [key.recording for key in made.keys if key.recording is not None]
+        owners = {_torch.storage_key(owner): owner for recording in recorded for owner in recording.saved}
+        size = sum(owner.untyped_storage().nbytes() for owner in owners.values())
+        return replace(made, slots=Slots(len(recorded), self.pending(), size))
 
     def run(self, args: list[Any], token: torch.Tensor) -> Outputs:
         """Run once. The slot is taken as long as ``token`` lives."""
@@ -121,18 +154,18 @@ class ForwardExecutor(Executor):
         recording, count = entry.recording, self.forward.num_outputs
         if recording is None:
             return made
-        saved, static = made[count:], set()
-        for place, (leaf, name) in enumerate(zip(recording.returned[count:], self.forward.saved, strict=True)):
-            constant = recording.constants.get(leaf.name)
-            if constant is None:
-                continue
-            if constant is not saved[place] and constant.data_ptr() != saved[place].data_ptr():
-                return made  # this call was a plain one
-            saved[place] = constant
-            static.add(name)
+        lease = self.leases.get(entry)
+        if lease is None or lease.recording() is not recording:
+            lease = self.leases[entry] = Lease.of(recording, self.forward)
+        if lease.first is not None and made[count + lease.first[0]].data_ptr() != lease.first[1]:
+            return made  # this call was a plain one
         self.taken[entry] = _torch.retains(token)
         outputs = Outputs(made[:count])
-        outputs.saved, outputs.owners, outputs.static = saved, recording.saved, frozenset(static)
+        outputs.saved = [
+            value if constant is None else constant
+            for constant, value in zip(lease.constants, made[count:], strict=True)
+        ]
+        outputs.owners, outputs.static = recording.saved, lease.static
         return outputs
 
     def cut_program(self) -> None:
@@ -233,7 +266,7 @@ class Training:
         if forward.written and not _count_up(args, forward.written, forward.watched):
             return self._share(args)
         call = _Call(self, args)
-        made = _torch.apply_function(_Captured, call, *(args[index] for index in self.halves.wanted))
+        made = _torch.apply_plainly(_Captured, call, *(args[index] for index in self.halves.wanted))
         results, call.results = call.results, []
         for index, output in zip(forward.differentiable, made, strict=True):
             results[index] = output
@@ -341,6 +374,17 @@ class Training:
                 executor.callers = self.callers
                 self.backwards[pattern, static] = backward, executor
             return self.backwards[pattern, static]
+
+    def saved(self, made: Outputs, results: Sequence[Any]) -> list[Saved]:
+        """What a captured forward keeps at its place for a backward, for who watches that."""
+        forward = self.halves.forward
+        assert forward is not None
+        assert made.saved is not None
+        leaves: Any = forward.lowered.module.graph.output_node().args[0]
+        makers = dict(zip(forward.saved, leaves[forward.num_outputs :], strict=True))
+        there = dict(zip(forward.saved, made.saved, strict=True))
+        copies = {leaves[index]: results[index] for index in forward.checked}
+        return [Saved(name, there[name], makers[name], copies.get(makers[name])) for name in made.static]
 
     # the memory of what it reads
 
@@ -524,6 +568,8 @@ class _Captured(torch.autograd.Function):
         ctx.captured, ctx.static, ctx.owners = made.saved is not None, made.static, made.owners
         ctx.training, ctx.num_moving = training, len(moving)
         inputs = [args[index] for index in forward.inputs]
+        observers = executor.observers
+        ctx.check = observers.saved(training.saved(made, results)) if observers.reads_values and made.saved else None
         # 0.04 us for each: autograd's check of versions does not see that an input was given other memory.
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
@@ -546,6 +592,8 @@ class _Captured(torch.autograd.Function):
             inputs, ctx
         ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
+        if ctx.check is not None:
+            ctx.check()
         with _without_autocast():
             return None, *training.gradients(ctx, moving, inputs, grads)
 

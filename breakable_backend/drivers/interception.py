@@ -94,7 +94,10 @@ def without_autocast_cache() -> Iterator[None]:
     if _torch.any_autocast_enabled():
         torch.set_autocast_cache_enabled(False)
     try:
-        with intercepted_by(_enter_without_cache, torch.autocast, "__enter__"):
+        with (
+            intercepted_by(_enter_without_cache, torch.autocast, "__enter__"),
+            intercepted_by(_enter_without_cache, _torch.Autocast, "__enter__"),
+        ):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

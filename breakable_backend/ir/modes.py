@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,27 +53,9 @@ class Modes:
             return False
         return Modes.current().autocast == self.autocast if self.autocast else not _torch.any_autocast_enabled()
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
+    def enter(self) -> AbstractContextManager[None]:
         """A context manager that enters these modes. Modes that are on already are left alone."""
-        token = active.autocast.set(tuple(device for device, _, _ in self.autocast))
-        try:
-            with ExitStack() as stack:
-                if self.inference is not None and torch.is_inference_mode_enabled() is not self.inference:
-                    stack.enter_context(torch.inference_mode(self.inference))
-                wanted = {cast[0]: cast for cast in self.autocast}
-                for device in DEVICES:
-                    if (cast := wanted.get(device)) == _current_cast(device):
-                        continue
-                    if cast is None:
-                        stack.enter_context(torch.autocast(device, enabled=False))
-                    else:
-                        stack.enter_context(torch.autocast(device, dtype=cast[1], cache_enabled=cast[2]))
-                if torch.is_grad_enabled() is not self.grad:
-                    stack.enter_context(torch.set_grad_enabled(self.grad))
-                yield
-        finally:
-            active.autocast.reset(token)
+        return _Entered(self)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` as the target of a graph's node, run in these modes."""
@@ -84,6 +67,41 @@ class Modes:
         call.__name__ = re.sub(r"\W", "_", str(function))
         call.__wrapped__ = function  # type: ignore[attr-defined]
         return call
+
+
+class _Entered:
+    """Modes in a ``with`` statement. Each eager step under an autocast has one, so it is quick."""
+
+    __slots__ = ("left", "modes", "token")
+
+    def __init__(self, modes: Modes) -> None:
+        self.modes, self.left = modes, list[AbstractContextManager[Any]]()
+
+    def __enter__(self) -> None:
+        modes = self.modes
+        self.token = active.autocast.set(tuple([device for device, _, _ in modes.autocast]))
+        try:
+            if modes.inference is not None and torch.is_inference_mode_enabled() is not modes.inference:
+                self._enter(torch.inference_mode(modes.inference))
+            for device in DEVICES:
+                cast = next((cast for cast in modes.autocast if cast[0] == device), None)
+                if cast != _current_cast(device):
+                    dtype, cached = cast[1:] if cast is not None else (None, None)
+                    self._enter(_torch.Autocast(device, dtype, cached))
+            if torch.is_grad_enabled() is not modes.grad:
+                self._enter(_torch.GradMode(modes.grad))
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+
+    def _enter(self, context: AbstractContextManager[Any]) -> None:
+        context.__enter__()
+        self.left.append(context)
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.left):
+            context.__exit__(*error)
+        active.autocast.reset(self.token)
 
 
 def _current_cast(device: str) -> Cast | None:

@@ -38,6 +38,18 @@ class Subject:
     """Whether the graph comes from ``torch.compile``, and not from a ``with capture(...)`` block."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A value that a backward will read."""
+
+    name: str
+    tensor: torch.Tensor
+    """It holds no memory: whoever is shown it may read it until the backward has run."""
+    maker: fx.Node
+    result: torch.Tensor | None = None
+    """The caller's copy of the same value, where it is a result: to eager both are one memory."""
+
+
 class Observer:
     """Sees one graph, from its compilation to its last call. A tool overrides what it needs; here nothing happens."""
 
@@ -86,6 +98,10 @@ class Observer:
 
     def recorded(self, number: int, why: str, recording: Recording, replay: Replay, seconds: float) -> None:
         """A recording was made."""
+
+    def saved(self, values: Sequence[Saved]) -> Callable[[], None] | None:
+        """A forward has saved ``values`` for its backward. What is called as that begins; None: nothing."""
+        return None
 
     # their replays
 
@@ -167,6 +183,9 @@ class Observers(Observer):
 
     def recorded(self, number: int, why: str, recording: Recording, replay: Replay, seconds: float) -> None:
         self._tell("recorded", number, why, recording, replay, seconds)
+
+    def saved(self, values: Sequence[Saved]) -> Callable[[], None] | None:
+        return self._first("saved", values)  # type: ignore[no-any-return]
 
     def file(self, source: str, name: str) -> str | None:
         return self._first("file", source, name)  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.healing import NodeByNode
-from breakable_backend.recordings.observer import Issue, Observer, Subject
+from breakable_backend.recordings.observer import Issue, Observer, Saved, Subject
 from breakable_backend.recordings.recording import (
     Call,
     EagerStep,
@@ -44,6 +44,8 @@ from breakable_backend.tools.difference import Difference, Tolerance, difference
 from breakable_backend.tools.witness import Witness
 
 KEEPS = "an op that keeps its buffers"
+HALVES = "forward of ", "backward of "
+"""How the names of graphs begin that are one half of a graph which needs gradients."""
 Run = Callable[[Watch], Any]
 """A segment's ops, eagerly."""
 
@@ -138,6 +140,7 @@ class Compare(Observer):
 
     def __init__(self, subject: Subject) -> None:
         self._tolerance = subject.options.tolerance
+        self._name = subject.name
 
     def recording(self, device: torch.device) -> None:
         self._witness = Witness(device)
@@ -152,7 +155,8 @@ class Compare(Observer):
         return self._witness.attend(function, label, source)
 
     def instead(self, recording: Recording, program: Program | None) -> Recording:
-        self._checker = Checker(recording, self._witness, self._tolerance, program)
+        half = self._name if self._name.startswith(HALVES) else ""
+        self._checker = Checker(recording, self._witness, self._tolerance, program, half)
         del self._witness
         return self._checker.recording
 
@@ -160,6 +164,39 @@ class Compare(Observer):
         checker = self._checker
         del self._checker
         return checker.around(function)
+
+    def saved(self, values: Sequence[Saved]) -> Callable[[], None]:
+        before = [(value, clone_exact(value.tensor)) for value in values]
+
+        def compare() -> None:
+            for value, tensor in before:
+                for now in (value.tensor, value.result):
+                    if now is not None and (apart := difference(now, tensor, None)) is not None:
+                        raise _spoilt(value, apart, now is value.result)
+
+        return compare
+
+
+def _spoilt(value: Saved, apart: Difference, is_result: bool) -> DivergenceError:
+    """For a value that a backward reads, and that is not what its forward saved."""
+    maker, source = _maker(value.maker)
+    cause = "stale bridge" if is_result else "unknown"
+    told = (
+        "the result was written since, by somebody who hides that from autograd (.data), and eager's backward would read that"
+        if is_result
+        else "something wrote the memory that the forward saved it in"
+    )
+    return DivergenceError(
+        f"before step 0 of a backward: {value.name}, made by {maker}, is not what the forward saved: {apart}; "
+        f"this looks like {cause}: {told}",
+        where=source,
+        fix="write it under torch.no_grad(), so that autograd can tell" if is_result else CAUSES[cause],
+        cause=cause,
+        kind="saved",
+        op=maker,
+        value=value.name,
+        difference=apart,
+    )
 
 
 class Checker:
@@ -173,11 +210,18 @@ class Checker:
         witness: what was seen when it was made.
         tolerance: how far floats may differ.
         program: what was recorded; None through the second door.
+        half: the name of a forward or backward; empty for what is neither.
     """
 
     def __init__(
-        self, recorded: Recording, witness: Witness, tolerance: Tolerance, program: Program | None = None
+        self,
+        recorded: Recording,
+        witness: Witness,
+        tolerance: Tolerance,
+        program: Program | None = None,
+        half: str = "",
     ) -> None:
+        self.half = half
         self.recorded, self.witness, self.tolerance, self.program = recorded, witness, tolerance, program
         self.device = witness.device
         self.values: dict[str, _Value] = {}
@@ -646,7 +690,8 @@ class Checker:
     def _failure(self, cause: str, wrong: _Wrong, position: int, why: str) -> DivergenceError:
         step = self.recorded.steps[position] if position >= 0 else None
         kind = {GraphStep: "captured", EagerStep: "eager"}.get(type(step), "result")
-        at = f"step {position} ({kind})" if position >= 0 else "the result"
+        at = f"step {position} ({kind})" if position >= 0 else "a gradient" if "backward" in self.half else "the result"
+        at = f"{self.half}, {at}" if self.half else at
         made = f", {wrong.how} {wrong.label}," if wrong.label and wrong.label not in wrong.name else ""
         return DivergenceError(
             f"{at}: {wrong.name}{made} is not as in eager: {wrong.difference}; this looks like {cause}: {why}",

@@ -135,6 +135,12 @@ class ProgramReport:
     """Calls of bound functions that did not fit, by why."""
     findings: tuple[str, ...] = ()
     """Where few calls replay: what varies, its values, and the remedy."""
+    slots: int = 0
+    """Of the forward of a graph that needs gradients: recordings with memory for what a backward needs."""
+    pending: int = 0
+    """Forwards in them that may still be run backward."""
+    saved_bytes: int = 0
+    """Memory of the slots."""
 
     @property
     def main(self) -> RecordingReport | None:

@@ -243,6 +243,7 @@ def _codes(compiled: Any) -> list[CodeType]:
 
 def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramReport:
     statistics, program, driver = snapshot.statistics, snapshot.program, snapshot.driver
+    slots = snapshot.slots
     recordings = tuple(
         _recording(key, position, measured.get((snapshot.name, key.key))) for position, key in enumerate(snapshot.keys)
     )
@@ -271,6 +272,9 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
         bound_calls=statistics.bound,
         misfits=dict(statistics.misfits),
         findings=findings(snapshot, replays),
+        slots=slots.count if slots is not None else 0,
+        pending=slots.pending if slots is not None else 0,
+        saved_bytes=slots.saved_bytes if slots is not None else 0,
     )
 
 

@@ -125,6 +125,9 @@ def program_lines(program: ProgramReport) -> Iterator[str | Table]:
         yield f"  ran plainly {count}x: {why}"
     for why, count in program.recorded.items():
         yield f"  recorded {count}x: {why}"
+    if program.slots:
+        saved = program.saved_bytes / 2**20
+        yield f"  slots {program.slots}, pending forwards {program.pending}, saved for backwards {saved:,.1f} MiB"
     if program.bound_calls or program.misfits:
         yield f"  bound calls {program.bound_calls}, calls that did not fit what was bound {sum(program.misfits.values())}"
     for why, count in program.misfits.items():

@@ -204,8 +204,9 @@ def eager(work: Work) -> Step:
 
 def compiled(work: Work, **options: Any) -> Step:
     model = copy.deepcopy(work.model)
-    made = loop(work, model, torch.compile(work.whole(model), **options))
-    made.model = model  # type: ignore[attr-defined]
+    function = torch.compile(work.whole(model), **options)
+    made = loop(work, model, function)
+    made.function = function  # type: ignore[attr-defined]
     return made
 
 
@@ -230,6 +231,7 @@ def by_hand_whole(work: Work, model: nn.Module) -> Step:
                 loss = forward(*given)
             loss.backward()
             optimizer.zero_grad()
+            del loss
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -253,11 +255,12 @@ def by_hand_in_pieces(work: Work, model: nn.Module) -> Step:
     samples: list[tuple[Tensor, ...]] = []
     tokens, following = work.batches[0]
     inputs: Any = (tokens,)
-    with autocast():
+    with autocast(), torch.no_grad():  # autograd would remember the stream
         for piece in model.pieces:
             inputs = (*inputs, following) if piece is model.pieces[-1] else inputs
             samples.append(tuple(value.detach().requires_grad_(value.is_floating_point()) for value in inputs))
             inputs = piece(*inputs)
+    with autocast():
         graphed = torch.cuda.make_graphed_callables(tuple(model.pieces), tuple(samples), allow_unused_input=True)
     for parameter in model.parameters():
         parameter.grad = None
@@ -322,7 +325,7 @@ def run(part: str, rivals: bool, turns: int) -> None:
             f"{part}: {name:16} first steps {time.perf_counter() - start:6.1f} s, losses {losses[0]:.4f} to {losses[-1]:.4f}"
         )
         if name == "ours":
-            programs = explain(train.model).programs  # type: ignore[attr-defined]
+            programs = explain(train.function).programs  # type: ignore[attr-defined]
             halves = [f"{p.num_graph_segments} + {p.num_eager_segments}" for p in programs]
             print(f"{part}: captured segments and eager steps: {', '.join(halves)}", flush=True)
     rows = in_turns(steps, turns)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import breakable_backend
-from breakable_backend import ReplayError, eager_on_graph
+from breakable_backend import DivergenceError, ReplayError, eager_on_graph
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.training import MAX_SIZES, MAX_SLOTS, ForwardExecutor
 from checks import assert_same
@@ -1014,3 +1014,101 @@ def test_everything_is_released(device: torch.device, options: dict[str, Any]) -
     breakable_cg.free()
     assert driver.live_graphs() == 0
     assert driver.live_blocks() == 0
+
+
+# --- compare mode and the report --------------------------------------------------------------------------------------------
+
+factor = [2.0]
+"""What a hostile op reads behind the back of all graphs."""
+
+
+@torch.library.custom_op("training::scaled", mutates_args=())
+def scaled(x: Tensor) -> Tensor:
+    """``x`` times a number that a capture freezes."""
+    return x * factor[0]
+
+
+@torch.library.custom_op("training::kept", mutates_args=())
+def kept(x: Tensor) -> Tensor:
+    """``x``, whose gradient is scaled."""
+    return x * 1
+
+
+scaled.register_fake(torch.empty_like)
+kept.register_fake(torch.empty_like)
+kept.register_autograd(lambda ctx, gradient: scaled(gradient))
+
+
+@pytest.fixture
+def compared(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compare mode for training."""
+    yield {**options, "debug": "compare", "min_kernels": 1}
+    factor[0] = 2.0
+
+
+@pytest.mark.parametrize("model", [Gpt, Mlp])
+def test_compared(model: type[nn.Module], device: torch.device, compared: dict[str, Any]) -> None:
+    """Line 9: in compare mode steps of training are eager's, from replays of both halves that were compared."""
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        if model is Gpt:
+            loss = function(*torch.randint(20, (2, 3, 6), device=device).unbind())[0]
+        else:
+            loss = function(torch.rand(3, 4, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    programs = assert_trains(model(), step, device, compared)
+    assert_replays(programs, 3)
+    assert {program.debug for program in programs} == {"compare"}
+
+
+def test_compare_names_a_wrong_gradient(device: torch.device, compared: dict[str, Any]) -> None:
+    """Line 9: the first wrong gradient is named with the half, the step, the op, the user's line and the likely cause."""
+    model = Mlp().to(device)
+    compiled = torch.compile(lambda x: kept(model(x)).sum(), backend="breakable_cg", options=compared)
+    x = torch.rand(3, 4, device=device)
+    for _ in range(5):
+        compiled(x).backward()
+    factor[0] = 3.0
+    with pytest.raises(DivergenceError, match=r"backward of graph .*, step 0 .captured.: .* frozen scalar") as caught:
+        compiled(x).backward()
+    error = caught.value
+    assert (error.cause, error.kind, error.op) == ("frozen scalar", "captured", "training::scaled")
+
+
+def test_compare_sees_what_is_saved(device: torch.device, compared: dict[str, Any]) -> None:
+    """Line 9: a result that eager's backward would read, written where autograd cannot see it, is named before the backward."""
+    weight = torch.rand(4, 4, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: (x @ weight + 1).tanh(), backend="breakable_cg", options=compared)
+    for _ in range(5):
+        compiled(torch.rand(4, 4, device=device)).sum().backward()
+    y = compiled(torch.rand(4, 4, device=device))
+    y.data.mul_(2)
+    with pytest.raises(DivergenceError, match=r"tanh, made by .*tanh, is not what the forward saved.*\.data") as caught:
+        y.sum().backward()
+    assert (caught.value.kind, caught.value.cause) == ("saved", "stale bridge")
+    weight.grad = None
+    compiled(torch.rand(4, 4, device=device)).sum().backward()  # the next step is right again
+
+
+def test_report_of_slots(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: the report tells slots, forwards that are pending, and the bytes that are saved for backwards."""
+    model = Mlp().to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    for _ in range(4):
+        compiled(torch.rand(3, 4, device=device)).sum().backward()
+    for pending in (1, 2):
+        losses = [compiled(torch.rand(3, 4, device=device)).sum() for _ in range(pending)]
+        (forward,) = [p for p in breakable_backend.explain(compiled).programs if p.name.startswith("forward")]
+        assert (forward.slots, forward.pending) == (pending, pending)
+        assert forward.saved_bytes >= pending * 3 * 8 * 4
+        assert f"slots {pending}, pending forwards {pending}, saved for backwards" in str(
+            breakable_backend.explain(compiled)
+        )
+        sum(losses).backward()  # type: ignore[union-attr]
+    del losses
+    (forward,) = [p for p in breakable_backend.explain(compiled).programs if p.name.startswith("forward")]
+    assert (forward.slots, forward.pending) == (2, 0)

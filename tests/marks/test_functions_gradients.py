@@ -375,10 +375,10 @@ def test_closures_are_refused(options: dict[str, Any], device: torch.device) -> 
         return x * weight
 
     compiled = torch.compile(lambda x: scaled(x + 1) * 2, backend="breakable_cg", fullgraph=True, options=options)
-    with pytest.raises(EagerOutputError, match="needs gradients of what the function closes over") as caught:
+    with pytest.raises(EagerOutputError, match="gradients of what the function closes over") as caught:
         compiled(torch.ones(4, device=device))
     assert "pass that tensor or module as an argument" in caught.value.fix
-    with pytest.raises(EagerOutputError, match="needs gradients of what the function closes over"):
+    with pytest.raises(EagerOutputError, match="gradients of what the function closes over"):
         compiled(torch.ones(4, device=device, requires_grad=True))
     with torch.no_grad():
         assert torch.equal(compiled(torch.ones(4, device=device)), torch.full((4,), 4.0, device=device))
@@ -642,7 +642,7 @@ def test_saved_tensors_hooks(options: dict[str, Any], device: torch.device) -> N
 
     assert run("breakable_cg", options=options).abs().max() < 1e-5
     torch.compiler.reset()
-    with pytest.raises(ReplayError, match="saved_tensors_hooks kept a copy"):
+    with pytest.raises(ReplayError, match="saved_tensors_hooks kept only a copy"):
         run("aot_eager")
 
 

@@ -682,6 +682,12 @@ CASES: dict[str, Case] = {
         "f = compile(shifted, debug='compare', eager_ops=['catalogue::shift'])\n"
         "for _ in range(3): f(torch.ones(1))"
     ),
+    "is not what the forward saved": Case(
+        "y = leaf()\ndef act(x):\n    return (x.sin() + 1).tanh()  # here\n\n"
+        "f = compile(act, training=True, debug='compare')\n"
+        "with torch.enable_grad():\n    for _ in range(5): f(y).sum().backward()\n"
+        "    z = f(y)\n    z.data.mul_(2)\n    z.sum().backward()"
+    ),
     "drivers/tape.py: bytes where it made": Case(
         "made, _ = TapeDriver(x.device).capture(lambda: planted(x))\nmade.replay(0)  # here", growing_op
     ),
