@@ -1368,6 +1368,20 @@ FAULTS = (
         "test_learning.py::test_a_function_that_always_raises[cpu-True]",
     ),
     Fault(
+        "transforms-see-opaque-nodes",
+        "marks.functions:_site",
+        "_torch.functorch_active()",
+        "False",
+        "test_learning.py::test_under_a_transform[cpu-told-jvp]",
+    ),
+    Fault(
+        "custom-ops-are-never-to-blame",
+        "tools.compare:Checker._work_outside",
+        "not nodes",
+        "True",
+        "test_compare.py::test_work_outside_of_the_capture",
+    ),
+    Fault(
         "modules-are-called-as-ever",
         "_torch.module_calls:_ask",
         "function is None",

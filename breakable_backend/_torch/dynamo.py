@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,23 +22,29 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PACKAGE = str(Path(__file__).parent.parent)
+"""What lies there is no code of the user's."""
+
 
 def graph_breaks() -> dict[str, int]:
     """Dynamo's graph breaks since its last reset: how many, by reason. The user's line is in the reason's first line."""
     from torch._dynamo.utils import graph_break_reasons
 
-    times: Counter[str] = Counter()
-    texts: dict[str, str] = {}
+    times: Counter[tuple[str, str]] = Counter()
+    texts: dict[tuple[str, str], str] = {}
     for broken in graph_break_reasons:
         first, _, rest = broken.reason.strip().partition("\n")
         if first.startswith("generic_jump"):
             first = "Data-dependent branching"  # Dynamo's words for it in a function that it inlines
-        if broken.user_stack:
-            frame = broken.user_stack[-1]
+        frames = [frame for frame in broken.user_stack or () if not frame.filename.startswith(_PACKAGE)]
+        if frames:
+            frame = frames[-1]
             first += f", at {frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
-        times[first] += 1
-        texts[first] = max(texts.get(first, ""), f"{first}\n{rest}".strip(), key=len)
-    return {texts[first]: count for first, count in times.items()}
+        told = re.search(r"\(reason: (.*)\)$", rest, re.MULTILINE)  # of what was disabled
+        kind = first, told[1] if told else ""
+        times[kind] += 1
+        texts[kind] = max(texts.get(kind, ""), f"{first}\n{rest}".strip(), key=len)
+    return {texts[kind]: count for kind, count in times.items()}
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from breakable_backend.marks.sites import (
     GIVE_FAKE,
     NAME_THEM,
     NAME_WHAT_IT_WRITES,
+    UNDER_A_TRANSFORM,
     WROTE_AN_ARGUMENT,
     Site,
     learned_of,
@@ -165,9 +166,9 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
     name = getattr(function, "__qualname__", type(function).__name__)
     mark = Mark(_with_gradients(function, options), name, source, original=function, by=by, **options)
     function = mark.function
-    uncompiled: list[Callable[..., Any]] = []
-    """The function for Dynamo to call. It is made when Dynamo asks for it, since the import that it needs takes a
-    second."""
+    uncompiled: dict[str, Callable[..., Any]] = {}
+    """The functions for Dynamo to call at a break, by the reason. One is made when Dynamo asks for it, since the import
+    that it needs takes a second."""
     identity = f"marked function {next(_identities)}"
     """Dynamo guards on this value. Of a function, also of one that it takes for a constant, Dynamo guards only the
     code, which two marked functions may share."""
@@ -183,15 +184,13 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
 
     @_torch.constant_under_dynamo
     def refuse(why: str) -> None:
-        if not uncompiled:
-            reason = f"{name}, {mark.why}, was called in a way that cannot be one node"
-            uncompiled.append(torch.compiler.disable(functools.partial(run_inline, function), reason=reason))
+        if why not in uncompiled:
+            reason = f"{name}, {mark.why}, is no node: {why}"
+            uncompiled[why] = torch.compiler.disable(functools.partial(run_inline, function), reason=reason)
         if _torch.refuses_graph_breaks():
             learned = why_a_break(mark, why)
-            cure = "pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True"
-            refused = PartitionError(
-                f"{name} cannot be one node: {why}", where=source, fix=learned.cure if learned else cure
-            )
+            cure = learned.cure if learned else CALL_IT_OUTSIDE if why == UNDER_A_TRANSFORM else PASS_WHAT_PYTREE_KNOWS
+            refused = PartitionError(f"{name} cannot be one node: {why}", where=source, fix=cure)
             refused.__context__ = learned.error if learned else None  # Dynamo raises it again, without its cause
             raise refused
 
@@ -201,7 +200,7 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
             why, call = _plan(site_number, identity, args, kwargs)
             if why:
                 refuse(why)
-                return uncompiled[0](*args, **kwargs)
+                return uncompiled[why](*args, **kwargs)
             return _opaque(call)
         if held() is None or (handler := active.handler.get()) is None:
             if exporting():
@@ -219,6 +218,11 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
 
 
 _identities = itertools.count()
+
+PASS_WHAT_PYTREE_KNOWS = (
+    "pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True"
+)
+CALL_IT_OUTSIDE = "call it outside of vmap and its like, on tensors; or compile without fullgraph=True"
 
 
 def _with_gradients(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -310,6 +314,8 @@ def _opaque(call: Any) -> Any:
 
 def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     """The number of the call of ``mark`` that Dynamo is tracing; or why the call cannot be one node."""
+    if _torch.functorch_active():
+        return 0, UNDER_A_TRANSFORM
     modules: dict[int, weakref.ref[torch.nn.Module]] = {}
     number = next(numbers)
     for leaf in leaves_of(structure):
@@ -350,7 +356,7 @@ def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, .
 
 def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows its result."""
-    if mark.fake is not None or foreign((args, kwargs)):
+    if mark.fake is not None or _torch.functorch_active() or foreign((args, kwargs)):
         return mark.function(*args, **kwargs)
     given: list[torch.Tensor] = []
     ints: list[int] = []

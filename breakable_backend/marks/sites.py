@@ -121,11 +121,6 @@ def why_a_break(mark: Mark, why: str) -> Learned | None:
     return next(found, None)
 
 
-def breaks() -> dict[str, str]:
-    """Marked functions with calls that are graph breaks for good, by name and mark; and why."""
-    return {f"{mark.name}, {mark.why}": known.why_not for mark, known in _all_learned() if known.why_not}
-
-
 def _all_learned() -> list[tuple[Mark, Learned]]:
     by_mark: Mapping[Mark, list[tuple[Any, Learned, Any]]] = _torch.until_reset().get("breakable_cg", {})
     return [(mark, learned) for mark, entries in list(by_mark.items()) for _, learned, _ in list(entries)]
@@ -567,6 +562,7 @@ NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(m
 CALLED_OTHERWISE = (
     "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
 )
+UNDER_A_TRANSFORM = "it was called under a transform of torch.func, such as vmap or grad"
 CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
 
 GIVE_FAKE = "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"

@@ -10,6 +10,7 @@ import itertools
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from breakable_backend.ir.program import (
     source_line,
 )
 from breakable_backend.marks.rules import label
-from breakable_backend.marks.sites import breaks, learning
+from breakable_backend.marks.sites import learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
@@ -208,7 +209,7 @@ def explain(
     return Report(
         tuple(programs),
         tuple(eager_graphs_of(compiled)),
-        {_with_cause(why): count for why, count in _torch.graph_breaks().items()},
+        _breaks(),
         tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
         _torch.skipped(code for code in codes if id(code) not in learners),
         _torch.stance(),
@@ -216,10 +217,19 @@ def explain(
     )
 
 
+def _breaks() -> dict[str, int]:
+    """Dynamo's graph breaks. What called a marked function breaks there, and then what the mark has put around it does."""
+    found = {_with_cause(why): count for why, count in _torch.graph_breaks().items()}
+    return {why: count for why, count in found.items() if not any(other.startswith(f"{why}, at ") for other in found)}
+
+
 def _with_cause(graph_break: str) -> str:
-    """Why Dynamo broke the graph; of a marked function, with what its calls were seen to return."""
-    named = (f"{name}, is no node: {why}" for name, why in breaks().items() if name in graph_break)
-    return next(named, graph_break)
+    """Why Dynamo broke the graph; at a call of a marked function, why that is a break."""
+    told = re.search(r"\(reason: (.*, is no node: .*)\)$", graph_break, re.MULTILINE)
+    if told is None:
+        return graph_break
+    _, at, place = graph_break.partition("\n")[0].partition(", at ")
+    return told[1] + at + place
 
 
 def _is_plain(function: Any) -> bool:

@@ -729,3 +729,60 @@ def test_a_function_that_always_raises(compile_ours: Compile, device: torch.devi
     assert len(calls) == 7
     told = [why for why in explain(compiled).graph_breaks if "each call so far raised, the last one KeyError" in why]
     assert bool(told) is not fullgraph
+
+
+@eager_on_graph(fake=torch.empty_like)
+def told(x: Tensor) -> Tensor:
+    return x * 2 + 1
+
+
+@eager_on_graph
+def seen(x: Tensor) -> Tensor:
+    return x * 2 + 1
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "vmap": lambda f, x: torch.vmap(f)(x.sin()).cos(),
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y.sin()).sum())(x).cos(),
+    "jvp": lambda f, x: torch.func.jvp(lambda y: f(y.sin()), (x,), (x,))[1].cos(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which jvp calls on torch 2.15
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("function", [told, seen], ids=["told", "seen"])
+def test_under_a_transform(
+    compile_ours: Compile, device: torch.device, function: Callable[[Tensor], Tensor], name: str
+) -> None:
+    """Under a transform of torch.func a marked function is a graph break with that reason, and eager's; else an error."""
+    model = lambda x: TRANSFORMS[name](function, x)  # noqa: E731
+    compiled = compile_ours(model)
+    for x in vectors(device, 5):
+        assert_same(compiled(x), model(x))
+    assert any(
+        "is no node: it was called under a transform of torch.func" in why for why in explain(compiled).graph_breaks
+    )
+    torch._dynamo.reset()
+    with pytest.raises(PartitionError, match="under a transform"):
+        compile_ours(model, fullgraph=True)(vectors(device, 1)[0])
+
+
+def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.device) -> None:
+    """Each break at a marked function has its own reason in the report, and no advice that is for other functions."""
+
+    @eager_on_graph
+    def scaled(x: Tensor, by: Any) -> Tensor:
+        return x * 2
+
+    class Request:
+        pass
+
+    request = Request()
+    for model in (lambda x: scaled(x.sin(), b"1").cos(), lambda x: scaled(x.sin(), request).cos()):
+        compiled = compile_ours(model)
+        compiled(vectors(device, 1)[0])
+    name = "test_a_break_says_what_is_no_node.<locals>.scaled, marked by eager_on_graph, is no node"
+    report = explain(compiled)
+    told = [f"{name}: an argument is, or holds, a {kind}, at {__file__}:" for kind in ("bytes", "Request")]
+    assert [why.startswith(begin) for why, begin in zip(report.graph_breaks, told, strict=True)] == [True, True]
+    assert "in the place of torch.compiler.disable" not in str(report)
