@@ -11,6 +11,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.recordings.code import defined
 
 _ATOMS = (int, str, bytes, slice, range, torch.Size, torch.device, torch.dtype)
 """Types whose values are compared, and not taken for one and the same object."""
@@ -45,8 +46,7 @@ class Inputs:
         """A function of ``args`` and ``kwargs``, made of source: ``first()``, and whether these are like those of the call."""
         names: dict[str, Any] = {"first": first}
         body = "\n    ".join(["if not first(): return False", *self.lines(names, "return False"), "return True"])
-        exec(compile(f"def fits(args, kwargs):\n    {body}\n", "<breakable_cg inputs>", "exec"), names)
-        return names.pop("fits")  # type: ignore[no-any-return]
+        return defined(f"def fits(args, kwargs):\n    {body}\n", "fits", names)[0]
 
     def lines(self, names: dict[str, Any], otherwise: str) -> list[str]:
         """Source that does ``otherwise`` unless the variables ``args`` and ``kwargs`` are like the arguments of the call.

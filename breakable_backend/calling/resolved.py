@@ -19,6 +19,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry
+from breakable_backend.recordings.code import defined, spelled
 from breakable_backend.recordings.replay import Function
 
 _PURE = (
@@ -46,22 +47,24 @@ def is_pure(code: CodeType) -> bool:
 
 def source_of(value: Any, leaves: dict[int, str]) -> str | None:
     """Source that makes ``value`` again, with ``leaves`` (by ``id``) in it; None where that is more than a plain structure."""
-    if (text := leaves.get(id(value))) is not None:
-        return text
-    kind = type(value)
-    if value is None or kind in (bool, int, str):
-        return repr(value)
-    if kind is dict:
-        parts = [(key, source_of(item, leaves)) for key, item in value.items()]
-        if any(type(key) not in (str, int) or part is None for key, part in parts):
+
+    def leaf(part: Any) -> str | None:
+        if (text := leaves.get(id(part))) is not None:
+            return text
+        if part is None or type(part) in (bool, int, str):
+            return repr(part)
+        if type(part) in (list, tuple) or (type(part) is dict and all(type(key) in (str, int) for key in part)):
             return None
-        return f"{{{', '.join(f'{key!r}: {part}' for key, part in parts)}}}"
-    if kind in (list, tuple):
-        items = [source_of(item, leaves) for item in value]
-        if None in items:
-            return None
-        return f"[{', '.join(map(str, items))}]" if kind is list else f"({''.join(f'{item}, ' for item in items)})"
-    return None
+        raise _NotPlain
+
+    try:
+        return spelled(value, leaf)
+    except _NotPlain:
+        return None
+
+
+class _NotPlain(Exception):
+    """A part of a result that no source is written for."""
 
 
 def paths(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -189,5 +192,4 @@ def resolve(
         f"return {result}",
     ]
     body = "\n    ".join(lines)
-    exec(compile(f"def resolved(args, kwargs):\n    {body}\n", "<breakable_cg bound call>", "exec"), names)
-    return names.pop("resolved")  # type: ignore[no-any-return]
+    return defined(f"def resolved(args, kwargs):\n    {body}\n", "resolved", names)[0]

@@ -37,3 +37,15 @@ def defined(source: str, name: str, names: dict[str, Any], file: str | None = No
         linecache.cache[where] = (len(source), None, source.splitlines(True), where)
         weakref.finalize(function, linecache.cache.pop, where, None).atexit = False
     return function, where
+
+
+def spelled(value: Any, leaf: Callable[[Any], str | None]) -> str:
+    """``value`` as source. ``leaf`` has the text of each part; None for a list, tuple or dict whose own parts are spelled."""
+    if (text := leaf(value)) is not None:
+        return text
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {spelled(item, leaf)}' for key, item in value.items())}}}"
+    texts = [spelled(item, leaf) for item in value]
+    if isinstance(value, list):
+        return f"[{', '.join(texts)}]"
+    return f"({', '.join(texts)}{',' * (len(texts) == 1)})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import keyword
+import math
 import operator
 import re
 from collections import defaultdict
@@ -24,7 +25,7 @@ from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import unused
 from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recordings.checks import check_argument, perform, reject
-from breakable_backend.recordings.code import defined
+from breakable_backend.recordings.code import defined, spelled
 from breakable_backend.recordings.recording import (
     Call,
     Copy,
@@ -390,33 +391,23 @@ class _Writer:
 
     def _text(self, value: Any) -> tuple[str, frozenset[str]]:
         """``value`` as source, and the slots of this call that it uses."""
-        if isinstance(value, Slot):
-            if value.name in self.recording.constants:
-                return self._constant(value), frozenset()
-            return value.name, frozenset((value.name,))
-        if isinstance(value, list | tuple):
-            texts, uses = [], frozenset[str]()
-            for item in value:
-                text, used = self._text(item)
-                texts.append(text)
-                uses |= used
-            if isinstance(value, list):
-                return f"[{', '.join(texts)}]", uses
-            return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})", uses
-        if isinstance(value, dict):
-            items, uses = [], frozenset[str]()
-            for key, item in value.items():
-                text, used = self._text(item)
-                items.append(f"{key!r}: {text}")
-                uses |= used
-            return f"{{{', '.join(items)}}}", uses
-        # Of these types themselves: an enum's member, or numpy's float, prints as what is no source.
-        if value is None or type(value) in (bool, int, str):
-            return repr(value), frozenset()
-        if type(value) is float and value == value and abs(value) != float("inf"):
-            return repr(value), frozenset()
-        assert not any(isinstance(leaf, Slot) for leaf in pytree.tree_leaves(value)), value
-        return self._bind(str(value), value), frozenset()
+        uses: set[str] = set()
+
+        def leaf(part: Any) -> str | None:
+            if isinstance(part, Slot):
+                if part.name in self.recording.constants:
+                    return self._constant(part)
+                uses.add(part.name)
+                return part.name
+            if isinstance(part, list | tuple | dict):
+                return None
+            # Of these types themselves: an enum's member, or numpy's float, prints as what is no source.
+            if part is None or type(part) in (bool, int, str) or (type(part) is float and math.isfinite(part)):
+                return repr(part)
+            assert not any(isinstance(inside, Slot) for inside in pytree.tree_leaves(part)), part
+            return self._bind(str(part), part)
+
+        return spelled(value, leaf), frozenset(uses)
 
     def _constant(self, slot: Slot) -> str:
         return self._bind(slot.name, self.recording.constants[slot.name])
