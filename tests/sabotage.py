@@ -1255,10 +1255,10 @@ FAULTS = (
     ),
     Fault(
         "cuda-forgets-the-line-that-failed",
-        "drivers.cuda:CudaDriver.capture",
+        "drivers.cuda:_failure",
         "CaptureError(first_line(error), where=user_line(error.__traceback__))",
         "CaptureError(first_line(error))",
-        "test_catalogue.py::test_every_error_shows_the_users_line[drivers/cuda.py: capture]",
+        "test_catalogue.py::test_every_error_shows_the_users_line[drivers/cuda.py: _failure]",
     ),
     Fault(
         "a-swallowed-error-has-no-line",

@@ -23,7 +23,7 @@ from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.device import DeviceDriver
+from breakable_backend.drivers.device import DeviceDriver, capture_body
 from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
 from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, first_copies, nodes
@@ -438,20 +438,9 @@ class CudaDriver(DeviceDriver):
 
     def capture(
         self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CudaGraph, T]:
+    ) -> tuple[CapturedGraph, T]:
         """Run ``body`` under a capture on the driver's own stream, behind the copies of what is ``fed``."""
-        with self.session() as session:
-            session.begin(fed)
-            try:
-                result = body()
-            except BaseException as error:
-                session.abandon()
-                if isinstance(error, Exception):
-                    raise as_passing(
-                        CaptureError(first_line(error), where=user_line(error.__traceback__)), error
-                    ) from error
-                raise
-            return session.end(), result
+        return capture_body(self, body, fed, _failure)
 
     def progress(self) -> Hashable:
         """The nodes that the next one on the capture stream will come after, as CUDA has them."""
@@ -829,6 +818,11 @@ class CudaSession:
         graph, fed = self._graph, self._fed
         self._graph, self._fed = None, ()
         return graph, fed
+
+
+def _failure(error: Exception) -> CaptureError:
+    """What a capture raises for what came out of its body."""
+    return as_passing(CaptureError(first_line(error), where=user_line(error.__traceback__)), error)
 
 
 def _refuse_in_child() -> NoReturn:

@@ -6,13 +6,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
 from breakable_backend import locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Tenant
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, SessionDriver, Tenant
 from breakable_backend.drivers.room import Room
+from breakable_backend.errors import CaptureError
+
+T = TypeVar("T")
 
 
 class DeviceDriver:
@@ -46,6 +49,25 @@ class DeviceDriver:
     def lend(self, made: torch.Tensor) -> torch.Tensor:
         """``made`` itself: whoever holds its storage holds the memory."""
         return made
+
+
+def capture_body(
+    driver: SessionDriver,
+    body: Callable[[], T],
+    fed: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    failure: Callable[[Exception], CaptureError],
+) -> tuple[CapturedGraph, T]:
+    """:meth:`breakable_backend.drivers.CaptureDriver.capture` by a session; ``failure``: what to raise for what ``body`` raised."""
+    with driver.session() as session:
+        session.begin(fed)
+        try:
+            result = body()
+        except BaseException as error:
+            session.abandon()
+            if isinstance(error, Exception):
+                raise failure(error) from error
+            raise
+        return session.end(), result
 
 
 class OpByOpGraph(Protocol):

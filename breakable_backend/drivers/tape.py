@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
-from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph
+from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph, capture_body
 from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.nodes import dot_of_names
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
@@ -436,7 +436,7 @@ class TapeDriver(OpByOpDriver):
         self._captured = 0
         """Graphs that were captured so far."""
         self._session: TapeSession | None = None
-        """Of the capture that :meth:`capture` has under way."""
+        """Of the capture that is under way."""
 
     def begin(self) -> int:
         return 0
@@ -465,19 +465,7 @@ class TapeDriver(OpByOpDriver):
     def capture(
         self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     ) -> tuple[CapturedGraph, T]:
-        with self.session() as session:
-            session.begin(fed)
-            self._session = session
-            try:
-                result = body()
-            except BaseException as error:
-                session.abandon()
-                if isinstance(error, Exception):
-                    raise _failure(error) from error
-                raise
-            finally:
-                self._session = None
-            return session.end(), result
+        return capture_body(self, body, fed, _failure)
 
     @contextmanager
     def session(self) -> Iterator[TapeSession]:
@@ -559,6 +547,7 @@ class TapeSession:
         self._free = self.driver.free()
         tape = _Tape(self.driver.device, self._generators[-1], self.driver._lent)
         self._tape = self.taping.tape = self.host_reads.tape = tape
+        self.driver._session = self
 
     def end(self) -> CapturedGraph:
         tape = self._tape
@@ -596,7 +585,7 @@ class TapeSession:
         tape, token = self._tape, self._token
         assert tape is not None, "ended without a beginning"
         assert token is not None
-        self._tape = self._token = self.taping.tape = self.host_reads.tape = None
+        self._tape = self._token = self.taping.tape = self.host_reads.tape = self.driver._session = None
         self._free, self._fed = (), ()
         self.driver.taken()  # of a capture that failed nobody reads it
         _active.reset(token)

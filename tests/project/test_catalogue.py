@@ -596,7 +596,7 @@ CASES: dict[str, Case] = {
     "drivers/tape.py: a capture was started inside another capture": Case(
         "driver = TapeDriver(x.device)\ndriver.capture(lambda: driver.capture(fails))  # here"
     ),
-    "drivers/cuda.py: capture": Case(
+    "drivers/cuda.py: _failure": Case(
         "def fails(): raise RuntimeError('CUDA error')  # here\nplanted.capture(fails)", cuda_driver
     ),
     "the capture became invalid, and no error was raised": Case("planted(7)  # here", invalid_capture),
@@ -832,7 +832,7 @@ REPEATS = {
     "capturing/capture.py: close": "CUDA error",
     "capturing/capture.py: _placed": "which no captured graph can do",
     "drivers/tape.py: _failure": "which no captured graph can do",
-    "drivers/cuda.py: capture": "CUDA error",
+    "drivers/cuda.py: _failure": "CUDA error",
     "drivers/cuda.py: end_capture": "CUDA error",
     "drivers/cuda.py: refuse": "the GPU is lost to this process",
     "drivers/cuda.py: begin_capture": "CUDA error",
