@@ -1,7 +1,8 @@
 """The seam between a recording and the machine that captures: protocols, and no code.
 
-``cuda`` captures CUDA graphs. ``tape`` gives the same semantics on any device, by running and undoing ATen ops:
-it shows what a capture would do, not how fast. One suite (``tests/drivers/test_driver_contract.py``) holds both to this text.
+``cuda`` captures CUDA graphs. ``tape`` has the same semantics on any device, by running and undoing ATen ops: it shows
+what a capture does, and not how fast. One test suite (``tests/drivers/test_driver_contract.py``) checks both against
+this text.
 """
 
 from __future__ import annotations
@@ -19,34 +20,35 @@ from breakable_backend.drivers.room import Room
 T = TypeVar("T")
 
 LOCK_TIMEOUT = 5.0
-"""Seconds that a call waits for the pool before it runs plainly. An eager step that waits for another thread's call of
-a compiled function would otherwise wait for ever."""
+"""Seconds that a call waits for the pool's lock before it runs plainly. Without this limit, an eager step that waits
+for another thread, which calls a compiled function, would wait for ever."""
 
 
 class Feed(Protocol):
-    """A copy at the head of a captured segment, into a bridge, from wherever a value is in each call.
+    """A copy at the head of a captured segment, into a bridge, from wherever the value lies in each call.
 
-    A launch copies from :attr:`source`. That has to be the value's memory then, and somebody holds it until the launch is
-    issued: whoever launches a graph sees to its feeds first.
+    A launch copies from :attr:`source`. That address has to be the value's then, and the value has to be held until the
+    launch is issued. So whoever launches a graph updates its feeds first.
     """
 
     source: int
     """The address that the next launch copies from."""
     copies: int
-    """1; or 0 where that is the bridge itself, and nothing has to be copied."""
+    """1; or 0 if the source is the bridge itself, and nothing has to be copied."""
 
     def take(self, value: torch.Tensor) -> torch.Tensor | None:
         """Have the next launch copy ``value``.
 
-        Returns the tensor that it copies in its place, where that one lies otherwise: to be held until the launch is issued.
+        If ``value`` has another layout than the bridge, this returns the tensor that is copied in its place. Hold it
+        until the launch is issued.
         """
 
 
 class CapturedGraph(Protocol):
-    """One captured segment: launches what ran under the capture, on the addresses that it had then.
+    """One captured segment. It launches what ran under the capture, on the addresses that it had then.
 
-    It owns the memory that was allocated under the capture, and nothing else: tensors that came from outside are read
-    and written at their address, and it is the caller who keeps them alive.
+    It owns the memory that was allocated under the capture, and nothing else. Tensors from outside are read and written
+    at their addresses, and the caller keeps them alive.
     """
 
     @property
@@ -55,14 +57,14 @@ class CapturedGraph(Protocol):
 
     @property
     def feeds(self) -> Sequence[Feed]:
-        """Its copies from outside, in the order in which :meth:`CaptureDriver.capture` was given them."""
+        """Its copies from outside, in the order in which :meth:`CaptureDriver.capture` got them."""
 
     @property
     def num_kernels(self) -> int:
-        """How many kernels a replay launches; -1 where the driver cannot tell. Read when it is asked for."""
+        """How many kernels a replay launches; -1 if the driver cannot tell. Read on request."""
 
     def kernels(self) -> tuple[str, ...]:
-        """What a replay launches, by name and in order: kernels, or ops where there are none. None after a release."""
+        """The names of what a replay launches, in order: kernels, or ops if there are no kernels. Empty after a release."""
 
     def dot(self) -> str:
         """The graph in the DOT language."""
@@ -71,9 +73,9 @@ class CapturedGraph(Protocol):
         """Launch on ``stream``, which must be the current one (a raw handle from :meth:`CaptureDriver.begin`)."""
 
     def copier(self, like: torch.Tensor) -> Callable[[int, int, int], None] | None:
-        """What copies as many bytes as ``like`` has from one address of its device to another: target, source, stream of a replay.
+        """A function that copies the bytes of tensors like ``like`` on its device: target, source, stream of a replay.
 
-        None where torch's own copy is as quick, or ``like`` has gaps between its elements.
+        None if torch's own copy is as quick, or ``like`` has gaps between its elements.
         """
 
 
@@ -81,30 +83,34 @@ class CaptureSession(Protocol):
     """Segments captured one after the other in the middle of the caller's own code."""
 
     def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
-        """Capture from here on; ``fed`` as in :meth:`CaptureDriver.capture`. Raises CaptureError where a capture is active already."""
+        """Capture from here on; ``fed`` as in :meth:`CaptureDriver.capture`.
+
+        Raises:
+            CaptureError: a capture is active already.
+        """
 
     def touch(self) -> None:
-        """An op on the device is about to run: its stream belongs to this capture, and is joined when the segment ends.
+        """Call this before an op on the device: its stream belongs to this capture, and is joined at the segment's end.
 
         Raises:
             CaptureError: its stream is not part of the capture.
         """
 
     def end(self) -> CapturedGraph:
-        """The segment since :meth:`begin`; raises and repairs like :meth:`CaptureDriver.capture`."""
+        """End the segment since :meth:`begin`; it raises and repairs like :meth:`CaptureDriver.capture`."""
 
     def abandon(self) -> bool:
-        """Drop the segment since :meth:`begin`, whose code raised; whether that had spoilt the capture itself."""
+        """Drop the segment since :meth:`begin`, whose code raised. Returns whether the capture itself was invalid."""
 
     def events(self) -> Sequence[torch.cuda.Event]:
-        """Events of segments that the eager step just run has waited for: to be recorded before it at each replay."""
+        """Events of segments for which the last eager step has waited. Each replay records them before that step."""
 
 
 class Tenant(Protocol):
-    """Who has recordings in a driver's pool, and can make them anew."""
+    """An owner of recordings in a driver's pool that can make them again."""
 
     def vacate(self, why: str) -> None:
-        """Release them now, and say why. No call is replaying one, and the driver's lock is the caller's."""
+        """Release them now, and note why. No call is replaying one, and the caller holds the driver's lock."""
 
 
 class Capturing(Protocol):
@@ -161,39 +167,42 @@ class CaptureDriver(Capturing, Protocol):
     devices: tuple[torch.device, ...]
     """All that it captures on. The first is :attr:`~Capturing.device`."""
     lock: threading.RLock
-    """Held around every call that uses the pool."""
+    """Held by every call that uses the pool."""
     patience: float
-    """Seconds that a call waits for the lock: ``LOCK_TIMEOUT``, or none, while one holder has it for longer than that."""
+    """Seconds that a call waits for the lock: ``LOCK_TIMEOUT``, or none while one holder keeps it for longer than
+    that."""
     busy: bool
-    """Whether a call of a compiled function is under way. Who has got the lock, and finds this, is inside of that call."""
+    """Whether a call of a compiled function is running. A thread that got the lock and finds this True is inside that
+    call."""
     tenants: list[Callable[[], Tenant | None]]
     """Weak references."""
     deferred: deque[Callable[[], None]]
-    """What is to be done once no call is under way, by whoever ends one."""
+    """Functions to call once no call is running. Whoever ends a call does it."""
     room: Room
-    """What recordings in the pool need; written by who records, and empty again when the pool goes."""
+    """The memory that recordings in the pool need. Those that record write it, and it is empty again when the pool is
+    freed."""
     reuses_memory: bool
-    """Whether later captures may get memory of the pool that nothing refers to any more."""
+    """Whether later captures may get pool memory to which nothing refers any more."""
 
     def begin(self) -> int:
-        """Order this call behind the last one that used the pool; returns the current stream's raw handle.
+        """Order this call behind the last one that used the pool; returns the raw handle of the current stream.
 
         Raises:
-            ReplayError: the device is lost: see :meth:`give_up`.
+            ReplayError: the device is lost; see :meth:`give_up`.
         """
 
     def note_arguments(self, args: Sequence[Any]) -> None:
-        """The arguments of this call. Recorded graphs may find memory of theirs at an address that was another's."""
+        """Called with the arguments of a call. A recorded graph may find one at an address that was another tensor's."""
 
     def end(self, stream: int) -> None:
-        """Mark on ``stream`` where this call's use of the pool ends. Called also when the call raised."""
+        """Mark on ``stream`` the end of this call's use of the pool. Called even if the call raised."""
 
     def recording(self, apart: bool = False) -> AbstractContextManager[None]:
-        """Held around one recording, all its segments and the eager steps between them.
+        """Held around one recording, with all its segments and the eager steps between them.
 
-        Memory of the pool that a recording lends and somebody holds may be memory that graphs before it use for themselves
-        while they run: it keeps its values within a call. ``apart``: the recording gets memory that no other recording
-        gets, before or after; what is held keeps its values from call to call.
+        Pool memory that a recording lends, and that somebody holds, may be memory that earlier graphs use for
+        themselves while they run. So it keeps its values within one call only. With ``apart`` the recording gets memory
+        that no other recording gets, before or after, and held memory keeps its values from call to call.
         """
 
     def on(self, device: torch.device) -> Capturing:
@@ -203,53 +212,53 @@ class CaptureDriver(Capturing, Protocol):
         """Held around ops that run by themselves and may draw from the device's default generator."""
 
     def make_room(self) -> None:
-        """A capture ran out of memory, and another begins: give the device what the allocator holds for nobody.
+        """Return the allocator's unused memory to the device, after a capture ran out of memory and before the next begins.
 
-        Under a capture the allocator cannot do that itself.
+        During a capture the allocator cannot do this itself.
         """
 
     def vacate(self) -> None:
-        """Memory ran out in a recording, whose graphs are released: free memory in the pool goes back, with all its tenants.
+        """Release all recordings in the pool, after one ran out of memory, so that the pool's free memory can be returned.
 
-        A pool gives nothing back while there is a graph in it, and what a plain call needs may be there.
+        A pool returns no memory while there is a graph in it, and the plain call that follows may need that memory.
         """
 
     def is_capturing(self) -> bool:
-        """Whether a capture that is not ours is active on the current stream."""
+        """Whether somebody else's capture is active on the current stream."""
 
     def give_up(self, why: str) -> None:
-        """The device is lost to this process: every later :meth:`begin` raises, and says why."""
+        """The device is lost to this process: from now on :meth:`begin` raises, with this reason."""
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        """Give back the memory of ``graphs``, which are not replayed again. The pool goes with its last graph.
+        """Free the memory of ``graphs``, which are not replayed again. The pool is freed with its last graph.
 
         ``owner`` holds the tensors that the graphs read and write, and is cleared once their last launches are over.
-        Nobody else may hold those tensors, or their memory stays. Without ``wait`` the host does not wait for that: what
-        is still in use goes at the end of a later call, and the pool stays for the calls to come.
+        Nobody else may hold these tensors, or their memory stays. Without ``wait`` the host does not wait for the
+        launches: what is still in use is freed at the end of a later call, and the pool stays for calls to come.
         """
 
     def settle(self) -> None:
-        """After a release without a wait: no call may come.
+        """Called after a release without a wait, since perhaps no call comes any more.
 
-        Where nothing else is captured here the host waits after all, and the pool goes. Else what leaves goes at the end
-        of a later call.
+        If nothing else is captured here, the host waits after all, and the pool is freed. Otherwise the memory is freed
+        at the end of a later call.
         """
 
     def pool_bytes(self) -> int:
-        """Bytes of device memory that the pool holds reserved."""
+        """Bytes of device memory that the pool reserves."""
 
     def executable_bytes(self) -> int:
-        """Bytes of device memory that the instantiated graphs take beside the pool, as far as the driver can tell."""
+        """Bytes of device memory that the executable graphs take besides the pool, as far as the driver can tell."""
 
     def live_blocks(self) -> int:
-        """Allocated blocks in the pool: 0 after everything was released."""
+        """The number of allocated blocks in the pool: 0 after everything was released."""
 
     def live_graphs(self) -> int:
-        """Graphs that were captured and not released."""
+        """The number of graphs that were captured and not released."""
 
 
 class SessionDriver(CaptureDriver, Protocol):
-    """Captures in the middle of the caller's own code too, which cannot be run again."""
+    """A driver that can also capture in the middle of the caller's own code, which cannot run again."""
 
     def session(self) -> AbstractContextManager[CaptureSession]:
         """For captures that begin and end in the middle of a ``with`` block. Within :meth:`CaptureDriver.recording`."""

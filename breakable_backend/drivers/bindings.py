@@ -1,4 +1,4 @@
-"""CUDA's own functions, from the package ``cuda-bindings``, which is imported when one of them is first asked for."""
+"""CUDA's own functions, from the package ``cuda-bindings``, which is imported at the first use of one of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Bindings:
-    """A module of ``cuda.bindings``. What was asked for once is an attribute, as in a module."""
+    """A module of ``cuda.bindings``. Each name becomes an attribute at its first use."""
 
     def __init__(self, module: str) -> None:
         self._module = module
 
     def found(self) -> bool:
-        """Whether it can be imported: not on a machine without CUDA."""
+        """Whether the module can be imported. It cannot on a machine without CUDA."""
         try:
             importlib.import_module(self._module)
         except ImportError:

@@ -1,7 +1,7 @@
-"""Python's cycle collector, held off while graphs are recorded: it may free device memory in the middle of a capture.
+"""Python's garbage collector, held off while graphs are recorded: it may free device memory in the middle of a capture.
 
-It is held off through its threshold, and not through ``gc.disable()``: what anybody else enables or disables meanwhile
-stays as they left it.
+It is held off through its threshold, and not through ``gc.disable()``. So if somebody else enables or disables it
+meanwhile, that stays.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from breakable_backend import locks
 
 _lock = locks.lock()
 _holders: Counter[int] = Counter()
-"""How often each thread holds it off, by the thread's number."""
+"""How often each thread holds it off, by thread id."""
 _threshold = 0
-"""What the first holder found, and the last one puts back."""
+"""The threshold that the first holder found, and the last one restores."""
 
 
 @contextmanager
 def held_off() -> Iterator[None]:
-    """No collection by itself, in any thread, until the last ``with`` block of all threads ends.
+    """No automatic collection, in any thread, until the last such ``with`` block of all threads ends.
 
-    A call of ``gc.collect()`` collects all the same.
+    A call of ``gc.collect()`` still collects.
     """
     global _threshold
     thread = threading.get_ident()
@@ -44,7 +44,7 @@ def held_off() -> Iterator[None]:
 
 
 def _settle() -> None:
-    """Let it go when nobody holds it; a threshold that somebody set meanwhile stays."""
+    """Restore the threshold if nobody holds it off, unless somebody has set another one meanwhile."""
     for thread in [thread for thread, count in _holders.items() if count == 0]:
         del _holders[thread]
     if not _holders and gc.get_threshold()[0] == 0:
@@ -52,7 +52,7 @@ def _settle() -> None:
 
 
 def _in_child(_: Any) -> None:
-    """After a fork there is only the thread that forked; nobody else would end what he began."""
+    """A forked child has only the thread that forked. Nobody else would end what the others began."""
     if _holders:
         for thread in set(_holders) - {threading.get_ident()}:
             del _holders[thread]

@@ -1,7 +1,7 @@
-"""Real CUDA graphs: one capture stream and one memory pool for a device, and repair after a capture that fails.
+"""CUDA graphs: one capture stream and one memory pool for each device, and repair after a failed capture.
 
 Captures are begun and ended directly. ``torch.cuda.graph`` would synchronize, collect garbage and empty the caching
-allocator each time, which with many segments costs seconds.
+allocator each time, which takes seconds for many segments.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def require_cuda() -> None:
 
 
 class CudaGraph:
-    """A captured segment, instantiated.
+    """A captured segment, instantiated as an executable graph.
 
     The first replay, which a recording makes at once, goes through torch and shows whether the graph draws random
-    numbers: the generator moves. One that draws must always go that way, since torch sets its seed and offset first.
-    Others are launched directly, which takes 1.9 us of host time instead of 4.7 (H200, torch 2.11).
+    numbers: then the generator moves. A graph that draws always has to be launched that way, since torch first sets its
+    seed and offset. Others are launched directly, which takes 1.9 us of host time instead of 4.7 (H200, torch 2.11).
 
     torch keeps the ``cudaGraph_t``, in host memory, so that its nodes can be read later.
     """
@@ -73,7 +73,8 @@ class CudaGraph:
     def __init__(self, graph: torch.cuda.CUDAGraph, draws: Draws) -> None:
         self._graph: torch.cuda.CUDAGraph | None = graph
         self.executable_bytes = 0
-        """Free memory of the device that instantiating took. CUDA takes it in pieces, so it is 0 for most graphs."""
+        """Free device memory that instantiating took. CUDA takes memory in large pieces, so this is 0 for most
+        graphs."""
         self._draws = draws
         self._executable: Any = None
         self._nodes: tuple[GraphNode, ...] | None = None
@@ -84,7 +85,7 @@ class CudaGraph:
         self.feeds: tuple[Fed, ...] = ()
 
     def feed(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Know the copies at its head, which were captured first, one for each pair of bridge and value."""
+        """Note the copies at its head, which were captured first, one for each pair of bridge and value."""
         if fed:
             assert self._graph is not None
             copies = first_copies(self._graph.raw_cuda_graph(), len(fed))
@@ -94,7 +95,7 @@ class CudaGraph:
             )
 
     def _pointer(self, node: Any, bridge: torch.Tensor) -> Callable[[int], bool]:
-        """What has launches from the next on copy from another address; False where CUDA does not take it here."""
+        """Makes launches from the next on copy from another address; False if CUDA does not accept it here."""
         assert self._graph is not None
         executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
         target, size = bridge.data_ptr(), bridge.numel() * bridge.element_size()
@@ -114,7 +115,7 @@ class CudaGraph:
             if enabled:
                 (status,) = cudart.cudaGraphExecMemcpyNodeSetParams1D(executable, node, target, source, size, kind)
                 if status:
-                    cudart.cudaGetLastError()  # else the next launch of anybody's would be told of it
+                    cudart.cudaGetLastError()  # otherwise the next launch, whoever makes it, would report this error
                     return False
             return True
 
@@ -128,8 +129,8 @@ class CudaGraph:
         return tuple(node.name for node in self.nodes() if node.kind == "kernel")
 
     def nodes(self) -> tuple[GraphNode, ...]:
-        """All nodes in the order of the capture, copies and fills too; read once. None after a release."""
-        with registry:  # another thread may release it now
+        """All nodes in the order of the capture, copies and fills included; read once. Empty after a release."""
+        with registry:  # another thread may release the graph meanwhile
             if self._nodes is None and self._graph is not None:
                 self._nodes = nodes(self._graph.raw_cuda_graph())
             return self._nodes or ()
@@ -139,8 +140,9 @@ class CudaGraph:
             return dot(self._graph.raw_cuda_graph()) if self._graph is not None else dot_of_names(())
 
     def replay(self, stream: int) -> None:
-        """Launch on ``stream``, the current one of the graph's device."""
-        # torch's own launch calls hooks, which come and go at any time. To look takes 0.1 us, and none before torch 2.14.
+        """Launch on ``stream``, which is the current stream of the graph's device."""
+        # torch's own launch calls hooks, which may be added and removed at any time. Looking takes 0.1 us, and nothing
+        # before torch 2.14.
         if self._executable is None or (self._hooks and any(self._hooks)):
             self._replay_through_torch(stream)
             return
@@ -157,7 +159,8 @@ class CudaGraph:
         def copy(target: int, source: int, stream: int) -> None:
             (status,) = memcpy(target, source, size, kind, stream)
             if status:
-                torch.cuda.current_stream().synchronize()  # which says so as torch's own copy would, if the device is lost
+                # If the device is lost, this raises as torch's own copy would.
+                torch.cuda.current_stream().synchronize()
                 torch.cuda.check_error(int(status))
 
         return copy
@@ -172,7 +175,7 @@ class CudaGraph:
     def _replay_through_torch(self, stream: int) -> None:
         assert self._graph is not None, "replayed after its release"
         if self._replayed and not self.draws_random:
-            self._graph.replay()  # with hooks, which are others' code
+            self._graph.replay()  # this calls the hooks, which are code of others
             return
         self._draws.begin_replay(stream)
         try:
@@ -189,26 +192,26 @@ class CudaGraph:
             self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
 
     def release(self) -> None:
-        """Destroy the executable. The pool gets the memory back."""
+        """Destroy the executable graph. Its memory goes back to the pool."""
         self._executable = None
         self._hooks, self.feeds = (), ()
         with registry:
             graph, self._graph, self._nodes = self._graph, None, None
             if graph is not None:
                 graph.reset()
-                del graph  # what leaves torch's registry is the object itself
+                del graph  # the object's destructor removes it from torch's registry
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # (a default, since modules lose their names at the end of a process)
+        # a default argument, since modules lose their names at the end of a process
         if getattr(self, "_graph", None) is not None and not ending():
             self.release()
 
 
 class CudaGraphAmongGPUs(CudaGraph):
-    """The same where there are several GPUs. A raw launch is for the current device: handle 0 is that one's stream."""
+    """The same with several GPUs: a raw launch uses the current device, whose default stream is handle 0."""
 
     def replay(self, stream: int) -> None:
-        # All at once, since looking at the current device takes 0.05 us, and a call of the other method twice that.
+        # All in one method, since asking for the current device takes 0.05 us, and calling another method twice that.
         if self._executable is None or (self._hooks and any(self._hooks)) or _torch.current_device() != self._index:
             with torch.cuda.device(self._index):
                 super().replay(stream)
@@ -233,7 +236,7 @@ class CudaGraphAmongGPUs(CudaGraph):
 
 
 class WaitingGraph(CudaGraph):
-    """A captured segment that waited for work from outside of the capture. So does each launch."""
+    """A captured segment that waited for work from outside of the capture. Each launch waits in the same way."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, draws: Draws, waits: tuple[Wait, ...]) -> None:
         super().__init__(graph, draws)
@@ -252,24 +255,22 @@ class WaitingGraph(CudaGraph):
 
 
 class _GraphInMemPool(torch.cuda.CUDAGraph):
-    """A graph that keeps the caller's pool alive: a ``MemPool`` that dies before the graphs in it ends the process."""
+    """A graph that keeps the caller's pool alive. If a ``MemPool`` dies before the graphs in it, the process aborts."""
 
     pool_of_the_caller: torch.cuda.MemPool
 
     def __del__(self) -> None:
-        self.reset()  # while the pool is there
+        self.reset()  # while the pool is alive
 
 
 _KEEPER = "breakable_backend_keeper"
-"""An attribute of a caller's MemPool: an empty graph in it, which lives as long as the pool; None if a capture failed there.
-
-torch 2.11 takes no graph again into a pool whose last graph is gone, nor into one where a capture failed: its allocator for
-pinned memory does not forget.
-"""
+"""An attribute of a caller's MemPool: an empty graph in it, which lives as long as the pool; None if a capture failed
+there. torch 2.11 takes no graph into a pool again whose last graph was destroyed, nor into one in which a capture
+failed, since its allocator for pinned memory remembers them."""
 
 
 def _takes_graphs(pool: torch.cuda.MemPool, draws: Draws) -> bool:
-    """Whether captures may allocate in ``pool``; in a capture's turn."""
+    """Whether captures may allocate in ``pool``. Called in a capture's turn."""
     if _KEEPER not in vars(pool):
         try:
             vars(pool)[_KEEPER], _ = draws.capture_nothing(lambda: pool.id)
@@ -287,33 +288,34 @@ class CudaDriver(DeviceDriver):
     def __init__(self, device: torch.device, pool: Any = None, capture_error_mode: str = "thread_local") -> None:
         self.capture_error_mode = capture_error_mode
         self._given_pool = pool
-        """A pool of the caller's, until a capture fails in it: a ``MemPool``, or a handle from
+        """The caller's pool, until a capture fails in it: a ``MemPool``, or a handle from
         ``torch.cuda.graph_pool_handle()``, which dies with its last graph."""
         super().__init__(device)
         self._index: int = self.device.index
         self._draws = Draws.of(self.device)
         self.stream = self._draws.stream
-        """Where captures happen. One only: the allocator never gives a block of one stream to another."""
+        """The stream of all captures. There is only one, since the allocator never gives a block of one stream to
+        another stream."""
         self._pool: Any = None
         self._pools_apart: list[Any] = []
-        """Those of recordings that are apart, as long as there is memory in them."""
+        """The pools of recordings that are apart, while there is memory in them."""
         self._keeper: torch.cuda.CUDAGraph | None = None
-        """A graph that keeps the pool alive between recordings: a pool dies with its last graph, and its handle is
-        then an internal assertion away."""
+        """A graph that keeps the pool alive between recordings. A pool dies with its last graph, and using its handle
+        then fails an internal assertion of torch."""
         self._live: set[CudaGraph] = set()
         self._several = torch.cuda.device_count() > 1
         self._order = Order(self.device)
         self._leaving: deque[_Leaving] = deque()
         self._lost = False
-        """Whether the device is in error, which nothing in this process ends."""
+        """Whether the device is in an error state, which lasts until the process ends."""
         self._first = False
         """Whether the next capture is the first of a recording."""
         _drivers.add(self)
         self._recordings = 0
-        """How many recordings are under way."""
+        """How many recordings are in progress."""
 
     def _forked(self) -> None:
-        """In a forked child, where CUDA does not work: a call says so, and what dies is not given back."""
+        """In a forked child CUDA does not work. A call says so, and nothing is freed when it dies."""
         self.busy = False
         mine: Any = self
         mine.begin, mine.release, mine.is_capturing = _refuse_in_child, lambda *_, **__: None, lambda: False
@@ -322,7 +324,7 @@ class CudaDriver(DeviceDriver):
     # ordering
 
     def begin(self) -> int:
-        """Order this call behind the last one that used the pool; returns the current stream's raw handle."""
+        """Order this call behind the last one that used the pool; returns the raw handle of the current stream."""
         stream = _torch.current_raw_stream(self._index)
         if stream != self._order.last:
             self._order.follow(stream)
@@ -332,24 +334,24 @@ class CudaDriver(DeviceDriver):
         def refuse() -> int:
             raise ReplayError(why, fix="restart the process")
 
-        # In place of the methods, so that a call has nothing more to do while all is well.
+        # These replace the methods, so that a call has no additional work while the device is not lost.
         self.begin, self.end = refuse, lambda stream: None  # type: ignore[method-assign]
         self._lost = True
 
     def end(self, stream: int) -> None:
-        """Mark on ``stream`` where this call's use of the pool ends."""
+        """Mark on ``stream`` the end of this call's use of the pool."""
         order = self._order
-        if order.several or stream != order.last:  # with one stream, as is the rule, nothing is called (0.05 us)
+        if order.several or stream != order.last:  # with one stream, the usual case, nothing is called (0.05 us)
             order.mark(stream)
         if self._leaving and not self.is_capturing():
             self._give_back()
 
     def drawing(self) -> AbstractContextManager[None]:
-        """The generator, while no other thread captures; after a long wait whatever then comes of it."""
+        """The generator, while no other thread captures. After a long wait it is used anyway."""
         return self._draws.at_rest()
 
     def make_room(self) -> None:
-        """Give the device what torch's allocator holds for nobody."""
+        """Return the unused memory of torch's allocator to the device."""
         torch.cuda.empty_cache()
 
     def vacate(self) -> None:
@@ -361,7 +363,7 @@ class CudaDriver(DeviceDriver):
         torch.cuda.empty_cache()
 
     def is_capturing(self) -> bool:
-        """Whether a capture that is not ours is active on the current stream; False where the device is lost."""
+        """Whether somebody else's capture is active on the current stream; False if the device is lost."""
         try:
             if self._several and _torch.current_device() != self._index:
                 with torch.cuda.device(self._index):
@@ -374,7 +376,7 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The capture stream as the current one, in the turn of a capture among all threads and drivers of the process."""
+        """Make the capture stream current, in the turn of one capture among all threads and drivers of the process."""
         self._draws.begin_capture()
         try:
             with self.on_capture_stream(), self._draws.reset_on(self.stream.cuda_stream):
@@ -384,9 +386,9 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def capturing_on(self, stream: torch.cuda.Stream | None, error_mode: str) -> Iterator[None]:
-        """Another stream (None: the driver's own) and error mode, for captures inside of a ``with`` statement.
+        """Another stream (None: the driver's own) and error mode, for captures inside a ``with`` statement.
 
-        The caller holds :attr:`lock`: graphs of others are captured in this pool too.
+        The caller holds :attr:`lock`, since graphs of others are captured in this pool too.
         """
         before = self.stream, self.capture_error_mode
         self.stream, self.capture_error_mode = stream or self.stream, error_mode
@@ -397,18 +399,20 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def recording(self, apart: bool = False) -> Iterator[None]:
-        """Hold off Python's gc, which may free CUDA memory in mid-capture, and keep cuBLAS's workspaces in the pool.
+        """Hold off Python's gc, which may free CUDA memory during a capture, and keep cuBLAS's workspaces in the pool.
 
-        cuBLAS takes a workspace for each pair of handle and stream when it is first used. Handles must exist before a
-        capture. A workspace must be allocated inside it: one from outside the pool could be freed under our graphs by
-        anybody who clears workspaces, as torch's own CUDA graph trees do. It goes back to the pool at the end, where
-        later graphs may have it: replays in one pool are ordered. ``apart``: a pool of its own, which nobody captures in
-        afterwards; it goes with the last of its graphs.
+        cuBLAS allocates a workspace for each pair of handle and stream at its first use. Handles have to exist before a
+        capture. A workspace has to be allocated inside the capture: one from outside the pool could be freed while our
+        graphs use it, by anybody who clears workspaces, as torch's CUDA graph trees do. At the end the workspace goes
+        back to the pool, and later graphs may get its memory, since replays in one pool run one after the other.
+        ``apart``: a pool of its own, in which nobody captures afterwards, and which is freed with the last of its
+        graphs.
         """
         self._recordings += 1
         self._first = True
         try:
-            # The first takes seconds on a busy machine, so not in a capture's turn. Why there is none, the capture will tell.
+            # The first handle takes seconds on a busy machine, so it is made before a capture's turn. If there is none,
+            # the capture will say why.
             with torch.cuda.device(self.device), relaxed(), suppress(RuntimeError):
                 if not _torch.is_stream_capturing():
                     torch.cuda.current_blas_handle()
@@ -422,7 +426,7 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """Another pool, for the time of a recording."""
+        """Use another pool during a recording."""
         before = self._pool, self._keeper
         self._pool = self._keeper = None
         try:
@@ -443,11 +447,11 @@ class CudaDriver(DeviceDriver):
         return capture_body(self, body, fed, _failure)
 
     def progress(self) -> Hashable:
-        """The nodes that the next one on the capture stream will come after, as CUDA has them."""
+        """The nodes on which the next node of the capture stream will depend, as CUDA reports them."""
         return capture_end(self.stream.cuda_stream)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy bytes on the capture stream, by the call that makes one node of it."""
+        """Copy bytes on the capture stream, by a call that makes exactly one node."""
         size, kind = target.numel() * target.element_size(), cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         stream = self.stream.cuda_stream
         (status,) = cudart.cudaMemcpyAsync(target.data_ptr(), source.data_ptr(), size, kind, stream)
@@ -455,11 +459,10 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
-        """The pool for what this thread allocates: blocks of the capture stream, as captures get them.
+        """Route this thread's allocations to the pool, as blocks of the capture stream, as captures get them.
 
-        It is in a capture's turn. All drivers capture on that stream, and while another thread does, what is allocated on
-        it goes to that capture's pool, and is gone with it. Nothing is launched on it: nobody who reads or writes the memory
-        waits for that stream.
+        This is done in a capture's turn. All drivers capture on that stream. While another thread captured, such
+        allocations would go to its pool, and be freed with it.
         """
         assert self._recordings, "allocating outside recording()"
         self._draws.begin_capture()
@@ -488,9 +491,9 @@ class CudaDriver(DeviceDriver):
             yield session
 
     def begin_capture(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> torch.cuda.CUDAGraph:
-        """A graph that captures the current stream into the pool, behind the copies of what is ``fed``; it is in :meth:`turn`.
+        """Begin to capture the current stream into the pool, in :meth:`turn`, behind the copies of what is ``fed``.
 
-        Raises and repairs.
+        It raises and repairs like :meth:`capture`.
         """
         assert self._recordings, "capture outside recording()"
         try:
@@ -504,7 +507,7 @@ class CudaDriver(DeviceDriver):
             graph = self._made()
             try:
                 with registry:
-                    # thread_local: other threads may allocate, query events and pin memory meanwhile.
+                    # thread_local: other threads may go on to allocate, query events and pin memory.
                     graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
             except Exception as error:
                 self._repair(graph, error)
@@ -512,7 +515,7 @@ class CudaDriver(DeviceDriver):
             try:
                 for bridge, value in fed:  # before other streams fork
                     self.copy(bridge, value)
-            except BaseException:  # another thread may have made the capture invalid
+            except BaseException:  # another thread may have invalidated the capture
                 self.abandon_capture(graph)
                 raise
         except Exception as error:
@@ -532,12 +535,12 @@ class CudaDriver(DeviceDriver):
         order: StreamOrder | None = None,
         fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> CudaGraph:
-        """What was captured, with its streams as ``order`` says; after an error the process is repaired."""
+        """The captured graph, with its streams as ``order`` says. After an error the process is repaired."""
         try:
             try:
                 waits = order.end() if order is not None else ()
             except Exception:
-                self.abandon_capture(graph)  # whatever comes of the streams, the capture has to end
+                self.abandon_capture(graph)  # the capture has to end, whatever happens with the streams
                 raise
             self._end(graph)
             captured = self._instantiated(graph, waits, fed)
@@ -566,7 +569,7 @@ class CudaDriver(DeviceDriver):
         return captured
 
     def abandon_capture(self, graph: torch.cuda.CUDAGraph) -> bool:
-        """End a capture whose body raised; whether it could not even be ended."""
+        """End a capture whose body raised. Returns whether it could not even be ended."""
         try:
             self._end(graph)
         except Exception:  # noqa: BLE001 - what made the capture invalid is on its way to the caller already
@@ -582,12 +585,12 @@ class CudaDriver(DeviceDriver):
             raise
 
     def _repair(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
-        """Make the process as it was after the capture of ``graph`` failed to begin, or to end.
+        """Restore the process after the capture of ``graph`` failed to begin or to end.
 
         torch 2.11 leaves the pool recording and in use, and the generator in capture mode. The pool is not used again.
-        The generator leaves that mode at the end of the next capture that succeeds, which is the new pool's first. To
-        give it a saved state instead would part it from the graphs that draw from it already: they fail from then on.
-        The graph's destructor may abort the process, so it never runs.
+        The generator leaves that mode at the end of the next successful capture, the first in the new pool. Giving it a
+        saved state instead would separate it from the graphs that draw from it already, which fail from then on. The
+        graph's destructor may abort the process, so it never runs.
         """
         _torch.keep_for_ever(graph)
         if isinstance(self._given_pool, torch.cuda.MemPool):
@@ -596,8 +599,8 @@ class CudaDriver(DeviceDriver):
         self._open_pool()
 
     def _open_pool(self) -> None:
-        """A new pool, in :meth:`turn`, with an empty graph that keeps it alive."""
-        # One in the pool before would be used on, by segments to come, and freed with it.
+        """Open a new pool, in :meth:`turn`, with an empty graph that keeps it alive."""
+        # A workspace in the pool before would still be used by later segments, and be freed with that pool.
         _torch.clear_cublas_workspaces()
         self._drop_keeper()
         self._pool = None
@@ -609,7 +612,7 @@ class CudaDriver(DeviceDriver):
         try:
             self._keeper, self._pool = self._draws.capture_nothing(self._new_pool)
         except Exception:
-            with suppress(Exception):  # the pool may be to blame; the generator works with another
+            with suppress(Exception):  # if the pool is to blame, the generator works with another one
                 self._draws.mend()
             raise
 
@@ -628,10 +631,10 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def on_capture_stream(self) -> Iterator[None]:
-        """The capture stream as the current one, ordered on the GPU behind the caller's stream, and that behind it.
+        """Make the capture stream current, ordered on the GPU behind the caller's stream, and the caller's behind it.
 
-        ``capture_begin`` resets the random offset, which all graphs of a generator share, by a kernel that it launches on
-        the capture stream: not before the replays that still read it, and not after the next replay has set it.
+        ``capture_begin`` resets the random offset, which all graphs of a generator share, by a kernel on the capture
+        stream. It has to run after the replays that still read the offset, and before the next replay sets it.
         """
         with torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
@@ -645,7 +648,7 @@ class CudaDriver(DeviceDriver):
     # release
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        """Give back ``graphs``: at once, or when the call that another thread is in, or a capture, is over."""
+        """Free ``graphs``: at once, or when another thread's current call, or a capture, is over."""
         self._leaving.append(_Leaving(tuple(graphs), owner if owner is not None else [], wait))
         if self._lost:
             return
@@ -657,22 +660,22 @@ class CudaDriver(DeviceDriver):
 
     def settle(self) -> None:
         if self._lost or self.is_capturing() or not self.lock.acquire(blocking=False):
-            return  # at the end of the call that is under way
+            return  # the end of the current call does it
         try:
             leaving = {graph for leaving in self._leaving for graph in leaving.graphs}
             if not (self.busy or self._recordings) and self._live <= leaving:
-                self.release(())  # nothing here serves any more: nobody minds a wait
+                self.release(())  # nothing is left here, so waiting disturbs nobody
         finally:
             self.lock.release()
 
     def _give_back(self) -> None:
-        """Free what leaves, if its last launches are over: bridges go back to the allocator with their owner."""
+        """Free what leaves, if its last launches are over. The bridges go back to the allocator with their owner."""
         wait = any(leaving.wait for leaving in self._leaving)
         with relaxed():
             for _ in range(len(self._leaving)):
                 leaving = self._leaving.popleft()
                 if not self._is_over(leaving, wait):
-                    self._leaving.append(leaving)  # the end of a later call looks again
+                    self._leaving.append(leaving)  # the end of a later call tries again
                     continue
                 for graph in leaving.graphs:
                     assert isinstance(graph, CudaGraph)
@@ -683,7 +686,7 @@ class CudaDriver(DeviceDriver):
             self._close_pool()
 
     def _is_over(self, leaving: _Leaving, wait: bool) -> bool:
-        """Whether the last launches of what leaves are over; False too where CUDA does not tell, as on a lost device."""
+        """Whether the last launches are over; False also if CUDA does not tell, as on a lost device."""
         try:
             if leaving.done is None:
                 if not self._order.is_open():
@@ -704,11 +707,11 @@ class CudaDriver(DeviceDriver):
         torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:
-        """Bytes of device memory that the pool holds reserved."""
+        """Bytes of device memory that the pool reserves."""
         return sum(segment["total_size"] for segment in self._segments())
 
     def executable_bytes(self) -> int:
-        """Free memory that instantiating the live graphs took."""
+        """Free device memory that instantiating the live graphs took."""
         return sum(graph.executable_bytes for graph in list(self._live))
 
     def live_blocks(self) -> int:
@@ -719,7 +722,7 @@ class CudaDriver(DeviceDriver):
         return len(self._live)
 
     def _segments(self) -> list[dict[str, Any]]:
-        pool, apart = self._pool, list(self._pools_apart)  # as they are now: other threads may open and close pools
+        pool, apart = self._pool, list(self._pools_apart)  # copies, since other threads may open and close pools
         pools = {tuple(pool) for pool in (pool, *apart) if pool is not None}
         if not pools:
             return []
@@ -734,9 +737,9 @@ _drivers: weakref.WeakSet[CudaDriver] = weakref.WeakSet()
 
 
 def _leave() -> None:
-    """The process ends: no thread is left in the middle of a launch, and no graph is destroyed after the GPU's library.
+    """At the end of the process: no thread is in a launch, and no graph is destroyed after CUDA's library is gone.
 
-    What daemon threads call from now on waits for a lock that nobody gives back.
+    Daemon threads that call from now on wait for a lock that is never released.
     """
     until = time.monotonic() + 2.0
     hold_for_ever()
@@ -752,14 +755,14 @@ atexit.register(_leave)
 
 @dataclass(eq=False)
 class _Leaving:
-    """What a driver gives back once its last launches are over."""
+    """Graphs and tensors that a driver frees once their last launches are over."""
 
     graphs: tuple[CapturedGraph, ...]
     owner: list[Any]
     wait: bool
-    """Whether the host waits for that."""
+    """Whether the host waits for the launches."""
     done: torch.cuda.Event | None = None
-    """Comes after the last launches; made when no call is under way any more."""
+    """An event behind the last launches; made when no call is running any more."""
 
 
 class CudaSession:
@@ -804,8 +807,8 @@ class CudaSession:
 
     def abandon(self) -> bool:
         graph, _ = self._taken()
-        with self._stack, torch.cuda.stream(self.driver.stream):  # a capture ends on the stream that it began on
-            with suppress(RuntimeError):  # what made the capture invalid is on its way to the caller already
+        with self._stack, torch.cuda.stream(self.driver.stream):  # a capture has to end on the stream on which it began
+            with suppress(RuntimeError):  # the exception that made the capture invalid reaches the caller already
                 self.order.end()
             return self.driver.abandon_capture(graph)
 
@@ -813,7 +816,7 @@ class CudaSession:
         return self.order.used()
 
     def _taken(self) -> tuple[torch.cuda.CUDAGraph, Sequence[tuple[torch.Tensor, torch.Tensor]]]:
-        """The graph, and what it is fed, which the session holds no longer."""
+        """The graph and its fed copies, removed from the session."""
         assert self._graph is not None, "ended without a beginning"
         graph, fed = self._graph, self._fed
         self._graph, self._fed = None, ()

@@ -1,4 +1,4 @@
-"""What drivers have in common: a device, a lock, and who is in the pool; and what has no pool of a device's."""
+"""What drivers have in common: a device, a lock, the users of the pool; and drivers that run op by op, without a pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class DeviceDriver:
-    """The state that :class:`breakable_backend.drivers.CaptureDriver` asks for, of one device."""
+    """The state of :class:`breakable_backend.drivers.CaptureDriver` for one device."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and device.index is None:
@@ -39,7 +39,7 @@ class DeviceDriver:
         return self
 
     def _forked(self) -> None:
-        """In a forked child: a call that another thread was in is none there."""
+        """In a forked child the call of another thread is not running."""
         if not locks.is_ours(self.lock):
             self.busy = False
 
@@ -83,9 +83,9 @@ class OpByOpGraph(Protocol):
 
 
 class OpByOpDriver(DeviceDriver):
-    """What runs op by op allocates as it always does, is over when it returns, and fails where the device does.
+    """A driver that runs op by op: it allocates as usual, is finished when it returns, and fails as the device does.
 
-    Graphs live as long as the caller holds them; :meth:`release` empties them earlier.
+    Graphs live as long as the caller holds them. :meth:`release` empties them earlier.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class OpByOpDriver(DeviceDriver):
         self._adopting = locks.lock()
 
     def adopt(self, graph: OpByOpGraph) -> None:
-        """Count what ``graph`` owns as the pool's."""
+        """Count the memory that ``graph`` owns as the pool's."""
         with self._adopting:
             self._adopted.add(graph)
 
@@ -103,11 +103,11 @@ class OpByOpDriver(DeviceDriver):
             return [graph for graph in self._adopted if not graph.released]
 
     def allocating(self) -> AbstractContextManager[None]:
-        """Nothing to hold: there is no other memory than the device's."""
+        """Nothing to do: there is only the device's memory."""
         return nullcontext()
 
     def drawing(self) -> AbstractContextManager[None]:
-        """Nothing to hold: no capture disturbs the generator."""
+        """Nothing to do: no capture disturbs the generator."""
         return nullcontext()
 
     def make_room(self) -> None:
@@ -119,7 +119,7 @@ class OpByOpDriver(DeviceDriver):
         """Nothing to do: later calls fail by themselves."""
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        """Give back ``graphs`` at once."""
+        """Free ``graphs`` at once."""
         for graph in graphs:
             assert graph in self._adopted, graph
             graph.release()  # type: ignore[attr-defined]

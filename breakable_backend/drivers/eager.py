@@ -1,7 +1,7 @@
-"""Nothing is captured: a replay runs the segment's Python again, so that debuggers and error lines work in it.
+"""The driver of ``debug="eager"``: a replay runs the segment's Python again, so that debuggers and error lines work in it.
 
-All around a segment stays as it is with a capture: addresses, bridges, order, outputs. What is wrong here too is
-therefore wrong in that path, and what is right here is wrong in the capture.
+Everything around a segment is as with a capture: addresses, bridges, order, outputs. So a result that is wrong here too
+is wrong because of that code. A result that is right here is wrong because of the capture.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 class RerunGraph:
-    """A segment that runs again at each replay but the first, which stands for the run under the capture.
+    """A segment that runs again in each replay but the first, which stands for the run under the capture.
 
-    Later segments read results at their recorded address, so each run's new memory is copied there. Arguments are read
-    and written at their address, and not owned, as by a captured graph.
+    Later segments read results at their recorded addresses, so the new memory of each run is copied there. Arguments
+    are read and written at their addresses, and not owned, as by a captured graph.
     """
 
     num_kernels = -1
@@ -42,13 +42,13 @@ class RerunGraph:
     ) -> None:
         self.draws_random = draws_random
         self.made = made
-        """Memory that was made inside, by the first leaf of the result that lies in it."""
+        """Memory that was allocated inside, by the first leaf of the result that lies in it."""
         self._body: Callable[[], Any] | None = body
         self._modes = modes
         self._ran = True
 
     def kernels(self) -> tuple[str, ...]:
-        """The ops of a segment that launch something; of other code nothing is known."""
+        """The ops of a segment that launch something; nothing for other code."""
         function = self._body.func if isinstance(self._body, functools.partial) else None
         module = getattr(function, "__wrapped__", function)
         return _launching(module) if isinstance(module, fx.GraphModule) else ()
@@ -77,15 +77,15 @@ class RerunGraph:
         return self._body is None
 
     def release(self) -> None:
-        """Drop the body and what the graph owns."""
+        """Drop the body and the memory that the graph owns."""
         self._body, self.made = None, {}
 
 
 class EagerDriver(OpByOpDriver):
-    """Runs what others capture, on one device of any type. See :class:`breakable_backend.drivers.CaptureDriver`.
+    """Runs what other drivers capture, on a device of any type. See :class:`breakable_backend.drivers.CaptureDriver`.
 
     Unlike under a capture, the effects of a body have happened when :meth:`capture` returns, and the first replay does
-    nothing: the two together are one run. What a body raises comes out as it is.
+    nothing: the two together are one run. Exceptions of a body are not wrapped.
     """
 
     name = "eager"
@@ -110,13 +110,13 @@ class EagerDriver(OpByOpDriver):
         return nullcontext()
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
-        """No: what is copied is copied before."""
+        """False: copies are made before a segment runs."""
         return False
 
     def capture(
         self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     ) -> tuple[CapturedGraph, T]:
-        """Run ``body``, and keep it for replays. Of a ``partial`` the arguments are kept by their address."""
+        """Run ``body``, and keep it for replays. If it is a ``partial``, its arguments are kept by their addresses."""
         args = body.args if isinstance(body, functools.partial) else ()
         arguments = {_torch.storage_key(arg) for arg in args if isinstance(arg, torch.Tensor)}
         generator = generators_of(self.device)[-1]
@@ -145,17 +145,18 @@ class EagerDriver(OpByOpDriver):
         return non_owning(argument)
 
     def progress(self) -> Hashable:
-        """An object of its own for each moment: what runs is never in vain."""
+        """A new object in each call: every op counts as progress, since it has run."""
         return object()
 
     def is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def release(self, graphs: Sequence[CapturedGraph], owner: list[Any] | None = None, *, wait: bool = True) -> None:
-        # A lost device is nothing that whoever lets go of a model could mend.
+        # Whoever releases a model can do nothing about a lost device.
         with suppress(torch.AcceleratorError):
             if self._done is not None and not self.is_capturing():
-                self._done.synchronize()  # the last call may have run on another stream than the memory is of
+                # The last call may have run on another stream than the one that allocated the memory.
+                self._done.synchronize()
         super().release(graphs, owner, wait=wait)
 
 

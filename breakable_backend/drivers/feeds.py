@@ -1,7 +1,8 @@
-"""Copies at the head of a captured segment: the graph itself loads its bridges, from wherever the values are in each call.
+"""Copies at the head of a captured segment, by which the graph itself loads its bridges from wherever the values lie.
 
-To have a graph copy costs the host nothing where a value lies where it lay in the call before, as results of eager steps
-mostly do; else a call that changes the address in the graph. A copy before the launch costs a call each time.
+A copy in the graph takes no host time if the value lies where it lay in the call before, as results of eager steps
+mostly do. Otherwise it takes one call that changes the address in the graph. A copy before the launch would take a call
+each time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from breakable_backend.ir.layout import TensorSpec
 
 
 def can_be_fed(bridge: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether ``value`` comes into ``bridge`` byte by byte: both are dense, on one device, and lie alike."""
+    """Whether ``value`` can be copied into ``bridge`` byte by byte: both are dense, on one device, and of one layout."""
     return (
         value.layout is torch.strided
         and bridge.numel() > 0
@@ -31,12 +32,12 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 class Fed:
-    """One such copy: see :class:`breakable_backend.drivers.Feed`. It holds neither the bridge nor a value.
+    """One such copy; see :class:`breakable_backend.drivers.Feed`. It holds neither the bridge nor a value.
 
     Args:
-        bridge: where to.
-        value: where from, at the first launch.
-        point: has launches from the next on copy from an address; False where that cannot be.
+        bridge: the target.
+        value: the source of the first launch.
+        point: makes launches from the next on copy from an address; returns False if that is impossible.
     """
 
     def __init__(self, bridge: torch.Tensor, value: torch.Tensor, point: Callable[[int], bool]) -> None:
@@ -45,10 +46,10 @@ class Fed:
 
     def take(self, value: torch.Tensor) -> torch.Tensor | None:
         held = None
-        self.source = 0  # should this fail half-way, whatever comes next is taken anew
+        self.source = 0  # if this fails half-way, the next value is taken in any case
         if _is_lazy(value) or not self._spec.accepts(value):
             held = value = self._laid_out(value)
-        if not self._point(value.data_ptr()):  # memory of another kind than the first value's
+        if not self._point(value.data_ptr()):  # the memory is of another kind than that of the first value
             held = value = self._laid_out(value)
             assert self._point(value.data_ptr()), "a graph takes no memory of torch's own to copy from"
         self.source = value.data_ptr()
@@ -56,16 +57,16 @@ class Fed:
         return held
 
     def _laid_out(self, value: torch.Tensor) -> torch.Tensor:
-        """A copy of ``value`` that lies as the bridge does."""
+        """A copy of ``value`` in the bridge's layout."""
         return self._spec.empty().copy_(value)
 
     def copy(self) -> None:
-        """Copy now: for drivers that run a graph op by op."""
+        """Copy now, for drivers that run a graph op by op."""
         if self.copies:
             self._at(self._target).copy_(self._at(self.source))
 
     def _at(self, address: int) -> torch.Tensor:
-        """The bytes there."""
+        """The bytes at an address."""
         spec = self._spec
         size = torch.Size(spec.shape).numel() * spec.dtype.itemsize
         octets = torch.empty(0, dtype=torch.uint8, device=spec.device)

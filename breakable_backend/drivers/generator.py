@@ -1,10 +1,11 @@
-"""What captures, and replays that draw random numbers, share in a process: the default generators of the GPUs.
+"""Turns for captures, and for replays that draw random numbers: the default generators of the GPUs in this process.
 
 torch 2.11 has one capture state for each generator. While any thread captures, the generator is in capture mode for all
 threads: a replay that draws fails, and so does a second capture. The seed and the offset that replays read lie in
-memory of their own, which is there only while a graph is registered, and which each capture and each replay that draws
-writes. So there, these exclude each other, are ordered on the GPU whatever their streams, and one graph stays registered.
-From torch 2.13 on each capture has a state of its own; what is left to guard is the offset on the host.
+separate memory, which exists only while a graph is registered, and which each capture and each replay that draws
+writes. So with torch 2.11 captures and such replays exclude each other, are ordered on the GPU on whatever streams they
+are, and one graph stays registered. From torch 2.13 on each capture has its own state, and only the offset on the host
+has to be guarded.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ WAIT = 15.0
 may itself wait for the thread that waits here. On a busy machine the first capture of a process, which loads kernels,
 takes longer than 5 s."""
 RETRY = 2.0
-"""Seconds for which an empty capture is tried again, while other threads synchronise all the time and make it invalid."""
+"""Seconds for which an empty capture is tried again while other threads keep synchronising and so invalidate it."""
 
 
 class Turns:
-    """A lock that is passed on: a wait ends without it only when one holder has kept it for ``WAIT`` seconds."""
+    """A lock that is passed on. A wait for it fails only if a single holder has kept it for ``WAIT`` seconds."""
 
     def __init__(self) -> None:
         self._lock = locks.lock()
         self._count = 0
         self._too_long = -1
-        """The count of a holder for whom somebody has waited in vain."""
+        """The count of a holder for which somebody has waited in vain."""
 
     def take(self, *, again: bool = True) -> bool:
-        """Wait for the lock; False if it is not to be had. ``again``: wait for a holder for whom others have waited in vain."""
+        """Wait for the lock; False if it cannot be had. ``again``: wait even for a holder that others have given up."""
         while True:
             before = self._count
             in_vain = before == self._too_long and not again
@@ -56,25 +57,25 @@ class Turns:
                 return False
 
     def give(self) -> None:
-        """Let the next have it."""
+        """Pass the lock on."""
         self._lock.release()
 
     def hold(self) -> None:
-        """Have it for ever, unless somebody is long about giving it."""
+        """Take it for ever, unless its holder keeps it for long."""
         self._lock.acquire(timeout=1.0)
 
 
 captures = Turns()
-"""Which capture a thread is in is torch's to know once in a process: there is one at a time, whatever the device."""
+"""torch knows only one capturing thread in a process, so there is one capture at a time, on whatever device."""
 draws = captures if _torch.ONE_CAPTURE_STATE else Turns()
 registry = locks.lock()
-"""Held for as long as one call into torch takes that begins a capture or destroys a graph: torch keeps a set of all
-graphs for each generator, and lets go of the GIL before it changes that. Never held while Python runs."""
+"""Held during each call into torch that begins a capture or destroys a graph. torch keeps a set of all graphs for each
+generator, and releases the GIL before it changes that set. Never held while Python code runs."""
 _users: dict[int, Draws] = {}
 
 
 def hold_for_ever() -> None:
-    """The process ends: no other thread begins a capture, or a replay that draws."""
+    """At the end of the process: from now on no other thread begins a capture, or a replay that draws."""
     captures.hold()
     draws.hold()
     for user in list(_users.values()):
@@ -89,7 +90,7 @@ def end(graph: torch.cuda.CUDAGraph) -> None:
 
 
 class Draws:
-    """The default generator of one GPU, for graphs that may draw from it, and the stream that captures are on."""
+    """The default generator of one GPU, for graphs that may draw from it; and the stream of captures."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.init()
@@ -100,20 +101,21 @@ class Draws:
         self._registered = not _torch.ONE_CAPTURE_STATE
         self.stream = _new_stream(device)
         self._left: list[tuple[Any, torch.cuda.CUDAGraph]] = []
-        """Pools that no driver captures in any more, and the graphs that keep them: see :meth:`leave`."""
+        """Pools in which no driver captures any more, and the graphs that keep them alive; see :meth:`leave`."""
         self.stuck = False
-        """Whether a capture has left the generator in capture mode. It leaves that at the end of one that succeeds."""
+        """Whether a failed capture has left the generator in capture mode. It leaves that mode at the end of a
+        successful capture."""
 
     @staticmethod
     def of(device: torch.device) -> Draws:
-        """The one of ``device`` in this process."""
+        """The instance for ``device`` in this process."""
         with registry:
             if device.index not in _users:
                 _users[device.index] = Draws(device)
             return _users[device.index]
 
     def begin_capture(self) -> None:
-        """Take the turn of a capture. Before it nothing is done on the capture stream: another thread may capture there.
+        """Take the turn of a capture. Do nothing on the capture stream before: another thread may be capturing it.
 
         Raises:
             CaptureError: another thread's capture did not end within ``WAIT`` seconds.
@@ -127,12 +129,12 @@ class Draws:
             raise busy
 
     def end_capture(self) -> None:
-        """Give the turn back."""
+        """Pass the turn on."""
         captures.give()
 
     @contextmanager
     def reset_on(self, stream: int) -> Iterator[None]:
-        """Held around captures on ``stream``, the current one: each of them resets the seed and the offset there."""
+        """Held around captures on ``stream``, the current one. Each capture resets the seed and the offset there."""
         if not self._registered:
             self._register()
             self._registered = True
@@ -146,7 +148,7 @@ class Draws:
             self._order.mark(stream)
 
     def begin_replay(self, stream: int) -> None:
-        """Take the turn of a replay that draws, or may draw, on ``stream``, the current one.
+        """Take the turn of a replay on ``stream``, the current one, that draws or may draw.
 
         Raises:
             ReplayError: another thread's capture did not end within ``WAIT`` seconds.
@@ -167,7 +169,7 @@ class Draws:
             raise
 
     def end_replay(self, stream: int) -> None:
-        """Give the turn back."""
+        """Pass the turn on."""
         try:
             if _torch.ONE_CAPTURE_STATE:
                 self._order.mark(stream)
@@ -179,9 +181,10 @@ class Draws:
             self._order.follow(stream)
 
     def capture_nothing(self, new_pool: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """Capture nothing, on the current stream, into a new pool; returns the graph and the pool; in a capture's turn.
+        """An empty capture on the current stream into a new pool, in a capture's turn; returns the graph and the pool.
 
-        The generator is out of capture mode then. What another thread disturbs is tried again, for ``RETRY`` seconds.
+        After it the generator is out of capture mode. If another thread disturbs it, it is tried again for ``RETRY``
+        seconds.
         """
         until = time.monotonic() + RETRY
         while True:
@@ -191,7 +194,7 @@ class Draws:
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 end(graph)
             except Exception as error:
-                # torch's allocator of pinned memory asks this graph from now on, with every allocation.
+                # from now on torch's allocator of pinned memory asks this graph in every allocation
                 _torch.keep_for_ever(graph)
                 self.spoilt(pool, error)
                 if passing(error) != "disturbed" or time.monotonic() > until:
@@ -199,13 +202,13 @@ class Draws:
             else:
                 self.stuck = False
                 return graph, pool
-            time.sleep(random.random() * 1e-3)  # not in step with the other thread
+            time.sleep(random.random() * 1e-3)  # a random time, so as not to stay in step with the other thread
 
     def spoilt(self, pool: Any, error: BaseException) -> None:
-        """A capture on the current stream into ``pool`` failed to begin, or to end: it is over, and nothing held for it.
+        """Clean up after a capture on the current stream into ``pool`` failed to begin or to end.
 
-        torch may raise before it comes to the end of a capture, or after it has begun one. Until that is ended, by this
-        thread, nothing at all can be done on its stream.
+        torch may raise before it has ended a capture, or after it has begun one. Until this thread has ended it,
+        nothing can be done on its stream.
         """
         self.stuck = _torch.ONE_CAPTURE_STATE
         stream = _torch.current_raw_stream(self.index)
@@ -214,16 +217,16 @@ class Draws:
             _, left = cudart.cudaStreamEndCapture(stream)
             if left:
                 cudart.cudaGraphDestroy(left)
-        # A pool that takes another capture's memory refuses ours: then nothing of it is ours to end.
+        # If the pool routes memory of another capture, ours was refused, and there is nothing of ours to end.
         if "already recording" not in str(error) and _torch.stop_allocating_to_pool(self.index, pool):
             _torch.release_pool(self.index, pool)
 
     def leave(self, pool: Any, holder: list[torch.cuda.CUDAGraph]) -> None:
-        """Give up ``pool``, and the graph in it that ``holder`` alone holds, once nothing of it is alive in expandable segments.
+        """Give up ``pool``, and the graph in it that ``holder`` holds, once nothing in its expandable segments is alive.
 
-        torch counts wrongly what is mapped of them. A pool that no graph uses may be gone then while tensors in it are
-        alive (with the next ``empty_cache``), and these write to memory that is freed when they die: so it was with torch
-        2.11, where one mapping of several pages is given back page by page.
+        torch miscounts the mappings of such segments. The next ``empty_cache`` may free a pool that no graph uses while
+        tensors in it are alive, and these write to freed memory when they die. This was seen with torch 2.11, where one
+        mapping of several pages is unmapped page by page.
         """
         with registry:
             self._left.append((pool, holder.pop()))
@@ -236,7 +239,7 @@ class Draws:
         """Take the generator out of capture mode, if a capture has left it there; in a turn.
 
         Raises:
-            ReplayError: other threads have disturbed that for ``RETRY`` seconds.
+            ReplayError: other threads have disturbed this for ``RETRY`` seconds.
         """
         if self.stuck:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self.reset_on(self.stream.cuda_stream):
@@ -250,7 +253,7 @@ class Draws:
                     del graph
 
     def _register(self) -> None:
-        """Have the seed and the offset for ever: among the default stream's memory, and no dispatch mode's fake."""
+        """Keep the seed and the offset for ever, in the default stream's memory, and not as a fake of a dispatch mode."""
         default = torch.cuda.default_stream(self.device)
         with _torch.without_modes(), torch.cuda.device(self.device), torch.cuda.stream(default), registry:
             keeper = torch.cuda.CUDAGraph()
@@ -259,7 +262,7 @@ class Draws:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Held around raw draws: no capture of another thread is under way, unless one goes on for ``WAIT`` seconds."""
+        """Held around random draws outside of graphs: no other thread captures, unless a capture lasts ``WAIT`` seconds."""
         taken = draws.take(again=False)
         try:
             if taken:
@@ -279,7 +282,7 @@ def _still_capturing(error: RuntimeError) -> ReplayError:
 
 
 def _alive_in_expandable_segments(index: int) -> set[tuple[int, int]]:
-    """The pools in which memory is allocated that torch can unmap in pieces."""
+    """The pools with allocated memory that torch can unmap in pieces."""
     return {
         tuple(segment["segment_pool_id"])
         for segment in torch.cuda.memory_snapshot()
@@ -292,8 +295,8 @@ def _alive_in_expandable_segments(index: int) -> set[tuple[int, int]]:
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that nobody else has, and that is never destroyed.
 
-    ``torch.cuda.Stream`` hands out 32 streams again and again. Whatever any thread does on a stream that is captured
-    becomes part of the capture: so it must be none of those.
+    ``torch.cuda.Stream`` gives out the same 32 streams again and again. Whatever any thread does on a stream under
+    capture becomes part of the capture, so the capture stream must be none of those.
     """
     with torch.cuda.device(device):
         status, made = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)

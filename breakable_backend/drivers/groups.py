@@ -1,7 +1,7 @@
-"""What has to go before a process group may end.
+"""Captured graphs with collectives, freed before their process group ends.
 
-NCCL waits for the graphs that hold its work before it gives up a communicator, and it waits without end: so whoever holds
-such graphs is told when a group is about to end.
+Before NCCL destroys a communicator, it waits for the graphs that contain its work, without a time limit. So the holders
+of such graphs are told when a group is about to end.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from breakable_backend import _torch, locks
 
 
 class Holder(Protocol):
-    """What holds captured graphs."""
+    """A holder of captured graphs."""
 
     def leave(self, why: str) -> None:
-        """Give them back, as soon as the GPU is done with them, and wait for nothing."""
+        """Free them as soon as the GPU has finished with them, without waiting."""
 
 
 _lock = locks.lock()
 _holders: weakref.WeakSet[Holder] = weakref.WeakSet()
 _watched = False
-"""Whether torch tells of the end of groups: from the first holder on."""
+"""Whether torch calls this module when a group ends; true from the first holder on."""
 
 
 def is_collective(name: str) -> bool:
-    """Whether an op, ``namespace::name``, is work of a process group."""
+    """Whether an op, as ``namespace::name``, is the work of a process group."""
     return name.partition("::")[0] in ("c10d", "_c10d_functional")
 
 
 def leaves_with_groups(holder: Holder) -> None:
-    """Have ``holder`` leave before a process group ends. It is known weakly."""
+    """Have ``holder`` leave before a process group ends. It is held weakly."""
     global _watched
     with _lock:
         _holders.add(holder)
@@ -44,4 +44,4 @@ def _all_leave() -> None:
     with _lock:
         holders = list(_holders)
     for holder in holders:
-        holder.leave("a process group ended")  # its last work may hang, and be given up by this very end
+        holder.leave("a process group ended")  # do not wait: its last work may hang, and this end may be what stops it

@@ -1,8 +1,8 @@
-"""Methods of torch's own classes, intercepted for the time of a capture.
+"""Methods of PyTorch's own classes, intercepted during a capture.
 
-Events and autocast regions tell no dispatch mode that they are used, and under a mode for functions Dynamo would compile
-everything anew. So their methods are replaced while a capture is under way, and call what the capture's thread gave;
-in every other thread, and afterwards, they are what they were.
+Events and autocast regions are invisible to dispatch modes, and under a function mode Dynamo would compile everything
+again. So their methods are replaced during a capture, and call an interceptor in the capture's thread. In every other
+thread, and afterwards, they do what they did before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from breakable_backend import _torch, locks
 
 Interceptor = Callable[..., Any]
-"""Called with the method as it was, and with what the method was called with."""
+"""Called with the original method and its arguments."""
 
 
 class _Intercepted:
@@ -40,7 +40,7 @@ class _Intercepted:
 
 _lock = locks.lock()
 _methods: dict[tuple[type, str], _Intercepted] = {}
-"""Empty unless a capture is under way."""
+"""Empty unless a capture is running."""
 
 
 @contextmanager
@@ -62,18 +62,18 @@ def intercepted_by(interceptor: Interceptor, owner: type, name: str) -> Iterator
 
 
 def _tidy() -> None:
-    """Give back the methods that nobody intercepts any more."""
+    """Restore the methods that nobody intercepts any more."""
     for (owner, name), intercepted in list(_methods.items()):
         for thread in [thread for thread, interceptors in intercepted.interceptors.items() if not interceptors]:
             del intercepted.interceptors[thread]
         if not intercepted.interceptors:
             del _methods[owner, name]
-            if vars(owner)[name] is intercepted.replacement:  # else somebody has replaced it in turn, and calls ours
+            if vars(owner)[name] is intercepted.replacement:  # otherwise somebody has replaced it too, and calls ours
                 setattr(owner, name, intercepted.method)
 
 
 def _in_child(_: Any) -> None:
-    """Of all threads, a forked child has only the one that forked."""
+    """A forked child has only the thread that forked."""
     for intercepted in _methods.values():
         for thread in intercepted.interceptors.keys() - {threading.get_ident()}:
             del intercepted.interceptors[thread]
@@ -87,8 +87,9 @@ locks.in_child(_lock, _in_child)
 def without_autocast_cache() -> Iterator[None]:
     """Have autocast cast a weight at each use, also in regions that are entered inside.
 
-    Its cache holds casts from before a capture: they would be missing from the graph, and the weights frozen. What the
-    caller has in it stays there. Where no autocast is on, the flag is left alone: Dynamo guards on it.
+    The cache may contain casts from before a capture. They would be missing from the graph, and the weights would be
+    frozen. What the caller has in the cache stays there. If no autocast is on, the flag is left alone, since Dynamo
+    guards on it.
     """
     cached = torch.is_autocast_cache_enabled()
     if _torch.any_autocast_enabled():

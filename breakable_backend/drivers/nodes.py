@@ -1,4 +1,4 @@
-"""What is in a CUDA graph: its nodes, the names of its kernels, and its picture; read through cuda-python, on request."""
+"""The nodes of a CUDA graph, the names of its kernels, and its drawing, read through cuda-python on request."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class GraphNode:
     """One node of a CUDA graph."""
 
     kind: str
-    """``kernel``, ``memcpy``, ``memset`` and so on, as CUDA names them."""
+    """``kernel``, ``memcpy``, ``memset`` and so on, in CUDA's terms."""
     name: str
-    """The kernel's name, short; empty for other kinds."""
+    """The short name of the kernel; empty for other kinds."""
 
 
 def nodes(graph: int) -> tuple[GraphNode, ...]:
-    """The nodes of the ``cudaGraph_t`` at ``graph``, in the order of the capture, those of child graphs at their place.
+    """The nodes of the ``cudaGraph_t`` at ``graph``, in the order of the capture, those of child graphs included.
 
     Raises:
-        ReplayError: CUDA does not tell.
+        ReplayError: CUDA reports an error.
     """
     return tuple(_nodes(cuda.CUgraph(graph)))
 
@@ -39,7 +39,7 @@ def first_copies(graph: int, count: int) -> list[int]:
     """The handles of the first ``count`` copies that were captured into the ``cudaGraph_t`` at ``graph``.
 
     Raises:
-        ReplayError: CUDA does not tell.
+        ReplayError: CUDA reports an error.
     """
     kind = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
     _, several = _ask(cuda.cuGraphGetNodes(cuda.CUgraph(graph)), "cuGraphGetNodes")
@@ -50,10 +50,10 @@ def first_copies(graph: int, count: int) -> list[int]:
 
 
 def dot(graph: int) -> str:
-    """The ``cudaGraph_t`` at ``graph`` as CUDA draws it, with all that it knows of each node.
+    """The ``cudaGraph_t`` at ``graph`` as CUDA draws it, with all parameters of each node.
 
     Raises:
-        ReplayError: CUDA does not tell.
+        ReplayError: CUDA reports an error.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "graph.dot")
@@ -71,7 +71,7 @@ def dot_of_names(names: Sequence[str]) -> str:
 
 
 def short_name(symbol: str) -> str:
-    """A kernel's symbol as a person reads it: no return type, no argument lists, no namespaces that say nothing.
+    """The symbol of a kernel in short: no return type, no argument lists, no uninformative namespaces.
 
     >>> short_name("_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_15CUDAFunctor_addIfEESt5arrayIPcLm3EEEEviT0_T1_")
     'vectorized_elementwise_kernel<4, CUDAFunctor_add<float>, std::array<char*, 3ul>>'
@@ -100,7 +100,7 @@ def _nodes(graph: Any) -> Iterator[GraphNode]:
 
 
 def _kernel_name(node: Any) -> str:
-    """A kernel is a function of a context, or one of a library that is loaded in all of them: the node has one of the two."""
+    """The name of a node's kernel, which is a function of one context, or of a library that is loaded in all contexts."""
     (params,) = _ask(cuda.cuGraphKernelNodeGetParams(node), "cuGraphKernelNodeGetParams")
     for handle, name_of in ((params.func, cuda.cuFuncGetName), (params.kern, cuda.cuKernelGetName)):
         if int(handle):
@@ -111,7 +111,7 @@ def _kernel_name(node: Any) -> str:
 
 
 def _ask(answer: tuple[Any, ...], call: str) -> tuple[Any, ...]:
-    """The answer without its status, which comes first."""
+    """The results of a CUDA call without its status, which comes first."""
     status, *values = answer
     if status:
         raise ReplayError(f"{call} failed: {getattr(status, 'name', status)}")

@@ -1,4 +1,4 @@
-"""Work on one memory that comes from several streams, done one piece after the other."""
+"""Calls on several streams that use one memory, ordered on the GPU one after the other."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from breakable_backend.errors import CaptureError, ReplayError, user_line
 cudart = Bindings("cuda.bindings.runtime")
 
 IDLE = 64
-"""Pieces of work on one stream, one after the other, until the other streams are forgotten."""
+"""After so many pieces of work in a row on one stream the other streams are forgotten."""
 WAIT = 5.0
-"""Seconds for which a piece of work waits for somebody else's capture of the stream that the last piece is on."""
+"""Seconds that a piece of work waits while somebody else captures the stream of the last piece."""
 
 
 def is_captured(stream: int) -> bool:
-    """Whether ``stream``, a raw handle, is part of a capture that is under way."""
+    """Whether ``stream``, a raw handle, is part of a capture in progress."""
     _, status = cudart.cudaStreamIsCapturing(stream)
     return bool(status)
 
 
 def capture_end(stream: int) -> tuple[int, ...] | None:
-    """The nodes that the next one on ``stream``, which is captured, will come after; None where CUDA does not tell.
+    """The nodes on which the next one on ``stream``, which is captured, will depend; None if CUDA does not tell.
 
     Raises:
-        CaptureError: the capture is invalid, so that no graph comes of it.
+        CaptureError: the capture is invalid, so that it will give no graph.
     """
     error, status = cudart.cudaStreamIsCapturing(stream)
     if error or status != cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive:
         invalid = CaptureError("the capture became invalid, and no error was raised")
         invalid.passing = "disturbed"  # another thread may have done it
         raise invalid
-    # In cuda-python 12 the function of this name tells no nodes, and the next version of it does.
+    # In cuda-python 12 the function of this name reports no nodes; its next version does.
     error, _, *told = (getattr(cudart, "cudaStreamGetCaptureInfo_v2", None) or cudart.cudaStreamGetCaptureInfo)(stream)
     nodes = next((value for value in told if isinstance(value, list | tuple)), None)
     return None if error or nodes is None else tuple(map(int, nodes))
@@ -46,7 +46,7 @@ REPLAY_OUTSIDE = "replay it outside, or capture with `with capture(graph)`, wher
 
 
 def replayed_inside() -> ReplayError:
-    """What a replay on a stream that somebody else captures is told: CUDA takes no launch of a graph into a capture."""
+    """The error of a replay on a stream that somebody else captures: a capture cannot contain the launch of a graph."""
     return ReplayError(
         "a graph was replayed inside somebody else's capture, which cannot contain the launch of a graph",
         where=user_line(),
@@ -56,7 +56,7 @@ def replayed_inside() -> ReplayError:
 
 @contextmanager
 def relaxed() -> Iterator[None]:
-    """Have this thread ask CUDA about events while somebody else's thread captures in "global" mode, without an end to that."""
+    """Let this thread ask CUDA about events while another thread captures in "global" mode, without ending that capture."""
     mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
     _, before = cudart.cudaThreadExchangeStreamCaptureMode(mode)
     try:
@@ -68,26 +68,26 @@ def relaxed() -> Iterator[None]:
 class Order:
     """Orders each piece of work behind the one before it, on the GPU; the host never waits.
 
-    While all work comes on one stream there are no events. From the second stream on each piece ends with one, until
-    one stream has had the last ``IDLE`` pieces to itself. Whoever uses it holds a lock.
+    While all work is on one stream there are no events. From the second stream on each piece of work ends with an
+    event, until one stream has had the last ``IDLE`` pieces to itself. The user of this object holds a lock.
 
     Nothing is recorded on a stream that somebody else captures, and nothing waits there: an event would belong to that
-    capture, and a wait for one from outside would end it.
+    capture, and a wait for an outside event would end it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.last: int | None = None
-        """The raw handle of the stream that the last piece of work is on."""
+        """The raw handle of the stream with the last piece of work."""
         self.several = False
         """Whether more than one stream is in use, so that each piece of work ends with an event."""
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._end = torch.cuda.Event()
         self._alone = 0
-        """How many pieces of work the last stream has had to itself."""
+        """How many pieces of work in a row were on the last stream."""
 
     def follow(self, stream: int) -> None:
-        """Order ``stream``, which is the current one and not the last, behind the last.
+        """Order ``stream``, which is current and not the last one, behind the last one.
 
         Raises:
             ReplayError: somebody else captures ``stream``, or has captured the last one for ``WAIT`` seconds.
@@ -107,8 +107,8 @@ class Order:
         self._alone = 0
 
     def mark(self, stream: int) -> None:
-        """Work ends on ``stream``, which is now the last."""
-        # With one stream alone no event is recorded, and nobody is asked.
+        """Work ends on ``stream``, which is now the last one."""
+        # With one stream no event is recorded, and CUDA is not called.
         if (self.several or stream != self.last) and is_captured(stream):
             return
         self.last = stream
@@ -122,11 +122,11 @@ class Order:
         return self.last is None or not is_captured(self.last)
 
     def is_idle(self) -> bool:
-        """Whether all work so far is done, as far as the last stream tells. While :meth:`is_open`."""
+        """Whether all work so far is done, as far as the last stream tells. Only while :meth:`is_open`."""
         return self.last is None or self._streams[self.last].query()
 
     def event(self) -> torch.cuda.Event | None:
-        """An event that comes when all work so far is done; None if there was none. While :meth:`is_open`."""
+        """An event that completes when all work so far is done; None if there was none. Only while :meth:`is_open`."""
         if self.last is None:
             return None
         event = torch.cuda.Event()

@@ -1,32 +1,34 @@
-"""How large a pool of captured memory gets: what recordings in it need, and when it is made anew."""
+"""How large a pool of captured memory gets: what its recordings need, and when a new pool is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SPARE = 16 << 20
-"""Bytes of a pool that may be of no use to its largest recording before all are made anew in another pool."""
+"""Bytes of a pool that its largest recording may leave unused. If it would leave more, all are recorded again in a new
+pool."""
 WASTE = 0.1
-"""The same as a share of what the largest recording needs."""
+"""The same, as a share of what the largest recording needs."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What recordings in one pool need at once, each by itself.
+    """The memory that the recordings in one pool need, each by itself.
 
-    A smaller one finds room in memory that a larger one has left. A larger one does not: blocks do not grow, since their
-    addresses are in graphs. So the pool grows by about what it needs, and what the largest before it took is wasted on it.
+    A smaller recording fits into memory that a larger one has left. A larger one does not fit, since blocks cannot
+    grow: their addresses are in graphs. So the pool grows by about what the larger one needs, and the memory of the
+    former largest is of no use to it.
     """
 
     largest: int = 0
     """Bytes that the largest recording needs."""
     outgrown: int = 0
-    """Bytes that those needed which were the largest before it."""
+    """Bytes that the former largest recordings needed, in total."""
 
     def holds(self, need: int) -> bool:
-        """Whether one that needs ``need`` bytes is recorded beside the others, and not alone, and they anew behind it."""
+        """Whether a recording of ``need`` bytes goes into this pool. If not, it begins a new one, for all recordings."""
         return need <= self.largest or self.outgrown + self.largest <= max(SPARE, int(WASTE * need))
 
     def having(self, need: int) -> Room:
-        """With one more recording."""
+        """The same with one more recording."""
         return self if need <= self.largest else Room(need, self.outgrown + self.largest)

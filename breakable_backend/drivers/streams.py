@@ -1,7 +1,8 @@
-"""How a capture that goes through segments and eager steps orders streams.
+"""Streams within a capture of several segments and eager steps: forks, joins and waits.
 
-A wait in a segment for what the same segment recorded is captured. What an earlier segment recorded is done: that was
-launched before. For all else, work from outside of the capture, the segment's launch waits, at each replay.
+A wait for something that the same segment recorded is captured. What an earlier segment recorded is done already, since
+that segment was launched. For all other work, from outside of the capture, the launch of the segment waits, in each
+replay.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from breakable_backend.errors import CaptureError, first_line
 
 @dataclass(frozen=True)
 class Wait:
-    """What a launch waits for."""
+    """Something that a launch waits for."""
 
     event: torch.cuda.Event
     stream: torch.cuda.Stream | None
-    """Where the event is recorded anew first: the stream that the captured code waited for. None for an event that
-    others record."""
+    """The stream on which the event is first recorded again: the one that captured code waited for. None for an event
+    that others record."""
 
     def issue(self, current: torch.cuda.Stream) -> None:
         """Have ``current`` wait."""
@@ -36,22 +37,22 @@ class Wait:
 
 
 class StreamOrder:
-    """The streams of one capture, on ``main`` and in one thread, as torch's own classes for streams and events tell.
+    """The streams of one capture, on ``main`` and in one thread, as seen through torch's classes for streams and events.
 
-    Between segments it only watches: code there runs for real.
+    Between segments it only watches: the code there runs for real.
     """
 
     def __init__(self, main: torch.cuda.Stream) -> None:
         self._main = main
         self._caller = main
-        """The stream that segments are launched on. Code that names it means the stream that captures in its place."""
+        """The stream on which segments are launched. Code that names it means the capturing stream."""
         self._sides: dict[int, torch.cuda.Stream] = {}
-        """Other streams of the capture. Each segment forks them at its beginning, and joins them at its end."""
+        """Other streams of the capture. Each segment forks them at its beginning and joins them at its end."""
         self._segment = 0
         self._capturing = False
-        # By id, and held: torch 2.11 clears no weak references to an event when it goes.
+        # By id, and held: torch 2.11 does not clear weak references to an event when it dies.
         self._recorded: dict[int, tuple[torch.cuda.Event, int]] = {}
-        """Events that were recorded in segments, and in which."""
+        """Events that were recorded in segments, and in which segment."""
         self._elsewhere: dict[int, tuple[torch.cuda.Event, torch.cuda.Stream]] = {}
         """Events that captured code recorded on streams outside of the capture."""
         self._waits: dict[int, Wait] = {}
@@ -59,7 +60,7 @@ class StreamOrder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See this thread's events, which in the end can be waited for outside of the capture."""
+        """Observe this thread's events. Afterwards all of them can be waited for outside of the capture."""
         with ExitStack() as stack:
             stack.enter_context(intercepted_by(self._record, torch.cuda.Event, "record"))
             stack.enter_context(intercepted_by(self._wait, torch.cuda.Event, "wait"))
@@ -70,15 +71,15 @@ class StreamOrder:
     def begin(self, caller: torch.cuda.Stream) -> None:
         """A segment has begun, which will be launched on ``caller``."""
         for side in self._sides.values():
-            side.wait_stream(self._main)  # forked before a break, and not yet joined by the caller
+            side.wait_stream(self._main)  # forked before a break, and not joined by the caller yet
         self._caller, self._capturing = caller, True
         self._segment += 1
 
     def touch(self) -> None:
-        """An op is about to run.
+        """Call this before an op runs.
 
         Raises:
-            CaptureError: on a stream that is not part of the capture.
+            CaptureError: the op's stream is not part of the capture.
         """
         stream = torch.cuda.current_stream(self._main.device)
         if stream == self._main or stream.cuda_stream in self._sides:
@@ -91,7 +92,7 @@ class StreamOrder:
         self._sides[stream.cuda_stream] = stream
 
     def end(self) -> tuple[Wait, ...]:
-        """The segment ends: join its streams. Returns what its launch waits for."""
+        """End the segment: join its streams. Returns what its launch waits for."""
         self._capturing = False
         for side in self._sides.values():
             if is_captured(side.cuda_stream):
@@ -100,7 +101,7 @@ class StreamOrder:
         return waits
 
     def explained(self, error: BaseException) -> tuple[str, str]:
-        """As :func:`explained`, with the streams that an unjoined one may be: those that are alive and not ours."""
+        """:func:`explained`, with the streams that an unjoined one may be: those that are alive and not ours."""
         what, fix = explained(error)
         if UNJOINED in what:
             ours = {self._main.cuda_stream, self._caller.cuda_stream, *self._sides}
@@ -109,9 +110,9 @@ class StreamOrder:
         return what, fix
 
     def used(self) -> tuple[torch.cuda.Event, ...]:
-        """The events of segments that code between segments waited for, since this was asked last.
+        """The events of segments for which code between segments has waited since the last call of this.
 
-        They have to be recorded before that code runs, at each replay.
+        Each replay has to record them before that code runs.
         """
         used, self._used = tuple(self._used), []
         return used
@@ -131,7 +132,7 @@ class StreamOrder:
         _, segment = self._recorded.get(id(event), (event, None))
         if not self._capturing:
             if segment is not None:
-                event.record(self._caller)  # a captured record tells CUDA nothing outside of the capture
+                event.record(self._caller)  # a captured record has no effect outside of the capture
                 self._used.append(event)
             wait(event, stream)
         elif segment is None:
@@ -146,10 +147,10 @@ class StreamOrder:
             self._fork(stream, event if segment == self._segment else None, wait)
 
     def _fork(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None, wait: Callable[..., None]) -> None:
-        """Have ``stream`` become part of the capture, behind ``event``, or behind all that the segment did so far."""
+        """Make ``stream`` part of the capture, behind ``event``, or behind everything that the segment did so far."""
         before = torch.cuda.Event()
         before.record(stream)
-        wait(before, self._caller)  # what it did outside, the launch waits for
+        wait(before, self._caller)  # the launch waits for what the stream did before
         if event is None:
             event = torch.cuda.Event()
             event.record(self._main)
@@ -184,11 +185,11 @@ _MEANINGS = {
         "capture one after the other",
     ),
 }
-"""By CUDA's words for an error: what it means here, and what to do."""
+"""By the words of CUDA's error: what it means here, and what to do."""
 
 
 def explained(error: BaseException) -> tuple[str, str]:
-    """The first line of what was raised in a capture, with what it means if it is about streams; and what to do then."""
+    """The first line of an exception from a capture, with its meaning if it is about streams; and what to do then."""
     first = first_line(error)
     for words, (meaning, fix) in _MEANINGS.items():
         if words in first:

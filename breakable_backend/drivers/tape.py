@@ -1,11 +1,13 @@
-"""What a capture would do, on any device: run the ATen ops, tape them, undo them; a replay re-issues the tape.
+"""The tape: what a capture would do, on any device. It runs ATen ops, tapes and undoes them; a replay runs the tape.
 
 A real capture runs no kernel: it notes launches and addresses. The tape driver has to run the ops, since the code that
-it captures is Python that may look at shapes, and so it takes everything back afterwards: storages that were written,
-the random state, and the values of what was made inside, which turn into poison. A stale address, a missing replay or
-a host read therefore fails here as it does on a GPU. What was lent and is no longer held is overwritten by each segment
-that was captured afterwards: any of them may have got the memory. So is what is held by each that was captured before: it
-may have been free memory of that one. Streams, and kernels that allocate, are what it lacks.
+it captures is Python that may look at shapes. So it undoes everything afterwards: written storages, the random state,
+and the values of what was made inside, which become poison. A stale address, a missing replay or a host read therefore
+fails here as it does on a GPU.
+
+Memory that was lent, and that nobody holds any more, is overwritten by each segment that was captured later: any of
+them may have got it. Memory that is still held is overwritten by each segment that was captured earlier: it may have
+been free memory of that segment. The tape has no streams, and no kernels that allocate.
 """
 
 from __future__ import annotations
@@ -48,13 +50,13 @@ REFUSED = {
     **dict.fromkeys(_torch.aten("_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd linalg_eig"), SYNC),
     **dict.fromkeys(_torch.aten("cholesky _embedding_bag _embedding_bag_forward_only _ctc_loss _cudnn_ctc_loss"), SYNC),
 }
-"""Ops that a CUDA capture refuses, beside those that the tags of ops tell."""
+"""Ops that a CUDA capture refuses, besides those that are known by their tags."""
 
 HOST_READING_METHODS = {
     getattr(torch.Tensor, name)
     for name in ("__array__", "__format__", "__reduce_ex__", "__repr__", "cpu", "numpy", "tolist")
 }
-"""Methods that copy to the host on a GPU, and that dispatch no copy, or nothing at all, on a CPU tensor."""
+"""Methods that copy to the host on a GPU, and that dispatch no copy, or nothing at all, for a CPU tensor."""
 
 COPIES = _torch.aten("_to_copy copy_")
 
@@ -62,7 +64,7 @@ HIGHER_ORDER_OF_OPS = {
     *("auto_functionalized", "auto_functionalized_v2", "with_effects", "out_dtype"),
     *("flex_attention", "flex_attention_backward", "triton_kernel_wrapper_functional"),
 }
-"""Higher-order ops whose dense kernel only calls other ops, without a look at values."""
+"""Higher-order ops whose dense kernel only calls other ops, without looking at values."""
 
 _active: active.Scoped[TapeDriver | None] = active.Scoped("breakable_backend.drivers.tape.active", None)
 
@@ -97,9 +99,9 @@ class _Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     fresh: tuple[tuple[int, torch.UntypedStorage], ...]
-    """Which leaves of the result are new memory, and the storage where later readers expect their bytes."""
+    """Which leaves of the result are new memory, each with the storage where later readers expect its bytes."""
     grad_enabled: bool
-    """The grad mode of the call, which some kernels look at."""
+    """The grad mode of the call, which some kernels read."""
 
     def run(self) -> None:
         with torch.set_grad_enabled(self.grad_enabled):
@@ -116,7 +118,7 @@ class _Op:
 
 @dataclass(frozen=True, slots=True)
 class _Awaited:
-    """A collective together with its wait: a tape copies what an op has made."""
+    """A collective together with its wait, since a tape copies the result of an op."""
 
     func: _torch.OpOverload
 
@@ -138,7 +140,7 @@ class _Outside:
     label: str
 
     def check(self, brought: Mapping[int, int]) -> None:
-        """Raises where a CUDA graph would read memory that is no longer there, and no argument has come to it since."""
+        """Raise if a CUDA graph would read freed memory, unless an argument lies there now."""
         storage = _torch.live_storage(self.ref)
         if brought.get(self.address, -1) >= self.num_bytes:
             return
@@ -152,21 +154,21 @@ class _Outside:
 
 @dataclass(frozen=True, slots=True)
 class _Lent:
-    """Memory of the pool that somebody holds by another storage, a twin, as long as it is needed."""
+    """Pool memory that somebody holds through another storage, a twin, as long as it is needed."""
 
     twin: _torch.StorageWeakRef
     memory: _torch.StorageWeakRef
     dtype: torch.dtype
     pool: object
     made_by: float
-    """The number of the graph that it was made in, or behind."""
+    """The number of the graph in which, or behind which, it was made."""
 
     @property
     def is_held(self) -> bool:
         return _torch.live_storage(self.twin) is not None
 
     def spoil(self) -> None:
-        """Overwrite it, as whoever gets it next does."""
+        """Overwrite it, as its next owner does."""
         if (memory := _torch.live_storage(self.memory)) is not None:
             _poison(memory, self.dtype)
 
@@ -174,12 +176,12 @@ class _Lent:
 class TapeGraph:
     """One captured segment as a tape of ATen calls.
 
-    It owns the storages that were made inside, until it is released or dies, and points to all others without owning
-    them. :meth:`replay` works on the addresses of the capture: values written there by the caller are seen, a tensor
-    that got other memory since (``param.data = ...``) is not.
+    It owns the storages that were made inside, until it is released or dies. It does not own other storages.
+    :meth:`replay` works on the addresses of the capture: it sees values that the caller has written there, but not a
+    tensor that got other memory since (``param.data = ...``).
 
     Raises:
-        ReplayError: from :meth:`replay`, if memory from outside is gone, or the graph was released.
+        ReplayError: from :meth:`replay`, if memory from outside was freed, or the graph was released.
     """
 
     def __init__(
@@ -193,13 +195,13 @@ class TapeGraph:
     ) -> None:
         self.draws_random = draws_random
         self._later = later
-        """What is held of memory that was got behind this graph, which it may use for itself while it runs."""
+        """Held memory that was allocated after this graph, which it may use for itself while it runs."""
         self._free = free
-        """What was free in the pool when this was captured, and so may be this graph's memory too."""
+        """Memory that was free in the pool when this was captured, and so may be this graph's too."""
         self._given = given
-        """Memory of the pool that was allocated for it between captures."""
+        """Pool memory that was allocated for it between captures."""
         self._brought = brought
-        """Memory of the present call's arguments: addresses and bytes."""
+        """Memory of the current call's arguments: addresses and bytes."""
         self.num_kernels = len(tape.ops)
         self.made = {key: storage for key, (storage, _) in tape.made.items()}
         self._device_type = tape.device.type
@@ -229,7 +231,7 @@ class TapeGraph:
             memory.check(self._brought)
         for lent in (*self._free, *self._later()):
             lent.spoil()
-        # The tape lies below autograd and autocast: the state around a replay must not reach its calls.
+        # The tape is below autograd and autocast: modes around a replay must not affect its calls.
         with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
             for feed in self.feeds:
                 feed.copy()
@@ -237,14 +239,14 @@ class TapeGraph:
                 op.run()
 
     def release(self) -> None:
-        """Drop the tape and all that it owns. Results that the caller still holds keep their own storage."""
+        """Drop the tape and everything that it owns. Results that the caller holds keep their storage."""
         self.released = True
         self._ops, self._outside, self.made = [], [], {}
         self._free, self._given, self.feeds, self._later = (), (), (), tuple
 
 
 class _Taping(OpMode):
-    """Hands ops to a tape; without one, they run as they are."""
+    """A dispatch mode that passes ops to a tape; without a tape, they run as usual."""
 
     def __init__(self, tape: _Tape | None = None) -> None:
         super().__init__(self._issue)
@@ -255,7 +257,7 @@ class _Taping(OpMode):
 
 
 class _Tape:
-    """Runs the ops that it is handed, and keeps what is needed to undo them and to do them again."""
+    """Runs the ops that it gets, and keeps what is needed to undo them and to run them again."""
 
     def __init__(
         self, device: torch.device, generator: torch.Generator, lent: Mapping[int, _Lent] | None = None
@@ -272,14 +274,14 @@ class _Tape:
         self._undo = Undo()
 
     def refuse(self, what: str) -> CaptureError:
-        """The error to raise. It is kept: a capture that went wrong stays wrong if the code swallows its error."""
+        """The error to raise. It is kept, since a capture that failed stays failed if the code swallows its error."""
         self.refusal = CaptureError(f"{what}, which no captured graph can do", fix=FIX)
         return self.refusal
 
     def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        # A graph would not run this kernel's Python again: what it calls is what belongs on the tape.
+        # A graph would not run this kernel's Python again, so the ops that it calls belong on the tape.
         kernel = kernel_of_ops(func, args, self.device)
         if kernel is None and isinstance(func, _torch.HigherOrderOperator):
             if func.name() in HIGHER_ORDER_OF_OPS:
@@ -293,7 +295,7 @@ class _Tape:
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten.lift_fresh.default and args[0].device == self.device:
-            # The tensor behind a literal dies with the code that wrote it: its value goes on the tape.
+            # The tensor of a literal dies with the code that wrote it, so its value goes on the tape.
             func, args = aten.clone.default, (args[0].clone(),)
             self.made[_torch.storage_key(args[0])] = (args[0].untyped_storage(), None)
         inputs = tensors_of((args, kwargs))
@@ -306,13 +308,13 @@ class _Tape:
         for tensor in memory_on(self.device, written_values(func, args, kwargs)):
             if _torch.storage_key(tensor) not in self.made:
                 self._undo.save(tensor)
-        # A collective takes part with others: the replay issues it, once for each call.
+        # A collective involves other ranks, so the replay alone issues it, once for each call.
         asynchronous = is_asynchronous(func)
         result = _torch.results_like(func, args, kwargs) if asynchronous else func(*args, **kwargs)
         self._random_state = self.generator.get_state()
         outputs = tensors_of(result)
         if all(tensor.device != self.device for tensor in (*inputs, *outputs)):
-            return result  # arithmetic of the host, which a capture leaves alone
+            return result  # arithmetic on the host, which a capture does not affect
         ran = Ran.of(func, args, kwargs, result, self.device, self.made)
         self._check_after(func, [*inputs, *outputs], [*ran.written, *outputs])
         leaves = _torch.pytree.tree_leaves(result)
@@ -328,10 +330,10 @@ class _Tape:
         return result
 
     def check_generator(self) -> None:
-        """Refuses a seed or a state that was set under the capture: a replay would not set it again."""
+        """Refuse a seed or a state that was set under the capture, since a replay would not set it again."""
         if not torch.equal(self._random_state, self.generator.get_state()):
             refused = self.refuse("the body set the state of the random generator")
-            refused.passing = "disturbed"  # or another thread drew from it: nobody can tell
+            refused.passing = "disturbed"  # another thread may have drawn from it instead
             raise refused
 
     def _check_layouts(self, func: Any, tensors: Sequence[torch.Tensor]) -> None:
@@ -340,7 +342,7 @@ class _Tape:
 
     def _check_after(self, func: Any, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
         self._check_layouts(func, tensors)
-        # A kernel takes a host number (a tensor of no dimensions) by value; a copy between devices never does.
+        # A kernel takes a number on the host (a 0-d tensor) by value. A copy between devices does not.
         copies = _torch.schema_name(func) in COPIES
         devices = {tensor.device for tensor in tensors if copies or tensor.dim() > 0}
         devices |= {tensor.device for tensor in targets} | {self.device}
@@ -352,7 +354,7 @@ class _Tape:
     def _alias(self, tensor: torch.Tensor, func: Any) -> torch.Tensor:
         """What the tape holds for ``tensor``: memory made inside strongly, memory from outside by its address."""
         if tensor.device != self.device:
-            return tensor.clone()  # a host number, which kernels take by value
+            return tensor.clone()  # a number on the host, which kernels take by value
         key = _torch.storage_key(tensor)
         if key in self.made:
             return tensor.data
@@ -363,13 +365,13 @@ class _Tape:
         return non_owning(tensor)
 
     def _lender(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """The storage of a graph where ``storage`` is its twin: the memory is there as long as the graph is."""
+        """The storage of a graph, if ``storage`` is its twin. The memory lives as long as the graph."""
         lent = self.lent.get(int(storage._cdata))
         memory = _torch.live_storage(lent.memory) if lent is not None else None
         return storage if memory is None else self._lender(memory)
 
     def undo(self) -> None:
-        """Take back what the ops did."""
+        """Undo the effects of the ops."""
         self.refusal = None  # its traceback holds this tape
         self._undo.restore()
         for storage, dtype in self.made.values():
@@ -378,7 +380,7 @@ class _Tape:
 
 
 class _HostReads(TorchFunctionMode):
-    """Refuses the host reads that dispatch nothing on a CPU tensor."""
+    """Refuses host reads that dispatch nothing for a CPU tensor."""
 
     def __init__(self, tape: _Tape | None = None) -> None:
         super().__init__()
@@ -393,15 +395,15 @@ class _HostReads(TorchFunctionMode):
 
 
 def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
-    """Fill with NaN, or with a number that is odd and so large that no index survives it."""
+    """Fill with NaN, or with a number that is odd and so large that it is no valid index."""
     octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     octets.fill_(1 if dtype == torch.bool else 0xFF)
     if dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        octets[dtype.itemsize - 1 :: dtype.itemsize] = 0x7F  # the sign, on a little-endian machine
+        octets[dtype.itemsize - 1 :: dtype.itemsize] = 0x7F  # the byte with the sign, on a little-endian machine
 
 
 def _failure(error: Exception) -> CaptureError:
-    """What a capture raises for what came out of its body, with the innermost line that is the user's."""
+    """The error of a capture for an exception of its body, with the user's innermost line."""
     where = user_line(error.__traceback__)
     if isinstance(error, CaptureError):
         failed = CaptureError(error.what, where=error.blamed or where, fix=error.fix)
@@ -413,8 +415,7 @@ def _failure(error: Exception) -> CaptureError:
 class TapeDriver(OpByOpDriver):
     """Captures by running and undoing, and replays by running again, on one device of any type.
 
-    The modes that see the ops are those of the calling thread, so that threads may capture side by side as far as
-    :attr:`lock` lets them.
+    Only the modes of the calling thread see ops, so threads may capture side by side as far as :attr:`lock` allows.
 
     Raises:
         CaptureError: from :meth:`capture`; see the protocol.
@@ -429,14 +430,14 @@ class TapeDriver(OpByOpDriver):
         self._lent: dict[int, _Lent] = {}
         """By the key of the twin, which the weak reference keeps from being used again."""
         self._given: list[torch.UntypedStorage] = []
-        """Memory that was allocated between captures: the next graph's to own."""
+        """Memory that was allocated between captures, for the next graph to own."""
         self._last: weakref.ref[OpByOpGraph] | None = None
         self.pool = object()
-        """What tells memory of recordings apart."""
+        """Identifies the memory of a recording."""
         self._captured = 0
-        """Graphs that were captured so far."""
+        """How many graphs were captured so far."""
         self._session: TapeSession | None = None
-        """Of the capture that is under way."""
+        """The session of the running :meth:`capture`."""
 
     def begin(self) -> int:
         return 0
@@ -491,7 +492,7 @@ class TapeDriver(OpByOpDriver):
             self._captured += 1
 
     def lend(self, made: torch.Tensor) -> torch.Tensor:
-        """A tensor on a twin storage: so one can tell when nobody needs the memory, which the tape goes on using."""
+        """A tensor on a twin storage, which shows when nobody needs the memory any more. The tape still uses the memory."""
         storage = made.untyped_storage()
         if storage.nbytes() == 0:
             return made
@@ -506,24 +507,24 @@ class TapeDriver(OpByOpDriver):
         return Geometry.of(made).on(twin)
 
     def free(self) -> tuple[_Lent, ...]:
-        """What was lent and is not held any more."""
+        """Memory that was lent and is not held any more."""
         self._lent = {key: lent for key, lent in self._lent.items() if _torch.live_storage(lent.memory) is not None}
         free = (lent for lent in self._lent.values() if not lent.is_held)
         return tuple(lent for lent in free if lent.pool is self.pool)
 
     def held_behind(self, number: int, pool: object) -> tuple[_Lent, ...]:
-        """What is held of memory that a recording got from ``pool`` behind the graph of that number."""
+        """Held memory of a recording in ``pool`` that was allocated after the graph of that number."""
         lent = tuple(self._lent.values())
         return tuple(some for some in lent if some.made_by > number and some.pool is pool and some.is_held)
 
     def taken(self) -> tuple[torch.UntypedStorage, ...]:
-        """What was allocated between captures, taken from the driver."""
+        """Memory that was allocated between captures, removed from the driver."""
         given, self._given = tuple(self._given), []
         return given
 
 
 class TapeSession:
-    """Captures segment after segment. The modes stay, whatever the caller enters on top of them between two segments."""
+    """Captures segment after segment. Its modes stay active between segments, below those that the caller enters there."""
 
     def __init__(self, driver: TapeDriver) -> None:
         self.driver = driver
@@ -538,7 +539,7 @@ class TapeSession:
     def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
         if _active.get() is not None:
             raise CaptureError("a capture was started inside another capture", fix="end the outer one first")
-        for bridge, value in fed:  # the code runs for real, and looks at its numbers
+        for bridge, value in fed:  # the code runs for real, and may look at values
             bridge.copy_(value)
         self._fed = fed
         self.driver.lock.acquire()
@@ -575,10 +576,10 @@ class TapeSession:
         return spoilt
 
     def touch(self) -> None:
-        """There are no streams."""
+        """Nothing to do: there are no streams."""
 
     def events(self) -> Sequence[torch.cuda.Event]:
-        """None: what runs in between has waited for real, and so does each replay."""
+        """None: the code in between has waited for real, and so does each replay."""
         return ()
 
     def _undo(self) -> None:
@@ -587,7 +588,7 @@ class TapeSession:
         assert token is not None
         self._tape = self._token = self.taping.tape = self.host_reads.tape = self.driver._session = None
         self._free, self._fed = (), ()
-        self.driver.taken()  # of a capture that failed nobody reads it
+        self.driver.taken()  # nobody reads the memory of a failed capture
         _active.reset(token)
         try:
             tape.undo()
