@@ -30,6 +30,8 @@ TARGETS = {
         "test_partition.py test_contract_order.py test_contract_ambient.py test_contract_hostile.py",
     ),
     "recorder": ("recordings/recorder.py", "test_replay.py test_lifetimes.py test_executor.py"),
+    "slots": ("recordings/slots.py", "test_lifetimes.py test_executor.py test_contract_stale.py"),
+    "epilogue": ("recordings/epilogue.py", "test_lifetimes.py test_executor.py test_contract_aliases.py"),
     "emit": ("recordings/replay.py", "test_replay.py test_buffers.py test_host_time.py test_contract_aliases.py"),
     "bridges": ("recordings/buffers.py", "test_buffers.py test_replay.py test_contract_stale.py"),
     "keys": ("calling/keys.py", "test_executor.py test_policy.py test_profiling.py test_contract_keys.py"),

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 
 from breakable_backend import locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, SessionDriver, Tenant
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Feed, SessionDriver, Tenant
 from breakable_backend.drivers.room import Room
 from breakable_backend.errors import CaptureError
 
@@ -68,6 +68,31 @@ def capture_body(
                 raise failure(error) from error
             raise
         return session.end(), result
+
+
+class GraphAround:
+    """A captured graph with something else in place of its launch: what is in it is as it was captured."""
+
+    def __init__(self, graph: CapturedGraph) -> None:
+        self.graph = graph
+
+    @property
+    def draws_random(self) -> bool:
+        return self.graph.draws_random
+
+    @property
+    def feeds(self) -> Sequence[Feed]:
+        return self.graph.feeds
+
+    @property
+    def num_kernels(self) -> int:
+        return self.graph.num_kernels
+
+    def kernels(self) -> tuple[str, ...]:
+        return self.graph.kernels()
+
+    def dot(self) -> str:
+        return self.graph.dot()
 
 
 class OpByOpGraph(Protocol):

@@ -15,35 +15,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing, Feed, Tenant
+from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing, Tenant
+from breakable_backend.drivers.device import GraphAround
 from breakable_backend.drivers.room import Room
 
 T = TypeVar("T")
 
 
-class GraphElsewhere:
+class GraphElsewhere(GraphAround):
     """A graph of another device than the first, which is launched on the current stream of its own."""
 
     def __init__(self, graph: CapturedGraph, at: _Elsewhere) -> None:
-        self.graph, self.at = graph, at
-
-    @property
-    def draws_random(self) -> bool:
-        return self.graph.draws_random
-
-    @property
-    def feeds(self) -> Sequence[Feed]:
-        return self.graph.feeds
-
-    @property
-    def num_kernels(self) -> int:
-        return self.graph.num_kernels
-
-    def kernels(self) -> tuple[str, ...]:
-        return self.graph.kernels()
-
-    def dot(self) -> str:
-        return self.graph.dot()
+        super().__init__(graph)
+        self.at = at
 
     def replay(self, stream: int) -> None:
         self.graph.replay(self.at.stream)

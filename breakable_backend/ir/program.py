@@ -94,14 +94,20 @@ class Access:
 
 
 @dataclass(frozen=True)
-class GraphSegment:
-    """Nodes that are captured together. ``module`` takes ``inputs`` by name and returns a tuple of ``outputs``."""
+class _Nodes:
+    """Some nodes of a program. ``module`` takes ``inputs`` by name and returns a tuple of ``outputs``."""
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
+
+
+@dataclass(frozen=True)
+class GraphSegment(_Nodes):
+    """Nodes that are captured together."""
+
     num_kernels: int
     """The number of ATen ops that launch. One may launch several kernels."""
     device: torch.device
@@ -109,14 +115,9 @@ class GraphSegment:
 
 
 @dataclass(frozen=True)
-class EagerSegment:
+class EagerSegment(_Nodes):
     """Nodes that run one by one in every call."""
 
-    module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    reads: tuple[Access, ...]
-    writes: tuple[Access, ...]
     reasons: tuple[Reason, ...]
 
 

@@ -22,6 +22,7 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Change, Trace, Watch, first_change, run_module
 from breakable_backend.drivers import CapturedGraph, Feed
+from breakable_backend.drivers.device import GraphAround
 from breakable_backend.errors import CAUSES, DivergenceError
 from breakable_backend.ir.effects import is_somebodys, is_view_op
 from breakable_backend.ir.live import Undo, generators_of, has_memory
@@ -102,29 +103,17 @@ class _Wrong:
     """What the op has to do with it."""
 
 
-@dataclass(eq=False)
-class _Compared:
+class _Compared(GraphAround):
     """A graph that is compared at each launch."""
 
-    checker: Checker
-    position: int
-    graph: CapturedGraph
-    draws_random: bool = False
+    def __init__(self, checker: Checker, position: int, graph: CapturedGraph) -> None:
+        super().__init__(graph)
+        self.checker, self.position = checker, position
 
     @property
     def feeds(self) -> tuple[Feed, ...]:
         """None: what is compared is copied before."""
         return ()
-
-    @property
-    def num_kernels(self) -> int:
-        return self.graph.num_kernels
-
-    def kernels(self) -> tuple[str, ...]:
-        return self.graph.kernels()
-
-    def dot(self) -> str:
-        return self.graph.dot()
 
     def copier(self, like: torch.Tensor) -> None:
         """None: what is compared is slow anyway."""
