@@ -201,7 +201,7 @@ def test_fork_from_the_callers_stream() -> None:
 def test_op_on_a_stream_that_was_not_forked() -> None:
     """It would run once and never again: an error with the user's line."""
     graph, x, side = BreakableCUDAGraph(), torch.ones(4, device="cuda"), torch.cuda.Stream()
-    with pytest.raises(CaptureError, match="which the capture does not know") as caught, capture(graph):
+    with pytest.raises(CaptureError, match="which is not a part of the capture") as caught, capture(graph):
         with torch.cuda.stream(side):
             x * 2  # the line
     assert "# the line" in caught.value.where
