@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -1014,6 +1015,165 @@ def test_everything_is_released(device: torch.device, options: dict[str, Any]) -
     breakable_cg.free()
     assert driver.live_graphs() == 0
     assert driver.live_blocks() == 0
+
+
+# --- what loops do around it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused", "capturable", "compiled", "momentum"])
+def test_optimizers(kind: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 3: each kind of optimizer, a compiled one in the same loop too, finds eager's gradients and leaves its weights."""
+    if kind == "capturable" and device.type != "cuda":
+        pytest.skip("torch's capturable optimizers need a GPU")
+    made: dict[nn.Module, Any] = {}
+
+    def optimizer_of(function: Any, module: nn.Module) -> Any:
+        if kind == "momentum":
+            return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+        chosen = {kind: True} if kind in ("foreach", "fused", "capturable") else {"foreach": False}
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, **chosen)
+        if kind == "compiled":  # torch's AdamW computes otherwise while it is compiled, so eager's is traced too
+            chosen = {"backend": "eager"} if function is module else {"backend": "breakable_cg", "options": options}
+            optimizer.step = torch.compile(optimizer.step, **chosen)
+        return optimizer
+
+    def step(function: Any, module: nn.Module) -> Any:
+        optimizer = made.get(module) or made.setdefault(module, optimizer_of(function, module))
+        loss = function(torch.rand(3, 4, device=device)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        optimizer.step()
+        return loss.detach(), norm
+
+    assert_replays([p for p in assert_trains(Mlp(), step, device, options, 9) if "of graph" in p.name], 3)
+
+
+def test_gradients_that_are_kept_in_another_dtype(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: what a hook adds to a sum in float32 of gradients in bfloat16, which it lets go of, is eager's sum."""
+    sums: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def watch(module: nn.Module) -> dict[str, Tensor]:
+        found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in module.named_parameters()}
+        for name, parameter in module.named_parameters():
+
+            def add(parameter: Tensor, name: str = name) -> None:
+                assert parameter.grad is not None
+                found[name].add_(parameter.grad)
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(add)
+        return found
+
+    def step(function: Any, module: nn.Module) -> Any:
+        found = sums.get(module) or sums.setdefault(module, watch(module))
+        for _ in range(2):
+            function(torch.rand(3, 4, device=device, dtype=torch.bfloat16)).square().mean().backward()
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.sub_(found[name].to(parameter.dtype), alpha=0.1)
+        return [value.clone() for value in found.values()]
+
+    assert_replays(assert_trains(Mlp().to(torch.bfloat16), step, device, options), 6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks an argument that is no leaf for it
+def test_hooks_on_modules(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: hooks on the compiled module, and on a module inside of it, see and change what they do in eager."""
+    told: list[Any] = []
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = Mlp(), nn.Linear(4, 4)
+            self.inner.first.register_forward_hook(lambda _module, _args, result: result * 1.5)
+            self.register_forward_pre_hook(lambda _module, args: (args[0] + 1,))
+            self.register_full_backward_hook(
+                lambda _module, inputs, outputs: told.append([value.detach() for value in (*inputs, *outputs)])
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.inner(x).tanh())
+
+    def step(function: Any, module: nn.Module) -> Any:
+        told.clear()
+        module.zero_grad()
+        x = torch.rand(3, 4, device=device, requires_grad=True)
+        loss = function(x).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach(), x.grad, list(told)
+
+    assert_trains(Outer(), step, device, options)
+
+
+def test_saved_tensors_on_the_host(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: steps whose saved tensors are offloaded are eager's, between others that are replayed."""
+    numbers = itertools.cycle(range(3))
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        offload = torch.autograd.graph.save_on_cpu() if next(numbers) == 2 else contextlib.nullcontext()
+        with offload:
+            loss = function(torch.rand(3, 4, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 12), 3)
+
+
+def test_parts_without_gradients(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: parts under no_grad, detached values, and weights that are frozen and thawed between steps."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.student, self.head = Mlp(), Mlp(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = self.teacher(x).tanh()
+            made = self.student(x)
+            return F.mse_loss(made, wanted) + F.mse_loss(self.head(made.detach()), wanted)
+
+    calls = itertools.count()
+
+    def step(function: Any, module: Any) -> Any:
+        module.zero_grad()
+        for parameter in module.head.parameters():
+            parameter.requires_grad_(next(calls) // 24 % 2 == 0)
+        loss = function(torch.rand(3, 4, device=device))
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(Parts(), step, device, options, 24), 6)
+
+
+def test_an_ensemble_and_a_pipeline(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: one compiled module trains with two sets of weights, and micro batches come back in the order of a pipeline."""
+    model = Mlp().to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    for _ in range(6):
+        results = []
+        for function in (compiled, model):
+            torch.manual_seed(1)
+            waiting, found = [], []
+            for place in range(5):  # two forwards ahead of the backwards
+                waiting.append(function(torch.rand(3, 4, device=device)).square().sum())
+                if place >= 2:
+                    waiting.pop(0).backward()
+            for loss in waiting:
+                loss.backward()
+            found += [parameter.grad.clone() for parameter in model.parameters()]
+            model.zero_grad()
+            results.append(found)
+        assert_same(*results)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+    assert_replays(breakable_backend.explain(compiled).programs, 6)
 
 
 # --- compare mode and the report --------------------------------------------------------------------------------------------
