@@ -319,6 +319,27 @@ FAULTS = (
         "test_replay.py::test_many_results_are_copied_together",
     ),
     Fault(
+        "what-may-draw-is-computed-again",
+        "compiling.training:_may_draw",
+        "is_opaque(op)",
+        "False",
+        "test_training.py::test_graphs_inside[cpu-may draw]",
+    ),
+    Fault(
+        "graphs-inside-lose-their-marks",
+        "compiling.training:_Run.get_attr",
+        "_Body(value)",
+        "value",
+        "test_training.py::test_graphs_inside[cpu-marked inside]",
+    ),
+    Fault(
+        "what-was-saved-is-not-compared",
+        "calling.training:_Captured.backward",
+        "ctx.check is not None",
+        "False",
+        "test_training.py::test_compare_sees_what_is_saved[cpu]",
+    ),
+    Fault(
         "bridges-are-filled-on-the-capture-stream",
         "drivers.cuda:CudaDriver.allocating",
         "_torch.memory_as_it_is()",

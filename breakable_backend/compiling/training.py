@@ -28,8 +28,9 @@ from breakable_backend.compiling.lowering import (
     note_outs,
     out_of_place_views,
 )
+from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
-from breakable_backend.ir.effects import alias_source, is_view, tensors_of, written_arguments
+from breakable_backend.ir.effects import alias_source, bodies, draws, is_opaque, is_view, tensors_of, written_arguments
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import AMBIENT_KEY
 from breakable_backend.marks.marking import EagerOps, Marks
@@ -98,11 +99,16 @@ class _Joint:
     written: tuple[int, ...]
     """Inputs whose version counts up."""
 
-    def used(self) -> Iterator[fx.Node]:
-        """What the second half takes of the first, and of the inputs; with repetitions."""
+    def second(self) -> Iterator[fx.Node]:
+        """The calls of the second half."""
         for node in self.module.graph.nodes:
             if node.op == "call_function" and node.name not in self.forward:
-                yield from (argument for argument in node.all_input_nodes if self._is_before(argument))
+                yield node
+
+    def used(self) -> Iterator[fx.Node]:
+        """What the second half takes of the first, and of the inputs; with repetitions."""
+        for node in self.second():
+            yield from (argument for argument in node.all_input_nodes if self._is_before(argument))
         yield from (leaf for leaf in self.gradients if isinstance(leaf, fx.Node) and self._is_before(leaf))
 
     def _is_before(self, node: fx.Node) -> bool:
@@ -146,16 +152,18 @@ class Halves:
     @classmethod
     def of(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
         """Of a graph, at the time at which Dynamo hands it over: the autocast around the call is the caller's then."""
-        for module in gm.modules():
-            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-                if why := _refused(node):
+        for module in _graphs(gm):
+            for node in module.graph.nodes:
+                if why := _refused(module, node, inside=module is not gm):
                     raise CannotLower(why)
-        if any(isinstance(module, fx.GraphModule) for module in gm.children()):
-            raise CannotLower("it has graphs inside")
         note_ambient(gm)
         if note_outs(gm):
             raise CannotLower("it needs gradients, and calls ops with out=")
-        return cls._noted(gm, eager_ops)
+        made = cls._noted(gm, eager_ops)
+        nodes = (node for module in _graphs(gm) if module is not gm for node in module.graph.nodes)
+        if made.varying and any(site_of(node.target, node.args) is not None for node in nodes):
+            raise CannotLower("its sizes vary, and a marked function is called in a graph inside of it")
+        return made
 
     @classmethod
     def _noted(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
@@ -232,6 +240,9 @@ class Halves:
             raise CannotLower(first_line(error)) from error
 
     def _traced(self, pattern: Pattern | None) -> _Joint:
+        for node in (node for module in _graphs(self.gm) for node in module.graph.nodes):
+            if isinstance(node.target, _torch.HigherOrderOperator):
+                raise CannotLower(f"it calls {node.target.name()}")
         marks = Marks(self.eager_ops)
         marks.annotate(self.gm)
         kept, around = kept_ops(self.gm, self.eager_ops), marks.taken_apart(_called(self.gm))
@@ -240,7 +251,7 @@ class Halves:
         with _torch.tracing_both_halves(kept, around):
             values = [_fake(spec).requires_grad_(needs) for spec, needs in self.inputs]
             if pattern is None:
-                outputs = fx.Interpreter(self.gm).run(*values)
+                outputs = _Run(self.gm).run(*values)
                 tangents: list[Any] = [_fake(TensorSpec.of(o)) for o in outputs if _needs(o)]
                 values = [_fake(spec).requires_grad_(needs) for spec, needs in self.inputs]
             else:
@@ -249,7 +260,7 @@ class Halves:
             def both(*flat: Any) -> Any:
                 primals, came = flat[:count], flat[count:]
                 before = [(value.requires_grad, value._version) for value in primals]
-                outputs = fx.Interpreter(self.gm).run(*primals)
+                outputs = _Run(self.gm).run(*primals)
                 facts["forward"] = _torch.traced_so_far()
                 for value, (needs, version) in zip(primals, before, strict=True):
                     if value.requires_grad is not needs or value.grad_fn is not None:
@@ -285,19 +296,24 @@ class Halves:
             tuple(facts["written"]),
         )
         _check(joint, count)
+        if _has_checkpoint(self.gm) and any(_may_draw(node.target) for node in joint.second()):
+            raise CannotLower("what a checkpoint computes again draws random numbers, or may")
         _attribute_backward(joint)
         return joint
 
 
-def _refused(node: fx.Node) -> str:
-    """Why a node of Dynamo's graph keeps it eager."""
-    if isinstance(node.target, _torch.HigherOrderOperator):
+def _refused(module: fx.GraphModule, node: fx.Node, *, inside: bool) -> str:
+    """Why a node of a graph of Dynamo's, or of one inside of it, keeps it eager."""
+    if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in TRACED_THROUGH:
         return f"it needs gradients, and calls {node.target.name()}"
-    if node.op in ("get_attr", "call_module"):
+    if any("_checkpoint_context_fn" in body.meta for body in bodies(node)):
+        return "it needs gradients, and has a selective checkpoint"
+    is_graph = node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule)
+    if node.op in ("get_attr", "call_module") and not is_graph:
         return "it needs gradients, and holds tensors or modules of its own"
     if node.target is _torch.ENTER_INFERENCE_MODE:
         return "it enters or leaves inference mode"
-    if node.op == "placeholder":
+    if node.op == "placeholder" and not inside:
         value: Any = node.meta.get("example_value")
         if isinstance(value, torch.SymInt):
             return ""
@@ -313,6 +329,54 @@ def _varies(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
     return isinstance(value, torch.SymInt)
+
+
+TRACED_THROUGH = (
+    "autograd_function_apply",
+    "invoke_subgraph",
+    "tag_activation_checkpoint",
+    "wrap_activation_checkpoint",
+)
+"""Higher-order ops that run as eager runs them (:mod:`breakable_backend.compiling.traced`), and so can be traced."""
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph node by node, and the graphs inside of it alike, so that each op is traced with the marks of its node."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return _Body(value) if isinstance(value, fx.GraphModule) else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is checkpointed:  # what is computed again draws nothing, and generators are no part of a trace
+            kwargs = {**kwargs, "preserve_rng_state": False}
+        return super().call_function(target, args, kwargs)
+
+
+class _Body:
+    """A graph inside of another one, as a function of its inputs."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.meta = module, module.meta
+
+    def __call__(self, *args: Any) -> Any:
+        return _Run(self.module).run(*args)
+
+    forward = __call__
+
+
+def _may_draw(op: Any) -> bool:
+    """Whether an op would have to find the random state of its first run. What is not torch's own does not tell."""
+    return draws(op) or (is_opaque(op) and not is_backward(op))
+
+
+def _has_checkpoint(gm: fx.GraphModule) -> bool:
+    return any(node.target is checkpointed for module in _graphs(gm) for node in module.graph.nodes)
+
+
+def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """A graph, and those inside of it."""
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, _torch.FakeTensor)

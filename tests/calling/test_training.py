@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import breakable_backend
-from breakable_backend import DivergenceError, ReplayError, eager_on_graph
+from breakable_backend import DivergenceError, ReplayError, eager_on_graph, eager_region
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.training import MAX_SIZES, MAX_SLOTS, ForwardExecutor
 from checks import assert_same
@@ -753,6 +753,78 @@ def test_checkpointing(inside: bool, reentrant: bool, device: torch.device, opti
         return loss.detach()
 
     assert_trains(Checked(), step, device, options, 6)
+
+
+@eager_on_graph
+def noisy(x: Tensor) -> Tensor:
+    """A marked function that draws, which nobody can tell from outside."""
+    return x * torch.rand_like(x)
+
+
+class Cubed(torch.autograd.Function):
+    """A function with a backward of its own, which is twice eager's, so that it is seen to run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return x**3 * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return gradient * x * x * (6 * ctx.scale), None
+
+
+def in_an_eager_region(x: Tensor) -> Tensor:
+    with eager_region():
+        y = x.sin()
+    return (y * 2).tanh()
+
+
+@torch.compiler.nested_compile_region
+def in_a_region(x: Tensor) -> Tensor:
+    return scaled_by(x.sin(), 3).cos()
+
+
+GRAPHS_INSIDE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "checkpoint": (lambda x: checkpoint(lambda x: (x.sin() * 2).tanh(), x, use_reentrant=False).cos(), ""),
+    "checkpoints in one": (
+        lambda x: checkpoint(lambda x: checkpoint(torch.tanh, x, use_reentrant=False) * x, x, use_reentrant=False),
+        "",
+    ),
+    "draws outside": (lambda x: F.dropout(checkpoint(lambda x: x.sin() * 2, x, use_reentrant=False), 0.5), ""),
+    "draws inside": (lambda x: checkpoint(lambda x: F.dropout(x.sin(), 0.5), x, use_reentrant=False) * 2, "draws"),
+    "may draw": (lambda x: checkpoint(lambda x: noisy(x.sin()).tanh(), x, use_reentrant=False) * 2, "or may"),
+    "marked outside": (lambda x: scaled_by(checkpoint(lambda x: x.sin().tanh(), x, use_reentrant=False), 3).tanh(), ""),
+    "marked inside": (lambda x: checkpoint(in_an_eager_region, x, use_reentrant=False).cos(), ""),
+    "autograd.Function": (lambda x: Cubed.apply(x.sin(), 1.5).tanh(), ""),
+    "region": (lambda x: in_a_region(x) + in_a_region(x * 2), ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo instantiates an autograd.Function
+@pytest.mark.parametrize("name", GRAPHS_INSIDE)
+def test_graphs_inside(name: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1, 2 and 6: checkpoints, custom gradients and regions are captured; a draw that would come again keeps eager."""
+    function, why = GRAPHS_INSIDE[name]
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "min_kernels": 1})
+    for number in range(8):
+        results = []
+        for called in (compiled, function):
+            torch.manual_seed(number)
+            x = torch.rand(3, 4, device=device, requires_grad=True)
+            y = called(x)
+            y.square().sum().backward()
+            results.append((y.detach(), x.grad, torch.rand(2, device=device)))
+        assert_same(*results)
+    report = breakable_backend.explain(compiled)
+    if why:
+        assert any(why in graph.why for graph in report.eager_graphs)
+    else:
+        assert_replays(report.programs, 3)
+    if name in ("region", "marked outside", "marked inside"):
+        assert all(program.num_eager_segments >= 1 for program in report.programs)
 
 
 def test_other_memory_between_the_two(device: torch.device, options: dict[str, Any]) -> None:
