@@ -141,6 +141,7 @@ from breakable_backend._torch.tensors import (
     address_of,
     are_at,
     base_of_view,
+    clones_together,
     copy_together,
     extent,
     foreach_copy,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -143,6 +144,16 @@ def with_lazy_bits(tensor: torch.Tensor, bits: tuple[bool, bool]) -> torch.Tenso
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:
     """A view with every value negated when it is read."""
     return torch._neg_view(tensor)
+
+
+def clones_together(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """A clone of each of some tensors of float32 or float64, dense and on one device, all by one launch.
+
+    The larger of a number and minus infinity is that number, NaN with its bits and ``-0.0`` included (H200, torch 2.11).
+    There is no op that clones a list; to allocate in Python and copy then takes a third longer (150 gradients).
+    """
+    made: Sequence[torch.Tensor] = torch._foreach_clamp_min(tensors, -math.inf)
+    return made
 
 
 copy_together: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_copy_

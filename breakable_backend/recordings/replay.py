@@ -223,7 +223,12 @@ class _Writer:
         return source
 
     def _copies_together(self, calls: Sequence[Call]) -> Iterator[_Statement]:
-        empty, names = self._bind("empty_like", torch.empty_like), [call.result for call in calls]
+        names = [call.result for call in calls]
+        if self._source(calls[0]).dtype in (torch.float32, torch.float64):
+            results = self._bind("results", [self._source(call) for call in calls])
+            yield _Statement((f"{', '.join(names)} = {self._bind('clones', _torch.clones_together)}({results})",))
+            return
+        empty = self._bind("empty_like", torch.empty_like)
         for call in calls:
             text, uses = self._text(call.args[0])
             yield _Statement((f"{call.result} = {empty}({text})",), uses, call.result)

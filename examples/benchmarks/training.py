@@ -258,7 +258,7 @@ def by_hand_in_pieces(work: Work, model: nn.Module) -> Step:
     with autocast(), torch.no_grad():  # autograd would remember the stream
         for piece in model.pieces:
             inputs = (*inputs, following) if piece is model.pieces[-1] else inputs
-            samples.append(tuple(value.detach().requires_grad_(value.is_floating_point()) for value in inputs))
+            samples.append(tuple(value.detach().clone().requires_grad_(value.is_floating_point()) for value in inputs))
             inputs = piece(*inputs)
     with autocast():
         graphed = torch.cuda.make_graphed_callables(tuple(model.pieces), tuple(samples), allow_unused_input=True)

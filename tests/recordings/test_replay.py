@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from breakable_backend import EagerOutputError, ReplayError
+from breakable_backend import EagerOutputError, ReplayError, _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver, TapeGraph
 from breakable_backend.ir.layout import TensorSpec, extent
@@ -414,11 +414,27 @@ def test_many_results_are_copied_together(tape: Maker, copied_bytes: list[int]) 
     """Results of one dtype that are copied behind each other are one launch, on storages of their own; few are copied as bytes."""
     recording = many_results(tape)
     replay = emit(recording)
-    assert replay.source.count("copy_together") == 2
+    assert replay.source.count("clones(results)") == 1
+    assert replay.source.count("copy_together") == 1
     assert replay.source.count("copy_bytes(") == 1
     one, other = (replay.function([torch.full((2, 3), float(value))], 0) for value in (1, 2))
     assert len({value.untyped_storage().data_ptr() for value in (*one[:-1], *other[:-1])}) == 20
     assert one[-1].data_ptr() == one[0].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clones_together_keep_all_bits(dtype: torch.dtype, device: torch.device) -> None:
+    """Clones of a list have the bits and the strides of what they are of: each kind of NaN, both zeros, what is denormal."""
+    bits = torch.int32 if dtype is torch.float32 else torch.int64
+    inf = torch.tensor(torch.inf, dtype=dtype).view(bits).item()
+    odd = [0, 1, inf, inf + 1, inf + (inf & -inf) // 2 + 1, 2 * inf.bit_length()]
+    least = torch.iinfo(bits).min
+    values = torch.tensor([*odd, *(value + least for value in odd)], dtype=bits, device=device).view(dtype)
+    given = [values, values.view(3, 4).t(), values[:0], values[3:9]]
+    for mine, theirs in zip(given, _torch.clones_together(given), strict=True):
+        assert torch.equal(mine.view(bits), theirs.view(bits))
+        assert mine.stride() == theirs.stride()
+        assert mine.numel() == 0 or mine.data_ptr() != theirs.data_ptr()
 
 
 def test_bytes_of_what_is_not_plain(tape: Maker, copied_bytes: list[int]) -> None:
