@@ -1,1 +1,1 @@
-"""What happens in each call of a compiled graph."""
+"""What happens when a compiled function is called."""

@@ -1,9 +1,9 @@
-"""Calls without Dynamo's guards, for engines that know their inputs: what :func:`bind` makes.
+"""Calls without Dynamo's guards, for engines that know their inputs: :func:`bind`.
 
-A bound call runs the code that Dynamo made for the call that it was bound with. That code reads parameters where they are now, calls
-the graph, puts the result together, and has the Python side effects that Dynamo saw. So what a bound call does is what the compiled
-function does; only the question whether Dynamo's code fits is asked by less: of the inputs, the modes of torch, and where parameters
-lie.
+A bound call runs the code that Dynamo compiled for the call with which it was bound. That code reads parameters where
+they are now, calls the graph, puts the result together, and has the Python side effects that Dynamo saw. So a bound
+call does what the compiled function does. Only the check whether Dynamo's code fits is shorter: it looks at the inputs,
+the modes of torch, and the addresses of parameters.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ T = TypeVar("T")
 CHECKS = ("inputs", "parameters", "nothing")
 MISFITS = ("call", "raise")
 MAX_CALLS = 4
-"""Calls until it is given up to bind a function: one runs plainly, one records, one is the replay that is looked at."""
+"""Calls after which binding gives up: one runs plainly, one records, and one replay is observed."""
 MAX_TOLD = 32
-"""Reasons of calls that did not fit that are told apart: with each a text is kept."""
+"""How many different reasons of calls that do not fit are counted separately. Each keeps a string."""
 
 MOVED = "a parameter, or what else keeps its address, is not where it was"
 GONE = "Dynamo was reset since it was bound"
@@ -60,30 +60,33 @@ def bind(
     >>> bound(torch.zeros(2))
     tensor([1., 1.])
 
-    What a bound call does is what ``compiled`` does. What is not asked in each call is whether Python values that ``compiled``
-    reads by itself are the same: attributes of modules other than ``training``, globals, what functions close over. Whoever changes
-    one of those binds anew.
+    A bound call does what ``compiled`` does. It does not check Python values that ``compiled`` reads by itself:
+    attributes of modules other than ``training``, globals, and what functions close over. If you change one of these,
+    bind again.
 
     Args:
-        compiled: what ``torch.compile`` returned. Its whole call has to be one graph. The bound call keeps it.
-        args: the arguments of a call. Tensors stand for all tensors of the same type, dtype, device, shape, strides and
-            ``requires_grad``; numbers, strings and the like for equal ones; lists, tuples and dicts for those of the same structure;
-            all else for itself. Which arguments are one tensor is a part of that.
-        check: ``"inputs"``: each call looks whether its arguments are such ones, and whether grad mode, autocast, the other modes of
-            torch and the ``training`` of modules are as they were, and where parameters lie. ``"parameters"``: only the latter;
-            other arguments are undefined behaviour. ``"nothing"``: nor that, and no parameter is read where that is possible. Parameters
-            that die, or whose memory is freed, are noticed; those that are given other memory while somebody keeps the old are not.
-        misfit: what comes of a call that does not fit, and of a function that cannot be bound: ``"call"``: ``compiled`` is called,
-            :attr:`BoundCall.misfits` counts it, and :attr:`BoundCall.why_not` says why nothing is bound. ``"raise"``: an error.
-        kwargs: keyword arguments of the call. What is named ``check`` or ``misfit`` cannot be among them.
+        compiled: what ``torch.compile`` returned. Its whole call has to be one graph. The bound function keeps it
+            alive.
+        args: the arguments of a call. A tensor stands for all tensors of the same type, dtype, device, shape, strides
+            and ``requires_grad``; a number or string for equal ones; a list, tuple or dict for those of the same
+            structure; any other object for itself. Which arguments are the same tensor has to stay as it is here.
+        check: ``"inputs"``: each call checks its arguments, grad mode, autocast, the other modes of torch, the
+            ``training`` of modules, and the addresses of parameters. ``"parameters"``: each call checks only the
+            addresses of parameters; other arguments are undefined behaviour. ``"nothing"``: no call checks these
+            either, and parameters are not read where that is possible. Parameters that die, or whose memory is freed,
+            are noticed; those that get other memory while somebody keeps the old memory are not.
+        misfit: what happens to a call that does not fit, and to a function that cannot be bound. ``"call"``:
+            ``compiled`` is called; :attr:`BoundCall.misfits` counts the call, and :attr:`BoundCall.why_not` says why
+            nothing is bound. ``"raise"``: it is an error.
+        kwargs: keyword arguments of the call. They cannot be named ``check`` or ``misfit``.
 
     Returns:
-        a callable. ``compiled`` is called with the arguments until they are recorded, with all that a call does: three times, or
-        once where they are recorded already.
+        a callable. ``bind`` calls ``compiled`` with the arguments until they are recorded, with all effects of a call:
+            three times, or once if they are recorded already.
 
     Raises:
-        BindError: with ``misfit="raise"``, the function cannot be bound.
-        OptionsError: ``check`` or ``misfit`` is none of the above, or ``compiled`` is not compiled.
+        BindError: the function cannot be bound, with ``misfit="raise"``.
+        OptionsError: ``check`` or ``misfit`` has another value, or ``compiled`` is not compiled.
     """
     if check not in CHECKS or misfit not in MISFITS:
         raise OptionsError(
@@ -99,7 +102,7 @@ def bind(
 
 
 class BoundCall(Generic[T]):
-    """A compiled function for calls with inputs of one kind: what :func:`bind` returns. Calls from several threads are fine.
+    """A compiled function for calls with inputs of one kind, made by :func:`bind`. Several threads may call it.
 
     >>> compiled = torch.compile(lambda x: x.cos() * 2, backend="breakable_cg", options={"driver": "tape"})
     >>> bound = bind(compiled, torch.zeros(2))
@@ -115,9 +118,9 @@ class BoundCall(Generic[T]):
         self.__wrapped__ = compiled
         self.check, self.raises = check, raises
         self.misfits = Counter[str]()
-        """Calls that went to ``compiled``, by why they did not fit."""
+        """Calls that went to ``compiled``: a count for each reason why they did not fit."""
         self.why_not = ""
-        """Why nothing is bound, so that all calls go to ``compiled``; empty if something is."""
+        """Why nothing is bound, so that all calls go to ``compiled``; empty if something is bound."""
         self._binding: _Binding | None = None
         for _ in range(MAX_CALLS):
             _, self._binding, self.why_not = _observed(compiled, args, kwargs, check)
@@ -135,11 +138,11 @@ class BoundCall(Generic[T]):
         """Call once.
 
         Raises:
-            ReplayError: with ``misfit="raise"``, the call does not fit.
+            ReplayError: the call does not fit, with ``misfit="raise"``.
             Exception: what a call of the compiled function raises.
         """
         binding = self._binding
-        # In a function that is being compiled: then the bound one is a part of that.
+        # Inside a function that is being compiled, the compiled function is traced in its place.
         if binding is None or torch.compiler.is_compiling():
             return self.__wrapped__(*args, **kwargs)
         if binding.quick is not None and (result := binding.quick(args, kwargs)) is not resolved.NOT_NOW:
@@ -158,7 +161,7 @@ class BoundCall(Generic[T]):
         return self._misfit(binding, why, args, kwargs)
 
     def _misfit(self, binding: _Binding, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-        """A call that does not fit. If that is for ever, it is bound anew as soon as it is recorded anew."""
+        """A call that does not fit. If no later call can fit either, it is bound again once it is recorded again."""
         counts = binding.executor.statistics.misfits
         told = why if why in counts or len(counts) < MAX_TOLD else "other reasons"
         for counted in (self.misfits, counts):
@@ -179,7 +182,7 @@ class BoundCall(Generic[T]):
 
 
 class _Misfit(Exception):
-    """Found on the way from Dynamo's code to the graph: nothing has been done yet."""
+    """Raised between Dynamo's code and the graph, when nothing has been done yet."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -187,30 +190,30 @@ class _Misfit(Exception):
 
 @dataclass(eq=False)
 class _Binding:
-    """What was resolved once."""
+    """What a bound call needs, resolved once."""
 
     executor: Executor
     inputs: Inputs
     state: _State
     before: tuple[Any, ...]
-    """Arguments of Dynamo's code before the caller's: the module whose method it is."""
+    """Arguments of Dynamo's code before the caller's, such as the module whose method it is."""
     code: CodeType
-    """Dynamo's own; what it installed among the globals lives as long."""
+    """Dynamo's code. What it has installed among the globals lives as long."""
     fits: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
     function: Callable[..., Any] = operator.not_
-    """Dynamo's code around the graph, with a look at what it hands over."""
+    """Dynamo's code around the graph, with a check of what it passes to the graph."""
     quick: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
-    """All of the call in one function, without Dynamo's code; see :func:`breakable_backend.calling.resolved.resolve`."""
+    """The whole call as one function, without Dynamo's code; see :func:`breakable_backend.calling.resolved.resolve`."""
 
     def __post_init__(self) -> None:
-        self.wanted = self.executor.observers.wanted  # of the executor, it would be looked up in each call
+        self.wanted = self.executor.observers.wanted  # looked up here, and not in each call
 
     def why(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return self.state.differs() or self.inputs.differs(args, kwargs) or "it has changed while it was looked at"
 
 
 class _State:
-    """What a call depends on besides its arguments, and that is looked at in each: it is as it was when this was made."""
+    """What a call depends on besides its arguments, and what each call checks: it is as it was when this was made."""
 
     def __init__(
         self, executor: Executor, modules: Sequence[torch.nn.Module], hooks: Sequence[Mapping[Any, Any]]
@@ -223,13 +226,13 @@ class _State:
         self._training, self._hooks = [module.training for module in self._modules], tuple(hooks)
 
     def test(self) -> Callable[[], bool]:
-        """Asks whether all is as it was, in microseconds: see :meth:`differs`. A function without a look at this object."""
+        """A function that checks this in microseconds, without a look at this object; see :meth:`differs`."""
         names: dict[str, Any] = {}
         condition = self.condition(names)
         return eval(f"lambda: {condition}", names)  # type: ignore[no-any-return]
 
     def condition(self, names: dict[str, Any]) -> str:
-        """The question as source. What it refers to is added to ``names``."""
+        """The check as source. The names that it uses are added to ``names``."""
         names |= {
             "settings": self._settings,
             "is_inference": torch.is_inference_mode_enabled,
@@ -262,7 +265,7 @@ class _State:
         return " and ".join(terms)
 
     def differs(self) -> str:
-        """What is not as it was; empty if all is."""
+        """What has changed; empty if nothing has."""
         if self._executor.callers.gone:
             return GONE
         if not self._settings():
@@ -294,12 +297,12 @@ _training = operator.attrgetter("training")
 
 @dataclass(eq=False)
 class _Replayed:
-    """A replay, as it was under way."""
+    """A replay, observed while it ran."""
 
     executor: Executor
     entry: Entry
     args: tuple[Any, ...]
-    """What the executor was given."""
+    """The arguments of the executor."""
     made: list[FrameType]
     around: list[FrameType]
 
@@ -307,12 +310,12 @@ class _Replayed:
 def _observed(
     compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
 ) -> tuple[Any, _Binding | None, str]:
-    """Call ``compiled``: its result; if it was one replay, what to bind; and why it cannot be bound, if that is sure."""
+    """Call ``compiled``. Returns its result; what to bind, if it was one replay; and why it can never be bound."""
     found: list[_Replayed] = []
     here = sys._getframe()
 
     def spectator(executor: Executor, entry: Entry, args: list[Any]) -> None:
-        """Note what is replayed, and the Python code that leads there."""
+        """Note what is replayed, and the Python code that leads to it."""
         made, around = _torch.dynamo_frames(here)
         found.append(_Replayed(executor, entry, tuple(args), made, around))
 
@@ -326,7 +329,7 @@ def _observed(
         binding, why = _bound(compiled, found, args, kwargs, check)
         return result, binding, why
     finally:
-        found.clear()  # frames hold what was in them
+        found.clear()  # frames keep their local variables alive
 
 
 def _bound(
@@ -355,7 +358,7 @@ def _bound(
     if inputs is None:
         return None, why
     handed = _handed(function, code, before, args, kwargs)
-    # Once more with tensors that are nobody else's: where they arrive, arguments arrive.
+    # Once more with tensors that nobody else has: the places where they arrive are those of the arguments.
     own = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     others = _handed(function, code, before, *own)
     own_ids = {id(leaf) for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)}
@@ -393,7 +396,7 @@ def _resolved(
     own: tuple[tuple[Any, ...], dict[str, Any]],
     same: Callable[[], bool] | None,
 ) -> Callable[..., Any] | None:
-    """The call without Dynamo's code, where that does nothing that cannot be written down; ``own`` arrives as ``others``."""
+    """The call without Dynamo's code, if that code can be written down. ``own`` arrives at the graph as ``others``."""
     executor, entry = replayed.executor, replayed.entry
     written = written_inputs(executor.lowered.module)
     moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)
@@ -409,7 +412,7 @@ def _resolved(
     if result is None or not all(placed.values()):
         return None
     names: dict[str, Any] = {"wanted": binding.wanted}
-    looks = ["if wanted(): return NOT_NOW"]  # a profiler: the call gets a name in it
+    looks = ["if wanted(): return NOT_NOW"]  # with a profiler, the slower path names the call in the profile
     if binding.fits is not None:
         looks += [
             f"if not ({binding.state.condition(names)}): return NOT_NOW",
@@ -421,7 +424,7 @@ def _resolved(
 def _handed(
     function: Any, code: CodeType, before: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """What Dynamo's code hands to the graph for these arguments. The graph is not called."""
+    """What Dynamo's code passes to the graph for these arguments. The graph is not called."""
     found: list[tuple[Any, ...]] = []
 
     def graph(*handed: Any) -> Any:
@@ -435,11 +438,11 @@ def _handed(
 
 
 class _Handed(Exception):
-    """The graph would be called now."""
+    """Raised where the graph would be called."""
 
 
 def _before(frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What the code in ``frame`` was called with before ``args``; None if it was not called with these arguments."""
+    """The arguments of the code in ``frame`` before ``args``; None if it was not called with these arguments."""
     code, values = frame.f_code, frame.f_locals
     names = code.co_varnames[: _torch.argument_count(code)]
     plain = code.co_argcount + code.co_kwonlyargcount
@@ -458,7 +461,7 @@ def _before(frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _modules_of(frame: FrameType) -> list[torch.nn.Module]:
-    """The modules that code can read, with their children: of its arguments, of what it closes over, and of its globals."""
+    """The modules that code can read, with their children: from its arguments, what it closes over, and its globals."""
     named = (frame.f_globals.get(name) for name in frame.f_code.co_names)
     leaves = pytree.tree_leaves([*frame.f_locals.values(), *named])
     roots = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Module)]
@@ -467,27 +470,28 @@ def _modules_of(frame: FrameType) -> list[torch.nn.Module]:
 
 @dataclass(frozen=True)
 class _Graph:
-    """What takes the place of the graph in Dynamo's code: looks at what it is handed, and calls the graph."""
+    """Stands for the graph in Dynamo's code: checks what is passed, and calls the graph."""
 
     graph: Callable[..., Any]
     executor: Executor
     written: tuple[int, ...] | None
-    """If the executor takes what is handed over as it is: the inputs whose versions are counted up before."""
+    """If the executor takes what is passed unchanged: the inputs whose versions are counted up before the call."""
     static: list[int]
-    """Where the tensors are that keep their addresses, among what is handed over."""
+    """The positions of static inputs among what is passed."""
     addresses: list[int]
-    """Theirs, each in its place."""
+    """Their addresses, each at its position."""
     tensors: tuple[int, ...]
-    """Where tensors are that the code finds by itself: not arguments, which were looked at before; static ones with gradients on."""
+    """The positions of tensors that the code reads by itself. Arguments were checked before; static inputs are included
+    with gradients on."""
     like: Callable[..., bool]
-    """Asks whether those are like what they were."""
+    """Checks whether these tensors are like the former ones."""
     numbers: tuple[tuple[int, Any], ...]
 
     @classmethod
     def of(
         cls, handed: tuple[Any, ...], arguments: frozenset[int], replayed: _Replayed, graph: Callable[..., Any]
     ) -> _Graph | None:
-        """Of what Dynamo's code hands over; ``arguments`` has where arguments of the call are. None: a static input is not among it."""
+        """For what Dynamo's code passes; ``arguments``: where arguments are in it. None if a static input is missing."""
         args, executor = replayed.args, replayed.executor
         known = {id(args[value.index]) for value in executor.program.inputs if value.kind == "static"}
         static = [position for position, value in enumerate(handed) if id(value) in known]
@@ -498,7 +502,7 @@ class _Graph:
             for one, other in zip(handed, args, strict=True)
         )
         rest = [(position, value) for position, value in enumerate(handed) if position not in static]
-        # With gradients on, a parameter that asks for one by now would be as if it did not.
+        # With gradients on, it is noticed if a parameter requires a gradient now and did not before.
         looked_at = [*enumerate(handed)] if torch.is_grad_enabled() else rest
         tensors = [(position, value) for position, value in looked_at if isinstance(value, torch.Tensor)]
         tensors = [(position, value) for position, value in tensors if position not in arguments]
@@ -515,7 +519,7 @@ class _Graph:
         )
 
     def checked(self) -> Callable[..., Any]:
-        """As a function. Where it can, it calls the executor, and spares it to look at addresses again."""
+        """This as a function. Where possible it calls the executor so that addresses are not compared twice."""
         graph, executor, written, static, addresses = (
             self.graph,
             self.executor,
@@ -533,7 +537,7 @@ class _Graph:
             args = [*handed]
             try:
                 moved = static and not are_at(args, addresses, static)
-            except (TypeError, RuntimeError):  # a parameter that is None by now
+            except (TypeError, RuntimeError):  # a parameter that has become None
                 moved = True
             if moved:
                 raise _Misfit(MOVED)
@@ -554,7 +558,7 @@ class _Graph:
 
 
 def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Takes the values at ``positions``."""
+    """A function that takes the values at ``positions``."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return (lambda values: (values[positions[0]],)) if positions else (lambda _: ())
@@ -564,7 +568,7 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, 
 
 
 def _why_never(compiled: Callable[..., Any]) -> str:
-    """Why nothing of what was just called will ever be replayed; empty if something may be."""
+    """Why nothing of the last call can ever be replayed; empty if something may be."""
     executors = executors_of(compiled)
     if not executors:
         graphs = eager_graphs_of(compiled)

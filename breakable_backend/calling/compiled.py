@@ -1,4 +1,4 @@
-"""What an executor has, and how that changes: its program, its keys, and what was recorded for them."""
+"""The state of an executor, and how it changes: its program, its keys, and what was recorded for them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay
 
 log = logging.getLogger("breakable_backend.calling.executor")
-"""One log for an executor: the name is in docs/tools.md."""
+"""One log for all of an executor. Its name is in docs/tools.md."""
 
 MOVED = "moved to a larger pool"
-"""Why recordings went that are made anew at the next call of their key."""
+"""Why recordings were freed that are made again at the next call of their key."""
 
 PUT_OFF: Mapping[Passing, str] = {
     "memory": "memory ran out",
@@ -57,7 +57,7 @@ READ_OTHERWISE = "keys are read otherwise since then"
 
 
 class CompiledGraph:
-    """One lowered graph. Whoever changes it holds the driver's lock, but for :meth:`reset` and :meth:`leave`, which take it."""
+    """One lowered graph. Changes need the driver's lock, which :meth:`reset` and :meth:`leave` take themselves."""
 
     def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str) -> None:
         self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
@@ -65,26 +65,27 @@ class CompiledGraph:
         self.keys = Keys()
         self.scope = scope
         self.bridged: set[str] = set()
-        """Inputs written by captured segments that came at too many addresses to key them."""
+        """Inputs that captured segments write, and that came at too many addresses for the key."""
         self.variety = policy.Variety()
-        """Of the values of host scalars, and of the addresses of written inputs."""
+        """Counts the values of host scalars, and the addresses of written inputs."""
         self.notes: list[str] = []
-        """What was given up since, for the report."""
+        """What was changed about the program since, for the report."""
         self.moves, self.most_moved = 0, 0
         """How often a key of this program outgrew the pool; and the bytes that it had then, at most."""
         self.callers = Callers()
         self.observers: Observers = observers_of(Subject(name, options, log))
         self.hands_back = has_suspects(lowered.module.graph)
-        """Whether it is worth to look at what ops return: see ``recordings.handed``."""
+        """Whether it is worth checking what ops return; see ``recordings.handed``."""
         self.cut_program()
         driver.tenants.append(weakref.ref(self, driver.tenants.remove))
-        # Dynamo may drop an executor without a word; its graphs then go at once, and not with the next collection.
+        # Dynamo may drop an executor at any time. Its graphs are then freed at once, and not at the next garbage
+        # collection.
         weakref.finalize(self, release_all, self.keys, self.statistics, driver).atexit = False
 
     # the program
 
     def cut_program(self) -> None:
-        """Make the program, and from it how a key is read."""
+        """Cut the program, and derive from it how a key is read."""
         self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
         self.capturable = bool(self.program.graph_segments)
         self._plain_function: Plain | None = None
@@ -98,7 +99,7 @@ class CompiledGraph:
         return partition(self.lowered, scope, min_kernels=self.options.min_kernels, apart=apart)
 
     def keyed(self) -> frozenset[str]:
-        """Inputs that captured segments write, and whose addresses are in the key."""
+        """Inputs that captured segments write, and whose addresses are part of the key."""
         written = self.program.written_by_graphs()
         tensors = {value.name for value in self.program.inputs if value.kind == "tensor"}
         return frozenset((written & tensors) - self.bridged)
@@ -106,17 +107,17 @@ class CompiledGraph:
     def plain_function(self) -> Plain:
         """The function of plain calls, made for the first of them."""
         if self._plain_function is None:
-            # Where two threads make one at once, or the program is cut anew meanwhile, either is right.
+            # If two threads make it at the same time, or the program is cut anew meanwhile, either one is right.
             self._plain_function = self.watched_function(None)
         return self._plain_function
 
     def watched_function(self, finder: Finder | None) -> Plain:
-        """The same, with ``finder`` looking into ops."""
+        """The same function, with ``finder`` watching its ops."""
         drawing, name = self.driver.drawing, f"{self.name} plain"
         return write_plain(self.lowered, self.program, drawing, name, self.observers.file, finder)
 
     def _give_up_variety(self, args: Sequence[Any]) -> bool:
-        """Count what varies from key to key; where that is too much, give up keying it. True if keys are now others."""
+        """Count what varies from key to key, and stop keying what varies too much. Returns whether keys have changed."""
         keyed, bound = self.keyed(), policy.MAX_SCALAR_VALUES
         given_up = []
         for value in self.program.inputs:
@@ -147,7 +148,7 @@ class CompiledGraph:
         return bool(given_up)
 
     def run_eagerly(self, program: Program, failed: Mapping[str, Reason], level: int = logging.WARNING) -> None:
-        """Keep nodes that could not be captured eager, for the keys that come after this one."""
+        """Keep nodes that could not be captured eager, for later keys too."""
         if program is not self.program:
             return
         for reason in dict.fromkeys(failed.values()):
@@ -157,13 +158,13 @@ class CompiledGraph:
         self.scope = replace(self.scope, forced={**self.scope.forced, **failed})
         self.cut_program()
         if self.keyed() != keyed:
-            # What was recorded would not be found again.
+            # What was recorded before would not be found again.
             self._drop_all(READ_OTHERWISE, wait=False)
 
     # its keys
 
     def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
-        """A place for a key that is new; a refused one if there is no room. May change how keys are read."""
+        """The entry of a new key; a refused one if there is no room. This may change how keys are read."""
         if self._give_up_variety(args):
             key = self.reader.read(args)
         now = self.statistics.calls
@@ -214,7 +215,7 @@ class CompiledGraph:
         )
 
     def record(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
-        """Make a call and record it for ``entry``; returns what the call returns."""
+        """Make a call and record it for ``entry``. Returns the call's result."""
         driver, observers, program = self.driver, self.observers, self.program
         observers.recording(driver.device)
         plan, values = self.plan(), list(args)
@@ -229,7 +230,7 @@ class CompiledGraph:
                 auto_break, recut = self.options.auto_break, functools.partial(self.recut, self.scope)
                 recorded = record(program, driver, values, plan, stream, auto_break=auto_break, recut=recut)
         except Exception as error:
-            if cause := passing(error):  # in an eager step: a plain call may take less memory
+            if cause := passing(error):  # the exception is an eager step's: a plain call may take less memory
                 self._put_off(entry, cause, first_line(error))
             raise
         if recorded.put_off is not None:
@@ -249,7 +250,7 @@ class CompiledGraph:
                 entry.recording, entry.replay, entry.run = recording, replay, checked_once(entry, recording, replay)
             observers.recorded(entry.number, entry.why, recording, replay, entry.record_seconds)
         else:
-            # A static input died while an eager step ran; or there is nothing to replay.
+            # A static input died during an eager step, or there is nothing to replay.
             graphs, owner = recording.graphs, [recording]
             del recorded, recording
             driver.release(graphs, owner)
@@ -263,7 +264,7 @@ class CompiledGraph:
         self.observers.plain(why, level)
 
     def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded) -> list[Any]:
-        """What is left of a call whose recording failed for a reason that passes: it was a plain one."""
+        """The end of a call whose recording failed for a passing reason: it was a plain call."""
         put_off, failed = recorded.put_off, recorded.failed
         assert put_off is not None
         self._put_off(entry, put_off.cause, str(put_off.reason))
@@ -284,9 +285,10 @@ class CompiledGraph:
         self.observers.noted(f"a key could not be recorded, and is tried again {after}: {reason}", logging.WARNING)
 
     def _make_way(self, need: int, driver: CaptureDriver) -> None:
-        """Where the pool is too small for what is recorded next: all else leaves it, and is recorded in a larger one when called.
+        """If the pool is too small for the next recording, free everything in it. All keys then get a larger pool.
 
-        The old pool goes before the new one is made. That takes a wait for the GPU, once for each size that outgrows a pool.
+        The old pool is freed before the new one is made. This takes a wait for the GPU, once for each size that
+        outgrows a pool.
         """
         if not driver.room.holds(need):
             before = driver.pool_bytes()
@@ -310,7 +312,7 @@ class CompiledGraph:
     # their end
 
     def _release(self, entries: Sequence[Entry], why: str, *, wait: bool) -> None:
-        """Free what was recorded for keys that are gone."""
+        """Free what was recorded for keys that are dropped."""
         for entry in entries:
             if entry.recording is not None:
                 self.observers.noted(f"recording {entry.number} goes: {why}")
@@ -318,7 +320,7 @@ class CompiledGraph:
         release(entries, self.statistics, self.keys, self.driver, wait=wait)
 
     def _drop_set(self, addresses: tuple[int, ...], why: str, *, wait: bool = True) -> None:
-        """Forget a set. ``wait``: free it now, and wait for the GPU where it is still in use."""
+        """Drop a set of keys. ``wait``: free it now, and wait for the GPU if it is still in use."""
         if entries := self.keys.take_set(addresses):
             self._release(entries, why, wait=wait)
 
@@ -326,10 +328,10 @@ class CompiledGraph:
         for addresses in list(self.keys.sets):
             self._drop_set(addresses, why, wait=wait)
         if wait:
-            self.driver.release(())  # the pool may have outlived its last graph
+            self.driver.release(())  # free the pool too, if it has outlived its last graph
 
     def vacate(self, why: str) -> None:
-        """Free what is recorded now; keys stay, and are recorded again when called."""
+        """Free what is recorded now. Keys stay, and are recorded again when they are called."""
         for entry in self.keys.entries():
             if entry.recording is not None:
                 self.observers.noted(f"recording {entry.number} goes: {why}")
@@ -337,15 +339,15 @@ class CompiledGraph:
         release(self.keys.entries(), self.statistics, self.keys, self.driver, wait=True)
 
     def reset(self) -> None:
-        """Free graphs, buffers and this function's part of the pool; the next call of each key is its first again.
+        """Free graphs, buffers and this function's part of the pool. The next call of each key is its first again.
 
-        Waits for a call that another thread is in; during a call of its own thread (from an eager step) it takes effect
-        when that ends.
+        This waits for another thread's call. During a call of its own thread (from an eager step) it takes effect when
+        that call ends.
         """
         when_idle(self.driver, self._drop_all)
 
     def leave(self, why: str) -> None:
-        """As :meth:`reset`, and waits for nothing: what the GPU is still at is freed when that ends."""
+        """As :meth:`reset`, without waiting: what the GPU still uses is freed later."""
         self.driver.deferred.append(functools.partial(self._drop_all, why, wait=False))
         run_deferred(self.driver)
         self.driver.settle()
@@ -353,10 +355,11 @@ class CompiledGraph:
     # tools
 
     def snapshot(self) -> Snapshot:
-        """What there is now."""
+        """A snapshot of the present state."""
         keys = []
         with self.keys.changing:
-            # A replay moves its entry to the end without the lock. That changes an ordered dict's order, and not its dict.
+            # A replay moves its entry to the end without the lock. This changes the order of the dict, and not its
+            # content.
             for addresses in list(dict.values(self.keys.sets)):
                 statics = tuple(ref() for ref in addresses.guards)
                 keys += [KeySnapshot.of(entry, statics) for entry in dict.values(addresses.entries)]
@@ -367,7 +370,7 @@ class CompiledGraph:
 
     @contextmanager
     def showing(self, spectator: Spectator) -> Iterator[None]:
-        """Have ``spectator`` shown what this thread replays of what is recorded now, before it does."""
+        """Show ``spectator`` what this thread replays of the present recordings, before each replay."""
         thread = threading.get_ident()
 
         def mine(entry: Entry, args: list[Any]) -> None:
@@ -386,7 +389,7 @@ class CompiledGraph:
                     entry.hide(mine)
 
     def uncounted(self) -> AbstractContextManager[None]:
-        """Leave all counts as they are."""
+        """Leave all counts unchanged inside the block."""
         entries = self.keys.entries()
         return uncounted(
             self.statistics, *entries, *(entry.replay.tally for entry in entries if entry.replay is not None)
@@ -394,7 +397,7 @@ class CompiledGraph:
 
 
 def checked_once(entry: Entry, recording: Recording, replay: Replay) -> Function:
-    """``replay``, whose first call looks whether all that it takes is in its place."""
+    """``replay``, whose first call checks that everything it reads is at its recorded address."""
 
     def first(args: list[Any], stream: int) -> list[Any]:
         check_places(recording, args)

@@ -1,7 +1,7 @@
-"""An error of the GPU that comes up in a call: of a kernel that was launched before, in this call or an earlier one.
+"""What an exception says when the GPU is lost: which segments were launched before.
 
-CUDA tells of an assertion or an illegal address at whatever it is asked next. So nobody knows which kernel it was; what
-is known is what was launched. From then on every use of the device in this process fails.
+CUDA reports a failed assertion or an illegal address at the next call of its API. So nothing tells which kernel it was;
+only what was launched is known. From then on every use of the device in this process fails.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ FIX = (
     "compute-sanitizer: they name the kernel; this process has to be started anew"
 )
 MAX_SHOWN = 8
-"""Segments, and ops of a segment, that a message names."""
+"""How many segments, and ops of a segment, a message names."""
 
 
 def blame(error: Exception, driver: CaptureDriver, name: str, recordings: Iterable[Recording]) -> None:
-    """Say with ``error`` which segments of ``name`` were launched, if it is an error of the device; return if not.
+    """Add to ``error`` which segments of ``name`` were launched, if it is an error of the device; otherwise return.
 
-    An error that came up in an eager step stays the object that it is, with a note.
+    The exception of an eager step stays the same object, and gets a note.
 
     Raises:
-        ReplayError: the error came up in what is not the user's.
+        ReplayError: the exception did not come from the user's code.
     """
     if not is_device_error(error):
         return

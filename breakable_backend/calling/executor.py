@@ -1,6 +1,6 @@
-"""What happens when a compiled function is called: find the key, then run plainly, record, or replay.
+"""The path of a call: find its key, then run plainly, record, or replay.
 
-Call 1 of a key runs plainly and is the warm-up. Call 2 records. Call 3 and later replay.
+Call 1 of a key is plain, and is the warm-up. Call 2 records. Call 3 and later calls replay.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ IN_EAGER_STEP = "called inside an eager step"
 
 
 class Executor(CompiledGraph):
-    """Runs one lowered graph. Thread-safe: calls that use the pool hold its lock.
+    """Runs one lowered graph. Several threads may call it: a call that uses the pool holds its lock.
 
-    What tools read has a lock of its own, which calls hold only where they add to it or take from it: neither waits for a
-    whole call of the other. A replay does not take it.
+    What tools read has a separate lock, which calls hold only while they change it. So tools do not wait for a whole
+    call, nor calls for tools. A replay does not take this lock.
     """
 
     def __call__(
@@ -41,19 +41,21 @@ class Executor(CompiledGraph):
         """Run once.
 
         Args:
-            args: the arguments of the lowered graph; cleared, so that what only this call needs can go early.
-            known: the addresses that they have, if the caller has looked.
-            entry: their key, if the caller knows; with ``run``.
-            run: what that key ran when the caller learned of it. If it does so still, and nothing is in the way, it is run,
-                and ``args`` may lack static inputs that it does not name. Else nothing is done, and None is returned.
+            args: the arguments of the lowered graph. The list is cleared, so that what only this call needs can be
+                freed early.
+            known: the addresses of the arguments, if the caller has read them.
+            entry: their key, if the caller knows it; together with ``run``.
+            run: what calls of that key ran when the caller looked. If they still do, and nothing is in the way, it is
+                run, and ``args`` may lack static inputs that it does not use. Otherwise nothing is done, and None is
+                returned.
 
         Returns:
             the outputs of the lowered graph.
 
         Raises:
-            CaptureError: called inside somebody else's capture, and an eager step cannot run there.
+            CaptureError: called inside somebody else's capture, where an eager step cannot run.
             ReplayError: an argument does not fit what was recorded.
-            EagerOutputError: an eager step's result does not fit what was recorded.
+            EagerOutputError: the result of an eager step does not fit what was recorded.
             InternalError: a fault of this package.
         """
         driver, outer = self.driver, active.call.get()
@@ -61,18 +63,19 @@ class Executor(CompiledGraph):
             self.statistics.calls += 1
         if (
             not self.capturable
-            or (outer is not None and not outer.over)  # active.in_call(), without a call
+            or (outer is not None and not outer.over)  # active.in_call(), without the function call
             or (active.handler.held.get() is not None and active.handler.get() is not None)
             or driver.is_capturing()
             or _torch.dispatch_mode_active()
-            # With a time limit, a lock that is free takes three times as long (0.7 us, H100).
+            # With a time limit, taking a free lock takes three times as long (0.7 us, H100).
             or not (driver.lock.acquire(False) or (run is None and driver.lock.acquire(True, driver.patience)))
         ):
             return self._without_pool(args) if run is None else None
-        if driver.busy:  # with this thread, whose eager step has left the context of its call
+        if driver.busy:  # the busy call is this thread's; its eager step runs in another context
             driver.lock.release()
             return self._plain(args, IN_EAGER_STEP) if run is None else None
-        # An object for each call (0.05 us): the context may be copied in an eager step, and the copy outlive the call.
+        # An object for each call (0.05 us), since an eager step may copy the context, and the copy may outlive the
+        # call.
         driver.busy, call = True, active.Call()
         active.call.set(call)
         try:
@@ -99,7 +102,7 @@ class Executor(CompiledGraph):
         entry: Entry | None = None,
         run: Function | None = None,
     ) -> Any:
-        """A call that has the pool."""
+        """A call that holds the pool's lock."""
         keys, reader = self.keys, self.reader
         addresses = keys.last
         if entry is not None:
@@ -133,7 +136,7 @@ class Executor(CompiledGraph):
             raise
 
     def _not_replayed(self, entry: Entry, addresses: AddressSet | None, args: list[Any], stream: int) -> list[Any]:
-        """A call of a key for which nothing is recorded: it is plain, or it records."""
+        """A call of a key without a recording: it is plain, or it records."""
         if entry.refused:
             return self._plain(args, entry.refused, logging.WARNING)
         if not entry.warmed_up:
@@ -150,7 +153,7 @@ class Executor(CompiledGraph):
         return self._plain(args, f"waits to be recorded again: {PUT_OFF[entry.trials.cause]}")
 
     def _without_pool(self, args: list[Any]) -> list[Any]:
-        """A call that cannot have the pool, or has no use for it."""
+        """A call that cannot use the pool, or does not need it."""
         handler = active.handler.get()
         if handler is not None:
             why = "called inside capture"
@@ -177,7 +180,7 @@ class Executor(CompiledGraph):
         return self._plain(args, f"the pool was busy for {LOCK_TIMEOUT:g} s", logging.WARNING)
 
     def _warm_up(self, args: list[Any]) -> list[Any]:
-        """The plain call before a recording. Of ops that nothing is known about it shows which ones cannot be captured."""
+        """The plain call before a recording. It shows which unknown ops cannot be captured."""
         program = self.program
         inside = self.options.auto_break and has_unknown_ops(program)
         if self.observers.sees_plain_steps or not (inside or self.hands_back):
@@ -194,7 +197,7 @@ class Executor(CompiledGraph):
         return self._plain(args, why)
 
     def _plain(self, args: list[Any], why: str, level: int = logging.INFO, run: Plain | None = None) -> list[Any]:
-        """Make a call as eager would, with no capture and no bridge."""
+        """Make a call as eager does, without capture and without bridges."""
         self.count_plain(why, level)
         with self.observers.span(f"plain, {why}"):
             try:

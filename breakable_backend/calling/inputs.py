@@ -1,4 +1,4 @@
-"""What the arguments of a call are like, and a quick test whether those of another call are like them."""
+"""The properties of a call's arguments, and a quick test whether another call has arguments of the same kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.recordings.code import defined
 
 _ATOMS = (int, str, bytes, slice, range, torch.Size, torch.device, torch.dtype)
-"""Types whose values are compared, and not taken for one and the same object."""
+"""Types whose values are compared, and not their identities."""
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 Test = Callable[[tuple[Any, ...], dict[str, Any]], bool]
@@ -22,18 +22,18 @@ Test = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a call, without its tensors. Objects that are neither tensors, containers nor plain values are held."""
+    """The properties of a call's arguments, without its tensors. Objects of other kinds are held."""
 
     args: _Like
     kwargs: _Like
     alike: Callable[..., bool]
-    """Asks whether the tensors, each taken once, are like those of the call."""
+    """Checks whether the tensors, each taken once, are like those of the call."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], *, ordered: bool = False) -> tuple[Inputs | None, str]:
-        """Of the arguments of a call. ``ordered``: the function sees in which order keyword arguments come.
+        """For the arguments of a call. ``ordered``: the function sees the order of keyword arguments.
 
-        None, and why, where there is a tensor of a kind that cannot be compared in microseconds.
+        None, with the reason, if a tensor is of a kind that cannot be compared in microseconds.
         """
         tensors: list[torch.Tensor] = []
         likes = _like(args, tensors), _like(kwargs if ordered else _Keywords(kwargs), tensors)
@@ -43,15 +43,15 @@ class Inputs:
         return cls(*likes, _torch.tensors_like(tensors)), ""
 
     def checker(self, first: Callable[[], bool]) -> Test:
-        """A function of ``args`` and ``kwargs``, made of source: ``first()``, and whether these are like those of the call."""
+        """A generated function of ``args`` and ``kwargs``: whether ``first()`` holds and they are like the call's."""
         names: dict[str, Any] = {"first": first}
         body = "\n    ".join(["if not first(): return False", *self.lines(names, "return False"), "return True"])
         return defined(f"def fits(args, kwargs):\n    {body}\n", "fits", names)[0]
 
     def lines(self, names: dict[str, Any], otherwise: str) -> list[str]:
-        """Source that does ``otherwise`` unless the variables ``args`` and ``kwargs`` are like the arguments of the call.
+        """Source that runs ``otherwise`` unless the variables ``args`` and ``kwargs`` are like the arguments of the call.
 
-        What it refers to is added to ``names``.
+        The names that it uses are added to ``names``.
         """
         names["alike"] = self.alike
         places: dict[int, str] = {}
@@ -74,29 +74,29 @@ class Inputs:
 
 @dataclass(frozen=True)
 class _Like:
-    """One argument, or a part of one."""
+    """The properties of one argument, or of a part of one."""
 
     kind: type
     parts: tuple[_Like, ...] | None = None
-    """Of a container."""
+    """The parts of a container."""
     keys: tuple[Any, ...] | None = None
-    """Of a container that has them."""
+    """The keys of a container that has keys."""
     value: Any = None
-    """Of what is neither a container nor a tensor."""
+    """The value, if it is neither a container nor a tensor."""
     number: int = -1
-    """Of a tensor: which one it is."""
+    """The number of a tensor; the same tensor has the same number."""
     tensor: _Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What a tensor is like."""
+    """The properties of a tensor."""
 
     kind: type
     spec: TensorSpec
     requires_grad: bool
     lazy: str
-    """What else tells it from others, in words: a lazy conjugate, an inference tensor."""
+    """Other properties, in words: a lazy conjugate, an inference tensor."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Tensor:
@@ -114,7 +114,7 @@ class _Tensor:
 
 
 class _Keywords(dict[str, Any]):
-    """Keyword arguments, whose order says nothing."""
+    """Keyword arguments, whose order does not matter."""
 
 
 def _like(value: Any, tensors: list[torch.Tensor]) -> _Like:
@@ -163,7 +163,7 @@ def _source(like: _Like, name: str, names: dict[str, Any], places: dict[int, str
 
 
 def _source_of_kwargs(like: _Like, name: str, names: dict[str, Any], places: dict[int, str]) -> Iterator[str]:
-    """Of keyword arguments, whose order says nothing."""
+    """The same for keyword arguments, whose order does not matter."""
     assert like.parts is not None
     assert like.keys is not None
     yield f"if len({name}) != {len(like.keys)}: return False"
@@ -174,7 +174,7 @@ def _source_of_kwargs(like: _Like, name: str, names: dict[str, Any], places: dic
 
 
 def _differences(like: _Like, value: Any, name: str, met: dict[int, Any]) -> Iterator[str]:
-    """The same question as that of :func:`_source`, slowly, with answers."""
+    """The same check as :func:`_source`, slowly, with the differences as text."""
     if like.tensor is not None:
         if not isinstance(value, torch.Tensor):
             yield f"{name} is a {type(value).__name__}, and was {like.tensor}"
@@ -198,7 +198,7 @@ def _differences(like: _Like, value: Any, name: str, met: dict[int, Any]) -> Ite
 
 
 def _keys(like: _Like, value: Any) -> Any:
-    """By what to take the parts of ``value``; None if its keys are not those of ``like``."""
+    """The keys of the parts of ``value``; None if they are not those of ``like``."""
     if like.keys is None:
         return range(len(value))
     if isinstance(value, _Keywords):
@@ -212,5 +212,5 @@ def _length(value: Any) -> str:
 
 
 def _by_text(like: _Like) -> bool:
-    """Whether two values are told apart by what they look like: ``-0.0`` is not ``0.0``, and a NaN is like another."""
+    """Whether two values are compared by their text: ``-0.0`` is not ``0.0``, and a NaN is like another NaN."""
     return like.kind in (float, complex, *_ATOMS)

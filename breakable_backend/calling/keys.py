@@ -1,7 +1,7 @@
-"""What a key is, how it is read off the arguments of a call, and which keys there are.
+"""What a key is, how it is read from the arguments of a call, and which keys there are.
 
-A key is everything that a recording depends on: the addresses of static inputs and of inputs that captured segments write,
-the numbers, the layouts that Dynamo left open, host scalars. Keys lie in sets, one for each tuple of addresses.
+A key is everything that a recording depends on: the addresses of static inputs and of inputs that captured segments
+write, numbers, layouts that Dynamo left open, and host scalars. Keys with the same addresses form a set.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ShapeKey = tuple[Any, ...]
 
 
 class Alignments(tuple[int, ...]):
-    """How many bytes behind a multiple of ``buffers.ALIGNMENT`` each bridged input begins. In a key only if one is not there."""
+    """The address of each bridged input modulo ``buffers.ALIGNMENT``. Part of a key only if one is not 0."""
 
     __slots__ = ()
 
@@ -36,14 +36,14 @@ class Alignments(tuple[int, ...]):
 
 
 class Key(NamedTuple):
-    """What a recording depends on. A named tuple, since each call makes one, and a frozen dataclass takes longer."""
+    """What a recording depends on. A named tuple, since each call makes one, and a frozen dataclass is slower."""
 
     addresses: tuple[int, ...]
     shapes: ShapeKey
 
 
 Spectator = Callable[["Entry", list[Any]], None]
-"""Shown an entry and the arguments of a call that replays it, before it does."""
+"""Called with an entry and the arguments of a call that replays it, before the replay."""
 
 
 @dataclass(eq=False)
@@ -54,11 +54,11 @@ class Entry:
     recording: Recording | None = None
     replay: Replay | None = None
     run: Function | None = None
-    """What a call does. The first one looks whether all is in its place, so this is not always the function of the replay."""
+    """What a call runs. The first replay checks addresses first, so this is not always the generated function."""
     number: int = -1
-    """Which recording of its program it is, from 0."""
+    """The number of the recording in its program, from 0."""
     warmed_up: bool = False
-    """Whether a plain call went through."""
+    """Whether a plain call has succeeded."""
     calls: int = 0
     replays: int = 0
     captures: int = 0
@@ -66,10 +66,10 @@ class Entry:
     warmup_seconds: float = 0.0
     record_seconds: float = 0.0
     why: str = ""
-    """Why it was new: what told it from the keys before it."""
+    """Why the key was new: how it differs from the keys before it."""
     last_call: int = 0
     trials: policy.Trials = field(default_factory=policy.Trials)
-    """Recordings that failed for reasons that pass."""
+    """Recordings that failed for passing reasons."""
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
 
@@ -79,7 +79,7 @@ class Entry:
         return self.run.run if isinstance(self.run, _Shown) else self.run
 
     def show(self, spectator: Spectator) -> None:
-        """Have ``spectator`` called before each replay, until :meth:`hide`. A replay that nobody is shown does not ask."""
+        """Have ``spectator`` called before each replay, until :meth:`hide`. Without one, a replay does not check for it."""
         if self.run is not None and not isinstance(self.run, _Shown):
             self.run = _Shown(self, self.run)
         if isinstance(self.run, _Shown):
@@ -94,7 +94,7 @@ class Entry:
 
 
 class _Shown:
-    """A replay that others are shown before it runs."""
+    """A replay that is shown to others before it runs."""
 
     def __init__(self, entry: Entry, run: Function) -> None:
         self.entry, self.run = entry, run
@@ -108,22 +108,22 @@ class _Shown:
 
 @dataclass
 class AddressSet:
-    """The keys that share a set of static addresses, least recently used first."""
+    """The keys that share a set of static addresses, the least recently used first."""
 
     pointers: list[int] = field(default_factory=list)
-    """The addresses, each at its argument's index."""
+    """The addresses, each at the index of its argument."""
     entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
     guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-    """Weak references to the static inputs, whose death takes the set with it."""
+    """Weak references to the static inputs, whose death drops the set."""
     fixed: Fixed = field(default_factory=Fixed)
-    """Where the static inputs lie."""
+    """The memory regions of the static inputs."""
     apart: tuple[list[int], list[Any]] = ([], [])
-    """Where the other tensors lay when they were last found to share no memory that is written."""
+    """The addresses of the other tensors when they were last found to share no written memory."""
     last_call: int = 0
 
 
 class KeyReader:
-    """Reads a key off the arguments, as quickly as Python can."""
+    """Reads a key from the arguments, as quickly as Python can."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class KeyReader:
         return Key(tuple([data_ptr(args[index]) for index in self.addressed]), self.shapes(args))
 
     def pointers(self, key: Key) -> list[int]:
-        """The addresses of ``key``, each at its argument's index."""
+        """The addresses of ``key``, each at the index of its argument."""
         at = dict(zip(self.addressed, key.addresses, strict=True))
         return [at.get(index, 0) for index in range(max(at, default=-1) + 1)]
 
@@ -165,13 +165,13 @@ class KeyReader:
         return not self.addressed or _torch.are_at(args, pointers, self.addressed)
 
     def shapes(self, args: Sequence[Any]) -> ShapeKey:
-        """The part of a key that is no addresses."""
+        """The part of a key that is not addresses."""
         shapes: ShapeKey = tuple([args[index] for index in self.numbers]) if self.numbers else ()
         if self.open_layouts:
             shapes += tuple((args[i].shape, args[i].stride(), args[i].dtype, args[i].device) for i in self.open_layouts)
         if self.scalars:
             shapes += tuple(scalar_bytes(args[index]) for index in self.scalars)
-        # A bridge is aligned as the value that it was made for. To look takes 0.1 us for each bridged input.
+        # A bridge has the alignment of the value that it was made for. Reading it takes 0.1 us for each bridged input.
         for index in self.bridged:
             if args[index].data_ptr() % buffers.ALIGNMENT:
                 begins = [args[index].data_ptr() % buffers.ALIGNMENT for index in self.bridged]
@@ -180,12 +180,12 @@ class KeyReader:
 
 
 def is_open(tensor: torch.Tensor) -> bool:
-    """Whether a fake has sizes or strides that vary."""
+    """Whether a fake tensor has symbolic sizes or strides."""
     return any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride()))
 
 
 def scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:
-    """A host scalar's value, bit for bit: ``-0.0`` is not ``0.0``, and a NaN equals itself."""
+    """The value of a host scalar, bit for bit: ``-0.0`` is not ``0.0``, and a NaN equals itself."""
     if tensor.dtype is torch.float64:
         return tensor.dtype, struct.pack("d", tensor.item())
     plain = tensor.detach().resolve_conj().resolve_neg()
@@ -193,38 +193,38 @@ def scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:
 
 
 class Keys:
-    """The keys that there are. Whoever changes them holds the driver's lock; tools read them under :attr:`changing`."""
+    """The existing keys. Changes need the driver's lock; tools read them under :attr:`changing`."""
 
     def __init__(self) -> None:
         self.changing = locks.lock()
-        """Held while the dictionaries change, and what their entries hold. A replay does not take it."""
+        """Held while the dictionaries, or the contents of their entries, change. A replay does not take it."""
         self.sets: OrderedDict[tuple[int, ...], AddressSet] = OrderedDict()
-        """Least recently used first."""
+        """The least recently used first."""
         self.last: AddressSet | None = None
-        """The one among them that was replayed last."""
+        """The set that was replayed last."""
         self._dropped: OrderedDict[Key, str] = OrderedDict()
-        """Why recordings went: of the last ``policy.MAX_DROPPED`` keys."""
+        """Why recordings were dropped, for the last ``policy.MAX_DROPPED`` keys."""
 
     def entries(self) -> list[Entry]:
-        """All of them, in the order in which a report shows them."""
+        """All entries, in the order in which a report shows them."""
         return [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
 
     def latest(self) -> list[Recording]:
-        """What was replayed last, and before that: the GPU may be that far behind."""
+        """The last two entries that were replayed: the GPU may be that far behind."""
         entries = sorted(self.entries(), key=lambda entry: -entry.last_call)
         return [entry.recording for entry in entries if entry.recording is not None][:2]
 
     def is_there(self, entry: Entry) -> bool:
-        """Whether ``entry`` is one of them still."""
+        """Whether ``entry`` still exists."""
         addresses = self.sets.get(entry.key.addresses)
         return addresses is not None and addresses.entries.get(entry.key.shapes) is entry
 
     def touch(self, entry: Entry, addresses: AddressSet, call: int) -> None:
-        """``entry`` was used in ``call``, and so is the youngest."""
+        """Note that ``entry`` was used in ``call``, which makes it the most recently used."""
         addresses.last_call = call
         if len(addresses.entries) > 1:
             addresses.entries.move_to_end(entry.key.shapes)
-        if addresses is not self.last:  # which is the youngest
+        if addresses is not self.last:  # the last set is the most recently used already
             self.last = addresses
             self.sets.move_to_end(entry.key.addresses)
 
@@ -238,7 +238,7 @@ class Keys:
             addresses.entries[entry.key.shapes] = entry
 
     def take_set(self, addresses: tuple[int, ...]) -> list[Entry]:
-        """Take a set out; returns its keys."""
+        """Remove a set, and return its keys."""
         with self.changing:
             taken = self.sets.pop(addresses, None)
             if taken is self.last:
@@ -249,18 +249,18 @@ class Keys:
         return list(taken.entries.values())
 
     def take_oldest(self, addresses: AddressSet) -> Entry:
-        """Take the key out that was not used for longest."""
+        """Remove the least recently used key."""
         with self.changing:
             return addresses.entries.popitem(last=False)[1]
 
     def remember(self, key: Key, why: str) -> None:
-        """Why the recording of a key goes."""
+        """Note why the recording of a key is dropped."""
         self._dropped[key] = why
         if len(self._dropped) > policy.MAX_DROPPED:
             self._dropped.popitem(last=False)
 
     def why_new(self, key: Key, *, first: bool) -> str:
-        """What tells a new key from those before it. ``first``: nothing was recorded before."""
+        """How a new key differs from those before it. ``first``: nothing was recorded before."""
         if key in self._dropped:
             return self._dropped.pop(key)
         if first:
@@ -271,6 +271,6 @@ class Keys:
 
 
 def held(things: Mapping[Any, AddressSet | Entry]) -> policy.Held:
-    """How many ``things`` there are, and when the oldest was used."""
+    """How many ``things`` there are, and the last use of the oldest."""
     oldest = next(iter(things.values()), None)
     return policy.Held(len(things), oldest.last_call if oldest is not None else 0)

@@ -1,4 +1,4 @@
-"""When what was recorded goes: at once where no call is under way, else when that call ends."""
+"""When recordings are freed: at once if no call is running, and otherwise when the current call ends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, CaptureDriver
 
 
 def lose_patience(driver: CaptureDriver) -> None:
-    """A call has waited for the lock in vain: until somebody has had it, no other call waits for it at all."""
+    """A call has waited for the lock in vain. Until somebody else has held it, no other call waits for it."""
     if driver.patience:
         driver.patience = 0.0
         driver.deferred.append(functools.partial(setattr, driver, "patience", LOCK_TIMEOUT))
 
 
 def when_idle(driver: CaptureDriver, do: Callable[[], None]) -> None:
-    """Do something once no call is under way: wait for another thread's; a call of this thread does it when it ends."""
+    """Do something once no call is running: wait for another thread's call; the end of a call of this thread does it."""
     driver.deferred.append(do)
     if not in_call() and driver.lock.acquire(timeout=LOCK_TIMEOUT):
         driver.lock.release()
@@ -32,23 +32,23 @@ def when_idle(driver: CaptureDriver, do: Callable[[], None]) -> None:
 
 
 def run_deferred(driver: CaptureDriver) -> None:
-    """Release what waits to be released, unless a call is under way: then the end of that call does it.
+    """Do what was deferred, unless a call is running, whose end will do it.
 
-    A static input can die at any moment and in any thread, also in the middle of a call that replays its recording.
+    A static input can die at any moment and in any thread, even during a call that replays its recording.
     """
     while driver.deferred and not in_call() and driver.lock.acquire(blocking=False):
         try:
             if driver.busy:
-                return  # with this thread
-            if driver.deferred:  # still: before the lock was ours, another thread may have done it
+                return  # the call is this thread's
+            if driver.deferred:  # checked again: another thread may have done it before this one got the lock
                 driver.deferred.popleft()()
         finally:
             driver.lock.release()
 
 
 def watch(tensors: Iterable[torch.Tensor], driver: CaptureDriver, drop: Callable[[], None]) -> list[weakref.ref[Any]]:
-    """Weak references to ``tensors``. Once one of them has died, and no call is under way, ``drop`` is called."""
-    ending = sys.is_finalizing  # at the end of a process modules lose their names
+    """Weak references to ``tensors``. If one of them dies, ``drop`` is called once no call is running."""
+    ending = sys.is_finalizing  # looked up here, since modules lose their names at the end of a process
 
     def died(_: Any) -> None:
         if not ending():
@@ -59,7 +59,7 @@ def watch(tensors: Iterable[torch.Tensor], driver: CaptureDriver, drop: Callable
 
 
 def release(entries: Sequence[Entry], statistics: Statistics, keys: Keys, driver: CaptureDriver, *, wait: bool) -> None:
-    """Free what was recorded for ``entries``. ``wait``: now, and wait for the GPU where it is still in use."""
+    """Free what was recorded for ``entries``. ``wait``: now, and wait for the GPU if it is still in use."""
     graphs: list[CapturedGraph] = []
     owner: list[Any] = []
     with keys.changing:
@@ -71,12 +71,12 @@ def release(entries: Sequence[Entry], statistics: Statistics, keys: Keys, driver
                 statistics.finished_copies += entry.record_copies + replay.tally.copies
                 graphs += recording.graphs
                 owner += recording, replay, run
-            del recording, replay, run  # the owner's alone from here on
-    driver.release(graphs, owner, wait=wait)  # with nothing left, the pool goes too
+            del recording, replay, run  # from here on only the owner holds these
+    driver.release(graphs, owner, wait=wait)  # if nothing is left, this frees the pool too
 
 
 def release_all(keys: Keys, statistics: Statistics, driver: CaptureDriver) -> None:
-    """Free everything; for an executor that is gone."""
+    """Free everything, for an executor that has died."""
     while keys.sets:
         release(keys.take_set(next(iter(keys.sets))), statistics, keys, driver, wait=False)
     driver.settle()

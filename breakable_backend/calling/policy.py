@@ -1,6 +1,6 @@
-"""What is decided about keys: which get a place, which go for others, what is given up, what is tried again and when.
+"""Which keys are admitted and which are evicted, what is no longer keyed, and when a failed recording is tried again.
 
-Counts and numbers of calls go in, decisions come out. Nothing here knows a tensor, a graph or a driver.
+Counts and numbers of calls go in, and decisions come out. Nothing here knows a tensor, a graph or a driver.
 """
 
 from __future__ import annotations
@@ -12,54 +12,54 @@ from typing import NamedTuple
 from breakable_backend.errors import Passing
 
 MAX_ADDRESS_SETS = 256
-"""Sets of static addresses with recordings of their own: instances of a module, caches of requests."""
+"""How many sets of static addresses have recordings: instances of a module, caches of requests."""
 MAX_ADDRESSES = 4
-"""Addresses of one input that captured segments write, before it gets a bridge and is copied back."""
+"""How many addresses of an input that captured segments write are keyed, before it gets a bridge and is copied back."""
 MAX_SCALAR_VALUES = 4
-"""Values of one host scalar, before the ops that read it run eagerly."""
+"""How many values of a host scalar are keyed, before the ops that read it run eagerly."""
 IDLE_FACTOR = 4
-"""A recording is evicted for a new key only after this many times ``max_recordings`` calls without it. So a working set
-that is too large runs plainly in part, and does not record for ever."""
+"""A recording is evicted for a new key only if it was not used in this many times ``max_recordings`` calls. So if more
+keys are used than fit, a part of the calls is plain, and the function does not record for ever."""
 MAX_DROPPED = 1024
-"""Keys whose recordings went that are remembered, so that the report can say why they were recorded again."""
+"""How many dropped keys are remembered, so that the report can say why they are recorded again."""
 MAX_DISTURBED = 7
-"""Recordings of a key that something disturbs, be it another thread or an op itself, and that are tried again; the segment
-that is disturbed then is eager for good."""
+"""How many recordings of a key that something invalidates, another thread or an op itself, are tried again. After that
+the segment in question is eager for good."""
 MAX_PAUSE = 1024
-"""Calls of a key, at most, between two recordings that fail."""
+"""The largest number of calls of a key between two recordings that fail."""
 
 
 # --- admission ----------------------------------------------------------------------------------------------------------
 
 
 class Held(NamedTuple):
-    """Things that have a place."""
+    """Things of which only a number is kept."""
 
     number: int
     oldest_call: int = 0
-    """The last call of the one that would go first."""
+    """The last call of the one that would be evicted first."""
 
 
 @dataclass(frozen=True)
 class Admission:
-    """Whether a new key gets a place, and what goes for it."""
+    """Whether a new key is admitted, and what is evicted for it."""
 
     refused: str = ""
-    """Why it gets none."""
+    """Why it is not admitted; empty if it is."""
     evicts_set: bool = False
-    """Whether the oldest set of addresses goes."""
+    """Whether the least recently used set of addresses is evicted."""
     evicts_key: bool = False
-    """Whether the oldest key of the same set goes."""
+    """Whether the least recently used key of the same set is evicted."""
 
 
 def admit(now: int, sets: Held, keys: Held | None, max_recordings: int) -> Admission:
-    """Whether a key that is new in call ``now`` gets a place.
+    """Whether a key that is new in call ``now`` is admitted.
 
     Args:
         now: the number of this call.
         sets: the sets of static addresses.
         keys: the keys of its set; None if the set is new too.
-        max_recordings: places for keys in a set.
+        max_recordings: how many keys of a set are kept.
     """
     if keys is None:
         if sets.number < MAX_ADDRESS_SETS:
@@ -84,7 +84,7 @@ class Variety:
         self._values: dict[str, set[Hashable]] = {}
 
     def is_too_much(self, name: str, value: Hashable, bound: int) -> bool:
-        """Count ``value``; whether ``name`` has had more than ``bound`` of them."""
+        """Count ``value``. Returns whether ``name`` has had more than ``bound`` different values."""
         values = self._values.setdefault(name, set())
         values.add(value)
         return len(values) > bound
@@ -95,34 +95,34 @@ class Variety:
 
 @dataclass(frozen=True)
 class Trials:
-    """Recordings of one key that failed, and may succeed another time: after 1 call, after 2 more, after 4 more."""
+    """Recordings of one key that failed, and when to try again: after 1 call, after 2 more, after 4 more."""
 
     failures: int = 0
     reason: str = ""
-    """Of the last failure, and so is the cause."""
+    """The reason of the last failure; ``cause`` is its kind."""
     cause: Passing = ""
     row: int = 0
-    """Failures in a row, each pause between two of them twice as long as the one before."""
+    """Failures in a row. Each pause between two of them is twice as long as the one before."""
     disturbed: int = 0
-    """Those among them by which nobody knows who was to blame."""
+    """Those failures in which the capture became invalid and the cause is unknown."""
     next_call: int = 0
-    """The call of the key that records again, or a later one."""
+    """The first call of the key that may record again."""
 
     def is_due(self, call: int) -> bool:
         """Whether ``call``, counted in calls of the key, records."""
         return call >= self.next_call
 
     def failed(self, call: int, cause: Passing, reason: str) -> Trials:
-        """What there is to know once the recording in ``call`` has failed."""
+        """The state after the recording in ``call`` has failed."""
         pause = min(2 ** min(self.row, MAX_PAUSE), MAX_PAUSE)
         disturbed = self.disturbed + (cause == "disturbed")
         return Trials(self.failures + 1, reason, cause, self.row + 1, disturbed, call + pause)
 
     @property
     def blames_the_segment(self) -> bool:
-        """Whether it was disturbed so often that the segment itself must have done it."""
+        """Whether it was disturbed so often that the segment itself must be the cause."""
         return self.cause == "disturbed" and self.disturbed > MAX_DISTURBED
 
     def settled(self) -> Trials:
-        """What is left once the segment that was to blame runs eagerly: the next call records."""
+        """The state after the segment to blame has become eager: the next call records."""
         return Trials(self.failures, self.reason)

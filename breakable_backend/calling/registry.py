@@ -1,4 +1,4 @@
-"""The graphs that were compiled in this process, known weakly; and which of them are behind a compiled function."""
+"""The graphs that were compiled in this process, by weak references; and which of them belong to a compiled function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from breakable_backend.calling.executor import Executor
 
 @dataclass(frozen=True)
 class EagerGraph:
-    """A graph of which nothing is captured."""
+    """A graph that runs eagerly as a whole."""
 
     name: str
     why: str
@@ -26,14 +26,14 @@ class AsTraced(Filed, Protocol):
 
     @property
     def uncaptured(self) -> EagerGraph | None:
-        """None once something of it is captured."""
+        """Why it is not captured; None once something of it is captured."""
 
 
 T = TypeVar("T", bound=Filed)
 
 
 class Registry(Generic[T]):
-    """Graphs of one kind, with the number that each was compiled under."""
+    """Graphs of one kind, each with the number under which it was compiled."""
 
     def __init__(self) -> None:
         self._numbers: weakref.WeakKeyDictionary[T, int] = weakref.WeakKeyDictionary()
@@ -44,7 +44,7 @@ class Registry(Generic[T]):
             self._numbers[graph] = number
 
     def behind(self, compiled: Any = None) -> list[T]:
-        """The graphs that can be called and came of calling ``compiled``, oldest first; None: all."""
+        """The graphs that can be called and that calls of ``compiled`` led to, oldest first; for None all graphs."""
         with self._lock:
             numbered = [(number, graph) for graph, number in self._numbers.items() if not graph.callers.gone]
         found = [graph for _, graph in sorted(numbered, key=lambda pair: pair[0])]
@@ -56,15 +56,15 @@ as_traced: Registry[AsTraced] = Registry()
 
 
 def executors_of(compiled: Any = None) -> list[Executor]:
-    """The executors behind a compiled function or module, one for each graph that came of calling it, oldest first; None: all.
+    """The executors of a compiled function or module, one for each graph that its calls led to, oldest first; for None all.
 
-    Those are the graphs that were compiled while it ran, or for compiled functions that it holds; and what its code shares
-    with others: Dynamo compiles for all instances of a class at once.
+    These are the graphs that were compiled while it ran, or for compiled functions in it; and graphs of code that it
+    shares with others, since Dynamo compiles for all instances of a class at once.
     """
     return executors.behind(compiled)
 
 
 def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:
-    """The graphs behind ``compiled`` that run as Dynamo traced them, oldest first; None: of all."""
+    """The graphs of ``compiled`` that run as Dynamo traced them, oldest first; for None all."""
     found = (function.uncaptured for function in as_traced.behind(compiled))
     return [graph for graph in found if graph is not None]

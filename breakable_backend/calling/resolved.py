@@ -1,7 +1,7 @@
-"""Bound calls of which little is left but the replay: no code of Dynamo's runs.
+"""Bound calls without Dynamo's code: little besides the replay is left.
 
-Where Dynamo's code does nothing but hand arguments and parameters to the graph, and put the result together, both can be
-written down once: which argument goes where, and what the result is made of.
+If Dynamo's code only passes arguments and parameters to the graph and puts the result together, both can be written
+down once: which argument goes where, and what the result consists of.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PURE = (
     "STORE_FAST DELETE_FAST BINARY_SUBSCR RETURN_VALUE RETURN_CONST LIST_EXTEND LIST_TO_TUPLE CALL_INTRINSIC_1 "
     "STORE_FAST_LOAD_FAST STORE_FAST_STORE_FAST NOT_TAKEN"
 ).split()
-"""What code may consist of, beside ``LOAD_...`` and ``BUILD_...``: it writes no object that was there before."""
+"""Instructions that code may consist of, besides ``LOAD_...`` and ``BUILD_...``: it changes no existing object."""
 _GATES = "POP_JUMP_FORWARD_IF_FALSE POP_JUMP_FORWARD_IF_TRUE POP_JUMP_IF_FALSE POP_JUMP_IF_TRUE JUMP_FORWARD IS_OP TO_BOOL".split()
-"""And, on torch 2.15, around the recording of a range."""
+"""And, on torch 2.15, the jumps around a range in a profile."""
 _CALLS = 3
-"""Of the graph, and of the two functions that record a range in a profile."""
+"""Calls of the graph, and of the two functions that open and close a range in a profile."""
 
 
 def is_pure(code: CodeType) -> bool:
@@ -46,7 +46,7 @@ def is_pure(code: CodeType) -> bool:
 
 
 def source_of(value: Any, leaves: dict[int, str]) -> str | None:
-    """Source that makes ``value`` again, with ``leaves`` (by ``id``) in it; None where that is more than a plain structure."""
+    """Source that makes ``value`` again from ``leaves`` (by ``id``); None if it is more than a plain structure."""
 
     def leaf(part: Any) -> str | None:
         if (text := leaves.get(id(part))) is not None:
@@ -81,11 +81,11 @@ def paths(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 class Memory:
-    """Whether the memory of tensors is still there. It holds none of them."""
+    """Whether the memory of tensors still exists. It does not hold the tensors."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.freed: list[bool] = []
-        """Not empty once one has died, or its memory has."""
+        """Not empty once a tensor, or its memory, was freed."""
         freed = self.freed
 
         def gone(_: Any) -> None:
@@ -95,9 +95,9 @@ class Memory:
 
 
 def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> Callable[[], bool] | None:
-    """Asks whether ``tensors`` are where they are now: in the modules below ``roots``, and in memory. None: some are in none.
+    """A check that ``tensors`` are where they are now: below ``roots``, and in memory; None if one is in no module.
 
-    Every place of a tensor counts, and that the modules are what they were.
+    It covers every place of a tensor, and the identities of the modules.
     """
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     wanted = {id(tensor) for tensor in tensors}
@@ -119,20 +119,20 @@ def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> C
     del held_now, wanted
 
     def same() -> bool:
-        # Whole dictionaries at once: to look a name up in each takes longer than all else.
+        # Whole dictionaries at once, since looking up each name takes longer than everything else.
         found, modules = [*of(map(values, holders))], [*of(map(values, parents))]
         if len(found) != number or len(modules) != len(children):
             return False
         try:
             return all(map(is_same, modules, children)) and are_at(found, addresses, places)
-        except (RuntimeError, TypeError):  # None by now
+        except (RuntimeError, TypeError):  # a parameter that has become None
             return False
 
     return same
 
 
 NOT_NOW = object()
-"""What a resolved call returns where it did nothing, and the call has to go another way."""
+"""The result of a resolved call that did nothing: the call has to take another path."""
 
 
 def resolve(
@@ -147,24 +147,24 @@ def resolve(
     looks: Sequence[str],
     names: dict[str, Any],
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
-    """A function of the caller's ``args`` and ``kwargs`` that is a replay; None if an eager step takes a static input.
+    """A function of the caller's ``args`` and ``kwargs`` that replays; None if an eager step takes a static input.
 
-    It returns ``NOT_NOW`` where there is no such replay now. One function has all of it, since each call of another takes
-    0.1 us, and more where a launch has emptied the caches.
+    It returns ``NOT_NOW`` if there is no such replay now. It is a single function, since each further function call
+    takes 0.1 us, and more if a launch has emptied the CPU's caches.
 
     Args:
-        executor: whose replay.
+        executor: the executor of the replay.
         entry: its key.
-        run: what its calls run, and have to run still.
+        run: what calls of the key run, and still have to run.
         handed: what the executor is given.
-        placed: which argument is where among that, as source.
-        static: where the static inputs are.
-        result: what is returned, as source of ``outputs`` and the arguments.
-        same: asks in each call whether static inputs are where they were; None: nobody asks.
+        placed: which argument is at which position in it, as source.
+        static: the positions of the static inputs.
+        result: what is returned, as source over ``outputs`` and the arguments.
+        same: checks in each call whether static inputs have moved; None for no check.
         looks: source that returns ``NOT_NOW`` for a call that does not fit.
-        names: what that refers to.
+        names: the names that it uses.
     """
-    named = run.__code__.co_varnames  # slots keep their names
+    named = run.__code__.co_varnames  # the function's variables have the names of the slots
     names_at = {value.index: value.name for value in executor.program.inputs}
     if any(names_at[at] in named for at in static):
         return None

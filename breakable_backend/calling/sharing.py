@@ -1,7 +1,7 @@
-"""Whether an argument of a call that is written lies in memory of another argument.
+"""Whether a written argument of a call shares memory with another argument.
 
-Dynamo does not guard on that. A bridge would not see what is written through the other argument. Two static inputs may: they
-are used where they are.
+Dynamo does not guard on this. A bridge would not see a write through the other argument. Two static inputs may share
+memory, since they are used at their addresses.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from breakable_backend.ir.program import Program
 
 
 class SharedMemory:
-    """Looks at the arguments of one program, of which those named in ``written`` are written."""
+    """Compares the arguments of one program, of which those named in ``written`` are written."""
 
     def __init__(self, program: Program, written: Collection[str]) -> None:
         self._static = [(value.index, value.name in written) for value in program.inputs if value.kind == "static"]
         moving = [v for v in program.inputs if v.kind == "tensor" and v.value.layout is torch.strided]
         moving = moving if any(value.name in written for value in program.inputs) else []
         self.moving = {value.index: value.name in written for value in moving}
-        """Inputs that may lie elsewhere in each call, with whether they are written; empty where nothing is."""
+        """Inputs that may lie elsewhere in each call, each with whether it is written; empty if no input is written."""
         self._open = [value.index for value in moving if is_open(value.value)]
         self._lengths = [] if self._open else [Region.of(value.value, start=0).end for value in moving]
 
     def fixed(self, args: Sequence[Any]) -> Fixed:
-        """Where the static inputs lie."""
+        """The memory regions of the static inputs."""
         return Fixed(Region.of(args[index], written) for index, written in self._static)
 
     def is_written(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
-        """Whether memory that two arguments share is written. Most calls have their arguments where the last one had them."""
+        """Whether memory that two arguments share is written. Most calls find their arguments where the last one did."""
         data_ptr = torch.Tensor.data_ptr
         places = [data_ptr(args[index]) for index in self.moving]
         layouts = [(args[index].shape, args[index].stride()) for index in self._open]

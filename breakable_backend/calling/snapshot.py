@@ -1,4 +1,4 @@
-"""What tools read of an executor: one immutable picture of a moment, made under its lock, while calls go on."""
+"""An immutable picture of an executor for tools, made under its lock while calls go on."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ class Statistics:
     recordings: int = 0
     evictions: int = 0
     plain: Counter[str] = field(default_factory=Counter)
-    """Plain calls, by why they were plain."""
+    """Plain calls: a count for each reason."""
     recorded: Counter[str] = field(default_factory=Counter)
-    """Recordings, by why there was none."""
+    """Recordings: a count for each reason why there was none before."""
     finished_replays: int = 0
     finished_copies: int = 0
-    """Replays and copies of recordings that are gone."""
+    """Replays and copies of recordings that were freed."""
     lowering_seconds: float = 0.0
     bound: int = 0
-    """Calls of bound functions, which did not ask Dynamo's guards."""
+    """Calls of bound functions, without Dynamo's guards."""
     misfits: Counter[str] = field(default_factory=Counter)
-    """Calls of bound functions that did not fit, by why."""
+    """Calls of bound functions that did not fit: a count for each reason."""
 
     def copy(self) -> Statistics:
-        """These counts, which do not go on."""
+        """A copy of these counts."""
         plain, recorded, misfits = Counter(self.plain), Counter(self.recorded), Counter(self.misfits)
         return replace(self, plain=plain, recorded=recorded, misfits=misfits)
 
 
 @contextmanager
 def uncounted(*counted: Any) -> Iterator[None]:
-    """Leave the counts that are attributes of ``counted`` as they are: to measure is no use."""
+    """Leave the counts that are attributes of ``counted`` unchanged inside the block: measuring is not use."""
     before = [{name: count for name, count in vars(part).items() if type(count) is int} for part in counted]
     try:
         yield
@@ -60,7 +60,7 @@ def uncounted(*counted: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KeySnapshot:
-    """One key, as it was at one moment: what an :class:`Entry` has, of which most is copied as it is."""
+    """One key at one moment: the contents of an :class:`Entry`, mostly copied."""
 
     key: Key
     number: int
@@ -76,9 +76,9 @@ class KeySnapshot:
     refused: str
     trials: Trials
     copies: int
-    """Copies between bridges and the outside that were made, recording included."""
+    """Copies between bridges and memory outside so far, recording included."""
     statics: tuple[torch.Tensor | None, ...]
-    """The static inputs that it belongs to, in order; None for one that is gone."""
+    """The static inputs that it belongs to, in order; None for one that was freed."""
 
     @classmethod
     def of(cls, entry: Entry, statics: tuple[torch.Tensor | None, ...]) -> KeySnapshot:
@@ -101,7 +101,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What an executor had at one moment. It keeps what was recorded alive: it is not to be kept."""
+    """An executor at one moment. It keeps what was recorded alive, so do not keep it for long."""
 
     name: str
     options: Options

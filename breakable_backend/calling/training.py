@@ -1,13 +1,13 @@
-"""What happens when a graph that needs gradients is called: eager until a backward has been seen, captured in two halves then.
+"""Calls of a graph that needs gradients: eager until a backward was seen, then a captured forward and a captured backward.
 
-The first calls run as Dynamo traced them. Once one of them has run backward it is known which gradients come in, and
-how, and the graph is traced (:mod:`breakable_backend.compiling.training`). From then on each forward takes a *slot*: a
-recording with memory of its own for what it saves. The slot is taken until autograd lets go of what that forward saved,
-which is at its backward, later where the graph is retained, or when nobody can run it backward any more. So forwards can
-be pending while others run. Where all slots are taken, a forward runs plainly.
+The first calls run as Dynamo traced them. Once one of them was run backward, it is known which gradients come in and
+with which layouts, and the graph is traced (:mod:`breakable_backend.compiling.training`). From then on each forward
+takes a *slot*: a recording with its own memory for what it saves. The slot is taken until autograd drops what that
+forward saved: at its backward, or later if the graph is retained, or when nobody can run it backward any more. So
+forwards may be pending while others run. If all slots are taken, a forward is plain.
 
-The backward is a program with an executor of its own. What a slot saved is at addresses that do not move, so for that
-executor it is a static input like a parameter, and each slot has recordings of its own.
+The backward is a program with its own executor. What a slot saved is at fixed addresses, so for that executor it is a
+static input like a parameter, and each slot has its own recordings.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from breakable_backend.recordings.recording import Recording
 log = logging.getLogger(__name__)
 
 MAX_SLOTS = 4
-"""Forwards of one graph, with the same parameters, that may be pending at once in captured form."""
+"""How many captured forwards of one graph, with the same parameters, may be pending."""
 
 MAX_SIZES = 8
-"""Sets of sizes of one graph that are captured."""
+"""How many sets of sizes of one graph are captured."""
 
 LEARNING = "it needs gradients, and no backward has been seen that tells how"
 """Why the first calls are eager."""
@@ -67,14 +67,15 @@ class Number(int):
 
 
 class Outputs(list[Any]):
-    """What a forward returned: outputs, and what it saved behind them."""
+    """The results of a forward: its outputs, and behind them what it saved."""
 
     saved: list[torch.Tensor] | None = None
-    """Where all that was saved is, of a forward that was captured: constants of the recording, and what moves. They hold no memory."""
+    """For a captured forward, everything that was saved: constants of the recording, and values that move. They do not
+    own their memory."""
     owners: tuple[torch.Tensor, ...] = ()
-    """What holds that memory."""
+    """The owners of that memory."""
     static: frozenset[str] = frozenset()
-    """The names of what does not move."""
+    """The names of the values that do not move."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ class Lease:
 
 
 class ForwardExecutor(Executor):
-    """The first half. Each call takes a slot, which is a part of its key."""
+    """The executor of the forward. Each call takes a slot, whose number is part of its key."""
 
     def __init__(self, forward: Forward, *args: Any) -> None:
         self.forward = forward
         self.taken: weakref.WeakKeyDictionary[Entry, _torch.StorageWeakRef] = weakref.WeakKeyDictionary()
-        """By key, what lives as long as what was saved by its last call."""
+        """For each key, an object that lives as long as what its last call saved."""
         self.leases: weakref.WeakKeyDictionary[Entry, Lease] = weakref.WeakKeyDictionary()
         super().__init__(forward.lowered, *args)
 
@@ -141,7 +142,7 @@ class ForwardExecutor(Executor):
         return made if entry is None else self._leased(entry, made, known)
 
     def _free(self, shapes: ShapeKey, addresses: AddressSet | None) -> Number | None:
-        """The first slot that is not taken."""
+        """The first free slot."""
         for number in map(Number, range(MAX_SLOTS)):
             entry = addresses.entries.get((*shapes, number)) if addresses is not None else None
             ref = self.taken.get(entry) if entry is not None else None
@@ -150,7 +151,7 @@ class ForwardExecutor(Executor):
         return None
 
     def _leased(self, entry: Entry, made: list[Any], token: torch.Tensor) -> list[Any]:
-        """What a call of ``entry`` made; the slot is taken, if that lies in memory of its recording."""
+        """The results of a call of ``entry``. The slot is taken if they lie in memory of its recording."""
         recording, count = entry.recording, self.forward.num_outputs
         if recording is None:
             return made
@@ -158,7 +159,7 @@ class ForwardExecutor(Executor):
         if lease is None or lease.recording() is not recording:
             lease = self.leases[entry] = Lease.of(recording, self.forward)
         if lease.first is not None and made[count + lease.first[0]].data_ptr() != lease.first[1]:
-            return made  # this call was a plain one
+            return made  # this call was plain
         self.taken[entry] = _torch.retains(token)
         outputs = Outputs(made[:count])
         outputs.saved = [
@@ -177,7 +178,7 @@ class ForwardExecutor(Executor):
 
     def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
         entry = super().new_entry(key, args)
-        entry.warmed_up = entry.warmed_up or bool(entry.key.shapes[-1])  # the first slot was warmed up for all
+        entry.warmed_up = entry.warmed_up or bool(entry.key.shapes[-1])  # the first slot's warm-up counts for all
         return entry
 
     def why_new(self, key: Key) -> str:
@@ -185,14 +186,14 @@ class ForwardExecutor(Executor):
         return f"{int(slot)} more forward{'s' * (slot != 1)} pending" if slot and "new" in why else why
 
     def _make_way(self, need: int, driver: CaptureDriver) -> None:
-        """What saves something is recorded in memory of its own, whatever room there is in the pool."""
+        """A recording that saves something gets its own memory, whatever room there is in the pool."""
 
 
 class _WithSlot(KeyReader):
-    """Reads keys that have the number of a slot in them, behind all else."""
+    """Reads keys that end with the number of a slot."""
 
     slot = Number(0)
-    """That of the call that is under way."""
+    """The slot of the current call."""
 
     def shapes(self, args: Sequence[Any]) -> ShapeKey:
         return (*super().shapes(args), self.slot)
@@ -202,7 +203,7 @@ class _WithSlot(KeyReader):
 
 
 Make = Callable[..., Any]
-"""Makes an executor of a class, for what was lowered, by a name; behind that what else the class wants."""
+"""Makes an executor of a class for a lowered graph, under a name; further arguments go to the class."""
 
 # --- both halves --------------------------------------------------------------------------------------------------------
 
@@ -217,13 +218,13 @@ class _Seen:
 
 
 class Training:
-    """A graph that needs gradients, as Dynamo calls it. Thread-safe.
+    """A graph that needs gradients, as Dynamo calls it. Several threads may call it.
 
     Args:
         halves: the graph.
         eager: runs it as Dynamo traced it.
-        make: an executor of the class, for what was lowered, by that name; behind that what else the class wants.
-        name: of the graph.
+        make: makes an executor of a class for a lowered graph, under a name; further arguments go to the class.
+        name: the name of the graph.
         source: the user's last line in it.
     """
 
@@ -237,23 +238,23 @@ class Training:
         self.backwards: dict[tuple[Pattern, frozenset[str]], tuple[Backward, Executor]] = {}
         self._seen: _Seen | None = None
         self._storages: tuple[list[int], list[_torch.StorageWeakRef]] | None = None
-        """Where static inputs were in the last call, and their storages."""
+        """The addresses of static inputs in the last call, and their storages."""
         self._lock = locks.lock()
         self._modes = Modes.current()
 
     @property
     def uncaptured(self) -> EagerGraph | None:
-        """What the report says of it while nothing is captured."""
+        """What the report says about it while nothing is captured."""
         return EagerGraph(self.name, self.why, self.source) if self.why else None
 
     @property
     def executors(self) -> list[Executor]:
-        """Of both halves."""
+        """The executors of both halves."""
         forward = [self.forward] if self.forward is not None else []
         return [*forward, *(executor for _, executor in list(self.backwards.values()))]
 
     def __call__(self, *args: Any) -> Any:
-        """Run the forward once; autograd gets what runs the backward."""
+        """Run the forward once, and give autograd the node that runs the backward."""
         if why := _not_now():
             if self.forward is not None:
                 self.forward.statistics.calls += 1
@@ -273,7 +274,7 @@ class Training:
         return results
 
     def _share(self, args: Sequence[Any]) -> Any:
-        """A call whose backward reads an argument that was written through another one: eager's autograd notices that."""
+        """Whether the backward reads an argument that was written through another one. Eager's autograd notices that."""
         assert self.forward is not None
         self.forward.statistics.calls += 1
         self.forward.count_plain(SHARED)
@@ -282,7 +283,7 @@ class Training:
     # until a backward has been seen
 
     def _learn(self, args: Sequence[Any]) -> Any:
-        """An eager call whose backward is looked at."""
+        """An eager call whose backward is observed."""
         outputs = self.eager(*args)
         if self.for_good:
             return outputs
@@ -297,7 +298,7 @@ class Training:
         return outputs
 
     def _ready(self, args: Sequence[Any]) -> bool:
-        """Whether both halves are there; traces them as soon as a backward has been seen."""
+        """Whether both halves exist. They are traced as soon as a backward was seen."""
         seen = self._seen
         if seen is None or not (seen.came or seen.refused):
             return False
@@ -329,7 +330,7 @@ class Training:
     # the backward
 
     def gradients(self, ctx: Any, moving: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
-        """The gradients of the inputs that want some, of one forward."""
+        """The gradients of one forward for the inputs that need some."""
         pattern = tuple(None if grad is None else TensorSpec.of(grad) for grad in grads)
         if all(spec is None for spec in pattern):
             return [None] * len(self.halves.wanted)
@@ -350,7 +351,7 @@ class Training:
         return [clone_exact(value) if place in backward.entangled else value for place, value in enumerate(made)]
 
     def _backward(self, pattern: Pattern, static: frozenset[str] | None) -> tuple[Backward, Executor]:
-        """The backward for ``pattern``, and its executor for a forward whose ``static`` values do not move; None: for a plain one."""
+        """The backward for ``pattern``, and its executor for a forward whose ``static`` values are fixed (None: plain)."""
         if static is None:
             known = (key for key in list(self.backwards) if key[0] == pattern)
             assert self.halves.forward is not None
@@ -389,7 +390,7 @@ class Training:
     # the memory of what it reads
 
     def storages(self, inputs: Sequence[torch.Tensor], pointers: Sequence[int]) -> list[_torch.StorageWeakRef]:
-        """The storages of static inputs that a backward needs. They are asked for where addresses are others than last time."""
+        """The storages of static inputs that a backward needs, read again only if an address has changed."""
         places = self._static_places
         there = [pointers[place] for place in places]
         known = self._storages
@@ -412,12 +413,12 @@ class Training:
 
     @functools.cached_property
     def _static_places(self) -> tuple[int, ...]:
-        """Which of the inputs that backwards need are static."""
+        """The positions of static inputs that backwards need."""
         assert self.halves.forward is not None
         return tuple(place for place, index in enumerate(self.halves.forward.inputs) if index in self.halves.static)
 
     def refuse(self, why: str) -> NoReturn:
-        """Raise for a backward that eager alone can run; later calls are eager."""
+        """Raise for a backward that only eager can run. Later calls are eager."""
         with self._lock:
             self._give_up(f"it needs gradients, and {why}")
         raise ReplayError(
@@ -428,7 +429,7 @@ class Training:
 
 
 class BySize:
-    """A graph that needs gradients and whose sizes vary, as Dynamo calls it: a :class:`Training` for each set of sizes."""
+    """A graph with sizes that vary and needs gradients, as Dynamo calls it: a :class:`Training` for each set of sizes."""
 
     def __init__(
         self,
@@ -441,12 +442,12 @@ class BySize:
     ) -> None:
         self.halves, self.make, self.name, self.source, self.file = halves, make, name, source, file
         self.as_eager = as_eager
-        """Makes what runs a graph as Dynamo traced it."""
+        """Makes the function that runs a graph as Dynamo traced it."""
         self.eager = as_eager(halves.gm)
         self.callers, self._modes = Callers(), Modes.current()
         self.known: dict[tuple[Any, ...], Training] = {}
         self.others: Others | None = None
-        """What the report says of sizes beyond those."""
+        """What the report says about further sizes."""
         self._varying = halves.varying
         self._lock = locks.lock()
 
@@ -491,7 +492,7 @@ TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets 
 
 
 def _look(seen: _Seen, place: int, number: int, grads: tuple[Any, ...]) -> None:
-    """A backward has come to an output of an eager call."""
+    """A backward has reached an output of an eager call."""
     grad = grads[number]
     if why := _refusal(grads):
         seen.refused = f"it needs gradients, and {why}"
@@ -500,7 +501,7 @@ def _look(seen: _Seen, place: int, number: int, grads: tuple[Any, ...]) -> None:
 
 
 def _refusal(grads: Sequence[Any]) -> str:
-    """Why eager alone can run a backward that begins now."""
+    """Why only eager can run a backward that begins now."""
     if torch.is_grad_enabled():
         return "a backward was run with create_graph=True"
     if _torch.any_autocast_enabled():
@@ -518,7 +519,7 @@ def _refusal(grads: Sequence[Any]) -> str:
 
 
 def _not_now() -> str:
-    """Why this call is eager's, whatever was captured."""
+    """Why this call is eager whatever was captured."""
     if _torch.saves_through_hooks():
         return "saved_tensors_hooks are active"
     if _torch.dispatch_mode_active():
@@ -537,7 +538,7 @@ def _not_now() -> str:
 
 
 class _Call:
-    """One call, on its way through autograd."""
+    """One call on its way through autograd."""
 
     def __init__(self, training: Training, args: Sequence[Any]) -> None:
         self.training, self.args = training, args
@@ -545,7 +546,7 @@ class _Call:
 
 
 class _Captured(torch.autograd.Function):
-    """The node of a call. What it saves beside its slot goes through autograd, which looks whether it was written since."""
+    """The autograd node of a call. Autograd saves its values outside of the slot, and checks whether they were written."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *_differentiable: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -570,7 +571,7 @@ class _Captured(torch.autograd.Function):
         inputs = [args[index] for index in forward.inputs]
         observers = executor.observers
         ctx.check = observers.saved(training.saved(made, results)) if observers.reads_values and made.saved else None
-        # 0.04 us for each: autograd's check of versions does not see that an input was given other memory.
+        # 0.04 us for each: autograd's check of versions does not notice that an input got other memory
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
         ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked))
@@ -580,7 +581,7 @@ class _Captured(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors  # raises where that is gone, or was written
+        saved = ctx.saved_tensors  # raises if it was freed or written
         training: Training = ctx.training
         if why := _refusal(grads):
             training.refuse(why)
@@ -599,19 +600,19 @@ class _Captured(torch.autograd.Function):
 
 
 def _count_up(args: Sequence[Any], written: Sequence[int], needed: Sequence[int]) -> bool:
-    """Count up the versions of arguments that a forward writes. Returns whether no other that its backward needs counts along."""
+    """Count up the versions of arguments that a forward writes. Returns whether no other needed tensor shares one."""
     before = [args[index]._version + (index in written) for index in needed]
     torch.autograd.graph.increment_version([args[index] for index in written])
     return before == [args[index]._version for index in needed]
 
 
 def _on_its_own(value: Any) -> Any:
-    """An output as a tensor that is no view: of a view that was made without gradients, autograd refuses later writes."""
+    """An output as a tensor that is not a view: autograd refuses later writes to a view made without gradients."""
     if isinstance(value, torch.Tensor) and _torch.base_of_view(value) is not None:
         return Geometry.of(value).on(value.untyped_storage())
     return value
 
 
 def _without_autocast() -> AbstractContextManager[None]:
-    """The halves are traced below autocast: their casts are ops."""
+    """No autocast inside the block: the casts of the two halves are ops of their graphs."""
     return Modes().enter() if _torch.any_autocast_enabled() else nullcontext()

@@ -1,7 +1,7 @@
-"""The second door: ``with capture(graph):`` around any code, and ``graph.replay()``.
+"""``with capture(graph):`` around any code, while it captures.
 
-The body runs once, for real. Each stretch of it between two breaks is captured, and launched as soon as its capture
-ends, so eager functions see real data. What comes of it is the same :class:`Recording` that a compiled function has.
+The body runs once, for real. Each segment of it is captured, and launched as soon as its capture ends, so eager
+functions see real data. The result is a :class:`Recording`, as for a compiled function.
 """
 
 from __future__ import annotations
@@ -84,23 +84,24 @@ class capture:
     >>> graph.replay(); y
     tensor([5., 5.])
 
-    Tensors made inside are the graph's own, and valid until its next replay. Inputs are read at their address at each
-    replay. Marked functions, marked ops and what no capture can hold run eagerly, between segments, on real data.
+    Tensors made inside are the graph's own, and valid until its next replay. Inputs are read at their addresses in each
+    replay. Marked functions, marked ops and ops that no capture can hold run eagerly between segments, on real data.
 
     Args:
-        graph: what to capture into; what it held before is released.
-        stream: where to capture, instead of a stream of the graph's own; of CUDA.
+        graph: the graph to capture into. What it had before is released.
+        stream: a CUDA stream to capture on, instead of the graph's own.
         capture_error_mode: as in ``torch.cuda.graph``.
-        barrier: called before each eager step while capturing, such as a barrier of ranks: a rank that is ahead then waits
-            between two segments, and not within one. It runs before a mark's own ``barrier``, and not at replay.
-        debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one at each replay. ``"compare"``: each
-            replay of a segment is compared with its ops, issued one by one.
+        barrier: called before each eager step while capturing, such as a barrier of ranks. A rank that is ahead then
+            waits between two segments, and not within one. It is called before a mark's own ``barrier``, and not in
+            replays.
+        debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one in each replay. ``"compare"``:
+            each replay of a segment is compared with its ops, issued one by one.
         tolerance: how far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; bit for bit by default.
 
     Raises:
-        OptionsError: an argument that it does not take.
-        CaptureError: a capture is active already; or, at the line of the body that is to blame, what can be neither
-            captured nor run eagerly, such as a value read on the host.
+        OptionsError: an argument with a value that is not allowed.
+        CaptureError: a capture is active already. Or, at a line of the body: something that can neither be captured nor
+            run eagerly, such as a value read on the host.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class capture:
 
 
 def is_capturing() -> bool:
-    """Whether this code is being captured by :class:`capture`; False in an eager function, which is not.
+    """Whether :class:`capture` is capturing this code. False in an eager function, which is not captured.
 
     >>> from breakable_backend import BreakableCUDAGraph, capture, is_capturing
     >>> with capture(BreakableCUDAGraph(driver="tape")):
@@ -172,12 +173,12 @@ def is_capturing() -> bool:
     return active.handler.get() is not None
 
 
-# Dynamo of torch 2.15 would trace it, and freeze whether a capture is under way; that of older ones could not.
+# Dynamo of torch 2.15 would trace this function, and freeze its answer. Older versions cannot.
 @_torch.break_of_dynamo("break_graph() ends a segment of the capture that it is called in")
 def break_graph() -> None:
-    """End the segment here, and begin another: what comes after is launched by a graph of its own.
+    """End the segment here, and begin another one: the code behind is launched as a separate graph.
 
-    Outside of a capture it does nothing, but that in compiled code it breaks Dynamo's graph.
+    Outside of a capture it does nothing, except that in compiled code it breaks Dynamo's graph.
 
     >>> from breakable_backend import BreakableCUDAGraph, break_graph, capture
     >>> with capture(BreakableCUDAGraph(driver="tape")) as graph:
@@ -197,7 +198,7 @@ def _nothing() -> None:
 
 
 class _Watcher(OpMode):
-    """Sees every op of the body."""
+    """A dispatch mode that sees every op of the body."""
 
     def __init__(self, under_way: _OngoingCapture) -> None:
         super().__init__(under_way.op)
@@ -205,7 +206,7 @@ class _Watcher(OpMode):
 
 
 class _MarkedFunctions(TorchFunctionMode):
-    """Sees calls of the functions of torch's that are marked and no ops, where the body's own code calls them."""
+    """A function mode that sees calls of marked PyTorch functions which are not ops, made by the body's own code."""
 
     def __init__(self, under_way: _OngoingCapture, functions: tuple[Any, ...]) -> None:
         super().__init__()
@@ -222,7 +223,7 @@ class _MarkedFunctions(TorchFunctionMode):
 
 @dataclass
 class _OngoingCapture:
-    """One capture under way: implements :class:`active.BreakHandler`."""
+    """A capture in progress. It implements :class:`active.BreakHandler`."""
 
     graph: BreakableCUDAGraph
     driver: SessionDriver
@@ -233,33 +234,34 @@ class _OngoingCapture:
     steps: list[Step] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     loads: tuple[Copy, ...] = ()
-    """Copies of the last eager step's results, which the next segment begins with."""
+    """Copies of the last eager step's results, with which the next segment begins."""
     fed: Sequence[tuple[Copy, torch.Tensor]] = ()
-    """Those that its graph makes by itself, and what it copies: held until it is a graph, and knows other places to copy from."""
+    """Those that its graph makes by itself, each with the tensor that it copies. The tensor is held until the graph
+    exists and can copy from other addresses."""
     made: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
-    """Storages in memory of the pool: made in segments, and bridges. The weak references keep the keys from being used again.
+    """Storages in pool memory: made in segments, and bridges. The weak references keep the keys from being used again.
 
-    Who refers to one keeps its memory. Once nobody does, segments that are captured later may get it: each replay makes
-    the value anew before it is read, in the same order.
+    Whoever refers to a storage keeps its memory. Once nobody does, segments that are captured later may get it, since
+    each replay makes the value anew before it is read, in the same order.
     """
     bridges: set[int] = field(default_factory=set)
     """Those among them that are bridges."""
     most: Held = field(default_factory=Held)
-    """What of them is needed at once, at most."""
+    """The most of their memory that is needed at the same time."""
     places: dict[int, torch.UntypedStorage] = field(default_factory=dict)
     """What replays have in place of those storages, so that aliases are aliases there too."""
     held: dict[int, Any] = field(default_factory=dict)
-    """Storages that are held as long as the graph lives: those from outside."""
+    """Storages from outside, which are held as long as the graph lives."""
     parameters: dict[int, Any] = field(default_factory=dict)
-    """Held while capturing, and watched later, with their memory."""
+    """Held while capturing. Afterwards they, and their memory, are watched."""
     written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
     """Storages from outside that segments write."""
     ops: list[Op] = field(default_factory=list)
-    """What the segment under way has run."""
+    """The ops of the current segment so far."""
     outside: dict[int, Outside] = field(default_factory=dict)
     """Tensors whose memory is held or watched, by the key of their storage."""
     leaves: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Leaves of autograd's that marked functions take, by identity."""
+    """Autograd leaves that marked functions take, by identity."""
     failed: BaseException | None = None
     capturing: bool = False
     started: float = field(default_factory=time.perf_counter)
@@ -268,11 +270,11 @@ class _OngoingCapture:
     def __post_init__(self) -> None:
         self.observers = observers_of(Subject(self.graph.name, self.options, log, compiled=False))
         self.issue: Issue | None = None
-        """What ops of the segment under way are issued through."""
+        """The function that issues ops of the current segment."""
         self.keep = self.observers.reads_values or not self.driver.reuses_memory
         """Whether all that is made is held."""
         self.whole = marked_composites(entirely=_records_gradients())
-        """Marked ops that are made of others, and that this capture sees as a whole."""
+        """Marked composite ops that reach this capture whole."""
         self._refuse_gradients()
 
     def open(self) -> None:
@@ -282,7 +284,8 @@ class _OngoingCapture:
             stack.enter_context(self.driver.lock)
             stack.enter_context(self.observers.span("capture"))
             stack.enter_context(without_autocast_cache())
-            # A backward stays in this thread: CUDA ends a capture in the thread that began it, and steps end segments.
+            # A backward stays in this thread: CUDA ends a capture in the thread that began it, and eager steps end
+            # segments.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             self.graph._begin_use("captured", CaptureError)
             stack.callback(self.graph._end_use)
@@ -309,7 +312,7 @@ class _OngoingCapture:
             self.stack = stack.pop_all()
 
     def _refuse_gradients(self) -> None:
-        """Raise where autograd would take marked ops apart before the capture sees them."""
+        """Raise if autograd would decompose marked ops before the capture sees them."""
         if self.whole and _records_gradients():
             raise CaptureError(
                 f"{', '.join(self.whole)} is marked by mark_eager, but autograd decomposes it before the capture sees it",
@@ -353,7 +356,7 @@ class _OngoingCapture:
         bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
         most = None if self.keep else self.most
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges), most)
-        # One that the body itself gave other memory is not among them: the graph keeps the memory that it reads.
+        # Parameters to which the body gave other memory are not among them: the graph keeps the memory that it reads.
         watched = {key: value for key, value in self.parameters.items() if _torch.storage_key(value) == key}
         captured = Captured(
             self.driver,
@@ -399,7 +402,7 @@ class _OngoingCapture:
             raise placed from error.__cause__
         feeds = {copy.bridge.name: feed for (copy, _), feed in zip(self.fed, graph.feeds, strict=True)}
         for name, feed in feeds.items():
-            feed.take(self.constants[name].tensor)  # which is loaded already
+            feed.take(self.constants[name].tensor)  # the bridge is loaded already
         loads = tuple(replace(copy, feed=feeds.get(copy.bridge.name)) for copy in self.loads)
         self.steps.append(GraphStep(graph, loads, ops=tuple(self.ops)))
         self.loads = self.fed = ()
@@ -459,7 +462,7 @@ class _OngoingCapture:
             self.made[key] = _torch.StorageWeakRef(tensor.untyped_storage())
 
     def _look(self) -> None:
-        """Note how much memory of the pool is referred to, between two segments."""
+        """Note between two segments how much pool memory is in use."""
         live = {key: storage for key, ref in self.made.items() if (storage := _torch.live_storage(ref)) is not None}
         bridges = sum(storage.nbytes() for key, storage in live.items() if key in self.bridges)
         self.most = self.most.or_more(Held(bridges, sum(storage.nbytes() for storage in live.values()) - bridges))
@@ -489,16 +492,16 @@ class _OngoingCapture:
         mark: Mark | None = None,
         replayed: Callable[..., Any] | None = None,
     ) -> Any:
-        """Run an eager step, ``function``.
+        """Run ``function`` as an eager step.
 
-        ``replayed`` is called in its place at a replay, with the leaves of the arguments.
+        A replay calls ``replayed`` in its place, with the leaves of the arguments.
         """
-        # Before the call, which may change the containers and objects that it is given.
+        # Before the call, since it may change the containers and objects that it gets.
         given = pytree.tree_flatten((args, dict(kwargs)))
         reach = gradients.Reach.of(mark, given[0], self.made) if mark is not None and _records_gradients() else None
         self._end()
         known = {key for key, ref in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
-        taken = tensors_on(self.driver.device, (args, kwargs))  # alive until their keys are compared
+        taken = tensors_on(self.driver.device, (args, kwargs))  # kept alive until their keys are compared
         known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
         try:
@@ -546,7 +549,7 @@ class _OngoingCapture:
         result: Any,
         replayed: Callable[..., Any] | None,
     ) -> Any:
-        """Write the eager step down; returns the result as captured code may use it: on bridges."""
+        """Note the eager step. Returns its result as captured code may use it, on bridges."""
         base = re.sub(r"\W+", "_", re.split(r"::|\.", name)[-1]).strip("_") + f"_{len(self.steps)}"
         calls: list[Call] = []
         for number, event in enumerate(self.session.events()):
@@ -592,7 +595,7 @@ class _OngoingCapture:
         """Run the backward of a marked function as an eager step."""
 
         def first(*grads: torch.Tensor | None) -> Sequence[Any]:
-            # Nodes of leaves are for the stream of captures: no other thread may capture there now.
+            # The nodes of leaves are made for the capture stream, so no other thread may capture there now.
             with self.driver.drawing():
                 return step.first(run, grads)
 
@@ -602,7 +605,7 @@ class _OngoingCapture:
         return made
 
     def _bridge(self, source: torch.Tensor) -> Bridge:
-        """A bridge that holds ``source``, in memory of the pool that lives as long as somebody refers to it."""
+        """A bridge with the content of ``source``, in pool memory that lives as long as somebody refers to it."""
         with torch.inference_mode(False), nullcontext() if self.keep else self.driver.allocating():
             bridge = Bridge.like(source, self.driver.device)
         if not self.keep and source.numel() > 0:
@@ -616,14 +619,14 @@ class _OngoingCapture:
         return bridge
 
     def _place(self, tensor: torch.Tensor) -> torch.UntypedStorage:
-        """What a replay takes for the storage of ``tensor``: it does not hold memory of the pool."""
+        """What a replay takes for the storage of ``tensor``. It does not hold pool memory."""
         storage = tensor.untyped_storage()
         if self.keep or _torch.storage_key(tensor) not in self.made or storage.nbytes() == 0:
             return storage
         return self.places.setdefault(_torch.storage_key(tensor), _torch.unowned_storage(storage))
 
     def _argument(self, leaf: Any, name: str, calls: list[Call], source: str) -> Any:
-        """What stands for an argument in the recorded call: parameters and modules weakly, all else as it is."""
+        """What stands for an argument in the recorded call: parameters and modules weakly, other objects themselves."""
         if leaf is None or type(leaf) in (int, float, bool, str):
             return leaf
         if isinstance(leaf, nn.Module | nn.Parameter):
@@ -638,9 +641,9 @@ class _OngoingCapture:
 
 
 def _back_on(stream: torch.cuda.Stream) -> None:
-    """Have ``stream`` as the current one again.
+    """Make ``stream`` current again.
 
-    Where a segment ends inside of ``with torch.cuda.stream(side)``, that statement goes back to the stream of captures.
+    If a segment ends inside ``with torch.cuda.stream(side)``, that statement restores the capture stream.
     """
     if torch.cuda.current_stream(stream.device) != stream:
         with torch.cuda.device(stream.device):
@@ -652,13 +655,13 @@ def _records_gradients() -> bool:
 
 
 def _record(event: torch.cuda.Event) -> None:
-    """Have an event that a segment recorded tell code outside of a capture that the segment is done."""
+    """Let code outside of a capture see, by an event that a segment recorded, when the segment is done."""
     event.record()
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """Calls a function with arguments in containers that source text does not spell."""
+    """Calls a function with arguments in containers that cannot be written as source."""
 
     function: Callable[..., Any]
     spec: Any
@@ -681,7 +684,7 @@ def _is_plain(tree: Any) -> bool:
 
 
 def _placed(error: CaptureError, where: str) -> CaptureError:
-    """A driver's error, with the user's line, and with what to do at this door."""
+    """A driver's error, with the user's line, and with advice for ``with capture``."""
     placed = CaptureError(error.what, where=where, fix=FIX if error.fix in ("", tape.FIX) else error.fix)
     return as_passing(placed, error)
 

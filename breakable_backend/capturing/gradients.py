@@ -1,8 +1,8 @@
 """Gradients through the eager steps of a capture.
 
-A marked function that is called under grad mode is two eager steps: itself, at its place in the forward, and autograd's way
-back through it, at its place in the backward. It runs on tensors that are cut off from the captured code's graph, so that
-what it does has a small graph of its own, made anew by each replay. In the captured code's graph one node stands for it.
+A marked function that is called under grad mode becomes two eager steps: the function itself, at its place in the
+forward, and its gradients, at their place in the backward. It runs on detached tensors, so that it has a small autograd
+graph of its own, which each replay makes anew. In the graph of the captured code one node stands for it.
 """
 
 from __future__ import annotations
@@ -30,54 +30,54 @@ from breakable_backend.marks.sites import Mark
 from breakable_backend.marks.structure import PLAIN, fields, replaced, view_leaf, view_of
 
 MOST_LOOKED_AT = 10_000
-"""Objects among which the leaves that a function closes over are searched."""
+"""How many objects are searched for the leaves that a function closes over."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a marked function: the ends of its graph."""
+    """One run of a marked function: the inputs and outputs of its autograd graph."""
 
     results: tuple[GradientEdge, ...]
     inputs: tuple[torch.Tensor, ...]
-    """The tensors that were cut off."""
+    """The detached tensors."""
 
 
 @dataclass
 class Kept:
-    """What the last replay's run has saved, until its backward."""
+    """What the last replay's run has saved for its backward."""
 
     run: Run | None = None
     wanted: bool = False
-    """Whether the capture has a backward through it."""
+    """Whether the capture contains a backward through it."""
 
 
 Leaf = Callable[[], torch.Tensor]
-"""A leaf of autograd's that a marked function reads as it is. Parameters are the model's: they are not held."""
+"""Returns an autograd leaf that a marked function reads as it is. Parameters belong to the model and are not held."""
 
 
 def leaf_of(tensor: torch.Tensor, source: str) -> Leaf:
-    """A way to ``tensor``, for an eager step that is called at ``source``."""
+    """A :data:`Leaf` for ``tensor``, for an eager step that is called at ``source``."""
     return Alive.of(tensor, source) if isinstance(tensor, nn.Parameter) else lambda: tensor
 
 
 @dataclass(eq=False)
 class Forward:
-    """The step in the forward: calls a marked function with the leaves of its arguments."""
+    """The eager step in the forward: calls a marked function with the leaves of its arguments."""
 
     function: Callable[..., Any]
     spec: Any
     name: str
     source: str
     first: Mapping[int, int]
-    """Of the tensors to be cut off, by position: where the same tensor stands first."""
+    """For each tensor to be detached, by position, the first position of the same tensor."""
     leaves: tuple[Leaf, ...]
-    """Those that gradients are computed of beside the tensors that are cut off."""
+    """Those for which gradients are computed besides the detached tensors."""
     needing: tuple[bool, ...] = ()
     """Which leaves of the result need gradients."""
     kept: Kept = field(default_factory=Kept)
 
     def __call__(self, *given: Any) -> Any:
-        """A replay's run."""
+        """Run it in a replay."""
         leaves, inputs = self.cut(given)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         result = self.function(*args, **kwargs)
@@ -85,14 +85,14 @@ class Forward:
         return result
 
     def cut(self, given: Sequence[Any]) -> tuple[list[Any], tuple[torch.Tensor, ...]]:
-        """The leaves of the arguments, tensors that need gradients as leaves of autograd's; and those."""
+        """The leaves of the arguments, with tensors that need gradients as autograd leaves; and these tensors."""
         cut = {place: given[place].detach().requires_grad_() for place in dict.fromkeys(self.first.values())}
         return [cut[self.first[place]] if place in self.first else value for place, value in enumerate(given)], tuple(
             cut.values()
         )
 
     def seen(self, result: Any, inputs: tuple[torch.Tensor, ...]) -> Run:
-        """A replay's run, if its graph is that of the capture."""
+        """The run of a replay, if its autograd graph is that of the capture."""
         needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         if needs(result) != self.needing:
             raise EagerOutputError(
@@ -110,31 +110,31 @@ class Forward:
         return Run(tuple(map(get_gradient_edge, needing)), inputs)
 
     def all_leaves(self) -> list[torch.Tensor]:
-        """What :attr:`leaves` leads to."""
+        """The tensors behind :attr:`leaves`."""
         return [leaf() for leaf in self.leaves]
 
 
 @dataclass(eq=False)
 class Backward:
-    """The step in the backward: the gradients of what one run of a marked function took."""
+    """The eager step in the backward: gradients for the inputs of one run of a marked function."""
 
     forward: Forward
     last: bool
     """Whether nobody runs it backward again."""
     filled: tuple[bool, ...] = ()
-    """Which leaves had a ``.grad`` when it was captured: one that gets nothing is as it was then."""
+    """Which leaves had a ``.grad`` at the capture. A leaf that gets no gradient is as it was then."""
     wanted: tuple[bool, ...] = ()
-    """Which inputs got a gradient when it was captured."""
+    """Which inputs got a gradient at the capture."""
 
     def first(self, run: Run, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The gradients, while it is captured."""
+        """The gradients at the capture."""
         self.filled = tuple(leaf.grad is not None for leaf in self.forward.all_leaves())
         found = self.gradients(run, grads)
         self.wanted = tuple(gradient is not None for gradient in found)
         return found
 
     def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """A replay's gradients."""
+        """The gradients in a replay."""
         forward = self.forward
         run = forward.kept.run
         assert run is not None, "its forward is an earlier step"
@@ -152,7 +152,7 @@ class Backward:
         return gradients
 
     def gradients(self, run: Run, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Of the tensors that were cut off and of the leaves; None where nothing depends on one."""
+        """Gradients of the detached tensors and of the leaves; None where nothing depends on one."""
         leaves = self.forward.all_leaves()
         inputs = [*run.inputs, *leaves]
         pairs = [(end, grad) for end, grad in zip(run.results, grads, strict=True) if grad is not None]
@@ -171,7 +171,7 @@ class Backward:
             )
         for number, (leaf, filled) in enumerate(zip(leaves, self.filled, strict=True), len(run.inputs)):
             if found[number] is None and filled:
-                found[number] = torch.full_like(leaf, -0.0)  # which, added, changes no bit
+                found[number] = torch.full_like(leaf, -0.0)  # adding -0.0 changes no bit
         return found
 
 
@@ -181,10 +181,10 @@ def needs(result: Any) -> tuple[bool, ...]:
 
 
 def leaves_behind(tensors: Sequence[torch.Tensor], since: int | None = None) -> Iterator[torch.Tensor]:
-    """The leaves of autograd's that some tensors depend on.
+    """The autograd leaves that some tensors depend on.
 
     Raises:
-        LookupError: they depend on what was computed before the node number ``since`` was made.
+        LookupError: they depend on something that was computed before the node number ``since`` was made.
     """
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
     yield from (tensor for tensor in tensors if tensor.grad_fn is None)
@@ -205,18 +205,18 @@ def leaves_behind(tensors: Sequence[torch.Tensor], since: int | None = None) -> 
 
 
 class Captures(active.BreakHandler, Protocol):
-    """The capture that is under way, as a backward sees it."""
+    """The capture in progress, as a backward sees it."""
 
     def backward(self, step: Backward, run: Run, grads: Sequence[torch.Tensor | None]) -> Sequence[Any]:
-        """Have the backward of a marked function as an eager step; returns its gradients as captured code may use them."""
+        """Run the backward of a marked function as an eager step. Returns its gradients as captured code may use them."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The leaves of autograd's that a marked function may need gradients of.
+    """The autograd leaves for which a marked function may need gradients.
 
-    It is made while a segment is captured, since autograd makes a leaf's node at its first use, for the stream of that
-    use: a backward in the capture could not go on to the stream that eager steps run on.
+    It is made while a segment is captured. Autograd makes the node of a leaf at its first use, for the stream of that
+    use. If that were the stream of eager steps, a backward in the capture could not continue on it.
     """
 
     own: tuple[torch.Tensor, ...]
@@ -224,7 +224,7 @@ class Reach:
     others: Mapping[int, torch.Tensor]
     """Those that the function closes over, by their identities."""
     nodes: tuple[GradientEdge, ...]
-    """What keeps their nodes alive."""
+    """Keeps their nodes alive."""
 
     @classmethod
     def of(cls, mark: Mark, given: Sequence[Any], made: Collection[int]) -> Reach:
@@ -233,7 +233,7 @@ class Reach:
         Args:
             mark: of the function.
             given: the leaves of its arguments.
-            made: the keys of storages that were made inside of the capture.
+            made: the keys of storages that were made inside the capture.
         """
         own: dict[int, torch.Tensor] = {}
         for value in given:
@@ -252,7 +252,7 @@ class Reach:
 
 
 def leaves_in(value: Any, depth: int = 8, met: dict[int, Any] | None = None) -> Iterator[torch.Tensor]:
-    """The leaves of autograd's that Python gets to from ``value``: through containers, objects, modules, functions."""
+    """The autograd leaves that Python reaches from ``value``, through containers, objects, modules and functions."""
     met = {} if met is None else met
     if id(value) in met or depth == 0 or len(met) > MOST_LOOKED_AT:
         return
@@ -304,25 +304,25 @@ class Call:
     given: Sequence[Any]
     """The leaves of its arguments, as captured code has them."""
     leaves: list[Any]
-    """The same, cut off: what the function gets."""
+    """The same leaves, detached, as the function gets them."""
     inputs: tuple[torch.Tensor, ...]
     since: int
     grads: Sequence[torch.Tensor | None]
-    """The gradients of its leaves before it runs."""
+    """The ``.grad`` of its autograd leaves before it runs."""
 
     @classmethod
     def of(
         cls, mark: Mark, reach: Reach, function: Callable[..., Any], given: Sequence[Any], spec: Any, source: str
     ) -> Call:
-        """Cut the arguments off, but for leaves of autograd's from outside of the capture.
+        """Detach the arguments, except autograd leaves from outside of the capture.
 
         Args:
             mark: of the function.
-            reach: its leaves.
+            reach: its autograd leaves.
             function: what is called.
             given: the leaves of the arguments.
-            spec: how they are put together.
-            source: where it is called.
+            spec: the structure of the arguments.
+            source: the line of the call.
         """
         known: dict[int, int] = {}
         first = {
@@ -339,13 +339,13 @@ class Call:
         return call
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the function is called with."""
+        """The arguments of the function."""
         args, kwargs = pytree.tree_unflatten(self.leaves, self.step.spec)
         return args, kwargs
 
     @property
     def takes_part(self) -> bool:
-        """Whether autograd has to do with it."""
+        """Whether autograd is involved."""
         return bool(self.inputs or self.step.leaves or any(self.step.needing))
 
     def _refuse_writes(self) -> None:
@@ -370,7 +370,7 @@ class Call:
             )
 
     def take(self, result: Any, device: torch.device) -> Run:
-        """Look at what the function returned."""
+        """Look at the result of the function."""
         step, self.step.needing = self.step, needs(result)
         self._refuse_taken_gradients()
         needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
@@ -396,7 +396,7 @@ class Call:
         return Run(tuple(map(get_gradient_edge, needing)), self.inputs)
 
     def _refuse_taken_gradients(self) -> None:
-        """Raise where it took a ``.grad`` away: at a replay what is captured would not set it again."""
+        """Raise if it removed a ``.grad``: in a replay captured code would not set it again."""
         for leaf, before in zip(self.reach.all(), self.grads, strict=True):
             if before is not None and leaf.grad is not before:
                 raise CaptureError(
@@ -406,7 +406,7 @@ class Call:
                 )
 
     def through(self, capture: Captures, run: Run, result: Any, placed: Any, parts: Parts) -> Any:
-        """``placed``, which is the result on memory of the capture, as part of the captured code's graph."""
+        """``placed``, the result on memory of the capture, as a part of the captured code's autograd graph."""
         mine = [leaf for _, leaf in fields(result)]
         theirs = [leaf for _, leaf in fields(placed)]
         outputs = [number for number, needing in enumerate(self.step.needing) if needing]
@@ -421,7 +421,7 @@ class Call:
         return replaced(placed, lambda value: final.get(next(numbers), value))
 
     def _again(self, result: torch.Tensor) -> torch.Tensor:
-        """A result in the memory of an argument, as captured code makes it of that."""
+        """A result in the memory of an argument, as captured code makes it from the argument."""
         cut = dict(zip(map(id, self.inputs), dict.fromkeys(self.step.first.values()), strict=True))
         if result.is_leaf:
             return self.given[cut[id(result)]] if id(result) in cut else result
@@ -439,7 +439,7 @@ class Call:
 
 
 def _on_shared(placed: Sequence[torch.Tensor], numbers: Sequence[int], parts: Parts) -> tuple[torch.Tensor, ...]:
-    """Fresh results. Of those that share memory autograd knows that they are views: it refuses to have them written."""
+    """Fresh results. Autograd knows that those which share memory are views, and refuses writes to them."""
     flat: dict[tuple[int, torch.dtype], torch.Tensor] = {}
     made = []
     for number in numbers:
@@ -456,7 +456,7 @@ def _on_shared(placed: Sequence[torch.Tensor], numbers: Sequence[int], parts: Pa
 
 @dataclass(eq=False)
 class _Node:
-    """What autograd's node knows."""
+    """The autograd node."""
 
     capture: weakref.ref[Captures]
     step: Forward
@@ -464,7 +464,7 @@ class _Node:
     outputs: Sequence[int]
     """The leaves of the result that need gradients, as the run has them."""
     fresh: Sequence[int]
-    """Those whose gradients come to the node."""
+    """Those whose gradients come to this node."""
     make: Callable[[], tuple[torch.Tensor, ...]] | None
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> Sequence[Any]:
@@ -490,7 +490,7 @@ class _Node:
 
 
 class _Through(torch.autograd.Function):
-    """Stands for a marked function in the graph of captured code."""
+    """Stands for a marked function in the autograd graph of captured code."""
 
     @staticmethod
     def forward(ctx: Any, node: _Node, *_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

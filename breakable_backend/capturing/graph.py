@@ -1,7 +1,7 @@
-"""What a capture by hand leaves: a graph that owns its memory, and that can be replayed.
+"""The graph that a capture leaves: it owns its memory, and can be replayed.
 
-:mod:`breakable_backend.capturing.capture` makes it. Replays, resets and the death of a parameter come in any order and from any
-thread: nothing is freed while it is in use, and what is gone says why.
+:mod:`breakable_backend.capturing.capture` makes it. Replays, resets and the death of a parameter come in any order and
+from any thread. Nothing is freed while it is in use, and an error says why something was freed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from breakable_backend.recordings.recording import EagerStep, GraphStep, Recordi
 from breakable_backend.recordings.replay import Function, Replay
 
 log = logging.getLogger(__name__)
-"""One log for the door: the name is in docs/tools.md."""
+"""One log for this way of capturing. Its name is in docs/tools.md."""
 
 _held = active.handler.held.get
 RESET = "nothing was captured: the graph was reset"
@@ -43,9 +43,9 @@ RESET = "nothing was captured: the graph was reset"
 
 @dataclass(frozen=True)
 class Pool:
-    """Where captured memory lives. Graphs that share one are replayed one after the other, on whatever streams.
+    """A pool of captured memory. Graphs that share one are replayed one after the other, on whatever streams.
 
-    Each has memory of its own in it.
+    Each graph has its own memory in it.
     """
 
     driver: SessionDriver
@@ -60,7 +60,7 @@ class Outside:
     source: str
 
     def check(self) -> None:
-        """Raise if it has other memory now. One that is gone can tell nothing; the graph holds its memory."""
+        """Raise if it has other memory now. A tensor that was freed cannot be checked; the graph holds its memory."""
         tensor = self.ref()
         if tensor is not None and (address := tensor.untyped_storage().data_ptr()) != self.address:
             what = f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
@@ -69,16 +69,16 @@ class Outside:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The ``.grad`` of a leaf of autograd's, where segments take it or write it."""
+    """The ``.grad`` of an autograd leaf that segments read or write."""
 
     leaf: weakref.ref[torch.Tensor]
     grad: torch.Tensor
     made: bool
-    """Whether the body has made it: then it is set by each run of the body, whatever was there before."""
+    """Whether the body has made it. Then each run of the body sets it, whatever was there before."""
     source: str
 
     def put_back(self, leaf: torch.Tensor | None) -> None:
-        """Have it in its place again, or raise where that would not be as in the body."""
+        """Put it in its place again, or raise if that would not be as in the body."""
         if leaf is None:
             return
         if not self.made:
@@ -97,7 +97,7 @@ class Alive:
     ref: weakref.ref[Any]
     kind: str
     source: str
-    """Where the eager function was called with it."""
+    """The line at which the eager function was called with it."""
 
     @classmethod
     def of(cls, value: Any, source: str) -> Alive:
@@ -116,9 +116,9 @@ class Alive:
 
 
 def refuse_others(driver: CaptureDriver) -> Callable[[], int]:
-    """From here on an eager step of this thread cannot use the pool of ``driver``, until :func:`allow_others`.
+    """From now on an eager step of this thread cannot use the pool of ``driver``, until :func:`allow_others`.
 
-    A pool is one graph's at a time.
+    One graph uses a pool at a time.
     """
 
     def refuse() -> int:
@@ -129,7 +129,7 @@ def refuse_others(driver: CaptureDriver) -> Callable[[], int]:
         )
         raise nested
 
-    # In place of the method, so that other replays have nothing to look at.
+    # This replaces the method, so that other replays have nothing to check.
     driver.begin = refuse  # type: ignore[method-assign]
     return refuse
 
@@ -153,20 +153,20 @@ class Captured:
     outside: tuple[Outside, ...]
     """Tensors from outside that segments read."""
     modes: Modes
-    """What a replay runs in, but for eager steps that say otherwise."""
+    """The modes of a replay, except for eager steps with other modes."""
     name: str
     observers: Observers
     watched: list[weakref.ref[Any]] = field(default_factory=list)
-    """The parameters among what segments read, and their storages: they are the model's."""
+    """The parameters among what segments read, and their storages. They belong to the model."""
     gradients: tuple[Gradient, ...] = ()
     only: Callable[[int], None] | None = None
-    """The launch that is all of a replay, where there is no break; set by the first replay."""
+    """The launch that is a whole replay, if there is no break; set by the first replay."""
 
     def __post_init__(self) -> None:
         self.replay = self.observers.replay(self.recording, f"{self.name} replay")
         self.function: Function = _checked_once(self)
         self.breaks = sum(isinstance(step, EagerStep) for step in self.recording.steps)
-        # A bare launch does not ask whose capture it is in: CUDA refuses it there.
+        # A bare launch does not check for somebody else's capture: CUDA refuses it there.
         drawing = any(graph.draws_random for graph in self.recording.graphs)
         self.asks = bool(self.breaks or drawing or self.observers.reads_values or self.driver.name != "cuda")
 
@@ -185,13 +185,13 @@ class Captured:
                 allow_others(self.driver, refusing)
 
     def check(self) -> None:
-        """Raise if what segments read is not where it was when they were captured."""
+        """Raise if something that segments read is not at the address that it had when they were captured."""
         check_places(self.recording, ())
         for tensor in self.outside:
             tensor.check()
 
     def release(self, *, wait: bool = False) -> None:
-        """Free everything; ``wait``: now, after the last launch, and not a little later."""
+        """Free everything. ``wait``: now, after the last launch, and not a little later."""
         graphs = self.recording.graphs
         owner = [self.recording, self.replay, self.function, self.only, self.held, self.gradients]
         self.recording = self.replay = self.function = None  # type: ignore[assignment]
@@ -206,7 +206,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class GraphSnapshot:
-    """What tools read of a graph: how it was at one moment. It keeps what was captured alive: it is not to be kept."""
+    """A graph at one moment, for tools. It keeps what was captured alive, so do not keep it for long."""
 
     name: str
     driver: CaptureDriver | None
@@ -215,7 +215,7 @@ class GraphSnapshot:
     record_seconds: float
     recording: Recording | None
     replay: Replay | None
-    """With ``recording`` both, or neither."""
+    """None if and only if ``recording`` is."""
 
 
 class BreakableCUDAGraph:
@@ -236,18 +236,20 @@ class BreakableCUDAGraph:
     tensor([-5., -5., -5.])
 
     It owns the memory of its segments, the bridges of its eager steps, and every tensor from outside that its segments
-    read, but for parameters: when one of those dies, or its memory is freed since it was given other (``param.data = ...``,
-    ``module.to(...)``), the graph releases all it has. :meth:`check` looks for whatever else has moved.
+    read, except parameters. When a parameter dies, or its memory is freed after it got other memory (``param.data =
+    ...``, ``module.to(...)``), the graph releases everything. :meth:`check` finds whatever else has moved.
 
     Args:
-        pool: what :meth:`pool` of another graph returned, to be replayed in turn with that one; or a ``torch.cuda.MemPool``, which the graph
-            keeps alive; or a handle from ``torch.cuda.graph_pool_handle()``, which lives as long as a graph in it does. Once a
-            capture has failed in it, graphs go to pools of their own. The tape has no pools.
-        driver: ``"auto"`` (CUDA if there is a GPU, else the tape, which shows semantics and not speed), ``"cuda"`` or
-            ``"tape"``; by default what ``BREAKABLE_CG_DRIVER`` says, else ``"auto"``.
+        pool: the result of another graph's :meth:`pool`, with which this graph is then replayed in turn. Or a
+            ``torch.cuda.MemPool``, which the graph keeps alive. Or a handle from ``torch.cuda.graph_pool_handle()``,
+            which lives as long as a graph in it does. After a failed capture in it, graphs use other pools. The tape
+            has no pools.
+        driver: ``"auto"`` (CUDA if there is a GPU, and otherwise the tape, which has the semantics of CUDA graphs
+            without the speed), ``"cuda"`` or ``"tape"``. By default the value of ``BREAKABLE_CG_DRIVER``, or else
+            ``"auto"``.
 
     Raises:
-        OptionsError: no such driver, no GPU for it, or no pool.
+        OptionsError: no such driver, no GPU for it, or ``pool`` is not a pool.
     """
 
     def __init__(self, pool: Any = None, driver: str | None = None) -> None:
@@ -255,30 +257,29 @@ class BreakableCUDAGraph:
         self._given_pool = _checked_pool(pool)
         self._driver: SessionDriver | None = pool.driver if isinstance(pool, Pool) else None
         self.shares_pool = isinstance(pool, Pool)
-        """Whether it is in the pool of another one, and so gets memory of its own there.
-
-        Segments of that one may use what they have used before, and nobody has held at the time: results of this one would
-        be overwritten by its replays.
-        """
+        """Whether it is in the pool of another graph, and so gets its own memory there. Otherwise replays of that graph
+        would overwrite results of this one: its segments may use memory that they used before and that nobody held at
+        the time."""
         self._captured: Captured | None = None
         self._release: weakref.finalize[..., BreakableCUDAGraph] | None = None
         """Frees what was captured when the graph is dropped."""
         self._gone = ""
-        """Why there is nothing, or will be nothing as soon as it is not in use any more."""
+        """Why there is nothing to replay, or will be nothing once the graph is not in use."""
         self._use = ""
-        """What is being done with it: "captured" or "replayed". Written under the driver's lock."""
+        """The current use: "captured" or "replayed". Written under the driver's lock."""
         self.debug: str | None = None
         self.replays = 0
         self.record_seconds = 0.0
         self.name = f"capture {next(_numbers)}"
 
     def replay(self) -> None:
-        """Run it again on the current stream: what is at the addresses of the inputs now is read.
+        """Run the captured code again on the current stream, with the present values at the addresses of the inputs.
 
         Raises:
-            ReplayError: nothing was captured, or what it reads is gone; it is being replayed already; a CUDA graph
-                capture that is not ours is active, or has been for 5 seconds on the stream of the last replay.
-            EagerOutputError: an eager function returned what cannot take the place of its result at capture.
+            ReplayError: nothing was captured, or something that it reads was freed; it is being replayed already;
+                somebody else's CUDA graph capture is active, or has been for 5 seconds on the stream of the last
+                replay.
+            EagerOutputError: the result of an eager function cannot take the place of its result at the capture.
         """
         if _held() is not None and (handler := active.handler.get()) is not None:
             handler.call(Mark(self.replay, "BreakableCUDAGraph.replay", ""), (), {})
@@ -290,12 +291,13 @@ class BreakableCUDAGraph:
         if captured.asks and driver.is_capturing():
             refused = replayed_inside()
             raise refused
-        # In one piece, without _begin_use, _end_use and `with driver.lock` (0.07 us): a launch takes 5 us in all.
+        # In one function, without _begin_use, _end_use and `with driver.lock` (0.07 us), since a launch takes 5 us in
+        # all.
         driver.lock.acquire()
         try:
             if self._use:
                 self._refuse_use(ReplayError)
-            self._use = "replayed"  # before the look at what there is: from here on nobody frees it
+            self._use = "replayed"  # set before the check of what there is: from here on nobody frees it
             try:
                 if self._captured is captured and not self._gone:
                     stream = driver.begin()
@@ -318,24 +320,25 @@ class BreakableCUDAGraph:
                     self._free()
         finally:
             driver.lock.release()
-        self.replay()  # before the lock was ours, another thread has reset it, or captured anew
+        self.replay()  # before this thread got the lock, another one has reset it, or captured anew
 
     def run(self, stream: int) -> None:
-        """What :meth:`replay` does between taking the pool and giving it back."""
+        """What :meth:`replay` does while it holds the pool."""
         assert self._captured is not None
         self._captured.run(stream)
 
     @property
     def modes(self) -> Modes:
-        """What a replay runs in, but for eager steps that say otherwise."""
+        """The modes of a replay, except for eager steps with other modes."""
         assert self._captured is not None
         return self._captured.modes
 
     def check(self) -> None:
-        """Look whether all that the graph reads is where it was when it was captured.
+        """Check that everything that the graph reads is at the address that it had at the capture.
 
-        A replay looks once, and hears of a parameter's memory that is freed. It does not see one that was given other memory
-        while somebody keeps the old (weights that are swapped, to be swapped back): call this after such a change.
+        The first replay checks this too, and the graph notices at any time if a parameter's memory is freed. It does
+        not notice a parameter that got other memory while somebody keeps the old memory (weights that are swapped):
+        call this after such a change.
 
         >>> from breakable_backend import BreakableCUDAGraph, DivergenceError, capture
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -362,11 +365,11 @@ class BreakableCUDAGraph:
                 captured.check()
 
     def reset(self) -> None:
-        """Free graphs and buffers; the graph can be captured again. During a replay: as soon as that ends."""
+        """Free graphs and buffers; the graph can be captured again. During a replay, this happens when the replay ends."""
         self._expire(RESET)
 
     def leave(self, why: str) -> None:
-        """As :meth:`reset`, and waits for nothing; the next replay is an error that says ``why``."""
+        """As :meth:`reset`, without waiting. The next replay is an error that says ``why``."""
         if self._captured is not None:
             self._expire(f"{why}; the graph was released")
 
@@ -394,14 +397,14 @@ class BreakableCUDAGraph:
     def _free(self) -> None:
         captured, self._captured = self._captured, None
         release, self._release = self._release, None
-        if release is not None and (found := release.detach()) is not None:  # None: another thread has come here too
-            found[1](wait=self._gone in ("", RESET))  # what dies does so while others serve
+        if release is not None and (found := release.detach()) is not None:  # None if another thread is doing this too
+            found[1](wait=self._gone in ("", RESET))  # no wait if something died, since other calls go on
             if captured is not None:
                 captured.observers.noted(f"released: {self._gone}" if self._gone not in ("", RESET) else "released")
 
     def _expire(self, why: str) -> None:
-        # Whoever uses it says so first and looks for a reason then; we do it the other way round. So somebody frees it,
-        # and nobody while it is in use.
+        # A user of the graph first notes its use, and then looks for a reason against it. This code does the reverse.
+        # So somebody frees it, and nobody while it is in use.
         self._gone = why
         if not self._use:
             self._free()
@@ -430,14 +433,14 @@ class BreakableCUDAGraph:
 
     @property
     def driver(self) -> CaptureDriver | None:
-        """What captured it, or will; None before that is known."""
+        """The driver that captured it, or will; None before it is known."""
         return self._captured.driver if self._captured is not None else self._driver
 
     def snapshot(self) -> GraphSnapshot:
-        """What there is now."""
+        """A snapshot of the present state."""
         captured = self._captured
         recording, replay = (captured.recording, captured.replay) if captured is not None else (None, None)
-        if recording is None or replay is None:  # another thread has released it
+        if recording is None or replay is None:  # another thread has released the graph
             recording = replay = None
         return GraphSnapshot(self.name, self.driver, self.debug, self.replays, self.record_seconds, recording, replay)
 
@@ -459,7 +462,7 @@ class BreakableCUDAGraph:
         return self._driver
 
     def _take(self, captured: Captured, parameters: Sequence[torch.Tensor]) -> None:
-        """Own what was captured, until one of ``parameters`` dies, or its memory does."""
+        """Own what was captured, until one of ``parameters``, or its memory, dies."""
         self._captured, self._gone, self.replays = captured, "", 0
         for parameter in parameters:
             captured.watched += self._watch(parameter)
@@ -472,9 +475,9 @@ class BreakableCUDAGraph:
         self._release.atexit = False
 
     def _watch(self, parameter: torch.Tensor) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
-        """Hear of the end of a parameter, and of its memory alone: nothing has to be looked at in each replay."""
+        """Be told when a parameter, or only its memory, dies, so that replays need no check."""
         me, what = weakref.ref(self), f"a {type(parameter).__name__}"
-        ending = sys.is_finalizing  # at the end of a process modules lose their names
+        ending = sys.is_finalizing  # looked up here, since modules lose their names at the end of a process
 
         def expire(why: str) -> None:
             if (graph := me()) is not None and not ending():
@@ -514,7 +517,7 @@ def _driver(choice: str, pool: Any = None) -> SessionDriver:
 
 
 def _checked_once(captured: Captured) -> Function:
-    """The replay, whose first call looks whether all that it reads is in its place; where values are read, each call does."""
+    """The replay, whose first call checks all addresses that it reads; with an observer of values, each call does."""
 
     def checked(args: list[Any], stream: int) -> list[Any]:
         captured.check()
@@ -533,12 +536,12 @@ def _checked_once(captured: Captured) -> Function:
 
 
 def _with_gradients(captured: Captured) -> Function:
-    """The replay of a graph that reads or writes gradients of parameters: those have to be in their places."""
+    """The replay of a graph that reads or writes gradients of parameters, which have to be in their places."""
     replay, gradients = captured.replay.function, captured.gradients
     leaves, grads = [gradient.leaf for gradient in gradients], [gradient.grad for gradient in gradients]
 
     def run(args: list[Any], stream: int) -> list[Any]:
-        # 0.1 us for each: nobody tells when a .grad is set to None.
+        # 0.1 us for each: nothing reports that a .grad was set to None
         for number, leaf in enumerate(leaves):
             if (found := leaf()) is None or found.grad is not grads[number]:
                 gradients[number].put_back(found)

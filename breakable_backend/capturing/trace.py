@@ -1,6 +1,6 @@
-"""What a piece of code issues on a device: its ops in order, with their numbers and their memory; and how to undo it.
+"""The ops that a piece of code runs on a device, in order, with their numbers and their memory; and how to undo them.
 
-Compare mode watches a segment when it is captured, and again when it runs eagerly for comparison: the two traces tell
+Compare mode traces a segment when it is captured, and again when it runs eagerly for comparison. The two traces show
 what a capture has frozen. A trace owns no memory, unless it is asked to.
 """
 
@@ -39,10 +39,10 @@ class Issued:
 
     op: str
     label: str
-    """What the user called: the op of the graph, in whose Python this one may be."""
+    """What the user called: the op of the graph, whose Python may have called this one."""
     source: str
     numbers: tuple[str, ...]
-    """Arguments that are no tensors, and the values of tensors on the host."""
+    """Arguments that are not tensors, and the values of tensors on the host."""
     outside: tuple[Memory, ...]
 
 
@@ -53,16 +53,16 @@ class Root:
     ref: _torch.StorageWeakRef
     num_bytes: int
     geometry: Geometry
-    """Of the tensor that it was made for."""
+    """The geometry of the tensor that it was made for."""
     made_by: int
-    """Position of the op."""
+    """Position of the op that made it."""
     written_by: int
     """Position of the last op that wrote it."""
     storage: torch.UntypedStorage | None
-    """The storage itself, where the trace is to keep it."""
+    """The storage itself, if the trace keeps it."""
 
     def tensor(self) -> torch.Tensor | None:
-        """What lies there now; None if that is gone."""
+        """The tensor that lies there now; None if the storage was freed."""
         storage = self.storage if self.storage is not None else _torch.live_storage(self.ref)
         if storage is None or storage.nbytes() != self.num_bytes:
             return None
@@ -71,31 +71,31 @@ class Root:
 
 @dataclass
 class Trace:
-    """What was issued."""
+    """The ops that were issued."""
 
     ops: list[Issued] = field(default_factory=list)
     roots: list[Root] = field(default_factory=list)
     draws_random: bool = False
 
     def addresses(self) -> set[int]:
-        """Where the storages from outside lie that it takes."""
+        """The addresses of the storages from outside that it takes."""
         return {memory.address for op in self.ops for memory in op.outside}
 
 
 @dataclass(frozen=True)
 class Change:
-    """Where one trace is not like another."""
+    """A difference between two traces."""
 
     kind: str
     """``"path"``: another op; ``"number"``; ``"memory"``."""
     position: int
     op: Issued
-    """The op of the second trace; of the first, where the second has ended."""
+    """The op of the second trace; or of the first, if the second has ended."""
     was: Issued | None
 
 
 def first_change(before: Trace, now: Trace) -> Change | None:
-    """The first op of ``now`` that is not as in ``before``."""
+    """The first op of ``now`` that differs from ``before``."""
     for position, (was, op) in enumerate(zip(before.ops, now.ops, strict=False)):
         if was.op != op.op:
             return Change("path", position, op, was)
@@ -112,22 +112,22 @@ def first_change(before: Trace, now: Trace) -> Change | None:
 
 @dataclass
 class Escaped:
-    """Memory that ops in Python got, or made and did not return: what they may have stored away."""
+    """Memory that ops in Python got, or made and did not return, and so may have stored."""
 
     storages: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
     """By key. The weak references keep the keys from being used again."""
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        """Note one."""
+        """Note a storage."""
         self.storages.setdefault(int(storage._cdata), _torch.StorageWeakRef(storage))
 
     def prune(self) -> None:
-        """Forget what nobody has stored."""
+        """Forget storages that nobody has stored."""
         self.storages = {key: ref for key, ref in self.storages.items() if _torch.live_storage(ref) is not None}
 
 
 class Watch:
-    """Issues ops one by one and notes them. With ``undo``, what they write of others' is saved first."""
+    """Issues ops one by one and notes them. With ``undo``, memory of others that they write is saved first."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See every op inside."""
+        """See every op inside the block."""
         with OpMode(self.issue):
             yield
 
@@ -156,7 +156,7 @@ class Watch:
         kernel = kernel_of_ops(func, args, self.device, watching=True)
         if kernel is None:
             return self._run(func, args, kwargs)
-        escapes = isinstance(func, _torch.OpOverload)  # what a body of a graph makes nobody stores away
+        escapes = isinstance(func, _torch.OpOverload)  # nobody stores what the body of a graph makes
         if escapes:
             for tensor in memory_on(self.device, (args, kwargs)):
                 self.escaped.add(tensor.untyped_storage())
@@ -220,7 +220,7 @@ class Watch:
         )
 
     def _fill(self, storage: torch.UntypedStorage, number: int) -> None:
-        """What nothing writes in new memory is whatever was there: have it be what is there in the recording."""
+        """New memory that nothing writes has undefined content: give it the content that it has in the recording."""
         roots = self.like.roots if self.like is not None else []
         there = _torch.live_storage(roots[number].ref) if number < len(roots) else None
         if there is not None and there.nbytes() == storage.nbytes():
@@ -249,7 +249,7 @@ class Watch:
 
 
 def run_module(body: NodeByNode, inputs: Sequence[Any], watch: Watch) -> tuple[Any, ...]:
-    """Run a segment's body; each op is noted with the node that issued it."""
+    """Run the body of a segment. Each op is noted with the node that issued it."""
 
     def begin(node: fx.Node) -> None:
         watch.label, watch.source = label(node), source_line(node)
@@ -264,7 +264,7 @@ class _Place:
 
     geometry: Geometry
     root: int
-    """Number of the storage, of one made by the script; else -1."""
+    """The number of its storage, if the script made it; otherwise -1."""
     address: int = 0
     num_bytes: int = 0
 
@@ -290,17 +290,17 @@ class _Line:
 class Script:
     """Ops that were issued once and can be issued again, on what is at their addresses then.
 
-    Memory from outside is read at its address, and not owned; what the ops made is made anew.
+    Memory from outside is read at its address, and not owned. What the ops made is made anew.
     """
 
     lines: list[_Line] = field(default_factory=list)
     made: dict[int, tuple[int, _torch.StorageWeakRef]] = field(default_factory=dict)
 
     def issue(self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an op under ``watch``, and write it down."""
+        """Run an op under ``watch``, and note it."""
         if func is torch.ops.aten.lift_fresh.default and args[0].device == watch.device:
             with _torch.without_modes():
-                constant = args[0].clone()  # the tensor behind a literal dies with the line that wrote it
+                constant = args[0].clone()  # the tensor of a literal dies with the line that wrote it
             result, owned = watch.issue(func, args, kwargs), frozenset((_torch.storage_key(constant),))
             self._write(watch, torch.ops.aten.clone.default, (constant,), {}, result, owned)
             return result
@@ -323,7 +323,7 @@ class Script:
 
     def _place(self, watch: Watch, tensor: torch.Tensor, owned: frozenset[int]) -> Any:
         if tensor.device != watch.device:
-            return tensor.clone()  # a host number, which kernels take by value
+            return tensor.clone()  # a number on the host, which kernels take by value
         key, storage = _torch.storage_key(tensor), tensor.untyped_storage()
         if key in owned:
             return tensor
@@ -333,7 +333,7 @@ class Script:
     def run(self, watch: Watch) -> None:
         """Issue all ops again."""
         storages: dict[int, torch.UntypedStorage] = {}
-        # The ops were seen below autograd and autocast: the state around a replay must not reach them.
+        # The ops were seen below autograd and autocast, so modes around a replay must not affect them.
         with torch.inference_mode(), torch.autocast(watch.device.type, enabled=False):
             for line in self.lines:
                 args, kwargs = pytree.tree_map_only(_Place, lambda p: p.tensor(storages), (line.args, line.kwargs))

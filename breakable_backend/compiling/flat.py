@@ -1,4 +1,4 @@
-"""Graphs of Dynamo's that take lists and dicts of tensors, made to take the tensors: compiled autograd hands over such graphs."""
+"""Graphs of Dynamo's that take lists and dicts of tensors (from compiled autograd), changed to take the tensors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ CONTAINERS = (list, tuple, dict)
 
 @dataclass(frozen=True)
 class FlatGraph:
-    """A graph that takes what is inside of containers in their place."""
+    """A graph that takes the contents of containers in their place."""
 
     module: fx.GraphModule
     inputs: Sequence[Any]
     stolen: tuple[bool | None, ...] | None = None
-    """Of each argument of Dynamo's: None if it is no container; else whether Dynamo wants it emptied. None: there is none."""
+    """For each argument of Dynamo's graph: None if it is not a container, or else whether Dynamo wants it emptied. None
+    if no argument is a container."""
 
     @classmethod
     def of(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> FlatGraph:
-        """Of Dynamo's graph and its arguments. Where one is a container, the graph is another one: Dynamo looks at its own again."""
+        """For Dynamo's graph and its arguments. With a container among these it is a new graph: Dynamo keeps its own."""
         if not any(isinstance(value, CONTAINERS) for value in inputs):
             return cls(gm, inputs)
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -49,7 +50,7 @@ class FlatGraph:
         return cls(fx.GraphModule(gm, graph), flat, tuple(stolen))
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which takes what is flat, as a function of Dynamo's arguments."""
+        """``function``, which takes flat arguments, as a function of Dynamo's arguments."""
         if self.stolen is None:
             return function
         stolen = self.stolen
@@ -59,10 +60,10 @@ class FlatGraph:
             for argument, emptied in zip(args, stolen, strict=True):
                 flat += [argument] if emptied is None else pytree.tree_leaves(argument)
                 if emptied:
-                    argument.clear()  # whoever made it holds the tensors no longer
+                    argument.clear()  # the caller does not hold the tensors any more
             return function(*flat)
 
-        flattening.__dict__.update(function.__dict__)  # what reports look for
+        flattening.__dict__.update(function.__dict__)  # attributes that reports read
         return flattening
 
 

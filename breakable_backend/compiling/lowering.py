@@ -1,4 +1,4 @@
-"""Dynamo's graph to an ATen graph: what AOTAutograd must keep, and what has to be written down before it runs."""
+"""From Dynamo's graph to an ATen graph: what AOTAutograd must keep, and what is noted before it runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OUT_KEY = "breakable_cg_out"
 
 @dataclass(frozen=True)
 class Lowered:
-    """An ATen graph in which mutation stands in program order, and which of its arguments are static inputs."""
+    """An ATen graph with mutations in program order, and which of its arguments are static inputs."""
 
     module: fx.GraphModule
     static: frozenset[int]
     unmet: frozenset[str] = frozenset()
-    """What is marked, and how, and this graph does not call."""
+    """Marks, each with its kind, that this graph calls nothing of."""
 
 
 class CannotLower(Exception):
@@ -45,14 +45,14 @@ def lower(
     *,
     keep_floats: bool = True,
 ) -> Callable[..., Any]:
-    """Trace ``gm`` to ATen, have ``compile_lowered`` compile that, and return what Dynamo may call.
+    """Trace ``gm`` to ATen, let ``compile_lowered`` compile that, and return what Dynamo may call.
 
-    Unused marked calls and unused random draws survive. Each node of the ATen graph carries in ``meta["custom"]``
-    the ambient state that it was traced under, and marks of torch functions. With ``keep_floats`` a Python float that
-    varies stays a number.
+    Unused marked calls and unused random draws stay. Each node of the ATen graph carries in ``meta["custom"]`` the
+    modes that it was traced under, and the marks of PyTorch functions. With ``keep_floats`` a Python float that varies
+    stays a number.
 
     Raises:
-        CannotLower: an output needs a gradient, or AOTAutograd does not take the graph or would not keep it right.
+        CannotLower: an output needs a gradient, or AOTAutograd cannot trace the graph, or would not keep it right.
     """
     _torch.guard_on_forward_ad()
     if _torch.forward_ad_active():
@@ -84,12 +84,12 @@ def _traced(
 ) -> Callable[..., Any]:
     """``gm``, traced to ATen and compiled."""
     autocast = _torch.any_autocast_enabled()
-    """Whether AOT's wrapper has one of the caller's to switch off around each call."""
+    """Whether AOTAutograd's wrapper has to switch off an autocast of the caller's around each call."""
     inner: list[Callable[[list[Any]], Any]] = []
     written: tuple[int, ...] | None = None
-    """Where nothing of AOT's has to run around a call: the inputs whose versions are counted up."""
+    """If none of AOTAutograd's wrappers has to run around a call: the inputs whose versions are counted up."""
     ours: list[Exception] = []
-    """What went wrong behind AOTAutograd."""
+    """Exceptions of this package's code behind AOTAutograd."""
 
     def inference(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         try:
@@ -133,7 +133,7 @@ def _traced(
         function = _torch.trace_inference(gm, apart, inference, training, kept, around, keep_floats)
     except (CannotLower, CutsRegion, _torch.dynamo_error()):
         raise
-    except Exception as error:  # AOTAutograd raises whatever its parts raise
+    except Exception as error:  # AOTAutograd passes on any exception of its parts
         if error in ours:
             raise
         raise CannotLower(f"AOTAutograd does not take it: {_what(error)}") from error
@@ -144,7 +144,7 @@ def _traced(
 
 
 def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, ...]) -> Callable[..., Any]:
-    """``compiled`` as Dynamo calls it, with what is left of AOT's wrappers where no output and no argument needs them.
+    """``compiled`` as Dynamo calls it, with the rest of AOTAutograd's wrappers if no output or argument needs them.
 
     They take 10 to 25 us a call (CPU, torch 2.13).
     """
@@ -168,13 +168,13 @@ def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, .
 
 
 def _what(error: Exception) -> str:
-    """What an error says first, with its kind where that says more than the text."""
+    """The first line of an exception, with its class if that is more informative than the text."""
     text = message(error)
     return text if isinstance(error, RuntimeError | ValueError) and text else first_line(error)
 
 
 def needs_gradients(gm: fx.GraphModule) -> bool:
-    """Whether a caller could ask for gradients through ``gm``: Dynamo's fake outputs know."""
+    """Whether a caller could ask for gradients through ``gm``, according to Dynamo's fake outputs."""
     output = gm.graph.output_node()
     return torch.is_grad_enabled() and any(
         tensor.requires_grad for node in output.all_input_nodes for tensor in tensors_of(node.meta.get("example_value"))
@@ -182,7 +182,7 @@ def needs_gradients(gm: fx.GraphModule) -> bool:
 
 
 def note_outs(gm: fx.GraphModule) -> dict[int, str]:
-    """Number each call with ``out=`` in ``node.meta["custom"]``, which survives AOT; returns what each of them calls."""
+    """Number each call with ``out=`` in ``node.meta["custom"]``, which survives AOT. Returns what each of them calls."""
     outs: dict[int, str] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.kwargs.get("out") is not None:
@@ -192,20 +192,20 @@ def note_outs(gm: fx.GraphModule) -> dict[int, str]:
 
 
 def lost_outs(module: fx.GraphModule, outs: dict[int, str]) -> str:
-    """A call with ``out=`` of which no op in the ATen graph writes anything; empty if there is none.
+    """A call with ``out=`` whose argument no op in the ATen graph writes; empty if there is none.
 
-    Some of torch's composite kernels take another branch while they are traced, and there forget what they were to write
-    to: ``torch.linalg.matrix_rank`` does on torch 2.11 to 2.15.
+    Some of PyTorch's composite kernels take another branch while they are traced, and there ignore ``out=``:
+    ``torch.linalg.matrix_rank`` does on torch 2.11 to 2.15.
     """
     written = {node.meta.get("custom", {}).get(OUT_KEY) for node in module.graph.nodes if written_arguments(node)}
     return next((name for number, name in outs.items() if number not in written), "")
 
 
 def note_ambient(gm: fx.GraphModule) -> None:
-    """Write the ambient state around each node of a Dynamo graph to ``node.meta["custom"]``, which survives AOT.
+    """Note the modes around each node of a Dynamo graph in ``node.meta["custom"]``, which survives AOT.
 
-    AOT compiles autocast and grad mode into the ATen ops and leaves no trace of them; an opaque op under
-    ``with torch.autocast(...)`` would then run without it.
+    AOT compiles autocast and grad mode into the ATen ops and removes them. A custom op under ``with
+    torch.autocast(...)`` would then run without it.
     """
     now = Modes.current()
     _note(gm, {cast[0]: cast for cast in now.autocast}, now.grad)
@@ -238,10 +238,10 @@ def _note(gm: fx.GraphModule, autocast: dict[str, Cast], grad: bool) -> None:
 
 
 def out_of_place_views(module: fx.GraphModule) -> None:
-    """Turn ``t_``, ``unsqueeze_`` and their like into views.
+    """Replace ``t_``, ``unsqueeze_`` and similar ops by views.
 
     They change a tensor object and launch nothing. A segment makes views again from the object that made the storage,
-    so that object must stay as it was made; what is read later stands behind the node of the view already.
+    so that object must not change. Later readers read the view already.
     """
     for node in module.graph.nodes:
         if isinstance(node.target, _torch.OpOverload) and torch.Tag.inplace_view in node.target.tags:
@@ -252,8 +252,8 @@ def out_of_place_views(module: fx.GraphModule) -> None:
 def kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
     """The ops that any graph in ``gm`` calls for more than their result.
 
-    Those are marked ones, those that return nothing, and higher-order ops, whose bodies may write: AOT looks into none,
-    and would drop a user's Triton kernel.
+    These are marked ops, ops that return nothing, and higher-order ops, whose bodies may write. AOT does not look into
+    bodies, and would drop a user's Triton kernel.
     """
     found = {op for op in _called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
@@ -262,7 +262,7 @@ def kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
 
 
 def _called_ops(gm: fx.GraphModule) -> set[Any]:
-    """The overloads that any graph in ``gm`` names."""
+    """The overloads that any graph in ``gm`` calls by name."""
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     return {
         op for graph in graphs for node in graph.nodes for target in _targets(node) for op in _torch.overloads(target)
@@ -270,5 +270,5 @@ def _called_ops(gm: fx.GraphModule) -> set[Any]:
 
 
 def _targets(node: fx.Node) -> list[Any]:
-    """What a node calls, and what it hands to a higher-order op to call."""
+    """What a node calls, and what it passes to a higher-order op to call."""
     return [node.target, *pytree.tree_leaves((node.args, node.kwargs))]

@@ -1,4 +1,4 @@
-"""An ATen graph to a program: classify each node, cut at changes of kind, give each segment what it needs.
+"""From an ATen graph to a program: classify each node, cut where the kind changes, and give each segment its inputs.
 
 For ``y = (x.sin() + 1); z = attention(y.view(2, 2)); return z.cos().t()`` with attention marked::
 
@@ -7,7 +7,7 @@ For ``y = (x.sin() + 1); z = attention(y.view(2, 2)); return z.cos().t()`` with 
     segment 2: captured          cos = cos(attention)                         makes cos
     epilogue                     returns t(cos)
 
-Original order is kept. The splitters that ship with ``torch.fx`` follow data edges only, and so reorder or drop
+The original order is kept. The splitters of ``torch.fx`` follow only data dependencies, and so reorder or drop
 mutations (pytorch#81244).
 """
 
@@ -70,8 +70,8 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
     Args:
         lowered: the graph; not changed.
         scope: device, marks, and nodes that must run eagerly.
-        min_kernels: captured runs with fewer launching ops become eager.
-        apart: nodes that begin a segment of their own, also behind one of the same kind: what is before them has run.
+        min_kernels: captured segments with fewer launching ops become eager.
+        apart: nodes that begin a new segment, even behind one of the same kind, since everything before them has run.
     """
     graph = lowered.module.graph
     known = symbols_of_inputs(graph)
@@ -89,7 +89,7 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
     whole = next((reason for reason in reasons.values() if reason is not None and reason.whole_program), None)
     whole = whole or _absolute_view(flow, reasons, lowered.static)
     if whole is not None:
-        # Where storages move, views cannot be made again later: keep every node at its place, in one segment.
+        # If storages move, views cannot be made again later: keep every node at its place, in one segment.
         flow = flow.with_all_nodes_as_actions()
         runs = [_Run(flow.actions, (whole,), scope, scope.device)]
     else:
@@ -98,9 +98,9 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
 
 
 def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static: frozenset[int]) -> Reason | None:
-    """Why the program has to run where its memory is.
+    """Why the program has to run on its original memory.
 
-    ``as_strided`` reaches into a storage that gets a bridge: by an offset from the storage's start, or between the
+    ``as_strided`` reaches into a storage that gets a bridge: by an offset from the storage's beginning, or between the
     elements that a bridge is loaded with.
     """
     for node in flow.all_nodes:
@@ -120,20 +120,20 @@ _STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
 
 
 def _has_gaps(tensor: torch.Tensor) -> bool:
-    """Whether memory lies between the elements of a tensor; where sizes vary, whether it may."""
+    """Whether memory lies between the elements of a tensor; if sizes vary, whether it may."""
     numbers = (*tensor.shape, *tensor.stride())
     if not any(isinstance(number, torch.SymInt) for number in numbers):
         return tensor.numel() < extent(tensor)
     dense: Any = 1
     for size, step in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if str(step) != str(dense):  # compared as text: ``==`` would guard on it
+        if str(step) != str(dense):  # compared as text, since ``==`` would add a guard
             return True
         dense *= size
     return False
 
 
 def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
-    """The host scalars of ``scope``, numbers in the code, and what torch's own pure ops make of them: as constant as they are."""
+    """The host scalars of ``scope``, numbers in the code, and what PyTorch's own pure ops compute from them."""
     names = set(scope.host_scalars)
     if scope.device.type != "cpu":
         names |= _numbers_in_code(graph)
@@ -145,9 +145,9 @@ def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
 
 
 def _numbers_in_code(graph: fx.Graph) -> set[str]:
-    """Tensors on the host like ``torch.tensor(2.0)``, and what is computed of them, where kernels take them by value.
+    """Tensors on the host like ``torch.tensor(2.0)``, and values computed from them, if kernels take them by value.
 
-    A number that is written, returned, given to other ops, or copied to the device is none of these.
+    A number that is written, returned, passed to other ops, or copied to the device is not included.
     """
     names: set[str] = set()
     for node in reversed(graph.nodes):  # users first
@@ -178,7 +178,7 @@ _BY_VALUE = {
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring nodes of one kind; captured if there is no reason against it."""
+    """Neighbouring nodes of one kind, which are captured if there is no reason against it."""
 
     nodes: tuple[fx.Node, ...]
     reasons: tuple[Reason, ...]
@@ -186,7 +186,7 @@ class _Run:
     device: torch.device
 
     def num_kernels(self) -> int:
-        """How many of the ops launch: not those that only allocate, nor those on host scalars."""
+        """How many of the ops launch, without those that only allocate and those on host scalars."""
         return sum(
             schema_name(node) not in _NO_LAUNCH and node.name not in self.scope.host_scalars for node in self.nodes
         )
@@ -228,11 +228,11 @@ def _runs(
 
 @dataclass(frozen=True)
 class _Flow:
-    """What the nodes of a graph are to each other, apart from who calls whom.
+    """How the nodes of a graph depend on each other through memory.
 
     ``root`` maps each tensor to the value that made its storage. ``source`` maps a tensor that is no root to the
-    argument that it is a view of, or is (in-place ops return their argument). Nodes that do something are
-    ``actions``; views and sizes are made again wherever they are needed.
+    argument that it is, or is a view of (in-place ops return their argument). Nodes that do something are ``actions``.
+    Views and sizes are made again wherever they are needed.
     """
 
     actions: tuple[fx.Node, ...]
@@ -243,7 +243,7 @@ class _Flow:
     """For an action with several results, the ``getitem`` nodes that stay with it."""
     sizes: frozenset[fx.Node]
     floats: Mapping[fx.Node, fx.Node]
-    """Those of them that are Python floats, each with the input that has it."""
+    """Those of them that are Python floats, each with its input."""
     all_nodes: tuple[fx.Node, ...] = field(repr=False)
 
     @classmethod
@@ -264,7 +264,7 @@ class _Flow:
             call = producer_of(node)
             if node.op == "call_function" and call is node:
                 if is_number(node) and node not in late:
-                    # What is computed from floats is computed again in Python, whose rounding symbols do not have.
+                    # Values computed from floats are computed again in Python, whose rounding symbols do not have.
                     of_floats = any(of in floats or (is_number(of) and of in views) for of in node.all_input_nodes)
                     (views if of_floats else sizes).add(node)
                     continue
@@ -280,7 +280,7 @@ class _Flow:
                 else:
                     attached.setdefault(call, []).append(node)
             if isinstance(value, torch.Tensor):
-                # An argument is a root also where it shares a storage with another: each enters segments by itself.
+                # An argument is a root even if it shares a storage with another one: each enters segments by itself.
                 maker = roots.get(_torch.storage_key(value)) if node.op == "call_function" else None
                 if maker is None:
                     roots[_torch.storage_key(value)] = root[node] = node
@@ -289,7 +289,7 @@ class _Flow:
                     root[node] = root[source[node]]
             elif node in views:
                 viewed = [argument for argument in node.all_input_nodes if argument in root]
-                if viewed:  # a number has none
+                if viewed:  # a number has no storage
                     source[node] = viewed[0]
         return cls(
             tuple(actions),
@@ -303,13 +303,13 @@ class _Flow:
         )
 
     def with_all_nodes_as_actions(self) -> _Flow:
-        """The same, with nothing to be made again: every node is an action at its own place."""
+        """The same with nothing to be made again: every node is an action at its own place."""
         own = {node: node for node in self.root}
         return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), {}, self.all_nodes)
 
 
 class _Builder:
-    """Copies nodes into one graph per segment. ``resolve`` is the heart: a value as seen inside the current segment."""
+    """Copies nodes into one graph for each segment. ``resolve`` is the core: a value as the current segment sees it."""
 
     def __init__(self, lowered: Lowered, scope: Scope, flow: _Flow) -> None:
         self.lowered, self.scope, self.flow = lowered, scope, flow
@@ -401,7 +401,7 @@ class _Builder:
 
 
 class _Draft:
-    """One segment's graph while it is being made."""
+    """The graph of one segment while it is made."""
 
     def __init__(self, builder: _Builder) -> None:
         self.builder = builder
@@ -419,9 +419,9 @@ class _Draft:
                 self.made.append(item)
 
     def wait_for(self, node: fx.Node) -> None:
-        """Wait here for what a collective makes: a graph ends with all that it began, and a bridge copies what is there.
+        """Wait here for the result of a collective: a graph ends all work that it begins, and bridges copy finished values.
 
-        The wait that the graph has in a later segment then finds nothing to wait for.
+        The graph's own wait in a later segment then finds nothing to wait for.
         """
         made = self.local[node]
         results = [made]
@@ -449,9 +449,9 @@ class _Draft:
         return self.local[node]
 
     def _like(self, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
-        """``node``, an alias that an action returned, as a view of ``source``: nearly always the very same tensor."""
+        """``node``, an alias that an action returned, as a view of ``source``: nearly always the same tensor."""
         mine, theirs = node.meta["val"], source.meta["val"]
-        if repr(Geometry.of(mine)) == repr(Geometry.of(theirs)):  # as text: ``==`` would guard on symbols
+        if repr(Geometry.of(mine)) == repr(Geometry.of(theirs)):  # as text, since ``==`` would guard on symbols
             return copied
         view = self.graph.call_function(
             torch.ops.aten.as_strided.default,
@@ -466,7 +466,8 @@ class _Draft:
 
     def _copy(self, node: fx.Node) -> None:
         self.local[node] = self.graph.node_copy(node, self.resolve)
-        # A view that several segments make has a name in each: it may be constant in one and not in another.
+        # A view that several segments make has another name in each, since it may be constant in one and not in
+        # another.
         _rename(self.local[node], self.builder.unique(node.name) if node in self.builder.flow.views else node.name)
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
@@ -483,12 +484,12 @@ class _Draft:
 
 
 def _rename(node: fx.Node, name: str) -> None:
-    if node.name != name:  # to set it takes as long as to make the node
+    if node.name != name:  # setting it takes as long as making the node
         node.name = name
 
 
 def under_ambient(graph: fx.Graph) -> None:
-    """Have opaque ops in ``graph``, which runs as a whole, enter the state that they were traced under."""
+    """Have custom ops in ``graph``, which runs as a whole, enter the modes that they were traced under."""
     for node in graph.nodes:
         if (ambient := ambient_of(node)) is not None:
             node.target = ambient.around(node.target)

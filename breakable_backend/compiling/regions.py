@@ -1,7 +1,8 @@
-"""Compiled regions (``torch.compiler.nested_compile_region``) that a cut goes through are put in the place of their calls.
+"""Compiled regions (``torch.compiler.nested_compile_region``) that have to be cut: their bodies replace their calls.
 
-Dynamo traces a region once and calls it wherever it is used, as a higher-order op with a graph in it. AOTAutograd traces
-it once too, which takes a fifth of the time for 24 equal blocks. So a region is left as it is where all of it is captured.
+Dynamo traces a region once, and calls it wherever it is used, as a higher-order op with a graph in it. AOTAutograd
+traces it once too, which takes a fifth of the time for 24 equal blocks. So a region that is captured as a whole stays
+as it is.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from breakable_backend.marks.rules import Scope, classify
 
 
 class CutsRegion(Exception):
-    """An op in a region runs eagerly, or may have to: the regions have to be put in the place of their calls."""
+    """An op in a region runs eagerly, or may have to: the bodies of the regions have to replace their calls."""
 
 
 def inline_regions(gm: fx.GraphModule, wanted: Callable[[fx.GraphModule], bool] = lambda body: True) -> None:
-    """Put the bodies of regions in the place of their calls, in ``gm``, a graph of Dynamo's, and in the graphs in it.
+    """Replace calls of regions by their bodies, in ``gm``, a graph of Dynamo's, and in the graphs in it.
 
     Args:
         gm: changed in place.
-        wanted: which bodies; all by default. It is asked once the regions inside of a body are dealt with.
+        wanted: which bodies; all by default. It is asked after the regions inside a body were handled.
     """
     for module in reversed([module for module in gm.modules() if isinstance(module, fx.GraphModule)]):
         calls = [node for node in module.graph.nodes if _is_call(node)]
@@ -39,7 +40,7 @@ def inline_regions(gm: fx.GraphModule, wanted: Callable[[fx.GraphModule], bool] 
 
 
 def may_be_cut(body: fx.GraphModule) -> bool:
-    """Whether a body of Dynamo's has an op of somebody's, which may turn out to be no op to capture, a mark, or ops that have bodies."""
+    """Whether a body of Dynamo's contains a custom op, which may not be capturable, a mark, or ops with bodies."""
     return any(
         REGION_KEY in node.meta.get("custom", {})
         or (isinstance(node.target, _torch.HigherOrderOperator) and not _is_call(node))
@@ -72,7 +73,7 @@ def _is_call(node: fx.Node) -> bool:
 
 
 def _inline(owner: fx.GraphModule, call: fx.Node) -> None:
-    """Put the body in the place of one call."""
+    """Replace one call by the body."""
     region, _, *operands = call.args
     assert isinstance(region, fx.Node)
     body = getattr(owner, str(region.target))
@@ -97,7 +98,7 @@ def _together(*values: Any) -> tuple[Any, ...]:
 
 
 def _adopted(owner: fx.GraphModule, name: str, value: Any) -> str:
-    """The name of an attribute of ``owner`` that is ``value``: ``name``, or that with underscores behind it."""
+    """The name of an attribute of ``owner`` that is ``value``: ``name``, or ``name`` with underscores behind it."""
     while getattr(owner, name, value) is not value:
         name += "_"
     setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""What is known of a lowered graph before it is cut: which of its inputs are host scalars, and whether it may be cut at all."""
+"""What is known about a lowered graph before it is cut: which inputs are host scalars, and whether it may be cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from breakable_backend.options import Options
 
 
 def scope_for(lowered: Lowered, scope: Scope, options: Options) -> Scope:
-    """``scope`` with the host scalars of ``lowered``: 0-d inputs on the host where the capture device is another, and floats.
+    """``scope`` with the host scalars of ``lowered``: 0-d inputs on the host if the capture device is another, and floats.
 
     Raises:
         PartitionError: with ``auto_break=False``, a node that cannot be captured and is not marked.

@@ -1,8 +1,9 @@
-"""Graphs that run as Dynamo traced them, made to do what eager does.
+"""Graphs that run as Dynamo traced them, changed to do what eager does.
 
-Some of Dynamo's higher-order ops are there for AOTAutograd to trace through. Run as they are, ``checkpoint`` restores no random
-state, a compiled region draws and calls otherwise than its body, and a ``torch.autograd.Function`` has no second derivative.
-Their behaviour was read off torch 2.13, 2.14.1 and 2.15; in torch 2.11 ``checkpoint`` is right by itself.
+Some of Dynamo's higher-order ops are meant for AOTAutograd to trace through. Run as they are, ``checkpoint`` restores
+no random state, a compiled region draws and calls otherwise than its body, and a ``torch.autograd.Function`` has no
+second derivative. Their behaviour was read in torch 2.13, 2.14.1 and 2.15. In torch 2.11 ``checkpoint`` is right by
+itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from breakable_backend.errors import ReplayError
 
 
 def as_eager(gm: fx.GraphModule) -> Callable[..., Any]:
-    """What runs ``gm``, a graph of Dynamo's that nobody lowers, as eager runs the code that it was traced from.
+    """A function that runs ``gm``, a graph of Dynamo's that is not lowered, as eager runs the code that it was traced from.
 
     The graph is changed in place: nobody else runs it.
     """
@@ -38,7 +39,7 @@ def as_eager(gm: fx.GraphModule) -> Callable[..., Any]:
 
 
 def checkpointed(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """``torch.utils.checkpoint.checkpoint`` as the user called it. Dynamo has put its ``context_fn`` aside."""
+    """``torch.utils.checkpoint.checkpoint`` as the user called it. Dynamo has stored its ``context_fn`` separately."""
     if (context := body.meta.get("_checkpoint_context_fn")) is not None:
         kwargs["context_fn"] = context
     return checkpoint(body.forward, *args, **{"use_reentrant": False, **kwargs})
@@ -57,7 +58,7 @@ def applied(
     saved_for_backward_idx: Sequence[int],
     dirty_idx: Sequence[int] = (),
 ) -> Any:
-    """``apply`` of a ``torch.autograd.Function`` that Dynamo took apart. A second derivative is eager's, or an error."""
+    """``apply`` of a ``torch.autograd.Function`` that Dynamo decomposed. A second derivative is eager's, or an error."""
     kept: list[Any] = []
 
     class Function(torch.autograd.Function):
@@ -70,7 +71,8 @@ def applied(
         @staticmethod
         def setup_context(ctx: Any, _inputs: tuple[Any, ...], output: Any) -> None:
             outputs = output if isinstance(output, tuple | list) else (output,)
-            # Through the context, as in eager: a later write is noticed, and a result does not hold its own history.
+            # Saved through the context, as in eager: a later write is noticed, and a result does not hold its own
+            # history.
             ctx.save_for_backward(*(kept[i] for i in saved_for_backward_idx))
             ctx.others = [None if i in saved_for_backward_idx else value for i, value in enumerate(kept)]
             kept.clear()
@@ -93,7 +95,7 @@ def applied(
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, that cannot be differentiated again: the first ``count`` of the arguments."""
+    """Gradients that cannot be differentiated again: the first ``count`` of the arguments."""
 
     @staticmethod
     def forward(_ctx: Any, count: int, *args: Any) -> Any:
@@ -109,13 +111,13 @@ class _Once(torch.autograd.Function):
 
 
 _TWICE = "breakable_cg_twice"
-"""Whether a traced backward can be differentiated; None where eager refuses. In the ``meta`` of its graph."""
+"""Whether a traced backward can be differentiated; None if eager refuses. In the ``meta`` of its graph."""
 
 
 def _prepare_function(owner: fx.GraphModule, node: fx.Node) -> bool:
-    """Take the switches off a traced backward that turn gradients off around it; False for another release's op.
+    """Remove the switches that turn gradients off around a traced backward; False for the op of another release.
 
-    Where there are other switches inside, or eager would refuse (``once_differentiable``), a second derivative is an error.
+    With other switches inside, or if eager would refuse (``once_differentiable``), a second derivative is an error.
     """
     if not {"non_differentiable_idx", "saved_for_backward_idx"} <= node.kwargs.keys() <= _KEYWORDS:
         return False
@@ -140,4 +142,4 @@ _INSTEAD: Mapping[str, Callable[..., Any]] = {
     "tag_activation_checkpoint": checkpointed,
     "wrap_activation_checkpoint": checkpointed,
 }
-"""What runs in the place of a higher-order op. The others do by themselves as eager does; ``test_traced.py`` goes through them."""
+"""What runs in place of a higher-order op. The others behave as in eager; ``test_traced.py`` checks them all."""

@@ -1,12 +1,12 @@
-"""A graph that needs gradients to two ATen graphs: one computes results and what the backward needs, one the gradients.
+"""From a graph that needs gradients to two ATen graphs: a forward, which saves what is needed, and a backward.
 
-Both halves are traced at once, as eager runs them: the graph is run on fake tensors, and autograd computes gradients of
-its outputs. What stands behind that point in the trace is the backward. Nothing is moved across, merged or computed a second
-time, and mutation stays at its place; so the forward saves what eager's autograd saves. Views are no exception: a half
-makes them again from the value that made the storage, and launches nothing for them.
+Both halves are traced at once, as eager runs them: the graph runs on fake tensors, and autograd computes the gradients
+of its outputs. The part of the trace behind that point is the backward. Nothing is moved, merged or computed a second
+time, and mutations stay at their places, so the forward saves what eager's autograd saves. Only views are made again in
+each half, from the value that made the storage, and they launch nothing.
 
-Which gradients come in is part of a backward: outputs that nobody uses get none, as in eager, and a gradient may lie in
-memory in another way than its output. So there is a backward for each of these *patterns*.
+A backward is for a *pattern* of incoming gradients: outputs that nobody uses get none, as in eager, and a gradient may
+have another layout than its output. So there is one backward for each pattern.
 """
 
 from __future__ import annotations
@@ -38,45 +38,45 @@ from breakable_backend.marks.ops import is_backward, site_of
 from breakable_backend.marks.sites import Site, sites
 
 Pattern = tuple[TensorSpec | None, ...]
-"""Of each output that can be differentiated: what its gradient looks like; None where there is none."""
+"""For each output that can be differentiated: the layout of its gradient; None if it gets none."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """The first half. It returns the outputs, and behind them what backwards need and neither inputs nor views of them are."""
+    """The forward. It returns the outputs, and behind them values that backwards need and that are no inputs or views."""
 
     lowered: Lowered
     num_outputs: int
     differentiable: tuple[int, ...]
     """The outputs that need gradients."""
     saved: tuple[str, ...]
-    """The values behind the outputs."""
+    """The names of the values behind the outputs."""
     inputs: tuple[int, ...]
     """The inputs that backwards need."""
     written: tuple[int, ...]
-    """Inputs whose version counts up in a call, as in eager."""
+    """Inputs whose version is counted up in a call, as in eager."""
     watched: tuple[int, ...]
-    """Inputs that backwards need, and that in one call or another may be views of those that are written."""
+    """Inputs that backwards need, and that may in some calls be views of written inputs."""
     checked: tuple[int, ...]
-    """The outputs whose memory a backward reads: who writes them spoils it, in eager too."""
+    """The outputs whose memory a backward reads. A write to one invalidates the backward, in eager too."""
 
 
 @dataclass(frozen=True)
 class Backward:
-    """The second half, for one pattern."""
+    """The backward for one pattern."""
 
     module: fx.GraphModule
     saved: tuple[str, ...]
-    """What it takes first, of what the forward saves."""
+    """Its first arguments: values that the forward saves."""
     inputs: tuple[int, ...]
-    """What it takes next: inputs of the forward."""
+    """Its next arguments: inputs of the forward."""
     gradients: tuple[int, ...]
-    """What it takes last: of which outputs, by their place among the differentiable ones."""
+    """Its last arguments: incoming gradients, by the places of their outputs among the differentiable ones."""
     entangled: frozenset[int]
-    """Gradients that lie in memory of what it takes, or of gradients before them."""
+    """Gradients that share memory with its arguments, or with gradients before them."""
 
     def lowered(self, static_inputs: frozenset[int], static_saved: frozenset[str]) -> Lowered:
-        """As a program is made of it: inputs and saved values that keep their address are static."""
+        """The graph from which a program is made: inputs and saved values with fixed addresses are static."""
         places = [i for i, name in enumerate(self.saved) if name in static_saved]
         places += [len(self.saved) + i for i, index in enumerate(self.inputs) if index in static_inputs]
         return Lowered(self.module, frozenset(places))
@@ -84,20 +84,20 @@ class Backward:
 
 @dataclass(frozen=True)
 class _Joint:
-    """One trace: both halves."""
+    """One trace with both halves."""
 
     module: fx.GraphModule
     forward: frozenset[str]
-    """The names of the nodes of the first half."""
+    """The names of the nodes of the forward."""
     outputs: tuple[Any, ...]
     gradients: tuple[Any, ...]
     differentiable: tuple[int, ...]
     placeholders: tuple[fx.Node, ...]
-    """The inputs, and behind them the gradients that come in."""
+    """The inputs, and behind them the incoming gradients."""
     given: tuple[int, ...]
-    """The places, among differentiable outputs, of the gradients that come in."""
+    """The places of the incoming gradients among the differentiable outputs."""
     written: tuple[int, ...]
-    """Inputs whose version counts up."""
+    """Inputs whose version is counted up."""
 
     def second(self) -> Iterator[fx.Node]:
         """The calls of the second half."""
@@ -106,7 +106,7 @@ class _Joint:
                 yield node
 
     def used(self) -> Iterator[fx.Node]:
-        """What the second half takes of the first, and of the inputs; with repetitions."""
+        """What the backward takes from the forward and from the inputs, with repetitions."""
         for node in self.second():
             yield from (argument for argument in node.all_input_nodes if self._is_before(argument))
         yield from (leaf for leaf in self.gradients if isinstance(leaf, fx.Node) and self._is_before(leaf))
@@ -115,7 +115,7 @@ class _Joint:
         return node.op == "placeholder" or node.name in self.forward
 
     def roots(self) -> dict[str, fx.Node]:
-        """What has to be kept for the second half: the values that the first one made which the second is made from."""
+        """The values of the forward that have to be kept, since the backward is made from them."""
         found: dict[str, fx.Node] = {}
         for node in self.used():
             for root in _roots(node):
@@ -124,7 +124,7 @@ class _Joint:
         return found
 
     def inputs(self) -> tuple[int, ...]:
-        """The inputs that the second half is made from."""
+        """The inputs that the backward is made from."""
         roots = {root for node in self.used() for root in _roots(node)}
         count = len(self.placeholders) - len(self.given)
         return tuple(index for index, node in enumerate(self.placeholders[:count]) if node in roots)
@@ -132,18 +132,18 @@ class _Joint:
 
 @dataclass
 class Halves:
-    """Traces a graph of Dynamo's. Holds the graph, and what its arguments look like, but no tensors.
+    """Traces a graph of Dynamo's. Holds the graph and the layouts of its arguments, but no tensors.
 
     Raises:
-        CannotLower: the graph is not taken; the text says why.
+        CannotLower: the graph is not supported; the text says why.
     """
 
     gm: fx.GraphModule
     eager_ops: EagerOps
     static: frozenset[int] = frozenset()
-    """Inputs that keep their address."""
+    """Inputs with fixed addresses."""
     inputs: tuple[tuple[TensorSpec, bool], ...] = ()
-    """What the inputs look like, and whether they need gradients."""
+    """The layouts of the inputs, and whether they need gradients."""
     sites: tuple[Site, ...] = ()
     """Calls of marked functions that it owns."""
     forward: Forward | None = None
@@ -151,7 +151,7 @@ class Halves:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
-        """Of a graph, at the time at which Dynamo hands it over: the autocast around the call is the caller's then."""
+        """For a graph, made when Dynamo passes it on: the autocast around the call is then the caller's."""
         for module in _graphs(gm):
             for node in module.graph.nodes:
                 if why := _refused(module, node, inside=module is not gm):
@@ -178,9 +178,9 @@ class Halves:
         return tuple(index for index, node in enumerate(placeholders) if _varies(node.meta.get("example_value")))
 
     def at(self, numbers: Mapping[int, int]) -> Halves:
-        """The same graph, with constants for its inputs that are ``numbers``, which it takes no more.
+        """The same graph with constants for the inputs that are ``numbers``, which it does not take any more.
 
-        A trace with symbols would have to guard on them, and Dynamo has installed its guards by then.
+        A trace with symbols would have to guard on them, and Dynamo has installed its guards already.
         """
         graph, copies = fx.Graph(), dict[fx.Node, Any]()
         twins: dict[Site, Site] = {}
@@ -231,12 +231,12 @@ class Halves:
         return _backward(joint, self.forward.saved)
 
     def _joint(self, pattern: Pattern | None) -> _Joint:
-        """Trace both halves for the gradients of ``pattern``; None: for one of each output, which lies as that does."""
+        """Trace both halves for the gradients of ``pattern``. None: a gradient for each output, of the output's layout."""
         try:
             return self._traced(pattern)
         except (CannotLower, _torch.dynamo_error()):
             raise
-        except Exception as error:  # whatever an op raises on fake tensors
+        except Exception as error:  # any exception of an op on fake tensors
             raise CannotLower(first_line(error)) from error
 
     def _traced(self, pattern: Pattern | None) -> _Joint:
@@ -303,7 +303,7 @@ class Halves:
 
 
 def _refused(module: fx.GraphModule, node: fx.Node, *, inside: bool) -> str:
-    """Why a node of a graph of Dynamo's, or of one inside of it, keeps it eager."""
+    """Why a node of Dynamo's graph keeps the graph eager."""
     if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in TRACED_THROUGH:
         return f"it needs gradients, and calls {node.target.name()}"
     if any("_checkpoint_context_fn" in body.meta for body in bodies(node)):
@@ -325,7 +325,7 @@ def _refused(module: fx.GraphModule, node: fx.Node, *, inside: bool) -> str:
 
 
 def _varies(value: Any) -> bool:
-    """Whether a fake argument is a number, or of sizes that vary."""
+    """Whether a fake argument is a number, or has sizes that vary."""
     if isinstance(value, torch.Tensor):
         return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
     return isinstance(value, torch.SymInt)
@@ -395,7 +395,7 @@ def _fake(spec: TensorSpec) -> torch.Tensor:
 
 
 def _pattern(joint: _Joint) -> Pattern:
-    """The pattern that ``joint``, which gets a gradient for each output, was traced for."""
+    """The pattern of ``joint``, which was traced with a gradient for each output."""
     count = len(joint.placeholders) - len(joint.given)
     return tuple(TensorSpec.of(node.meta["val"]) for node in joint.placeholders[count:])
 
@@ -404,7 +404,7 @@ def _pattern(joint: _Joint) -> Pattern:
 
 
 def _check(joint: _Joint, num_inputs: int) -> None:
-    """Refuse what the two halves would not keep right."""
+    """Refuse a graph that the two halves would not keep right."""
     if not joint.differentiable:
         raise CannotLower("none of its outputs needs gradients")
     graph = joint.module.graph
@@ -461,7 +461,7 @@ def _check(joint: _Joint, num_inputs: int) -> None:
 
 
 def _attribute_backward(joint: _Joint) -> None:
-    """Give nodes of the backward the user's line and the marks of the op that they are the gradient of."""
+    """Give nodes of the backward the user's line and the marks of the op whose gradient they compute."""
     first: dict[int, fx.Node] = {}
     for node in joint.module.graph.nodes:
         number = node.meta.get("seq_nr", -1)
@@ -484,7 +484,7 @@ def _attribute_backward(joint: _Joint) -> None:
 
 
 def _roots(node: fx.Node) -> Iterator[fx.Node]:
-    """The values that ``node``, of the first half, is made from where a view is made again."""
+    """The values of the forward from which ``node`` is made, if views are made again."""
     source = _source(node)
     if source is None:
         yield node
@@ -493,7 +493,7 @@ def _roots(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What ``node`` is, or is a view of; None if it made its storage, or brought it in."""
+    """What ``node`` is, or is a view of; None if it made, or first brought in, its storage."""
     if node.op != "call_function":
         return None
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_view(node.args[0]):
@@ -544,7 +544,7 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
 
 
 def _watched(inputs: tuple[int, ...], written: tuple[int, ...], static: frozenset[int]) -> tuple[int, ...]:
-    """Which of ``inputs`` may be views of ``written`` ones in one call and not in another: two static ones are, or are not."""
+    """Which of ``inputs`` may be views of ``written`` ones in some calls only. Two static ones always are, or never."""
     if not written:
         return ()
     return inputs if not static.issuperset(written) else tuple(index for index in inputs if index not in static)
@@ -566,12 +566,12 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
         copies[node].meta = dict(node.meta)
 
     def again(node: fx.Node) -> fx.Node:
-        """A value of the first half: what was kept, or a view of that."""
+        """A value of the forward: what was kept, or a view of it."""
         if node in copies:
             return copies[node]
         if node.op == "get_attr" or is_view(node) or (node.target is operator.getitem and is_view(_maker(node))):
             copies[node] = graph.node_copy(node, again)
-        else:  # an in-place op: what it wrote is there
+        else:  # an in-place op: its argument has the result already
             source = _source(node)
             assert source is not None, node
             copies[node] = _like(graph, node, again(source), source)
@@ -605,7 +605,7 @@ def _like(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> f
 
 
 def _entangled(module: fx.GraphModule) -> frozenset[int]:
-    """Which gradients lie in memory of what comes in, or of others before them: nobody may get those as they are."""
+    """Gradients that share memory with what comes in, or with others before them. They are copied for their receivers."""
     taken = {
         _torch.storage_key(t) for n in module.graph.find_nodes(op="placeholder") for t in tensors_of(n.meta.get("val"))
     }

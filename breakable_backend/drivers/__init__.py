@@ -119,44 +119,45 @@ class Capturing(Protocol):
     device: torch.device
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether graphs can copy ``value``, and what lies like it, into ``bridge`` by themselves."""
+        """Whether graphs can copy ``value``, and tensors of its layout, into ``bridge`` by themselves."""
 
     def capture(
         self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     ) -> tuple[CapturedGraph, T]:
-        """Run ``body`` under a capture; returns the graph and what ``body`` returned.
+        """Run ``body`` under a capture; returns the graph and the result of ``body``.
 
-        ``fed``: bridges and values, one of the graph's :attr:`~CapturedGraph.feeds` for each pair. Before anything else a
-        launch copies those values; the first one copies these.
+        ``fed``: pairs of a bridge and a value. The graph has one of its :attr:`~CapturedGraph.feeds` for each pair. A
+        launch copies these values before anything else. The first launch copies the given ones.
 
-        No device effect of ``body`` has happened when this returns: written storages and the random state are as
-        before, and tensors made inside hold no values until :meth:`CapturedGraph.replay`. Host effects have.
+        When this returns, no effect of ``body`` on the device has happened: written storages and the random state are
+        as before, and tensors made inside have no values until :meth:`CapturedGraph.replay`. Effects on the host have
+        happened.
 
         Raises:
-            CaptureError: ``body`` did what no capture can hold, or raised; ``__cause__`` is what came out of it. The
-                process is repaired: no capture is active, the random state is as before, no storage was written, and
-                the next capture works.
+            CaptureError: ``body`` did something that no capture can hold, or raised; ``__cause__`` is its exception.
+                The process is repaired: no capture is active, the random state is as before, no storage was written,
+                and the next capture works.
         """
 
     def progress(self) -> Hashable:
-        """How far the capture under way has come: another value once something was added to the graph. Within a body.
+        """How far the current capture has come: another value once something was added. For use within a body.
 
         Raises:
-            CaptureError: the capture cannot succeed any more, be it that the body has caught the error that said so.
+            CaptureError: the capture cannot succeed any more, even if the body has caught the exception that said so.
         """
 
     def allocating(self) -> AbstractContextManager[None]:
-        """What this thread allocates on the device in it, outside of a capture, is memory of the pool. Within :meth:`recording`.
+        """Inside, this thread's allocations on the device are pool memory, without a capture. Within ``recording``.
 
         Raises:
             CaptureError: there is no pool, and none can be opened.
         """
 
     def lend(self, made: torch.Tensor) -> torch.Tensor:
-        """``made``, which the last capture returned or :meth:`allocating` made, as the tensor that holds its memory.
+        """``made``, from the last capture or from :meth:`allocating`, as the tensor that holds its memory.
 
-        Once nothing refers to the storage of what this returns, later captures may get the memory. What was captured
-        before reads and writes it on at its address. Only where memory is reused.
+        Once nothing refers to the storage of the result, later captures may get the memory. What was captured before
+        goes on using its address. Only if memory is reused.
         """
 
 

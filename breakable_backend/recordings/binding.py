@@ -1,4 +1,4 @@
-"""A program together with the arguments of one call, and the calls that its eager segments are."""
+"""A program with the arguments of one call, and the calls that its eager segments consist of."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Binding:
-    """A program together with the arguments of one call: every number is known."""
+    """A program with the arguments of one call: every number is known."""
 
     program: Program
     values: Mapping[str, Any]
-    """Arguments, constants of the traced code and sizes, by name."""
+    """Arguments, constants of the traced code, and sizes, by name."""
     symbols: Mapping[sympy.Symbol, int]
     observer: Observers | None = None
 
@@ -45,7 +45,7 @@ class Binding:
         return cls(program, values | cls._sizes(program, values, symbols), symbols, observer)
 
     def recut(self, program: Program) -> Binding:
-        """The same arguments for ``program``, which is made of the same graph."""
+        """The same arguments for ``program``, which was cut from the same graph."""
         values = {name: self.values[name] for name in self.values if name not in self.program.sizes}
         return Binding(program, values | self._sizes(program, values, self.symbols), self.symbols, self.observer)
 
@@ -63,7 +63,7 @@ class Binding:
         return self.observer.captured(position, NodeByNode(segment.module))
 
     def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
-        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for direct functions."""
+        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` selects functions that are called directly."""
         environment: dict[fx.Node, Any] = {}
         calls: list[Call] = []
         for node in segment.module.graph.nodes:
@@ -112,7 +112,7 @@ class Binding:
 
 
 def must_fit(maker: fx.Node) -> bool:
-    """Whether the results of an eager call may be other than its fake says, and nobody else would notice."""
+    """Whether the results of an eager call may differ from its fake without anybody else noticing."""
     return is_opaque(maker.target) or is_checked_by_nobody(maker)
 
 

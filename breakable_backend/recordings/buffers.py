@@ -1,4 +1,4 @@
-"""Storage that keeps its address, and copies into and out of it."""
+"""Bridges, which are storages with a fixed address, and copies into and out of them. A written input is copied back here."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from breakable_backend import _torch
 from breakable_backend.ir.layout import Geometry, extent, flattened, overlaps
 
 KEPT_INPUT = 1 << 16
-"""Bytes. The bridge of an input that takes no more keeps its memory, and so the input of the last call, between calls:
-measurements replay with it."""
+"""In bytes. The bridge of an input up to this size keeps its memory between calls, and so the input of the last call,
+with which measurements replay."""
 
 
 ALIGNMENT = 16
-"""Bytes. Libraries choose kernels by whether an address is a multiple of these, and their sums differ in the last bit:
-cuDNN's convolutions of a slice, for one. An allocator's own addresses are multiples of more."""
+"""In bytes. Libraries choose kernels by whether an address is a multiple of this, and their sums differ in the last
+bit, for example cuDNN's convolutions of a slice. The allocator's own addresses are multiples of more."""
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """Storage of our own through which a value enters captured segments from outside.
+    """Storage of this package through which a value enters captured segments from outside.
 
-    It has the shape and stride of the value that it was made for, and its own address, which does not move until the
-    recording that owns it goes.
+    It has the shape and strides of the value that it was made for. Its address does not change as long as the recording
+    that owns it lives.
     """
 
     tensor: torch.Tensor
     flat: torch.Tensor | None
-    """The whole extent as one dimension, where elements of ``tensor`` share memory (an expanded value)."""
+    """The whole memory as one dimension, if elements of ``tensor`` share memory (an expanded value)."""
     bits: torch.dtype | None = None
-    """What copies take the elements for, where they may not know their dtype."""
+    """The dtype that copies use for the elements, if they may not support the real one."""
 
     @classmethod
     def like(cls, value: torch.Tensor, device: torch.device) -> Bridge:
-        """An empty bridge for ``value``, as aligned as that is: see :data:`ALIGNMENT`."""
+        """An empty bridge for ``value``, with its alignment; see :data:`ALIGNMENT`."""
         bits = copied_as(value)
         begin = value.data_ptr() % ALIGNMENT if value.numel() else 0
         if begin:
             with torch.inference_mode(False):
                 octets = torch.empty(begin + extent(value) * value.element_size(), dtype=torch.uint8, device=device)
-                # A storage that begins there, and no offset into one: views inside of segments count from its beginning.
+                # The storage itself begins there, without an offset, since views inside of segments count from its
+                # beginning.
                 storage = _torch.storage_of(octets[begin:])
                 flat = torch.empty(0, dtype=value.dtype, device=octets.device).set_(storage)
                 tensor = flat.as_strided(value.shape, value.stride())
@@ -56,14 +57,14 @@ class Bridge:
 
     @classmethod
     def zeros(cls, value: torch.Tensor) -> Bridge:
-        """A bridge for ``value`` where that is, with zeros in it."""
+        """A bridge for ``value`` on the same device, filled with zeros."""
         bridge = cls.like(value, value.device)
         (bridge.tensor if bridge.flat is None else bridge.flat).zero_()
         return bridge
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory from its first element to its last."""
+        """Bytes of memory from the first element to the last."""
         return extent(self.tensor) * self.tensor.element_size()
 
     def on(self, storage: torch.UntypedStorage) -> Bridge:
@@ -73,7 +74,7 @@ class Bridge:
         return Bridge(tensor, flat, self.bits)
 
     def load(self, source: torch.Tensor) -> int:
-        """Copy ``source`` in, unless it is at the bridge's address already; returns the number of copies, 0 or 1."""
+        """Copy ``source`` in, unless it lies at the bridge's address already. Returns the number of copies, 0 or 1."""
         if source.data_ptr() == self.tensor.data_ptr():
             return 0
         if self.bits is not None:
@@ -85,7 +86,7 @@ class Bridge:
         return 1
 
     def store(self, target: torch.Tensor) -> int:
-        """Copy the bridge out to ``target``, the tensor that it was loaded from."""
+        """Copy the bridge back to ``target``, the tensor that it was loaded from."""
         if self.bits is not None:
             _copy(*reversed(self._ends(target)))
         elif self.flat is None:
@@ -95,7 +96,7 @@ class Bridge:
         return 1
 
     def _ends(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bridge, and the tensor that it is loaded from, as a copy takes them."""
+        """The bridge and the tensor that it is loaded from, as a copy takes them."""
         return (self.tensor, other) if self.flat is None else (self.flat, flattened(other))
 
 
@@ -103,14 +104,14 @@ _COPIED = frozenset(
     getattr(torch, name)
     for name in "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
 )
-"""What each copy takes as it is; fused copies know neither ``complex32`` nor ``uint64`` (torch 2.11, CUDA)."""
+"""Dtypes that each copy supports. Fused copies do not support ``complex32`` and ``uint64`` (torch 2.11, CUDA)."""
 _ROUNDED = frozenset({torch.float16, torch.bfloat16})
-"""What a fused copy takes by way of float32: the bits of a signalling NaN change (torch 2.11, CUDA)."""
+"""Dtypes that a fused copy converts to float32 and back. The bits of a signalling NaN change (torch 2.11, CUDA)."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def copied_as(tensor: torch.Tensor) -> torch.dtype | None:
-    """The dtype that copies take the elements of ``tensor`` for; None for their own."""
+    """The dtype that copies use for the elements of ``tensor``; None for its own."""
     return None if tensor.dtype in _COPIED else _BITS[tensor.element_size()]
 
 
@@ -124,12 +125,12 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def fused_as(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a fused copy takes elements for, so that all bits are kept."""
+    """The dtype that a fused copy uses for elements, so that all bits are kept."""
     return torch.int16 if dtype in _ROUNDED else dtype
 
 
 def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
-    """Load several bridges, with one launch for each dtype and pair of devices; returns how many copies were needed."""
+    """Load several bridges, with one launch for each dtype and pair of devices. Returns the number of copies."""
     groups: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
     rare = 0
     for bridge, source in zip(bridges, sources, strict=True):
@@ -140,7 +141,7 @@ def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
             targets.append(bridge.tensor if bridge.flat is None else bridge.flat)
             values.append(source if bridge.flat is None else flattened(source))
     for (dtype, _), (targets, values) in groups.items():
-        if (bits := fused_as(dtype)) is not dtype and len(targets) > 1:  # takes 2 us more for each (H100)
+        if (bits := fused_as(dtype)) is not dtype and len(targets) > 1:  # this takes 2 us more for each tensor (H100)
             targets = [target.view(bits) for target in targets]
             values = [value.view(bits) for value in values]
         _torch.foreach_copy(targets, values)
@@ -148,7 +149,7 @@ def load_all(bridges: Sequence[Bridge], sources: Sequence[torch.Tensor]) -> int:
 
 
 def clones_exactly(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor.clone()`` is the same as :func:`clone_exact`, for all tensors that lie as this one does."""
+    """Whether ``tensor.clone()`` equals :func:`clone_exact`, for all tensors of this layout."""
     lazy = tensor.is_neg() or tensor.is_conj()
     if lazy or tensor.dtype not in _COPIED or overlaps(tensor) or tensor.layout is not torch.strided:
         return False
@@ -156,8 +157,8 @@ def clones_exactly(tensor: torch.Tensor) -> bool:
 
 
 def clone_exact(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on a storage of its own, with the same strides; ``clone`` keeps them only where memory has no gaps."""
-    if tensor.is_neg():  # lazily negated, or conjugated: copy what is in memory, and mark the copy alike
+    """A copy in its own storage, with the same strides. ``clone`` keeps strides only if the memory has no gaps."""
+    if tensor.is_neg():  # lazily negated, or conjugated: copy the memory, and set the same bits on the copy
         return _torch.negated_view(clone_exact(_torch.negated_view(tensor)))
     if tensor.is_conj():
         return clone_exact(tensor.conj()).conj()

@@ -1,4 +1,4 @@
-"""What has to hold while a recording is replayed: results of eager steps, arguments, addresses."""
+"""Checks in a replay: the results of eager steps, the arguments, and the addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from breakable_backend.recordings.recording import Call, Recording, fill
 
 
 def perform(call: Call, slots: Mapping[str, Any]) -> Any:
-    """Make ``call``, with values from ``slots``, and check its result."""
+    """Make ``call`` with values from ``slots``, and check its result."""
     args, kwargs = fill((call.args, call.kwargs), slots)
     if call.ambient is None:
         result = call.function(*args, **kwargs)
@@ -27,7 +27,7 @@ def perform(call: Call, slots: Mapping[str, Any]) -> Any:
 
 
 def reject(call: Call, result: Any) -> None:
-    """Raise for a result that does not fit; the strict check that comes first lets harmless strides through to here."""
+    """Raise for a result that does not fit. The quick check before this one also refuses strides that do not matter."""
     assert call.spec is not None
     if call.spec.accepts(result):
         return
@@ -50,7 +50,7 @@ def check_argument(name: str, spec: TensorSpec, value: Any) -> None:
 
 
 def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
-    """Where the tensors and bridges among ``constants`` lie."""
+    """The addresses of the tensors and bridges among ``constants``."""
     tensors = {name: value.tensor if isinstance(value, Bridge) else value for name, value in constants.items()}
     return {
         name: tensor.data_ptr()
@@ -60,7 +60,7 @@ def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_places(recording: Recording, args: Sequence[Any]) -> None:
-    """Raise if what captured segments read is not where it was when they were captured."""
+    """Raise if a value that captured segments read is not at the address that it had when they were captured."""
     slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, address in recording.addresses.items():
         value = slots[name]
@@ -70,7 +70,7 @@ def check_places(recording: Recording, args: Sequence[Any]) -> None:
 
 
 def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:
-    """Raise for memory that a captured segment would look for in vain."""
+    """Raise for memory that a captured segment would read at a wrong address."""
     fate = "was freed" if freed else "is not where it was when they were captured"
     raise DivergenceError(
         f"captured segments read {what} at its address, but it {fate}: this looks like address moved",

@@ -1,4 +1,4 @@
-"""Code that is generated: modules get theirs when it is needed, and text is compiled as a file that tracebacks show."""
+"""Generated code: the code of graph modules, made when it is needed, and source that is compiled as a file for tracebacks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from torch import fx
 from breakable_backend import _torch, locks
 
 printing = locks.lock()
-"""Held while a graph is printed: fx keeps the names for a text at the graph's nodes, and two texts would take each other's."""
+"""Held while a graph is printed. fx stores the names of a printed text at the graph's nodes, so two texts would mix
+their names."""
 _numbers = itertools.count()
 
 
 def with_code(module: fx.GraphModule) -> fx.GraphModule:
-    """``module``, which has code from here on: a segment has none before it is recorded, or printed."""
+    """``module`` with generated code. A segment has none before it is recorded or printed."""
     with printing:
         _torch.make_code(module)
     return module
 
 
 def defined(source: str, name: str, names: dict[str, Any], file: str | None = None) -> tuple[Callable[..., Any], str]:
-    """The function ``name`` that ``source`` defines, with ``names`` as its globals; and the file that it was compiled as.
+    """The function ``name`` that ``source`` defines, with ``names`` as its globals; and the file name that it was compiled under.
 
-    Without a ``file`` the source lies in ``linecache``, for tracebacks and debuggers, for as long as the function lives.
+    Without a ``file`` the source lies in ``linecache`` for tracebacks and debuggers, as long as the function lives.
     """
     where = file or f"<breakable_cg {name} {next(_numbers)}>"
     exec(compile(source, where, "exec"), names)
-    # Without itself among its globals the function is no cycle: its constants go with the last reference to it.
+    # The function is not among its own globals, so it is no reference cycle: its constants are freed with its last
+    # reference.
     function: Callable[..., Any] = names.pop(name)
     if file is None:
         linecache.cache[where] = (len(source), None, source.splitlines(True), where)

@@ -1,4 +1,4 @@
-"""What a recorded call returns, and what is copied for it: results that must outlive the next call."""
+"""The outputs of a recorded call, and the copies of those results that have to outlive the next call."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from breakable_backend.recordings.slots import Slots
 
 
 class Epilogue:
-    """Runs the epilogue of a program, which makes what the caller gets of what the segments made.
+    """Runs the epilogue of a program, which makes the caller's results from the values of the segments.
 
     Args:
         binding: has the program.
-        slots: where the values of this call are. Views that are made once become constants there.
-        fresh: whether the caller gets copies of what lies in memory of the recording, which the next call changes.
+        slots: the places of this call's values. Views that are made once become constants there.
+        fresh: whether the caller gets copies of results in memory of the recording, which the next call overwrites.
     """
 
     def __init__(self, binding: Binding, slots: Slots, fresh: bool) -> None:
         self.binding, self.slots, self.fresh = binding, slots, fresh
         self.module = binding.program.epilogue.module
         self.values = dict(slots.values)
-        """All slots, with this call's values."""
+        """All slots, with the values of this call."""
         self.calls: list[Call] = []
-        """What each replay makes anew."""
+        """The calls that each replay repeats."""
         self._taken = {node.name for node in self.module.graph.nodes} | set(self.values)
         self._copies: dict[str, Slot] = {}
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
-        """Make ``leaves``, some outputs of the epilogue; the slots, or numbers, that they are."""
+        """Make ``leaves``, which are outputs of the epilogue. Returns their slots, or numbers."""
         inputs = self.binding.program.epilogue.inputs
         places: dict[str, Any] = {}
         behind = _leaves_behind(self.module, leaves)
         for name in inputs:
             place = self.slots.intact.get(name, self.slots.read_from[name])
-            # Several outputs on one storage of ours: copy the storage once, and make the views on the copy.
+            # If several outputs share a storage of ours, copy the storage once, and make the views on the copy.
             places[name] = self._copied(place) if behind[name] > 1 else place
         for call in self.binding.calls(EagerSegment(self.module, inputs, (), (), (), ()), places, None):
             places[call.result] = self._make(call)
@@ -58,7 +58,7 @@ class Epilogue:
         return Slot(call.result)
 
     def _copied(self, place: Any) -> Any:
-        """A copy of what is there, if the caller would get memory of this recording; else ``place``."""
+        """A copy of the value, if the caller would get memory of this recording; otherwise ``place``."""
         if not self._is_to_copy(place):
             return place
         if place.name not in self._copies:
@@ -74,7 +74,7 @@ class Epilogue:
 
 
 def _leaves_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, int]:
-    """How many of ``leaves``, which are returned, each input of the epilogue is behind."""
+    """For each input of the epilogue, how many of the returned ``leaves`` depend on it."""
     behind: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -91,8 +91,8 @@ def _leaves_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, i
 def settled(binding: Binding, slots: Slots, steps: Sequence[Step]) -> Iterator[Call]:
     """With static results: inputs that may be such results, copied before anything is launched.
 
-    For captured segments that read an input it is enough to load it early. An eager step may read it behind a launch, and
-    what is written to it would be written to a result of this call.
+    For captured segments that read such an input it is enough to load it early. An eager step may read it after a
+    launch, and a write to it would be a write to a result of this call.
     """
     launches = [at for at, step in enumerate(steps) if isinstance(step, GraphStep)]
     if not launches:

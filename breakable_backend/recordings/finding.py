@@ -1,9 +1,10 @@
 """Ops that wait for the host, found while they run in a plain call, before any capture is tried.
 
-What an op of somebody's calls is seen by a dispatch mode of its thread: Python that reads a value, copies to the host, or
-calls a marked op. So nothing runs twice, and nothing is known, or changed, of other threads. ``torch.cuda.set_sync_debug_mode``
-would see C++ too; but its mode and the filter of warnings are one for the process, and it reports every thread's waits. What
-launches and waits in C++ is found when it is captured: see :mod:`breakable_backend.recordings.healing`.
+A dispatch mode of this thread observes what a custom op calls: Python that reads a value, copies to the host, or calls
+a marked op. So nothing runs twice, and other threads are neither observed nor affected.
+``torch.cuda.set_sync_debug_mode`` would also see waits in C++. But its mode, and the filter of warnings, apply to the
+whole process, and it reports the waits of all threads. An op that launches and waits in C++ is found when it is
+captured; see :mod:`breakable_backend.recordings.healing`.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from breakable_backend.recordings.handed import Handed
 
 
 def has_unknown_ops(program: Program) -> bool:
-    """Whether there are ops in captured segments of which only their own code knows what they do."""
+    """Whether captured segments contain custom ops, about which only their own code knows what they do."""
     return any(is_somebodys(node) for segment in program.graph_segments for node in segment.module.graph.nodes)
 
 
 class Finder:
-    """Looks into somebody's ops during one plain call of a program, and at what they return.
+    """Observes custom ops during one plain call of a program, and their results.
 
     Args:
-        device: of the captures.
-        inside: whether it looks into them. What they return is looked at in any case.
+        device: the capture device.
+        inside: whether to observe what they call. Their results are looked at in any case.
     """
 
     def __init__(self, device: torch.device, *, inside: bool) -> None:
         self.device, self.inside = device, inside
         self._handed = Handed()
         self._found: dict[Any, Reason] = {}
-        """Why an op is to run eagerly."""
+        """Why an op has to run eagerly."""
 
     def around(self, node: fx.Node, *, captured: bool) -> Callable[..., Any]:
-        """What to call for ``node``, which is to be captured or not: its op, and with an eye on it if it is somebody's."""
+        """What to call for ``node``: its op, observed if it is a custom op."""
         inside = self.inside and captured and is_somebodys(node)
         call: Any = self._inside(node) if inside else node.target
         return self._handed.around(node, call)
@@ -63,7 +64,7 @@ class Finder:
         return watched
 
     def eager(self, program: Program, graph: fx.Graph) -> Mapping[str, Reason]:
-        """The nodes of ``program``, cut from ``graph``, that are captured as yet, and call what was found, by name."""
+        """The nodes of ``program``, cut from ``graph``, that are captured so far and call a found op, by name."""
         nodes = (node for segment in program.graph_segments for node in segment.module.graph.nodes)
         called = ((node.name, self._found.get(op_of(node))) for node in nodes)
         found = {name: reason for name, reason in called if reason is not None}
@@ -71,7 +72,7 @@ class Finder:
 
 
 class _Look:
-    """What one op calls."""
+    """Observes what one op calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

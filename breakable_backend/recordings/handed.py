@@ -1,7 +1,7 @@
-"""Ops that hand back an argument although their schema says that the result is new, found while they run in a plain call.
+"""Ops that return an argument although their schema promises a new tensor, found while they run in a plain call.
 
-A program is cut by what schemas say. As long as nobody writes, it does not matter that the result is the argument. A write
-to one of the two has to be in the other, and it is not where one of them is copied for a captured segment.
+A program is cut by what schemas say. As long as nobody writes, it does not matter that the result is the argument. A
+write to one of the two has to reach the other, but does not if one of them is copied for a captured segment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from breakable_backend.marks.rules import label
 
 
 def has_suspects(graph: fx.Graph) -> bool:
-    """Whether somebody's op comes before a write."""
+    """Whether a custom op comes before a write."""
     suspected = False
     for node in graph.nodes:
         if suspected and node.op == "call_function" and written_arguments(node):
@@ -33,11 +33,11 @@ def has_suspects(graph: fx.Graph) -> bool:
 
 
 class Handed:
-    """Looks at what somebody's ops return during one plain call."""
+    """Looks at the results of custom ops during one plain call."""
 
     def __init__(self) -> None:
         self._found: dict[fx.Node, list[tuple[int, int]]] = {}
-        """Storages by the fakes, two and two, that an op has returned as one."""
+        """Pairs of storages, by their fakes, that an op has returned as the same storage."""
 
     def around(self, node: fx.Node, call: Callable[..., Any]) -> Callable[..., Any]:
         """What to call for ``node`` in place of ``call``."""
@@ -64,7 +64,7 @@ class Handed:
             self._found[node] = found
 
     def reasons(self, graph: fx.Graph) -> Mapping[str, Reason]:
-        """Why the program runs eagerly, by the name of the op: what it handed back is written behind it."""
+        """Why the program runs eagerly, by the name of the op: something behind it writes what it returned."""
         groups: list[frozenset[int]] = []
         for pair in (frozenset(pair) for pairs in self._found.values() for pair in pairs):
             groups = [*(group for group in groups if not group & pair), pair.union(*(g for g in groups if g & pair))]
@@ -85,7 +85,7 @@ class Handed:
 
 
 def _pairs(nodes: Any, values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The fakes of the tensors among the arguments of a node, each with the tensor that it stands for now."""
+    """The fake tensors among the arguments of a node, each with its real tensor in this call."""
     leaves = zip(pytree.tree_leaves(nodes), pytree.tree_leaves(values), strict=True)
     fakes = ((leaf.meta.get("val") if isinstance(leaf, fx.Node) else None, value) for leaf, value in leaves)
     return [(fake, value) for fake, value in fakes if isinstance(fake, torch.Tensor) and has_memory(value)]
@@ -99,7 +99,7 @@ def _written(node: fx.Node) -> frozenset[int]:
 
 
 def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the two lie in one memory, on whatever storages."""
+    """Whether the two lie in the same memory, whatever their storages."""
     if not (has_memory(one) and has_memory(other)) or one.device != other.device:
         return False
     return Region.of(one).may_share(Region.of(other))

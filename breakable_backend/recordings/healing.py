@@ -1,8 +1,9 @@
-"""Which node of a segment makes its capture fail, and what becomes of the rest: it is captured around that node.
+"""A failed capture is repaired: which node of the segment made it fail, and how the rest is captured around that node.
 
-A capture that fails has had no effect on the device. So the program is cut anew, with the guilty node as an eager step, and
-the recording goes on at the beginning of the segment that failed: what is before the node is captured again, the node runs,
-what is behind it is captured next. Several guilty nodes are found one after the other, in the same call.
+A failed capture has had no effect on the device. So the program is cut anew with the guilty node as an eager step, and
+the recording continues at the beginning of the segment that failed: the part before the node is captured again, the
+node runs, and the part behind it is captured next. Several guilty nodes are found one after the other, in the same
+call.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from breakable_backend.ir.effects import (
 from breakable_backend.ir.program import GraphSegment, Program, Reason, Segment
 
 MAX_CUTS = 16
-"""Times that a program is cut anew in one recording. Each failed capture leaves its memory behind; beyond that the segments
-that fail are eager as a whole."""
+"""How many times a program is cut anew in one recording. Each failed capture leaves its memory behind. After that,
+segments that fail are eager as a whole."""
 
 PAUSE = 20
-"""How many times as long as an op has taken the capture is looked at, to tell the op from another thread."""
+"""To tell an op from another thread, the capture is watched for this many times the time that the op took."""
 MIN_PAUSE, MAX_PAUSE = 0.02, 1.0
 """Seconds of that."""
 
 Recut = Callable[[Mapping[str, Reason], Collection[str]], Program]
-"""Makes the program anew with more nodes that run eagerly, and with segments that begin at some nodes: see ``partition``."""
+"""Cuts the program anew, with more eager nodes, and with segments that begin at certain nodes; see ``partition``."""
 
 
 class NodeByNode:
-    """A segment's module as a function that knows which node is under way.
+    """A segment's module as a function that knows which node is running.
 
-    Values go after their last use, as in the module's own code: a capture is to have the memory that it has with that.
+    Values are deleted after their last use, as in the module's own code, so that the capture takes the same memory.
 
     Args:
-        module: the segment's.
-        progress: of the driver that captures; None where nothing is captured. See ``CaptureDriver.progress``.
-        pauses: seconds to wait before some nodes, by name, with a look at the capture behind that.
+        module: the module of the segment.
+        progress: the driver's ``CaptureDriver.progress``; None if nothing is captured.
+        pauses: seconds to wait before some nodes, by name, with a check of the capture after that.
     """
 
     def __init__(
@@ -61,21 +62,22 @@ class NodeByNode:
     ) -> None:
         self.module, self._progress, self._pauses = module, progress, pauses or {}
         self.node: fx.Node | None = None
-        """The node under way; after a call that failed, the one at which it did. None before the first and behind the last."""
+        """The running node; after a failed call, the node that failed. None before the first node and behind the
+        last."""
         self._since = 0.0
         self._before: Hashable = None
         """How far the capture was before that node."""
 
     @property
     def seconds(self) -> float:
-        """For how long the node under way has been so."""
+        """For how long the node has been running."""
         return time.perf_counter() - self._since
 
     def __call__(self, *inputs: Any, begin: Callable[[fx.Node], None] | None = None) -> tuple[Any, ...]:
-        """Run all nodes. ``begin`` is told of each, before it runs.
+        """Run all nodes, and call ``begin`` with each before it runs.
 
         Raises:
-            CaptureError: the capture has become invalid without an error, or would lack what somebody's own op does.
+            CaptureError: the capture became invalid without an error, or lacks the work of a custom op.
         """
         environment: dict[fx.Node, Any] = {}
         *nodes, output = self.module.graph.nodes
@@ -101,17 +103,17 @@ class NodeByNode:
         return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
 
     def starts(self) -> None:
-        """The nodes are run now: by a call of this, or by code that says of each when it begins and ends."""
+        """The nodes run from now on: by a call of this object, or by code that reports the beginning and end of each."""
         self.node, self._before = None, self._progress and self._progress()
 
     def begins(self, node: fx.Node) -> None:
-        """``node`` is run now."""
+        """``node`` begins to run."""
         if node.name in self._pauses and self._progress is not None:
             self._before = self._wait(self._pauses[node.name], self._progress)
         self.node, self._since = node, time.perf_counter()
 
     def ends(self, node: fx.Node, result: Any) -> None:
-        """``node`` has run. Raises as a call of this does."""
+        """``node`` has run. Raises as a call of this object does."""
         if self._progress is not None and not is_getitem(node):
             self._before = self._look(node, result, self._before, self._progress())
 
@@ -125,7 +127,7 @@ class NodeByNode:
         return progress()
 
     def _look(self, node: fx.Node, result: Any, before: Hashable, after: Hashable) -> Hashable:
-        """How far the capture is, if ``node`` has done its part."""
+        """How far the capture is, checked for the work of ``node``."""
         results = tensors_of(result)
         if before == after and is_somebodys(node) and (not results or any(tensor.numel() for tensor in results)):
             name = _torch.schema_name(op_of(node))
@@ -142,39 +144,39 @@ def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
 
 
 def acts_outside(node: fx.Node) -> bool:
-    """Whether a node takes part with other processes, or was registered with an effect: it is not captured just to see what comes of it."""
+    """Whether a node is a collective or was registered with an effect. It is not captured a second time just for a check."""
     op = op_of(node)
     return is_asynchronous(op) or _torch.schema_name(op) == WAIT or _torch.is_effectful(op)
 
 
 class Healing:
-    """What one recording has found, and how it goes on."""
+    """What one recording has found out, and how it continues."""
 
     def __init__(self, recut: Recut | None) -> None:
         self.eager: dict[str, Reason] = {}
         """The nodes that run eagerly from now on, by name."""
         self.again = False
-        """Whether the segment that has just failed is to be captured once more as it is."""
+        """Whether the segment that has just failed is captured once more as it is."""
         self._recut = recut
         self._apart: set[str] = set()
         self._blamed: tuple[fx.Node, ...] = ()
         self._suspects: dict[str, tuple[str, float]] = {}
-        """By what segments begin with: the node at which something made the capture invalid, and for how long that ran."""
+        """By the first node of a segment: the node at which the capture became invalid, and how long it ran."""
         self._times: Counter[Any] = Counter()
         """How often each op was guilty."""
 
     def pauses(self, segment: GraphSegment) -> dict[str, float]:
-        """How long to wait before which node of a segment, while it is captured: see :meth:`judge`."""
+        """How long to wait before which node of a segment while it is captured; see :meth:`judge`."""
         name, seconds = self._suspects.get(next(_calls(segment)).name, ("", 0.0))
         return {name: min(max(PAUSE * seconds, MIN_PAUSE), MAX_PAUSE)} if name else {}
 
     def judge(self, cause: Passing, body: NodeByNode | None, nodes: Sequence[fx.Node]) -> Passing:
-        """What was in the way of the capture of ``nodes``, where ``cause`` is what the error says.
+        """Find out what made the capture of ``nodes`` fail, where ``cause`` is the kind of the error.
 
-        An op that waits for the GPU and hides the error looks like another thread that did. So the segment is captured
-        once more, with a pause before that op, many times as long as the op took: a thread that goes on disturbing
-        does so in the pause. If the pause passes, and it happens again at the same node, it is the op. Where ops
-        act outside of this process, nothing is captured again.
+        An op that waits for the GPU and hides the error looks like another thread that waited. So the segment is
+        captured once more, with a pause before that op, many times as long as the op took. A thread that goes on
+        disturbing does so during the pause. If the pause passes without a disturbance, and the capture becomes invalid
+        at the same node again, the op is guilty. If ops act outside of this process, nothing is captured again.
         """
         self.again = False
         if cause != "disturbed" or body is None or body.node is None:
@@ -187,7 +189,7 @@ class Healing:
         return "" if self.again else cause
 
     def found(self, nodes: Mapping[str, Reason], blamed: Sequence[fx.Node]) -> None:
-        """``nodes`` are eager from now on; ``blamed`` are those to blame, if that is known."""
+        """Make ``nodes`` eager from now on; ``blamed`` are the guilty ones, if they are known."""
         self.eager.update(nodes)
         self._blamed = tuple(blamed)
 
@@ -197,7 +199,8 @@ class Healing:
             return None
         for blamed in self._blamed:
             self._times[op_of(blamed)] += 1
-            # An op of torch's own may well be captured elsewhere: all of a kind are eager only when a second one has failed.
+            # An op of PyTorch's own may be capturable elsewhere. All calls of it become eager only after a second one
+            # has failed.
             if is_somebodys(blamed) or self._times[op_of(blamed)] > 1:
                 for node in _calls_behind(blamed, program, position):
                     if op_of(node) == op_of(blamed):
@@ -207,7 +210,7 @@ class Healing:
         if not _same_start(program, cut, position):
             return None
         if _names(cut.segments[position]) == _names(program.segments[position]):
-            # Guilty is what the partition has added, such as a wait for a collective: no node of the graph.
+            # The guilty node was added by the partition, such as a wait for a collective, and is no node of the graph.
             reason = self.eager[self._blamed[0].name]
             self.eager.update(dict.fromkeys((node.name for node in _calls(program.segments[position])), reason))
             return None
@@ -215,10 +218,10 @@ class Healing:
 
 
 def suspects_among(nodes: Sequence[fx.Node], body: NodeByNode | None) -> list[fx.Node]:
-    """Which of a segment's ``nodes`` made its capture fail; empty where that is not known.
+    """Which of a segment's ``nodes`` made its capture fail; empty if that is not known.
 
-    ``body`` knows where it was. Where all nodes have run, and the capture fails at its end, somebody's op has forked a stream
-    and did not join it: torch's own ops do no such thing.
+    ``body`` knows how far it came. If all nodes have run and the capture fails at its end, a custom op has forked a
+    stream and not joined it. PyTorch's own ops do not do that.
     """
     if body is None:
         return []

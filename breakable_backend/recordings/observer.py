@@ -1,7 +1,8 @@
-"""What tools see of the engine: it calls an :class:`Observer`, and knows no tool.
+"""What the engine tells tools: it calls an :class:`Observer`, and imports no tool.
 
-A tool registers a function that says for which graphs it has an observer (:func:`register`). The engine asks for them when
-it compiles or captures a graph (:func:`observers_of`). What nobody asked for is in no generated code.
+A tool registers a function that returns an observer for the graphs that it observes (:func:`register`). The engine asks
+these functions when it compiles or captures a graph (:func:`observers_of`). Generated code contains only what an
+observer has asked for.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Subject:
     name: str
     options: Options
     log: logging.Logger
-    """Of the module whose concern the graph is."""
+    """The log of the module that handles the graph."""
     compiled: bool = True
-    """Whether the graph comes from ``torch.compile``, and not from a ``with capture(...)`` block."""
+    """Whether the graph comes from ``torch.compile``, and not from ``with capture(...)``."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,24 @@ class Saved:
 
 
 class Observer:
-    """Sees one graph, from its compilation to its last call. A tool overrides what it needs; here nothing happens."""
+    """Observes one graph, from its compilation to its last call. A tool overrides the methods that it needs; these do nothing."""
 
     reads_values = False
-    """Whether its replays read the values of all steps. A recording then holds them, and each replay may take its time."""
+    """Whether its replays read the values of all steps. Then a recording holds these values, and each replay may be
+    slow."""
     sees_plain_steps = False
-    """Whether it wants to see the segments of plain calls, which are one function otherwise."""
+    """Whether it observes the segments of plain calls, which otherwise run as one function."""
 
     wanted: Callable[[], bool] = staticmethod(bool)
-    """Asked in each call: whether it wants to see more of this one. By default it never does."""
+    """Called in each call: whether the observer wants its variant of this call. By default it never does."""
 
     # the graph
 
     def traced(self, module: fx.GraphModule, stage: str) -> None:
-        """``module`` is what Dynamo (``"dynamo"``) or AOTAutograd (``"aten"``) made of it."""
+        """``module`` is the graph as Dynamo (``"dynamo"``) or AOTAutograd (``"aten"``) made it."""
 
     def cut(self, program: Program) -> None:
-        """It was cut into segments, or cut anew."""
+        """The graph was cut into segments, for the first time or anew."""
 
     def plain(self, why: str, level: int) -> None:
         """A call is plain; ``level`` is that of a log line."""
@@ -76,24 +78,24 @@ class Observer:
         """Something was given up, put off or released."""
 
     def span(self, what: str) -> AbstractContextManager[Any] | None:
-        """Held around ``what``: a plain call, a recording, a capture."""
+        """A context manager around ``what``: a plain call, a recording, a capture."""
         return None
 
     # its recordings
 
     def recording(self, device: torch.device) -> None:
-        """A recording begins. What is captured, called and emitted from here on belongs to it."""
+        """A recording begins. What is captured, called and emitted from now on belongs to it."""
 
     def captured(self, position: int, body: NodeByNode) -> Callable[..., Any] | None:
-        """What is captured in place of the body of segment ``position``; None: that body."""
+        """The function to capture in place of the body of segment ``position``; None for the body."""
         return None
 
     def issuing(self, position: int) -> Issue | None:
-        """Segment ``position`` of a ``with`` block begins. What its ops are issued through; None: they run as they are."""
+        """Segment ``position`` of a ``with`` block begins. The function that issues its ops; None if they run as usual."""
         return None
 
     def eager(self, function: Callable[..., Any], label: str, source: str) -> Callable[..., Any]:
-        """What an eager step calls in place of ``function``. Nobody is asked about a function that only makes a view."""
+        """The function that an eager step calls in place of ``function``. Functions that only make a view are not passed to this."""
         return function
 
     def recorded(self, number: int, why: str, recording: Recording, replay: Replay, seconds: float) -> None:
@@ -106,19 +108,19 @@ class Observer:
     # their replays
 
     def instead(self, recording: Recording, program: Program | None) -> Recording:
-        """What is emitted in place of ``recording``, which was made of ``program``; None: of a ``with`` block."""
+        """The recording to emit in place of ``recording``. ``program`` is what it was made of; None for a ``with`` block."""
         return recording
 
     def around(self, function: Function) -> Function:
-        """What a call runs in place of the generated ``function``."""
+        """The function that a call runs in place of the generated ``function``."""
         return function
 
     def variant(self, recording: Recording, tally: Tally) -> Function | None:
-        """Another function for the same replay, which runs while it is :attr:`wanted`. The generated function asks."""
+        """Another function for the same replay, which runs while it is :attr:`wanted`. The generated function checks this."""
         return None
 
     def file(self, source: str, name: str) -> str | None:
-        """The path of the file that generated ``source`` is compiled as; None: it has none."""
+        """The path of a file with the generated ``source``, under which it is compiled; None for no file."""
         return None
 
 
@@ -136,12 +138,12 @@ class Observers(Observer):
         self.wanted = asked[0] if len(asked) == 1 else lambda: any(ask() for ask in asked)
 
     def _first(self, event: str, *args: Any) -> Any:
-        """What the first observer says that says something."""
+        """The first result that is not None."""
         answers = (getattr(observer, event)(*args) for observer in self._all)
         return next((answer for answer in answers if answer is not None), None)
 
     def _chained(self, event: str, value: Any, *args: Any) -> Any:
-        """``value`` as all observers want it."""
+        """``value``, changed by each observer in turn."""
         return functools.reduce(lambda made, observer: getattr(observer, event)(made, *args), self._all, value)
 
     def _tell(self, event: str, *args: Any) -> None:
@@ -204,10 +206,10 @@ _factories: list[Callable[[Subject], Observer | None]] = []
 
 
 def register(factory: Callable[[Subject], Observer | None]) -> None:
-    """Have ``factory`` asked for an observer of each graph that is compiled or captured from here on."""
+    """Call ``factory`` for an observer of each graph that is compiled or captured from now on."""
     _factories.append(factory)
 
 
 def observers_of(subject: Subject) -> Observers:
-    """Who observes ``subject``."""
+    """The observers of ``subject``."""
     return Observers([observer for make in _factories if (observer := make(subject)) is not None])

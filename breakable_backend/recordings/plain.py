@@ -1,9 +1,10 @@
-"""A program as a function of which nothing is captured: for a first call, and for every call that cannot be replayed.
+"""The function of plain calls: a program's graph, op by op, with nothing captured.
 
-It is AOT's own graph, call by call, in the order and with the names that it has, written once for a program by what writes
-replays. What it adds is what the contract asks of a call: the state that an op was traced under, the turn of a draw, and
-the look at what a marked op returned. :func:`run_plain` says the same over the program's segments, and is what tests hold
-it to; it also runs where each step has to be seen (debug mode), or to become a step of somebody else's capture.
+It runs AOTAutograd's own graph, call by call, in its order and with its names. The writer of replays writes it, once
+for each program. It adds what the contract requires of a call: the modes under which an op was traced, the turn of a
+random draw, and the check of a marked op's result. :func:`run_plain` does the same with the program's segments. It is
+the specification against which tests compare this function. It also runs if each step has to be observed (debug mode),
+or has to become a step of somebody else's capture.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import sympy
 
 Drawing = Callable[[], AbstractContextManager[None]]
-"""What is held around ops that draw: :meth:`breakable_backend.drivers.CaptureDriver.drawing`."""
+"""The context manager around ops that draw: :meth:`breakable_backend.drivers.CaptureDriver.drawing`."""
 
 
 # --- written once -------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ Drawing = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Plain:
-    """Generated source and the function it defines: ``function(args) -> outputs``, clearing ``args``."""
+    """Generated source and the function that it defines: ``function(args) -> outputs``, which clears ``args``."""
 
     source: str
     function: Callable[[list[Any]], list[Any]]
@@ -60,15 +61,15 @@ def write_plain(
     file: Callable[[str, str], str | None] | None = None,
     finder: Finder | None = None,
 ) -> Plain:
-    """The function of ``program``, which ``lowered`` was cut into.
+    """The function of ``program``, which was cut from ``lowered``.
 
     Args:
-        lowered: whose graph the function runs.
-        program: tells which ops run eagerly, and so are looked at.
+        lowered: the graph that the function runs.
+        program: tells which ops run eagerly, and so are checked.
         drawing: see :data:`Drawing`.
-        name: what ``file`` is asked for.
+        name: passed to ``file``.
         file: see :func:`breakable_backend.recordings.replay.emit`.
-        finder: looks into somebody's ops while the function runs.
+        finder: observes custom ops while the function runs.
     """
     replay = emit(_Graph(lowered, program, drawing, finder).recording(), name=name, file=file)
     inner = replay.function
@@ -80,7 +81,7 @@ def write_plain(
 
 
 class _Graph:
-    """AOT's graph as a recording of nothing but calls."""
+    """AOTAutograd's graph as a recording that consists of calls only."""
 
     def __init__(self, lowered: Lowered, program: Program, drawing: Drawing, finder: Finder | None) -> None:
         self.module, self.drawing, self.finder = lowered.module, drawing, finder
@@ -88,11 +89,11 @@ class _Graph:
         self.eager = {node.name for segment in program.eager_segments for node in segment.module.graph.nodes}
         self.sources = _symbol_sources(self.module.graph)
         self.sizes: dict[sympy.Symbol, Slot] = {}
-        """Where the symbols are that some check needs."""
+        """The slots of the symbols that a check needs."""
         self.layouts: dict[tuple[Any, ...], Slot] = {}
-        """What some results look like, by sizes and strides as text, dtype and device."""
+        """The slots of expected layouts, by sizes and strides as text, dtype and device."""
         self.reads: list[Call] = []
-        """What reads them, before all else."""
+        """The calls that read the symbols, before everything else."""
 
     def recording(self) -> Recording:
         environment: dict[fx.Node, Any] = {}
@@ -118,9 +119,9 @@ class _Graph:
         return {name: runnable(v) if isinstance(v, fx.GraphModule) else v for name, v in values.items()}
 
     def _calls(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Call]:
-        """The call of a node; behind it what looks at its result, where sizes vary."""
+        """The call of a node, and behind it the check of its result, if sizes vary."""
         state: State | None = ambient_of(node)
-        # Somebody's eager op gets no turn: it may wait for a thread that waits for one.
+        # A custom op that is eager gets no turn: it may wait for a thread that waits for one.
         if draws(node.target) and not (is_opaque(node.target) and node.name in self.eager):
             state = _Turn(self.drawing, state)
         maker = producer_of(node)
@@ -137,15 +138,15 @@ class _Graph:
         if not symbols:
             yield replace(
                 call, spec=TensorSpec.of(fake, {})
-            )  # torch 2.11 leaves ``SymInt`` of numbers that a check told
+            )  # torch 2.11 leaves a ``SymInt`` for a number that a check has fixed
             return
         yield call
-        if self.sources.keys() >= set(symbols):  # else it is of a size known only at run time
+        if self.sources.keys() >= set(symbols):  # otherwise its size is known only at run time
             slots = (Slot(node.name), self._layout(fake, symbols))
             yield Call(self._free(f"{node.name}_fits"), _Look(call), slots, {}, "fits")
 
     def _layout(self, fake: torch.Tensor, symbols: list[sympy.Symbol]) -> Slot:
-        """What results like ``fake`` look like in this call."""
+        """The layout of results like ``fake`` in this call."""
         numbers = (*fake.shape, *fake.stride())
         key = (*map(str, numbers), fake.dim(), fake.dtype, fake.device)
         if key not in self.layouts:
@@ -156,7 +157,7 @@ class _Graph:
         return self.layouts[key]
 
     def _size(self, symbol: sympy.Symbol) -> Slot:
-        """The number that ``symbol`` is in this call."""
+        """The value of ``symbol`` in this call."""
         if symbol not in self.sizes:
             name, read, dimension = self.sources[symbol]
             self.sizes[symbol] = Slot(name)
@@ -172,7 +173,7 @@ class _Graph:
 
 
 def _symbol_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[str, Callable[..., int] | None, int]]:
-    """Where arguments tell what a symbol is: a number by itself; or a tensor, how it is asked, and for which dimension."""
+    """For each symbol, where arguments have its value: a number itself; or a tensor, with a function and a dimension."""
     found: dict[sympy.Symbol, tuple[str, Callable[..., int] | None, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -188,30 +189,30 @@ def _symbol_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[str, Callable[.
 
 @dataclass(frozen=True)
 class _Turn:
-    """The turn of a call that draws, and the state that it needs beside."""
+    """The turn of a call that draws, together with the modes that it needs."""
 
     drawing: Drawing
     state: State | None
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Both, for a ``with`` statement."""
+        """A context manager for both."""
         with self.drawing(), self.state.enter() if self.state is not None else nullcontext():
             yield
 
 
 class _Layout:
-    """What results look like whose sizes hang on those of the arguments."""
+    """The layout of results whose sizes depend on those of the arguments."""
 
     MAX = 64
-    """Sizes that are remembered."""
+    """How many sets of sizes are remembered."""
 
     def __init__(self, numbers: Callable[..., tuple[int, ...]], like: torch.Tensor) -> None:
         self.numbers, self.dimensions, self.dtype, self.device = numbers, like.dim(), like.dtype, like.device
         self.known: dict[tuple[int, ...], _Expected] = {}
 
     def __call__(self, *symbols: int) -> _Expected:
-        """What they look like in a call in which the symbols have these values."""
+        """The layout in a call in which the symbols have these values."""
         found = self.known.get(symbols)
         if found is None:
             numbers = self.numbers(*symbols)
@@ -229,7 +230,7 @@ _Expected = tuple[Callable[[Any], bool], TensorSpec]
 
 @dataclass(frozen=True)
 class _Look:
-    """Whether what a call returned is what its fake said."""
+    """Checks that the result of a call is what its fake promised."""
 
     call: Call
 
@@ -250,12 +251,12 @@ def run_plain(
     observer: Observers | None = None,
     drawing: Drawing = nullcontext,
 ) -> list[Any]:
-    """Run every segment as eager would, with no capture and no bridge: the specification of what :func:`write_plain` writes.
+    """Run every segment as eager does, without capture and without bridges: the specification of :func:`write_plain`.
 
-    Under a ``handler``, which is somebody's capture by the second door, eager segments become eager steps of that.
+    Under a ``handler``, a capture by ``with capture(graph)``, eager segments become eager steps of that capture.
 
     Raises:
-        EagerOutputError: a marked op returned something else than its fake implementation said.
+        EagerOutputError: the result of a marked op differs from its fake implementation.
     """
     binding = Binding.of(program, args, observer)
     slots = dict(binding.values)

@@ -1,4 +1,4 @@
-"""Run a program once under a driver and keep what replay needs."""
+"""Run a program once under a driver, and keep what a replay needs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from breakable_backend.recordings.recording import (
 from breakable_backend.recordings.slots import Slots
 
 MAX_FED = 4
-"""Copies that a graph makes by itself. More are launched together, before it."""
+"""How many copies a graph makes by itself. If there are more, the others are launched together before it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Plan:
     """How arguments enter captured segments, beyond what the program says."""
 
     keyed: frozenset[str] = frozenset()
-    """Tensor inputs whose address is in the key, so that captured segments use it directly."""
+    """Tensor inputs whose address is part of the key, so that captured segments use them directly."""
     device_scalars: bool = False
-    """Whether host scalars have a bridge on the device instead of being in the key."""
+    """Whether host scalars have a bridge on the device instead of being part of the key."""
     fresh_outputs: bool = True
     saved_from: int | None = None
-    """From this output on, outputs are what a backward needs, each a value of its own. They are handed out as they lie, and the
-    recording holds their memory."""
+    """From this output on, the outputs are values that a backward needs. They are not copied, and the recording holds
+    their memory."""
     observer: Observers | None = None
     keep: bool = False
     """Whether every value and bridge is held as long as the recording lives."""
@@ -71,27 +71,28 @@ class Plan:
 
 @dataclass
 class Recorded:
-    """What came of recording one call."""
+    """The result of recording one call."""
 
     recording: Recording
     outputs: list[Any]
     failed: Mapping[str, Reason]
-    """Nodes that could not be captured and ran eagerly instead, by name; and others that are eager with them from now on."""
+    """Nodes that could not be captured and ran eagerly instead, by name; and others that are eager with them from now
+    on."""
     copies: int
     program: Program
-    """What was recorded: the program, cut anew around those nodes."""
+    """The recorded program, cut anew around those nodes."""
     put_off: PutOff | None = None
-    """Why nothing is recorded this time; None if all went well. There is nothing in the recording then."""
+    """Why nothing was recorded this time, and the recording is empty; None if all went well."""
 
 
 @dataclass(frozen=True)
 class PutOff:
-    """A capture failed for a reason that passes. What came after it, and the segment itself, ran plainly."""
+    """A capture failed for a passing reason. The segment, and what came behind it, ran plainly."""
 
     cause: Passing
     reason: Reason
     suspects: Mapping[str, Reason]
-    """The nodes that did it, if nobody else has; all of the segment where nobody knows which."""
+    """The nodes that did it, unless somebody else did; all nodes of the segment if the node is not known."""
 
 
 def record(
@@ -106,26 +107,27 @@ def record(
 ) -> Recorded:
     """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
 
-    The caller holds the driver's lock and is between ``driver.begin`` (which gave ``stream``) and ``driver.end``.
-    Eager steps see real data. If this raises, everything that was captured is given back. So it is once a capture fails
-    for a reason that passes, before the rest of the program runs plainly.
+    The caller holds the driver's lock and is between ``driver.begin`` (which returned ``stream``) and ``driver.end``.
+    Eager steps see real data. If this raises, everything that was captured is freed. It is also freed if a capture
+    fails for a passing reason, before the rest of the program runs plainly.
 
-    A segment that cannot be captured heals: the node that made its capture fail becomes eager, the program is cut anew,
-    and goes on from the beginning of that segment, of which nothing has happened. Without ``recut`` all of it is eager.
+    If a segment cannot be captured, the node that made its capture fail becomes eager, the program is cut anew, and the
+    recording continues at the beginning of that segment, nothing of which has happened. Without ``recut`` the whole
+    segment is eager.
 
     Raises:
         CaptureError: a segment cannot be captured, and ``auto_break`` is off.
-        Exception: whatever an eager step raised, unchanged.
+        Exception: what an eager step raised, unchanged.
     """
     recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream, auto_break, recut)
     try:
-        with driver.recording(apart=plan.saved_from is not None):  # what is saved lives on between calls
+        with driver.recording(apart=plan.saved_from is not None):  # saved values live on between calls
             position = 0
             while position < len(recorder.segments):
                 segment = recorder.segments[position]
                 if isinstance(segment, GraphSegment):
                     if not recorder.capture(position, segment):
-                        continue  # the program was cut anew, and has another segment there
+                        continue  # the program was cut anew, and has another segment at this position
                 else:
                     recorder.eager(segment)
                 recorder.slots.retire(position)
@@ -161,11 +163,11 @@ class _Recorder:
         leaves = outputs_of(binding.program.epilogue.module)
         self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
         """The values among the outputs that a backward needs."""
-        # A static result may be an argument of the next call: no step may get its memory before that has been read.
+        # A static result may be an argument of the next call. No step may get its memory before that call has read it.
         keep = plan.keep or not plan.fresh_outputs or not driver.reuses_memory
         self.slots = Slots(binding, driver, outside, self.saved, keep)
         self.fixed = plan.keyed | {value.name for value in inputs if value.kind == "static"}
-        """Inputs that captured segments use at their address."""
+        """Inputs that captured segments use at their addresses."""
         self.addresses: dict[str, int] = {}
         self.steps: list[Step] = []
         self.copies = 0
@@ -184,7 +186,7 @@ class _Recorder:
     # captured segments
 
     def capture(self, position: int, segment: GraphSegment) -> bool:
-        """Capture a segment, or run it. False: nothing of it has happened, and the program is another from there on."""
+        """Capture a segment, or run it. False if nothing of it has happened and the program is another one from there on."""
         if self.put_off is None:
             failed = self._capture(position, segment)
             if failed is None:
@@ -202,7 +204,7 @@ class _Recorder:
         return True
 
     def _heal(self, position: int) -> bool:
-        """Cut the program anew around what cannot be captured; whether the recording can go on with that."""
+        """Cut the program anew around nodes that could not be captured. Returns whether the recording can continue with that."""
         program = self.healing.cut(self.binding.program, position)
         if program is None:
             return False
@@ -211,9 +213,9 @@ class _Recorder:
         return True
 
     def _capture(self, position: int, segment: GraphSegment) -> Reason | None:
-        """Capture a segment and launch it; why it could not be, and has to run eagerly.
+        """Capture a segment and launch it. Returns why it could not be captured and has to run eagerly.
 
-        The error is gone when this returns, and with it what its frames held of the capture.
+        When this returns, the exception is gone, and with it what its frames held of the capture.
         """
         loads: list[Copy] = []
         slots, values, driver = self.slots, self.slots.values, self.driver.on(segment.device)
@@ -266,12 +268,12 @@ class _Recorder:
             self.copies += values[copy.bridge.name].store(values[copy.value.name])
         for copy in loads:
             if copy.value.name not in slots.inputs and copy.value.name not in slots.lives.returned:
-                del values[copy.value.name]  # the bridge is where it lives from here on
+                del values[copy.value.name]  # from here on the value lives in the bridge
         return None
 
     def _fed(self, loads: Sequence[Copy], driver: Capturing) -> list[Copy]:
-        """Those that the graph makes by itself: few, since one is done after the other."""
-        if self.plan.keep:  # for somebody who looks at bridges before a launch
+        """The copies that the graph makes by itself: only a few, since they run one after the other."""
+        if self.plan.keep:  # for observers, which read bridges before a launch
             return []
         fed = []
         for copy in loads:
@@ -298,7 +300,7 @@ class _Recorder:
         error: Exception,
         body: NodeByNode | None = None,
     ) -> Reason:
-        """Why a segment cannot be captured: for good, because of the node that ``body`` was at; or, if it passes, now."""
+        """Why a segment cannot be captured: for good, because of the node that ``body`` was at; or now, if the reason passes."""
         for copy in loads:
             self.slots.unbridge(copy, position)
         self.slots.uncaptured(segment.outputs)
@@ -325,14 +327,14 @@ class _Recorder:
         return reason
 
     def give_up(self, error: Exception) -> None:
-        """All went well, but there is no memory for copies of the results: they get that of the graphs."""
+        """All went well, but there is no memory for copies of the results. They get the memory of the graphs."""
         behind = len(self.binding.program.segments)
         reason = Reason("capture_failed", f"results could not be copied: {first_line(error)}", "")
         self.put_off = PutOff("memory", reason, {})
         self._give_back(behind, "memory")
 
     def _give_back(self, position: int, cause: Passing) -> None:
-        """Give back what was captured before segment ``position``: the rest of the program may need the memory."""
+        """Free what was captured before segment ``position``, since the rest of the program may need the memory."""
         graphs = self.graphs()
         self.steps.clear()
         self.slots.keep_nothing(self.binding.program, position)
@@ -341,7 +343,7 @@ class _Recorder:
             self.driver.vacate()
 
     def graphs(self) -> list[CapturedGraph]:
-        """What was captured so far."""
+        """The graphs captured so far."""
         return [step.graph for step in self.steps if isinstance(step, GraphStep)]
 
     # eager segments
@@ -402,7 +404,7 @@ class _Recorder:
 
 
 def _dead_after(calls: Sequence[Call], outputs: Sequence[str]) -> list[tuple[str, ...]]:
-    """For each call, results of these calls that no later one takes, and that do not leave the segment."""
+    """For each call, results of these calls that no later call takes, and that do not leave the segment."""
     last = {call.result: position for position, call in enumerate(calls)}
     for position, call in enumerate(calls):
         last.update((name, position) for name in call.slots if name in last)

@@ -1,7 +1,7 @@
-"""What a recording is.
+"""What a recording is: a list of steps over *slots*.
 
-A recording is a list of steps over *slots*. A slot is a name: of an argument, of what an eager call returned in this
-call, or of a constant, which is a tensor that keeps its address (memory of the pool, a bridge) or a plain number.
+A slot is a name: of an argument, of an eager call's result in this call, or of a constant. A constant is a plain
+number, or a tensor with a fixed address (pool memory, a bridge).
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class Slot:
 
 @dataclass(frozen=True)
 class Copy:
-    """Between a bridge (a constant) and the value outside."""
+    """A copy between a bridge (a constant) and the value outside."""
 
     bridge: Slot
     value: Slot
     device: torch.device | None = None
-    """Where the value is, in each call; None where nobody can tell."""
+    """The value's device, the same in each call; None if it is not known."""
     feed: Feed | None = None
-    """What copies it in each launch of the graph; None: it is copied before."""
+    """Makes the copy in each launch of the graph; None if it is made before the launch."""
 
 
 class State(Protocol):
-    """What holds while a call is made."""
+    """A state that holds during a call."""
 
     def enter(self) -> AbstractContextManager[None]:
-        """For a ``with`` statement."""
+        """A context manager for it."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Call:
     label: str
     source: str = ""
     spec: TensorSpec | None = None
-    """What the result must look like; None if it is no tensor, or of a size known only at run time."""
+    """What the result has to look like; None if it is not a tensor, or its size is known only at run time."""
     ambient: State | None = None
     view: bool = False
-    """Whether it does nothing but alias its arguments."""
+    """Whether it only aliases its arguments."""
 
     @property
     def slots(self) -> list[str]:
@@ -72,19 +72,19 @@ class Call:
 
     @property
     def takes_part(self) -> bool:
-        """Whether it makes a view, or takes one of several results, and does nothing else."""
+        """Whether it only makes a view, or takes one of several results."""
         return self.view or self.function is operator.getitem
 
 
 @dataclass(frozen=True)
 class GraphStep:
-    """Load bridges, launch one captured graph, store what it wrote of the caller's."""
+    """Load bridges, launch one captured graph, and copy written inputs back to the caller's tensors."""
 
     graph: CapturedGraph
     loads: tuple[Copy, ...] = ()
     stores: tuple[Copy, ...] = ()
     segment: GraphSegment | None = None
-    """What was captured, of a compiled function; a ``with`` block has the ops that it ran instead."""
+    """What was captured, for a compiled function. For a ``with`` block, the ops that it ran."""
     ops: tuple[Op, ...] = ()
 
 
@@ -102,15 +102,15 @@ Step = GraphStep | EagerStep
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that are needed at once, at most."""
+    """Bytes that are needed at the same time, at most."""
 
     bridges: int = 0
     values: int = 0
-    """What captured segments hand on, to other steps or to the caller."""
+    """Bytes of values that captured segments pass to other steps or to the caller."""
 
     @classmethod
     def by(cls, constants: Iterable[Any], others: Collection[int] = ()) -> Held:
-        """What tensors and bridges hold; storages with keys in ``others`` hold nothing."""
+        """The bytes that tensors and bridges hold. Storages with keys in ``others`` do not count."""
         sizes: dict[int, int] = {}
         bridges: set[int] = set()
         for value in constants:
@@ -124,7 +124,7 @@ class Held:
         return cls(bridged, sum(sizes.values()) - bridged)
 
     def or_more(self, other: Held) -> Held:
-        """The most of both."""
+        """The maximum of both."""
         return Held(max(self.bridges, other.bridges), max(self.values, other.values))
 
     def __add__(self, other: Held) -> Held:
@@ -133,24 +133,25 @@ class Held:
 
 @dataclass(frozen=True)
 class Recording:
-    """What is left of a program for one key: nothing to decide, everything to do."""
+    """A recorded program for one key. Nothing is left to decide."""
 
     arguments: tuple[str, ...]
     """Slots of the arguments, in order."""
     specs: Mapping[str, TensorSpec]
-    """What arguments that captured segments read must look like."""
+    """What arguments that captured segments read have to look like."""
     steps: tuple[Step, ...]
     epilogue: tuple[Call, ...]
     returned: tuple[Any, ...]
     constants: Mapping[str, Any] = field(repr=False)
     addresses: Mapping[str, int] = field(default_factory=dict, repr=False)
-    """Where captured segments expect static inputs, bridges and what else they take, by slot."""
+    """The addresses that captured segments expect of static inputs, bridges and other values, by slot."""
     most: Held | None = None
-    """What is needed at once, at most; None if everything is held as long as the recording lives."""
+    """Memory that is needed at the same time, at most; None if everything is held as long as the recording lives."""
     prologue: tuple[Call, ...] = ()
-    """What comes before the steps: see :func:`breakable_backend.recordings.outputs.settled`."""
+    """Calls before the steps; see :func:`breakable_backend.recordings.epilogue.settled`."""
     saved: tuple[torch.Tensor, ...] = field(default=(), repr=False)
-    """What holds the memory of values that are saved for a backward: see :attr:`breakable_backend.recordings.recorder.Plan.saved_from`."""
+    """The owners of memory that is saved for a backward; see
+    :attr:`breakable_backend.recordings.recorder.Plan.saved_from`."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -163,27 +164,27 @@ class Recording:
 
     @property
     def num_copies(self) -> int:
-        """Copies between bridges and the outside in one call, at most."""
+        """Copies between bridges and memory outside in one call, at most."""
         return sum(len(step.loads) + len(step.stores) for step in self.steps if isinstance(step, GraphStep))
 
     @property
     def held(self) -> Held:
-        """Memory that it needs at once, at most: of the pool, and what it holds as long as it lives."""
+        """Memory that it needs at the same time, at most: from the pool, and what it holds itself."""
         return self.most if self.most is not None else Held.by(self.constants.values())
 
     @property
     def bridge_bytes(self) -> int:
-        """Memory of the bridges that are needed at once, at most."""
+        """Memory of the bridges that are needed at the same time, at most."""
         return self.held.bridges
 
     @property
     def held_bytes(self) -> int:
-        """Memory of what segments hand on that is needed at once, at most; bridges are not counted."""
+        """Memory of values passed between segments that is needed at the same time, at most, without bridges."""
         return self.held.values
 
 
 NOTHING = Recording((), {}, (), (), (), {})
-"""A recording of which nothing is left."""
+"""An empty recording."""
 
 
 def fill(tree: Any, slots: Mapping[str, Any]) -> Any:
@@ -193,4 +194,4 @@ def fill(tree: Any, slots: Mapping[str, Any]) -> Any:
 
 def bridge_name(name: str) -> str:
     """The slot of the bridge of ``name``."""
-    return f"{name}.bridge"  # no node has a dot in its name
+    return f"{name}.bridge"  # the name of a node has no dot

@@ -1,7 +1,7 @@
-"""A recording as a function: generated straight-line source, and beside it the same in a few obvious lines.
+"""A recording as a function: generated straight-line source; and the same in a few obvious lines, as its specification.
 
-The source carries the graph's own names, and each break's reason as a comment. It is filed in ``linecache``, so that
-debuggers step through it and tracebacks show it. Both must equal eager, and each other, on every test model.
+The source has the graph's own names, and the reason of each break as a comment. It is filed in ``linecache``, so that
+debuggers step through it and tracebacks show it. Both forms must equal eager, and each other, on every test model.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from breakable_backend.recordings.recording import (
 )
 
 FUSED_FROM = 4
-"""So many copies of results are one launch. Fewer are quicker one by one."""
+"""From this number on, copies of results are made by one launch. Fewer copies are quicker one by one."""
 
 Function = Callable[[list[Any], int], list[Any]]
-"""A replay: ``function(args, stream) -> outputs``, clearing ``args``."""
+"""A replay: ``function(args, stream) -> outputs``, which clears ``args``."""
 
 
 @dataclass
 class Tally:
-    """What replays count while they run."""
+    """Counts of replays, updated while they run."""
 
     copies: int = 0
-    """Copies between bridges and the outside that were needed."""
+    """Copies between bridges and memory outside that were needed."""
 
 
 def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tally | None = None) -> list[Any]:
-    """Replay, step by step: the specification of what :func:`emit` generates."""
+    """Replay step by step: the specification of what :func:`emit` generates."""
     tally = tally or Tally()
     slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, spec in recording.specs.items():
@@ -81,7 +81,7 @@ class Variant:
 
 
 def _loaded(copy: Copy, slots: dict[str, Any], held: list[Any]) -> int:
-    """Bring a value to its bridge, or have the graph do so, which needs what is ``held``; how many copies that takes."""
+    """Copy a value to its bridge, or have the graph do so, which needs what is ``held``. Returns the number of copies."""
     value = slots[copy.value.name]
     if copy.feed is None:
         return int(slots[copy.bridge.name].load(value))
@@ -98,13 +98,13 @@ class Replay:
     tally: Tally
     file: str
     steps: tuple[tuple[int, int], ...]
-    """For each step its lines of the source, counted from 0: the first, and the one behind the last."""
+    """For each step its lines in the source, from 0: the first, and the one behind the last."""
     variant: Variant | None = None
-    """What the function runs in place of itself."""
+    """The function that runs in place of this one while it is wanted."""
 
 
 Mark = Callable[[int], None]
-"""Called with the position of each step as it begins, and with the number of steps when the last one has ended."""
+"""Called with the position of each step as it begins, and with the number of steps after the last one."""
 
 
 def emit(
@@ -116,15 +116,15 @@ def emit(
     variant: Variant | None = None,
     file: Callable[[str, str], str | None] | None = None,
 ) -> Replay:
-    """Generate, compile and file the source of a recording; with ``mark``, of a replay that tells where it is.
+    """Generate, compile and file the source of a recording; with ``mark``, of a replay that reports where it is.
 
     Args:
         recording: what to replay.
         mark: see :data:`Mark`.
-        name: what ``file`` is asked for.
-        tally: where to count on, instead of from 0.
-        variant: what the function runs instead while that is wanted.
-        file: takes the source and ``name``, and tells the path of a file with that source; None: there is none.
+        name: passed to ``file``.
+        tally: counts to continue, instead of beginning at 0.
+        variant: runs instead while it is wanted.
+        file: takes the source and ``name``, and returns the path of a file with that source; None for no file.
     """
     writer = _Writer(recording, mark, tally or Tally())
     source, steps = writer.source(variant)
@@ -142,7 +142,7 @@ class _Statement:
 
 
 class _Writer:
-    """Writes the function. Slots keep their names; helpers and constants take what names are left."""
+    """Writes the function. Slots keep their names; helpers and constants get names that are still free."""
 
     def __init__(self, recording: Recording, mark: Mark | None, tally: Tally) -> None:
         self.recording, self.mark, self.tally = recording, mark, tally
@@ -150,9 +150,9 @@ class _Writer:
         """Globals of the generated function."""
         self.bound: dict[int, str] = {}
         self.quick: dict[TensorSpec, Callable[[Any], bool]] = {}
-        """Quick tests of layouts: one for all values that lie alike."""
+        """Quick tests of layouts, one for all values of a layout."""
         self.answers: dict[str, tuple[TensorSpec, str]] = {}
-        """Variables that tell whether a slot fits a layout, of slots that no call has taken since."""
+        """Variables that say whether a slot fits a layout, for slots that no call has taken since."""
         calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
         self.slots = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
         self.args, self.stream = self._free("args"), self._free("stream")
@@ -180,7 +180,7 @@ class _Writer:
             lines += (*statement.lines, *deletion)
             spans[statement.step] = start, len(lines)
         steps: list[tuple[int, int]] = []
-        for position in range(len(self.recording.steps)):  # one whose calls are all constant views has no lines
+        for position in range(len(self.recording.steps)):  # a step whose calls are all constant views has no lines
             end = steps[-1][1] if steps else 0
             steps.append(spans.get(position, (end, end)))
         return "\n    ".join(lines) + "\n", tuple(steps)
@@ -201,7 +201,7 @@ class _Writer:
         yield from self._epilogue()
 
     def _epilogue(self) -> Iterator[_Statement]:
-        """What is handed out. Copies that follow each other are one launch for each dtype, since a backward has hundreds."""
+        """The returned values. Consecutive copies are one launch for each dtype, since a backward has hundreds."""
         for copies, calls in itertools.groupby(self.recording.epilogue, self._is_launched_copy):
             groups: dict[Any, list[Call]] = defaultdict(list)
             for call in calls:
@@ -213,7 +213,7 @@ class _Writer:
                     yield from self._copies_together(group)
 
     def _is_launched_copy(self, call: Call) -> bool:
-        """Whether it copies what lies in memory of the pool, which the driver can do without torch's dispatcher."""
+        """Whether it copies pool memory, which the driver can do without torch's dispatcher."""
         if call.function is not clone_exact or (source := self._clones_exactly(call.args[0])) is None:
             return False
         return bool(self.recording.graphs) and self.recording.graphs[-1].copier(source) is not None
@@ -247,7 +247,7 @@ class _Writer:
         launch = f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})"
         fed = [copy for copy in step.loads if copy.feed is not None]
         copies = " + ".join(f"{self._bind(f'{copy.bridge.name}_feed', copy.feed)}.copies" for copy in fed)
-        # It reads what it is fed, which goes behind it.
+        # It reads what it is fed, which is deleted behind it.
         yield _Statement((launch, *([self._counted(copies)] if fed else ())), frozenset(c.value.name for c in fed))
         for copy in step.stores:
             line = self._counted(f"{self._constant(copy.bridge)}.store({copy.value.name})")
@@ -264,7 +264,7 @@ class _Writer:
             yield _Statement((f"{self._bind('mark', self.mark)}({position})",))
 
     def _loads(self, step: GraphStep) -> Iterator[_Statement]:
-        """The copies into bridges, those of one dtype and device in one launch; a bridge that is rare by itself loads."""
+        """The copies into bridges, one launch for each dtype and device. A bridge of an unusual kind is loaded alone."""
         groups: dict[Any, list[Copy]] = defaultdict(list)
         for copy in step.loads:
             if copy.feed is not None:
@@ -282,7 +282,7 @@ class _Writer:
                 yield self._load_together(copies)
 
     def _elsewhere(self, copy: Copy) -> str:
-        """Whether a value is not where its bridge is."""
+        """Whether a value does not lie in its bridge."""
         address = self.recording.constants[copy.bridge.name].tensor.data_ptr()
         return f"{copy.value.name}.data_ptr() != {self._bind(f'{copy.bridge.name}_address', address)}"
 
@@ -308,7 +308,7 @@ class _Writer:
         return _Statement((*lines, f"    {self._counted(1)}"), frozenset((value,)))
 
     def _feed(self, copy: Copy) -> _Statement:
-        """The graph copies by itself, from where the value was last: only another place has to be told."""
+        """The graph copies by itself from the value's last address. Only another address has to be set."""
         feed, value = self._bind(f"{copy.bridge.name}_feed", copy.feed), copy.value.name
         fits = self._fits_still(value, TensorSpec.of(self.recording.constants[copy.bridge.name].tensor))
         held = self._free(f"{value}_held")
@@ -341,7 +341,7 @@ class _Writer:
             arguments.append(f"{key}={text}" if key else text)
             uses |= used
         for used_name in uses:
-            self.answers.pop(used_name, None)  # the call may change how it lies
+            self.answers.pop(used_name, None)  # the call may change the layout of its arguments
         if call.function is operator.getitem:
             line = f"{name} = {arguments[0]}[{arguments[1]}]"
         elif call.function is clone_exact and (source := self._clones_exactly(call.args[0])) is not None:
@@ -354,7 +354,7 @@ class _Writer:
             line = f"{name} = {arguments[0]}.clone()"
         else:
             line = f"{name} = {self._function(call)}({', '.join(arguments)})"
-        if call.source:  # a traceback shows it
+        if call.source:  # for tracebacks
             line += f"  # {call.source}"
         lines = [line]
         if call.ambient is not None:
@@ -365,21 +365,21 @@ class _Writer:
         return _Statement(tuple(lines), uses, name)
 
     def _fits(self, name: str, spec: TensorSpec) -> str:
-        """A quick test that only tensors of ``spec`` pass. It refuses some of them too, which a slower one then accepts."""
+        """A quick test that only tensors of ``spec`` pass. It also refuses some of them, which a slower one then accepts."""
         quick = self.quick.get(spec)
         if quick is None:
             quick = self.quick[spec] = spec.quick_check() or spec.accepts
         return f"{self._bind('fits', quick)}({name})"
 
     def _fits_first(self, name: str, spec: TensorSpec) -> str:
-        """:meth:`_fits`, whose answer a variable keeps for :meth:`_fits_still`."""
+        """:meth:`_fits`, whose answer is kept in a variable for :meth:`_fits_still`."""
         answer = self._free(f"{name}_fits")
         self.slots.add(answer)
         self.answers[name] = spec, answer
         return f"({answer} := {self._fits(name, spec)})"
 
     def _fits_still(self, name: str, spec: TensorSpec) -> str:
-        """:meth:`_fits`, where nothing has had the tensor in its hands since that was asked first without a call."""
+        """:meth:`_fits`, without a call if nothing has had access to the tensor since the first test."""
         first, answer = self.answers.get(name, (None, ""))
         return answer if first == spec else self._fits(name, spec)
 
@@ -406,7 +406,7 @@ class _Writer:
                 return part.name
             if isinstance(part, list | tuple | dict):
                 return None
-            # Of these types themselves: an enum's member, or numpy's float, prints as what is no source.
+            # Exactly these types: an enum's member, or NumPy's float, does not print as source.
             if part is None or type(part) in (bool, int, str) or (type(part) is float and math.isfinite(part)):
                 return repr(part)
             assert not any(isinstance(inside, Slot) for inside in pytree.tree_leaves(part)), part
@@ -428,14 +428,14 @@ class _Writer:
         return chosen
 
     def _free(self, name: str) -> str:
-        """``name`` as an identifier, with a number behind it if that is taken."""
+        """``name`` as an identifier, with a number behind it if the name is taken."""
         base = re.sub(r"\W+", "_", name).strip("_") or "value"
         base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
         return unused(base, lambda name: name in self.names or name in self.slots or name == "replay")
 
 
 def _deletions(statements: Sequence[_Statement]) -> list[tuple[str, ...]]:
-    """What deletes each name behind the statement that uses it last, so that memory goes as early as in eager."""
+    """Statements that delete each name behind its last use, so that memory is freed as early as in eager."""
     names = [{*statement.uses, statement.defines} - {""} for statement in statements]
     last = {name: position for position, used in enumerate(names) for name in used}
     dead = [sorted(name for name in used if last[name] == position) for position, used in enumerate(names)]

@@ -1,10 +1,10 @@
-"""Where each value of a call is while that call is recorded: outside, in a bridge, in memory of the pool.
+"""Where each value of a call is while the call is recorded: outside, in a bridge, or in pool memory; and who owns it.
 
-Who owns what: memory that captured segments read or make is the pool's. While a recording is made, each value and each
-bridge holds its part of the pool until its last reader was recorded; then later segments may get it, and so may later
-recordings. Replays keep the order, and so do calls. The recording itself knows addresses. What it does hold: results that
-are static, bridges of small inputs, and everything where a tool asks for that. Arguments, static inputs too, belong to the
-caller and are in no constant, not even as a view.
+Memory that captured segments read or make belongs to the pool. While a recording is made, each value and each bridge
+holds its part of the pool until its last reader was recorded. Then later segments, and later recordings, may get that
+memory, since replays and calls keep this order. The finished recording knows addresses only. It holds static results,
+bridges of small inputs, and everything if a tool asks for that. Arguments, static inputs included, belong to the caller
+and are in no constant, not even as a view.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from breakable_backend.recordings.recording import Call, Copy, Held, Slot, bridg
 
 
 class Slots:
-    """The slots of one recording, with this call's values.
+    """The slots of one recording, with the values of this call.
 
     Args:
         binding: the program, with the arguments of this call.
@@ -44,7 +44,7 @@ class Slots:
         self.driver, self.saved, self.keep = driver, saved, keep
         self.inputs = binding.values.keys()
         self.values: dict[str, Any] = dict(binding.values)
-        """All slots, with this call's values."""
+        """All slots, with the values of this call."""
         self.constants: dict[str, Any] = {v.name: self.values[v.name] for v in program.inputs if v.kind == "constant"}
         self.read_from: dict[str, Any] = {
             value.name: self.values[value.name] if value.kind == "number" else Slot(value.name)
@@ -52,19 +52,19 @@ class Slots:
         }
         """Where later readers find a value that segments exchange: a slot, or the number itself."""
         self.outside = outside
-        """Storages that captured segments reach only through a bridge: unkeyed inputs, and what eager steps made."""
+        """Storages that captured segments reach only through a bridge: unkeyed inputs, and results of eager steps."""
         self.loaded: set[str] = set()
         """Inputs whose bridge holds their present version."""
         self.intact: dict[str, Slot] = {}
         """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
         self.owners: dict[str, torch.Tensor | Bridge] = {}
-        """What holds memory of the pool, by slot. Constants lie at the same addresses, and hold nothing."""
+        """The owners of pool memory, by slot. Constants lie at the same addresses, and own nothing."""
         self.most = Held()
-        """What was held at once, at most, beside what is held for good."""
+        """The most that was held at the same time, besides what is held for good."""
         self._lent: set[int] = set()
-        """Keys of storages of constants that lie over memory of an owner."""
+        """Keys of storages of constants that lie over an owner's memory."""
         self._pinned: set[str] = set()
-        """Slots of values that an eager step has returned an alias of: it may be read when they are not any more."""
+        """Slots of values of which an eager step has returned an alias, which may be read after the slots are not."""
         self._made_for: dict[str, int] = {}
         """The segment that each bridge was made for, by slot."""
         self._dead: list[tuple[str, ...]] = []
@@ -72,7 +72,7 @@ class Slots:
         self.follow(binding)
 
     def follow(self, binding: Binding) -> None:
-        """The rest of the call is that of ``binding``, whose program was cut anew."""
+        """The rest of the call belongs to ``binding``, whose program was cut anew."""
         self.inputs = binding.values.keys()
         self.lives = Lifetimes.of(binding.program)
         for name in binding.program.sizes:
@@ -81,7 +81,7 @@ class Slots:
     # bridges
 
     def bridge(self, name: str, position: int) -> Copy | None:
-        """Make ``name`` reachable for segment ``position``; returns the copy that this takes on each call, if any."""
+        """Make ``name`` reachable for segment ``position``. Returns the copy that each call needs for this, if any."""
         if name not in self.outside or name in self.loaded:
             return None
         bridge = Slot(bridge_name(name))
@@ -90,7 +90,7 @@ class Slots:
             self._made_for[bridge.name] = position
         self.loaded.add(name)
         if name not in self.inputs:
-            # From here on the bridge is where this value lives, for eager steps too.
+            # From here on this value lives in the bridge, for eager steps too.
             self.intact[name] = Slot(name)
             inside = Slot(_inside_name(name))
             self.values[inside.name] = self.constants[inside.name] = self.values[bridge.name].tensor
@@ -98,7 +98,7 @@ class Slots:
         return Copy(bridge, Slot(name), self.values[name].device)
 
     def _made_bridge(self, name: str, slot: str) -> Bridge:
-        """A bridge for ``name``, in memory of the pool that it holds until its last captured reader is recorded."""
+        """A bridge for ``name`` in pool memory, which it holds until its last captured reader is recorded."""
         value = self.values[name]
         driver = self.driver.on(value.device)
         small = name in self.inputs and extent(value) * value.element_size() <= buffers.KEPT_INPUT
@@ -112,14 +112,14 @@ class Slots:
         return made.on(place)
 
     def unbridge(self, copy: Copy, position: int) -> None:
-        """Undo :meth:`bridge`: segment ``position``, which asked for it, is no graph, so no replay loads this bridge there."""
+        """Undo :meth:`bridge`: segment ``position``, which asked for it, is no graph, so no replay loads the bridge there."""
         name = copy.value.name
         self.loaded.discard(name)
         if name not in self.inputs:
             self.intact.pop(name)
             self.read_from[name] = Slot(name)
             self.constants.pop(_inside_name(name))
-        if self._made_for.get(copy.bridge.name) == position:  # and no graph before it knows the bridge's address
+        if self._made_for.get(copy.bridge.name) == position:  # no graph before it knows the bridge's address
             for slots in (self.values, self.constants, self.owners):
                 slots.pop(copy.bridge.name, None)
 
@@ -129,13 +129,13 @@ class Slots:
             bridge = bridge_name(name)
             return self.owners.get(bridge, self.values[bridge]).tensor
         place = self.read_from[name]
-        # The tensor that holds the memory, not the one that only lies there: what a segment makes may be an alias of it.
+        # The tensor that owns the memory, since a segment's result may be an alias of it.
         return self.owners.get(place.name, self.values[place.name]) if isinstance(place, Slot) else place
 
     # what steps make and change
 
     def captured(self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any]) -> None:
-        """What a captured segment made. It holds its memory until its last reader is recorded."""
+        """A captured segment's result. It holds its memory until its last reader is recorded."""
         with_memory = [tensor for tensor in tensors_of(inputs) if tensor.layout is torch.strided]
         lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]]
         lent = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in with_memory}
@@ -162,7 +162,7 @@ class Slots:
             self.constants.pop(name, None)
 
     def _is_memory(self, value: Any) -> bool:
-        """Whether ``value`` is a tensor in memory of the pool."""
+        """Whether ``value`` is a tensor in pool memory."""
         return (
             type(value) is torch.Tensor
             and value.layout is torch.strided
@@ -171,7 +171,7 @@ class Slots:
         )
 
     def returned(self, name: str, value: Any) -> None:
-        """What an eager step returned, for later segments."""
+        """An eager step's result, for later segments."""
         self.values[name] = value
         self.read_from[name] = Slot(name)
         if isinstance(value, torch.Tensor):
@@ -179,7 +179,7 @@ class Slots:
         self._pinned.update(self._behind(value))
 
     def written(self, segment: Segment, *, outside: bool = False) -> None:
-        """What a segment has written is not what it was; ``outside``: nor is it what the bridges of inputs hold."""
+        """A segment has written these values; ``outside``: the bridges of inputs do not have the new values."""
         for access in segment.writes:
             self.intact.pop(access.storage, None)
             if outside and access.storage in self.inputs:
@@ -193,7 +193,7 @@ class Slots:
         self._lent.add(int(place._cdata))
 
     def retire(self, position: int) -> None:
-        """Give up the memory of what no step behind ``position`` reads."""
+        """Drop the memory of values that no step behind ``position`` reads."""
         for name in self.lives.ends.get(position, ()):
             if name not in self.lives.returned:
                 self._give_up(name)
@@ -203,14 +203,14 @@ class Slots:
                 self._give_up(bridge_name(name))
         for name in self.lives.unloaded.get(position, ()):
             self._give_up(bridge_name(name))
-        # Where nothing is kept, constants and arguments go as early as in a plain call.
+        # If nothing is kept, constants and arguments are dropped as early as in a plain call.
         for name in self._dead[position] if self._dead else ():
             for held in (name, bridge_name(name), _inside_name(name)):
                 self.values.pop(held, None)
                 self.constants.pop(held, None)
 
     def keep_nothing(self, program: Program, position: int) -> None:
-        """The rest of the call is not recorded: give up what only segments before ``position`` and replays would read."""
+        """The rest of the call is not recorded: drop what only segments before ``position`` and replays would read."""
         self._dead = last_uses(program)
         for before in range(position):
             self.retire(before)
@@ -226,15 +226,15 @@ class Slots:
         self.owners.clear()
 
     def needed(self) -> Held | None:
-        """What the recording needs at once, at most; None if everything is held as long as the recording lives."""
+        """The most that the recording needs at the same time; None if everything is held as long as the recording lives."""
         return None if self.keep else self.most + Held.by(self.constants.values(), self._lent)
 
     # whose memory a value lies in
 
     def is_constant_view(self, call: Call, made: Any) -> bool:
-        """Whether a call only makes a view of memory that stays where it is, so that it need not be made again.
+        """Whether a call only makes a view of memory with a fixed address, so that it need not be made again.
 
-        What a fake says is not enough: were ``made`` a copy, later calls would get the values of this one.
+        The fake does not prove this: if ``made`` were a copy, later calls would get the values of this call.
         """
         if not call.takes_part:
             return False
@@ -245,7 +245,7 @@ class Slots:
         return all(_torch.storage_key(tensor) in memory for tensor in tensors_of(made))
 
     def holder(self, name: str) -> torch.Tensor | None:
-        """What holds the memory of a value that is saved, if the pool has it."""
+        """The owner of a saved value's memory, if the pool has it."""
         place = self.read_from[name].name
         owner = self.owners.get(bridge_name(name) if place == _inside_name(name) else place)
         if owner is None and place in self.constants:
@@ -253,7 +253,7 @@ class Slots:
         return owner.tensor if isinstance(owner, Bridge) else owner
 
     def is_ours(self, value: torch.Tensor) -> bool:
-        """Whether ``value`` lies in our memory. Not by its name: an op that returns its argument, against its schema, hands it out."""
+        """Whether ``value`` lies in memory of ours, judged by memory: an op may return its argument against its schema."""
         return _torch.storage_key(value) in self.owned_storages() or any(True for _ in self._behind(value))
 
     def owned_storages(self) -> frozenset[int]:
@@ -263,7 +263,7 @@ class Slots:
         return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
 
     def _behind(self, value: Any) -> Iterator[str]:
-        """Slots whose memory tensors in ``value`` lie in, on whatever storage: DLPack makes others over the same memory."""
+        """Slots with memory that tensors in ``value`` lie in, on whatever storage: DLPack makes others over the same memory."""
         for tensor in tensors_of(value):
             if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()

@@ -1,1 +1,1 @@
-"""What looks on: reports, measurements, comparison with eager, files, logs."""
+"""Tools: reports, measurements, comparison with eager, files and logs. The engine imports none of them."""

@@ -1,6 +1,6 @@
-"""What would keep one program where Dynamo broke its graph, by what Dynamo says of the break.
+"""How to avoid a graph break of Dynamo's, by the reason that Dynamo gives for it.
 
-The texts are those of torch 2.11 to 2.15, which have them alike.
+The texts of the reasons are the same in torch 2.11 to 2.15.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _BY_BEGINNING = {
     "Skip calling `torch.compiler.disable()`d function": "put @eager_on_graph in the place of torch.compiler.disable",
     "Call to `torch._dynamo.graph_break()`": "take the call of torch._dynamo.graph_break() out",
 }
-"""What helps, by what a reason begins with."""
+"""What helps, by the beginning of a reason."""
 
 
 def advice(graph_break: str) -> str:
-    """What keeps one program at a break that :func:`breakable_backend._torch.graph_breaks` tells of; empty where nothing does.
+    """How to keep one program at a break from :func:`breakable_backend._torch.graph_breaks`; empty if nothing helps.
 
     >>> print(advice("Data-dependent branching, at model.py:7 in forward: if x.sum() > 0: x = x + 1"))
     put `if x.sum() > 0: x = x + 1` into a function of its own under @eager_on_graph; where both branches may be computed, torch.where needs no mark
     """
     first = graph_break.strip().partition("\n")[0]
     if ", is no node: " in first:
-        return ""  # a marked function already, and the reason says what is wrong with it
+        return ""  # it is a marked function already, and the reason says what is wrong with it
     _, found, place = first.rpartition(", at ")
     _, _, code = place.partition(": ") if found else ("", "", "")
     mark = f"put {f'`{code}`' if code else 'it'} into a function of its own under @eager_on_graph"

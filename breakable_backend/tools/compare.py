@@ -1,10 +1,10 @@
-"""Compare mode: every replay is checked against eager, step by step, and the first difference says what it looks like.
+"""Compare mode: every replay is checked against eager, step by step, and the first difference is explained.
 
-Before a captured segment is launched, the same ops run eagerly, on the very tensors that eager would have there. What
-they make is kept, what they wrote and drew is undone; then the segment is launched, and must have come to the same. An
-eager step runs once, as ever, on inputs that were compared by then: its result is what eager has from there on.
+Before a captured segment is launched, its ops run eagerly, on the tensors that eager would have there. Their results
+are kept; their writes and random draws are undone. Then the segment is launched, and must give the same. An eager step
+runs once, as always, on inputs that have been compared by then, and its result serves the eager run from there on.
 
-A :class:`Witness` saw how the recording was made; a :class:`Checker` goes with its replays.
+A :class:`Witness` has observed how the recording was made. A :class:`Checker` compares its replays.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from breakable_backend.tools.witness import Witness
 
 KEEPS = "an op that keeps its buffers"
 HALVES = "forward of ", "backward of "
-"""How the names of graphs begin that are one half of a graph which needs gradients."""
+"""The beginnings of the names of graphs that are the forward or backward of a graph which needs gradients."""
 Run = Callable[[Watch], Any]
-"""A segment's ops, eagerly."""
+"""Runs the ops of a segment eagerly."""
 
 
 @dataclass
 class _Value:
-    """Something that later steps may read."""
+    """A value that later steps may read."""
 
     name: str
     tensor: torch.Tensor
-    """Where eager would find it."""
+    """The tensor that eager would read."""
     snapshot: torch.Tensor
-    """What is in it, by all that was compared so far."""
+    """Its content, according to what was compared so far."""
     label: str = ""
     source: str = ""
 
@@ -91,20 +91,20 @@ class _Ran:
 
 @dataclass(frozen=True)
 class _Wrong:
-    """A value that is not as in eager."""
+    """A value that differs from eager."""
 
     position: int
-    """Of the op that made it, in the segment's trace."""
+    """The position of the op that made it, in the segment's trace."""
     name: str
     label: str
     source: str
     difference: Difference
     how: str = "made by"
-    """What the op has to do with it."""
+    """How the op is related to it."""
 
 
 class _Compared(GraphAround):
-    """A graph that is compared at each launch."""
+    """A graph that is compared in each launch."""
 
     def __init__(self, checker: Checker, position: int, graph: CapturedGraph) -> None:
         super().__init__(graph)
@@ -112,18 +112,18 @@ class _Compared(GraphAround):
 
     @property
     def feeds(self) -> tuple[Feed, ...]:
-        """None: what is compared is copied before."""
+        """None: copies are made before the launch."""
         return ()
 
     def copier(self, like: torch.Tensor) -> None:
-        """None: what is compared is slow anyway."""
+        """None: comparing is slow in any case."""
 
     def replay(self, stream: int) -> None:
         self.checker.launch(self.position, self.graph, stream)
 
 
 class Compare(Observer):
-    """Watches recordings being made, and compares their replays."""
+    """Observes recordings while they are made, and compares their replays."""
 
     reads_values = True
 
@@ -167,7 +167,7 @@ class Compare(Observer):
 
 
 def _spoilt(value: Saved, apart: Difference, is_result: bool) -> DivergenceError:
-    """For a value that a backward reads, and that is not what its forward saved."""
+    """The error for a value that a backward reads and that is not what its forward saved."""
     maker, source = _maker(value.maker)
     cause = "stale bridge" if is_result else "unknown"
     told = (
@@ -191,15 +191,15 @@ def _spoilt(value: Saved, apart: Difference, is_result: bool) -> DivergenceError
 class Checker:
     """Compares the replays of one recording.
 
-    ``recording`` is to be emitted in place of the one that was recorded, and ``around`` goes around what comes of it.
-    Between calls nothing of a call is held.
+    ``recording`` is emitted in place of the original, and ``around`` wraps the emitted function. Between calls nothing
+    of a call is held.
 
     Args:
         recorded: the recording.
-        witness: what was seen when it was made.
+        witness: what was observed when it was made.
         tolerance: how far floats may differ.
-        program: what was recorded; None through the second door.
-        half: the name of a forward or backward; empty for what is neither.
+        program: what was recorded; None for ``with capture``.
+        half: the name of a forward or backward; empty for other graphs.
     """
 
     def __init__(
@@ -215,15 +215,16 @@ class Checker:
         self.device = witness.device
         self.values: dict[str, _Value] = {}
         self.truth: dict[str, Any] = {}
-        """Where eager would find each value of the program in this call."""
+        """The tensor that eager would read for each value of the program in this call."""
         self.moved: set[str] = set()
-        """Values whose bridge was written since: that is where eager would find them."""
+        """Values whose bridge was written since, so that eager would read the bridge."""
         self.bridged: dict[str, torch.Tensor] = {}
         """Bridges that were loaded in this call, by the name of the value."""
         self.undeclared: dict[str, tuple[str, str, bool]] = {}
-        """Values that an eager step changed without saying so: what did, its line, and whether it is its own buffer."""
+        """Values that an eager step changed without declaring it: the step, its line, and whether the value is its own
+        buffer."""
         self.late: dict[int, _Wrong] = {}
-        """What eager steps left unfinished on other streams, by the key of its storage."""
+        """Results that eager steps left unfinished on other streams, by the key of their storage."""
         self._remember_kept()
 
     @property
@@ -238,7 +239,7 @@ class Checker:
         return replace(step, calls=tuple(self._watched(position, call) for call in step.calls))
 
     def around(self, function: Function) -> Function:
-        """The function that was emitted for :attr:`recording`, with what is compared at its start and its end."""
+        """The function emitted for :attr:`recording`, with the comparisons at its beginning and end."""
 
         def compared(args: list[Any], stream: int) -> list[Any]:
             try:
@@ -263,7 +264,8 @@ class Checker:
         for value in self.program.inputs:
             tensor = self.truth[value.name]
             if has_memory(tensor) and _torch.storage_key(tensor) in made:
-                self.truth[value.name] = clone_exact(tensor)  # a result with outputs="static", which is about to change
+                # A result with outputs="static", which is overwritten next.
+                self.truth[value.name] = clone_exact(tensor)
             elif has_memory(tensor) and (value.kind != "static" or value.name in written):
                 self._add(value.name, tensor)
 
@@ -282,7 +284,7 @@ class Checker:
         self.values[name] = _Value(name, tensor, clone_exact(tensor), label, source)
 
     def _settle(self, position: int) -> None:
-        """What was compared, or copied back, is so still."""
+        """Note that everything was compared or copied back."""
         for value in self.values.values():
             if (apart := difference(value.tensor, value.snapshot, self.tolerance)) is not None:
                 raise self._failure(
@@ -314,7 +316,7 @@ class Checker:
         graph.replay(stream)
         wrong = self._first_wrong(position, ran)
         if wrong is None and self.program is None and stale:
-            wrong = next(iter(stale.values()))  # eagerly the ops read the same bridge
+            wrong = next(iter(stale.values()))  # the eager ops read the same bridge
         if wrong is not None:
             cause, why, blamed = self._cause(position, ran, wrong, stale, before, graph, stream)
             self._take_back(ran, before)
@@ -325,7 +327,7 @@ class Checker:
         self._accept(position, ran)
 
     def _take_back(self, ran: _Ran, random: Sequence[torch.Tensor]) -> None:
-        """The segment that went wrong did not run, as with an error of the user's."""
+        """Undo the segment that went wrong, as after an error of the user's."""
         ran.undo.restore()
         self._set_random(random, ran.trace)
 
@@ -340,7 +342,7 @@ class Checker:
         return lambda watch: run_module(NodeByNode(module), inputs, watch), inputs
 
     def _run(self, position: int, graph: CapturedGraph, random: Sequence[torch.Tensor]) -> _Ran:
-        """Run a segment eagerly, note what comes of it, and undo it."""
+        """Run a segment eagerly, note its results, and undo it."""
         run, inputs = self._runner(position)
         undo = Undo()
         device = self.witness.places.get(position, self.device)
@@ -356,7 +358,7 @@ class Checker:
         return _Ran(watch.trace, undo, list(outputs or ()), written, after)
 
     def _written(self, position: int, undo: Undo) -> Iterator[_Written]:
-        """What was written of others' memory, and where a launch of the segment leaves it."""
+        """The memory of others that was written, and where a launch of the segment leaves it."""
         segment = self._segment(position)
         names = {_torch.address_of(t): n for n in (segment.inputs if segment else ()) if has_memory(t := self.truth[n])}
         for saved in undo.memories():
@@ -369,7 +371,7 @@ class Checker:
                 yield _Written(flat, flat.clone(), name or f"the memory that {writer} writes", writer, source)
 
     def _stale(self, position: int) -> dict[str, _Wrong]:
-        """Bridges that this segment reads and that do not hold what eager would read, by the name of the value."""
+        """Bridges that this segment reads and that lack the values that eager would read, by the name of the value."""
         step, segment = self.recorded.steps[position], self._segment(position)
         assert isinstance(step, GraphStep)
         for copy in step.loads:
@@ -409,7 +411,7 @@ class Checker:
         return min(found, key=lambda wrong: wrong.position, default=None)
 
     def _wrong_inside(self, position: int, ran: _Ran) -> Iterator[_Wrong]:
-        """What the segment made, as far as it still lies in the recording's memory; and what it hands on."""
+        """A wrong value that the segment made, as far as it is still in the recording's memory, or that it passes on."""
         recorded = self.witness.traces.get(position, Trace())
         change = first_change(recorded, ran.trace)
         end = change.position if change is not None and change.kind == "path" else len(ran.trace.ops)
@@ -429,7 +431,7 @@ class Checker:
                 yield _Wrong(len(ran.trace.ops), name, *_maker(leaf), apart)
 
     def _wrong_outside(self, position: int, ran: _Ran) -> Iterator[_Wrong]:
-        """What the segment wrote, and what it had to leave alone."""
+        """A wrong value that the segment wrote, or changed without a write in eager."""
         end = len(ran.trace.ops)
         written = {_torch.address_of(memory.where) for memory in ran.written}
         for memory in ran.written:
@@ -447,7 +449,7 @@ class Checker:
                 yield _Wrong(end, "the state of the random generator", "", "", apart)
 
     def _accept(self, position: int, ran: _Ran) -> None:
-        """The segment was right: what it made and wrote is what later steps are compared with."""
+        """The segment was right: later steps are compared with what it made and wrote."""
         segment = self._segment(position)
         for memory in ran.written:
             if memory.name in self.bridged and memory.name not in self.moved:
@@ -471,7 +473,7 @@ class Checker:
                 self._add(name, tensor, *_maker(leaf))
 
     def _wrote_bridge(self, memory: _Written) -> None:
-        """An argument is copied back next; of what an eager step made, the bridge is where it lives from now on."""
+        """A written argument is copied back next. A written result of an eager step lives in the bridge from now on."""
         value = self.values.get(memory.name)
         is_argument = memory.name in self.recorded.arguments
         if not is_argument:
@@ -484,7 +486,7 @@ class Checker:
     # eager steps
 
     def _watched(self, position: int, call: Call) -> Call:
-        takes_apart = self.program is None and not call.source  # the result of a user's function, or an argument
+        takes_apart = self.program is None and not call.source  # the result of a user's function, or an argument of one
         quiet = takes_apart or call.takes_part
         function = call.function
 
@@ -512,9 +514,10 @@ class Checker:
         return next((other for other in step.calls if other.source), call)
 
     def _synchronise(self, call: Call, given: Mapping[int, Any], result: Any) -> None:
-        """Note what is another value once all streams have come to rest: whoever reads it before that reads too early.
+        """Note which values change after a synchronisation of all streams: a reader before that reads too early.
 
-        A later eager step that takes it is thought to wait for it, as the second half of an asynchronous call does.
+        A later eager step that takes such a value is assumed to wait for it, as the second half of an asynchronous call
+        does.
         """
         if self.device.type != "cuda":
             return
@@ -530,7 +533,7 @@ class Checker:
                 self.late[_torch.storage_key(tensor)] = _Wrong(0, what, call.label, call.source, apart)
 
     def _refuse_late(self, position: int) -> None:
-        """Raise if a segment takes what an eager step still works on, on a stream that nobody has waited for."""
+        """Raise if a segment takes a value that an eager step still computes, on a stream that nobody has waited for."""
         step, segment = self.recorded.steps[position], self._segment(position)
         assert isinstance(step, GraphStep)
         names = {copy.value.name for copy in step.loads} | set(segment.inputs if segment is not None else ())
@@ -543,7 +546,7 @@ class Checker:
                 raise self._failure("race between streams", wrong, position, why + "stream that it is made on")
 
     def _eager_ran(self, position: int, call: Call, result: Any, given: Mapping[int, Any]) -> None:
-        """Take over what an eager step changed; eager would see that too."""
+        """Take over what an eager step changed, since eager would see that too."""
         segment = self._segment(position)
         declared = {access.storage for access in segment.writes} if segment is not None else set()
         changed = {key for key, (tensor, before) in given.items() if difference(tensor, before) is not None}
@@ -564,7 +567,7 @@ class Checker:
     # what stays with others
 
     def _remember_kept(self) -> None:
-        """At the end of a call: what functions hold of our memory, and what is in it."""
+        """At the end of a call: note which memory of ours functions hold, and its content."""
         ours = self._made_storages()
         held = []
         for kept in self.witness.kept:
@@ -580,10 +583,10 @@ class Checker:
         return {int(storage._cdata) for storage in storages} | set(map(_torch.storage_key, bridges))
 
     def _overwritten(self) -> _Wrong | None:
-        """An argument that a function has kept since an earlier call, and in which something else is now."""
+        """An argument that a function has kept since an earlier call and that has been overwritten."""
         changed = [(kept, apart) for kept in self.witness.kept if kept.alive and (apart := kept.changed()) is not None]
         if changed:
-            gc.collect()  # what only garbage holds is not kept
+            gc.collect()  # objects that are only garbage do not count as kept
         for kept, apart in changed:
             if kept.alive:
                 return _Wrong(0, f"an argument of {kept.label}", kept.label, kept.source, apart)
@@ -601,7 +604,7 @@ class Checker:
         graph: CapturedGraph,
         stream: int,
     ) -> tuple[str, str, _Wrong]:
-        """What the difference looks like, what tells so, and the op to blame."""
+        """What the difference looks like, the evidence, and the op to blame."""
         if stale:
             return self._stale_cause(*next(iter(stale.items())))
         self._take_back(ran, random)
@@ -619,7 +622,7 @@ class Checker:
         return "unknown", f"it is none of: {', '.join(cause for cause in CAUSES if cause != 'unknown')}", wrong
 
     def _work_outside(self, position: int, wrong: _Wrong) -> tuple[str, str, _Wrong] | None:
-        """What is left where only custom ops can be to blame: what they do beside torch, nobody sees. None: there are none."""
+        """The cause if only custom ops, whose work without torch is not seen, can be to blame; None if there are none."""
         segment = self._segment(position)
         nodes = [node for node in segment.module.graph.nodes if is_somebodys(node)] if segment is not None else []
         if not nodes:
@@ -644,7 +647,7 @@ class Checker:
         return "stale bridge", why, stale
 
     def _change_cause(self, change: Change, trace: Trace, wrong: _Wrong) -> tuple[str, str, _Wrong]:
-        """For ops that are not those that were captured."""
+        """The cause if the ops are not those that were captured."""
         op = change.op
         blamed = replace(wrong, label=op.label, source=op.source)
         if change.kind == "number":
@@ -669,7 +672,7 @@ class Checker:
         return self._first_wrong(position, ran) is None
 
     def _devices(self) -> list[torch.device]:
-        """Where segments are; the first is the driver's."""
+        """The devices of the segments; the first is the driver's."""
         return list(dict.fromkeys((self.device, *self.witness.places.values())))
 
     def _come_to_rest(self) -> None:
@@ -706,7 +709,7 @@ class Checker:
     def _of_generators(
         self, states: Sequence[torch.Tensor], trace: Trace
     ) -> Iterator[tuple[torch.Generator, torch.Tensor]]:
-        """Generators that ``trace`` may have drawn from, with their states; other threads draw from that of the host."""
+        """Generators that ``trace`` may have drawn from, with their states. Other threads draw from the host's."""
         for generator, state in zip(self._generators(), states, strict=True):
             if trace.draws_random or generator.device.type == "cuda":
                 yield generator, state
@@ -717,7 +720,7 @@ class Checker:
 
 
 def _first_unlike(ran: _Ran, again: _Ran, wrong: _Wrong) -> tuple[str, str, _Wrong] | None:
-    """What two eager runs on the same inputs do not agree on."""
+    """The first value in which two eager runs on the same inputs differ."""
     change = first_change(ran.trace, again.trace)
     if change is not None:
         blamed = replace(wrong, label=change.op.label, source=change.op.source)
@@ -738,7 +741,7 @@ def _first_unlike(ran: _Ran, again: _Ran, wrong: _Wrong) -> tuple[str, str, _Wro
 
 
 def _stays(trace: Trace, position: int) -> bool:
-    """Whether somebody holds what an op made, now that its segment has run."""
+    """Whether somebody still holds the result of an op after its segment has run."""
     roots = [root for root in trace.roots if root.made_by == position]
     for root in roots:
         root.storage = None

@@ -1,6 +1,7 @@
-"""What the debug mode shows of a call: a log line for each step, and the user's line for what raises in one.
+"""The log of debug mode: a line for each step, and the user's line for exceptions in a step.
 
-The lines come with ``logging.getLogger(__name__)`` at level DEBUG, or ``TORCH_LOGS=+breakable_backend.tools.debug``.
+``logging.getLogger(__name__)`` has the lines at level DEBUG, and ``TORCH_LOGS=+breakable_backend.tools.debug`` shows
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class DebugLog(Observer):
-    """Logs each step of a compiled graph, also of its plain calls."""
+    """Logs each step of a compiled graph, also in plain calls."""
 
     sees_plain_steps = True
 
@@ -35,7 +36,7 @@ class DebugLog(Observer):
 
 
 def watched(function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:
-    """``function``, as a step called ``name``, from the user's line ``source``."""
+    """``function``, logged as a step called ``name``, from the user's line ``source``."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -50,13 +51,13 @@ def watched(function: Callable[..., Any], name: str, source: str) -> Callable[..
 
 
 def watched_segment(module: fx.GraphModule, name: str) -> Callable[..., Any]:
-    """A captured segment's module as such a step. What raises in it is traced back to the node."""
+    """The module of a captured segment as such a step. An exception in it is traced back to the node."""
     sources = {node.name: source_line(node) for node in module.graph.nodes if node.op == "call_function"}
     first = next(filter(None, sources.values()), "")
 
     def call(*inputs: Any) -> Any:
         try:
-            results = module.forward(*inputs)  # calling the module would drop the traceback of what an op raises
+            results = module.forward(*inputs)  # calling the module itself would drop the traceback of an op's exception
         except Exception as error:
             _note(error, sources.get(_failed(module, error), first))
             raise
@@ -68,7 +69,7 @@ def watched_segment(module: fx.GraphModule, name: str) -> Callable[..., Any]:
 
 
 def _failed(module: fx.GraphModule, error: Exception) -> str:
-    """The name of the node that raised: generated code has a line ``name = op(...)`` for each."""
+    """The name of the node that raised: generated code has a line ``name = op(...)`` for each node."""
     file = module.forward.__code__.co_filename
     lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return lines[-1].partition("=")[0].partition(":")[0].strip() if lines else ""

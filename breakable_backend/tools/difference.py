@@ -1,4 +1,4 @@
-"""Whether two tensors are the same, bit for bit or within a tolerance, and how far apart they are."""
+"""Whether two tensors are equal, bit for bit or within a tolerance, and how far apart they are."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a value is from what eager has."""
+    """How far a value is from eager's."""
 
     count: int
-    """Elements that differ."""
+    """The number of elements that differ."""
     total: int
     max_abs: float
-    """Infinite where one of the two is NaN."""
+    """Infinite if one of the two values is NaN."""
     max_rel: float
     first: tuple[int, ...]
-    """Index of the first element that differs."""
+    """The index of the first element that differs."""
     got: str
     want: str
 
@@ -36,7 +36,7 @@ class Difference:
 
 
 def difference(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance = None) -> Difference | None:
-    """What is different in ``got``; None if nothing is. NaN equals NaN, and -0.0 does not equal 0.0."""
+    """The difference of ``got``; None if there is none. NaN equals NaN, and -0.0 does not equal 0.0."""
     if got.shape != want.shape or got.dtype is not want.dtype or got.device != want.device:
         return Difference(got.numel(), got.numel(), float("inf"), float("inf"), (), _layout_of(got), _layout_of(want))
     if got.numel() == 0:

@@ -1,4 +1,4 @@
-"""``export``: what was made of a model, as files to read, to run and to compare."""
+"""``export``: graphs, programs and replays of a model, as files to read, to run and to compare."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _File:
 
 
 def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Write the programs, segments, replays and graphs behind ``compiled`` to files; what is there already stays.
+    """Write the programs, segments, replays and graphs of ``compiled`` to files. Existing files stay.
 
     >>> import tempfile, torch
     >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
@@ -35,14 +35,15 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     >>> [path.suffix for path in paths]
     ['.txt', '.py', '.py', '.py', '.py', '.dot']
 
-    ``README.txt`` says what each file is. Segments are Python that runs; a replay needs its graphs, and is there to be read.
+    ``README.txt`` says what each file is. The file of a segment is Python that runs. A replay needs its graphs, so its
+    file is only for reading.
 
     Args:
         compiled: what ``torch.compile`` returned, or a :class:`BreakableCUDAGraph`.
-        folder: where to; made if it is not there.
+        folder: the directory; made if it does not exist.
 
     Returns:
-        the paths that were written, the index first.
+        the paths of the written files, the index first.
 
     Raises:
         OptionsError: nothing was compiled or captured yet, or ``folder`` is a file.

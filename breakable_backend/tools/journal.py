@@ -1,7 +1,7 @@
-"""What happened, told once each: as log lines, and as artifacts of torch's structured trace, which ``tlparse`` shows.
+"""Log lines for what happens to a graph, once each; and artifacts of torch's structured trace, for ``tlparse``.
 
-``TORCH_LOGS=breakable_backend`` (or any module of the package) shows the lines; so does Python's own logging. Nothing is
-told per call: what happens in each call is counted in the report.
+``TORCH_LOGS=breakable_backend`` (or any module of the package) shows the lines, and so does Python's own logging.
+Nothing is logged per call: the report counts what happens in each call.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from breakable_backend.tools.sources import title
 
 
 class Journal(Observer):
-    """Writes down what becomes of a graph."""
+    """Logs what happens to a graph."""
 
     def __init__(self, subject: Subject) -> None:
         self.name, self.log = subject.name, subject.log
         self.compile_id = _torch.current_compile_id()
-        """Where ``tlparse`` puts what is told after the compilation."""
+        """Where ``tlparse`` puts artifacts that come after the compilation."""
         self._whys: set[str] = set()
-        """Of plain calls that were told."""
+        """The reasons of plain calls that were logged."""
 
     def plain(self, why: str, level: int) -> None:
         if why not in self._whys:
@@ -59,12 +59,12 @@ class Journal(Observer):
         }
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
         self.noted(f"recording {number} ({why}): {details}")
-        # What the steps are costs time to find out: only a trace asks.
+        # Describing the steps takes time, so this is done for a trace only.
         self.artifact(f"recording {number}", lambda: {"why": why, **facts, "steps": step_names(recording)})
         self.artifact(f"replay {number}", lambda: replay.source)
 
     def artifact(self, what: str, content: Callable[[], Any]) -> None:
-        """Text, or what JSON can hold; ``content`` is asked only while there is a trace."""
+        """A text, or a value for JSON. ``content`` is called only while there is a trace."""
 
         def payload() -> str:
             found = content()
@@ -75,7 +75,7 @@ class Journal(Observer):
 
 
 def _frames_of_observers() -> int:
-    """How many frames of the log's caller pass an event on: a line comes from the place in the engine where it happened."""
+    """How many frames of the log's caller only pass an event on: a line names the place where it happened."""
     depth, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename in (__file__, observer.__file__):
         depth, frame = depth + 1, frame.f_back

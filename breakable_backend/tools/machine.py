@@ -1,4 +1,4 @@
-"""Whether this machine will work: what is installed, what torch sees, and a model that is compiled and compared.
+"""Whether this machine works: what is installed, what torch sees, and a model that is compiled and compared.
 
 ``python -m breakable_backend`` prints it. See :func:`examine`.
 """
@@ -22,14 +22,14 @@ from breakable_backend.tools.report import explain
 OLDEST, NEWEST = (2, 11), (2, 15)
 """The releases of torch that the tests run on, from the first to the last."""
 EXTRAS = {"depyf": "files to step through", "transformers": "the examples", "cuda-python": "CUDA graphs"}
-"""Packages beside torch and Python, with what they are for."""
+"""Packages besides torch and Python, and what they are for."""
 
 _FREED_GUARDS = "set torch._dynamo.config.use_recursive_dict_tags_for_guards = False, or use torch 2.13"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     subject: str
     state: Literal["good", "note", "bad"]
@@ -38,20 +38,20 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Look at versions, GPUs, drivers and extras, and run a small model through the backend.
+    """Check versions, GPUs, drivers and extras, and run a small model through the backend.
 
     >>> from breakable_backend.tools.machine import examine
     >>> [finding.text for finding in examine() if finding.subject == "self-test on the CPU"]
     ['3 replays of a program with 2 captured segments and 1 eager step: equal to eager, bit for bit']
 
-    Nothing is raised: what fails is a finding that says so. The self-test compiles one function for the CPU, with the
+    Nothing is raised: a failure is a finding that says so. The self-test compiles one function for the CPU, with the
     tape driver, and one for each GPU, with the CUDA driver. Their graphs are freed again.
     """
     return (*_versions(), *_gpus(), *_extras(), *_self_tests())
 
 
 def print_findings(findings: tuple[Finding, ...]) -> int:
-    """Print ``findings`` to standard output; the exit status of a program: 1 if one of them is bad, else 0."""
+    """Print ``findings`` to standard output. Returns the exit status of a program: 1 if one of them is bad, else 0."""
     from rich.console import Console
     from rich.table import Table
 
@@ -148,7 +148,7 @@ def _self_tests() -> Iterator[Finding]:
 
 
 def _self_test(device: torch.device) -> str:
-    """Five calls of a compiled function with an eager step, compared with eager; what was seen.
+    """Five calls of a compiled function with an eager step, compared with eager. Returns what was seen.
 
     Raises:
         AssertionError: a result differs, or nothing was captured.
@@ -167,7 +167,7 @@ def _self_test(device: torch.device) -> str:
         for _ in range(5):
             x = torch.randn(4, 16, device=device)
             assert torch.equal(compiled(x), function(x)), "a result differs from eager's"
-    # The self-test of another device has the same code, so its program is in the report too.
+    # The self-test of another device has the same code, so the report contains its program too.
     (program,) = [found for found in explain(compiled).programs if found.driver.endswith(f" on {device}")]
     assert program.replays, "nothing was replayed: " + "; ".join(program.notes)
     reset(compiled)

@@ -1,4 +1,4 @@
-"""Does it pay? Each step of a recording timed, on the host and on the GPU, and the whole against eager."""
+"""Times of each step of a recording, on the host and on the GPU, and of the whole against eager: does it pay?"""
 
 from __future__ import annotations
 
@@ -34,50 +34,50 @@ from breakable_backend.recordings.replay import Mark, emit
 PAYS, LOSES = 1.05, 0.95
 """Eager's time over the replay's from which on a recording pays, and below which it does not."""
 BUSY = 0.9
-"""Share of a call in which the GPU works, from which on launches are not what the call waits for."""
+"""If the GPU works for this share of a call or more, launches are not the bottleneck."""
 OUTSIDE = 0.1
-"""Share of a call's host time from which on what goes on around the replay is worth a word."""
+"""If the host spends this share of a call or more around the replay, the report mentions it."""
 DEAR = 0.25
-"""Share of a call's host time from which on an op that breaks it is worth a word."""
+"""If an eager op takes this share of a call's host time or more, the report mentions it."""
 SMALL = 8
-"""Ops: longer segments are no small ones."""
+"""In ops. Longer segments are not small."""
 LOOPS = 15
 BURST = 5
-"""Calls issued to an idle GPU, so that none of their launches waits for room in the queue."""
+"""Calls issued to an idle GPU, so few that none of their launches waits for room in the queue."""
 SECONDS = 1.0
-"""How long one loop of measurements may take, at most about that."""
+"""About how long one loop of measurements may take, at most."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step, median of several replays."""
+    """The times of one step, medians of several replays."""
 
     host_us: float
-    """Until the step was issued, the copies into its bridges included."""
+    """Until the step was issued, with the copies into its bridges."""
     gpu_us: float | None
-    """What the GPU spends on it in kernels and copies; None without a GPU, or where no profiler can tell."""
+    """GPU time of its kernels and copies; None without a GPU, or if no profiler can tell."""
 
 
 @dataclass(frozen=True)
 class BreakCost:
-    """What an eager step costs, and with it the copies of its results into captured segments."""
+    """The time of an eager step, with the copies of its results into captured segments."""
 
     step: int
     op: str
     source: str
     host_us: float
     share: float
-    """Of the host time of a call."""
+    """Its share of the host time of a call."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Something that would help, and the number that says so."""
+    """Something that would help, and the number that supports it."""
 
     what: str
     evidence: str
     saves_us: float
-    """Host time of a call, at most."""
+    """The host time of a call that it saves, at most."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,22 @@ class Measured:
     eager_us: float | None
     """A call of what it is compared with; None if there is nothing."""
     eager_how: str
-    """What that was."""
+    """What it is compared with."""
     host_us: float
-    """To issue a call."""
+    """The time to issue a call."""
     total_us: float
-    """A call until the GPU is done, in a row of calls."""
+    """The time of a call until the GPU is done, in a row of calls."""
     steps: tuple[StepTime, ...]
     breaks: tuple[BreakCost, ...]
-    """Costliest first."""
+    """The costliest first."""
     advice: tuple[Advice, ...]
-    """Most helpful first."""
+    """The most helpful first."""
     note: str = ""
-    """What to keep in mind."""
+    """What limits the figures."""
 
     @property
     def busy(self) -> float | None:
-        """Share of a call in which the GPU works; None without one."""
+        """The share of a call in which the GPU works; None without a GPU."""
         gpu = [step.gpu_us for step in self.steps if step.gpu_us is not None]
         return min(1.0, sum(gpu) / self.total_us) if gpu else None
 
@@ -141,10 +141,10 @@ def measure_compiled(
     kwargs: Mapping[str, Any],
     eager: Callable[[], Any] | None,
 ) -> dict[Place, Measured]:
-    """Measure the recordings behind a compiled function; with arguments, those that a call with them replays.
+    """Measure the recordings of a compiled function; with arguments, those that a call with them replays.
 
     Raises:
-        OptionsError: nothing was recorded, or an input is kept by no bridge.
+        OptionsError: nothing was recorded, or an input is not kept by a bridge.
     """
     debugged = next((executor for executor in executors_of(compiled) if executor.options.debug is not None), None)
     if debugged is not None:
@@ -154,7 +154,7 @@ def measure_compiled(
     if not (args or kwargs):
         measured = {}
         for executor in executors_of(compiled):
-            with executor.driver.lock:  # what is recorded now stays so
+            with executor.driver.lock:  # the recordings stay as they are
                 snapshot = executor.snapshot()
                 for key in snapshot.keys:
                     if key.recording is not None:
@@ -193,8 +193,9 @@ def measure_compiled(
 def _replayed(
     compiled: Any, executors_of: Callable[[Any], Sequence[Executor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[Place, tuple[Executor, list[Any]]]:
-    """What a call replays, with its arguments. A call that learns, runs plainly, or records, is made again."""
-    for _ in range(5):  # two that learn what marked functions return, a plain one, one that records, one that replays
+    """What a call replays, with its arguments. A call that learns, runs plainly, or records, is repeated."""
+    # Two calls that learn what marked functions return, a plain one, one that records, one that replays.
+    for _ in range(5):
         found: dict[Place, tuple[Executor, list[Any]]] = {}
         executors = executors_of(compiled)
 
@@ -229,7 +230,7 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A call from the outside, with Dynamo's guards and all, and what it is compared with."""
+    """A whole call, with Dynamo's guards, and what it is compared with."""
 
     call: Callable[[], Any]
     reference: _Reference
@@ -238,10 +239,10 @@ class _Whole:
 def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
     """Arguments like those of the last replay, from what the executor and the recording keep of them.
 
-    The bridge of a large input shares its memory with other values: zeros take its place, which are safe to index with.
+    The bridge of a large input shares its memory with other values. Zeros take its place, since they are valid indices.
 
     Raises:
-        OptionsError: an input is read in place, or by eager steps alone, and so is kept nowhere.
+        OptionsError: an input is read in place, or by eager steps only, and so is not kept.
     """
     assert key.recording is not None
     statics, numbers = iter(key.statics), iter(key.key.shapes)
@@ -266,7 +267,7 @@ def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
 
 
 def _written(program: Program, args: Sequence[Any]) -> list[torch.UntypedStorage]:
-    """Storages of the caller's that a call writes."""
+    """The caller's storages that a call writes."""
     names = {access.storage for segment in program.segments for access in segment.writes}
     return [args[v.index].untyped_storage() for v in program.inputs if v.index >= 0 and v.name in names]
 
@@ -303,7 +304,7 @@ def _measure_key(
 
 
 def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) -> Measured:
-    """Measure what was captured by ``with capture(graph)``.
+    """Measure what ``with capture(graph)`` captured.
 
     Raises:
         OptionsError: nothing was captured.
@@ -332,9 +333,9 @@ def _judged(
     plain: _Reference | None,
     outside: float = 0.0,
 ) -> Measured:
-    """What the times of a recording mean, once it is known what to compare them with.
+    """What the times of a recording mean, compared with the reference.
 
-    ``outside``: microseconds of host time that are spent around the replay.
+    ``outside``: microseconds of host time around the replay.
     """
     eager_us = bench.times(reference.call).total_us if reference is not None else None
     per_op = None
@@ -366,14 +367,14 @@ def _judged(
 
 @contextmanager
 def _undisturbed(driver: CaptureDriver, written: Callable[[], Sequence[torch.UntypedStorage]]) -> Iterator[_Bench]:
-    """A bench that has the pool to itself: what a call in another thread writes in between would be put back with our own."""
+    """A bench that has the pool to itself. Otherwise writes of another thread's call would be undone with ours."""
     with driver.lock, _Bench(driver.devices, written()) as bench:
         yield bench
 
 
 @contextmanager
 def _alone(driver: CaptureDriver) -> Iterator[int]:
-    """The pool for ourselves, as in a call; what was to be released meanwhile is released then."""
+    """The pool without other users, as in a call. What is to be released meanwhile is released at the end."""
     with driver.lock, active.calling():
         before, driver.busy = driver.busy, True
         try:
@@ -394,9 +395,9 @@ class _Times:
 
 
 class _Bench:
-    """Times calls that write ``storages``, and puts those back after each: a cache must not run over its end.
+    """Times calls that write ``storages``, and restores these after each call: a cache must not run past its end.
 
-    On leaving, the random state is as before too.
+    At the end the random state is restored too.
     """
 
     def __init__(self, devices: Sequence[torch.device], storages: Sequence[torch.UntypedStorage]) -> None:
@@ -415,7 +416,7 @@ class _Bench:
             torch.cuda.set_rng_state_all(self._random[1])
 
     def wait(self) -> None:
-        """Until the GPU is done."""
+        """Wait until the GPU is done."""
         for device in self._devices if self.device.type == "cuda" else ():
             torch.cuda.synchronize(device)
 
@@ -428,7 +429,7 @@ class _Bench:
     def times(self, call: Callable[[], Any]) -> _Times:
         """Host and total time of a call: medians over loops, after one that does not count.
 
-        Where nothing has to be put back, calls come in bursts: the GPU then works off a queue, as in a loop of a user's.
+        If nothing has to be restored, calls come in bursts: the GPU then works off a queue, as in a user's loop.
         """
         self._loop(call, 1)
         if self._saved:
@@ -456,7 +457,7 @@ class _Bench:
 
 
 def _uncaptured(lowered: Lowered) -> fx.GraphModule:
-    """The whole graph as one module, with the ambient state of its eager steps: the least that eager could cost."""
+    """The whole graph as one module, with the modes of its eager steps: the least that eager could take."""
     module = lowered.module
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
@@ -484,7 +485,7 @@ def _timed_steps(bench: _Bench, recording: Recording, args: Sequence[Any], strea
 def _gpu_times(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> list[float] | None:
     """Time in kernels and copies, by step: what a profiler sees while each step waits for the one before.
 
-    Time between events would count the GPU's waiting for a host that waits for it.
+    The time between events would include the GPU's waits for the host.
     """
     if bench.device.type != "cuda":
         return None
@@ -521,7 +522,7 @@ _WINDOW = "breakable_cg measures step "
 
 
 def _replays(bench: _Bench, recording: Recording, mark: Mark, args: Sequence[Any], stream: int) -> Iterator[None]:
-    """Replay with ``mark`` between the steps, again and again."""
+    """Replay again and again, with ``mark`` between the steps."""
     marked = emit(recording, mark)
     for _ in range(LOOPS):
         marked.function(list(args), stream)
@@ -576,7 +577,7 @@ def _advice(
 
 
 def _fewer_marks(recording: Recording, steps: Sequence[StepTime]) -> Iterator[Advice]:
-    """Ops of torch's own that nothing but a mark keeps out of the graphs."""
+    """PyTorch's own ops that only a mark keeps out of the graphs."""
     found: dict[str, float] = {}
     for step, timed in zip(recording.steps, steps, strict=True):
         if isinstance(step, EagerStep):
@@ -631,13 +632,13 @@ def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
 
 
 def _copy_us(bridge: Bridge) -> float:
-    # Into memory of its own: that of the bridge may be another value's, in a call of another thread.
+    # Copied to separate memory: another thread's call may use the bridge's memory for another value.
     source, target = clone_exact(bridge.tensor), Bridge.zeros(bridge.tensor)
     return _Bench((source.device,), ()).times(lambda: target.load(source)).host_us
 
 
 def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: float) -> Iterator[Advice]:
-    """Captured segments that cost the host more than their ops would."""
+    """Captured segments that take more host time than their ops would."""
     losing = [
         (timed.host_us - per_op * _num_ops(step), step.segment.num_kernels)
         for step, timed in zip(recording.steps, steps, strict=True)

@@ -1,4 +1,4 @@
-"""Who observes which graphs. What an option asks for is imported when it does."""
+"""Which tools observe which graphs. A tool is imported when an option asks for it."""
 
 from __future__ import annotations
 

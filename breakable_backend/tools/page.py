@@ -1,6 +1,6 @@
-"""The report as one HTML page: it carries its style, its script and its data, and asks the network for nothing.
+"""The report as one HTML page, with its style, script and data, and without any network access.
 
-``page.html`` is the page; here is what goes into it, and how.
+``page.html`` is the page. This module inserts the data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Lines = list[tuple[int, int]]
-"""For each step its lines of a text: the first, and the one behind the last."""
+"""For each step its lines in a text: the first, and the one behind the last."""
 
 TEMPLATE = Path(__file__).with_name("page.html")
 REPORT, LINES = "/*report*/null", "/*lines*/null"
@@ -19,7 +19,7 @@ REPORT, LINES = "/*report*/null", "/*lines*/null"
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """What ``Report.to_dict`` returned, as a page. The data can be read out of it again, unchanged."""
+    """The result of ``Report.to_dict`` as a page. The data can be read from the page again, unchanged."""
     template = TEMPLATE.read_text(encoding="utf-8")
     before, rest = template.split(REPORT)
     between, behind = rest.split(LINES)
@@ -28,7 +28,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """``data`` as JSON in ASCII that no tag, comment or entity of HTML can be read in."""
+    """``data`` as JSON in ASCII that contains no tag, comment or entity of HTML."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -41,6 +41,6 @@ def _lines(program: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def step_lines(steps: Sequence[Mapping[str, Any]]) -> Lines:
-    """Where each step stands in its text; empty where the report does not say so of all."""
+    """The lines of each step in its text; empty if the report does not have them for all steps."""
     lines = [(step.get("first_line", -1), step.get("end_line", -1)) for step in steps]
     return [] if (-1, -1) in lines else lines

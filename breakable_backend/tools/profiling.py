@@ -1,6 +1,7 @@
-"""Names for ``torch.profiler``, and through ``emit_nvtx`` for Nsight: of calls, of segments and of eager steps.
+"""Names for ``torch.profiler``, and through ``emit_nvtx`` for Nsight: of calls, segments and eager steps.
 
-Only while a profiler is active. A replay then runs a variant of its source, which says where each step begins.
+They exist only while a profiler is active. A replay then runs a variant of its source that marks the beginning of each
+step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Profiling(Observer):
 class _Named:
     """A replay with a range for each step. Its source is made when a profiler is first active.
 
-    One call at a time, as is the rule for a recording.
+    One call at a time runs it, as any recording.
     """
 
     def __init__(self, name: str, recording: Recording, tally: Tally) -> None:
@@ -50,7 +51,7 @@ class _Named:
             try:
                 return self.function(args, stream)
             finally:
-                self._ranges.end()  # also where it raises
+                self._ranges.end()  # also if it raises
 
 
 class _Ranges:
@@ -73,7 +74,7 @@ class _Ranges:
 
 
 def step_names(recording: Recording) -> list[str]:
-    """What each step is, and in the end what makes the outputs."""
+    """The name of each step, and at the end that of the outputs."""
     return [*(f"step {position} {_kind(step)}" for position, step in enumerate(recording.steps)), "outputs"]
 
 

@@ -1,4 +1,4 @@
-"""The records that a report is made of: plain values, frozen."""
+"""The records of a report: frozen dataclasses of plain values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from breakable_backend.tools.measure import Measured
 
 @dataclass(frozen=True)
 class BridgeReport:
-    """A copy between a bridge and the outside."""
+    """A copy between a bridge and memory outside."""
 
     value: str
     direction: Literal["in", "out"]
@@ -23,7 +23,7 @@ class BridgeReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """A captured segment or an eager one, in its place; of a key that was recorded, with what came of it."""
+    """A captured or eager segment; in a recorded key, with its kernels and bridges."""
 
     position: int
     kind: Literal["captured", "eager"]
@@ -33,14 +33,14 @@ class StepReport:
     kernels: tuple[str, ...]
     """Names of the kernels in the captured graph, in order; empty before it is recorded."""
     num_kernels: int
-    """-1 before it is recorded, and where the driver cannot tell."""
+    """-1 before it is recorded, and if the driver cannot tell."""
     bridges: tuple[BridgeReport, ...]
     first_line: int = -1
-    """Of its lines in the text or the source that it is a step of, counted from 0; -1: it has none there."""
+    """Its first line in the text or source that contains it, from 0; -1 if it has none there."""
     end_line: int = -1
-    """The line behind the last of them."""
+    """The line behind its last one."""
     host_us: float | None = None
-    """Host time, measured; None if it was not."""
+    """Measured host time; None if it was not measured."""
     gpu_us: float | None = None
 
     @property
@@ -53,14 +53,14 @@ class StepReport:
 
     @property
     def module(self) -> str:
-        """The path of the module that all its ops are in."""
+        """The path of the innermost module that contains all its ops."""
         paths = [op.module.split(".") for op in self.ops if op.module]
         shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
         return ".".join(names[0] for names in shared)
 
     @property
     def source(self) -> str:
-        """The user's line: of its first reason, else of its first op."""
+        """The user's line: of its first reason, or else of its first op."""
         return next(filter(None, (*(r.source for r in self.reasons), *(op.source for op in self.ops))), "")
 
 
@@ -76,31 +76,31 @@ class RecordingReport:
     """Segments captured for this key."""
     replays: int
     copies_per_call: int
-    """Copies between bridges and the outside in one replay, at most."""
+    """Copies between bridges and memory outside in one replay, at most."""
     copies: int
-    """Copies that were made, recording included; one is left out where the value is in place already."""
+    """Copies so far, recording included. A value that is in place already is not copied."""
     bridge_bytes: int
     held_bytes: int
-    """Bytes of pool memory for what segments hand on, as much as is needed at once; bridges are not counted."""
+    """Bytes of pool memory for values passed between segments, at most at the same time, without bridges."""
     warmup_seconds: float = 0.0
     record_seconds: float
     why: str
-    """Why the key was new when it came."""
+    """Why the key had no recording before."""
     source: str
-    """The generated replay function."""
+    """The generated source of the replay."""
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
     failures: int = 0
-    """Recordings that failed for reasons that pass, since the key came."""
+    """Recordings of this key that failed for a passing reason."""
     last_failure: str = ""
-    """Why the last of them failed."""
+    """The reason of the last failure."""
     steps: tuple[StepReport, ...]
     measured: Measured | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """One graph that Dynamo made, or one captured ``with`` block, and what became of it."""
+    """One graph of Dynamo's, or one captured ``with`` block, and what happened to it."""
 
     name: str
     driver: str
@@ -117,33 +117,33 @@ class ProgramReport:
     copies: int
     evictions: int = 0
     plain_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Calls that ran plainly, by why."""
+    """Plain calls: a count for each reason."""
     recorded: Mapping[str, int]
-    """Recordings, by why there was none for the key."""
+    """Recordings: a count for each reason why the key had none."""
     notes: tuple[str, ...] = ()
     lowering_seconds: float = 0.0
     pool_bytes: int
-    """Device memory that the driver's pool holds reserved, for all programs that share it."""
+    """Device memory that the driver's pool reserves, for all programs that share it."""
     executable_bytes: int
-    """Device memory that the driver's instantiated graphs take, likewise."""
+    """Device memory of the driver's executable graphs, for all programs that share the pool."""
     recordings: tuple[RecordingReport, ...]
     debug: str | None
-    """The debug mode; with ``"eager"`` the captured segments run eagerly too."""
+    """The debug mode. With ``"eager"`` the captured segments run eagerly too."""
     bound_calls: int = 0
-    """Calls of bound functions, which did not ask Dynamo's guards; among ``calls``."""
+    """Calls of bound functions, without Dynamo's guards; included in ``calls``."""
     misfits: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Calls of bound functions that did not fit, by why."""
+    """Calls of bound functions that did not fit: a count for each reason."""
     findings: tuple[str, ...] = ()
-    """Where few calls replay: what varies, its values, and the remedy."""
+    """If few calls replay: what varies, its values, and the remedy."""
     slots: int = 0
-    """Of the forward of a graph that needs gradients: recordings with memory for what a backward needs."""
+    """For the forward of a graph that needs gradients: recordings with memory for what a backward needs."""
     pending: int = 0
-    """Forwards in them that may still be run backward."""
+    """Forwards in these slots that may still be run backward."""
     saved_bytes: int = 0
-    """Memory of the slots."""
+    """Memory of the slots, in bytes."""
 
     @property
     def main(self) -> RecordingReport | None:
-        """The recorded key that was called most."""
+        """The recorded key with the most calls."""
         recorded = [recording for recording in self.recordings if recording.steps]
         return max(recorded, key=lambda recording: recording.calls, default=None)

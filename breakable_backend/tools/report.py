@@ -1,4 +1,4 @@
-"""What was captured, what was not, why, at which line, what it costs, and whether it pays.
+"""``explain``: what was captured, what was not, why, at which line, how long it takes, and whether it pays.
 
 A report is a frozen snapshot: records of plain values, the same in a terminal, as JSON, as a graph and as a page.
 """
@@ -54,32 +54,33 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 SCHEMA = 1
-"""Of :meth:`Report.to_dict`: goes up when a field changes its meaning or goes away."""
+"""The version of :meth:`Report.to_dict`. It changes when a field changes its meaning or is removed."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`explain` found; ``print`` shows it."""
+    """The result of :func:`explain`. ``print`` shows it."""
 
     programs: tuple[ProgramReport, ...]
     eager_graphs: tuple[EagerGraph, ...]
-    """Graphs that run as Dynamo traced them: those that need gradients, and what AOTAutograd does not take."""
+    """Graphs that run as Dynamo traced them: those that need gradients, and those that AOTAutograd cannot trace."""
     graph_breaks: Mapping[str, int]
     """Dynamo's graph breaks in this process, by reason."""
     at_recompile_limit: tuple[str, ...]
-    """Functions that Dynamo has compiled as often as it will; what the compiled versions do not fit runs uncompiled."""
+    """Functions that Dynamo does not compile again. Calls that fit no compiled version run uncompiled."""
     skipped: Mapping[str, str]
-    """Functions that were called, and of which Dynamo has compiled nothing, with why. They run uncompiled."""
+    """Functions that were called and run uncompiled, since Dynamo skipped them, with the cause."""
     stance: str
-    """What ``torch.compiler.set_stance`` has set: ``"default"``, or what compiles less than that."""
+    """The stance of ``torch.compiler.set_stance``: ``"default"``, or one that compiles less."""
     learning: Mapping[str, str]
-    """Marked functions whose results are not known yet, with where they are defined. Calls run as plain Python until then."""
+    """Marked functions whose results are not known yet, each with the line of its definition. Calls run as plain Python
+    until then."""
 
     def __str__(self) -> str:
         return as_text(_lines(self))
 
     def __rich__(self) -> Group:
-        """For ``rich.print``: the same, with colour."""
+        """For ``rich.print``: the same with colour."""
         return as_rich(_lines(self))
 
     def _repr_html_(self) -> str:
@@ -87,9 +88,9 @@ class Report:
         return as_html(_lines(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers, with the version of their schema.
+        """The report as plain dicts, lists, strings and numbers, with the version of the schema.
 
-        Steps have their ``title``, ``module`` and ``source`` too, and what was measured its ``verdict``.
+        Steps also have ``title``, ``module`` and ``source``, and measured recordings have ``verdict``.
         """
         return {"schema": SCHEMA, **_plain(self)}
 
@@ -102,7 +103,7 @@ class Report:
         """The report that :meth:`to_json` wrote as ``text``, in this or another process.
 
         Raises:
-            OptionsError: ``text`` is no JSON, or no report of this schema.
+            OptionsError: ``text`` is not JSON, or not a report of this schema.
         """
         try:
             saved = json.loads(text)
@@ -123,7 +124,7 @@ class Report:
         return "\n".join(_dot(self)) + "\n"
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as one page, which needs no network; returns its path."""
+        """Write the report as one page, which needs no network. Returns its path."""
         written = Path(path)
         written.write_text(page(self.to_dict()), encoding="utf-8")
         return written
@@ -149,22 +150,22 @@ def explain(
     Args:
         compiled: what ``torch.compile`` returned, or a :class:`BreakableCUDAGraph`; None for all functions of this
             backend. Or a function or module that is not compiled, with arguments: it is compiled with ``options`` and
-            called once, plainly, and nothing is captured; up to twice more, where marked functions are learned first.
-            Compiling it alike later takes what was compiled here.
-        args: arguments for a call, before it is reported on.
-        options: as of ``torch.compile``, for what is not compiled yet.
+            called once, plainly, and nothing is captured; up to two calls more if marked functions are learned first.
+            If you compile it later in the same way, this compiled code is used.
+        args: arguments for a call, which is made before the report.
+        options: as for ``torch.compile``, for a function that is not compiled yet.
         measure: whether to time each step of each recording, and the whole against eager. With ``args`` that call is
-            timed, recorded first if need be, and eager is the uncompiled function. Without, what the bridges hold is
-            replayed, and eager is a plain call. Marked functions run some hundred times; the random state, and what
-            the graphs write of the caller's, is put back afterwards.
-        eager: what to compare with instead; for a :class:`BreakableCUDAGraph`, which has no other.
+            timed, recorded first if necessary, and eager is the uncompiled function. Without, the contents of the
+            bridges are replayed, and eager is a plain call. Marked functions run some hundred times. The random state,
+            and what the graphs write of the caller's, is restored afterwards.
+        eager: what to compare with instead; for a :class:`BreakableCUDAGraph`, which has no other reference.
         kwargs: keyword arguments for the call.
 
     Returns:
-        a frozen snapshot. It is empty before the first call, which is when Dynamo compiles.
+        a frozen snapshot. It is empty before the first call, in which Dynamo compiles.
 
     Raises:
-        OptionsError: nothing to measure, or an input that a replay needs is not kept by any bridge.
+        OptionsError: nothing to measure, or no bridge keeps an input that a replay needs.
     """
     if options is not None and (compiled is None or not _is_plain(compiled)):
         raise OptionsError(
@@ -188,7 +189,7 @@ def explain(
         measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
     elif args or kwargs:
         compiled(*args, **kwargs)
-        for _ in range(2):  # a float or bool in a result takes two calls
+        for _ in range(2):  # a float or bool in a result is learned in two calls
             if found_by(_torch.subjects_of(compiled), learning()):
                 compiled(*args, **kwargs)
     executors = executors_of(compiled)
@@ -218,13 +219,13 @@ def explain(
 
 
 def _breaks() -> dict[str, int]:
-    """Dynamo's graph breaks. What called a marked function breaks there, and then what the mark has put around it does."""
+    """Dynamo's graph breaks. A marked function's caller breaks there, and the wrapper of the mark breaks too."""
     found = {_with_cause(why): count for why, count in _torch.graph_breaks().items()}
     return {why: count for why, count in found.items() if not any(other.startswith(f"{why}, at ") for other in found)}
 
 
 def _with_cause(graph_break: str) -> str:
-    """Why Dynamo broke the graph; at a call of a marked function, why that is a break."""
+    """Why Dynamo broke the graph; at a call of a marked function, why that call is a break."""
     told = re.search(r"\(reason: (.*, is no node: .*)\)$", graph_break, re.MULTILINE)
     if told is None:
         return graph_break
@@ -243,7 +244,7 @@ def _is_plain(function: Any) -> bool:
 
 
 def _codes(compiled: Any) -> list[CodeType]:
-    """What Dynamo compiles for ``compiled``, as far as it is known: functions, and how they go on behind graph breaks."""
+    """The code objects that Dynamo compiles for ``compiled``: functions, and their continuations behind graph breaks."""
     found = (executor.callers.code for executor in executors_of(compiled))
     return [*_torch.codes_of(compiled), *(code for code in found if code is not None)]
 
@@ -307,7 +308,7 @@ def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> Re
 
 
 def _recorded(recording: Recording | None, replay: Replay | None, measured: Measured | None) -> dict[str, Any]:
-    """What a recording is like, by the fields of a :class:`RecordingReport`."""
+    """The fields of a :class:`RecordingReport` for a recording."""
     made = recording or NOTHING
     return {
         "num_graphs": len(made.graphs),
@@ -402,7 +403,7 @@ def _segment(position: int, segment: Segment) -> StepReport:
 
 
 def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
-    """What a segment's module does, in order; views and the parts of results are left out."""
+    """What a segment's module does, in order, without views and parts of results."""
     return tuple(
         Op(node.name, label(node), described(node.meta.get("val")), module_path(node), source_line(node))
         for node in module.graph.nodes
@@ -442,7 +443,7 @@ def _lines(report: Report) -> Iterator[str | Table]:
 
 
 def _share(programs: Sequence[ProgramReport], calls: int) -> str:
-    """How many calls were replayed, which is what the rest explains."""
+    """How many calls were replays, on which the other figures depend."""
     replays = sum(program.replays for program in programs)
     recorded = sum(sum(program.recorded.values()) for program in programs)
     plain = sum(sum(program.plain_calls.values()) for program in programs)
@@ -469,7 +470,7 @@ STANCES = {
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it; records with those of their properties that say something of themselves."""
+    """``value`` as JSON has it; records with those properties that describe them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         names += SHOWN.get(type(value), ())

@@ -1,4 +1,4 @@
-"""Reading records back from the plain values that they were saved as."""
+"""Records read back from the plain values that they were saved as."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 def record_from(kind: type[T], saved: Any, where: str = "report") -> T:
-    """The record of class ``kind`` that was saved as ``saved``, the dict that JSON gives back.
+    """The record of class ``kind`` that was saved as ``saved``, the dict from the JSON.
 
     Args:
         kind: a dataclass whose fields are plain values, tuples, mappings and further such dataclasses.
-        saved: a dict with its fields. Keys that are no fields are properties that were saved for other readers.
-        where: what the error text calls ``saved``.
+        saved: a dict with its fields. Keys that are not fields are properties that were saved for other readers.
+        where: the name of ``saved`` in error texts.
 
     Raises:
-        OptionsError: ``saved`` is not what such a record is saved as; the text names the field.
+        OptionsError: ``saved`` does not fit such a record; the text names the field.
     """
     if not isinstance(saved, Mapping):
         raise _misfit(where, f"a dict for a {kind.__name__}", saved)

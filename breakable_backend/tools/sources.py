@@ -1,7 +1,7 @@
-"""Graphs, programs and replays as files: readable alone, and where a debugger steps while ``depyf.prepare_debug`` is active.
+"""Graphs, programs and replays as files: to read alone, and for a debugger while ``depyf.prepare_debug`` is active.
 
-Each file is named for what it holds: ``breakable_cg_graph_0_segment_1_eager.py``. A text that changed, as a program does that
-was cut anew, gets a number more and leaves the older one as it is.
+Each file is named after its content: ``breakable_cg_graph_0_segment_1_eager.py``. A text that has changed, such as a
+program that was cut anew, gets one more number, and the older file stays.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from torch import device
 
 
 def depyf_folder() -> Path | None:
-    """Where ``depyf.prepare_debug`` writes, inside of it; None outside. Checked with depyf 0.18 to 0.20."""
+    """The folder of ``depyf.prepare_debug``, inside it; None outside. Checked with depyf 0.18 to 0.20."""
     state = sys.modules.get("depyf.explain.global_variables")
     data = getattr(state, "data", {})
     return Path(data["dump_src_dir"]) if data.get("is_inside_prepare_debug") else None
 
 
 def place(folder: Path, name: str, text: str) -> Path:
-    """Write ``text`` to the file ``name``; to ``stem.1.suffix`` and so on where that holds another text."""
+    """Write ``text`` to the file ``name``, or to ``stem.1.suffix`` and so on if that file has another text."""
     stem, _, suffix = name.rpartition(".")
     path, number = folder / name, 0
     while path.exists() and path.read_text(encoding="utf-8") != text:
@@ -91,7 +91,7 @@ def segment_name(position: int, segment: Segment) -> str:
 
 
 def segment_text(program: Program, position: int) -> str:
-    """A segment as a module, below a line on how it runs and, of an eager one, why."""
+    """A segment as a module, below a line on how it runs and, for an eager one, why."""
     segment = program.segments[position]
     if isinstance(segment, EagerSegment):
         why = [f"  because {reason}{f', at {reason.source}' if reason.source else ''}" for reason in segment.reasons]
@@ -102,7 +102,7 @@ def segment_text(program: Program, position: int) -> str:
 def whole(program: Program) -> fx.GraphModule:
     """The program as one module that calls its segments in order, each a module in it.
 
-    It takes the inputs of the program, and behind them its sizes, which are functions of those.
+    It takes the inputs of the program, and behind them its sizes, which are functions of the inputs.
     """
     graph, root = fx.Graph(), fx.GraphModule({}, fx.Graph())
     values: dict[str, fx.Node] = {}
@@ -127,7 +127,7 @@ def whole(program: Program) -> fx.GraphModule:
 
 
 def _twin(module: fx.GraphModule) -> fx.GraphModule:
-    """A module of the same code. fx compiles anew what is put into another module: not the one that calls run meanwhile."""
+    """A module of the same code. fx compiles a module anew that is put into another one, so this is a copy."""
     targets = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
     parts = {target: operator.attrgetter(target)(module) for target in sorted(targets)}
     twins = {target: _twin(part) if isinstance(part, fx.GraphModule) else part for target, part in parts.items()}
@@ -135,7 +135,7 @@ def _twin(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def whole_text(program: Program, about: str) -> str:
-    """The program as one text to read: how it is printed, and the code of its segments nested in that of the whole."""
+    """The program as one text to read: its printed form, and the code of its segments inside that of the whole."""
     return module_text(whole(program), f"{about}\n{program}")
 
 
@@ -143,12 +143,12 @@ def whole_text(program: Program, about: str) -> str:
 
 
 class DepyfFiles(Observer):
-    """Inside ``depyf.prepare_debug``: what is made of a graph, as files that it runs from, so that breakpoints there are hit."""
+    """Inside ``depyf.prepare_debug``: files of a graph, from which it runs, so that breakpoints in them are hit."""
 
     def __init__(self, subject: Subject) -> None:
         self.name, self.debug = subject.name, subject.options.debug
         self._stepped: weakref.WeakKeyDictionary[fx.GraphModule, _Stepped] = weakref.WeakKeyDictionary()
-        """What runs from the files of captured segments while those are captured."""
+        """What runs from the files of captured segments while these are captured."""
 
     def traced(self, module: fx.GraphModule, stage: str) -> None:
         folder = depyf_folder()
@@ -184,7 +184,7 @@ def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:
     try:
         code = compile(text, str(file), "exec")
     except SyntaxError:
-        return  # what fx prints for people is not always Python; then the file is there to be read
+        return  # the text that fx prints is not always Python; then the file is only for reading
     forward = type(module).forward
     scope: dict[str, Any] = dict(forward.__globals__)
     exec(code, scope)
@@ -193,14 +193,14 @@ def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:
 
 @dataclass(frozen=True)
 class _Stepped:
-    """The code of a segment's file, with calls at the lines of its nodes that say when each begins and ends."""
+    """The code of a segment's file, with calls at the lines of its nodes that report when each begins and ends."""
 
     code: CodeType
     names: dict[str, Any]
 
     @classmethod
     def of(cls, module: fx.GraphModule, text: str, file: Path) -> _Stepped | None:
-        """None where the text has no statement for some node."""
+        """None if the text has no statement for some node."""
         nodes = {node.name for node in module.graph.nodes if node.op == "call_function"}
         try:
             tree = ast.parse(text)
@@ -239,7 +239,7 @@ class _Stepped:
 
 
 def _made_by(statement: ast.stmt) -> str:
-    """The variable that a statement of a printed graph computes. It sets those to None that are not used any more."""
+    """The variable that a statement of a printed graph computes. The statement also sets unused variables to None."""
     target: ast.expr | None = None
     if isinstance(statement, ast.AnnAssign):
         target = statement.target

@@ -1,4 +1,4 @@
-"""What a report says, line by line and table by table, and how a terminal and a notebook show that."""
+"""The text of a report: its lines and tables, for a terminal and for a notebook."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     import rich.table
 
 ROWS = 40
-"""Steps that a terminal shows of one program; the page shows all."""
+"""How many steps of one program a terminal shows. The page shows all."""
 WIDTH = 160
-"""Columns of a text that goes to no terminal: to a file, say."""
+"""Columns of a text that does not go to a terminal."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts."""
+    """A table of strings."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -38,7 +38,7 @@ class Table:
 
         table = RichTable(*self.columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for row in self.rows:
-            # Lines of code stand in cells. A Text takes no markup and no emoji, so [mask] and :x: stay as they are.
+            # Cells contain lines of code. A Text has no markup and no emoji, so [mask] and :x: stay as they are.
             table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
         return table
 
@@ -50,7 +50,7 @@ class Table:
 
 
 STYLES = {"captured": "green", "eager": "yellow"}
-"""How cells of such a text are coloured, where there is colour."""
+"""The colours of cells with these texts, if there is colour."""
 
 
 def as_text(parts: Iterable[str | Table]) -> str:
@@ -70,7 +70,7 @@ def as_text(parts: Iterable[str | Table]) -> str:
 
 
 INDENT = 4
-"""Columns that stand before a table."""
+"""Columns before a table."""
 
 
 def as_rich(parts: Iterable[str | Table]) -> rich.console.Group:
@@ -113,7 +113,7 @@ DEBUG = {
 
 
 def program_lines(program: ProgramReport) -> Iterator[str | Table]:
-    """What a report says of one program."""
+    """The lines of a report about one program."""
     yield f"{program.name}: {program.num_graph_segments} captured, {program.num_eager_segments} eager ({program.driver})"
     if program.debug is not None:
         yield f"  {DEBUG[program.debug]}"

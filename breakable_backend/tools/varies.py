@@ -1,4 +1,4 @@
-"""What varies from call to call where few calls replay, and what to do about it."""
+"""What varies from call to call if few calls replay, and what to do about it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
 from breakable_backend.ir.program import Input
 
 FEW = 0.5
-"""The share of calls that replay under which a report says what varies."""
+"""If a smaller share of calls replays, a report says what varies."""
 MANY = 3
-"""Values, or sets of addresses, from which on they are worth a line."""
+"""From this number of values, or sets of addresses, on a line mentions them."""
 SHOWN = 6
-"""Values that a line shows."""
+"""How many values a line shows."""
 
 
 def findings(snapshot: Snapshot, replays: int) -> tuple[str, ...]:
-    """For a program of which few calls were replayed: what varies, its values, and the remedy.
+    """For a program of which few calls were replays: what varies, its values, and the remedy.
 
     Args:
         snapshot: of the program's executor.
-        replays: how many of its calls were replayed.
+        replays: how many of its calls were replays.
     """
     calls = snapshot.statistics.calls
     if calls < 2 * MANY or replays >= FEW * calls:
@@ -34,7 +34,7 @@ def findings(snapshot: Snapshot, replays: int) -> tuple[str, ...]:
 
 
 def of_one_function(calls: Sequence[tuple[CodeType | None, int]]) -> tuple[str, ...]:
-    """Where one function was compiled into many programs that are called once or twice each: that, as one finding.
+    """If one function was compiled into many programs that are called once or twice each: one finding that says so.
 
     Args:
         calls: for each program what it was compiled from, and how often it was called.
@@ -80,7 +80,7 @@ def _addresses(snapshot: Snapshot) -> Iterator[str]:
     statics = [value for value in snapshot.program.inputs if value.kind == "static" and value.index >= 0]
     places = list(zip(*sets, strict=False))
     if len(statics) != len(places):
-        statics = []  # written inputs have addresses too, and a snapshot does not tell which those are: nothing is named
+        statics = []  # written inputs have addresses too, and a snapshot does not tell them apart: no input is named
     moved = [value for value, found in zip(statics, places, strict=False) if len(set(found)) >= MANY]
     shown = ", ".join(_described(value) for value in moved[:MANY]) or "some of them written"
     more = f" and {len(moved) - MANY} more" if len(moved) > MANY else ""

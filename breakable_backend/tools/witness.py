@@ -1,4 +1,4 @@
-"""What compare mode sees while a recording is made: the ops of its segments, and what functions keep of their arguments."""
+"""What compare mode notes while a recording is made: the ops of its segments, and arguments that functions keep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from breakable_backend.tools.difference import Difference, difference
 
 @dataclass
 class KeptArgument:
-    """An argument that a function did not let go of when it returned."""
+    """An argument that a function still held when it returned."""
 
     ref: _torch.StorageWeakRef
     """The storage that the function was given: a twin of the recording's own, over the same memory."""
@@ -31,14 +31,14 @@ class KeptArgument:
     label: str
     source: str
     before: torch.UntypedStorage | None = None
-    """What was in it when the call that gave it ended."""
+    """Its content at the end of the call that passed it."""
 
     @property
     def alive(self) -> bool:
         return _torch.live_storage(self.ref) is not None
 
     def changed(self) -> Difference | None:
-        """What is in it now, against what was in it then."""
+        """How its present content differs from that."""
         if self.before is None:
             return None
         return difference(self.geometry.on(self.memory), self.geometry.on(self.before))
@@ -46,21 +46,21 @@ class KeptArgument:
 
 @dataclass
 class Witness:
-    """What was seen while a recording was made."""
+    """What was observed while a recording was made."""
 
     device: torch.device
-    """That of the driver; segments may be on others of its type."""
+    """The driver's device. Segments may be on others of its type."""
     places: dict[int, torch.device] = field(default_factory=dict)
-    """Where each captured segment is, by the position of the step."""
+    """The device of each captured segment, by the position of the step."""
     traces: dict[int, Trace] = field(default_factory=dict)
     """By the position of the step."""
     scripts: dict[int, Script] = field(default_factory=dict)
-    """Of the second door, whose code cannot be run again."""
+    """For ``with capture``, whose code cannot run again."""
     escaped: Escaped = field(default_factory=Escaped)
     kept: list[KeptArgument] = field(default_factory=list)
 
     def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
-        """A segment's body as a function to capture."""
+        """The body of a segment as a function to capture."""
         values = (tensor for node in body.module.graph.nodes for tensor in tensors_of(node.meta.get("val")))
         devices = (value.device for value in values if value.device.type == self.device.type)
         self.places[position] = device = next(devices, self.device)
@@ -74,7 +74,7 @@ class Witness:
         return watched
 
     def issuing(self, position: int) -> Issue:
-        """A segment of the second door begins: what its ops are issued through."""
+        """A segment of ``with capture`` begins. Returns the function that issues its ops."""
         watch, script = Watch(self.device, self.escaped), Script()
         self.traces[position], self.scripts[position] = watch.trace, script
 
@@ -85,7 +85,7 @@ class Witness:
         return issue
 
     def attend(self, function: Callable[..., Any], name: str, source: str) -> Callable[..., Any]:
-        """``function``, with an eye on what it keeps, if it is the user's code."""
+        """``function``, observed for what it keeps, if it is the user's code."""
         if is_of_torch(function):
             return function
 
@@ -101,7 +101,7 @@ class Witness:
 
 
 class _Twins:
-    """Other storages over the memory of arguments, by which one can tell what a function keeps."""
+    """Other storages over the memory of arguments, which show what a function keeps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -125,7 +125,7 @@ class _Twins:
         return made
 
     def returned(self, result: Any) -> Any:
-        """A result: with the arguments themselves, and on their own storages, where there are twins in it."""
+        """A result with the arguments themselves, and on their own storages, in place of twins."""
         if not any(self._is_twin(leaf) for _, leaf in fields(result)):
             return result
         return replaced(result, lambda leaf: self._original(leaf) if self._is_twin(leaf) else leaf)
@@ -139,7 +139,7 @@ class _Twins:
         return Geometry.of(twin).on(self.originals[_torch.storage_key(twin)])
 
     def kept(self, name: str, source: str) -> list[KeptArgument]:
-        """Drop the twins, and say which of them somebody still holds."""
+        """Drop the twins. Returns those that somebody still holds."""
         found = [
             KeptArgument(_torch.StorageWeakRef(twin), storage, geometry, name, source)
             for storage, twin, geometry in self.storages.values()
