@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from breakable_backend import eager_on_graph, explain
+from breakable_backend import bind, eager_on_graph, explain
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,6 +94,10 @@ PLAN = {
 """How a block is shared out: each rank has some heads and some columns of the feed-forward; two all-reduces in a block."""
 
 
+KINDS = ("dtensor", "marked", "plain")
+"""As the plan leaves the model; with a marked attention; and without DTensor around each call."""
+
+
 def build(mesh: DeviceMesh, device: torch.device, shape: argparse.Namespace, marked: bool) -> Decoder:
     torch.manual_seed(0)  # the same weights on all ranks, of which each keeps its part
     with device:
@@ -101,6 +105,30 @@ def build(mesh: DeviceMesh, device: torch.device, shape: argparse.Namespace, mar
     model = model.to(shape.dtype).eval()
     for block in model.blocks:
         parallelize_module(block, mesh, PLAN)
+    return model
+
+
+class Summed(nn.Module):
+    """A layer of which each rank has some rows."""
+
+    def __init__(self, rows: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.rows, self.mesh = rows, mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rows(x)
+        dist.all_reduce(y, group=self.mesh.get_group())
+        return y
+
+
+def unwrapped(model: Decoder, mesh: DeviceMesh) -> Decoder:
+    """The same weights and collectives in plain modules: what the plan has shared out, without DTensor around each call."""
+    for block in model.blocks:
+        for name, style in PLAN.items():
+            local = block.get_submodule(name).weight.to_local()
+            layer = nn.Linear(*reversed(local.shape), bias=False, device="meta")
+            layer.weight = nn.Parameter(local)
+            block.set_submodule(name, Summed(layer, mesh) if isinstance(style, RowwiseParallel) else layer)
     return model
 
 
@@ -139,12 +167,14 @@ def in_turns(
 
 
 @torch.no_grad()
-def compare(mesh: DeviceMesh, device: torch.device, shape: argparse.Namespace, marked: bool, times: bool) -> bool:
+def compare(mesh: DeviceMesh, device: torch.device, shape: argparse.Namespace, kind: str, times: bool) -> bool:
     """Decode eagerly and compiled; whether all bits are the same on this rank."""
+    marked = kind == "marked"
     model = build(mesh, device, shape, marked)
     tokens = torch.randn(shape.length, shape.batch, 1, shape.width, device=device, dtype=shape.dtype)
     dist.broadcast(tokens, 0)
     options = {} if device.type == "cuda" else {"driver": "tape"}
+    model = unwrapped(model, mesh) if kind == "plain" else model
     compiled = torch.compile(model, backend="breakable_cg", fullgraph=True, options=options)
     want, got = decode(model, model, tokens, 6), decode(model, compiled, tokens, 6)
     same = all(map(torch.equal, got, want))
@@ -152,11 +182,13 @@ def compare(mesh: DeviceMesh, device: torch.device, shape: argparse.Namespace, m
     captured = program.replays >= 3 and program.num_eager_segments == (shape.layers if marked else 0)
     if dist.get_rank() == 0:
         print(explain(compiled) if not times else str(explain(compiled)).split("\n    key")[0])
-        print(f"{'marked' if marked else 'no mark'}: {'same bits as eager' if same else 'OTHER BITS THAN EAGER'}")
+        print(f"{kind}: {'same bits as eager' if same else 'OTHER BITS THAN EAGER'}")
     if times:
         theirs = torch.compile(model, mode="reduce-overhead")
         steps = {"eager": model, "reduce-overhead": theirs, "breakable_cg": compiled}
         x, position = tokens[0], torch.tensor([0], device=device)
+        if kind == "plain":  # without Dynamo's guards; weights that are DTensors are not bound
+            steps["bound"] = bind(compiled, x, position)
         for step in steps.values():
             for _ in range(5):
                 step(x, position)
@@ -178,8 +210,7 @@ def rank(arguments: argparse.Namespace) -> int:
     mesh = init_device_mesh(arguments.device, (size,))
     if on_gpu and dist.get_rank() == 0:
         print(f"{size} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    kinds = {"plain": [False], "marked": [True], None: [False, True]}[arguments.only]
-    good = [compare(mesh, device, arguments, marked, arguments.time) for marked in kinds]
+    good = [compare(mesh, device, arguments, kind, arguments.time) for kind in arguments.only or KINDS]
     dist.destroy_process_group()
     return 0 if all(good) else 1
 
@@ -190,7 +221,7 @@ def main(argv: Sequence[str] = ()) -> int:
     there = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if there else "cpu")
     parser.add_argument("--time", action="store_true", help="time it against eager and reduce-overhead, in turns")
-    parser.add_argument("--only", choices=["plain", "marked"], help="with captured attention alone, or with marked")
+    parser.add_argument("--only", choices=KINDS, action="append", help="leave out the other kinds")
     parser.add_argument("--layers", type=int, default=16 if there else 2)
     parser.add_argument("--width", type=int, default=2048 if there else 32)
     parser.add_argument("--heads", type=int, default=16 if there else 4)
@@ -201,8 +232,9 @@ def main(argv: Sequence[str] = ()) -> int:
         return rank(arguments)
     size = torch.cuda.device_count() if arguments.device == "cuda" else 2
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    given = [f"--{name}={value}" for name, value in vars(arguments).items() if name != "time" and value is not None]
-    started = [*command, str(Path(__file__)), *given, *(["--time"] if arguments.time else [])]
+    given = [f"--{name}={value}" for name, value in vars(arguments).items() if name not in ("time", "only")]
+    given += [f"--only={kind}" for kind in arguments.only or ()] + ["--time"] * arguments.time
+    started = [*command, str(Path(__file__)), *given]
     return subprocess.run(started, check=False).returncode
 
 

@@ -372,7 +372,7 @@ def test_threads_with_one_gpu_and_with_both() -> None:
         try:
             with torch.no_grad(), torch.cuda.device(device):
                 for _ in range(40):
-                    x = torch.randn(8, 16, device=device)
+                    x = torch.randn(8, 16).to(device)  # torch 2.11 takes no draw on a GPU while another thread captures
                     assert_same(ours(x), function(x))
         except BaseException as error:  # noqa: BLE001 - told below
             wrong.append(error)
