@@ -5,6 +5,7 @@ Each test spawns its ranks, which compare with eager by themselves. On the CPU t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,46 @@ def apart(device: torch.device) -> None:
         assert program_of(compiled).replays >= 3
 
 
+def delayed(device: torch.device) -> None:
+    """In each call one rank comes a while after the other, and each records while the other replays or waits for it."""
+    group, rank = world(), dist.get_rank()
+    for function in (all_reduce, between(all_gather)):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="breakable_cg", options=options_on(device))
+        with torch.no_grad():
+            for call in range(10):
+                if call == 3 + 3 * rank:
+                    breakable_backend.reset(compiled)
+                if (call + rank) % 2:
+                    time.sleep(0.15)
+                x = values(device)
+                assert torch.equal(compiled(x, group.group_name), function(x, group.group_name)), (function, call)
+        assert program_of(compiled).replays >= 3
+
+
+def planned(device: torch.device) -> None:
+    """A model that is shared out by a plan of DTensor's: its collectives are in the one captured graph."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    reference = unwrapped(averaged, device)
+    model = unwrapped(averaged, device)
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="breakable_cg", fullgraph=True, options=options_on(device))
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(4, 8, device=device)
+            dist.broadcast(x, 0)
+            got = compiled(x)
+            assert torch.equal(got, model(x))
+            torch.testing.assert_close(got, reference(x))
+    program = program_of(compiled)
+    assert (program.num_graph_segments, program.num_eager_segments, program.replays) == (1, 0, 4)
+
+
 def by_hand(device: torch.device) -> None:
     """Collectives under ``capture``, with an eager step between them."""
     group, x = world(), values(device)
@@ -436,7 +477,9 @@ def left_alone(device: torch.device) -> None:
 
 
 @on_each_kind
-@pytest.mark.parametrize("body", [replayed, apart, by_hand, left_alone], ids=lambda body: body.__name__)
+@pytest.mark.parametrize(
+    "body", [replayed, apart, delayed, planned, by_hand, left_alone], ids=lambda body: body.__name__
+)
 def test_collectives(body: ranks.Body, kind: str, tmp_path: Path) -> None:
     """Lines 1 and 3: two ranks' collectives in captured segments: eager's results, and no rank waits for ever."""
     spawn(body, 2, kind, tmp_path)
