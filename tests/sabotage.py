@@ -171,9 +171,9 @@ FAULTS = (
     # --- training ---
     Fault(
         "what-is-saved-lies-in-the-shared-pool",
-        "recordings.recorder:record",
-        "plan.saved_from is not None",
-        "False",
+        "recordings.recorder:Plan.apart",
+        "self.saved_from is not None or not self.fresh_outputs",
+        "not self.fresh_outputs",
         "test_training.py::test_inference_between_forward_and_backward[cpu]",
     ),
     Fault(
@@ -534,8 +534,8 @@ FAULTS = (
     Fault(
         "bridges-of-small-inputs-go",
         "recordings.slots:Slots._made_bridge",
-        "self.keep or small or value.numel() == 0",
-        "self.keep or value.numel() == 0",
+        "self._is_kept(name) or small or value.numel() == 0",
+        "self._is_kept(name) or value.numel() == 0",
         "test_report.py::test_text",
     ),
     Fault(
@@ -575,10 +575,25 @@ FAULTS = (
     ),
     Fault(
         "static-results-go",
-        "recordings.recorder:_Recorder.__init__",
-        "plan.keep or not plan.fresh_outputs or (not driver.reuses_memory)",
-        "plan.keep or (not driver.reuses_memory)",
+        "recordings.slots:Slots._is_kept",
+        "self.static and name in self.lives.returned",
+        "False",
         "test_lifetimes.py::test_static_results_are_held[cpu]",
+    ),
+    Fault(
+        "static-results-hold-everything",
+        "recordings.slots:Slots._is_kept",
+        "self.static and name in self.lives.returned",
+        "self.static",
+        "test_lifetimes.py::test_memory_does_not_grow_with_breaks[cpu-chain-static]",
+    ),
+    Fault(
+        "static-results-in-the-memory-of-others",
+        "recordings.recorder:Plan.apart",
+        "self.saved_from is not None or not self.fresh_outputs",
+        "self.saved_from is not None",
+        "test_lifetimes.py::test_a_static_result_is_in_nobody_elses_memory[fresh-late_step]",
+        gpu=True,
     ),
     Fault(
         "static-results-are-read-late",
@@ -592,7 +607,7 @@ FAULTS = (
         "recordings.slots:Slots._give_up",
         "self.owners.pop(slot, None)",
         "pass",
-        "test_lifetimes.py::test_memory_does_not_grow_with_breaks[cpu-chain]",
+        "test_lifetimes.py::test_memory_does_not_grow_with_breaks[cpu-chain-fresh]",
     ),
     Fault(
         "eager-steps-hold-memory",

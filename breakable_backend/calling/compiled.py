@@ -223,7 +223,7 @@ class CompiledGraph:
         started = time.perf_counter()
         if entry.trials.cause == "memory":
             driver.make_room()
-        if driver.reuses_memory and not observers.reads_values:
+        if driver.reuses_memory and not (plan.keep or plan.apart):
             self._make_way(needed(program, Binding.of(program, values).symbols), driver)
         try:
             with observers.span("record"):

@@ -185,9 +185,6 @@ class ForwardExecutor(Executor):
         why, slot = super().why_new(key), key.shapes[-1]
         return f"{int(slot)} more forward{'s' * (slot != 1)} pending" if slot and "new" in why else why
 
-    def _make_way(self, need: int, driver: CaptureDriver) -> None:
-        """A recording that saves something gets its own memory, whatever room there is in the pool."""
-
 
 class _WithSlot(KeyReader):
     """Reads keys that end with the number of a slot."""

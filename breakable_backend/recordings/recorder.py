@@ -68,6 +68,11 @@ class Plan:
     keep: bool = False
     """Whether every value and bridge is held as long as the recording lives."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether the recording has memory that no other has: what is handed out as it lies is read in later calls."""
+        return self.saved_from is not None or not self.fresh_outputs
+
 
 @dataclass
 class Recorded:
@@ -121,7 +126,7 @@ def record(
     """
     recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream, auto_break, recut)
     try:
-        with driver.recording(apart=plan.saved_from is not None):  # saved values live on between calls
+        with driver.recording(apart=plan.apart):
             position = 0
             while position < len(recorder.segments):
                 segment = recorder.segments[position]
@@ -163,9 +168,8 @@ class _Recorder:
         leaves = outputs_of(binding.program.epilogue.module)
         self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
         """The values among the outputs that a backward needs."""
-        # A static result may be an argument of the next call. No step may get its memory before that call has read it.
-        keep = plan.keep or not plan.fresh_outputs or not driver.reuses_memory
-        self.slots = Slots(binding, driver, outside, self.saved, keep)
+        keep = plan.keep or not driver.reuses_memory
+        self.slots = Slots(binding, driver, outside, self.saved, keep, static=not plan.fresh_outputs)
         self.fixed = plan.keyed | {value.name for value in inputs if value.kind == "static"}
         """Inputs that captured segments use at their addresses."""
         self.addresses: dict[str, int] = {}
@@ -393,7 +397,7 @@ class _Recorder:
             addresses=self.addresses | places_of(slots.constants),
             most=slots.needed(),
             prologue=() if self.plan.fresh_outputs else tuple(settled(self.binding, slots, self.steps)),
-            saved=tuple(owner for owner in held if owner is not None),
+            saved=(*(owner for owner in held if owner is not None), *slots.handed_back()),
         )
         return Recorded(recording, outputs, self.healing.eager, self.copies, program)
 

@@ -35,13 +35,20 @@ class Slots:
         outside: inputs that captured segments reach only through a bridge.
         saved: the values among the outputs that a backward needs.
         keep: whether every value and bridge is held as long as the recording lives.
+        static: whether results are handed out as they lie, and so are held as long.
     """
 
     def __init__(
-        self, binding: Binding, driver: CaptureDriver, outside: set[str], saved: tuple[str, ...], keep: bool
+        self,
+        binding: Binding,
+        driver: CaptureDriver,
+        outside: set[str],
+        saved: tuple[str, ...],
+        keep: bool,
+        static: bool,
     ) -> None:
         program = binding.program
-        self.driver, self.saved, self.keep = driver, saved, keep
+        self.driver, self.saved, self.keep, self.static = driver, saved, keep, static
         self.inputs = binding.values.keys()
         self.values: dict[str, Any] = dict(binding.values)
         """All slots, with the values of this call."""
@@ -102,7 +109,7 @@ class Slots:
         value = self.values[name]
         driver = self.driver.on(value.device)
         small = name in self.inputs and extent(value) * value.element_size() <= buffers.KEPT_INPUT
-        if self.keep or small or value.numel() == 0:
+        if self._is_kept(name) or small or value.numel() == 0:
             return Bridge.like(value, driver.device)
         with driver.allocating():
             made = Bridge.like(value, driver.device)
@@ -142,7 +149,7 @@ class Slots:
         for name, result in zip(names, results, strict=True):
             self.read_from[name] = Slot(name)
             self.values[name] = self.constants[name] = result
-            if self.keep or not self._is_memory(result):
+            if self._is_kept(name) or not self._is_memory(result):
                 continue
             key = _torch.storage_key(result)
             owner, place = (
@@ -186,6 +193,15 @@ class Slots:
                 self.loaded.discard(access.storage)
 
     # lifetimes
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether the recording holds a value, and its bridge, as long as it lives."""
+        return self.keep or (self.static and name in self.lives.returned)
+
+    def handed_back(self) -> Iterator[torch.Tensor]:
+        """With static results, what holds memory that an eager step has returned an alias of: that may be a result."""
+        for owner in self.owners.values() if self.static else ():
+            yield owner.tensor if isinstance(owner, Bridge) else owner
 
     def _hold(self, slot: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
         """Have ``owner`` hold the memory behind ``place``, on which the constants of ``slot`` lie."""

@@ -3,18 +3,15 @@
     PYTHONPATH=. python examples/benchmarks/plain.py                    # all of it
     PYTHONPATH=. python examples/benchmarks/plain.py calls compiling    # some parts
     PYTHONPATH=. python examples/benchmarks/plain.py --smoke            # few turns: does the script run?
-    PYTHONPATH=. python examples/benchmarks/plain.py startup --rounds=1 # of fresh processes; by default three
 
 - ``calls``: calls that run plainly, against ``aot_eager`` in turns: 100 small ops, and 60 marked ones, in programs without
   a segment, with one key too many, with arguments that overlap, and with a busy pool. The median of the turns' ratios; on a
   CPU, of the time that this thread had one.
-- ``compiling``: a transformer of 16 blocks with 16 breaks. Milliseconds of this thread a node, for the partition and for the
-  function of plain calls; milliseconds of a recording, from the second recording on.
-- ``startup``: seconds from after imports to the end of the third call of that transformer, each contender in three fresh
-  processes with empty caches, in turns; the ratio of medians to ``mode="reduce-overhead"`` (on a CPU: Inductor's kernels,
-  no graphs).
-- ``imports``: seconds that ``import breakable_backend`` adds to ``import torch``, and ``import torch`` itself; medians of
-  fresh processes.
+- ``compiling``: a transformer of 16 blocks with 16 breaks, whose number of tokens varies, and does not. Milliseconds of this
+  thread a node, for the partition and for the function of plain calls; milliseconds of a recording, from the second
+  recording on.
+- ``imports``: seconds that ``import breakable_backend`` adds to ``import torch``, and ``import torch`` itself, from compiled
+  files as an installed package has them; medians of five fresh processes.
 """
 
 from __future__ import annotations
@@ -40,7 +37,6 @@ from breakable_backend.recordings.plain import write_plain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMOKE = "--smoke" in sys.argv
-ROUNDS = 1 if SMOKE else next((int(word.partition("=")[2]) for word in sys.argv if word.startswith("--rounds=")), 3)
 TURNS = 3 if SMOKE else 41
 clock = time.perf_counter if DEVICE.type == "cuda" else time.thread_time
 
@@ -185,7 +181,15 @@ def transformer() -> tuple[nn.Module, Tensor]:
 
 
 def compiling() -> None:
+    for sizes_vary in (True, False):
+        torch.compiler.reset()
+        compile_once(sizes_vary)
+
+
+def compile_once(sizes_vary: bool) -> None:
     model, x = transformer()
+    if sizes_vary:
+        torch._dynamo.mark_dynamic(x, 1)
     compiled = torch.compile(model, backend="breakable_cg")
     compiled(x)
     (executor,) = executors_of(compiled)
@@ -195,11 +199,12 @@ def compiling() -> None:
         ("plain call", lambda: write_plain(executor.lowered, executor.program, executor.driver.drawing, "plain")),
     ):
         taken = []
-        for _ in range(5):
+        for _ in range(25):
             start = time.thread_time()
             make()
             taken.append((time.thread_time() - start) * 1e3 / nodes)
-        print(f"{name}: {median(taken):.3f} ms a node, of {nodes}", flush=True)
+        which = ", sizes vary" if sizes_vary else ""
+        print(f"{name}{which}: {median(taken):.4f} ms a node, of {nodes}; the least {min(taken):.4f}", flush=True)
     taken = []
     for _ in range(6):
         compiled(x)
@@ -213,53 +218,34 @@ def compiling() -> None:
     )
 
 
-def three_calls(contender: str) -> None:
-    """In a process of its own: prints the seconds that three calls take."""
-    import torch._dynamo
-    import torch._inductor.compile_fx
-
-    model, x = transformer()
-    sync()
-    start = time.perf_counter()
-    how = {"backend": "breakable_cg"} if contender == "ours" else {"mode": "reduce-overhead"}
-    compiled = torch.compile(model, **how)
-    for _ in range(3):
-        compiled(x)
-    sync()
-    print(time.perf_counter() - start)
-
-
-def startup() -> None:
-    taken: dict[str, list[float]] = {"ours": [], "reduce-overhead": []}
-    for _ in range(ROUNDS):
-        for contender, times in taken.items():
-            with tempfile.TemporaryDirectory() as caches:
-                env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
-                more = ["--smoke"] if SMOKE else []
-                command = [sys.executable, "-W", "ignore", __file__, f"--start={contender}", *more]
-                times.append(float(subprocess.check_output(command, env=env, text=True).split()[-1]))
-    ours, theirs = median(taken["ours"]), median(taken["reduce-overhead"])
-    print(f"start-up: {ours:.2f} s, reduce-overhead {theirs:.2f} s: {ours / theirs:.2f} x", flush=True)
-
-
 def imports() -> None:
-    program = "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import breakable_backend; print(b - a, time.perf_counter() - b)"
-    rows = [
-        tuple(map(float, subprocess.check_output([sys.executable, "-c", program], text=True).split()))
-        for _ in range(1 if SMOKE else 5)
-    ]
-    torchs, added = (median(column) for column in zip(*rows, strict=True))
-    print(f"import torch: {torchs:.2f} s; import breakable_backend adds {added:.2f} s", flush=True)
+    program = """
+import time
+marks = [(time.perf_counter(), time.process_time())]
+import torch
+marks.append((time.perf_counter(), time.process_time()))
+import breakable_backend
+marks.append((time.perf_counter(), time.process_time()))
+print(*[after - before for start, end in zip(marks, marks[1:]) for before, after in zip(start, end)])
+"""
+    with tempfile.TemporaryDirectory() as bytecode:  # as an installed package has it, made by the first process
+        env = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
+        rows = [
+            tuple(map(float, subprocess.check_output([sys.executable, "-c", program], env=env, text=True).split()))
+            for _ in range(2 if SMOKE else 6)
+        ][1:]
+    torch_s, torch_cpu, ours, ours_cpu = (median(column) for column in zip(*rows, strict=True))
+    print(
+        f"import torch: {torch_s:.2f} s ({torch_cpu:.2f} s of a processor); "
+        f"import breakable_backend adds {ours:.2f} s ({ours_cpu:.2f})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = {part.__name__: part for part in (calls, compiling, startup, imports)}
+    parts = {part.__name__: part for part in (calls, compiling, imports)}
     named = [word for word in sys.argv[1:] if not word.startswith("--")]
-    contenders = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--start=")]
     with torch.no_grad():
-        if contenders:
-            three_calls(contenders[0])
-        else:
-            for part in named or parts:
-                parts[part]()
+        for part in named or parts:
+            parts[part]()

@@ -3,11 +3,14 @@
     PYTHONPATH=. python examples/benchmarks/turns.py                       # all of it
     PYTHONPATH=. python examples/benchmarks/turns.py transformer llama     # some parts
 
-- ``transformer``: the transformer of ``replay.py`` with 16 breaks and with none. The floor is the loop that a patient user
+- ``transformer`` and ``unbroken``: the transformer of ``replay.py`` with 16 breaks, and with none. The floor is the loop that a patient user
   writes: the same pieces captured by hand, launches, direct calls of the attention, a copy of each result, of the input
   and of the output. Above it the generated replay, the executor (the same with its key, lock and stream), a bound call, and
   what ``torch.compile`` returned, with fresh and with static outputs; then ``mode="reduce-overhead"``.
 - ``llama``: a decode step of the Llama of ``replay.py``, batch 1, 8 and 64.
+- ``bound``: two models without a break, one that takes long and one that takes nothing. The floor is a copy of the input, a
+  ``CUDAGraph.replay()`` and a clone of the output; then bound calls with each ``check``, the compiled function, and
+  ``mode="reduce-overhead"``. With ``outputs="static"`` and the input at its address the floor is the replay alone.
 - ``table``: a model of 2, 64, 256 and 1,024 parameters with 0, 1, 16 and 64 breaks: what of the host's time is whose. The
   floor is a loop of the same launches, eager calls and copies; ``Dynamo`` is a backend that returns one result for ever.
 
@@ -159,11 +162,14 @@ def bound(work: replay.Workload, compiled: Callable[..., Any]) -> Callable[..., 
     return made[0]
 
 
-def transformer() -> None:
-    for breaks in (16, 0):
-        torch.compiler.reset()
-        work = replay.workload(f"breaks-{breaks}", torch.device("cuda"))
-        show(f"transformer, {breaks} breaks", in_turns(contenders(work), work.inputs, work.rewind))
+def transformer(breaks: int = 16) -> None:
+    torch.compiler.reset()
+    work = replay.workload(f"breaks-{breaks}", torch.device("cuda"))
+    show(f"transformer, {breaks} breaks", in_turns(contenders(work), work.inputs, work.rewind))
+
+
+def unbroken() -> None:
+    transformer(breaks=0)
 
 
 def llama() -> None:
@@ -172,6 +178,45 @@ def llama() -> None:
         torch.manual_seed(0)
         work = replay.Llama(torch.device("cuda"), batch)
         show(f"llama, batch {batch}", in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, turns=12))
+
+
+def short() -> None:
+    """What a bound call adds where there is no break."""
+    for layers, width in ((8, 2048), (2, 16)):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)]).cuda().eval()
+        inputs = [torch.randn(4, width, device="cuda") for _ in range(5)]
+        compiled = torch.compile(model, backend="breakable_cg", options={"min_kernels": 1})
+        rival = torch.compile(model, mode="reduce-overhead")
+        for call in (compiled, compiled, compiled, rival, rival, rival):
+            call(inputs[0])
+        bridge, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(bridge)
+
+        def by_hand(x: Tensor, bridge: Tensor = bridge, graph: Any = graph, output: Tensor = output) -> Tensor:
+            bridge.copy_(x)
+            graph.replay()
+            return output.clone()
+
+        calls: dict[str, Call] = {"copy, replay, clone": by_hand}
+        for check in ("inputs", "parameters", "nothing"):
+            calls[f"bound, {check}"] = bind(compiled, inputs[0], check=check, misfit="raise")
+        calls |= {"compiled": compiled, "reduce-overhead": rival}
+        for call in calls.values():
+            assert call is rival or torch.equal(call(inputs[1]), model(inputs[1]))  # type: ignore[arg-type]
+        show(f"{layers} x Linear {width}", in_turns(calls, inputs, lambda: None))
+
+        static = torch.compile(model, backend="breakable_cg", options={"min_kernels": 1, "outputs": "static"})
+        torch._dynamo.mark_static_address(bridge)
+        for _ in range(3):
+            static(bridge)
+        calls = {"replay": lambda _, graph=graph: graph.replay()}  # type: ignore[misc]
+        for check in ("inputs", "nothing"):
+            short_call = bind(static, bridge, check=check, misfit="raise")
+            calls[f"bound, {check}"] = lambda _, call=short_call, x=bridge: call(x)  # type: ignore[misc]
+        show(f"{layers} x Linear {width}, static", in_turns(calls, inputs, lambda: None))
 
 
 # --- whose the host's time is --------------------------------------------------------------------------------------------
@@ -296,7 +341,7 @@ def table() -> None:
             )
 
 
-PARTS = {"transformer": transformer, "llama": llama, "table": table}
+PARTS = {"transformer": transformer, "unbroken": unbroken, "llama": llama, "bound": short, "table": table}
 
 
 def main(chosen: Sequence[str]) -> int:
