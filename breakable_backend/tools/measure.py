@@ -30,6 +30,7 @@ from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
 from breakable_backend.recordings.replay import Mark, emit
+from breakable_backend.tools.progress import Progress
 
 PAYS, LOSES = 1.05, 0.95
 """Eager's time over the replay's from which on a recording pays, and below which it does not."""
@@ -46,6 +47,8 @@ BURST = 5
 """Calls issued to an idle GPU, so few that none of their launches waits for room in the queue."""
 SECONDS = 1.0
 """About how long one loop of measurements may take, at most."""
+STAGES = 4
+"""Measurements of a recording, as the progress bar counts them: its replays, its steps, whole calls, what it is compared with."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +154,18 @@ def measure_compiled(
         raise OptionsError(
             f"{debugged.name} is in debug mode, where times mean nothing", fix="measure without options={'debug': ...}"
         )
+    measured: dict[Place, Measured] = {}
     if not (args or kwargs):
-        measured = {}
-        for executor in executors_of(compiled):
-            with executor.driver.lock:  # the recordings stay as they are
-                snapshot = executor.snapshot()
-                for key in snapshot.keys:
-                    if key.recording is not None:
-                        kept = _kept_arguments(snapshot, key)
-                        found = _measure_key(executor, snapshot, key, kept, None, _Reference.given(eager))
-                        measured[executor.name, key.key] = found
+        executors = executors_of(compiled)
+        with Progress("measuring", STAGES * sum(map(_num_recordings, executors))) as progress:
+            for executor in executors:
+                with executor.driver.lock:  # the recordings stay as they are
+                    snapshot = executor.snapshot()
+                    for key in snapshot.keys:
+                        if key.recording is not None:
+                            kept, reference = _kept_arguments(snapshot, key), _Reference.given(eager)
+                            found = _measure_key(executor, snapshot, key, kept, progress, reference=reference)
+                            measured[executor.name, key.key] = found
         if not measured:
             raise OptionsError(
                 "there is nothing to measure: no call was recorded",
@@ -179,14 +184,14 @@ def measure_compiled(
             return compiled(*args, **kwargs)
 
     whole = _Whole(lambda: compiled(*args, **kwargs), _Reference.given(eager) or _Reference(uncompiled, "eager"))
-    measured = {}
-    for (name, wanted), (executor, values) in replayed.items():
-        with executor.driver.lock:
-            snapshot = executor.snapshot()
-            for key in snapshot.keys:
-                if key.key == wanted and key.recording is not None:  # another thread may have reset it since
-                    only = whole if len(replayed) == 1 else None
-                    measured[name, wanted] = _measure_key(executor, snapshot, key, values, only)
+    with Progress("measuring", STAGES * len(replayed)) as progress:
+        for (name, wanted), (executor, values) in replayed.items():
+            with executor.driver.lock:
+                snapshot = executor.snapshot()
+                for key in snapshot.keys:
+                    if key.key == wanted and key.recording is not None:  # another thread may have reset it since
+                        only = whole if len(replayed) == 1 else None
+                        measured[name, wanted] = _measure_key(executor, snapshot, key, values, progress, only)
     return measured
 
 
@@ -210,6 +215,10 @@ def _replayed(
         if found and _num_calls(executors) - calls == len(found):
             break
     return found
+
+
+def _num_recordings(executor: Executor) -> int:
+    return sum(key.recording is not None for key in executor.snapshot().keys)
 
 
 def _num_calls(executors: Sequence[Executor]) -> int:
@@ -280,27 +289,31 @@ def _measure_key(
     snapshot: Snapshot,
     key: KeySnapshot,
     args: Sequence[Any],
-    whole: _Whole | None,
+    progress: Progress,
+    whole: _Whole | None = None,
     reference: _Reference | None = None,
 ) -> Measured:
+    """Measure a recording, in :data:`STAGES` stages of ``progress``."""
     recording, run, driver = key.recording, key.run, snapshot.driver
     assert recording is not None
     assert run is not None
     module = _uncaptured(snapshot.lowered)
-    plain = _Reference(lambda: module.forward(*args), "its ATen ops, run eagerly")
-    with (
-        _undisturbed(driver, lambda: _written(snapshot.program, args)) as bench,
-        executor.uncounted(),
-        torch.no_grad(),
-    ):
-        with _alone(driver) as stream:
+    plain = _Reference(torch.no_grad()(lambda: module.forward(*args)), "its ATen ops, run eagerly")
+    with _undisturbed(driver, lambda: _written(snapshot.program, args)) as bench, executor.uncounted():
+        with _alone(driver) as stream, torch.no_grad():
             times = bench.times(lambda: run(list(args), stream))
+            progress.advance()
             steps = _timed_steps(bench, recording, args, stream)
+            progress.advance()
         outside = 0.0
+        # In the caller's grad mode, which Dynamo guards: in another one the call would be of another program.
         if whole is not None:
             replayed, times, reference = times, bench.times(whole.call), whole.reference
             outside = max(0.0, times.host_us - replayed.host_us)
-        return _judged(recording, times, steps, bench, driver, reference or plain, plain, outside)
+        progress.advance()
+        judged = _judged(recording, times, steps, bench, driver, reference or plain, plain, outside)
+        progress.advance()
+        return judged
 
 
 def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) -> Measured:
@@ -315,12 +328,17 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
         raise OptionsError("there is nothing to measure: the graph is empty", fix="capture first")
     if snapshot.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
-    with _undisturbed(driver, lambda: graph.written) as bench, uncounted(replay.tally):
+    progress = Progress("measuring", 3)
+    with _undisturbed(driver, lambda: graph.written) as bench, uncounted(replay.tally), progress:
         with _alone(driver) as stream:
             times = bench.times(lambda: graph.run(stream))
+            progress.advance()
             with graph.modes.enter():
                 steps = _timed_steps(bench, recording, (), stream)
-        return _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
+            progress.advance()
+        judged = _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
+        progress.advance()
+        return judged
 
 
 def _judged(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 import warnings
 from typing import Any
@@ -22,6 +24,7 @@ from breakable_backend import (
 )
 from breakable_backend.recordings import buffers
 from breakable_backend.tools import measure as module
+from breakable_backend.tools import progress
 from breakable_backend.tools.measure import Advice, BreakCost, Measured, StepTime
 
 
@@ -49,6 +52,43 @@ def compiled_and_called(model: Any, options: dict[str, Any], *args: Tensor, call
     for _ in range(calls):
         compiled(*args)
     return compiled
+
+
+def test_measures_in_the_callers_grad_mode(device: torch.device, options: dict[str, Any]) -> None:
+    """The call that is timed is of the program that the caller's grad mode has, and no other program is called."""
+
+    def f(x: Tensor) -> Tensor:
+        return silly.triple(x.sin() + 1).cos() * 2
+
+    x = torch.randn(3, device=device)
+    with torch.no_grad():
+        compiled = compiled_and_called(f, options, x)
+    before = explain(compiled).programs[0]
+    measured, other = explain(compiled, x, measure=True).programs[::-1]
+    assert measured.main is not None
+    assert measured.main.measured is not None
+    assert (other.calls, other.replays) == (before.calls, before.replays)
+    assert (measured.calls, measured.replays) == (3, 1)
+
+
+class Terminal(io.StringIO):
+    """A standard error that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("terminal", "delay"), [(True, 0.0), (True, 1e9), (False, 0.0)], ids=["slow", "quick", "file"])
+def test_progress(terminal: bool, delay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long shows a bar on a terminal; a file gets none, and neither does what is quick."""
+    shown = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(progress, "DELAY", delay)
+    with progress.Progress("measuring", 2) as bar:
+        bar.advance()
+        bar.advance()
+    assert ("measuring" in shown.getvalue()) == (terminal and not delay)
+    assert terminal or not shown.getvalue()
 
 
 @torch.no_grad()

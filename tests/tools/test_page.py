@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import itertools
 import json
 import os
@@ -275,13 +276,25 @@ BROWSER = os.environ.get("CHROME_BIN") or next(filter(None, map(shutil.which, BR
 browser = pytest.mark.skipif(BROWSER is None, reason=f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
 
 
-def rendered(report: dict[str, Any], folder: Path, script: str = "", fragment: str = "") -> str:
-    """The page's DOM once a headless browser has run it, and ``script`` after it."""
+NARROWEST = 500
+"""Pixels: no window of a browser is narrower. A phone's is a frame in one."""
+TELLS_OF_ITS_FRAME = """<script>
+const frame = document.querySelector("iframe");
+frame.addEventListener("load", () => {
+  for (const { name, value } of frame.contentDocument.documentElement.attributes) document.documentElement.setAttribute(name, value);
+});
+</script>"""
+
+
+def rendered(report: dict[str, Any], folder: Path, script: str = "", fragment: str = "", width: int = 1400) -> str:
+    """The page's DOM once a headless browser, ``width`` pixels wide, has run it, and ``script`` after it."""
     assert BROWSER is not None
     file = folder / "page.html"
     text = page(report).replace("</body>", f"<script>{script}</script></body>")
+    if width < NARROWEST:
+        text = f'<iframe style="border: 0" width="{width}" height="900" srcdoc="{html.escape(text)}"></iframe>{TELLS_OF_ITS_FRAME}'
     file.write_text(text, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --window-size=1400,1000"
+    flags = f"--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --window-size={width},1000"
     command = [
         BROWSER,
         *flags.split(),
@@ -416,6 +429,29 @@ def test_several_programs_and_keys(small: dict[str, Any], tmp_path: Path) -> Non
     assert "data-error" not in root(rendered(report, tmp_path, script))
     chosen = asserted("state.program == 1", "state.key == 0", "state.step == 2")
     assert "data-error" not in root(rendered(report, tmp_path, chosen, "#program=1&key=0&step=2"))
+
+
+@browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_thirty_programs(small: dict[str, Any], tmp_path: Path, width: int) -> None:
+    """Many programs are a list, from which one is chosen; nothing is wider than the window, a phone's too."""
+    report = copy.deepcopy(small)
+    (program,) = report["programs"]
+    report["programs"] = [{**copy.deepcopy(program), "name": f"graph {at}", "calls": 5 + at} for at in range(30)]
+    script = asserted(
+        "$('#programs').hidden && !$('#many').hidden && $('#keys').hidden",
+        "$('#many select').options.length == 30 && $('#many select').value == '29'",
+        f"innerWidth == {width}",
+    )
+    fits = asserted("document.documentElement.scrollWidth <= innerWidth")
+    script += f"setTimeout(() => {{ {fits} }}, 100);"  # once the browser has laid the page out
+    script += "$('#many select').value = '3'; $('#many select').dispatchEvent(new Event('change'));"
+    script += asserted(
+        "state.program == 3", "$('#many select').selectedOptions[0].textContent.startsWith('graph 3 (8 calls')"
+    )
+    tag = root(rendered(report, tmp_path, script, width=width))
+    assert 'data-ready="true"' in tag
+    assert "data-error" not in tag
 
 
 @browser
