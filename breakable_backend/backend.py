@@ -38,7 +38,7 @@ from breakable_backend.drivers.several import DeviceGroup
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import OptionsError, PartitionError
 from breakable_backend.faults import internal
-from breakable_backend.ir.effects import schema_name, tensors_of
+from breakable_backend.ir.effects import schema_name, values_of
 from breakable_backend.ir.program import source_line
 from breakable_backend.marks.marking import EagerOps
 from breakable_backend.marks.rules import Scope
@@ -244,7 +244,7 @@ class Backend:
 
 def _capture_devices(lowered: Lowered) -> list[torch.device]:
     """The CUDA devices in the graph, in the order in which they come; otherwise the device of its first tensor; otherwise the CPU."""
-    tensors = (tensor for node in lowered.module.graph.nodes for tensor in tensors_of(node.meta.get("val")))
+    tensors = values_of(*lowered.module.graph.nodes)
     devices = list(dict.fromkeys(tensor.device for tensor in tensors)) or [torch.device("cpu")]
     return [device for device in devices if device.type == "cuda"] or devices[:1]
 

@@ -2601,7 +2601,7 @@ FAULTS = (
     Fault(
         "marks-of-what-is-taken-apart-ignored",
         "compiling.lowering:_traced",
-        "marks.taken_apart(_called_ops(gm))",
+        "marks.taken_apart(called_ops(gm))",
         "{}",
         "test_contract_reasons.py::test_marks_of_what_is_taken_apart[cpu-softmax-1-0-eager_ops]",
     ),
@@ -2856,7 +2856,7 @@ FAULTS = (
     Fault(
         "views-of-operands-not-followed",
         "ir.effects:_written",
-        "_torch.storage_key(tensor) in memory",
+        "not memory.isdisjoint(storages_of(place))",
         "False",
         "test_effects.py::test_a_region_writes[cpu-reads_and_writes]",
     ),

@@ -126,7 +126,7 @@ def _traced(
 
     note_ambient(gm)
     outs = note_outs(gm)
-    around = marks.taken_apart(_called_ops(gm))
+    around = marks.taken_apart(called_ops(gm))
     try:
         apart = _torch.apart(example_inputs)
         kept = kept_ops(gm, marks.eager_ops)
@@ -255,13 +255,13 @@ def kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
     These are marked ops, ops that return nothing, and higher-order ops, whose bodies may write. AOT does not look into
     bodies, and would drop a user's Triton kernel.
     """
-    found = {op for op in _called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
+    found = {op for op in called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     targets = [target for graph in graphs for node in graph.nodes for target in _targets(node)]
     return found.union(target for target in targets if isinstance(target, _torch.HigherOrderOperator))
 
 
-def _called_ops(gm: fx.GraphModule) -> set[Any]:
+def called_ops(gm: fx.GraphModule) -> set[Any]:
     """The overloads that any graph in ``gm`` calls by name."""
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     return {

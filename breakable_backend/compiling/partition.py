@@ -40,6 +40,7 @@ from breakable_backend.ir.effects import (
     symbols_of_inputs,
     tensors_of,
     unfinished,
+    values_of,
     written_arguments,
 )
 from breakable_backend.ir.layout import Geometry, extent
@@ -138,7 +139,7 @@ def _host_scalars(graph: fx.Graph, scope: Scope) -> frozenset[str]:
     if scope.device.type != "cpu":
         names |= _numbers_in_code(graph)
     for node in graph.nodes:
-        inputs = [a.name for a in node.all_input_nodes if tensors_of(a.meta.get("val"))]
+        inputs = [a.name for a in node.all_input_nodes if values_of(a)]
         if inputs and names.issuperset(inputs) and is_pure(node) and on_host(node):
             names.add(node.name)
     return frozenset(names)
@@ -155,7 +156,7 @@ def _numbers_in_code(graph: fx.Graph) -> set[str]:
         if taken and node.op == "call_function" and on_host(node) and is_pure(node):
             names.add(node.name)
     for node in graph.nodes:
-        inputs = [argument for argument in node.all_input_nodes if tensors_of(argument.meta.get("val"))]
+        inputs = [argument for argument in node.all_input_nodes if values_of(argument)]
         constant = schema_name(node) == "aten::lift_fresh_copy" and all(made.op == "get_attr" for made in inputs)
         if not constant and not (inputs and all(argument.name in names for argument in inputs)):
             names.discard(node.name)

@@ -23,6 +23,7 @@ from breakable_backend import _torch
 from breakable_backend.compiling.lowering import (
     CannotLower,
     Lowered,
+    called_ops,
     kept_ops,
     note_ambient,
     note_outs,
@@ -30,7 +31,16 @@ from breakable_backend.compiling.lowering import (
 )
 from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
-from breakable_backend.ir.effects import alias_source, bodies, draws, is_opaque, is_view, tensors_of, written_arguments
+from breakable_backend.ir.effects import (
+    alias_source,
+    bodies,
+    draws,
+    is_opaque,
+    is_view,
+    storages_of,
+    values_of,
+    written_arguments,
+)
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import AMBIENT_KEY
 from breakable_backend.marks.marking import EagerOps, Marks
@@ -245,17 +255,17 @@ class Halves:
                 raise CannotLower(f"it calls {node.target.name()}")
         marks = Marks(self.eager_ops)
         marks.annotate(self.gm)
-        kept, around = kept_ops(self.gm, self.eager_ops), marks.taken_apart(_called(self.gm))
+        kept, around = kept_ops(self.gm, self.eager_ops), marks.taken_apart(called_ops(self.gm))
         count = len(self.inputs)
         facts: dict[str, Any] = {}
         with _torch.tracing_both_halves(kept, around):
-            values = [_fake(spec).requires_grad_(needs) for spec, needs in self.inputs]
+            values = [spec.empty().requires_grad_(needs) for spec, needs in self.inputs]
             if pattern is None:
                 outputs = _Run(self.gm).run(*values)
-                tangents: list[Any] = [_fake(TensorSpec.of(o)) for o in outputs if _needs(o)]
-                values = [_fake(spec).requires_grad_(needs) for spec, needs in self.inputs]
+                tangents: list[Any] = [TensorSpec.of(o).empty() for o in outputs if _needs(o)]
+                values = [spec.empty().requires_grad_(needs) for spec, needs in self.inputs]
             else:
-                tangents = [_fake(spec) for spec in pattern if spec is not None]
+                tangents = [spec.empty() for spec in pattern if spec is not None]
 
             def both(*flat: Any) -> Any:
                 primals, came = flat[:count], flat[count:]
@@ -382,16 +392,8 @@ def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, _torch.FakeTensor)
 
 
-def _called(gm: fx.GraphModule) -> set[Any]:
-    return {op for node in gm.graph.nodes for op in _torch.overloads(node.target)}
-
-
 def _needs(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _fake(spec: TensorSpec) -> torch.Tensor:
-    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
 
 
 def _pattern(joint: _Joint) -> Pattern:
@@ -408,7 +410,7 @@ def _check(joint: _Joint, num_inputs: int) -> None:
     if not joint.differentiable:
         raise CannotLower("none of its outputs needs gradients")
     graph = joint.module.graph
-    if any(t.layout is not torch.strided for node in graph.nodes for t in tensors_of(node.meta.get("val"))):
+    if any(tensor.layout is not torch.strided for tensor in values_of(*graph.nodes)):
         raise CannotLower("it makes sparse tensors, or its gradients are sparse")
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(joint.module, str(node.target))
@@ -433,12 +435,7 @@ def _check(joint: _Joint, num_inputs: int) -> None:
     for index in joint.differentiable:
         if not isinstance(joint.outputs[index], fx.Node):
             raise CannotLower("an output is a constant that needs gradients")
-    before = {
-        _torch.storage_key(tensor)
-        for node in graph.nodes
-        if node.op == "placeholder" or node.name in joint.forward
-        for tensor in tensors_of(node.meta.get("val"))
-    }
+    before = storages_of(*(node for node in graph.nodes if node.op == "placeholder" or node.name in joint.forward))
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -454,10 +451,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
             if site.gives_none:
                 raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient")
             site.is_exact = True
-        if node.name not in joint.forward:
-            for written in written_arguments(node):
-                if any(_torch.storage_key(tensor) in before for tensor in tensors_of(written.meta.get("val"))):
-                    raise CannotLower("its backward writes what it is given")
+        if node.name not in joint.forward and not before.isdisjoint(storages_of(*written_arguments(node))):
+            raise CannotLower("its backward writes what it is given")
 
 
 def _attribute_backward(joint: _Joint) -> None:
@@ -502,10 +497,8 @@ def _source(node: fx.Node) -> fx.Node | None:
     if not isinstance(value, torch.Tensor) and not is_view(node):
         return None
     if is_view(node):
-        keys = {_torch.storage_key(tensor) for tensor in tensors_of(value)}
-        return next(
-            a for a in node.all_input_nodes for t in tensors_of(a.meta.get("val")) if _torch.storage_key(t) in keys
-        )
+        keys = storages_of(node)
+        return next(argument for argument in node.all_input_nodes if not keys.isdisjoint(storages_of(argument)))
     for written in written_arguments(node):
         mine = written.meta.get("val")
         assert isinstance(value, torch.Tensor)
@@ -606,15 +599,11 @@ def _like(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> f
 
 def _entangled(module: fx.GraphModule) -> frozenset[int]:
     """Gradients that share memory with what comes in, or with others before them. They are copied for their receivers."""
-    taken = {
-        _torch.storage_key(t) for n in module.graph.find_nodes(op="placeholder") for t in tensors_of(n.meta.get("val"))
-    }
-    found = set()
+    taken, found = storages_of(*module.graph.find_nodes(op="placeholder")), set()
     gradients: Any = module.graph.output_node().args[0]
     for place, leaf in enumerate(gradients):
-        for tensor in tensors_of(leaf.meta.get("val")) if isinstance(leaf, fx.Node) else ():
-            key = _torch.storage_key(tensor)
-            if key in taken:
-                found.add(place)
-            taken.add(key)
+        keys = storages_of(leaf) if isinstance(leaf, fx.Node) else set()
+        if not taken.isdisjoint(keys):
+            found.add(place)
+        taken |= keys
     return frozenset(found)

@@ -47,6 +47,16 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)] if value is not None else []
 
 
+def values_of(*nodes: fx.Node) -> list[torch.Tensor]:
+    """The fake tensors that nodes stand for: one, several or none of each."""
+    return [tensor for node in nodes for tensor in tensors_of(node.meta.get("val"))]
+
+
+def storages_of(*nodes: fx.Node) -> set[int]:
+    """The keys of the storages that these lie in."""
+    return set(map(_torch.storage_key, values_of(*nodes)))
+
+
 def is_of_torch(target: Any) -> bool:
     """Whether ``target`` is one of torch's own ops."""
     return isinstance(target, _torch.OpOverload) and target.namespace in ("aten", "prims", "prim")
@@ -143,7 +153,7 @@ def _written_by_higher_order(node: fx.Node) -> Sequence[Any]:
         return []
     graphs, operands = bodies(node), _OPERANDS[name](node.args) if name in _OPERANDS else ()
     if not graphs or any(len(graph.graph.find_nodes(op="placeholder")) != len(operands) for graph in graphs):
-        return [argument for argument in node.all_input_nodes if tensors_of(argument.meta.get("val"))]
+        return [argument for argument in node.all_input_nodes if values_of(argument)]
     written = [zip(operands, _written(graph), strict=True) for graph in graphs]
     return [operand for pairs in written for operand, place in pairs if place]
 
@@ -166,12 +176,10 @@ def _written(body: fx.GraphModule) -> list[bool]:
     written = [
         argument for node in body.graph.nodes if node.op == "call_function" for argument in written_arguments(node)
     ]
-    memory = {_torch.storage_key(tensor) for node in written for tensor in tensors_of(node.meta.get("val"))}
+    memory = storages_of(*written)
     behind = {place for node in written if "val" not in node.meta for place in _behind(node)}
     return [
-        place in behind
-        or place in written
-        or any(_torch.storage_key(tensor) in memory for tensor in tensors_of(place.meta.get("val")))
+        place in behind or place in written or not memory.isdisjoint(storages_of(place))
         for place in body.graph.find_nodes(op="placeholder")
     ]
 
@@ -227,18 +235,10 @@ def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def written_inputs(module: fx.GraphModule) -> frozenset[str]:
     """The inputs of an ATen graph whose memory it writes, by name."""
-    memory = {
-        _torch.storage_key(tensor)
-        for node in module.graph.nodes
-        if node.op == "call_function"
-        for argument in written_arguments(node)
-        for tensor in tensors_of(argument.meta.get("val"))
-    }
-    return frozenset(
-        node.name
-        for node in module.graph.find_nodes(op="placeholder")
-        if any(_torch.storage_key(tensor) in memory for tensor in tensors_of(node.meta.get("val")))
-    )
+    calls = (node for node in module.graph.nodes if node.op == "call_function")
+    memory = storages_of(*(argument for node in calls for argument in written_arguments(node)))
+    inputs = module.graph.find_nodes(op="placeholder")
+    return frozenset(node.name for node in inputs if not memory.isdisjoint(storages_of(node)))
 
 
 # --- what it leaves unfinished
@@ -255,18 +255,8 @@ def is_asynchronous(op: Any) -> bool:
 
 def unfinished(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The calls among ``nodes`` with a result that no other of them waits for."""
-    waited = {
-        _torch.storage_key(tensor)
-        for node in nodes
-        if schema_name(node) == WAIT
-        for tensor in tensors_of(node.meta.get("val"))
-    }
-    return [
-        node
-        for node in nodes
-        if is_asynchronous(node.target)
-        and any(_torch.storage_key(tensor) not in waited for tensor in tensors_of(node.meta.get("val")))
-    ]
+    waited = storages_of(*(node for node in nodes if schema_name(node) == WAIT))
+    return [node for node in nodes if is_asynchronous(node.target) and not storages_of(node) <= waited]
 
 
 # --- what it returns ------------------------------------------------------------------------------------------------------
@@ -339,7 +329,7 @@ def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Nod
             continue
         symbols = _torch.free_symbols(node.meta.get("val"))
         if is_number(node):
-            of_data = any(tensors_of(argument.meta.get("val")) for argument in node.all_input_nodes)
+            of_data = bool(values_of(*node.all_input_nodes))
             comes_late = of_data and schema_name(node) not in _SHAPE_READS and node not in floats
             if comes_late or not symbols <= known or not late.isdisjoint(node.all_input_nodes):
                 late.add(node)
@@ -369,9 +359,8 @@ def is_view(node: fx.Node) -> bool:
     target = node.target
     if not is_of_torch(target) or target._schema.is_mutable:  # type: ignore[union-attr]
         return False
-    results = tensors_of(node.meta.get("val"))
-    known = {_torch.storage_key(t) for a in node.all_input_nodes for t in tensors_of(a.meta.get("val"))}
-    return bool(results) and all(_torch.storage_key(t) in known for t in results)
+    results = storages_of(node)
+    return bool(results) and results <= storages_of(*node.all_input_nodes)
 
 
 _ON_THE_HOST = _torch.aten("_efficient_attention_forward _scaled_dot_product_efficient_attention")
@@ -389,7 +378,7 @@ def strays(graph: fx.Graph) -> frozenset[fx.Node]:
     for node in graph.nodes:
         call = producer_of(node)
         if is_getitem(node) and schema_name(call) in _ON_THE_HOST and node.args[1] in (2, 3):
-            if any(tensor.is_cuda for tensor in tensors_of(node.meta.get("val"))):
+            if any(tensor.is_cuda for tensor in values_of(node)):
                 found.add(call)
                 following.add(node)
         elif node.op == "call_function" and not following.isdisjoint(node.all_input_nodes):

@@ -18,7 +18,7 @@ from torch.fx.traceback import get_current_meta
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.ir.effects import effective_ops, is_view_op, op_of, schema_name, tensors_of
+from breakable_backend.ir.effects import effective_ops, is_view_op, op_of, schema_name, tensors_of, values_of
 from breakable_backend.ir.program import Reason, source_line
 from breakable_backend.marks import ops
 from breakable_backend.marks.marking import REGION_KEY, EagerOps, is_marked
@@ -212,7 +212,7 @@ def is_mask(index: torch.Tensor) -> bool:
 def boolean_index(node: fx.Node, scope: Scope) -> str:
     if schema_name(node) in INDEXING and len(node.args) > 1:
         for index in pytree.tree_leaves(node.args[1]):
-            if isinstance(index, fx.Node) and any(map(is_mask, tensors_of(index.meta.get("val")))):
+            if isinstance(index, fx.Node) and any(map(is_mask, values_of(index))):
                 return "indexes with a mask, which waits for the host"
     return ""
 
@@ -225,13 +225,13 @@ def _(call: LiveOp) -> str:
 
 @Rule
 def sparse(node: fx.Node, scope: Scope) -> str:
-    values = tensors_of([node.meta.get("val"), *(argument.meta.get("val") for argument in node.all_input_nodes)])
+    values = values_of(node, *node.all_input_nodes)
     return "a sparse tensor" if any(tensor.layout is not torch.strided for tensor in values) else ""
 
 
 def on_host(node: fx.Node) -> bool:
     """Whether a node makes 0-d tensors on the host, and nothing else."""
-    tensors = tensors_of(node.meta.get("val"))
+    tensors = values_of(node)
     return bool(tensors) and all(tensor.device.type == "cpu" and tensor.dim() == 0 for tensor in tensors)
 
 
@@ -241,11 +241,11 @@ def off_device(node: fx.Node, scope: Scope) -> str:
         return ""
     if node in scope.strays:
         return "returns, or reads, a tensor on the host, off the capture device"
-    for tensor in tensors_of(node.meta.get("val")):
+    for tensor in values_of(node):
         if tensor.device not in scope.devices:
             return f"makes a tensor on {tensor.device}, off the capture device"
     for argument in node.all_input_nodes:
-        for tensor in tensors_of(argument.meta.get("val")):
+        for tensor in values_of(argument):
             if tensor.device not in scope.devices and argument.name not in scope.host_scalars:
                 if tensor.device.type == "cpu" and tensor.dim() == 0:
                     return f"reads the host scalar {argument.name}, which a graph would freeze"
@@ -256,8 +256,7 @@ def off_device(node: fx.Node, scope: Scope) -> str:
 
 def places_of(node: fx.Node, scope: Scope) -> tuple[torch.device, ...]:
     """Which of the devices that are captured on a node takes, or makes, tensors on."""
-    values = (argument.meta.get("val") for argument in node.all_input_nodes)
-    found = {tensor.device for tensor in tensors_of([node.meta.get("val"), *values])}
+    found = {tensor.device for tensor in values_of(node, *node.all_input_nodes)}
     return tuple(device for device in scope.devices if device in found)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.ir.effects import is_somebodys, tensors_of, written_arguments
+from breakable_backend.ir.effects import is_somebodys, storages_of, tensors_of, values_of, written_arguments
 from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.overlap import Region
 from breakable_backend.ir.program import Reason, source_line
@@ -28,7 +28,7 @@ def has_suspects(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         if suspected and node.op == "call_function" and written_arguments(node):
             return True
-        suspected = suspected or (is_somebodys(node) and bool(tensors_of(node.meta.get("val"))))
+        suspected = suspected or (is_somebodys(node) and bool(values_of(node)))
     return False
 
 
@@ -53,7 +53,7 @@ class Handed:
 
     def _look(self, node: fx.Node, arguments: Any, result: Any) -> None:
         given = _pairs((node.args, node.kwargs), arguments)
-        made = list(zip(tensors_of(node.meta.get("val")), tensors_of(result), strict=False))
+        made = list(zip(values_of(node), tensors_of(result), strict=False))
         candidates = [*((one, other) for one in made for other in given), *combinations(made, 2)]
         found = [
             (_torch.storage_key(one[0]), _torch.storage_key(other[0]))
@@ -91,11 +91,8 @@ def _pairs(nodes: Any, values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(fake, value) for fake, value in fakes if isinstance(fake, torch.Tensor) and has_memory(value)]
 
 
-def _written(node: fx.Node) -> frozenset[int]:
-    if node.op != "call_function":
-        return frozenset()
-    fakes = (tensor for argument in written_arguments(node) for tensor in tensors_of(argument.meta.get("val")))
-    return frozenset(map(_torch.storage_key, fakes))
+def _written(node: fx.Node) -> set[int]:
+    return storages_of(*written_arguments(node)) if node.op == "call_function" else set()
 
 
 def _share(one: torch.Tensor, other: torch.Tensor) -> bool:

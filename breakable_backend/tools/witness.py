@@ -11,7 +11,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.trace import Escaped, Script, Trace, Watch, run_module
-from breakable_backend.ir.effects import is_of_torch, tensors_of
+from breakable_backend.ir.effects import is_of_torch, values_of
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.live import has_memory
 from breakable_backend.marks.structure import fields, replaced
@@ -61,7 +61,7 @@ class Witness:
 
     def captured(self, position: int, body: NodeByNode) -> Callable[..., Any]:
         """The body of a segment as a function to capture."""
-        values = (tensor for node in body.module.graph.nodes for tensor in tensors_of(node.meta.get("val")))
+        values = values_of(*body.module.graph.nodes)
         devices = (value.device for value in values if value.device.type == self.device.type)
         self.places[position] = device = next(devices, self.device)
 
