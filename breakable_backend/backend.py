@@ -40,6 +40,7 @@ from breakable_backend.errors import OptionsError, PartitionError
 from breakable_backend.faults import internal
 from breakable_backend.ir.effects import schema_name, values_of
 from breakable_backend.ir.program import source_line
+from breakable_backend.marks import changes
 from breakable_backend.marks.marking import EagerOps
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
@@ -110,6 +111,7 @@ class Backend:
                 fix="leave mode out; 'default' and 'reduce-overhead' are accepted, and change nothing",
             )
         chosen = Options.parse(options)
+        changes.heed(gm)
         eager_ops = EagerOps.resolve(chosen.eager_ops)
         number = next(self._numbers)
         name = f"graph {number}"

@@ -1418,6 +1418,27 @@ FAULTS = (
         "test_compare.py::test_work_outside_of_the_capture",
     ),
     Fault(
+        "changes-are-not-looked-for",
+        "marks.functions:_learn",
+        "learned.changes.update(changes())",
+        "changes()",
+        "test_changes.py::test_code_behind_sees_what_was_changed[cpu-attributes]",
+    ),
+    Fault(
+        "what-is-set-once-is-a-break",
+        "marks.changes:heed",
+        "learned.changes_again",
+        "True",
+        "test_changes.py::test_one_program_where_nothing_reads_it[cpu-set_once]",
+    ),
+    Fault(
+        "cells-are-not-read",
+        "_torch.dynamo:places_read",
+        "name in cells",
+        "False",
+        "test_changes.py::test_code_behind_sees_what_was_changed[cpu-a_cell]",
+    ),
+    Fault(
         "modules-are-called-as-ever",
         "_torch.module_calls:_ask",
         "function is None",

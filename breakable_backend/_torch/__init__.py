@@ -38,6 +38,7 @@ from breakable_backend._torch.cuda import (
     stop_allocating_to_pool,
 )
 from breakable_backend._torch.dynamo import (
+    Place,
     at_recompile_limit,
     break_of_dynamo,
     code_under_compilation,
@@ -52,6 +53,7 @@ from breakable_backend._torch.dynamo import (
     keep_with_code,
     may_use_freed_guards,
     place_of,
+    places_read,
     recompile_reason,
     refuses_graph_breaks,
     skipped,

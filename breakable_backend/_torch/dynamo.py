@@ -217,6 +217,54 @@ def keep_with_code(thing: object) -> bool:
     return False
 
 
+Place = tuple[int, Any]
+"""The identity of an object, and an attribute of it, a key, or None for all that a container holds; a cell has
+``"cell_contents"``."""
+
+
+def places_read() -> set[Place]:
+    """Where the code that Dynamo is compiling reads Python values, as far as it guards on them.
+
+    A guard names its value by an expression, and each part of that is such a place. Checked on torch 2.11 to 2.15.
+    """
+    from torch._dynamo.guards import _get_closure_vars
+
+    transaction = _tracing()
+    assert transaction is not None
+    output, root = transaction.output, transaction.output.root_tx
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    cells = dict(zip(root.f_code.co_freevars, root.closure or (), strict=False))
+    values: dict[Any, Any] = {}
+
+    def value_of(source: Any) -> Any:
+        if source not in values:
+            name = source.name() if callable(source.name) else source.name
+            try:
+                values[source] = eval(name, scope, _get_closure_vars())
+            except Exception:  # noqa: BLE001 - some are no expressions
+                values[source] = None
+        return values[source]
+
+    found: set[Place] = set()
+    met: set[Any] = set()
+    for guard in output.guards:
+        source: Any = guard.originating_source
+        while source is not None and source not in met:
+            met.add(source)
+            found.add((id(value_of(source)), None))
+            base, name = getattr(source, "base", None), getattr(source, "local_name", None)
+            if base is not None:
+                for key in (getattr(source, "member", None), getattr(source, "index", None)):
+                    if isinstance(key, str | int):
+                        found.add((id(value_of(base)), key))
+            elif name in cells:
+                found.add((id(cells[name]), "cell_contents"))
+            elif (name := getattr(source, "global_name", None)) is not None:
+                found.add((id(output.global_scope), name))
+            source = base
+    return found
+
+
 def forget_code_of(thing: object, reason: str) -> None:
     """Have Dynamo compile again what it made while ``thing`` was kept by :func:`keep_with_code`, and nothing else."""
     from torch._dynamo.convert_frame import input_codes

@@ -22,6 +22,7 @@ from breakable_backend import _torch, active
 from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line
 from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.modes import Modes
+from breakable_backend.marks.changes import looking_at
 from breakable_backend.marks.gradients import recomputed, with_backward
 from breakable_backend.marks.learning import Asked
 from breakable_backend.marks.ops import writing_op
@@ -374,11 +375,13 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return mark.function(*args, **kwargs)
     before = contents((args, kwargs))
     written = _writes_to(_not_declared(structure, given, _written(mark, structure)))
+    changes = looking_at(mark.body, (args, kwargs))
     try:
         holder = [mark.function(*args, **kwargs)]
     except BaseException as error:
         learned.raised = f"each call so far raised, the last one {type(error).__name__}: {first_line(error)}"
         raise
+    learned.changes.update(changes())
     if is_changed((args, kwargs), before):
         learned.why_not = CHANGED_A_CONTAINER
         return holder[0]

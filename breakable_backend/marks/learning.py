@@ -196,6 +196,10 @@ class Learned:
         """How many calls in a row ran as Python without a call of the function like this one."""
         self.raised = ""
         """The exception of the last call that ran as Python, until one of them returns."""
+        self.changes: dict[_torch.Place, str] = {}
+        """The Python values that such calls have changed, in words."""
+        self.changes_again = False
+        """Whether that is of calls after the first one whose changes mattered: what is set once changes no more."""
         self.waiting: dict[int, Any] = {}
         """The functions that run as Python until this is known, by the identity of their code."""
         self._samples: dict[tuple[Any, ...], dict[Values, _Sample]] = {}

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -246,11 +246,15 @@ class Site:
                     "nothing yet: its result is not known before its first call", GIVE_FAKE, PartitionError
                 )
             self.learned.in_vain += 1
-            self.learned.waiting[_code_being_traced()] = Learning(self.mark, Callers())
-            _torch.run_as_python(f"{self.mark.name} has not run yet, and its result is not known")
+            self.run_as_python("has not run yet, and its result is not known")
         if self.learned.waiting:
             self.learned.waiting.pop(_code_being_traced(), None)
         return self.expected
+
+    def run_as_python(self, why: str) -> NoReturn:
+        """Have the frame that Dynamo is tracing run as Python this once, to learn from the call."""
+        self.learned.waiting[_code_being_traced()] = Learning(self.mark, Callers())
+        _torch.run_as_python(f"{self.mark.name} {why}")
 
     def _remember(self, call: Call) -> Expected | None:
         asked = Asked.of(*call)
