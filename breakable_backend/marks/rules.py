@@ -76,6 +76,15 @@ class LiveOp:
         to = self.kwargs.get("device")
         return to is not None and torch.device(to).type == self.device.type
 
+    @property
+    def elsewhere(self) -> torch.device | None:
+        """Another GPU, on which it takes or makes tensors; None if it only makes a view there."""
+        to = self.kwargs.get("device")
+        devices = [tensor.device for tensor in tensors_of((self.args, self.kwargs))]
+        devices += [torch.device(to)] if to is not None else []
+        others = (d for d in devices if d.type == self.device.type and d.index not in (None, self.device.index))
+        return None if is_view_op(self.op) else next(others, None)
+
 
 class Refusal(str):
     """Why an op cannot be an eager step either: its result has another shape, or is another number, in each replay."""
@@ -262,6 +271,8 @@ def places_of(node: fx.Node, scope: Scope) -> tuple[torch.device, ...]:
 
 @off_device.live
 def _(call: LiveOp) -> str:
+    if (elsewhere := call.elsewhere) is not None:
+        return Refusal(f"runs on {elsewhere}, and the capture is on {call.device}")
     source, target = _copied(call)
     from_host = source != target and target == call.device.type
     return "copies from the host, which waits for the device" if from_host else ""
@@ -402,11 +413,15 @@ class LiveReason:
     """Whether it cannot be an eager step either; see :class:`Refusal`."""
 
 
+_OF_ALL_OPS = (marked, higher_order, off_device)
+"""Rules whose live form is asked about ops that are not on the capture device too."""
+
+
 def live_reason(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:
     """Why ``op``, called with real tensors, is not captured on ``device``; None if it can be."""
     call = LiveOp(op, args, kwargs, device)
     # The region is asked last, since it does not help an op that is refused.
     for rule in (*(rule for rule in RULES if rule is not region), region):
-        if (rule in (marked, higher_order) or call.is_on_device) and (text := rule.of_op(call)):
+        if (rule in _OF_ALL_OPS or call.is_on_device) and (text := rule.of_op(call)):
             return LiveReason(rule.__name__, text, call.name, isinstance(text, Refusal))
     return None

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import breakable_backend
 import silly
-from breakable_backend import eager_on_graph, explain
+from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
@@ -325,6 +325,40 @@ def test_a_capture_that_fails_on_the_second() -> None:
         x = torch.randn(4, 16, device=ONE)
         assert_same(ours(x), silly.stubborn((x.sin() + 1).to(TWO).cos() * 2).sin() + 1)
     assert "capture_failed" in {reason.rule for reason in program_of(ours).reasons}
+
+
+@with_two_gpus
+@torch.no_grad()
+def test_a_block_captures_on_one() -> None:
+    """Line 9: in a ``with capture`` block an op on another GPU is an error that names it; in a marked function it is right."""
+    x = torch.randn(4, 16, device=ONE)
+    with pytest.raises(CaptureError, match=r"aten::_to_copy runs on cuda:1, and the capture is on cuda:0"):
+        with capture(BreakableCUDAGraph()):
+            x.sin().to(TWO)
+
+    @eager_on_graph
+    def there_and_back(x: Tensor) -> Tensor:
+        return x.to(TWO).cos().to(ONE)
+
+    with capture(BreakableCUDAGraph()) as graph:
+        y = there_and_back(x.sin() + 1) * 2
+    for _ in range(4):
+        x.normal_()
+        graph.replay()
+        assert_same(y, there_and_back(x.sin() + 1) * 2)
+    graph.reset()
+
+
+@with_two_gpus
+@torch.no_grad()
+def test_measuring() -> None:
+    """A measured report has times for the steps of both GPUs."""
+    ours, x = compiled(Split(), min_kernels=1), torch.randn(4, 16, device=ONE)
+    for _ in range(4):
+        ours(x)
+    (recording,) = explain(ours, x, measure=True).programs[0].recordings
+    assert recording.measured is not None
+    assert all(step.host_us for step in recording.steps)
 
 
 @with_two_gpus

@@ -33,6 +33,7 @@ from breakable_backend.marks.rules import (
     higher_order,
     host_read,
     label,
+    live_reason,
     marked,
     moves_storage,
     off_device,
@@ -272,6 +273,31 @@ def test_is_on_device(device: str) -> None:
     for args, kwargs in (((x,), {}), (([x],), {}), (([2],), {"device": device}), ((x,), {"device": device})):
         assert LiveOp(aten.ones.default, args, kwargs, capturing).is_on_device == (device == "meta")
     assert not LiveOp(aten.ones.default, ([2],), {}, capturing).is_on_device
+
+
+def test_live_ops_on_another_gpu() -> None:
+    """Inside ``capture`` an op on another GPU is refused, since no graph would have it; a view there launches nothing."""
+    x, y = fakes(cuda(4), functools.partial(torch.empty, 4, device="cuda:1"))
+    for op, args, kwargs in (
+        (aten.sin.default, (y,), {}),
+        (aten._to_copy.default, (y,), {"device": "cuda:0"}),
+        (aten._to_copy.default, (x,), {"device": "cuda:1"}),
+        (aten.ones.default, ([2],), {"device": torch.device("cuda:1")}),
+    ):
+        reason = live_reason(op, args, kwargs, CUDA)
+        assert reason is not None
+        assert (reason.rule, reason.text, reason.refused) == (
+            "off_device",
+            "runs on cuda:1, and the capture is on cuda:0",
+            True,
+        )
+    for op, args, kwargs in (
+        (aten.view.default, (y, [2, 2]), {}),
+        (aten.sin.default, (x,), {}),
+        (aten.ones.default, ([2],), {"device": "cuda"}),
+        (aten.ones.default, ([2],), {"device": "cpu"}),
+    ):
+        assert live_reason(op, args, kwargs, CUDA) is None
 
 
 def test_device_without_index() -> None:
