@@ -1,4 +1,4 @@
-"""AOTAutograd without functionalization, and what it is doing now."""
+"""AOTAutograd without functionalisation, and what is known about the graph that it compiles now."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def trace_inference(
     around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]],
     keep_floats: bool,
 ) -> Callable[..., Any]:
-    """AOTAutograd without functionalization: mutation stays in program order, and nothing is cloned.
+    """AOTAutograd without functionalisation: mutations stay in program order, and nothing is cloned.
 
-    ``keep_alive`` are ops whose calls must survive AOT's dead code elimination even when their results are unused.
-    Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do assertions:
-    of ``_assert_async`` torch 2.13 to 2.15 know that of one overload only.
+    ``keep_alive`` are ops whose calls must survive AOT's dead code elimination, even if their results are unused.
+    Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do
+    assertions: torch 2.13 to 2.15 know only one overload of ``_assert_async``.
 
-    ``around`` has what to enter around each call of some composite ops, of which the graph will have the parts.
-    With ``keep_floats`` a Python float that varies stays a number; else AOT computes with 0-d tensors in its place.
+    ``around`` gives a context to enter around each call of certain composite ops, which are decomposed in the graph.
+    With ``keep_floats`` a Python float that varies stays a number; otherwise AOT computes with 0-d tensors in its
+    place.
     """
     from torch._functorch.aot_autograd import aot_module_simplified
 
@@ -75,12 +76,12 @@ def traced_as_eager(
 
 
 def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tuple[int, ...] | None:
-    """Which inputs' versions a call of ``lowered`` has to count up, if that is all that AOT's wrappers would do around it.
+    """The inputs whose versions a call of ``lowered`` has to count up, if AOT's wrappers would do nothing else around it.
 
-    None where they do more: take subclasses apart, make outputs again that alias inputs, mark sizes of outputs, leave
-    another grad mode, fake a first call. (They switch gradients off in each case. That they switch off an autocast of the
-    caller is for the caller of this to know: AOT has switched it off by now.) To be asked while AOT compiles ``lowered``,
-    which it made of ``gm``. Read in the wrappers of torch 2.11 to 2.15.
+    None if they do more: take subclasses apart, make outputs again that alias inputs, mark sizes of outputs, leave
+    another grad mode, fake a first call. (They always switch gradients off. Whether they switch off an autocast of the
+    caller has to be checked by the caller of this function, since AOT has switched it off already here.) Call this
+    while AOT compiles ``lowered``, which it made of ``gm``. Read in the wrappers of torch 2.11 to 2.15.
     """
     context = TracingContext.try_get()
     facts = context.fw_metadata if context is not None else None
@@ -100,10 +101,10 @@ def written_without_wrappers(gm: fx.GraphModule, lowered: fx.GraphModule) -> tup
 
 
 def forget_effect_tokens() -> None:
-    """Have AOT hand no effect tokens to the graph that it compiles now, which was traced without functionalization and takes none.
+    """Have AOT pass no effect tokens to the graph that it compiles now, which takes none.
 
-    torch 2.11 alone does: a None in front of the arguments for each kind of effect among the ops, and it drops as many
-    results. torch 2.13 to 2.15 forget the tokens by themselves.
+    Only torch 2.11 does: for each kind of effect among the ops it passes a None in front of the arguments, and drops as
+    many results. torch 2.13 to 2.15 drop the tokens by themselves.
     """
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
@@ -111,10 +112,10 @@ def forget_effect_tokens() -> None:
 
 
 def apart(inputs: Sequence[Any]) -> list[Any]:
-    """``inputs`` of a graph that Dynamo traced, with fake tensors on storages of their own for those that share one.
+    """``inputs`` of a graph that Dynamo traced, with fake tensors on separate storages for those that share one.
 
-    AOT merges arguments that overlap in one storage to one base, if any is written, with the offsets that they have in
-    the first call; and Dynamo does not guard on those. (torch 2.11 to 2.15)
+    If one of several arguments in one storage is written, AOT merges them into one base, with the offsets of the first
+    call, on which Dynamo does not guard. (torch 2.11 to 2.15)
     """
     kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
     plain = [value for value in inputs if type(value) in kinds and value.layout is torch.strided]
@@ -127,7 +128,7 @@ def apart(inputs: Sequence[Any]) -> list[Any]:
 
 
 def _stand_in(tensor: torch.Tensor, context: TracingContext) -> torch.Tensor:
-    """A fake tensor like ``tensor``, in its place in a storage of its own."""
+    """A fake tensor like ``tensor``, at its place in a storage of its own."""
     mode, symbols = context.fake_mode, context.tensor_to_context.get(tensor)
     assert mode is not None
     source = symbols.tensor_source if symbols is not None else None
@@ -165,11 +166,11 @@ _DECOMPOSED = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImpl
 
 @contextmanager
 def _eager_kernels() -> Iterator[None]:
-    """Trace ops as the kernels that eager runs: without the decompositions of Python's dispatcher, which eager never sees.
+    """Trace ops as the kernels that eager runs, without the decompositions in Python's dispatcher, which eager never uses.
 
-    They exist for export and for Inductor, and may differ from the kernels in the last bit (batch norm on CUDA, which
-    is cuDNN's in eager), in the sign of zero (softshrink), in strides and in aliases (dropout that drops nothing).
-    The tables are the process's: put back exactly, and Dynamo compiles in one thread at a time.
+    They exist for export and for Inductor, and may differ from the kernels in the last bit (batch norm on CUDA, for
+    which eager uses cuDNN), in the sign of zero (softshrink), in strides and in aliases (dropout that drops nothing).
+    The tables belong to the process. They are restored exactly, and Dynamo compiles in one thread at a time.
     """
     removed = [
         (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
@@ -193,12 +194,12 @@ def _eager_kernels() -> Iterator[None]:
 
 
 def _as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
-    """Kernels of the composite ops that call other ops while they are traced than eager does, and so round otherwise.
+    """Kernels for composite ops that call other ops while they are traced than in eager, and so round differently.
 
-    Their C++ asks whether a tensor is of a subclass, and under a mode of Python's dispatcher each tensor counts as one.
-    ``linalg_svdvals`` and ``linalg_eigvalsh`` then compute vectors as well, with another algorithm of LAPACK's;
-    ``linalg_cond`` and the nuclear norm call one of them. A ``matmul`` of batches then multiplies one large matrix where
-    one of the two batches has one matrix, and eager a batch. (torch 2.11 to 2.15)
+    Their C++ code asks whether a tensor is a subclass, and under a mode of Python's dispatcher each tensor counts as
+    one. ``linalg_svdvals`` and ``linalg_eigvalsh`` then compute vectors as well, with another algorithm of LAPACK.
+    ``linalg_cond`` and the nuclear norm call one of them. A ``matmul`` of batches, one of which has one matrix, is then
+    one large product, and a batch in eager. (torch 2.11 to 2.15)
     """
 
     def svdvals(matrix: torch.Tensor, *, driver: str | None = None) -> Any:
@@ -217,7 +218,7 @@ def _as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> Any:
-    """``matmul`` of batches of one size, where eager makes them of one size and not one large matrix."""
+    """``matmul`` of batches of one size, if eager makes them of one size, and not one large matrix."""
     if left.dim() == right.dim() == 3 and left.shape[0] != right.shape[0]:
         if left.shape[0] == 1:
             left = _repeated(left, right)
@@ -227,9 +228,9 @@ def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torc
 
 
 def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
-    """A batch of one matrix as long as ``many``, unless eager asks for one large matrix too.
+    """A batch with one matrix, repeated to the length of ``many``, unless eager makes one large matrix too.
 
-    That is where ``one`` needs a gradient, in whatever grad mode, or is of a subclass.
+    It does if ``one`` needs a gradient, in whatever grad mode, or is a subclass.
     """
     needs_gradient = one.requires_grad and (torch.is_grad_enabled() or not _computed(one))
     if needs_gradient or is_traceable_wrapper_subclass(one):
@@ -238,7 +239,7 @@ def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
 
 
 def _computed(tensor: torch.Tensor) -> bool:
-    """Whether the graph that is traced makes ``tensor``: with gradients off it needs none, whatever the fake says."""
+    """Whether the traced graph computes ``tensor``. With gradients off it needs no gradient, whatever the fake says."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
     mode = get_proxy_mode()
@@ -252,10 +253,11 @@ def _asks_for_gradients(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def _real_first_call() -> Iterator[None]:
-    """Have AOT compile for real tensors where Dynamo cuts a graph at DDP's buckets.
+    """Have AOT compile for real tensors if Dynamo cuts a graph at DDP's buckets.
 
-    There AOT's function is to return fake tensors once, to tell the next part its strides. But Dynamo makes that call only of
-    the backends that are its own, and runs the parts of others on fake tensors; the first real call would return the fakes.
+    There AOT's function should return fake tensors once, to give the next part its strides. But Dynamo makes that call
+    only for its own backends, and runs the parts of others on fake tensors, so the first real call would return the
+    fakes.
     """
     context = TracingContext.try_get()
     if context is None or not context.fakify_first_call:
@@ -270,11 +272,11 @@ def _real_first_call() -> Iterator[None]:
 
 @contextmanager
 def _python_floats() -> Iterator[None]:
-    """Leave floats numbers in the graph that AOT traces in this thread, as eager has them.
+    """Keep floats as numbers in the graph that AOT traces in this thread, as in eager.
 
-    Dynamo hands a float argument that varies over as a tensor whose value is read, and guards on nothing. AOT then
-    turns arithmetic with the number into arithmetic with the tensor, which rounds otherwise, and has Dynamo compile
-    again, for each value, where it cannot. Other threads' AOT does as always; checked on torch 2.11 to 2.15.
+    Dynamo passes a float argument that varies as a tensor whose value is read, and guards on nothing. AOT then replaces
+    arithmetic with the number by arithmetic with the tensor, which rounds differently, and where it cannot, it has
+    Dynamo compile again for each value. AOT in other threads is not changed. Checked on torch 2.11 to 2.15.
     """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
@@ -301,9 +303,9 @@ def _python_floats() -> Iterator[None]:
 
 
 def _floats_of_sizes(module: fx.GraphModule, env: Any) -> set[str]:
-    """The symbols of floats that have to be constants: sizes hang on them, or what was computed from them was guarded.
+    """The symbols of floats that have to be constants: sizes depend on them, or a guard uses a number computed from them.
 
-    Such a guard computes in an order of its own, and might fail for the very value that it was made for.
+    Such a guard computes in another order, and might fail for the very value that it was made for.
     """
     import sympy
     from torch.utils._sympy.symbol import SymT, symbol_is_type
@@ -346,10 +348,10 @@ def _entered_around(ops: Mapping[OpOverload, Callable[[], AbstractContextManager
 
 
 def static_input_indices() -> frozenset[int]:
-    """Which inputs of the graph that AOT is compiling right now keep their address: parameters, buffers, marked tensors.
+    """Which inputs of the graph that AOT compiles now have fixed addresses: parameters, buffers, marked tensors.
 
-    Stock ``backend="cudagraphs"`` derives the list from a formula that gives nothing once modules are inlined; this is
-    the list that Inductor uses.
+    The stock ``backend="cudagraphs"`` computes this list by a formula that finds nothing once modules are inlined. This
+    is the list that Inductor uses.
     """
     context = TracingContext.try_get()
     if context is None or context.fw_metadata is None:

@@ -1,4 +1,4 @@
-"""Frames that run as Python once, instead of being compiled."""
+"""Frames that run once as Python, instead of being compiled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 import torch
 
 
-# What has to be known of a call before Dynamo can trace it is learned by running the frame as Python, once. torch has nothing
-# for that: a frame that is skipped is skipped for good, also for others that share its code, and what it calls is compiled.
+# What has to be known about a call before Dynamo can trace it is learned by running the frame once as Python. torch has
+# no function for this: a frame that is skipped is skipped for good, even for other frames with the same code, and what
+# it calls is compiled.
 class _Thread(threading.local):
     tracing = 0
-    """How many frames Dynamo is converting, one in the other."""
+    """How many frames Dynamo is converting, one inside the other."""
     asked: Mapping[str, Any] | None = None
-    """The options of the backend, if the frame that is being converted is to run as Python."""
+    """The options of the backend, if the frame that is being converted has to run as Python."""
     python = 0
     """How many frames are running as Python."""
 
@@ -29,7 +30,7 @@ thread = _Thread()
 
 
 class _ThisOnce:
-    """Is there while a frame runs as Python: Dynamo's C++ code keeps the answer that holds it until the frame returns."""
+    """Exists while a frame runs as Python: Dynamo's C++ code keeps the answer that holds it until the frame returns."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         thread.python += 1
@@ -42,11 +43,12 @@ class _ThisOnce:
 
 
 watch: list[Callable[[Mapping[str, Any]], Callable[[], None]]] = []
-"""Called with the options of the backend before a frame runs as Python; each returns what is called when that ends."""
+"""Called with the options of the backend before a frame runs as Python. Each returns a function that is called at its
+end."""
 
 
 def _hide_from_dynamo(code: CodeType) -> None:
-    """Have Dynamo look neither at frames of ``code`` nor at what they call."""
+    """Have Dynamo ignore frames of ``code``, and everything that they call."""
     frames: Any = torch._C._dynamo.eval_frame
     strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     frames.set_code_exec_strategy(code, strategy)
@@ -56,7 +58,7 @@ _hide_from_dynamo(_ThisOnce.__del__.__code__)
 
 
 def run_as_python(reason: str) -> NoReturn:
-    """Have the frame that Dynamo is tracing run as Python this once, and all that it calls; see :func:`can_run_as_python`."""
+    """Have the frame that Dynamo is tracing, and what it calls, run as Python once; see :func:`can_run_as_python`."""
     from torch._dynamo.exc import SkipFrame
 
     thread.asked = options_of_backend()
@@ -65,7 +67,7 @@ def run_as_python(reason: str) -> NoReturn:
 
 
 def options_of_backend() -> Mapping[str, Any]:
-    """The options that ``torch.compile`` was given for what Dynamo is tracing."""
+    """The options that ``torch.compile`` got for what Dynamo is tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     transaction = InstructionTranslator.current_tx()
@@ -76,17 +78,17 @@ def options_of_backend() -> Mapping[str, Any]:
 
 
 def can_run_as_python() -> bool:
-    """Whether what is being traced is the frame of a call: an export has none."""
+    """Whether the frame of a call is being traced. An export has none."""
     return thread.tracing > 0
 
 
 def heed_requests_for_python() -> None:
-    """Have Dynamo heed :func:`run_as_python`, from now on, or from when it is imported."""
+    """Have Dynamo obey :func:`run_as_python`, from now on, or from its import on."""
     when_imported("torch._dynamo.convert_frame", _heed)
 
 
 def when_imported(name: str, then: Callable[[Any], None]) -> None:
-    """Call ``then`` with a module of Dynamo's, now or when it is imported: no frame can be converted before."""
+    """Call ``then`` with a module of Dynamo's, now or at its import, before any frame can be converted."""
     if name in sys.modules:
         then(sys.modules[name])
     elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
@@ -94,7 +96,7 @@ def when_imported(name: str, then: Callable[[Any], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Sees to what is to happen when a module is imported."""
+    """Calls the functions that wait for the import of a module."""
 
     def __init__(self, name: str, then: Callable[[Any], None]) -> None:
         self.name, self.then = name, then
@@ -116,7 +118,7 @@ class _Finder(MetaPathFinder):
 
 
 def _heed(convert_frame: Any) -> None:
-    """Wrap Dynamo's callback, such that the state of the code, which others may share, stays as it is."""
+    """Wrap Dynamo's callback so that the state of the code, which other frames may share, does not change."""
     plain = convert_frame.CatchErrorsWrapper.__call__
     if getattr(plain, "heeds_requests_for_python", False):
         return
@@ -141,14 +143,14 @@ def _heed(convert_frame: Any) -> None:
         _count_as_compiled()
         return _this_once(asked)
 
-    # Dynamo looks past the frames of its own file for who called the frame that it is to convert.
+    # To find the caller of the frame that it converts, Dynamo skips the frames of its own file.
     convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)  # type: ignore[attr-defined]
     convert.heeds_requests_for_python = True  # type: ignore[attr-defined]
     convert_frame.CatchErrorsWrapper.__call__ = convert
 
 
 def _this_once(options: Mapping[str, Any]) -> Any:
-    """Tells Dynamo's C++ code to run a frame as it is, and to look at nothing that it calls."""
+    """The answer by which Dynamo's C++ code runs a frame as it is, and ignores everything that it calls."""
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
     from torch._dynamo.types import ConvertFrameReturn
 
@@ -159,7 +161,7 @@ def _this_once(options: Mapping[str, Any]) -> Any:
 
 
 def _count_as_compiled() -> None:
-    """Under ``fullgraph=True`` a call in which no frame was compiled is an error. torch 2.11 does not look."""
+    """Under ``fullgraph=True`` a call in which no frame was compiled is an error. torch 2.11 does not check this."""
     count = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
     if count is not None and (compiled := count(-1)) >= 0:
         count(compiled + 1)

@@ -1,4 +1,4 @@
-"""What `torch.compile` returned, and which code it compiled."""
+"""What ``torch.compile`` returned, and which code it compiled."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from breakable_backend._torch.dynamo import _entries, _failure, _inlined
 
 
-# What `torch.compile` returns is, or has in it, a function `compile_wrapper` of Dynamo's. It closes over `fn`, which was compiled,
-# and over `callback`, which compiles the frames that run below it. Checked on torch 2.11, 2.13, 2.14.1 and 2.15.
+# What `torch.compile` returns is, or contains, a function `compile_wrapper` of Dynamo's. It closes over `fn`, which was
+# compiled, and over `callback`, which compiles the frames that run below it. Checked on torch 2.11, 2.13, 2.14.1 and
+# 2.15.
 @functools.cache
 def _compile_wrapper() -> CodeType | None:
     from torch._dynamo.eval_frame import _TorchDynamoContext
@@ -24,11 +25,12 @@ def _compile_wrapper() -> CodeType | None:
 
 
 Subject = tuple[object, str]
-"""What graphs are filed by: what compiles them, what was compiled, its code; of a method, the object and the method's name."""
+"""What graphs are filed under: what compiles them, what was compiled, its code; for a method, the object and the
+method's name."""
 
 
 def running_compiled() -> Iterator[Subject]:
-    """The compiled functions that are running in this thread, from the innermost: twice each, as ``callback`` and as ``fn``."""
+    """The compiled functions that are running in this thread, the innermost first, each as ``callback`` and as ``fn``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _compile_wrapper():
@@ -37,7 +39,7 @@ def running_compiled() -> Iterator[Subject]:
 
 
 def subjects_of(compiled: Any) -> list[Subject]:
-    """What graphs of ``compiled`` are filed by, and those of all compiled functions in it."""
+    """What graphs of ``compiled``, and of all compiled functions in it, are filed under."""
     wrappers = [subject for wrapper in _parts(compiled)[0] for subject in _subjects(_closure(wrapper))]
     return [*wrappers, *((code, "") for code in codes_of(compiled))]
 
@@ -67,7 +69,7 @@ def _closure(function: Any) -> dict[str, Any]:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:  # the cell has no value yet
         return None
 
 
@@ -106,7 +108,7 @@ def _parts(compiled: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _wrappers_of_module(module: torch.nn.Module) -> Iterator[Any]:
-    """The compiled functions that a module and its children hold, as attributes or methods."""
+    """The compiled functions that a module and its children have as attributes or methods."""
     for child in torch.nn.Module.modules(module):
         classes = [kind for kind in type(child).__mro__ if kind not in (torch.nn.Module, object)]
         for value in (*list(vars(child).values()), *(value for kind in classes for value in vars(kind).values())):
@@ -117,7 +119,7 @@ def _wrappers_of_module(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _frames_of_module(module: torch.nn.Module) -> Iterator[Any]:
-    """The forwards of children, and functions that they hold, that Dynamo compiled, or gave up, as frames of their own."""
+    """The forwards of children, and functions in them, that Dynamo compiled, or gave up, as separate frames."""
     for child in torch.nn.Module.modules(module):
         for function in (getattr(child.forward, "__func__", None), *list(vars(child).values())):
             if isinstance(function, FunctionType) and _is_frame(function.__code__):
@@ -125,7 +127,7 @@ def _frames_of_module(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _called_by(function: Any) -> Iterator[Any]:
-    """What a function names that is compiled: compiled functions, modules that hold some, functions with frames of their own."""
+    """Compiled objects that a function names: compiled functions, modules with some, separately compiled functions."""
     code = function.__code__
     named = [function.__globals__.get(name) for name in code.co_names]
     for value in (*_closure(function).values(), *named):
@@ -137,17 +139,17 @@ def _called_by(function: Any) -> Iterator[Any]:
 
 
 def _is_frame(code: CodeType) -> bool:
-    """Whether Dynamo has compiled ``code`` as a frame of its own, or has tried to and given it up."""
+    """Whether Dynamo has compiled ``code`` as a separate frame, or has tried to."""
     from torch._dynamo.convert_frame import input_codes
 
     return bool(_entries(code)) or (code in input_codes and _failure(code) is not None)
 
 
 def holds_compiled(function: Any) -> bool:
-    """Whether ``function`` is what ``torch.compile`` returned, was compiled in place, or holds such a one."""
+    """Whether ``function`` is what ``torch.compile`` returned, was compiled in place, or contains such an object."""
     return bool(_parts(function)[0])
 
 
 def codes_of(compiled: Any) -> list[CodeType]:
-    """The code of the functions behind ``compiled`` that Dynamo compiles, but for that which it wraps around all of torch's."""
+    """The code of the functions behind ``compiled`` that Dynamo compiles, without its wrapper around torch's functions."""
     return [code for function in _parts(compiled)[1] if (code := function.__code__) is not _inlined()]

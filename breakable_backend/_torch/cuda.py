@@ -1,4 +1,4 @@
-"""Pools, captures and streams of CUDA, and what goes at the end of a process group."""
+"""Pools, captures and streams of CUDA, and a callback before a process group ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 def before_groups_end(release: Callable[[], None]) -> None:
-    """Have ``release`` called before a process group gives up its communicators.
+    """Have ``release`` called before a process group destroys its communicators.
 
-    NCCL waits, without end, until all graphs that hold its work are gone. (torch 2.11 to 2.15)
+    NCCL waits without a time limit until all graphs that contain its work are destroyed. (torch 2.11 to 2.15)
     """
     group = torch.distributed.ProcessGroup
     shutdown = group.shutdown
@@ -28,9 +28,9 @@ def before_groups_end(release: Callable[[], None]) -> None:
 
 
 demangle: Callable[[str], str] = torch._C._demangle
-"""A C++ symbol as C++ spells it; what is none comes back as it is."""
+"""A C++ symbol in its C++ spelling. Other strings are returned unchanged."""
 
-# A CPU build lacks these names; the CUDA driver is the only one to call them.
+# A CPU build lacks these names. Only the CUDA driver calls them.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
 
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
@@ -40,7 +40,8 @@ is_stream_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStre
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 ONE_CAPTURE_STATE: bool = torch.__version__ < "2.13"  # a TorchVersion, which compares as versions do
-"""Whether a CUDA generator has one capture state for all graphs (torch 2.11), or one for each capture (2.13)."""
+"""Whether a CUDA generator has one capture state for all graphs (torch 2.11), or one for each capture (from 2.13
+on)."""
 
 
 def keep_for_ever(thing: Any) -> None:
@@ -49,7 +50,7 @@ def keep_for_ever(thing: Any) -> None:
 
 
 def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
-    """Where hooks on launches of ``graph`` are kept, which ``CUDAGraph.replay`` calls. Read on 2.14.1 and 2.15.0; 2.13 has none."""
+    """Where hooks on launches of ``graph`` are kept, for ``CUDAGraph.replay``. Read in 2.14.1 and 2.15.0; 2.13 has none."""
     module: Any = torch.cuda.graphs
     if not hasattr(module, "_global_replay_start_hooks"):
         return ()
@@ -61,13 +62,13 @@ def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
 
 
 def release_pool(device: int, pool: tuple[int, int]) -> None:
-    """Give up one use of ``pool``: that of a graph whose ``capture_end`` failed, which will never give it up itself."""
+    """Give up one use of ``pool``, for a graph whose ``capture_end`` failed, and which will never give it up itself."""
     torch._C._cuda_releasePool(device, pool)
 
 
 @contextmanager
 def allocating_to_pool(device: int, pool: tuple[int, int]) -> Iterator[None]:
-    """Have this thread allocate in ``pool``, which is in use and stays so. Read on 2.11, 2.13, 2.14.1 and 2.15."""
+    """Route this thread's allocations to ``pool``, which is in use and stays so. Read in 2.11, 2.13, 2.14.1 and 2.15."""
     torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
     try:
         yield
@@ -94,7 +95,7 @@ def memory_as_it_is() -> Iterator[None]:
 
 
 def stop_allocating_to_pool(device: int, pool: tuple[int, int]) -> bool:
-    """End the routing of allocations into ``pool`` that a failed capture leaves behind; whether there was any."""
+    """End the routing of allocations to ``pool`` that a failed capture has left behind. Returns whether there was any."""
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
     except RuntimeError as error:

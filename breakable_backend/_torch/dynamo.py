@@ -1,4 +1,4 @@
-"""Dynamo: what it compiles, skips, breaks, keeps and tells."""
+"""Dynamo: what it compiles, skips, breaks, keeps and reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGE = str(Path(__file__).parent.parent)
 
 
 def graph_breaks() -> dict[str, int]:
-    """Dynamo's graph breaks since its last reset: how many, by reason. The user's line is in the reason's first line."""
+    """Dynamo's graph breaks since its last reset: a count for each reason. A reason's first line has the user's line."""
     from torch._dynamo.utils import graph_break_reasons
 
     times: Counter[tuple[str, str]] = Counter()
@@ -35,7 +35,7 @@ def graph_breaks() -> dict[str, int]:
     for broken in graph_break_reasons:
         first, _, rest = broken.reason.strip().partition("\n")
         if first.startswith("generic_jump"):
-            first = "Data-dependent branching"  # Dynamo's words for it in a function that it inlines
+            first = "Data-dependent branching"  # Dynamo's words for this in a function that it inlines
         frames = [frame for frame in broken.user_stack or () if not frame.filename.startswith(_PACKAGE)]
         if frames:
             frame = frames[-1]
@@ -49,16 +49,16 @@ def graph_breaks() -> dict[str, int]:
 
 @functools.cache
 def _inlined() -> CodeType:
-    """Of what Dynamo wraps around functions in files that it skips, such as those of ``torch.nn``."""
+    """Code that Dynamo wraps around functions in files that it skips, such as those of ``torch.nn``."""
     from torch._dynamo.external_utils import wrap_inline
 
     return wrap_inline(lambda: None).__code__
 
 
 def code_under_compilation() -> tuple[CodeType, CodeType] | None:
-    """What Dynamo is compiling, and the function's code that it is of, if it goes on behind a graph break; None: nothing.
+    """What Dynamo is compiling; and the code of the function, if this is a continuation behind a graph break. None: nothing.
 
-    What Dynamo wraps around torch's own functions is one code for all: see :func:`is_shared`.
+    The wrapper around torch's own functions has one code for all of them; see :func:`is_shared`.
     """
     if current_compile_id() is None or (transaction := _tracing()) is None:
         return None
@@ -71,19 +71,19 @@ def code_under_compilation() -> tuple[CodeType, CodeType] | None:
 
 
 def _tracing() -> InstructionTranslator | None:
-    """What Dynamo traces with in this thread; None: it does not."""
+    """The object with which Dynamo traces in this thread; None if it does not."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return cast("InstructionTranslator | None", InstructionTranslator.current_tx())
 
 
 def is_shared(code: CodeType) -> bool:
-    """Whether it is the one code that Dynamo wraps around all of torch's own functions."""
+    """Whether it is the code of the wrapper that Dynamo puts around all of torch's own functions."""
     return code is _inlined()
 
 
 def at_recompile_limit(codes: Iterable[CodeType] | None = None) -> list[str]:
-    """Those of ``codes`` that Dynamo will not compile again, as ``name (file:line)``; None: of all."""
+    """Those of ``codes`` that Dynamo will not compile again, as ``name (file:line)``; for None, of all."""
     from torch._dynamo import config
     from torch._dynamo.convert_frame import input_codes
 
@@ -94,7 +94,7 @@ def at_recompile_limit(codes: Iterable[CodeType] | None = None) -> list[str]:
 
 
 def skipped(codes: Iterable[CodeType]) -> dict[str, str]:
-    """Those of ``codes`` that Dynamo was asked to compile, and of which there is nothing, as ``name (file:line)``; and why."""
+    """Those of ``codes`` that Dynamo was asked to compile and has compiled nothing of, as ``name (file:line)``; and why."""
     from torch._dynamo.convert_frame import input_codes
 
     asked = [
@@ -120,7 +120,7 @@ def _why_skipped(code: CodeType) -> str:
 
 
 def _failure(code: CodeType) -> str | None:
-    """Why Dynamo gave ``code`` up when it last tried, as far as it remembers (64 attempts); None: it did not."""
+    """Why Dynamo gave up ``code`` in its last attempt, if it remembers (64 attempts); None if it did not."""
     from torch._dynamo.utils import get_compilation_metrics
 
     place = (code.co_name, code.co_filename, code.co_firstlineno)
@@ -131,7 +131,7 @@ def _failure(code: CodeType) -> str | None:
 
 
 def _told(reason: str, file: str | None, line: int | None) -> str:
-    """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on behind that."""
+    """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on behind it."""
     first, *rest = (text.strip() for text in reason.splitlines() if text.strip())
     told = first + (f", at {file}:{line}" if file else "")
     behind = itertools.dropwhile(lambda text: "another graph break occurred" not in text, rest)
@@ -142,14 +142,14 @@ def _told(reason: str, file: str | None, line: int | None) -> str:
 
 
 def stance() -> str:
-    """What ``torch.compiler.set_stance`` has set, now: ``"default"``, ``"force_eager"`` and so on."""
+    """The present stance of ``torch.compiler.set_stance``: ``"default"``, ``"force_eager"`` and so on."""
     from torch._dynamo import eval_frame
 
     return eval_frame._stance.stance
 
 
 def stance_is_default() -> Callable[[], bool]:
-    """Asks whether no stance is set, in each call, without an import."""
+    """A function that checks in each call, without an import, that no stance is set."""
     from torch._dynamo import eval_frame
 
     return lambda: eval_frame._stance.stance == "default"
@@ -161,22 +161,23 @@ def place_of(code: CodeType) -> str:
 
 
 def _entries(code: CodeType) -> list[Any]:
-    """Dynamo's versions of ``code``. They belong to C++, which may drop one at any moment, in any thread: only to be counted."""
+    """Dynamo's compiled versions of ``code``. C++ owns them and may drop one at any moment, so they can only be counted."""
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
     return _debug_get_cache_entry_list(code)
 
 
 def constant_under_dynamo(function: F) -> F:
-    """Have Dynamo call ``function`` while it traces, and take what it returns as a constant."""
+    """Have Dynamo call ``function`` while it traces, and take its result for a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined] # all that torch.compiler.assume_constant_result does
     return function
 
 
 def break_of_dynamo(reason: str) -> Callable[[F], F]:
-    """Have Dynamo break its graph where ``function`` is called, and call it as it is.
+    """Have Dynamo break its graph at calls of ``function``, and call it unchanged.
 
-    What ``torch.compiler.disable`` does, but that this imports Dynamo when there is something to compile, and not before.
+    ``torch.compiler.disable`` does this too, but imports Dynamo at once. This imports it when there is something to
+    compile.
     """
     frames: Any = torch._C._dynamo.eval_frame
 
@@ -194,23 +195,23 @@ def break_of_dynamo(reason: str) -> Callable[[F], F]:
         told: Any = call
         told._torchdynamo_disable, told._torchdynamo_disable_msg = True, reason
         skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        frames.set_code_exec_strategy(told.__code__, skip)  # of this frame alone
+        frames.set_code_exec_strategy(told.__code__, skip)  # for this frame only
         return cast(F, call)
 
     return around
 
 
 def keep_with_code(thing: object) -> bool:
-    """Keep ``thing`` alive as long as the code that Dynamo is making now; False where nobody keeps that code, as in an export."""
+    """Keep ``thing`` alive as long as the code that Dynamo is making; False if nobody keeps that code, as in an export."""
     from torch._dynamo import convert_frame
 
     transaction = _tracing()
     assert transaction is not None
     output = transaction.output
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not output.export:  # an export lets go of the code, and its graph goes on
+    while frame is not None and not output.export:  # an export drops the code and keeps its graph
         if frame.f_code.co_name == "_compile_inner" and frame.f_code.co_filename == convert_frame.__file__:
-            # What Dynamo calls when the code dies, and keeps until then. There is nothing to call.
+            # Dynamo calls this when the code dies, and keeps it until then. The call does nothing.
             output.cleanups.append(cast(Any, functools.partial(id, thing)))
             return True
         frame = frame.f_back
@@ -282,37 +283,37 @@ def forget_code_of(thing: object, reason: str) -> None:
 
 
 def may_use_freed_guards() -> bool:
-    """Whether Dynamo may write to guards that it has freed, which can end the process, whatever the backend.
+    """Whether Dynamo may write to guards that it has freed, which can crash the process, with any backend.
 
-    So it is in 2.11 on Python 3.12 and newer: a guard that has failed stays among those that are told of each write to a
-    module's dictionary, and is not taken out when it is freed. Such a dictionary often goes as the process ends. Read and
-    tried on 2.11; 2.13 has mended it, and has the option off besides.
+    This is a fault of 2.11 on Python 3.12 and newer. A guard that has failed stays among the watchers of a module's
+    dictionary, and is not removed when it is freed. Such a dictionary is often freed at the end of the process. Read
+    and tried on 2.11; 2.13 has fixed it, and has the option off by default.
     """
     recursive = getattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", False)
     return bool(recursive) and torch.__version__ < "2.13" and sys.version_info >= (3, 12)
 
 
 def until_reset() -> dict[str, Any]:
-    """A dictionary that ``torch._dynamo.reset()`` forgets."""
+    """A dictionary that ``torch._dynamo.reset()`` drops."""
     from torch._dynamo.code_context import code_context
 
     return code_context.get_context(until_reset.__code__)
 
 
 def refuses_graph_breaks() -> bool:
-    """Whether Dynamo, which is tracing the caller, was told ``fullgraph=True``."""
+    """Whether Dynamo, which is tracing the caller, was called with ``fullgraph=True``."""
     transaction = _tracing()
     assert transaction is not None
     return bool(transaction.one_graph or transaction.error_on_graph_break)
 
 
 def global_state() -> Callable[[], bool]:
-    """Asks whether grad mode, autocast and torch's other global settings that Dynamo guards on are as they are now."""
+    """A check that grad mode, autocast and torch's other global settings that Dynamo guards on are as they are now."""
     return torch._C._dynamo.guards.GlobalStateGuard().check
 
 
 def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
-    """Asks, in one C++ call, whether tensors have the types, dtypes, devices, layouts and so on of ``tensors``, in order.
+    """A check, by one C++ call, that tensors have the types, dtypes, devices, layouts and so on of ``tensors``, in order.
 
     They have to be different objects, as ``tensors`` are.
     """
@@ -322,21 +323,21 @@ def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
 
 
 frame_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
-"""What compiles the frames that run in this thread now; None: nothing."""
+"""Compiles the frames that run in this thread now; None if nothing does."""
 
 
 def current_compile_id() -> Any:
-    """Which compilation of Dynamo's is under way, for :func:`trace_artifact`; None outside of one."""
+    """The id of Dynamo's current compilation, for :func:`trace_artifact`; None outside of one."""
     return CompileContext.current_compile_id()
 
 
 def current_compilation() -> object:
-    """What stands for the compilation of Dynamo's that is under way, and dies with it."""
+    """An object for Dynamo's current compilation, which dies with it."""
     return CompileContext.get()
 
 
 def recompile_reason() -> str | None:
-    """Why Dynamo compiles again what it compiled before; None for the first time, and outside of a compilation."""
+    """Why Dynamo compiles a function again; None for its first compilation, and outside of a compilation."""
     if current_compile_id() is None:
         return None
     from torch._dynamo.utils import get_metrics_context
@@ -345,7 +346,7 @@ def recompile_reason() -> str | None:
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str], compile_id: Any) -> None:
-    """A file in the trace that ``TORCH_TRACE`` asks for; ``payload`` is not called where there is none."""
+    """A file in the trace of ``TORCH_TRACE``. Without a trace ``payload`` is not called."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},

@@ -1,4 +1,4 @@
-"""Errors of Dynamo's, and errors of ours that Dynamo passes on."""
+"""Dynamo's exceptions, and exceptions of this package that Dynamo passes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def dynamo_error() -> type[Exception]:
-    """What Dynamo raises to steer itself, such as a request to trace again: never to be caught. Our own errors are among it."""
+    """The base of exceptions by which Dynamo steers itself, such as a request to trace again, and of ours. Not to be caught."""
     from torch._dynamo.exc import TorchDynamoException
 
     _passed_on_by_dynamo()
@@ -15,20 +15,20 @@ def dynamo_error() -> type[Exception]:
 
 
 def is_dynamos(error: Exception) -> bool:
-    """Whether ``error`` is such a one."""
+    """Whether ``error`` is one of these."""
     return "torch._dynamo" in sys.modules and isinstance(error, dynamo_error())
 
 
 class _Error(RuntimeError):
-    """What errors are while Dynamo is not loaded."""
+    """The base of this package's exceptions while Dynamo is not imported."""
 
 
 class CompileTimeError(_Error):
-    """An exception that Dynamo hands to the caller unchanged.
+    """An exception that Dynamo passes to the caller unchanged.
 
-    Whatever else a backend raises while compiling reaches the user as ``BackendCompilerFailed``. Dynamo lets a
-    ``ShortenTraceback`` through; without a first useful frame it leaves the traceback alone. That is a class of Dynamo's: it
-    becomes the base of this one before the first error that Dynamo could see.
+    Dynamo wraps any other exception of a backend in ``BackendCompilerFailed``. It passes on its own
+    ``ShortenTraceback``, and without a first useful frame it does not change the traceback. That class becomes the base
+    of this one before Dynamo can see the first exception.
     """
 
     first_useful_frame = None
@@ -40,12 +40,12 @@ class CompileTimeError(_Error):
         super().__init__(*args, **({} if _Error in CompileTimeError.__bases__ else {"first_useful_frame": None}))
 
     def __str__(self) -> str:
-        """The text as it was given, without Dynamo's notes below it, which ask for a report to PyTorch."""
+        """The original text, without the notes that Dynamo adds, which ask for a report to PyTorch."""
         return self._text
 
 
 def _passed_on_by_dynamo() -> None:
-    """Make our errors such as Dynamo passes on."""
+    """Give our exceptions the base class that Dynamo passes on."""
     from torch._dynamo.exc import ShortenTraceback
 
     CompileTimeError.__bases__ = (ShortenTraceback,)

@@ -18,7 +18,7 @@ from breakable_backend._torch.dynamo import _MODULE_CALLS
 
 # Checked on torch 2.11, 2.13, 2.14.1 and 2.15, Python 3.11 and 3.13.
 def dynamo_frames(outer: FrameType) -> tuple[list[FrameType], list[FrameType]]:
-    """The frames of code that Dynamo made, and those around the outermost of them: of what runs, up to ``outer``."""
+    """The running frames with code that Dynamo made, and those around the outermost of them, up to ``outer``."""
     from torch._dynamo.convert_frame import output_codes
 
     made: list[FrameType] = []
@@ -35,14 +35,14 @@ def dynamo_frames(outer: FrameType) -> tuple[list[FrameType], list[FrameType]]:
 
 
 def passes_on(frame: FrameType) -> bool:
-    """Whether a frame belongs to what calls a module or a compiled function, and does nothing else unless there are hooks."""
+    """Whether a frame only calls a module or a compiled function, unless there are hooks."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     return frame.f_code in (_compile_wrapper(), OptimizedModule.__call__.__code__, *_MODULE_CALLS)
 
 
 def owner_of_call(frame: FrameType) -> object:
-    """Whose method runs in ``frame``, called by torch's own code: of a module, or of what was compiled; None if of nothing."""
+    """The module or compiled object whose method runs in ``frame``, called by torch's own code; None if there is none."""
     caller = frame.f_back
     if caller is None:
         return None
@@ -52,7 +52,7 @@ def owner_of_call(frame: FrameType) -> object:
 
 
 def hooks_around(frames: Iterable[FrameType]) -> list[Mapping[Any, Any]]:
-    """Where the hooks of the modules that ``frames`` call are kept, and those of all modules: empty while there are none."""
+    """The dictionaries of hooks of the modules that ``frames`` call, and of all modules. Empty ones mean no hooks."""
     called = [frame.f_locals["self"] for frame in frames if frame.f_code is not _compile_wrapper()]
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_all = torch.nn.modules.module
@@ -63,9 +63,9 @@ def hooks_around(frames: Iterable[FrameType]) -> list[Mapping[Any, Any]]:
 
 
 def graph_called_by(code: CodeType) -> str:
-    """The global by which Dynamo's code calls its graph, if it calls one and nothing else that was compiled; else empty.
+    """The global by which Dynamo's code calls its graph, if it calls only one compiled object; otherwise empty.
 
-    Code that draws from Python's ``random`` before it calls the graph is no such code.
+    Code that draws from Python's ``random`` before it calls the graph does not count.
     """
     graphs = [name for name in code.co_names if name.startswith("__compiled_fn")]
     more = [name for name in code.co_names if name.startswith(("__resume_at", "__gen_rand"))]
@@ -73,7 +73,7 @@ def graph_called_by(code: CodeType) -> str:
 
 
 def function_in(compiled: Any, frame: FrameType) -> FunctionType | None:
-    """The function behind ``compiled`` whose code Dynamo made another of, which runs in ``frame``; None where that is not clear."""
+    """The function behind ``compiled`` whose code, remade by Dynamo, runs in ``frame``; None if that is not clear."""
     code = frame.f_code
     found = []
     for function in _parts(compiled)[1]:
@@ -88,7 +88,7 @@ def function_in(compiled: Any, frame: FrameType) -> FunctionType | None:
 
 
 _KEPT_OF_CODE = ("co_name", "co_qualname", "co_filename", "co_firstlineno", "co_freevars")
-"""What Dynamo's code has of the code that it was made from."""
+"""What Dynamo's code has in common with the code that it was made from."""
 
 
 def argument_count(code: CodeType) -> int:
@@ -98,14 +98,15 @@ def argument_count(code: CodeType) -> int:
 
 
 def takes_any_keyword(code: CodeType) -> bool:
-    """Whether ``code`` has a ``**kwargs``: it sees in which order a caller names arguments."""
+    """Whether ``code`` has ``**kwargs``, and so sees the order of keyword arguments."""
     return bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
 
 def unguarded(function: FunctionType, code: CodeType, graph: Callable[..., Any]) -> FunctionType:
-    """``function`` as Dynamo compiled it to ``code``, calling ``graph`` for its graph, and without guards.
+    """``function`` as Dynamo compiled it to ``code``, without guards, and with ``graph`` in the place of its graph.
 
-    ``graph`` has a name among the globals of ``function``, as what Dynamo compiles has; it goes when the result does.
+    ``graph`` has a name among the globals of ``function``, as compiled objects have. The name is removed when the
+    result dies.
     """
     from torch._dynamo.eval_frame import skip_code
 
@@ -114,7 +115,7 @@ def unguarded(function: FunctionType, code: CodeType, graph: Callable[..., Any])
     code = code.replace(co_names=tuple(f"{known}{suffix}" if known in others else known for known in code.co_names))
     result = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     result.__kwdefaults__ = function.__kwdefaults__
-    skip_code(code)  # it was compiled
+    skip_code(code)  # it is compiled already
     added = {f"{known}{suffix}": value for known, value in others.items()}
     function.__globals__.update(added)
     weakref.finalize(result, _take_out, function.__globals__, tuple(added)).atexit = False
@@ -127,7 +128,7 @@ def _take_out(names: dict[str, Any], added: Sequence[str]) -> None:
 
 
 class _Unrecorded:
-    """Dynamo's utilities, without the ranges that its code records around the reading of parameters: 3 us on torch 2.11."""
+    """Dynamo's utilities without the profiler ranges around the reading of parameters, which take 3 us on torch 2.11."""
 
     @staticmethod
     def record_pregraph_bytecode_enter() -> None:
@@ -153,12 +154,12 @@ def _reads_training(kind: type) -> bool:
 
 
 def may_read_training(module: torch.nn.Module) -> bool:
-    """Whether it matters in which mode a module is: of torch's own, whether their code says ``training``; of others always."""
+    """Whether a module's mode matters: for torch's own, if their code contains ``training``; for others always."""
     kind = type(module)
     return not kind.__module__.startswith("torch.nn.modules.") or _reads_training(kind)
 
 
 def graph_behind(function: FunctionType, code: CodeType) -> Callable[..., Any]:
-    """What Dynamo's ``code`` of ``function`` calls for its graph, without what keeps Dynamo from tracing into it."""
+    """What Dynamo's ``code`` of ``function`` calls for its graph, without the wrapper that Dynamo does not trace into."""
     graph = function.__globals__[graph_called_by(code)]
     return cast(Callable[..., Any], getattr(graph, "_torchdynamo_orig_callable", graph))

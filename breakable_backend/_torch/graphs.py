@@ -13,9 +13,9 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 @contextmanager
 def noted(key: str, value: Any) -> Iterator[None]:
-    """Have nodes that are traced in here carry ``value`` in ``meta["custom"]``; those that are traced already do not change.
+    """Have nodes that are traced inside carry ``value`` in ``meta["custom"]``. Nodes that are traced already do not change.
 
-    ``torch.fx.traceback.annotate`` changes the dict, which the nodes before may share.
+    ``torch.fx.traceback.annotate`` changes the dict itself, which earlier nodes may share.
     """
     before = _fx_traceback.current_meta
     _fx_traceback.current_meta = {**before, "custom": {**before.get("custom", {}), key: value}}
@@ -26,11 +26,11 @@ def noted(key: str, value: Any) -> Iterator[None]:
 
 
 def lazy_module(attributes: Mapping[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A module without code until somebody asks: see :func:`make_code`."""
+    """A module without code until somebody needs it; see :func:`make_code`."""
     return _LazyGraphModule(dict(attributes), graph, name)
 
 
 def make_code(module: fx.GraphModule) -> None:
-    """Have ``module`` make its code, if it has none yet."""
+    """Have ``module`` generate its code, if it has none yet."""
     if isinstance(module, _LazyGraphModule):
         module.real_recompile()

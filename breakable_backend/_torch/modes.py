@@ -1,4 +1,4 @@
-"""Modes of a thread: grad, inference, autocast, dispatch, functions, forward AD."""
+"""The modes of a thread: grad, inference, autocast, dispatch modes, function modes, forward AD."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENTER_INFERENCE_MODE = torch.autograd.grad_mode._enter_inference_mode
 
 
 def function_modes() -> list[Any]:
-    """The modes that see torch functions, as ``torch.set_default_device`` makes one."""
+    """The active function modes; ``torch.set_default_device`` makes one."""
     return [torch._C._get_function_stack_at(number) for number in range(torch._C._len_torch_function_stack())]
 
 
@@ -33,24 +33,25 @@ profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def above_autograd() -> AbstractContextManager[None]:
-    """Have ops run as from the user's code: also in the kernel of an op that autograd, or a dispatch mode, called."""
+    """Have ops run as from the user's code, even in the kernel of an op that autograd or a dispatch mode called."""
     return _included_again("AutogradFunctionality", *_HIDDEN_BY_MODES)
 
 
 @contextmanager
 def composites_as_ops() -> Iterator[None]:
-    """Have composite ops reach dispatch modes whole, as under inference mode: autograd, which takes them apart, is left out."""
+    """Have composite ops reach dispatch modes whole, as under inference mode, without autograd, which decomposes them."""
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, True):
         yield
 
 
 def with_autograd() -> AbstractContextManager[None]:
-    """The way back, for code within that records gradients itself."""
+    """The opposite, for code inside that records gradients itself."""
     return _included_again("AutogradFunctionality")
 
 
 _HIDDEN_BY_MODES = ("ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
-"""What the dispatcher leaves out around a mode: a view is not known for one there, and a lazy ``conj()`` is read as it lies."""
+"""What the dispatcher leaves out around a mode: views are not known as views there, and a lazy ``conj()`` is read
+without it."""
 
 
 def _included_again(*keys: str) -> AbstractContextManager[None]:
@@ -117,9 +118,9 @@ class Autocast:
 
 @contextmanager
 def without_alias_check() -> Iterator[None]:
-    """Step out of the dispatch mode under which AOT makes its first call, to check custom ops for undeclared aliases.
+    """Leave the dispatch mode under which AOT makes its first call, to check custom ops for undeclared aliases.
 
-    Under a dispatch mode an op does not see the caller's autocast, so that call would not be like eager.
+    Under a dispatch mode an op does not see the caller's autocast, so that call would differ from eager.
     """
     from torch._functorch._aot_autograd.runtime_wrappers import _AnalyzeCustomOpInputOutputMode
 
@@ -132,12 +133,12 @@ def without_alias_check() -> Iterator[None]:
 
 
 def forward_ad_active() -> bool:
-    """Whether forward-mode AD is on (torch 2.11 to 2.15): tensors may carry tangents, which eager alone computes."""
+    """Whether forward-mode AD is on (torch 2.11 to 2.15). Tensors may then carry tangents, which only eager computes."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def guard_on_forward_ad() -> None:
-    """Have Dynamo compile anew where forward-mode AD is entered or left, which it asks inside of ``torch.func`` alone."""
+    """Have Dynamo compile again when forward-mode AD is entered or left, which it checks only inside ``torch.func``."""
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import GlobalStateSource
 
@@ -146,14 +147,14 @@ def guard_on_forward_ad() -> None:
 
 
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
-"""Whether autocast is on, for whatever device."""
+"""Whether autocast is on for any device."""
 
 
 def dispatch_modes() -> list[Any]:
-    """The ``TorchDispatchMode`` objects that this thread runs under, outermost first."""
+    """The ``TorchDispatchMode`` objects of this thread, the outermost first."""
     return list(_get_current_dispatch_mode_stack())
 
 
 def dispatch_mode_active() -> bool:
-    """Whether the caller runs under a ``TorchDispatchMode``, which must see every op."""
+    """Whether the caller runs under a ``TorchDispatchMode``, which has to see every op."""
     return torch._C._len_torch_dispatch_stack() > 0

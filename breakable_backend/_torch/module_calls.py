@@ -17,15 +17,15 @@ Instead = Callable[[torch.nn.Module, Mapping[str, Any]], tuple[Callable[..., Any
 
 
 def heed_calls_of_modules(instead: Instead, watch: Callable[[Mapping[str, Any]], Callable[[], None]]) -> None:
-    """Have Dynamo ask about modules that traced code calls, from now on, or from when it is imported.
+    """Have Dynamo ask about modules that traced code calls, from now on, or from its import on.
 
     Args:
-        instead: given a module and the options of the backend, what to call with the module and its arguments, or None;
-            and whether what is compiled is for this module alone.
-        watch: called with the options before a frame runs as Python; returns what is called when that ends.
+        instead: given a module and the backend's options, what to call with the module and its arguments, or None; and
+            whether the compiled code is for this module only.
+        watch: called with the options before a frame runs as Python. Returns a function that is called at its end.
     """
     as_python.watch.append(watch)
-    as_python.heed_requests_for_python()  # it has to be there before the first frame is converted
+    as_python.heed_requests_for_python()  # this has to be in place before the first frame is converted
     as_python.when_imported("torch._dynamo.variables.nn_module", functools.partial(_ask, instead))
 
 

@@ -1,4 +1,4 @@
-"""Ops: their overloads and schemas, kernels in Python, what runs of them while tracing."""
+"""Ops: overloads, schemas, kernels in Python, and which ops run while tracing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from breakable_backend._torch.modes import _HIDDEN_BY_MODES, _included_again
 from breakable_backend._torch.tensors import storage_key
 
 Op = OpOverload | HigherOrderOperator
-"""What a node of a lowered graph can call, other than plain Python operators."""
+"""What a node of a lowered graph can call, besides plain Python operators."""
 
 
 def aten(names: str) -> frozenset[str]:
-    """A table of ATen ops, as ``aten::name``. Tables hold names, so that a torch without one of the ops has the rest."""
+    """A table of ATen ops, as ``aten::name``: names only, so that a torch that lacks one op can use the others."""
     return frozenset(f"aten::{name}" for name in names.split())
 
 
 def _aten_overloads() -> Iterator[OpOverload]:
-    """The overloads of aten that anybody has asked for so far: only those can have kernels in Python."""
+    """The overloads of aten that were asked for so far. Only those can have kernels in Python."""
     for packet in list(vars(torch.ops.aten).values()):
         if isinstance(packet, OpOverloadPacket):
             for overload in list(vars(packet).values()):
@@ -36,18 +36,18 @@ def _aten_overloads() -> Iterator[OpOverload]:
 
 
 def is_composite(op: Any) -> bool:
-    """Whether an op is made of other ops, into which tracing takes it apart."""
+    """Whether an op is made of other ops, into which tracing decomposes it."""
     key = "CompositeImplicitAutograd"
     return _is_dispatched(op) and bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
 
 
 def _is_dispatched(op: Any) -> bool:
-    """Whether an op is the dispatcher's. Of some ops TorchScript has overloads of its own."""
+    """Whether an op belongs to the dispatcher. Some ops have overloads of TorchScript's."""
     return isinstance(op, OpOverload) and bool(torch._C._dispatch_has_kernel(op.name()))
 
 
 def is_composite_by_name(name: str) -> bool:
-    """Whether all overloads that ``name`` stands for are composite, but for those with ``out=``."""
+    """Whether all overloads that ``name`` stands for are composite, except those with ``out=``."""
     ops = [op for op in find_overloads(name) if _is_dispatched(op)]
     ops = [op for op in ops if not any(argument.is_out for argument in op._schema.arguments)]
     return bool(ops) and all(map(is_composite, ops))
@@ -57,9 +57,9 @@ _TRACERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.proxy_tensor
 
 
 class _Tags(list[torch.Tag]):
-    """Tags that say to tracers alone that the op draws: they run no such op on tensors whose values they know.
+    """Tags that tell only tracers that the op draws, so that they do not run it on tensors whose values they know.
 
-    Others would take the tag for more than that: AOTAutograd's partitioner saves random states around such an op.
+    Other readers would draw further conclusions: AOTAutograd's partitioner saves random states around such an op.
     """
 
     def __contains__(self, tag: object) -> bool:
@@ -70,17 +70,17 @@ class _Tags(list[torch.Tag]):
 
 
 def never_run_on_constants(op: OpOverload) -> None:
-    """Have nobody run ``op`` for real while tracing, where its tensors are constants of the traced code."""
+    """Have nobody run ``op`` for real while tracing, if its tensors are constants of the traced code."""
     op._tags = _Tags(op.tags)
 
 
 def below_autograd(op: OpOverload, keys: Any, *args: Any) -> Any:
-    """Call ``op`` as an autograd kernel does that is done with its part; ``keys`` is what it was given."""
+    """Call ``op`` as an autograd kernel does after its own work; ``keys`` are the dispatch keys that it got."""
     return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, which has no types."""
+    """``function.apply(*args)``, which has no type annotations."""
     return function.apply(*args)
 
 
@@ -93,7 +93,7 @@ def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def overloads(target: Any) -> list[OpOverload]:
-    """The overloads behind an op as it stands in a graph: an overload, or a packet of them."""
+    """The overloads of an op as it stands in a graph: an overload, or a packet of them."""
     if isinstance(target, OpOverload):
         return [target]
     if isinstance(target, OpOverloadPacket):
@@ -102,8 +102,9 @@ def overloads(target: Any) -> list[OpOverload]:
 
 
 def schema_name(op: Any) -> str:
-    """``ns::op`` of an overload, which tables of ops hold; empty for all else."""
-    return op._overloadpacket._qualified_op_name if isinstance(op, OpOverload) else ""  # the schema's takes 1 us
+    """``ns::op`` of an overload, as tables of ops have it; empty for anything else."""
+    # The schema's own name takes 1 us.
+    return op._overloadpacket._qualified_op_name if isinstance(op, OpOverload) else ""
 
 
 def op_names() -> list[str]:
@@ -125,7 +126,7 @@ def find_overloads(name: str) -> list[OpOverload]:
 
 
 def out_of_place(op: OpOverload) -> OpOverload | None:
-    """The view that ``t_``, ``squeeze_`` and so on make in place; None for those that move storages."""
+    """The view op for ``t_``, ``squeeze_`` and so on; None for ops that move storages."""
     name = op._schema.name.removeprefix("aten::")
     found = find_overloads(f"aten::{name.removesuffix('_')}") if name.endswith("_") else []
     return next((view for view in found if view.is_view and _arguments(view) == _arguments(op)), None)
@@ -138,8 +139,8 @@ def _arguments(op: OpOverload) -> list[tuple[str, str]]:
 def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any] | None:
     """The Python function behind a ``torch.library.custom_op`` on ``device_type``.
 
-    Calling it skips the dispatcher, 11 of 27 us a call (H200, torch 2.11). None where there is no such function, or
-    where it is not the same thing. Ops made with ``Library.impl`` keep their function inside the dispatcher.
+    Calling it skips the dispatcher, 11 of 27 us a call (H200, torch 2.11). None if there is no such function, or if it
+    does not do the same. For ops made with ``Library.impl`` the function is inside the dispatcher.
     """
     definition = OPDEFS.get(op._schema.name)
     if definition is None or op is not definition._opoverload:
@@ -155,12 +156,12 @@ def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any
 def kernel_made_of_ops(
     op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str] = (), *, watching: bool = False
 ) -> Callable[..., Any] | None:
-    """The kernel of ``op``, if all that it does is to call other ops: a composite, or Python registered by a library.
+    """The kernel of ``op``, if it only calls other ops: a composite, or Python registered by a library.
 
-    Called so, and not through ``op``, it runs under the dispatch modes that are active, and they see those ops.
-    Composites are taken apart above the modes, except under inference mode. Python for a GPU is not trusted to call ops
-    only: what it launches by itself, as with Triton, no mode would see. ``autocast``: device types that Python for an op
-    sees an autocast of; a mode runs with none. ``watching``: the caller runs the kernel whatever it launches.
+    Called directly, and not through ``op``, it runs under the active dispatch modes, and they see those ops. Composites
+    are decomposed above the modes, except under inference mode. Python for a GPU is not trusted to call ops only: no
+    mode would see what it launches by itself, as with Triton. ``autocast``: device types with an autocast that the
+    Python of an op sees; a mode runs with none. ``watching``: the caller runs the kernel even if it launches.
     """
     name, key = op.name(), device_type.upper()
     kinds = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -169,7 +170,8 @@ def kernel_made_of_ops(
     in_python = registered and op.namespace != "aten" and (device_type == "cpu" or watching)
     if kind != "CompositeImplicitAutograd" and not in_python:
         return None
-    # A redispatch takes no number for a tensor, as a call does. Such a call has a number for its result: a constant.
+    # A redispatch does not take a number for a tensor, as a call does. Such a call has a number as its result: a
+    # constant.
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if isinstance(argument.type, torch.TensorType) and isinstance(value, bool | int | float | complex):
             return None
@@ -178,19 +180,18 @@ def kernel_made_of_ops(
 
 
 def _run_kernel(op: OpOverload, keys: Any, casts: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
-    # The dispatcher excludes ADInplaceOrView around a mode, as eager does not around a kernel: without it a view of a
-    # parameter requires no grad, and matmul takes another path.
-    # narrow and chunk, which have a kernel of their own there, have run it above the mode, and it refuses a view twice.
+    # Around a mode the dispatcher excludes ADInplaceOrView, which eager does not do around a kernel. Without it a view
+    # of a parameter requires no grad, and matmul takes another path.
     is_view = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "ADInplaceOrView")
     with _included_again(*(key for key in _HIDDEN_BY_MODES if not is_view or key != "ADInplaceOrView"), *casts):
         return op.redispatch(keys, *args, **kwargs)
 
 
 def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], descriptors: Any) -> list[str]:
-    """The names, among ``named``, of the tensors that a user's Triton kernel writes; all of them where nobody can tell.
+    """The names, among ``named``, of the tensors that a user's Triton kernel writes; all of them if that is not known.
 
-    ``kernel`` and ``constants`` are numbers in torch's table of kernels, as they stand in a graph. What autotuning sets to
-    zero is written too. Looked at on torch 2.11, 2.13, 2.14.1 and 2.15.
+    ``kernel`` and ``constants`` are numbers in torch's table of kernels, as they stand in a graph. What autotuning sets
+    to zero is written too. Read in torch 2.11, 2.13, 2.14.1 and 2.15.
     """
     from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 
@@ -204,7 +205,7 @@ def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], des
 
 
 def is_effectful(op: Any) -> bool:
-    """Whether an op was registered with an effect (``register_effect``), which is ordered among others and is kept.
+    """Whether an op was registered with an effect (``register_effect``), so that it is ordered and never removed.
 
     Checked on torch 2.11, 2.13, 2.14.1 and 2.15.
     """
@@ -214,13 +215,13 @@ def is_effectful(op: Any) -> bool:
 
 
 def wait_tensor() -> OpOverload:
-    """The op that waits for what a collective makes."""
+    """The op that waits for the result of a collective."""
     (op,) = find_overloads("_c10d_functional::wait_tensor")
     return op
 
 
 def results_like(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call of ``op`` would return, without the call: its arguments where it returns those, else empty tensors."""
+    """The results of a call of ``op`` without making it: its arguments if it returns those, otherwise empty tensors."""
     mode = FakeTensorMode()
     given: dict[int, torch.Tensor] = {}
 
@@ -241,7 +242,7 @@ def results_like(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def is_region(op: Any) -> bool:
-    """Whether a higher-order op is a call of a region that is compiled once: ``invoke_subgraph``."""
+    """Whether a higher-order op calls a region that is compiled once: ``invoke_subgraph``."""
     return isinstance(op, HigherOrderOperator) and op.name() == "invoke_subgraph"
 
 

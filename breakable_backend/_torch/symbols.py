@@ -1,4 +1,4 @@
-"""Sizes that vary, and numbers that are known late."""
+"""Symbolic sizes, and numbers that are known only at run time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def has_hint(number: Any) -> bool:
-    """Whether one knows what a symbolic number is in the call that is being traced."""
+    """Whether the value of a symbolic number in the call that is being traced is known."""
     return isinstance(number, int | float) or number.node.hint is not None
 
 
 def hint_of(number: Any) -> int:
-    """The number that a symbolic int is in the call that is being traced."""
+    """The value of a symbolic int in the call that is being traced."""
     return number if type(number) is int else int(number.node.hint)
 
 
 def name_of(number: Any) -> str:
-    """Where Dynamo reads a symbolic number, as ``x.size()[1]`` or ``n``; empty where it computes it, or for no symbol."""
+    """Where Dynamo reads a symbolic number, as ``x.size()[1]`` or ``n``; empty if it computes it, or for no symbol."""
     if not isinstance(number, torch.SymInt) or not number.node.expr.is_symbol:
         return ""
     sources = number.node.shape_env.var_to_sources.get(number.node.expr, ())
@@ -41,7 +41,7 @@ def fresh_int(tensor: Any) -> Any:
 
 @contextmanager
 def ignore_fresh_symbols(tensors: Iterable[Any]) -> Iterator[None]:
-    """Let code that reads values run on fake tensors, though no graph will hold the numbers that it makes."""
+    """Let code that reads values run on fake tensors, although no graph will contain the numbers that it makes."""
     modes = (getattr(tensor, "fake_mode", None) for tensor in tensors)
     env = next((mode.shape_env for mode in modes if mode is not None), None)
     if env is None:
@@ -55,14 +55,15 @@ _NO_SYMBOLS: frozenset[Any] = frozenset()
 
 
 def free_symbols(value: Any) -> Any:
-    """The symbols in a number, a fake tensor, or several."""
+    """The symbols in a number, a fake tensor, or several of them."""
     if type(value) in (FakeTensor, torch.Tensor) and not value._has_symbolic_sizes_strides:
-        return _NO_SYMBOLS  # nearly always, and told in no time
+        return _NO_SYMBOLS  # the usual case, which is quick
     if type(value) is FakeTensor and value.layout is torch.strided:
         sizes = {
             size.node for size in (*value.shape, *value.stride(), value.storage_offset()) if type(size) is torch.SymInt
         }
-        return _NO_SYMBOLS.union(*[node.expr.free_symbols for node in sizes])  # three times as quick as torch's own
+        # Three times as quick as torch's own function.
+        return _NO_SYMBOLS.union(*[node.expr.free_symbols for node in sizes])
     if type(value) in (list, tuple):
         return _NO_SYMBOLS.union(*map(free_symbols, value))
     from torch.fx.experimental import symbolic_shapes
@@ -71,7 +72,7 @@ def free_symbols(value: Any) -> Any:
 
 
 def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
-    """The plain number that a backed ``SymInt``, ``SymFloat`` or ``SymBool`` has under ``symbols``; others unchanged."""
+    """The plain number of a backed ``SymInt``, ``SymFloat`` or ``SymBool`` under ``symbols``; other values unchanged."""
     if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value
     import sympy
@@ -83,7 +84,7 @@ def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
 
 
 def numbers_of(values: Sequence[Any], symbols: Sequence[sympy.Symbol]) -> Callable[..., tuple[int, ...]]:
-    """A function that takes what ``symbols`` are and returns what ``values``, ints or ``SymInt`` of them, then are."""
+    """A function of the values of ``symbols`` that returns the numbers of ``values``, which are ints or ``SymInt``."""
     from torch.utils._sympy.printers import PythonPrinter
 
     texts = [PythonPrinter().doprint(v.node.expr) if isinstance(v, torch.SymInt) else str(v) for v in values]
@@ -93,17 +94,17 @@ def numbers_of(values: Sequence[Any], symbols: Sequence[sympy.Symbol]) -> Callab
 
 
 def symbols_made(node: fx.Node) -> frozenset[sympy.Symbol]:
-    """The unbacked symbols that the call of a node made when it was traced, replaced since or not."""
+    """The unbacked symbols that the call of a node made when it was traced, even if they were replaced since."""
     return frozenset(node.meta.get("unbacked_bindings") or ())
 
 
 def is_ragged(value: Any) -> bool:
-    """Whether ``value`` stands for the lengths of a jagged nested tensor: an int that ``int()`` does not take."""
+    """Whether ``value`` stands for the lengths of a jagged nested tensor: an int that ``int()`` refuses."""
     return isinstance(value, torch.SymInt) and bool(value.node.is_nested_int())
 
 
 def is_argument_float(value: Any) -> bool:
-    """Whether a number is a float argument of the compiled function, as Dynamo hands it over once it has varied."""
+    """Whether a number is a float argument of the compiled function, as Dynamo passes it once it has varied."""
     if not isinstance(value, torch.SymFloat):
         return False
     from torch.utils._sympy.symbol import SymT, symbol_is_type

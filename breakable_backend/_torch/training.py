@@ -1,4 +1,4 @@
-"""Graphs that need gradients: how they are traced with their backward, and what autograd says of a call."""
+"""Graphs that need gradients: traced together with their backward; and what autograd says about a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from breakable_backend._torch.aot import traced_as_eager
 def tracing_both_halves(
     keep_alive: Iterable[Any], around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]
 ) -> Iterator[FakeTensorMode]:
-    """What :func:`trace_joint` is called in, and what fake arguments for it are made under: as in :func:`trace_inference`.
+    """The context for :func:`trace_joint`, and for making its fake arguments: as in :func:`trace_inference`.
 
     Dynamo compiles nothing meanwhile, since tables of the process are changed.
     """
@@ -31,7 +31,8 @@ def tracing_both_halves(
 
     with ExitStack() as stack:
         stack.enter_context(compile_lock)
-        # As while Dynamo compiles: else FX tells other threads that call compiled functions that they are being traced.
+        # As while Dynamo compiles; otherwise FX would tell other threads that call compiled functions that they are
+        # being traced.
         stack.callback(setattr, torch.compiler, "_is_compiling_flag", torch.compiler._is_compiling_flag)
         torch.compiler._is_compiling_flag = True
         stack.enter_context(traced_as_eager(keep_alive, around))
@@ -42,9 +43,9 @@ def tracing_both_halves(
 
 
 def trace_joint(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
-    """The ATen graph of a function that computes gradients, which stand behind the nodes of what they are gradients of.
+    """The ATen graph of a function that computes gradients, which stand behind the nodes that they are gradients of.
 
-    Mutation stays in program order. Looked at on torch 2.11 and 2.13.
+    Mutations stay in program order. Read in torch 2.11 and 2.13.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -53,7 +54,7 @@ def trace_joint(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.Gr
 
 
 def traced_so_far() -> frozenset[str]:
-    """The names of the nodes that :func:`trace_joint` has made by now."""
+    """The names of the nodes that :func:`trace_joint` has made so far."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     mode = get_proxy_mode()
@@ -62,12 +63,12 @@ def traced_so_far() -> frozenset[str]:
 
 
 def autocast_off() -> AbstractContextManager[None]:
-    """Without autocast, for a ``with`` statement: a backward is run outside of it, and the graph of one is traced so."""
+    """No autocast during a ``with`` statement. A backward runs outside of autocast, and so does its trace."""
     return cast(AbstractContextManager[None], torch._C._DisableAutocast())
 
 
 def number_backward(outputs: Sequence[torch.Tensor]) -> None:
-    """Have nodes of the backward that is traced next carry the number of the op that they are the gradient of (``seq_nr``)."""
+    """Have nodes of the backward that is traced next carry the number of the op whose gradient they compute (``seq_nr``)."""
     from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
 
     setup_stacktrace_preservation_hooks([output.grad_fn for output in outputs if output.grad_fn is not None])
@@ -78,11 +79,12 @@ _OTHER_FOR_FAKES_OF_THE_HOST = {"MaxBackward1", "MinBackward1", "MedianBackward0
 
 
 def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
-    """The first gradient behind ``outputs`` for which autograd has another formula where tensors are fake; empty if none is.
+    """The first gradient behind ``outputs`` for which autograd has another formula for fake tensors; empty if there is none.
 
-    ``prod`` and ``cumprod`` look for zeros in real tensors, and a fake one gets the slow formula, which rounds in another
-    way. The gradient of ``ormqr`` lies otherwise. On the host, that of a ``max`` of all elements is scattered, where a fake
-    one is multiplied with a mask, which gives ``-0.0``. Found by comparing the gradients of all ops of OpInfo on torch 2.13.
+    ``prod`` and ``cumprod`` look for zeros in real tensors, and a fake one gets the slow formula, which rounds
+    differently. The gradient of ``ormqr`` has another layout. On the host, the gradient of a ``max`` of all elements is
+    scattered, and for a fake tensor multiplied with a mask, which gives ``-0.0``. Found by comparing the gradients of
+    all ops of OpInfo on torch 2.13.
     """
     left, visited = [output.grad_fn for output in outputs], set()
     while left:
@@ -100,12 +102,12 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
 
 
 def functorch_active() -> bool:
-    """Whether a transform of ``torch.func`` is under way."""
+    """Whether a transform of ``torch.func`` is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def compiled_autograd_active() -> bool:
-    """Whether a backward that begins now would be compiled, or is."""
+    """Whether a backward that begins now would be compiled, or is being compiled."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
     config = sys.modules.get("torch._dynamo.config")
     return bool(
@@ -115,12 +117,12 @@ def compiled_autograd_active() -> bool:
 
 
 def retains(tensor: torch.Tensor) -> StorageWeakRef:
-    """A weak reference that tells whether autograd, or anybody, still has the storage of ``tensor``."""
+    """A weak reference that tells whether autograd, or anybody else, still has the storage of ``tensor``."""
     return StorageWeakRef(tensor.untyped_storage())
 
 
 def keeps_its_address(node: fx.Node) -> bool:
-    """Whether an input of a graph of Dynamo's is a parameter, a buffer or a marked tensor: what AOTAutograd looks at."""
+    """Whether an input of a graph of Dynamo's is a parameter, a buffer or a marked tensor, as AOTAutograd sees it."""
     return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
 
 

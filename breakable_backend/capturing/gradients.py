@@ -103,7 +103,7 @@ class Forward:
         known = {id(leaf) for leaf in (*inputs, *self.all_leaves())}
         if any(id(leaf) not in known for leaf in leaves_behind(needing)):
             raise EagerOutputError(
-                f"{self.name} returned what needs gradients of a tensor that nothing needed them of when it was captured",
+                f"{self.name} returned a tensor with gradients of a tensor that had none when it was captured",
                 where=self.source,
                 fix="pass that tensor, or the module that it is in, as an argument",
             )
@@ -388,7 +388,7 @@ class Call:
                 raise LookupError
         except LookupError:
             raise CaptureError(
-                f"{step.name} returned what needs gradients of a tensor that is no argument",
+                f"{step.name} returned a tensor with gradients of a tensor that is not an argument",
                 where=step.source,
                 fix="pass tensors that need gradients, and their modules, as arguments, in containers that pytree knows",
             ) from None
@@ -400,7 +400,7 @@ class Call:
         for leaf, before in zip(self.reach.all(), self.grads, strict=True):
             if before is not None and leaf.grad is not before:
                 raise CaptureError(
-                    f"{self.mark.name} took the .grad of a {type(leaf).__name__} of shape {list(leaf.shape)} away",
+                    f"{self.mark.name} removed the .grad of a {type(leaf).__name__} of shape {list(leaf.shape)}",
                     where=self.step.source,
                     fix="zero_grad(set_to_none=False), or zero gradients outside of marked functions",
                 )
@@ -432,7 +432,7 @@ class Call:
                 leaf = view_leaf("argument", 0, strided(base), strided(result), False)
                 return view_of(self.given[cut[id(base)]], leaf)
         raise CaptureError(
-            f"{self.mark.name} returned memory that was there before, with a gradient of its own",
+            f"{self.mark.name} returned existing memory with a gradient of its own",
             where=self.step.source,
             fix="return a clone()",
         )
@@ -471,13 +471,13 @@ class _Node:
         capture, run = self.capture(), self.run
         if capture is None or run is None or active.handler.get() is not capture:
             raise CaptureError(
-                f"a backward came to {self.step.name} outside of the capture that its forward is in, or once more",
+                f"a backward through {self.step.name} ran outside of the capture of its forward, or a second time",
                 where=self.step.source,
                 fix="run the backward in the same capture; with retain_graph=True if it is run again",
             )
         if torch.is_grad_enabled():
             raise CaptureError(
-                f"a second derivative (create_graph=True) came to {self.step.name}, an eager step",
+                f"a second derivative (create_graph=True) was taken through {self.step.name}, an eager step",
                 where=self.step.source,
                 fix="leave the function unmarked, or run this outside of the capture",
             )

@@ -1,4 +1,6 @@
-"""The program: a lowered graph cut into segments, before anything has run.
+"""The program: a lowered graph cut into segments, with the reason and the user's line of each break.
+
+Nothing has run yet when a program is made.
 
 ::
 

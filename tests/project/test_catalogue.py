@@ -540,22 +540,22 @@ CASES: dict[str, Case] = {
     "which needs gradients that no replay would renew": Case(
         with_gradients("eager_on_graph(lambda x: x.to('meta'))(y)  # here")
     ),
-    "returned what needs gradients of a tensor that is no argument": Case(
+    "returned a tensor with gradients of a tensor that is not an argument": Case(
         with_gradients("z = y * 1; eager_on_graph(lambda: z * 2)()  # here")
     ),
-    "returned memory that was there before, with a gradient of its own": Case(
+    "returned existing memory with a gradient of its own": Case(
         "class Same(torch.autograd.Function):\n"
         "    @staticmethod\n    def forward(ctx, x): return x.view_as(x)\n"
         "    @staticmethod\n    def backward(ctx, g): return -g\n"
         + with_gradients("eager_on_graph(lambda x: Same.apply(x))(y * 1)  # here")
     ),
-    "outside of the capture that its forward is in, or once more": Case(
+    "ran outside of the capture of its forward, or a second time": Case(
         with_gradients("z = eager_on_graph(plain)(y)  # here") + "\nz.backward(x)"
     ),
-    "a second derivative (create_graph=True) came to": Case(
+    "a second derivative (create_graph=True) was taken through": Case(
         with_gradients("z = eager_on_graph(plain)(y)  # here\n    torch.autograd.grad(z.sum(), y, create_graph=True)")
     ),
-    "took the .grad of a": Case(
+    "removed the .grad of a": Case(
         "y = leaf()\ny.grad = x\nclear = eager_on_graph(lambda y: setattr(y, 'grad', None))\n"
         "with torch.enable_grad(), capture(graph):\n    clear(y)  # here"
     ),
@@ -569,7 +569,7 @@ CASES: dict[str, Case] = {
         + with_gradients("eager_on_graph(lambda x: x.detach() * 1 if cut else x * 1)(y).sum().backward()  # here")
         + "\ncut.append(1)\ngraph.replay()"
     ),
-    "returned what needs gradients of a tensor that nothing needed them of when it was captured": Case(
+    "returned a tensor with gradients of a tensor that had none when it was captured": Case(
         "other, used = leaf(), []\n"
         + with_gradients("eager_on_graph(lambda x: x * other if used else x * 1)(y).sum().backward()  # here")
         + "\nused.append(1)\ngraph.replay()"
