@@ -326,6 +326,20 @@ FAULTS = (
         "test_training.py::test_graphs_inside[cpu-may draw]",
     ),
     Fault(
+        "what-draws-is-run-once-more",
+        "compiling.training:_forward",
+        "not joint.written and not any(_may_draw(node.target) for node in module.graph.nodes)",
+        "True",
+        "test_training.py::test_a_backward_that_eager_alone_can_run[cpu-create_graph]",
+    ),
+    Fault(
+        "a-second-forward-of-written-arguments",
+        "calling.training:Training.gradients_of_eager",
+        "args[index] is None or args[index]._version != version",
+        "args[index] is None",
+        "test_training.py::test_a_second_forward_whose_argument_was_written[cpu]",
+    ),
+    Fault(
         "graphs-inside-lose-their-marks",
         "compiling.training:_Run.get_attr",
         "_Body(value)",

@@ -414,6 +414,59 @@ class Training:
         assert self.halves.forward is not None
         return tuple(place for place, index in enumerate(self.halves.forward.inputs) if index in self.halves.static)
 
+    # what eager alone can run backward
+
+    def others(self, args: Sequence[Any]) -> list[tuple[Any, int]]:
+        """The inputs that the backward does not need, with their versions: a second forward would. What moves is known weakly."""
+        static = self.halves.static
+        return [
+            (args[index] if index in static else weakref.ref(args[index]), args[index]._version)
+            for index in self._others
+        ]
+
+    @functools.cached_property
+    def _others(self) -> tuple[int, ...]:
+        assert self.halves.forward is not None
+        return tuple(sorted(set(range(len(self.halves.inputs))) - set(self.halves.forward.inputs)))
+
+    def gradients_of_eager(
+        self, why: str, others: list[tuple[Any, int]] | None, inputs: Sequence[Any], grads: Sequence[Any]
+    ) -> Sequence[Any]:
+        """The gradients of a forward that is run once more, as Dynamo traced it, since eager's autograd has to see it."""
+        forward = self.halves.forward
+        assert forward is not None
+        if others is None:
+            self.refuse(why)
+        args = dict(zip(forward.inputs, inputs, strict=True))
+        for index, (kept, version) in zip(self._others, others, strict=True):
+            args[index] = kept() if isinstance(kept, weakref.ref) else kept
+            if args[index] is None or args[index]._version != version:
+                self.refuse(f"{why}, and an argument is gone or was written")
+        with self._modes.enter():
+            outputs = self.eager(*(args[index] for index in range(len(args))))
+        pairs = [
+            (outputs[index], grad)
+            for index, grad in zip(forward.differentiable, grads, strict=True)
+            if grad is not None
+        ]
+        if not pairs:
+            return [None] * len(self.halves.wanted)
+        self._note_again(why)
+        wanted = [args[index] for index in self.halves.wanted]
+        differentiated, given = zip(*pairs, strict=True)
+        again = torch.is_grad_enabled()
+        return torch.autograd.grad(differentiated, wanted, given, create_graph=again, allow_unused=True)
+
+    def _note_again(self, why: str) -> None:
+        assert self.forward is not None
+        text = f"its forward is run once more, eagerly, where {why}"
+        with self.forward.keys.changing:
+            known = text in self.forward.notes
+            if not known:
+                self.forward.notes.append(text)
+        if not known:
+            self.forward.observers.noted(text, logging.WARNING)
+
     def refuse(self, why: str) -> NoReturn:
         """Raise for a backward that only eager can run. Later calls are eager."""
         with self._lock:
@@ -571,6 +624,7 @@ class _Captured(torch.autograd.Function):
         # 0.04 us for each: autograd's check of versions does not notice that an input got other memory
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
+        ctx.others = training.others(args) if forward.is_pure else None
         ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked))
         ctx.set_materialize_grads(False)
         call.results, call.args = results, ()
@@ -580,8 +634,7 @@ class _Captured(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         saved = ctx.saved_tensors  # raises if it was freed or written
         training: Training = ctx.training
-        if why := _refusal(grads):
-            training.refuse(why)
+        why = _refusal(grads)
         forward = training.halves.forward
         assert forward is not None
         moving = saved[1 : 1 + ctx.num_moving]
@@ -590,6 +643,8 @@ class _Captured(torch.autograd.Function):
             inputs, ctx
         ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
+        if why:
+            return None, *training.gradients_of_eager(why, ctx.others, inputs, grads)
         if ctx.check is not None:
             ctx.check()
         with _without_autocast():

@@ -67,6 +67,8 @@ class Forward:
     """Inputs whose version is counted up in a call, as in eager."""
     watched: tuple[int, ...]
     """Inputs that backwards need, and that may in some calls be views of written inputs."""
+    is_pure: bool
+    """Whether nobody can see that it is run once more: it writes nothing, draws nothing and calls torch's own ops alone."""
     checked: tuple[int, ...]
     """The outputs whose memory a backward reads. A write to one invalidates the backward, in eager too."""
 
@@ -528,6 +530,7 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         inputs,
         joint.written,
         _watched(inputs, joint.written, static),
+        not joint.written and not any(_may_draw(node.target) for node in module.graph.nodes),
         tuple(
             index
             for index, leaf in enumerate(joint.outputs)

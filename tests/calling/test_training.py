@@ -712,26 +712,75 @@ def test_second_derivatives(device: torch.device, options: dict[str, Any]) -> No
     assert "create_graph=True" in str(report)
 
 
+def run_backward(how: str, y: Tensor, x: Tensor) -> list[Tensor]:
+    """A backward that eager's autograd has to see; what comes of it."""
+    if how == "create_graph":
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return [first.detach(), *torch.autograd.grad(first.square().sum(), x)]
+    if how == "batches":
+        tangents = torch.linspace(0, 1, 2 * y.numel(), device=y.device).view(2, *y.shape)
+        return list(torch.autograd.grad(y, x, tangents, is_grads_batched=True))
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return list(torch.autograd.grad(y.sum(), x))
+
+
+HOW = pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
+
+
+@HOW
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "result"])
 @pytest.mark.usefixtures("order_of_gradients")
-@pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
-def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, options: dict[str, Any]) -> None:
-    """Line 9: once captured, such a backward is an error that says what to do; from then on the graph is eager, and right."""
+def test_a_backward_of_a_second_forward(how: str, leaf: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 9: once captured, a backward that eager's autograd has to see is that of a second, eager forward, and is right."""
+    weight, bias = (torch.rand(*size, device=device, requires_grad=True) for size in ((4, 4), (4,)))
+
+    def function(x: Tensor) -> Tensor:
+        return (x @ weight + bias).sin() * x
+
     x = torch.rand(3, 4, device=device, requires_grad=True)
-    compiled = warmed_up(lambda x: x.sin() * x, device, options, x)
+    compiled = warmed_up(function, device, options, x)
+    before = breakable_backend.explain(compiled).programs[0].replays
+    for _ in range(2):  # and what is captured stays so
+        results = []
+        for called in (compiled, function):
+            found = run_backward(how, called(x if leaf else x * 2), x)
+            found += torch.autograd.grad(called(x if leaf else x * 2).sum(), (x, weight, bias))
+            results.append(found)
+        assert_same(*results)
+    forward = breakable_backend.explain(compiled).programs[0]
+    assert forward.replays == before + 4
+    assert any("is run once more" in note for note in forward.notes)
+
+
+@HOW
+@pytest.mark.usefixtures("order_of_gradients")
+def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: what draws cannot run once more: such a backward is an error that says what to do; later calls are eager, and right."""
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return F.dropout(x.sin(), 0.5) * x
+
+    compiled = warmed_up(function, device, options, x)
     with pytest.raises(ReplayError, match="call it again"):
-        if how == "create_graph":
-            torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
-        elif how == "batches":
-            y = compiled(x)
-            torch.autograd.grad(y, x, torch.ones(2, *y.shape, device=device), is_grads_batched=True)
-        else:
-            y = compiled(x).sum()
-            with torch.autocast(device.type, torch.bfloat16):
-                y.backward()
-    (first,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
-    (got,) = torch.autograd.grad(first.sum(), x)
-    (first,) = torch.autograd.grad((x.sin() * x).sum(), x, create_graph=True)
-    assert_same(got, torch.autograd.grad(first.sum(), x)[0])
+        run_backward(how, compiled(x), x)
+    results = []
+    for called in (compiled, function):
+        torch.manual_seed(0)
+        results.append(run_backward(how, called(x), x))
+    assert_same(*results)
+
+
+def test_a_second_forward_whose_argument_was_written(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a backward that needs a second forward, one of whose arguments has been written since, is an error."""
+    bias = torch.rand(4, device=device, requires_grad=True)
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = warmed_up(lambda x: (x + bias).sin(), device, options, x)
+    y = compiled(x)
+    with torch.no_grad():
+        bias.add_(1)
+    with pytest.raises(ReplayError, match="gone or was written"):
+        run_backward("create_graph", y, x)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
