@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.several import DeviceGroup
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import OptionsError, PartitionError
+from breakable_backend.errors import OptionsError, PartitionError, warn_user
 from breakable_backend.faults import internal
 from breakable_backend.ir.effects import schema_name, values_of
 from breakable_backend.ir.program import source_line
@@ -238,10 +237,10 @@ class Backend:
             return self._drivers[kind, device]
 
     def _warn_once(self, text: str) -> None:
-        """Warn once in the life of this backend."""
+        """Warn once in the life of this backend, at the user's line."""
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(text, stacklevel=3)
+            warn_user(text)
 
 
 def _capture_devices(lowered: Lowered) -> list[torch.device]:

@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -109,9 +110,22 @@ _NOT_FILES = ("<breakable_cg", "<eval_with_key>", "<string>", "<frozen")
 def user_line(trace: TracebackType | None = None) -> str:
     """The innermost line of the user's, as ``file.py:12 in forward: code``, in a traceback or in what runs now."""
     for file, line, function in _frames(trace):
-        if not (file.startswith(_NOT_FILES) or files.is_library(file)):
+        if _is_users(file):
             return _line(file, line, function)
     return ""
+
+
+def warn_user(text: str) -> None:
+    """Warn at the innermost line of the user's that runs now. A number of frames cannot tell it: Dynamo's are in between."""
+    for file, line, _ in _frames(None):
+        if _is_users(file):
+            warnings.warn_explicit(text, UserWarning, file, line)
+            return
+    warnings.warn(text, stacklevel=2)
+
+
+def _is_users(file: str) -> bool:
+    return not (file.startswith(_NOT_FILES) or files.is_library(file))
 
 
 def defined_at(function: Any) -> str:

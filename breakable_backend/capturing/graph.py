@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.ordering import replayed_inside
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line, warn_user
 from breakable_backend.faults import raise_if_ours
 from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.functions import Mark
@@ -509,9 +508,8 @@ def _driver(choice: str, pool: Any = None) -> SessionDriver:
         require_cuda()
         return CudaDriver(torch.device("cuda", torch.cuda.current_device()), pool)
     if choice == "auto":
-        warnings.warn(
-            "there is no GPU: the tape driver shows what would be captured, not how fast; driver='tape' chooses that",
-            stacklevel=4,
+        warn_user(
+            "there is no GPU: the tape driver shows what would be captured, not how fast; driver='tape' chooses that"
         )
     return TapeDriver(torch.device("cpu"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from breakable_backend.compiling.regions import CutsRegion, inline_regions, may_
 from breakable_backend.errors import first_line, message
 from breakable_backend.ir.effects import bodies, tensors_of, written_arguments
 from breakable_backend.ir.modes import AMBIENT_KEY, Cast, Modes
-from breakable_backend.marks.marking import EagerOps, Marks, is_marked
+from breakable_backend.marks.marking import EagerOps, Marks, is_marked, marked_names
 
 OUT_KEY = "breakable_cg_out"
 
@@ -28,6 +28,8 @@ class Lowered:
     static: frozenset[int]
     unmet: frozenset[str] = frozenset()
     """Marks, each with its kind, that this graph calls nothing of."""
+    marked: frozenset[str] = field(default_factory=marked_names)
+    """What ``mark_eager`` had marked when the graph was traced. A later mark does not change the graph."""
 
 
 class CannotLower(Exception):

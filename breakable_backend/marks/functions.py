@@ -11,7 +11,6 @@ import difflib
 import functools
 import inspect
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -19,7 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line
+from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line, warn_user
 from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.modes import Modes
 from breakable_backend.marks.changes import looking_at
@@ -205,10 +204,9 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
             return _opaque(call)
         if held() is None or (handler := active.handler.get()) is None:
             if exporting():
-                warnings.warn(
+                warn_user(
                     f"torch.export takes {name} apart, though it is {mark.why}: the exported program has no "
-                    "mark; export with strict=True, which keeps it",
-                    stacklevel=2,
+                    "mark; export with strict=True, which keeps it"
                 )
             return _learn(mark, args, kwargs) if thread.python else function(*args, **kwargs)
         return handler.call(mark, args, kwargs)

@@ -124,6 +124,8 @@ def _is_torch_function(op: Any) -> bool:
     if isinstance(op, str | type | _torch.OpOverload | _torch.OpOverloadPacket) or hasattr(op, "_qualname"):
         return False
     module = getattr(op, "__module__", None) or getattr(getattr(op, "__self__", None), "__module__", None) or ""
+    if module == "builtins":  # len, print: aten::len is no op of theirs
+        return False
     of_torch = module.split(".")[0] in ("torch", "_operator", "math")
     return callable(op) and (of_torch or type(op).__name__ in ("builtin_function_or_method", "method_descriptor"))
 
@@ -258,6 +260,12 @@ def _why_function(target: Any, eager_ops: EagerOps) -> str:
     if any(target is function for function in _marked_functions):
         return f"a part of {name}, which is marked by mark_eager"
     return f"a part of {name}, which is named in eager_ops" if any(target is f for f in eager_ops.functions) else ""
+
+
+def marked_names() -> frozenset[str]:
+    """What ``mark_eager`` has marked now: ops, PyTorch functions, classes of modules, and single modules by their class."""
+    functions = (getattr(function, "__name__", str(function)) for function in marked_functions())
+    return frozenset([*_marked, *functions, *modules.marked().unmet(())])
 
 
 def marked_composites(*, entirely: bool) -> list[str]:

@@ -37,6 +37,7 @@ from breakable_backend.ir.program import (
     module_path,
     source_line,
 )
+from breakable_backend.marks.marking import marked_names
 from breakable_backend.marks.rules import label
 from breakable_backend.marks.sites import learning
 from breakable_backend.recordings.buffers import Bridge
@@ -201,6 +202,8 @@ def explain(
     if compiled is not None and executors:
         unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
         notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
+        later = marked_names().difference(*(executor.lowered.marked for executor in executors))
+        notes += [LATER.format(mark) for mark in sorted(later)]
         if not _torch.holds_compiled(compiled):
             notes.append(NOT_ITSELF.format(type(compiled).__name__))
         programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
@@ -452,6 +455,10 @@ def _share(programs: Sequence[ProgramReport], calls: int) -> str:
     )
 
 
+LATER = (
+    "{} was marked by mark_eager after this was compiled, which the mark does not change: mark before the first call, "
+    "or compile again (torch.compiler.reset())"
+)
 NOT_ITSELF = (
     "the {} that was asked for is not compiled itself: this is of its code, compiled for what calls it or for another "
     "object (a copy of a module that was compiled in place is not compiled)"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import silly
 from breakable_backend import (
@@ -495,6 +495,33 @@ def test_marks_without_effect_are_told(device: torch.device, options: dict[str, 
     ]
     assert notes == [f"{mark}, and no graph of this function calls it" for mark in told]
     assert notes[0] in str(explain(compiled))
+
+
+def test_marks_that_came_too_late(device: torch.device, options: dict[str, Any]) -> None:
+    """A mark that is made after a function was compiled changes nothing of it, which the report says, and the remedy."""
+    relu = nn.ReLU()
+    compiled = torch.compile(nn.Sequential(nn.Linear(3, 3), relu).to(device), backend="breakable_cg", options=options)
+
+    def notes() -> list[str]:
+        return [note for program in explain(compiled).programs for note in program.notes if "mark_eager" in note]
+
+    x = torch.rand(2, 3, device=device)
+    marks = ["aten::relu", functional.fold, relu]
+    with torch.no_grad():
+        compiled(x)
+        assert not notes()
+        try:
+            for mark in marks:
+                mark_eager(mark)
+            compiled(x)
+            assert [note.partition(" was")[0] for note in notes()] == ["a ReLU", "aten::relu", "fold"]
+            assert all("torch.compiler.reset()" in note for note in notes())
+            torch.compiler.reset()
+            compiled(x)
+            assert [note.partition(" is")[0] for note in notes()] == ["aten::relu", "fold"]  # the op is in the layer
+        finally:
+            for mark in marks:
+                unmark_eager(mark)
 
 
 WHOLE = {

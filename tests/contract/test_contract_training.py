@@ -93,9 +93,10 @@ def test_input_that_needs_a_gradient(device: torch.device, options: dict[str, An
     """Line 9: a gradient of an input alone makes it a training graph."""
     compiled = torch.compile(lambda x: (x.sin() + 1).sum(), backend="breakable_cg", options=options)
     x = torch.rand(3, device=device, requires_grad=True)
-    with pytest.warns(UserWarning, match="no_grad"):
+    with pytest.warns(UserWarning, match="no_grad") as warned:
         compiled(x).backward()
     assert_same(x.grad, x.detach().cos())
+    assert {record.filename for record in warned} == {__file__}, "at the user's line"
 
 
 @pytest.mark.usefixtures("order_of_gradients")

@@ -417,7 +417,9 @@ def test_nearest_names(name: str, nearest: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, 3, sines, torch.Tensor, object()], ids=["none", "number", "function", "class", "object"]
+    "value",
+    [None, 3, sines, len, torch.Tensor, object()],
+    ids=["none", "number", "function", "builtin", "class", "object"],
 )
 def test_no_op(value: Any) -> None:
     """What is no op cannot be marked."""
