@@ -293,7 +293,8 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
 
 
 def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
-    numbers = ", ".join(str(part) for part in key.key.shapes)
+    # Objects like a mesh of devices, which torch 2.13 hands over once for each tensor that is shared out, tell nothing.
+    numbers = ", ".join(str(part) for part in key.key.shapes if isinstance(part, bool | int | float | str | tuple))
     return RecordingReport(
         key=f"{position}: {numbers}" if numbers else str(position),
         calls=key.calls,

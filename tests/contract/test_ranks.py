@@ -435,6 +435,7 @@ def planned(device: torch.device) -> None:
             torch.testing.assert_close(got, reference(x))
     program = program_of(compiled)
     assert (program.num_graph_segments, program.num_eager_segments, program.replays) == (1, 0, 4)
+    assert [recording.key for recording in program.recordings] == ["0"]
 
 
 def by_hand(device: torch.device) -> None:
