@@ -13,7 +13,7 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.compiling.regions import CutsRegion, inline_regions, may_be_cut
 from breakable_backend.errors import first_line, message
-from breakable_backend.ir.effects import bodies, tensors_of, written_arguments
+from breakable_backend.ir.effects import bodies, graphs_in, tensors_of, written_arguments
 from breakable_backend.ir.modes import AMBIENT_KEY, Cast, Modes
 from breakable_backend.marks.marking import EagerOps, Marks, is_marked, marked_names
 
@@ -258,19 +258,15 @@ def kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
     bodies, and would drop a user's Triton kernel.
     """
     found = {op for op in called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
-    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    targets = [target for graph in graphs for node in graph.nodes for target in _targets(node)]
-    return found.union(target for target in targets if isinstance(target, _torch.HigherOrderOperator))
+    return found.union(target for target in _targets(gm) if isinstance(target, _torch.HigherOrderOperator))
 
 
 def called_ops(gm: fx.GraphModule) -> set[Any]:
     """The overloads that any graph in ``gm`` calls by name."""
-    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    return {
-        op for graph in graphs for node in graph.nodes for target in _targets(node) for op in _torch.overloads(target)
-    }
+    return {op for target in _targets(gm) for op in _torch.overloads(target)}
 
 
-def _targets(node: fx.Node) -> list[Any]:
-    """What a node calls, and what it passes to a higher-order op to call."""
-    return [node.target, *pytree.tree_leaves((node.args, node.kwargs))]
+def _targets(gm: fx.GraphModule) -> list[Any]:
+    """What nodes call in any graph in ``gm``, and what they pass to higher-order ops to call."""
+    nodes = [node for module in graphs_in(gm) for node in module.graph.nodes]
+    return [target for node in nodes for target in (node.target, *pytree.tree_leaves((node.args, node.kwargs)))]

@@ -28,11 +28,13 @@ from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.ir.effects import (
     ALLOCATING,
     alias_source,
+    graphs_in,
     is_check,
     is_number,
     is_pure,
     is_view,
     late_values,
+    made_again,
     producer_of,
     python_floats,
     schema_name,
@@ -43,7 +45,7 @@ from breakable_backend.ir.effects import (
     values_of,
     written_arguments,
 )
-from breakable_backend.ir.layout import Geometry, extent
+from breakable_backend.ir.layout import extent
 from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import (
     Access,
@@ -444,23 +446,13 @@ class _Draft:
             elif node in flow.views:
                 self._copy(node)
             elif node in flow.source:
-                self.local[node] = self._like(node, self.resolve(flow.source[node]), flow.source[node])
+                copied = self.resolve(flow.source[node])
+                self.local[node] = made = made_again(self.graph, node, copied, flow.source[node])
+                if made is not copied:
+                    made.name = self.builder.unique(f"{node.name}_view")
             else:
                 self.local[node] = self.placeholders[node] = self._placeholder(node)
         return self.local[node]
-
-    def _like(self, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
-        """``node``, an alias that an action returned, as a view of ``source``: nearly always the same tensor."""
-        mine, theirs = node.meta["val"], source.meta["val"]
-        if repr(Geometry.of(mine)) == repr(Geometry.of(theirs)):  # as text, since ``==`` would guard on symbols
-            return copied
-        view = self.graph.call_function(
-            torch.ops.aten.as_strided.default,
-            (copied, list(mine.shape), list(mine.stride()), mine.storage_offset()),
-        )
-        view.name = self.builder.unique(f"{node.name}_view")
-        view.meta = dict(node.meta)
-        return view
 
     def _attribute(self, node: fx.Node) -> Any:
         return getattr(self.builder.lowered.module, str(node.target))
@@ -499,8 +491,7 @@ def under_ambient(graph: fx.Graph) -> None:
 def runnable(body: fx.GraphModule) -> fx.GraphModule:
     """A body of a higher-order op, as it runs."""
     copied = copy.deepcopy(body)
-    for module in copied.modules():
-        if isinstance(module, fx.GraphModule):
-            under_ambient(module.graph)
-            module.recompile()
+    for module in graphs_in(copied):
+        under_ambient(module.graph)
+        module.recompile()
     return copied

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.ir.effects import bodies, is_getitem, is_opaque, symbols_of_inputs
+from breakable_backend.ir.effects import bodies, graphs_in, is_getitem, is_opaque, symbols_of_inputs
 from breakable_backend.marks.marking import REGION_KEY
 from breakable_backend.marks.rules import Scope, classify
 
@@ -30,7 +30,7 @@ def inline_regions(gm: fx.GraphModule, wanted: Callable[[fx.GraphModule], bool] 
         gm: changed in place.
         wanted: which bodies; all by default. It is asked after the regions inside a body were handled.
     """
-    for module in reversed([module for module in gm.modules() if isinstance(module, fx.GraphModule)]):
+    for module in reversed(graphs_in(gm)):
         calls = [node for node in module.graph.nodes if _is_call(node)]
         wanted_calls = [node for node in calls if all(map(wanted, bodies(node)))]
         for node in wanted_calls:

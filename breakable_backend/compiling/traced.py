@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from breakable_backend import _torch
 from breakable_backend.errors import ReplayError
+from breakable_backend.ir.effects import graphs_in
 
 
 def as_eager(gm: fx.GraphModule) -> Callable[..., Any]:
@@ -25,7 +26,7 @@ def as_eager(gm: fx.GraphModule) -> Callable[..., Any]:
 
     The graph is changed in place: nobody else runs it.
     """
-    for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+    for module in graphs_in(gm):
         changed = False
         for node in module.graph.nodes:
             name = node.target.name() if isinstance(node.target, _torch.HigherOrderOperator) else ""

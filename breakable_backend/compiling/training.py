@@ -35,8 +35,10 @@ from breakable_backend.ir.effects import (
     alias_source,
     bodies,
     draws,
+    graphs_in,
     is_opaque,
     is_view,
+    made_again,
     storages_of,
     values_of,
     written_arguments,
@@ -164,7 +166,7 @@ class Halves:
     @classmethod
     def of(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
         """For a graph, made when Dynamo passes it on: the autocast around the call is then the caller's."""
-        for module in _graphs(gm):
+        for module in graphs_in(gm):
             for node in module.graph.nodes:
                 if why := _refused(module, node, inside=module is not gm):
                     raise CannotLower(why)
@@ -172,7 +174,7 @@ class Halves:
         if note_outs(gm):
             raise CannotLower("it needs gradients, and calls ops with out=")
         made = cls._noted(gm, eager_ops)
-        nodes = (node for module in _graphs(gm) if module is not gm for node in module.graph.nodes)
+        nodes = (node for module in graphs_in(gm) if module is not gm for node in module.graph.nodes)
         if made.varying and any(site_of(node.target, node.args) is not None for node in nodes):
             raise CannotLower("its sizes vary, and a marked function is called in a graph inside of it")
         return made
@@ -252,7 +254,7 @@ class Halves:
             raise CannotLower(first_line(error)) from error
 
     def _traced(self, pattern: Pattern | None) -> _Joint:
-        for node in (node for module in _graphs(self.gm) for node in module.graph.nodes):
+        for node in (node for module in graphs_in(self.gm) for node in module.graph.nodes):
             if isinstance(node.target, _torch.HigherOrderOperator):
                 raise CannotLower(f"it calls {node.target.name()}")
         marks = Marks(self.eager_ops)
@@ -383,12 +385,7 @@ def _may_draw(op: Any) -> bool:
 
 
 def _has_checkpoint(gm: fx.GraphModule) -> bool:
-    return any(node.target is checkpointed for module in _graphs(gm) for node in module.graph.nodes)
-
-
-def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """A graph, and those inside of it."""
-    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(node.target is checkpointed for module in graphs_in(gm) for node in module.graph.nodes)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, _torch.FakeTensor)
@@ -570,7 +567,9 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
         else:  # an in-place op: its argument has the result already
             source = _source(node)
             assert source is not None, node
-            copies[node] = _like(graph, node, again(source), source)
+            if node.meta["val"].dtype is not source.meta["val"].dtype:
+                raise CannotLower("it writes through a view of another dtype what its backward reads")
+            copies[node] = made_again(graph, node, again(source), source)
         return copies[node]
 
     for node in joint.module.graph.nodes:
@@ -586,18 +585,6 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
 def _maker(node: fx.Node) -> fx.Node:
     assert isinstance(node.args[0], fx.Node)
     return node.args[0]
-
-
-def _like(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
-    mine, theirs = node.meta["val"], source.meta["val"]
-    place = (tuple(mine.shape), mine.stride(), mine.storage_offset())
-    if place == (tuple(theirs.shape), theirs.stride(), theirs.storage_offset()) and mine.dtype is theirs.dtype:
-        return copied
-    if mine.dtype is not theirs.dtype:
-        raise CannotLower("it writes through a view of another dtype what its backward reads")
-    view = graph.call_function(torch.ops.aten.as_strided.default, (copied, *map(list, place[:2]), place[2]))
-    view.meta = dict(node.meta)
-    return view
 
 
 def _entangled(module: fx.GraphModule) -> frozenset[int]:

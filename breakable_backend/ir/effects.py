@@ -14,6 +14,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
+from breakable_backend.ir.layout import Geometry
 
 # --- what a node calls --------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,11 @@ def is_somebodys(node: fx.Node) -> bool:
     """Whether a node calls an op that somebody else has registered, and about which nothing is known."""
     op = op_of(node)
     return isinstance(op, _torch.OpOverload) and op.namespace not in _OF_TORCH
+
+
+def graphs_in(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """A graph, and those inside of it."""
+    return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
 
 
 def bodies(node: fx.Node) -> list[fx.GraphModule]:
@@ -397,6 +403,17 @@ def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:
         if isinstance(value, torch.Tensor) and _torch.storage_key(value) == key:
             return candidate
     return maker
+
+
+def made_again(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
+    """``node``, an alias of ``source`` that an op returned, made of ``copied``, which is ``source`` in ``graph``: nearly always itself."""
+    mine, theirs = node.meta["val"], source.meta["val"]
+    if repr(Geometry.of(mine)) == repr(Geometry.of(theirs)):  # as text, since ``==`` would guard on symbols
+        return copied
+    arguments = (copied, list(mine.shape), list(mine.stride()), mine.storage_offset())
+    view = graph.call_function(torch.ops.aten.as_strided.default, arguments)
+    view.meta = dict(node.meta)
+    return view
 
 
 def is_pure(node: fx.Node) -> bool:

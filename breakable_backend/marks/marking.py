@@ -19,7 +19,7 @@ from torch.fx.traceback import annotate
 
 from breakable_backend import _torch
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.effects import effective_ops
+from breakable_backend.ir.effects import effective_ops, graphs_in
 from breakable_backend.marks import modules, ops
 
 OpT = TypeVar("OpT")
@@ -200,8 +200,8 @@ class Marks:
 
     def annotate(self, gm: fx.GraphModule) -> None:
         """Put nodes that call a marked PyTorch function under an eager region."""
-        for module in gm.modules():
-            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+        for module in graphs_in(gm):
+            for node in module.graph.nodes:
                 target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
                 if node.op.startswith("call_") and (why := _why_function(target, self.eager_ops)):
                     node.meta["custom"] = {**node.meta.get("custom", {}), REGION_KEY: why}

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from breakable_backend import _torch, locks
+from breakable_backend.ir.effects import graphs_in
 from breakable_backend.marks import ops
 from breakable_backend.marks.functions import marked_as
 from breakable_backend.marks.sites import Site, sites
@@ -274,8 +275,8 @@ def _looking(plain: Callable[..., Any]) -> Callable[..., Any]:
 def called_in(graph: fx.GraphModule) -> list[tuple[str, nn.Module]]:
     """The modules that marked functions in a graph call, each with how it is marked."""
     found = []
-    for part in graph.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+    for part in graphs_in(graph):
+        for node in part.graph.nodes:
             site = sites.get(node.args[0]) if ops.is_call(node.target) else None
             if site is not None and site.mark.by in (MARK_EAGER, EAGER_OPS):
                 found.append((site.mark.by, _self_of(site)))
