@@ -77,7 +77,7 @@ class Handed:
             for node in graph.nodes:
                 if order[node] > order[op] and not memory.isdisjoint(_written(node)):
                     text = (
-                        f"returns one tensor as two, or its argument, although its schema says that the result is new, and "
+                        "returns its argument, or one tensor twice, although its schema promises a new one, and "
                         f"{label(node)} writes it"
                     )
                     yield op.name, Reason("hands_back", text, label(op), source_line(op), whole_program=True)

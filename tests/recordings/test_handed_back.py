@@ -143,7 +143,7 @@ def test_a_write_reaches_both(function: Callable[..., Any], device: torch.device
         assert_same(mine, theirs, f"call {call + 1}: the argument")
     (program,) = explain(compiled).programs
     assert {reason.rule for reason in program.reasons} == {"hands_back"}
-    assert "although its schema says that the result is new" in program.reasons[0].text
+    assert "although its schema promises a new one" in program.reasons[0].text
     assert program.num_graph_segments == 0
 
 
