@@ -80,15 +80,24 @@ class Backend:
         options: Mapping[str, Any] | None = None,
         mode: str | None = None,
     ) -> Callable[..., Any]:
-        """Compile one graph.
+        """Compile one graph of Dynamo's. Users call ``torch.compile(..., backend="breakable_cg")``, which calls this.
 
         >>> compiled = torch.compile(lambda x: (x.sin() + 1).cos(), backend="breakable_cg", options={"driver": "tape"})
         >>> compiled(torch.zeros(2))
         tensor([0.5403, 0.5403])
 
+        Args:
+            gm: the graph.
+            example_inputs: its arguments, as fake tensors and symbolic numbers.
+            options: the options of ``torch.compile``, as in :class:`breakable_backend.options.Options`.
+            mode: None, ``"default"`` or ``"reduce-overhead"``, which change nothing.
+
+        Returns:
+            a function of the graph's arguments.
+
         Raises:
             OptionsError: an unknown option or mode, or a driver that this machine lacks.
-            PartitionError: with ``auto_break=False``, a node that cannot be captured.
+            PartitionError: a node that cannot be captured, with ``auto_break=False``.
             InternalError: a fault of this package.
         """
         try:
@@ -255,7 +264,7 @@ breakable_cg = Backend()
 
 
 def reset(compiled: Any = None) -> None:
-    """Free the graphs, buffers and pool memory of ``compiled``, or of everything.
+    """Free the graphs, bridges and pool memory of ``compiled``, or of all functions of this backend.
 
     >>> compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={"driver": "tape"})
     >>> _ = [compiled(torch.zeros(2)) for _ in range(3)]
@@ -263,11 +272,14 @@ def reset(compiled: Any = None) -> None:
     >>> compiled(torch.zeros(2))
     tensor([1., 1.])
 
-    The function stays compiled: its next call is the first of its key again, and runs plainly.
+    Memory is freed at once, after a wait for the GPU; if another thread's call is running, this waits for it, and in a
+    call of this thread (from an eager step) it takes effect when that call ends. The function stays compiled: its next
+    call is call 1 of its key, which is plain. Results under ``outputs="fresh"`` stay valid; results under
+    ``outputs="static"`` must not be used any more.
 
     Args:
-        compiled: what ``torch.compile`` returned, or what holds it: a module, a partial; None for all functions of this
-            backend.
+        compiled: what ``torch.compile`` returned, or an object that contains it: a module, a partial. None for all
+            functions of this backend.
     """
     for executor in executors_of(compiled):
         executor.reset()

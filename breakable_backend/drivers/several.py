@@ -1,7 +1,8 @@
-"""Several devices under one recording: a driver for each, and one that has the segments of a program captured by theirs.
+"""Several devices under one recording: a driver for each, and a group whose segments are captured by their own drivers.
 
-Each segment is captured on one device and launched on the current stream of that one. What goes from device to device is
-copied by an eager step, and torch orders both streams around a copy, as in eager. So nothing here orders devices.
+Each segment is captured on one device, and launched on the current stream of that device. What goes from one device to
+another is copied by an eager step, and torch orders both streams around a copy, as in eager. So nothing here orders
+devices.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 class GraphElsewhere(GraphAround):
-    """A graph of another device than the first, which is launched on the current stream of its own."""
+    """A graph of another device than the first, launched on the current stream of its own device."""
 
     def __init__(self, graph: CapturedGraph, at: _Elsewhere) -> None:
         super().__init__(graph)
@@ -33,16 +34,16 @@ class GraphElsewhere(GraphAround):
         self.graph.replay(self.at.stream)
 
     def copier(self, like: torch.Tensor) -> None:
-        """None: what it copied on would be a stream of the first device."""
+        """None: the given stream would be one of the first device."""
 
 
 class _Elsewhere:
-    """Another device than the first: see :class:`breakable_backend.drivers.Capturing`."""
+    """Another device than the first; see :class:`breakable_backend.drivers.Capturing`."""
 
     def __init__(self, driver: CaptureDriver) -> None:
         self.driver, self.device = driver, driver.device
         self.stream = 0
-        """The current one of the device in this call, as a raw handle."""
+        """The raw handle of the device's current stream in this call."""
 
     def begin(self) -> None:
         self.stream = self.driver.begin()
@@ -97,7 +98,7 @@ class _Locks:
 
 
 class _Tenants:
-    """Who has recordings in the pools of several drivers is a tenant of each."""
+    """An owner of recordings in the pools of several drivers is a tenant of each."""
 
     def __init__(self, drivers: Sequence[CaptureDriver]) -> None:
         self._drivers = drivers
@@ -111,12 +112,12 @@ class _Tenants:
             driver.tenants.remove(tenant)
 
     def __iter__(self) -> Iterator[Callable[[], Tenant | None]]:
-        """Those of the first, whose room is the one that is asked for."""
+        """The tenants of the first driver, whose room is the one that is asked for."""
         return iter(self._drivers[0].tenants)
 
 
 class _Deferred(deque[Callable[[], None]]):
-    """What is to be done once no call is under way, whoever ends the last: a call on one of the devices alone, too."""
+    """Functions to call once no call is running, even one on a single device. Whoever ends the last call does it."""
 
     def __init__(self, drivers: Sequence[CaptureDriver], run: Callable[[], None]) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class _Deferred(deque[Callable[[], None]]):
 
 
 class _Share(list[Any]):
-    """One driver's share in an owner. Once each driver has cleared its share, so is the owner."""
+    """One driver's share in an owner. Once each driver has cleared its share, the owner is cleared."""
 
     def __init__(self, owner: list[Any], shares: list[Any]) -> None:
         super().__init__()
@@ -143,10 +144,10 @@ class _Share(list[Any]):
 
 
 class DeviceGroup:
-    """Drives ``first`` and ``others``, each on a device of its own: see :class:`breakable_backend.drivers.CaptureDriver`.
+    """Drives ``first`` and ``others``, each on its own device; see :class:`breakable_backend.drivers.CaptureDriver`.
 
-    It has no pool and no state of its own: a call holds the locks of all, and is under way in all. Programs on one of the
-    devices alone share the pools, and keep to the same locks.
+    It has no pool and no state of its own. A call holds the locks of all drivers, and runs in all of them. Programs on
+    a single device share the pools, and use the same locks.
     """
 
     def __init__(self, first: CaptureDriver, others: Sequence[CaptureDriver]) -> None:
@@ -183,7 +184,7 @@ class DeviceGroup:
 
     @property
     def room(self) -> Room:
-        """That of the first: what a program needs is not told by device, and the first has most of it or about half."""
+        """The first driver's: what a program needs is not known by device, and the first has most of it or about half."""
         return self._drivers[0].room
 
     @room.setter
@@ -191,7 +192,7 @@ class DeviceGroup:
         self._drivers[0].room = room
 
     def _run_deferred(self) -> None:
-        """Once a call on one device alone has ended: what waited for that one as well."""
+        """Called when a call on a single device has ended: do what waited for that call too."""
         while self.deferred and self._lock.acquire(blocking=False):
             try:
                 if self.busy:
@@ -283,7 +284,7 @@ class DeviceGroup:
         for driver, share in zip(self._drivers, owned, strict=True):
             driver.release(mine[driver.device], share, wait=wait)
         for driver in self._drivers if wait else ():
-            driver.release(())  # the first pools were to go while the owner still held memory there
+            driver.release(())  # the owner still held memory in the first pools when they were to be freed
 
     def settle(self) -> None:
         for driver in self._drivers:

@@ -63,7 +63,7 @@ class Binding:
         return self.observer.captured(position, NodeByNode(segment.module))
 
     def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
-        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` selects functions that are called directly."""
+        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for functions to call directly."""
         environment: dict[fx.Node, Any] = {}
         calls: list[Call] = []
         for node in segment.module.graph.nodes:

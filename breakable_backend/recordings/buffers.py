@@ -1,4 +1,4 @@
-"""Bridges, which are storages with a fixed address, and copies into and out of them. A written input is copied back here."""
+"""Bridges: storages with a fixed address, and copies into and out of them. A written input is copied back here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generated code: the code of graph modules, made when it is needed, and source that is compiled as a file for tracebacks."""
+"""Generated code: graph modules get theirs when it is needed, and source is compiled as a file for tracebacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_code(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def defined(source: str, name: str, names: dict[str, Any], file: str | None = None) -> tuple[Callable[..., Any], str]:
-    """The function ``name`` that ``source`` defines, with ``names`` as its globals; and the file name that it was compiled under.
+    """The function ``name`` that ``source`` defines, with ``names`` as its globals; and the file name it is compiled under.
 
     Without a ``file`` the source lies in ``linecache`` for tracebacks and debuggers, as long as the function lives.
     """

@@ -1,4 +1,4 @@
-"""Ops that return an argument although their schema promises a new tensor, found while they run in a plain call.
+"""Ops that return an argument against their schema, which promises a new tensor; found while a plain call runs them.
 
 A program is cut by what schemas say. As long as nobody writes, it does not matter that the result is the argument. A
 write to one of the two has to reach the other, but does not if one of them is copied for a captured segment.

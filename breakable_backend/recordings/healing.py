@@ -144,7 +144,7 @@ def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
 
 
 def acts_outside(node: fx.Node) -> bool:
-    """Whether a node is a collective or was registered with an effect. It is not captured a second time just for a check."""
+    """Whether a node is a collective or was registered with an effect. It is not captured again just for a check."""
     op = op_of(node)
     return is_asynchronous(op) or _torch.schema_name(op) == WAIT or _torch.is_effectful(op)
 
@@ -194,7 +194,7 @@ class Healing:
         self._blamed = tuple(blamed)
 
     def cut(self, program: Program, position: int) -> Program | None:
-        """``program``, cut anew around what was found in segment ``position``. None: that segment is eager in this recording."""
+        """``program``, cut anew around what was found in segment ``position``; None if the whole segment becomes eager."""
         if not self._blamed or self._recut is None or len(self._apart) >= MAX_CUTS:
             return None
         for blamed in self._blamed:

@@ -52,7 +52,7 @@ class Saved:
 
 
 class Observer:
-    """Observes one graph, from its compilation to its last call. A tool overrides the methods that it needs; these do nothing."""
+    """Observes one graph, from its compilation to its last call. A tool overrides what it needs; these do nothing."""
 
     reads_values = False
     """Whether its replays read the values of all steps. Then a recording holds these values, and each replay may be
@@ -95,7 +95,7 @@ class Observer:
         return None
 
     def eager(self, function: Callable[..., Any], label: str, source: str) -> Callable[..., Any]:
-        """The function that an eager step calls in place of ``function``. Functions that only make a view are not passed to this."""
+        """The function that an eager step calls in place of ``function``. Not asked for functions that only make a view."""
         return function
 
     def recorded(self, number: int, why: str, recording: Recording, replay: Replay, seconds: float) -> None:
@@ -108,7 +108,7 @@ class Observer:
     # their replays
 
     def instead(self, recording: Recording, program: Program | None) -> Recording:
-        """The recording to emit in place of ``recording``. ``program`` is what it was made of; None for a ``with`` block."""
+        """The recording to emit in place of ``recording``, which was made of ``program`` (None: of a ``with`` block)."""
         return recording
 
     def around(self, function: Function) -> Function:
@@ -116,7 +116,7 @@ class Observer:
         return function
 
     def variant(self, recording: Recording, tally: Tally) -> Function | None:
-        """Another function for the same replay, which runs while it is :attr:`wanted`. The generated function checks this."""
+        """Another function for the same replay, which runs while it is :attr:`wanted`, as generated code checks."""
         return None
 
     def file(self, source: str, name: str) -> str | None:

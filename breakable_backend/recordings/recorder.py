@@ -190,7 +190,7 @@ class _Recorder:
     # captured segments
 
     def capture(self, position: int, segment: GraphSegment) -> bool:
-        """Capture a segment, or run it. False if nothing of it has happened and the program is another one from there on."""
+        """Capture a segment, or run it. False if nothing of it has happened, and the program changes from there on."""
         if self.put_off is None:
             failed = self._capture(position, segment)
             if failed is None:
@@ -208,7 +208,7 @@ class _Recorder:
         return True
 
     def _heal(self, position: int) -> bool:
-        """Cut the program anew around nodes that could not be captured. Returns whether the recording can continue with that."""
+        """Cut the program anew around nodes that could not be captured. Returns whether the recording can continue so."""
         program = self.healing.cut(self.binding.program, position)
         if program is None:
             return False
@@ -304,7 +304,7 @@ class _Recorder:
         error: Exception,
         body: NodeByNode | None = None,
     ) -> Reason:
-        """Why a segment cannot be captured: for good, because of the node that ``body`` was at; or now, if the reason passes."""
+        """Why a segment cannot be captured: for good, because of ``body``'s node; or only now, if the reason passes."""
         for copy in loads:
             self.slots.unbridge(copy, position)
         self.slots.uncaptured(segment.outputs)

@@ -1,4 +1,4 @@
-"""What a recording is: a list of steps over *slots*.
+"""What a recording is: a list of steps over *slots*, which are graph launches and eager calls.
 
 A slot is a name: of an argument, of an eager call's result in this call, or of a constant. A constant is a plain
 number, or a tensor with a fixed address (pool memory, a bridge).

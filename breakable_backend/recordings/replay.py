@@ -1,4 +1,4 @@
-"""A recording as a function: generated straight-line source; and the same in a few obvious lines, as its specification.
+"""A recording as a function: generated straight-line source; and a short interpreter as its specification.
 
 The source has the graph's own names, and the reason of each break as a comment. It is filed in ``linecache``, so that
 debuggers step through it and tracebacks show it. Both forms must equal eager, and each other, on every test model.
@@ -365,7 +365,7 @@ class _Writer:
         return _Statement(tuple(lines), uses, name)
 
     def _fits(self, name: str, spec: TensorSpec) -> str:
-        """A quick test that only tensors of ``spec`` pass. It also refuses some of them, which a slower one then accepts."""
+        """A quick test that only tensors of ``spec`` pass. It refuses some of them too, which a slower one then accepts."""
         quick = self.quick.get(spec)
         if quick is None:
             quick = self.quick[spec] = spec.quick_check() or spec.accepts

@@ -119,7 +119,7 @@ class Slots:
         return made.on(place)
 
     def unbridge(self, copy: Copy, position: int) -> None:
-        """Undo :meth:`bridge`: segment ``position``, which asked for it, is no graph, so no replay loads the bridge there."""
+        """Undo :meth:`bridge`: segment ``position``, which asked for it, is no graph, so no replay loads the bridge."""
         name = copy.value.name
         self.loaded.discard(name)
         if name not in self.inputs:
@@ -279,7 +279,7 @@ class Slots:
         return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
 
     def _behind(self, value: Any) -> Iterator[str]:
-        """Slots with memory that tensors in ``value`` lie in, on whatever storage: DLPack makes others over the same memory."""
+        """Slots with memory that tensors in ``value`` lie in, on whatever storage: DLPack makes several over one memory."""
         for tensor in tensors_of(value):
             if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()

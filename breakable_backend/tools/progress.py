@@ -1,4 +1,4 @@
-"""How far something is that takes over a second: a bar on standard error, where that is a terminal."""
+"""A progress bar for work that takes more than a second, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import rich.progress
 
 DELAY = 1.0
-"""Seconds that pass before a bar appears."""
+"""Seconds before a bar appears."""
 
 
 class Progress:
-    """A bar of ``stages`` stages, which goes when it ends. A file or a pipe gets none."""
+    """A progress bar of ``stages`` stages, which disappears at its end. A file or a pipe gets none."""
 
     def __init__(self, what: str, stages: int) -> None:
         self._what, self._stages, self._done = what, stages, 0
@@ -41,7 +41,7 @@ class Progress:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
-        # No thread of its own that draws: it would take time from what is measured.
+        # No separate thread draws the bar: it would take time from what is measured.
         bar = Bar(console=Console(stderr=True), transient=True, auto_refresh=False)
         bar.add_task(self._what, total=self._stages)
         bar.start()
