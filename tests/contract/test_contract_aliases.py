@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -282,6 +283,22 @@ def test_static_outputs_fed_back(device: torch.device, options: dict[str, Any]) 
         for _ in range(6):
             mine, theirs = compiled(mine), eager(theirs)
             assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("late", [lambda x: x, lambda x: x[1:]], ids=["whole", "view"])
+def test_static_outputs_that_are_read_late(
+    device: torch.device, options: dict[str, Any], late: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Lines 3 and 4: an eager step behind the segment that makes a static result reads the one of the call before."""
+    body = lambda x: (x * 2 + 1, silly.triple(late(x)), (silly.triple(late(x)) + 1).sin())  # noqa: E731
+    compiled, eager = compile_both(body, {**options, "outputs": "static"})
+    mine = theirs = torch.rand(4, device=device)
+    with torch.no_grad():
+        for _ in range(7):
+            got, want = compiled(mine), eager(theirs)
+            assert_same(got, want)
+            mine, theirs = got[0], want[0].clone()
+    assert program_of(compiled).replays == 5
 
 
 def test_results_outlive_reset(device: torch.device, options: dict[str, Any]) -> None:

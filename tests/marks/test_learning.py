@@ -786,3 +786,44 @@ def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.devic
     told = [f"{name}: an argument is, or holds, a {kind}, at {__file__}:" for kind in ("bytes", "Request")]
     assert [why.startswith(begin) for why, begin in zip(report.graph_breaks, told, strict=True)] == [True, True]
     assert "in the place of torch.compiler.disable" not in str(report)
+
+
+def test_a_handler_inside_of_a_marked_function(compile_ours: Compile, device: torch.device) -> None:
+    """What a step raises leaves compiled code, past handlers of traced code; a marked function has its own handlers."""
+    calls: list[int] = []
+    raised = ValueError("no such page")
+
+    def fail(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            raise raised
+        return x * 2
+
+    def attempt(x: Tensor) -> Tensor:
+        try:
+            return fail(x)
+        except ValueError:
+            return x + 1
+
+    marked, failing = eager_on_graph(attempt), eager_on_graph(fail)
+    compiled = compile_ours(lambda x: marked(x.sin()).cos())
+    for number, x in enumerate(vectors(device, 8), start=1):
+        y = x.sin()
+        assert_same(compiled(x), (y + 1 if number == 5 else y * 2).cos())
+    calls.clear()
+
+    def around(x: Tensor) -> Tensor:
+        try:
+            y = failing(x.sin())
+        except ValueError:
+            y = x.sin() + 1
+        return y.cos()
+
+    compiled = compile_ours(around)
+    for number, x in enumerate(vectors(device, 8), start=1):
+        if number == 5:
+            with pytest.raises(ValueError, match="no such page") as caught:
+                compiled(x)
+            assert caught.value is raised
+        else:
+            assert_same(compiled(x), (x.sin() * 2).cos())

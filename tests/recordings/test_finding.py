@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -155,6 +156,30 @@ def test_another_threads_wait(device: torch.device, options: dict[str, Any]) -> 
         x = torch.randn(8, device=device)
         assert_same(compiled(x), around(harmless)(x))
     assert (program_of(compiled).num_graph_segments, program_of(compiled).num_eager_segments) == (1, 0)
+
+
+@torch.library.custom_op("finding::warns", mutates_args=())
+def warns(x: Tensor) -> Tensor:
+    """Warns of what it reads."""
+    warnings.warn(f"{float(x[0]):.1f} is no page", stacklevel=1)
+    return x * float(x.sum())
+
+
+warns.register_fake(torch.empty_like)
+
+
+def test_warnings_of_an_op_are_the_users(device: torch.device, options: dict[str, Any]) -> None:
+    """While an op is watched its warnings reach the user as ever, and no filter and no mode of the process is changed."""
+    compiled = torch.compile(around(warns), backend="breakable_cg", options=options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters), torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+        for number in range(1, 6):
+            compiled(torch.full((8,), float(number), device=device))
+            told = [str(warning.message) for warning in caught if "is no page" in str(warning.message)]
+            assert len(told) == number
+        assert before == (list(warnings.filters), torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0)
+    assert program_of(compiled).num_eager_segments == 1
 
 
 def test_known_in_every_place(device: torch.device, options: dict[str, Any]) -> None:
