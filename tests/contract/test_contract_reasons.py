@@ -517,7 +517,8 @@ def test_marks_that_came_too_late(device: torch.device, options: dict[str, Any])
             assert [note.partition(" was")[0] for note in notes()] == ["a ReLU", "aten::relu", "fold"]
             assert all("torch.compiler.reset()" in note for note in notes())
             torch.compiler.reset()
-            compiled(x)
+            for _ in range(2):  # the first call learns what the layer returns
+                compiled(x)
             assert [note.partition(" is")[0] for note in notes()] == ["aten::relu", "fold"]  # the op is in the layer
         finally:
             for mark in marks:
