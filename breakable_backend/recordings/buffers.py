@@ -100,6 +100,11 @@ class Bridge:
         return (self.tensor, other) if self.flat is None else (self.flat, flattened(other))
 
 
+def inside(value: Any) -> Any:
+    """The tensor of a bridge; any other value itself."""
+    return value.tensor if isinstance(value, Bridge) else value
+
+
 _COPIED = frozenset(
     getattr(torch, name)
     for name in "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()

@@ -9,7 +9,8 @@ import torch
 
 from breakable_backend.errors import CAUSES, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.ir.live import has_memory
+from breakable_backend.recordings.buffers import Bridge, inside
 from breakable_backend.recordings.recording import Call, Recording, fill
 
 
@@ -51,12 +52,8 @@ def check_argument(name: str, spec: TensorSpec, value: Any) -> None:
 
 def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
     """The addresses of the tensors and bridges among ``constants``."""
-    tensors = {name: value.tensor if isinstance(value, Bridge) else value for name, value in constants.items()}
-    return {
-        name: tensor.data_ptr()
-        for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    }
+    tensors = {name: inside(value) for name, value in constants.items()}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if has_memory(tensor)}
 
 
 def check_places(recording: Recording, args: Sequence[Any]) -> None:
@@ -64,9 +61,8 @@ def check_places(recording: Recording, args: Sequence[Any]) -> None:
     slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, address in recording.addresses.items():
         value = slots[name]
-        tensor = value.tensor if isinstance(value, Bridge) else value
-        if tensor.data_ptr() != address:
-            refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", tensor.data_ptr() == 0)
+        if (now := inside(value).data_ptr()) != address:
+            refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", now == 0)
 
 
 def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:

@@ -18,8 +18,9 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Op, Reason
-from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.buffers import Bridge, inside
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class Held:
         sizes: dict[int, int] = {}
         bridges: set[int] = set()
         for value in constants:
-            tensor = value.tensor if isinstance(value, Bridge) else value
-            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+            tensor = inside(value)
+            if has_memory(tensor):
                 key = _torch.storage_key(tensor)
                 sizes[key] = 0 if key in others else tensor.untyped_storage().nbytes()
                 if isinstance(value, Bridge):

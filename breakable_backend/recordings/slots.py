@@ -201,7 +201,7 @@ class Slots:
     def handed_back(self) -> Iterator[torch.Tensor]:
         """With static results, what holds memory that an eager step has returned an alias of: that may be a result."""
         for owner in self.owners.values() if self.static else ():
-            yield owner.tensor if isinstance(owner, Bridge) else owner
+            yield buffers.inside(owner)
 
     def _hold(self, slot: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
         """Have ``owner`` hold the memory behind ``place``, on which the constants of ``slot`` lie."""
@@ -266,7 +266,7 @@ class Slots:
         owner = self.owners.get(bridge_name(name) if place == _inside_name(name) else place)
         if owner is None and place in self.constants:
             owner = self.constants[place]
-        return owner.tensor if isinstance(owner, Bridge) else owner
+        return buffers.inside(owner)  # type: ignore[no-any-return]
 
     def is_ours(self, value: torch.Tensor) -> bool:
         """Whether ``value`` lies in memory of ours, judged by memory: an op may return its argument against its schema."""
@@ -275,7 +275,7 @@ class Slots:
     def owned_storages(self) -> frozenset[int]:
         """The keys of the storages that constants lie on."""
         owned = (value for name, value in self.constants.items() if name not in self.inputs)
-        tensors = (value.tensor if isinstance(value, Bridge) else value for value in owned)
+        tensors = map(buffers.inside, owned)
         return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
 
     def _behind(self, value: Any) -> Iterator[str]:
@@ -284,7 +284,7 @@ class Slots:
             if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()
                 for slot, owner in self.owners.items():
-                    memory = (owner.tensor if isinstance(owner, Bridge) else owner).untyped_storage()
+                    memory = buffers.inside(owner).untyped_storage()
                     if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():
                         yield slot
 
