@@ -1399,7 +1399,7 @@ FAULTS = (
     Fault(
         "what-is-never-called-so-is-learned-for-ever",
         "marks.sites:Site.settle",
-        "self.learned.in_vain += 1",
+        "self.learned.in_vain += not _torch.in_a_body()",
         "pass",
         "test_learning.py::test_code_that_is_traced_calls_it_otherwise[cpu-never]",
     ),
@@ -1451,6 +1451,13 @@ FAULTS = (
         "name in cells",
         "False",
         "test_changes.py::test_code_behind_sees_what_was_changed[cpu-a_cell]",
+    ),
+    Fault(
+        "branches-that-come-late-are-breaks",
+        "marks.sites:Site.settle",
+        "not _torch.in_a_body()",
+        "1",
+        "test_learning.py::test_in_a_branch_that_comes_late[cpu]",
     ),
     Fault(
         "modules-are-called-as-ever",

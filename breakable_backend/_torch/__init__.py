@@ -49,6 +49,7 @@ from breakable_backend._torch.dynamo import (
     frame_callback,
     global_state,
     graph_breaks,
+    in_a_body,
     is_shared,
     keep_with_code,
     may_use_freed_guards,

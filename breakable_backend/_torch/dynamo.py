@@ -282,6 +282,12 @@ def forget_code_of(thing: object, reason: str) -> None:
                 return
 
 
+def in_a_body() -> bool:
+    """Whether Dynamo is tracing the body of a higher-order op, such as a branch of ``torch.cond``, which cannot break."""
+    transaction = _tracing()
+    return transaction is not None and not transaction.output.is_root_tracer()
+
+
 def may_use_freed_guards() -> bool:
     """Whether Dynamo may write to guards that it has freed, which can crash the process, with any backend.
 

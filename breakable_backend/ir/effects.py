@@ -93,6 +93,15 @@ def bodies(node: fx.Node) -> list[fx.GraphModule]:
     return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
+def nodes_in(node: fx.Node) -> Iterator[fx.Node]:
+    """The calls in the bodies of a higher-order op, at any depth."""
+    for body in bodies(node):
+        for inner in body.graph.nodes:
+            if inner.op == "call_function":
+                yield inner
+                yield from nodes_in(inner)
+
+
 def effective_ops(node: fx.Node) -> Iterator[Any]:
     """The ops that a call runs, looking through the wrappers and bodies of higher-order ops."""
     yield node.target

@@ -18,7 +18,7 @@ from torch.fx.traceback import get_current_meta
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.ir.effects import effective_ops, is_view_op, op_of, schema_name, tensors_of, values_of
+from breakable_backend.ir.effects import effective_ops, is_view_op, nodes_in, op_of, schema_name, tensors_of, values_of
 from breakable_backend.ir.program import Reason, source_line
 from breakable_backend.marks import ops
 from breakable_backend.marks.marking import REGION_KEY, EagerOps, is_marked
@@ -110,6 +110,9 @@ class Rule:
 def marked(node: fx.Node, scope: Scope) -> str:
     if ops.is_call(node.target):
         return ops.why_marked(node.args)
+    for inner in nodes_in(node):
+        if ops.is_call(inner.target):
+            return f"calls {label(inner)}, which is {ops.why_marked(inner.args)}"
     for op in effective_ops(node):
         if why := is_marked(op, scope.eager_ops):
             return why if op is node.target else f"calls {op}, which is {why}"

@@ -245,7 +245,7 @@ class Site:
                 raise self._failure(
                     "nothing yet: its result is not known before its first call", GIVE_FAKE, PartitionError
                 )
-            self.learned.in_vain += 1
+            self.learned.in_vain += not _torch.in_a_body()  # there a break is an error, and a branch may come late
             self.run_as_python("has not run yet, and its result is not known")
         if self.learned.waiting:
             self.learned.waiting.pop(_code_being_traced(), None)

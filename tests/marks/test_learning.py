@@ -827,3 +827,24 @@ def test_a_handler_inside_of_a_marked_function(compile_ours: Compile, device: to
             assert caught.value is raised
         else:
             assert_same(compiled(x), (x.sin() * 2).cos())
+
+
+def test_in_a_branch_that_comes_late(compile_ours: Compile, device: torch.device) -> None:
+    """In a branch of ``torch.cond`` that is not taken in the first calls a function is learned when it is taken."""
+
+    @eager_on_graph
+    def clipped(x: Tensor) -> Tensor:
+        return x / x.norm() if float(x.norm()) > 1 else x + 0
+
+    def model(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: clipped(x).sin(), lambda x: x.cos(), (x * 2,)).cos()
+
+    compiled = compile_ours(model)
+    for number in range(1, 12):
+        x = torch.full((4,), 1.0 if number > 6 else -1.0, device=device) * number
+        want = (clipped(x * 2).sin() if number > 6 else (x * 2).cos()).cos()
+        assert_same(compiled(x), want, f"call {number}")
+    (program,) = explain(compiled).programs
+    assert program.replays > 0
+    (reason,) = (reason for reason in program.reasons if reason.op == "cond")
+    assert "calls" in reason.text and "clipped, which is marked by eager_on_graph" in reason.text
