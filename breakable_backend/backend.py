@@ -218,7 +218,7 @@ class Backend:
             when_idle(driver, functools.partial(driver.release, ()))
 
     def _driver(self, options: Options, lowered: Lowered, *, several: bool) -> CaptureDriver:
-        """What captures ``lowered``: on all its GPUs where ``several``, else on the first of them."""
+        """The driver for ``lowered``: for all its GPUs if ``several``, otherwise for the first of them."""
         kind, (device, *others) = options.driver, _capture_devices(lowered)
         debug = options.debug == "eager"
         if kind == "cuda" or (kind == "auto" and device.type == "cuda" and not debug):
@@ -253,7 +253,7 @@ class Backend:
 
 
 def _capture_devices(lowered: Lowered) -> list[torch.device]:
-    """The CUDA devices in the graph, in the order in which they come; otherwise the device of its first tensor; otherwise the CPU."""
+    """The CUDA devices in the graph, in order; otherwise the device of its first tensor, or the CPU."""
     tensors = values_of(*lowered.module.graph.nodes)
     devices = list(dict.fromkeys(tensor.device for tensor in tensors)) or [torch.device("cpu")]
     return [device for device in devices if device.type == "cuda"] or devices[:1]

@@ -116,7 +116,7 @@ def user_line(trace: TracebackType | None = None) -> str:
 
 
 def warn_user(text: str) -> None:
-    """Warn at the innermost line of the user's that runs now. A number of frames cannot tell it: Dynamo's are in between."""
+    """Warn at the user's innermost running line. A number of frames cannot lead there: Dynamo's are in between."""
     for file, line, _ in _frames(None):
         if _is_users(file):
             warnings.warn_explicit(text, UserWarning, file, line)

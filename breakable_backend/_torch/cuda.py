@@ -79,9 +79,9 @@ def allocating_to_pool(device: int, pool: tuple[int, int]) -> Iterator[None]:
 
 @contextmanager
 def memory_as_it_is() -> Iterator[None]:
-    """Have ``torch.empty`` launch nothing: under deterministic algorithms it fills memory with NaN, on the current stream.
+    """Have ``torch.empty`` launch nothing. Under deterministic algorithms it fills memory with NaN, by a launch.
 
-    The setting is the process's. Whoever changes it does so one at a time.
+    The setting belongs to the process. Only one caller at a time may change it.
     """
     filled = torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory()
     if not filled:

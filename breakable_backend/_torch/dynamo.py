@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = str(Path(__file__).parent.parent)
-"""What lies there is no code of the user's."""
+"""The folder of this package, in which no code is the user's."""
 
 
 def graph_breaks() -> dict[str, int]:
@@ -219,14 +219,15 @@ def keep_with_code(thing: object) -> bool:
 
 
 Place = tuple[int, Any]
-"""The identity of an object, and an attribute of it, a key, or None for all that a container holds; a cell has
-``"cell_contents"``."""
+"""The place of a Python value: the identity of an object, with an attribute of it, a key, or None for all that a
+container holds. A cell has ``"cell_contents"``."""
 
 
 def places_read() -> set[Place]:
-    """Where the code that Dynamo is compiling reads Python values, as far as it guards on them.
+    """The places of the Python values that the code which Dynamo is compiling reads, as far as it guards on them.
 
-    A guard names its value by an expression, and each part of that is such a place. Checked on torch 2.11 to 2.15.
+    A guard names its value by an expression, and each part of the expression is such a place. Checked on torch 2.11 to
+    2.15.
     """
     from torch._dynamo.guards import _get_closure_vars
 

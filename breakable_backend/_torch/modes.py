@@ -55,7 +55,7 @@ without it."""
 
 
 def _included_again(*keys: str) -> AbstractContextManager[None]:
-    """One guard for all keys: that of a single key takes a microsecond, and marked functions under autograd have several."""
+    """One guard for all keys. A guard takes a microsecond, and marked functions under autograd have several keys."""
     left_out = torch._C._dispatch_tls_local_exclude_set()
     for key in keys:
         left_out = left_out.remove(getattr(torch._C.DispatchKey, key))
@@ -67,7 +67,7 @@ set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 class GradMode:
-    """``torch.set_grad_enabled(...)`` in a ``with`` statement, without what makes it a decorator."""
+    """``torch.set_grad_enabled(...)`` in a ``with`` statement, without the code that makes it a decorator."""
 
     __slots__ = ("before", "enabled")
 
@@ -83,13 +83,13 @@ class GradMode:
 
 
 class Autocast:
-    """``torch.autocast`` of a device type, without the checks of its arguments: they were those of an autocast before.
+    """``torch.autocast`` of a device type, without the checks of its arguments, which a former autocast has passed.
 
-    It does what that does on torch 2.11 to 2.15. A new ``torch.autocast`` takes 25 us on a slow host.
+    It does what ``torch.autocast`` does on torch 2.11 to 2.15. A new ``torch.autocast`` takes 25 us on a slow host.
 
     Args:
         device: the device type.
-        dtype: what it casts to; None: it is switched off.
+        dtype: the dtype that it casts to; None: autocast is switched off.
         cached: whether casts are cached; None: as before.
     """
 

@@ -85,9 +85,10 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """:func:`apply_function` where no transform of ``torch.func`` is under way, and no argument is left over from one.
+    """:func:`apply_function` if no transform of ``torch.func`` is active, and no argument comes from one.
 
-    ``apply`` asks each argument for that, in Python (1 us for each, H200 host, torch 2.11). Read on torch 2.11 to 2.15.
+    ``apply`` checks each argument for this, in Python (1 us for each, H200 host, torch 2.11). Read in torch 2.11 to
+    2.15.
     """
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 

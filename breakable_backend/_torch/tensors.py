@@ -148,10 +148,10 @@ def negated_view(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def clones_together(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """A clone of each of some tensors of float32 or float64, dense and on one device, all by one launch.
+    """Clones of several dense tensors of float32 or float64 on one device, by one launch.
 
-    The larger of a number and minus infinity is that number, NaN with its bits and ``-0.0`` included (H200, torch 2.11).
-    There is no op that clones a list; to allocate in Python and copy then takes a third longer (150 gradients).
+    The maximum of a number and minus infinity is that number, NaN with its bits and ``-0.0`` included (H200, torch
+    2.11). PyTorch has no op that clones a list. Allocating in Python and copying takes a third longer (150 gradients).
     """
     made: Sequence[torch.Tensor] = torch._foreach_clamp_min(tensors, -math.inf)
     return made

@@ -64,7 +64,7 @@ def source_of(value: Any, leaves: dict[int, str]) -> str | None:
 
 
 class _NotPlain(Exception):
-    """A part of a result that no source is written for."""
+    """A part of a result for which no source is written."""
 
 
 def paths(value: Any, name: str) -> Iterator[tuple[str, Any]]:

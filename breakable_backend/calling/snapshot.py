@@ -89,14 +89,14 @@ class KeySnapshot:
 
 @dataclass(frozen=True)
 class Slots:
-    """What forwards have saved for their backwards."""
+    """The slots of a forward, with what they save for a backward."""
 
     count: int
-    """Recordings with memory for that."""
+    """The number of recordings with such memory."""
     pending: int
     """Forwards that may still be run backward."""
     saved_bytes: int
-    """Memory of all slots together."""
+    """Their memory, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -113,4 +113,4 @@ class Snapshot:
     keys: tuple[KeySnapshot, ...]
     """In the order in which they came."""
     slots: Slots | None = None
-    """Of the forward of a graph that needs gradients."""
+    """For the forward of a graph that needs gradients."""

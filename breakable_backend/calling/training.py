@@ -80,15 +80,15 @@ class Outputs(list[Any]):
 
 @dataclass(frozen=True)
 class Lease:
-    """What of all that is saved lies in memory of a recording, for each of its calls."""
+    """The saved values that lie in memory of a recording, the same in each of its calls."""
 
     recording: weakref.ref[Recording]
     constants: tuple[torch.Tensor | None, ...]
-    """None for what moves. They hold no memory."""
+    """None for a value that moves. These tensors own no memory."""
     static: frozenset[str]
-    """The names of those that do not move."""
+    """The names of the values that do not move."""
     first: tuple[int, int] | None
-    """The place of the first of those, and its address."""
+    """The position of the first of these, and its address."""
 
     @classmethod
     def of(cls, recording: Recording, forward: Forward) -> Lease:
@@ -374,7 +374,7 @@ class Training:
             return self.backwards[pattern, static]
 
     def saved(self, made: Outputs, results: Sequence[Any]) -> list[Saved]:
-        """What a captured forward keeps at its place for a backward, for who watches that."""
+        """The values that a captured forward keeps at fixed addresses for a backward, for observers."""
         forward = self.halves.forward
         assert forward is not None
         assert made.saved is not None
@@ -414,10 +414,10 @@ class Training:
         assert self.halves.forward is not None
         return tuple(place for place, index in enumerate(self.halves.forward.inputs) if index in self.halves.static)
 
-    # what eager alone can run backward
+    # what only eager can run backward
 
     def others(self, args: Sequence[Any]) -> list[tuple[Any, int]]:
-        """The inputs that the backward does not need, with their versions: a second forward would. What moves is known weakly."""
+        """The inputs that only a second forward would need, with their versions. Those that move are held weakly."""
         static = self.halves.static
         return [
             (args[index] if index in static else weakref.ref(args[index]), args[index]._version)
@@ -432,7 +432,7 @@ class Training:
     def gradients_of_eager(
         self, why: str, others: list[tuple[Any, int]] | None, inputs: Sequence[Any], grads: Sequence[Any]
     ) -> Sequence[Any]:
-        """The gradients of a forward that is run once more, as Dynamo traced it, since eager's autograd has to see it."""
+        """The gradients by a second, eager forward, for a backward that only eager's autograd can run."""
         forward = self.halves.forward
         assert forward is not None
         if others is None:

@@ -70,7 +70,7 @@ class Forward:
     watched: tuple[int, ...]
     """Inputs that backwards need, and that may in some calls be views of written inputs."""
     is_pure: bool
-    """Whether nobody can see that it is run once more: it writes nothing, draws nothing and calls torch's own ops alone."""
+    """Whether it can run a second time unnoticed: it writes nothing, draws nothing and calls only PyTorch's own ops."""
     checked: tuple[int, ...]
     """The outputs whose memory a backward reads. A write to one invalidates the backward, in eager too."""
 
@@ -114,7 +114,7 @@ class _Joint:
     """Inputs whose version is counted up."""
 
     def second(self) -> Iterator[fx.Node]:
-        """The calls of the second half."""
+        """The calls of the backward."""
         for node in self.module.graph.nodes:
             if node.op == "call_function" and node.name not in self.forward:
                 yield node
@@ -355,20 +355,20 @@ TRACED_THROUGH = (
 
 
 class _Run(fx.Interpreter):
-    """Runs a graph node by node, and the graphs inside of it alike, so that each op is traced with the marks of its node."""
+    """Runs a graph node by node, and the graphs in it too, so that each op is traced with the marks of its node."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         return _Body(value) if isinstance(value, fx.GraphModule) else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is checkpointed:  # what is computed again draws nothing, and generators are no part of a trace
+        if target is checkpointed:  # recomputed code draws nothing, and generators are not part of a trace
             kwargs = {**kwargs, "preserve_rng_state": False}
         return super().call_function(target, args, kwargs)
 
 
 class _Body:
-    """A graph inside of another one, as a function of its inputs."""
+    """A graph inside another one, as a function of its inputs."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self.meta = module, module.meta
@@ -380,7 +380,7 @@ class _Body:
 
 
 def _may_draw(op: Any) -> bool:
-    """Whether an op would have to find the random state of its first run. What is not torch's own does not tell."""
+    """Whether an op may draw random numbers, and so would need the random state of its first run. Custom ops may."""
     return draws(op) or (is_opaque(op) and not is_backward(op))
 
 

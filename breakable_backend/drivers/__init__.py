@@ -114,7 +114,7 @@ class Tenant(Protocol):
 
 
 class Capturing(Protocol):
-    """What captures on one device, within :meth:`CaptureDriver.recording`."""
+    """Captures on one device, within :meth:`CaptureDriver.recording`."""
 
     device: torch.device
 
@@ -162,11 +162,11 @@ class Capturing(Protocol):
 
 
 class CaptureDriver(Capturing, Protocol):
-    """Captures and replays on one device, in one memory pool; or on several, with a pool on each."""
+    """Captures and replays on one device, in one memory pool; or on several devices, with a pool on each."""
 
     name: str
     devices: tuple[torch.device, ...]
-    """All that it captures on. The first is :attr:`~Capturing.device`."""
+    """All devices of the driver. The first is :attr:`~Capturing.device`."""
     lock: threading.RLock
     """Held by every call that uses the pool."""
     patience: float
@@ -207,7 +207,7 @@ class CaptureDriver(Capturing, Protocol):
         """
 
     def on(self, device: torch.device) -> Capturing:
-        """What captures on ``device``; on the first where that is none of :attr:`devices`."""
+        """The part that captures on ``device``; on the first device if it is none of :attr:`devices`."""
 
     def drawing(self) -> AbstractContextManager[None]:
         """Held around ops that run by themselves and may draw from the device's default generator."""

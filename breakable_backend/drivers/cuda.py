@@ -824,7 +824,7 @@ class CudaSession:
 
 
 def _failure(error: Exception) -> CaptureError:
-    """What a capture raises for what came out of its body."""
+    """The error of a capture for an exception of its body."""
     return as_passing(CaptureError(first_line(error), where=user_line(error.__traceback__)), error)
 
 

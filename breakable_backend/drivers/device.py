@@ -57,7 +57,7 @@ def capture_body(
     fed: Sequence[tuple[torch.Tensor, torch.Tensor]],
     failure: Callable[[Exception], CaptureError],
 ) -> tuple[CapturedGraph, T]:
-    """:meth:`breakable_backend.drivers.CaptureDriver.capture` by a session; ``failure``: what to raise for what ``body`` raised."""
+    """:meth:`breakable_backend.drivers.CaptureDriver.capture` by a session. ``failure`` makes the error for an exception."""
     with driver.session() as session:
         session.begin(fed)
         try:
@@ -71,7 +71,7 @@ def capture_body(
 
 
 class GraphAround:
-    """A captured graph with something else in place of its launch: what is in it is as it was captured."""
+    """A captured graph whose launch is replaced. Everything else is the captured graph's."""
 
     def __init__(self, graph: CapturedGraph) -> None:
         self.graph = graph

@@ -49,12 +49,12 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def values_of(*nodes: fx.Node) -> list[torch.Tensor]:
-    """The fake tensors that nodes stand for: one, several or none of each."""
+    """The fake tensors of nodes, each of which has one, several or none."""
     return [tensor for node in nodes for tensor in tensors_of(node.meta.get("val"))]
 
 
 def storages_of(*nodes: fx.Node) -> set[int]:
-    """The keys of the storages that these lie in."""
+    """The keys of the storages of these nodes' tensors."""
     return set(map(_torch.storage_key, values_of(*nodes)))
 
 
@@ -82,7 +82,7 @@ def is_somebodys(node: fx.Node) -> bool:
 
 
 def graphs_in(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """A graph, and those inside of it."""
+    """A graph and all graphs inside it."""
     return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
 
 
@@ -415,7 +415,7 @@ def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:
 
 
 def made_again(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
-    """``node``, an alias of ``source`` that an op returned, made of ``copied``, which is ``source`` in ``graph``: nearly always itself."""
+    """``node``, an alias of ``source`` that an op returned, as a view of ``copied``, which is ``source`` in ``graph``."""
     mine, theirs = node.meta["val"], source.meta["val"]
     if repr(Geometry.of(mine)) == repr(Geometry.of(theirs)):  # as text, since ``==`` would guard on symbols
         return copied

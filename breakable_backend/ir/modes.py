@@ -70,7 +70,7 @@ class Modes:
 
 
 class _Entered:
-    """Modes in a ``with`` statement. Each eager step under an autocast has one, so it is quick."""
+    """A context manager for modes. Each eager step under an autocast has one, so it is quick."""
 
     __slots__ = ("left", "modes", "token")
 

@@ -113,7 +113,7 @@ class GraphSegment(_Nodes):
     num_kernels: int
     """The number of ATen ops that launch. One may launch several kernels."""
     device: torch.device
-    """Where it is captured: on the device of the program, or on another GPU."""
+    """The device of its capture: that of the program, or another GPU."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Which Python values a marked function changes, of those that code around its call may read.
+"""Python values that a marked function changes and that the code around its call may read.
 
-Compiled code reads Python values when it begins: attributes, globals, what functions close over, and what containers
-hold. Eager code behind a call would see what the call has changed. So a call that changes a value which the code around
-it reads is a graph break: behind it the value is read anew. What nothing around reads may change, such as a counter.
+Compiled code reads Python values when it begins: attributes, globals, closed-over values, and the contents of
+containers. Eager code behind a call would see what the call has changed. So a call that changes a value which the code
+around it reads is a graph break, behind which the value is read again. Values that no code around it reads, such as a
+counter, may change.
 
-It is looked for while a call runs as Python to be learned from: in the modules among its arguments, in the cells and
-globals of the function and of functions that it finds there, and in the attributes of objects there.
+Changes are looked for while a call runs as Python to be learned from: in the modules among its arguments, in the cells
+and globals of the function and of functions found there, and in the attributes of objects found there.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from breakable_backend.marks.sites import Site, sites
 from breakable_backend.marks.structure import instances_in, is_still
 
 DEPTH = 3
-"""How many functions and objects lie between a function and what is looked at."""
+"""How many functions and objects may lie between a function and a value that is looked at."""
 
 Changes = Mapping[Place, str]
-"""What a call has changed, by where that is; in words."""
+"""What a call has changed, by place, in words."""
 
 
 def looking_at(function: Callable[..., Any], arguments: Any) -> Callable[[], Changes]:
-    """Asks what a call of ``function`` has changed since."""
+    """A function that returns what a call of ``function`` has changed since."""
     before = _State(function, arguments)
 
     def changes() -> Changes:
@@ -51,11 +52,11 @@ _NOTHING: tuple[Any, ...] = (object(), object())
 
 
 class _State:
-    """The Python values that a function can reach without searching for long."""
+    """The Python values that a function can reach quickly."""
 
     def __init__(self, function: Callable[..., Any], arguments: Any) -> None:
         self.values: dict[Place, tuple[Any, ...]] = {}
-        """What is at each place; of a container, all that it holds."""
+        """The value at each place; for a container, all that it holds."""
         self.names: dict[Place, str] = {}
         self._met: dict[int, Any] = {}
         for module in instances_in(arguments, torch.nn.Module):
@@ -64,7 +65,7 @@ class _State:
         self._look(function, "", DEPTH)
 
     def _look(self, value: Any, name: str, depth: int) -> None:
-        """Look at what can be changed in ``value``."""
+        """Look at the parts of ``value`` that can change."""
         if id(value) in self._met:
             return
         self._met[id(value)] = value
@@ -125,7 +126,7 @@ _OF_OTHERS = ("torch", "numpy", "builtins", "functools", "breakable_backend")
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
-    """The names that code, and functions in it, use of globals and attributes."""
+    """The names of globals and attributes that code, and functions in it, use."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -133,10 +134,10 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def heed(gm: fx.GraphModule) -> None:
-    """Have a frame run as Python this once, if it reads what its marked functions change.
+    """Have a frame run once as Python, if it reads values that its marked functions change.
 
-    A function that does so again in that call is a break from then on; one that has set something once is not. ``gm``
-    is Dynamo's graph of the frame, which Dynamo is still tracing.
+    A function that changes such a value again in that call is a graph break from then on. One that has set a value once
+    is not. ``gm`` is Dynamo's graph of the frame, which Dynamo is still tracing.
     """
     changing = [site for site in _sites_in(gm) if site.learned.changes]
     if not changing or not _torch.can_run_as_python():

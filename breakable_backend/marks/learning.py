@@ -199,7 +199,8 @@ class Learned:
         self.changes: dict[_torch.Place, str] = {}
         """The Python values that such calls have changed, in words."""
         self.changes_again = False
-        """Whether that is of calls after the first one whose changes mattered: what is set once changes no more."""
+        """Whether ``changes`` are of calls after the first one whose changes mattered. A value that is set once changes
+        no more."""
         self.waiting: dict[int, Any] = {}
         """The functions that run as Python until this is known, by the identity of their code."""
         self._samples: dict[tuple[Any, ...], dict[Values, _Sample]] = {}

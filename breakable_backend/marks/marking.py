@@ -263,7 +263,7 @@ def _why_function(target: Any, eager_ops: EagerOps) -> str:
 
 
 def marked_names() -> frozenset[str]:
-    """What ``mark_eager`` has marked now: ops, PyTorch functions, classes of modules, and single modules by their class."""
+    """What ``mark_eager`` has marked so far: ops, PyTorch functions, classes of modules; a single module by its class."""
     functions = (getattr(function, "__name__", str(function)) for function in marked_functions())
     return frozenset([*_marked, *functions, *modules.marked().unmet(())])
 

@@ -31,7 +31,7 @@ class Scope:
     device: torch.device
     eager_ops: EagerOps = field(default_factory=EagerOps)
     others: tuple[torch.device, ...] = ()
-    """Devices that are captured on beside ``device``, each in segments of its own."""
+    """Further devices of the capture besides ``device``, each with its own segments."""
     host_scalars: frozenset[str] = frozenset()
     """0-d host inputs whose value is in the key, or that have a bridge on the device; and nodes computed from them."""
     symbols: frozenset[Any] = frozenset()
@@ -46,7 +46,7 @@ class Scope:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All that are captured on."""
+        """All devices of the capture."""
         return (self.device, *self.others)
 
 
@@ -78,7 +78,7 @@ class LiveOp:
 
     @property
     def elsewhere(self) -> torch.device | None:
-        """Another GPU, on which it takes or makes tensors; None if it only makes a view there."""
+        """Another GPU on which it takes or makes tensors; None if it only makes a view there."""
         to = self.kwargs.get("device")
         devices = [tensor.device for tensor in tensors_of((self.args, self.kwargs))]
         devices += [torch.device(to)] if to is not None else []
@@ -267,7 +267,7 @@ def off_device(node: fx.Node, scope: Scope) -> str:
 
 
 def places_of(node: fx.Node, scope: Scope) -> tuple[torch.device, ...]:
-    """Which of the devices that are captured on a node takes, or makes, tensors on."""
+    """The devices of the capture on which a node takes, or makes, tensors."""
     found = {tensor.device for tensor in values_of(node, *node.all_input_nodes)}
     return tuple(device for device in scope.devices if device in found)
 
@@ -417,7 +417,7 @@ class LiveReason:
 
 
 _OF_ALL_OPS = (marked, higher_order, off_device)
-"""Rules whose live form is asked about ops that are not on the capture device too."""
+"""Rules whose live form is also asked about ops off the capture device."""
 
 
 def live_reason(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> LiveReason | None:

@@ -252,7 +252,7 @@ class Site:
         return self.expected
 
     def run_as_python(self, why: str) -> NoReturn:
-        """Have the frame that Dynamo is tracing run as Python this once, to learn from the call."""
+        """Have the frame that Dynamo is tracing run once as Python, to learn from the call."""
         self.learned.waiting[_code_being_traced()] = Learning(self.mark, Callers())
         _torch.run_as_python(f"{self.mark.name} {why}")
 

@@ -42,7 +42,7 @@ def defined(source: str, name: str, names: dict[str, Any], file: str | None = No
 
 
 def spelled(value: Any, leaf: Callable[[Any], str | None]) -> str:
-    """``value`` as source. ``leaf`` has the text of each part; None for a list, tuple or dict whose own parts are spelled."""
+    """``value`` as source. ``leaf`` returns the source of a part; None for a container that is written part by part."""
     if (text := leaf(value)) is not None:
         return text
     if isinstance(value, dict):

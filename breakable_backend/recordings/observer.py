@@ -45,10 +45,10 @@ class Saved:
 
     name: str
     tensor: torch.Tensor
-    """It holds no memory: whoever is shown it may read it until the backward has run."""
+    """It owns no memory. An observer may read it until the backward has run."""
     maker: fx.Node
     result: torch.Tensor | None = None
-    """The caller's copy of the same value, where it is a result: to eager both are one memory."""
+    """The caller's copy of the same value, if it is a result. In eager both are the same memory."""
 
 
 class Observer:
@@ -102,7 +102,7 @@ class Observer:
         """A recording was made."""
 
     def saved(self, values: Sequence[Saved]) -> Callable[[], None] | None:
-        """A forward has saved ``values`` for its backward. What is called as that begins; None: nothing."""
+        """A forward has saved ``values`` for its backward. Returns a function to call when that begins, or None."""
         return None
 
     # their replays

@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def apart(self) -> bool:
-        """Whether the recording has memory that no other has: what is handed out as it lies is read in later calls."""
+        """Whether the recording has its own memory, since later calls read values that are returned without a copy."""
         return self.saved_from is not None or not self.fresh_outputs
 
 

@@ -199,7 +199,7 @@ class Slots:
         return self.keep or (self.static and name in self.lives.returned)
 
     def handed_back(self) -> Iterator[torch.Tensor]:
-        """With static results, what holds memory that an eager step has returned an alias of: that may be a result."""
+        """With static results, the owners of memory of which an eager step has returned an alias, which may be a result."""
         for owner in self.owners.values() if self.static else ():
             yield buffers.inside(owner)
 

@@ -48,7 +48,7 @@ BURST = 5
 SECONDS = 1.0
 """About how long one loop of measurements may take, at most."""
 STAGES = 4
-"""Measurements of a recording, as the progress bar counts them: its replays, its steps, whole calls, what it is compared with."""
+"""The stages of the progress bar: the replays of a recording, its steps, whole calls, and the reference."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def _measure_key(
             steps = _timed_steps(bench, recording, args, stream)
             progress.advance()
         outside = 0.0
-        # In the caller's grad mode, which Dynamo guards: in another one the call would be of another program.
+        # In the caller's grad mode, on which Dynamo guards: in another one the call would run another program.
         if whole is not None:
             replayed, times, reference = times, bench.times(whole.call), whole.reference
             outside = max(0.0, times.host_us - replayed.host_us)

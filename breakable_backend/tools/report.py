@@ -293,7 +293,7 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
 
 
 def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
-    # Objects like a mesh of devices, which torch 2.13 hands over once for each tensor that is shared out, tell nothing.
+    # Objects such as a device mesh, which torch 2.13 passes once for each distributed tensor, are left out.
     numbers = ", ".join(str(part) for part in key.key.shapes if isinstance(part, bool | int | float | str | tuple))
     return RecordingReport(
         key=f"{position}: {numbers}" if numbers else str(position),

@@ -567,8 +567,8 @@ def test_refused_while_capturing(make: MakeGraph, device: torch.device) -> None:
         "writes x, an argument that needs gradients": writes,
         "with a gradient of its own": eager_on_graph(own),
         "a second derivative": double,
-        r"took the \.grad of a Tensor of shape": eager_on_graph(clears),
-        "needs gradients of a tensor that is no argument": closes,
+        r"removed the \.grad of a Tensor of shape": eager_on_graph(clears),
+        "with gradients of a tensor that is not an argument": closes,
         "a capture_stub, which has no gradients": eager_on_graph(capture_stub=torch.empty_like)(bend),
     }
     for text, function in cases.items():
@@ -595,7 +595,7 @@ def test_refused_at_replay(make: MakeGraph, device: torch.device) -> None:
     cases: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "other tensors that need gradients": lambda x, y: y * 2 if x.sum() > 0 else y.detach() * 3,
         "gradients of other tensors than": lambda x, y: (y * x if x.sum() > 0 else y * 2) + weight,
-        "gradients of a tensor that nothing": lambda x, y: y * 2 if x.sum() > 0 else y * other,
+        "gradients of a tensor that had none": lambda x, y: y * 2 if x.sum() > 0 else y * other,
     }
     for text, function in cases.items():
         x, graph, marked = torch.ones(4, device=device), make(), eager_on_graph(function)
