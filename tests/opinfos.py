@@ -1,7 +1,8 @@
 """PyTorch's own databases of ops and modules, as programs to compare with eager: ``sweep.py`` runs them all.
 
 A *case* is one op, dtype and variant, with a few samples. Each is run in two *forms*: ``alone``, and ``between`` two
-eager steps, where every tensor comes through a bridge and every result is read by an eager step.
+eager steps, where every tensor comes through a bridge and every result is read by an eager step. What has gradients is an
+entry of its own, too: it is run ``alone``, forward and backward, with ``options={"training": True}``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ UNINITIALISED = "empty empty_like empty_permuted empty_strided new_empty new_emp
 HOST_RESULTS = ("torch.ops.aten._efficient_attention_forward",)
 """Return tensors on the host, of which their fake kernels know nothing: no eager step can be told what it gets."""
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
+BACKWARD = "backward of "
+"""What the name of an entry begins with that is run forward and backward."""
 
 # --- the eager steps before and after an op ---------------------------------------------------------------------------------
 
@@ -115,6 +118,8 @@ class Case:
     """The module, where the function is one."""
     writes: bool = False
     """It writes its arguments: all calls get the same ones, with new values, since their addresses belong to the key."""
+    training: bool = False
+    """Each call runs its backward too. Tensors of the samples say whether they get gradients."""
 
 
 def seed(number: int) -> None:
@@ -130,7 +135,12 @@ def ops() -> dict[str, Any]:
         found[info.name + (f".{info.variant_test_name}" if info.variant_test_name else "")] = info
     for info in module_db:
         found[f"module {info.name}"] = info
-    return found
+    return found | {BACKWARD + name: info for name, info in found.items() if getattr(info, "supports_autograd", True)}
+
+
+def is_backward(name: str) -> bool:
+    """Whether an entry is run forward and backward."""
+    return name.startswith(BACKWARD)
 
 
 def dtypes_of(info: Any, device: torch.device) -> list[torch.dtype]:
@@ -141,10 +151,12 @@ def dtypes_of(info: Any, device: torch.device) -> list[torch.dtype]:
     return chosen or sorted(supported, key=str)[:1]
 
 
-def cases(info: Any, device: torch.device) -> Iterator[Case]:
-    """What is tried of one entry."""
+def cases(info: Any, device: torch.device, training: bool = False) -> Iterator[Case]:
+    """What is tried of one entry; ``training``: forward and backward."""
     if hasattr(info, "module_cls"):
-        yield from module_cases(info, device)
+        yield from module_cases(info, device, training)
+    elif training:
+        yield from training_cases(info, device)
     else:
         yield from op_cases(info, device)
 
@@ -164,10 +176,24 @@ def op_cases(info: Any, device: torch.device) -> Iterator[Case]:
             yield from out_case(info, name, short, samples)
 
 
-def samples_of(info: Any, device: torch.device, dtype: torch.dtype) -> tuple[Sample, ...]:
+def training_cases(info: Any, device: torch.device) -> Iterator[Case]:
+    """What has gradients, in the first dtype that has some; nothing that writes its arguments."""
+    name = info.name + (f".{info.variant_test_name}" if info.variant_test_name else "")
+    supported = info.supported_backward_dtypes(device.type)
+    for dtype in [d for d in (torch.float32, torch.float64, torch.complex64) if d in supported][:1]:
+        samples = samples_of(info, device, dtype, gradients=True)
+        samples = tuple(sample for sample in samples if not writes(info.op, sample))
+        yield Case(name, str(dtype).removeprefix("torch."), info.op, samples, training=True)
+
+
+def samples_of(info: Any, device: torch.device, dtype: torch.dtype, gradients: bool = False) -> tuple[Sample, ...]:
     """A few samples that differ in shape, the last of them not contiguous if it can be."""
-    chosen = choose(lambda: info.sample_inputs(device, dtype, requires_grad=False))
-    made = [calls_of(lambda: info.sample_inputs(device, dtype, requires_grad=False), place) for place in chosen]
+
+    def generate() -> Iterator[Any]:
+        return cast(Iterator[Any], info.sample_inputs(device, dtype, requires_grad=gradients))
+
+    chosen = choose(generate)
+    made = [calls_of(generate, place) for place in chosen]
     samples = [Sample(calls_from([as_args(each) for each in variants])) for variants in made]
     for variants in made:
         with contextlib.suppress(RuntimeError):  # a sparse tensor cannot be
@@ -186,7 +212,7 @@ def special(sample: Sample) -> None:
     values = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, -0.25, 0.25, 1.0])
     for tensor in tensors_in(sample.calls[-1]):
         if tensor.is_floating_point() and tensor.layout is torch.strided:
-            place = flat(tensor)[::3]
+            place = flat(tensor.detach())[::3]
             place.copy_(values.repeat(1 + place.numel() // len(values))[: place.numel()])
 
 
@@ -302,17 +328,17 @@ def out_case(info: Any, name: str, short: str, samples: Sequence[Sample]) -> Ite
             return
 
 
-def module_cases(info: Any, device: torch.device) -> Iterator[Case]:
+def module_cases(info: Any, device: torch.device, gradients: bool = False) -> Iterator[Case]:
     """A module with parameters of its own for each of the first few inputs, in evaluation and in training."""
     modes = (False, True) if info.train_and_eval_differ else (False,)
-    for training, dtype in itertools.product(modes, [d for d in dtypes_of(info, device) if d.is_floating_point]):
+    dtypes = [d for d in dtypes_of(info, device) if d.is_floating_point][: 1 if gradients else None]
+    for training, dtype in itertools.product(modes, dtypes):
         short = str(dtype).removeprefix("torch.") + (" training" if training else "")
+        how = {"device": device, "dtype": dtype, "requires_grad": gradients, "training": training}
         inputs = []
         for call in range(CALLS):
             seed(call)
-            inputs.append(
-                list(info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=False, training=training))
-            )
+            inputs.append(list(info.module_inputs_func(info, **how)))
         usable = [place for place, made in enumerate(inputs[0]) if made.forward_input is not None]
         for place in usable[:SAMPLES]:
             seed(0)
@@ -326,21 +352,20 @@ def module_cases(info: Any, device: torch.device) -> Iterator[Case]:
             while len(variants) < CALLS:
                 variants.append(variants[0])
             sample = Sample(calls_from(variants))
-            yield Case(
-                f"module {info.name}", f"{short} {inputs[0][place].desc or place}", module, (sample,), owner=module
-            )
+            name, what = f"module {info.name}", f"{short} {inputs[0][place].desc or place}"
+            yield Case(name, what, module, (sample,), owner=module, training=gradients)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------------
 
 
 def fresh(tree: Any) -> Any:
-    """The tree with tensors of its own, strides and all; tensors that are one stay one."""
+    """The tree with tensors of its own, strides and all; tensors that are one stay one, and leaves of autograd's are some."""
     made: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            made[id(tensor)] = whole_twin(tensor.detach())
+            made[id(tensor)] = whole_twin(tensor.detach()).requires_grad_(tensor.requires_grad)
         return made[id(tensor)]
 
     return pytree.tree_map_only(Tensor, copied, tree)
@@ -432,12 +457,13 @@ def watch(
         values = [fresh(sample.calls[position]) for sample in samples]
         given = refilled(given, values) if case.writes and given is not None else values
         seed(1000 + position)
-        with torch.no_grad():
+        with torch.set_grad_enabled(case.training):
             result = function(*given)
         random_state = random_states(device)
         named = [(f"output {i}", leaf) for i, leaf in enumerate(pytree.tree_leaves(result))]
         named += [(f"input {i}", leaf) for i, leaf in enumerate(pytree.tree_leaves(given))]
         state = [*owner.named_parameters(), *owner.named_buffers()] if owner is not None else []
+        gradients = gradients_of(result, [given, [tensor for _, tensor in state]]) if case.training else []
         seen.calls.append(
             {
                 "shapes, dtypes or strides": [describe(leaf) for leaf in pytree.tree_leaves(result)],
@@ -446,12 +472,29 @@ def watch(
                 "parameters or buffers": content([tensor for _, tensor in state]),
                 "aliases": aliases([*named, *state]),
                 "random state": random_state,
+                "whether there are gradients": [gradient is not None for gradient in gradients],
+                "shapes, dtypes or strides of gradients": [describe(gradient) for gradient in gradients],
+                "gradients": content(gradients),
             }
         )
         kept.append(result)
     for call, result in zip(seen.calls, kept, strict=True):
         call["bits at the end"] = [] if blank else content(result)
     return seen
+
+
+def gradients_of(result: Any, given: Any) -> list[Tensor | None]:
+    """Run the backward, and take the gradients of what was given."""
+    leaves = {id(tensor): tensor for tensor in tensors_in(given) if tensor.requires_grad}
+    outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device) for output in outputs]
+    if outputs:
+        torch.autograd.backward(outputs, grads)
+    found = [leaf.grad for leaf in leaves.values()]
+    for leaf in leaves.values():
+        leaf.grad = None
+    return found
 
 
 def describe(value: Any) -> Any:
@@ -494,11 +537,28 @@ class Outcome:
     """Why something ran eagerly."""
     failed: str = ""
     """It could not be run: by eager, by Dynamo alone, or by the backend."""
+    aot: str = ""
+    """How ``backend="aot_eager"`` differs from eager, which has nothing of ours; looked at where there are gradients."""
 
 
 def try_case(case: Case, form: str, samples: Sequence[Sample], device: torch.device) -> Outcome:
     """Run a case in one form, compiled and not."""
-    program = FORMS[form]
+    with deterministic() if case.training else contextlib.nullcontext():
+        return _try_case(case, FORMS[form], samples, device)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Kernels that add up in one order alone, as far as there are some: gradients on a GPU are added up in any order else."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _try_case(case: Case, program: Any, samples: Sequence[Sample], device: torch.device) -> Outcome:
     outcome = Outcome()
     function, owner = twins(case)
     try:
@@ -506,7 +566,7 @@ def try_case(case: Case, form: str, samples: Sequence[Sample], device: torch.dev
     except Exception as error:  # noqa: BLE001
         outcome.failed = f"eager: {first_line(error)}"
         return outcome
-    options = {"driver": "cuda" if device.type == "cuda" else "tape", "min_kernels": 1}
+    options = {"driver": "cuda" if device.type == "cuda" else "tape", "min_kernels": 1, "training": case.training}
     torch._dynamo.reset()
     breakable_backend.reset()
     function, owner = twins(case)
@@ -524,7 +584,20 @@ def try_case(case: Case, form: str, samples: Sequence[Sample], device: torch.dev
     if got is not None and outcome.differs and not same_again(case, program, samples, device, want):
         outcome.reference, outcome.differs = "nothing", ""
     del compiled
+    if case.training and outcome.reference != "nothing":
+        outcome.aot = aot(case, program, samples, device, want)
     return outcome
+
+
+def aot(case: Case, program: Any, samples: Sequence[Sample], device: torch.device, want: Seen) -> str:
+    """How AOTAutograd alone differs from eager; empty: it does not."""
+    torch._dynamo.reset()
+    function, owner = twins(case)
+    try:
+        compiled = torch.compile(program(function, len(samples)), backend="aot_eager")
+        return watch(compiled, owner, samples, device, case).differs(want)
+    except Exception as error:  # noqa: BLE001
+        return first_line(error)
 
 
 def twins(case: Case) -> tuple[Callable[..., Any], Any]:
@@ -596,8 +669,8 @@ def outcomes(name: str, info: Any, device: torch.device) -> Iterator[tuple[str, 
     The samples of a case are tried in one graph first, since compiling takes the time; one by one where that is not
     captured as a whole, or is not the same.
     """
-    for case in cases(info, device):
-        for form in FORMS:
+    for case in cases(info, device, is_backward(name)):
+        for form in ["alone"] if case.training else FORMS:
             if form == "between" and name in HOST_RESULTS:
                 continue
             if not case.samples:

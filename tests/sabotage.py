@@ -242,6 +242,20 @@ FAULTS = (
         "test_capture_gradients.py::test_refused_at_replay[cpu]",
     ),
     Fault(
+        "a-masked-value-gets-the-gradient-of-fakes",
+        "_torch.training:traced_otherwise",
+        'name == "MaskedFillBackward1" and node.next_functions[1][0] is not None',
+        "False",
+        "test_sweep.py::test_gradients_as_eager[cpu-masked_fill]",
+    ),
+    Fault(
+        "gradients-of-elements-elsewhere",
+        "compiling.training:_reaches_absolutely",
+        'root.op == "placeholder"',
+        "False",
+        "test_sweep.py::test_gradients_as_eager[cpu-as_strided_copy]",
+    ),
+    Fault(
         "two-gradients-share-memory",
         "calling.training:Training.gradients",
         "place in backward.entangled",

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 HERE = Path(__file__).parent
+BACKWARD = "backward of "
+"""What the names of entries begin with that are run forward and backward: those of ``opinfos``."""
 WORKER = Path(__file__)
 """What the worker processes run."""
 
@@ -147,6 +149,8 @@ def sweep(arguments: argparse.Namespace) -> None:
     }
     if arguments.only:
         names = [name for name in names if name in arguments.only]
+    if arguments.half != "both":
+        names = [name for name in names if name.startswith(BACKWARD) == (arguments.half == "backward")]
     others = [lambda: Worker(arguments.device).serving()] * (arguments.processes - 1)
     go_on(names, done, [first.serving, *others], arguments)
 
@@ -229,6 +233,7 @@ def verdict(row: dict[str, Any]) -> tuple[str, str]:
     return ("in part", reasons) if reasons else ("captured", "")
 
 
+AOT = "as eager, where AOTAutograd (`aot_eager`) is not"
 REFERENCES = {"dynamo": 'as `backend="eager"`, not as eager', "nothing": "eager is not the same each time"}
 
 
@@ -239,9 +244,9 @@ def table(found: Iterable[dict[str, Any]]) -> str:
     for row in found:
         groups[row["device"], row["torch"]][row["op"]] = row
     lines += [
-        "| device | torch | tried | captured | in part | eager | not run | stopped | failed | differing | as Dynamo, not as eager |"
+        "| device | torch | tried | captured | in part | eager | not run | stopped | failed | differing | as Dynamo, not as eager | eager not the same twice |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += ["|---" * 12 + "|"]
     for (device, version), by_name in groups.items():
         for kind, chosen in split(by_name.values()).items():
             counts = Counter(verdict(row)[0] for row in chosen)
@@ -265,6 +270,13 @@ def table(found: Iterable[dict[str, Any]]) -> str:
             if whys:
                 lines += ["", f"{what} on {device}, torch {version}:", ""]
                 lines += [f"- {why}: {', '.join(sorted(whys[why]))}" for why in sorted(whys)]
+        alone = [
+            f"`{name}`: {'; '.join(sorted({o['aot'][:120] for o in row['outcomes'] if o.get('aot')}))}"
+            for name, row in sorted(by_name.items())
+            if verdict(row)[0] != "differs" and any(o.get("aot") for o in row["outcomes"])
+        ]
+        if alone:
+            lines += ["", f"{AOT}, on {device}, torch {version}:", "", *(f"- {text}" for text in alone)]
         for reference, title in REFERENCES.items():
             named = [
                 (row["op"], sorted({o["what"] for o in row["outcomes"] if o.get("reference") == reference}))
@@ -277,9 +289,10 @@ def table(found: Iterable[dict[str, Any]]) -> str:
 
 
 def split(found: Iterable[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
-    kinds: dict[str, list[dict[str, Any]]] = {"ops": [], "modules": []}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        kinds["modules" if row["op"].startswith("module ") else "ops"].append(row)
+        half, name = (BACKWARD, row["op"][len(BACKWARD) :]) if row["op"].startswith(BACKWARD) else ("", row["op"])
+        kinds.setdefault(half + ("modules" if name.startswith("module ") else "ops"), []).append(row)
     return {kind: chosen for kind, chosen in kinds.items() if chosen}
 
 
@@ -290,6 +303,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE.parent / "build" / "sweep.jsonl")
     parser.add_argument("--chunk", default="1/1", help="which part of how many: 2/4 is the second of four")
     parser.add_argument("--only", nargs="+", help="names of ops")
+    parser.add_argument(
+        "--half", choices=["forward", "backward", "both"], default="both", help="what runs without gradients, or with"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no op later than this")
     parser.add_argument("--budget", type=float, default=120, help="seconds for one op")
     parser.add_argument("--table", action="store_true", help="print what the results say, and run nothing")

@@ -82,9 +82,10 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
     """The first gradient behind ``outputs`` for which autograd has another formula for fake tensors; empty if there is none.
 
     ``prod`` and ``cumprod`` look for zeros in real tensors, and a fake one gets the slow formula, which rounds
-    differently. The gradient of ``ormqr`` has another layout. On the host, the gradient of a ``max`` of all elements is
-    scattered, and for a fake tensor multiplied with a mask, which gives ``-0.0``. Found by comparing the gradients of
-    all ops of OpInfo on torch 2.13.
+    differently. The gradient of ``ormqr`` has another layout. The gradient of the value of ``masked_fill`` adds up what
+    the mask selects, and for a fake tensor everything, with zeros in between. On the host, the gradient of a ``max`` of
+    all elements is scattered, and for a fake tensor multiplied with a mask, which gives ``-0.0``. Found by ``make sweep``
+    on torch 2.13.
     """
     left, visited = [output.grad_fn for output in outputs], set()
     while left:
@@ -93,9 +94,9 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
             continue
         visited.add(node)
         name = node.name()
-        if name in _OTHER_FOR_FAKES or (
-            name in _OTHER_FOR_FAKES_OF_THE_HOST and any(data.device.type == "cpu" for data in node._input_metadata)
-        ):
+        on_host = any(data.device.type == "cpu" for data in node._input_metadata)
+        of_a_value = name == "MaskedFillBackward1" and node.next_functions[1][0] is not None
+        if name in _OTHER_FOR_FAKES or (name in _OTHER_FOR_FAKES_OF_THE_HOST and on_host) or of_a_value:
             return name
         left += [before for before, _ in node.next_functions]
     return ""

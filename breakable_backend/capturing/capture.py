@@ -11,6 +11,7 @@ import operator
 import re
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -595,8 +596,9 @@ class _OngoingCapture:
         """Run the backward of a marked function as an eager step."""
 
         def first(*grads: torch.Tensor | None) -> Sequence[Any]:
-            # The nodes of leaves are made for the capture stream, so no other thread may capture there now.
-            with self.driver.drawing():
+            # The nodes of leaves are made for the capture stream, so no other thread may capture there now. Autograd warns.
+            with self.driver.drawing(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
                 return step.first(run, grads)
 
         name, source = f"backward of {step.forward.name}", step.forward.source

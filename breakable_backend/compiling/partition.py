@@ -107,7 +107,7 @@ def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static
     elements that a bridge is loaded with.
     """
     for node in flow.all_nodes:
-        if schema_name(node) in _STRIDED and isinstance(node.args[0], fx.Node):
+        if schema_name(node) in STRIDED and isinstance(node.args[0], fx.Node):
             offset = argument_of(node, "storage_offset")
             root = flow.root[node.args[0]]
             inputs = list(node.graph.find_nodes(op="placeholder"))
@@ -119,7 +119,7 @@ def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static
     return None
 
 
-_STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
+STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
 
 
 def _has_gaps(tensor: torch.Tensor) -> bool:

@@ -29,6 +29,7 @@ from breakable_backend.compiling.lowering import (
     note_outs,
     out_of_place_views,
 )
+from breakable_backend.compiling.partition import STRIDED
 from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
 from breakable_backend.ir.effects import (
@@ -39,6 +40,7 @@ from breakable_backend.ir.effects import (
     is_opaque,
     is_view,
     made_again,
+    schema_name,
     storages_of,
     values_of,
     written_arguments,
@@ -47,6 +49,7 @@ from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.modes import AMBIENT_KEY
 from breakable_backend.marks.marking import EagerOps, Marks
 from breakable_backend.marks.ops import is_backward, site_of
+from breakable_backend.marks.rules import argument_of
 from breakable_backend.marks.sites import Site, sites
 
 Pattern = tuple[TensorSpec | None, ...]
@@ -415,6 +418,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
         constant = getattr(joint.module, str(node.target))
         if not isinstance(constant, torch.Tensor) or isinstance(constant, _torch.FakeTensor):
             raise CannotLower("it holds constants that cannot be traced")
+    if any(_reaches_absolutely(node) for node in graph.nodes if node.name in joint.forward):
+        raise CannotLower("it reaches into the memory of an argument by an absolute offset")
     taken: dict[int, str] = {
         _torch.storage_key(node.meta["val"]): "an argument" for node in joint.placeholders[:num_inputs]
     }
@@ -475,6 +480,13 @@ def _attribute_backward(joint: _Joint) -> None:
 
 
 # --- taking the trace apart -----------------------------------------------------------------------------------------------
+
+
+def _reaches_absolutely(node: fx.Node) -> bool:
+    """Whether it counts from where the storage of an argument begins. Fakes begin there: gradients would be of other elements."""
+    if schema_name(node) not in STRIDED or argument_of(node, "storage_offset") is None:
+        return False
+    return any(root.op == "placeholder" for root in _roots(node.all_input_nodes[0]))
 
 
 def _roots(node: fx.Node) -> Iterator[fx.Node]:

@@ -24,6 +24,8 @@ ONCE_DIFFERED = (
 ).split()
 BREAK = "linalg.cond norm.nuc linalg.svdvals linalg.eigvalsh".split()
 """Ops with an eager step inside, or that are nothing else. Each once differed: torch traced vectors that nobody asked for."""
+GRADIENTS = "softmax nn.functional.layer_norm masked_fill as_strided_copy".split()
+"""Ops with gradients. Two once differed: autograd traced another formula, or counted from another element."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,17 @@ def test_as_eager_with_breaks(name: str, databases: dict[str, Any], device: torc
         for sample in case.samples:
             outcome = opinfos.try_case(case, form, [sample], device)
             assert (outcome.differs, outcome.failed, outcome.reference) == ("", "", "eager")
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_as_eager(name: str, databases: dict[str, Any], device: torch.device) -> None:
+    """Forward and backward with ``training=True`` have eager's bits, whether they are captured or not."""
+    case = next(iter(opinfos.cases(databases[opinfos.BACKWARD + name], device, training=True)))
+    assert any(tensor.requires_grad for sample in case.samples for tensor in opinfos.tensors_in(sample.calls))
+    for sample in case.samples:
+        outcome = opinfos.try_case(case, "alone", [sample], device)
+        assert (outcome.differs, outcome.failed, outcome.reference) == ("", "", "eager")
+        assert outcome.captured or name not in GRADIENTS[:2]
 
 
 def nudged(x: Tensor) -> Tensor:
@@ -104,6 +117,27 @@ def test_planted_difference_is_noticed(kind: str) -> None:
     assert got.differs(want) == f"call 1: {part}"
     outcome = opinfos.try_case(case, "alone", case.samples, device)
     assert (outcome.differs, outcome.reference) == ("", "dynamo")  # it is Dynamo's own, and the row says so
+
+
+def steeper(x: Tensor) -> Tensor:
+    return x + (x - x.detach()) if torch.compiler.is_compiling() else x + (x - x).detach()
+
+
+def cut(x: Tensor) -> Tensor:
+    return x.detach() * 1 + x[:1] * 0 if torch.compiler.is_compiling() else x * 1 + x[:1] * 0
+
+
+@pytest.mark.parametrize("function", [steeper, cut])
+def test_planted_gradient_is_noticed(function: Callable[..., Any]) -> None:
+    """A program with other gradients than eager's is found to differ in those; the row says what AOTAutograd does alone."""
+    device, x = torch.device("cpu"), torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    calls = tuple((((x.detach() + call).requires_grad_(),), {}) for call in range(opinfos.CALLS))
+    case = opinfos.Case("planted", "gradient", function, (opinfos.Sample(calls),), training=True)
+    want = opinfos.watch(opinfos.alone(function, 1), None, case.samples, device, case)
+    got = opinfos.watch(torch.compile(opinfos.alone(function, 1), backend="eager"), None, case.samples, device, case)
+    assert got.differs(want) == "call 1: gradients"
+    outcome = opinfos.try_case(case, "alone", case.samples, device)
+    assert (outcome.differs, outcome.reference, outcome.aot) == ("", "dynamo", "call 1: gradients")
 
 
 def sample(x: Tensor) -> opinfos.Sample:
