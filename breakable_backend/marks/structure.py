@@ -26,32 +26,14 @@ LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
 
 def children(value: Any) -> list[Any] | None:
     """The children of a container; None for a leaf, and for an object that no structure can hold."""
-    kind = type(value)
-    if kind is dict and not all([isinstance(key, (str, int)) for key in value]):  # noqa: C419 - Dynamo traces it
-        return None
-    if isinstance(value, tuple) and not (kind is tuple or hasattr(value, "_fields") or kind in _torch.PYTREE_NODES):
-        return None
-    opened = _opened(value)
-    return None if opened is None else opened[1]
-
-
-def _opened(value: Any) -> tuple[Structure, list[Any]] | None:
-    """A container: what its structure begins with, and what it holds. None for a leaf."""
-    kind = type(value)
-    if kind is list:
-        return ("list",), value
-    if kind is tuple:
-        return ("tuple",), list(value)
-    if kind is dict:
-        return ("dict", tuple(value.keys())), list(value.values())
-    if isinstance(value, tuple):
-        return ("named", kind), list(value)
+    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        return list(value)
+    if type(value) is dict:
+        return list(value.values()) if all([isinstance(key, (str, int)) for key in value]) else None  # noqa: C419 - Dynamo traces it
     if _is_data(value):
-        names = tuple([part.name for part in dataclasses.fields(value)])
-        return ("data", kind, names), [getattr(value, name) for name in names]
-    if kind in _torch.PYTREE_NODES:
-        items, context = _torch.PYTREE_NODES[kind].flatten_fn(value)
-        return ("node", kind, context), list(items)
+        return [getattr(value, part.name) for part in dataclasses.fields(value)]
+    if type(value) in _torch.PYTREE_NODES:
+        return list(_torch.PYTREE_NODES[type(value)].flatten_fn(value)[0])
     return None
 
 
@@ -126,10 +108,28 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
         return ("float", len(floats) - 1)
     if isinstance(value, torch.nn.Module):
         return _take_module(value, tensors)
-    opened = _opened(value)
-    if opened is None:
-        return ("plain", value)
-    return (*opened[0], tuple([take_apart(item, tensors, ints, floats) for item in opened[1]]))
+    # Containers are told apart here, and not in a function: Dynamo of torch 2.11 then fails on ``torch.return_types``.
+    if type(value) is list:
+        return ("list", tuple([take_apart(item, tensors, ints, floats) for item in value]))
+    if type(value) is tuple:
+        return ("tuple", tuple([take_apart(item, tensors, ints, floats) for item in value]))
+    if type(value) is dict:
+        items = tuple([take_apart(item, tensors, ints, floats) for item in value.values()])
+        return ("dict", tuple(value.keys()), items)
+    if isinstance(value, tuple):
+        return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
+    if _is_data(value):
+        names = tuple([part.name for part in dataclasses.fields(value)])
+        return (
+            "data",
+            type(value),
+            names,
+            tuple([take_apart(getattr(value, n), tensors, ints, floats) for n in names]),
+        )
+    if type(value) in _torch.PYTREE_NODES:
+        children, context = _torch.PYTREE_NODES[type(value)].flatten_fn(value)
+        return ("node", type(value), context, tuple([take_apart(item, tensors, ints, floats) for item in children]))
+    return ("plain", value)
 
 
 def _take_module(module: torch.nn.Module, tensors: list[Any]) -> Structure:
