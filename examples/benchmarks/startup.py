@@ -136,9 +136,10 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
         waiting = {(model, name): start(model, name, caches, profiled) for model in models for name in contenders}
         for model in models:
-            rows = [take_turn(waiting[model, name]) for name in contenders]
-            for row in rows:
-                show(row)
+            rows = []
+            for name in contenders:
+                rows.append(take_turn(waiting[model, name]))
+                show(rows[-1])
             if len(rows) == 2:
                 (mine, theirs) = rows
                 whole = (mine["imports"] + mine["calls"]) / (theirs["imports"] + theirs["calls"])
