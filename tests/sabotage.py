@@ -2437,6 +2437,13 @@ FAULTS = (
         "test_healing.py::test_disturbed_in_the_pause[cpu]",
     ),
     Fault(
+        "an-op-on-another-gpu-runs-once",
+        "marks.rules:LiveOp.elsewhere",
+        "next(others, None)",
+        "None",
+        "test_marking.py::test_live_ops_on_another_gpu",
+    ),
+    Fault(
         "segments-mix-devices",
         "compiling.partition:_runs",
         "device = next(iter(places_of(node, scope)), device)",
