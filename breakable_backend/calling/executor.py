@@ -185,7 +185,7 @@ class Executor(CompiledGraph):
         inside = self.options.auto_break and has_unknown_ops(program)
         if self.observers.sees_plain_steps or not (inside or self.hands_back):
             return self._plain(args, "warm-up")
-        finder = Finder(self.driver.device, inside=inside)
+        finder = Finder(self.driver.devices, inside=inside)
         outputs = self._plain(args, "warm-up", run=self.watched_function(finder))
         if found := finder.eager(program, self.lowered.module.graph):
             self.run_eagerly(program, found, logging.INFO)

@@ -9,7 +9,7 @@ captured; see :mod:`breakable_backend.recordings.healing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.errors import user_line
-from breakable_backend.ir.effects import is_somebodys, op_of
+from breakable_backend.ir.effects import is_somebodys, op_of, tensors_of
 from breakable_backend.ir.live import OpMode, kernel_of_ops
 from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.rules import LiveReason, label, live_reason
@@ -33,12 +33,12 @@ class Finder:
     """Observes custom ops during one plain call of a program, and their results.
 
     Args:
-        device: the capture device.
+        devices: the capture devices.
         inside: whether to observe what they call. Their results are looked at in any case.
     """
 
-    def __init__(self, device: torch.device, *, inside: bool) -> None:
-        self.device, self.inside = device, inside
+    def __init__(self, devices: Sequence[torch.device], *, inside: bool) -> None:
+        self.devices, self.inside = devices, inside
         self._handed = Handed()
         self._found: dict[Any, Reason] = {}
         """Why an op has to run eagerly."""
@@ -49,11 +49,18 @@ class Finder:
         call: Any = self._inside(node) if inside else node.target
         return self._handed.around(node, call)
 
+    def place(self, node: fx.Node) -> torch.device:
+        """The capture device that ``node`` has tensors on; the first where it has none."""
+        values = [node.meta.get("val"), *(argument.meta.get("val") for argument in node.all_input_nodes)]
+        found = {tensor.device for tensor in tensors_of(values)}
+        return next((device for device in self.devices if device in found), self.devices[0])
+
     def _inside(self, node: fx.Node) -> Callable[..., Any]:
         op: Any = node.target
+        place = self.place(node)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            look = _Look(self.device)
+            look = _Look(place)
             with look.watching():
                 result = op(*args, **kwargs)
             if look.found is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from breakable_backend.drivers.several import DeviceGroup
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.ir.program import GraphSegment, Program
 from breakable_backend.marks.rules import Scope
+from breakable_backend.recordings.finding import Finder
 from checks import assert_same, program_of
 from gpu import compiled, settled
 from graphs import trace
@@ -43,10 +45,12 @@ def with_two_gpus(test: Callable[..., None]) -> Any:
 # --- how a program is cut -------------------------------------------------------------------------------------------------
 
 
+on_both = [functools.partial(torch.empty, 4, device=device) for device in (ONE, TWO)]
+
+
 def parted(function: Callable[..., Any], *, min_kernels: int = 1) -> Program:
     """``function`` of a tensor on each of two GPUs, both captured on; there need not be any."""
-    makers = [lambda device=device: torch.empty(4, device=device) for device in (ONE, TWO)]
-    lowered = Lowered(trace(function, *makers), frozenset())
+    lowered = Lowered(trace(function, *on_both), frozenset())
     return partition(lowered, Scope(ONE, others=(TWO,)), min_kernels=min_kernels)
 
 
@@ -81,6 +85,15 @@ def test_views_are_made_where_they_are_read() -> None:
     """A view of a tensor on another device launches nothing, and cuts nothing."""
     program = parted(lambda x, y: (x.sin() + y.view(2, 2).sum().to(ONE), y.view(2, 2) + 1))
     assert places(program) == ["cuda:0", "cuda:1", "eager", "cuda:0", "cuda:1"]
+
+
+def test_custom_ops_are_observed_where_they_run() -> None:
+    """A custom op on another GPU is observed as an op of that GPU, and not as one off the capture device."""
+    graph = trace(lambda x, y: (silly.wave(x), silly.wave(y)), *on_both)
+    finder = Finder((ONE, TWO), inside=True)
+    found = [finder.place(node) for node in graph.graph.nodes if node.op == "call_function"]
+    assert found == [ONE, TWO]
+    assert finder.place(trace(lambda: (torch.ones(2),)).graph.output_node()) == ONE
 
 
 # --- the group, without a GPU ---------------------------------------------------------------------------------------------
@@ -226,6 +239,7 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "mark": scaled,
     "draws": lambda x: functional.dropout(x, 0.5),
     "op": silly.triple,
+    "captured_op": silly.wave,
     "back_and_forth": lambda x: (x.to(ONE).sin() + 1).to(TWO) * x,
     "both_at_once": lambda x: functional.dropout(x.to(ONE) + 1, 0.5).to(TWO) + functional.dropout(x, 0.5),
 }
