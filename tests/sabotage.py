@@ -340,6 +340,13 @@ FAULTS = (
         "test_training.py::test_graphs_inside[cpu-may draw]",
     ),
     Fault(
+        "second-derivatives-of-marked-functions-are-lost",
+        "_torch.ops:once_differentiable",
+        "_leaves_behind(ctx)",
+        "()",
+        "test_functions_gradients.py::test_second_derivatives_are_an_error[cpu-autograd]",
+    ),
+    Fault(
         "what-draws-is-run-once-more",
         "compiling.training:_forward",
         "not joint.written and not any(_may_draw(node.target) for node in module.graph.nodes)",

@@ -116,6 +116,7 @@ from breakable_backend._torch.ops import (
     is_region,
     kernel_made_of_ops,
     never_run_on_constants,
+    once_differentiable,
     op_names,
     out_of_place,
     overloads,

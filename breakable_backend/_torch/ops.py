@@ -93,6 +93,53 @@ def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Have a second derivative through the gradients that ``backward`` returns be an error, whatever came in.
+
+    torch's decorator of this name does that only where a gradient that comes in needs gradients, and where all of a graph
+    is run backward. But those that go out depend on what the forward saved as well, and ``torch.autograd.grad`` asks for
+    some leaves: that part of a second derivative would be left out without a word. So these gradients depend on all
+    leaves behind the node.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        tensors = [value for value in gradients if value is not None]
+        refused = iter(apply_function(_Once, len(tensors), *tensors, *_leaves_behind(ctx)))
+        return tuple(None if value is None else next(refused) for value in gradients)
+
+    return wrapper
+
+
+class _Once(torch.autograd.Function):
+    """The first ``count`` of some tensors as they are. They cannot be differentiated by any of the tensors."""
+
+    @staticmethod
+    def forward(_ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Any) -> Any:
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+
+
+def _leaves_behind(node: Any) -> list[torch.Tensor]:
+    """The leaves that a node of autograd's graph leads to."""
+    left, known, found = [node], set(), []
+    while left:
+        for before, _ in left.pop().next_functions:
+            if before is not None and before not in known:
+                known.add(before)
+                left.append(before)
+                if (leaf := getattr(before, "variable", None)) is not None:
+                    found.append(leaf)
+    return found
+
+
 def overloads(target: Any) -> list[OpOverload]:
     """The overloads of an op as it stands in a graph: an overload, or a packet of them."""
     if isinstance(target, OpOverload):

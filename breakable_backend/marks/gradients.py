@@ -87,7 +87,7 @@ class _Declared(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_torch.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         name, backward, structure, others, returned, numbers, count = ctx.given
         saved = ctx.saved_tensors

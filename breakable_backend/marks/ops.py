@@ -63,7 +63,7 @@ class _Node(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_torch.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (handle,) = ctx.saved_tensors
         given = list(grads[: ctx.num_roots])

@@ -626,6 +626,21 @@ def test_views_in_the_body(compile_with: Function, device: torch.device) -> None
     assert same_gradients([x], [y])
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["autograd", "own backward"])
+def test_second_derivatives_are_an_error(own: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a second derivative through a marked function in compiled code is an error, also where its part alone would be lost."""
+    backward = (lambda context, gradient: gradient * 2 * context.args[0]) if own else None
+    square = eager_on_graph(backward=backward, fake=torch.empty_like)(lambda x: x * x)
+    compiled = torch.compile(lambda x: square(x) + x.sin(), backend="breakable_cg", options=options)
+    for _ in range(3):
+        x = torch.rand(3, device=device, requires_grad=True)
+        y = compiled(x).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        torch.testing.assert_close(first.detach(), (2 * x + x.cos()).detach())
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            torch.autograd.grad(first.sum(), x)
+
+
 def test_saved_tensors_hooks(options: dict[str, Any], device: torch.device) -> None:
     """Hooks that keep copies of what is saved find what the call saved; where compiled code saves the handle, that is an error."""
     square = eager_on_graph(lambda x: x * x)
