@@ -20,6 +20,7 @@ A program holds no tensors except constants of the traced code.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -233,6 +234,12 @@ def source_line(node: fx.Node) -> str:
             code = lines[position + 1].strip() if position + 1 < len(lines) else ""
             return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
     return ""
+
+
+def short_line(source: str) -> str:
+    """A source line with the file's name in place of its path, as reports show it."""
+    file, colon, rest = source.partition(":")
+    return os.path.basename(file) + colon + rest
 
 
 def unused(name: str, taken: Callable[[str], bool]) -> str:

@@ -25,7 +25,7 @@ from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import under_ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.program import Program
+from breakable_backend.ir.program import Program, short_line
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
@@ -125,7 +125,7 @@ class Measured:
     def lines(self) -> Iterator[str]:
         """The costliest break, and what would help."""
         for cost in self.breaks[:1]:
-            where = f" at {cost.source}" if cost.source else ""
+            where = f" at {short_line(cost.source)}" if cost.source else ""
             yield f"costliest break: step {cost.step}, {cost.op}, {cost.host_us:.1f} us of host time ({cost.share:.0%}){where}"
         for advice in self.advice:
             yield f"{advice.what}: {advice.evidence}"

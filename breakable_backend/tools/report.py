@@ -35,6 +35,7 @@ from breakable_backend.ir.program import (
     described,
     lines_of_segments,
     module_path,
+    short_line,
     source_line,
 )
 from breakable_backend.marks.marking import marked_names
@@ -432,14 +433,14 @@ def _lines(report: Report) -> Iterator[str | Table]:
         cure = "; call it under torch.no_grad() to have it captured" if graph.why == NEEDS_GRADIENTS else ""
         yield f"{graph.name}: eager, because {graph.why}{cure}"
         if graph.source:
-            yield f"  at {graph.source}"
+            yield f"  at {short_line(graph.source)}"
     for why, count in report.graph_breaks.items():
         yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
         if helps := advice(why):
             yield f"  to keep one program: {helps}"
     for name, source in report.learning.items():
         yield f"learning what {name} returns: its caller ran as plain Python, and is compiled at a later call"
-        yield f"  at {source}"
+        yield f"  at {short_line(source)}"
     for where, why in report.skipped.items():
         yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {why}"
     for where in report.at_recompile_limit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import shutil
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from breakable_backend.ir.program import short_line
 from breakable_backend.tools.records import ProgramReport, StepReport
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def program_lines(program: ProgramReport) -> Iterator[str | Table]:
         counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
         yield Table(
             ("eager", "times", "because", "at"),
-            [(op, str(count), text, source) for (op, text, source), count in counted.items()],
+            [(op, str(count), text, short_line(source)) for (op, text, source), count in counted.items()],
         )
     if program.recordings:
         yield Table(
@@ -194,7 +194,7 @@ def _step_lines(steps: Sequence[StepReport]) -> Iterator[str | Table]:
         )
         times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
         kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
-        where = os.path.basename(step.source.partition(": ")[0])
+        where = short_line(step.source).partition(": ")[0]
         rows.append(
             (
                 str(step.position),
