@@ -1481,6 +1481,13 @@ FAULTS = (
         "test_learning.py::test_in_a_branch_that_comes_late[cpu]",
     ),
     Fault(
+        "bodies-are-traced-in-frames-that-are-not",
+        "marks.functions:_mark",
+        "frame_callback() is None",
+        "True",
+        "test_any_python.py::test_the_body_is_never_traced[cpu]",
+    ),
+    Fault(
         "modules-are-called-as-ever",
         "_torch.module_calls:_ask",
         "function is None",

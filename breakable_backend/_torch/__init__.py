@@ -57,6 +57,7 @@ from breakable_backend._torch.dynamo import (
     places_read,
     recompile_reason,
     refuses_graph_breaks,
+    set_frame_callback,
     skipped,
     stance,
     stance_is_default,

@@ -329,6 +329,8 @@ def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     return cast(Callable[..., bool], guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check)
 
 
+set_frame_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+"""Sets what compiles the functions that this thread calls from now on, None: nothing; returns what did so far."""
 frame_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 """Compiles the frames that run in this thread now; None if nothing does."""
 

@@ -174,6 +174,7 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
     code, which two marked functions may share."""
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
     exporting, thread = torch.compiler.is_exporting, _torch.thread
+    frame_callback, set_frame_callback = _torch.frame_callback, _torch.set_frame_callback
 
     if mark.fake is None:
         _torch.heed_requests_for_python()
@@ -208,7 +209,15 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
                     f"torch.export takes {name} apart, though it is {mark.why}: the exported program has no "
                     "mark; export with strict=True, which keeps it"
                 )
-            return _learn(mark, args, kwargs) if thread.python else function(*args, **kwargs)
+            if thread.python:
+                return _learn(mark, args, kwargs)
+            if frame_callback() is None:
+                return function(*args, **kwargs)
+            before = set_frame_callback(None)  # a frame that Dynamo leaves alone: it would compile the body instead
+            try:
+                return function(*args, **kwargs)
+            finally:
+                set_frame_callback(before)
         return handler.call(mark, args, kwargs)
 
     marked.run_eager = function  # type: ignore[attr-defined]

@@ -431,3 +431,31 @@ def test_each_call_is_eagers(name: str, options: dict[str, Any], device: torch.d
         x = torch.randn(4, generator=generator).to(device)
         assert_same(called(compiled, x), called(eager, x.clone()), f"call {number}")
         assert log == wanted, f"call {number}"
+
+
+def test_the_body_is_never_traced(options: dict[str, Any], device: torch.device) -> None:
+    """A frame that Dynamo leaves alone, beyond its recompile limit, calls marked functions that Dynamo leaves alone too."""
+    traced: list[bool] = []
+
+    class Scale:
+        by = 2
+
+        @property
+        @eager_on_graph
+        def more(self) -> int:
+            traced.append(torch.compiler.is_compiling())
+            return len(traced)
+
+    def scaled(x: Tensor, scale: Scale) -> Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return x * scale.by + float(x.sum())
+
+    one, other = eager_on_graph(scaled), eager_on_graph(scaled)
+    scale = Scale()
+    model = lambda x: one(x.sin(), scale).cos() + other(x.cos(), scale) + 0 * scale.more  # noqa: E731
+    compiled = torch.compile(model, backend="breakable_cg", options={"min_kernels": 1, **options})
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(5):
+            x = torch.randn(4, device=device)
+            assert_same(compiled(x), model(x))
+    assert traced == [False] * 30
