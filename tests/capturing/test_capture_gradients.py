@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from breakable_backend import (
     BreakableError,
@@ -95,6 +96,7 @@ def train(
     step: Step = losses,
     optimizer: Callable[[nn.Module], Any] = sgd,
     replays: int = 4,
+    debug: str | None = None,
     inputs: Callable[[int], Tensor] = lambda number: torch.randn(4, WIDTH),
 ) -> str:
     """One step as it is, one that is captured, and replays, against eager's steps; returns the shape of the graph."""
@@ -110,7 +112,7 @@ def train(
         if number == 0:
             got = step(ours, optimizers[0], x)
         elif number == 1:
-            with capture(graph):
+            with capture(graph, debug=debug):
                 got = step(ours, optimizers[0], x)
         else:
             graph.replay()
@@ -304,6 +306,28 @@ def test_an_optimizer_that_is_an_eager_step(make: MakeGraph, device: torch.devic
 
     shape = train(make, device, Model(marked_scaled), Model(scaled), step, adam)
     assert shape == "GEGEGEGEGEG"
+
+
+@pytest.mark.parametrize("debug", ["eager", "compare"])
+def test_debug_modes(make: MakeGraph, device: torch.device, debug: str) -> None:
+    """With every op eager, and with each segment compared with its ops, a step is the same."""
+    assert train(make, device, Model(marked_scaled), Model(scaled), debug=debug) == "GEGEGEGEG"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(make: MakeGraph, device: torch.device, reentrant: bool) -> None:
+    """A checkpoint of either kind around a marked function trains as in eager; a reentrant one runs it twice."""
+
+    def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def part(x: Tensor, w: Tensor) -> Tensor:
+            made = checkpoint(function, x, w, use_reentrant=reentrant, preserve_rng_state=False)
+            assert isinstance(made, Tensor)
+            return made
+
+        return part
+
+    ours, theirs = Model(checkpointed(marked_scaled)), Model(checkpointed(scaled))
+    assert train(make, device, ours, theirs).count("E") == (6 if reentrant else 4)
 
 
 def test_ops_that_are_eager_in_both(make: MakeGraph, device: torch.device) -> None:
