@@ -218,13 +218,37 @@ def _as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> Any:
-    """``matmul`` of batches of one size, if eager makes them of one size, and not one large matrix."""
+    """``matmul`` by the op that eager calls: ``bmm``, or ``mm`` of one large matrix."""
+    if left.dim() > 2 and right.dim() == 2 and not out and _is_large_matrix(left):
+        product = torch.mm(left.reshape(-1, left.shape[-1]), right)
+        return torch.ops.aten._unsafe_view(product, [*left.shape[:-1], right.shape[-1]])
     if left.dim() == right.dim() == 3 and left.shape[0] != right.shape[0]:
         if left.shape[0] == 1:
             left = _repeated(left, right)
         elif right.shape[0] == 1:
             right = _repeated(right, left)
     return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, left, right, **out)
+
+
+def _is_large_matrix(batch: torch.Tensor) -> bool:
+    """Whether eager takes ``batch`` for one matrix, though the strides of the fake say no.
+
+    The kernel of ``view`` gives a dimension of size 1 the stride that it has in contiguous memory. The fake of ``view``
+    gives it another, so that a product behind the attention of one token would be a ``bmm`` in the graph. (torch 2.11 to
+    2.15)
+    """
+    shape, strides = batch.shape, list(batch.stride())
+    if not _is_view(batch) or not all(isinstance(number, int) for number in (*shape[1:], *strides)):
+        return False
+    for at in range(batch.dim() - 2, -1, -1):
+        if isinstance(shape[at], int) and shape[at] == 1:
+            strides[at] = strides[at + 1] * shape[at + 1]
+    return all(strides[at] == strides[at + 1] * shape[at + 1] for at in range(batch.dim() - 2))
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    """Whether a ``view`` made ``tensor`` in the traced graph."""
+    return (node := _node_of(tensor)) is not None and node.target is torch.ops.aten.view.default
 
 
 def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
@@ -240,11 +264,16 @@ def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
 
 def _computed(tensor: torch.Tensor) -> bool:
     """Whether the traced graph computes ``tensor``. With gradients off it needs no gradient, whatever the fake says."""
+    return (node := _node_of(tensor)) is not None and node.op not in ("placeholder", "get_attr")
+
+
+def _node_of(tensor: torch.Tensor) -> fx.Node | None:
+    """The node of the traced graph that has ``tensor`` as its value."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
     mode = get_proxy_mode()
     slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    return slot is not None and slot.proxy.node.op not in ("placeholder", "get_attr")
+    return None if slot is None else slot.proxy.node
 
 
 def _asks_for_gradients(tensor: torch.Tensor) -> bool:

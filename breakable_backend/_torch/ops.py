@@ -108,23 +108,16 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             gradients = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return gradients
-        tensors = [value for value in gradients if value is not None]
-        refused = iter(apply_function(_Once, len(tensors), *tensors, *_leaves_behind(ctx)))
+        tensors = [*(value for value in gradients if value is not None), *_leaves_behind(ctx)]
+        made = torch._C._functions.DelayedError(_TWICE, len(tensors))(*tensors)
+        refused = iter(made if isinstance(made, tuple) else (made,))
         return tuple(None if value is None else next(refused) for value in gradients)
 
     return wrapper
 
 
-class _Once(torch.autograd.Function):
-    """The first ``count`` of some tensors as they are. They cannot be differentiated by any of the tensors."""
-
-    @staticmethod
-    def forward(_ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(_ctx: Any, *_grads: Any) -> Any:
-        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+_TWICE = b"trying to differentiate twice a function that was marked with @once_differentiable"
+"""torch's own text of this error."""
 
 
 def _leaves_behind(node: Any) -> list[torch.Tensor]:

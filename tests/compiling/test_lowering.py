@@ -158,6 +158,37 @@ def test_products_of_batches(
     assert products.intersection(found) == products.intersection(event.name for event in profile.events())
 
 
+def one_token(x: Tensor, weight: Tensor) -> Tensor:
+    """What stands behind the attention of one token."""
+    return nn.functional.linear(x.transpose(1, 2).flatten(2), weight)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 1, 8), (1, 4, 1, 8), (2, 4, 3, 8), (1, 4, 3, 8), (2, 1, 3, 32), (2, 1, 1, 32)]
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        one_token,
+        lambda x, weight: one_token(x.relu(), weight),
+        lambda x, weight: one_token(x.transpose(1, 2).contiguous().transpose(1, 2), weight),
+        lambda x, weight: one_token(x.expand(2, *x.shape)[1], weight),
+        lambda x, weight: nn.functional.linear(x.flatten(1)[:, None].expand(-1, 2, -1)[:, :1], x.new_ones(5, x[0].numel())),
+        lambda x, weight: torch.matmul(x.transpose(1, 2).reshape(2, -1, 1, 32) if x.numel() % 64 == 0 else x[..., :1], x.new_ones(32 if x.numel() % 64 == 0 else 1, 2)),
+    ],
+    ids=["attention", "relu", "made contiguous", "expanded", "sliced", "four dimensions"],
+)  # fmt: skip
+def test_products_of_one_row(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    """A product whose rows have a dimension of size 1 calls the op that eager calls, whatever strides a fake has there."""
+    x, weight = torch.randn(shape), torch.randn(32, 32)
+    products = {"aten::mm", "aten::bmm"}
+    with torch.no_grad():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            function(x, weight)
+        found = ops(lowered(function, x, weight))
+    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+
+
 def test_product_with_a_part_of_a_parameter() -> None:
     """With gradients off what is computed from a parameter needs none: a batch of one of them is no large matrix."""
     weight = nn.Parameter(torch.randn(1, 5, 3))
