@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from breakable_backend import locks
 from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing, Tenant
 from breakable_backend.drivers.device import GraphAround
 from breakable_backend.drivers.room import Room
@@ -192,8 +193,18 @@ class DeviceGroup:
         self._drivers[0].room = room
 
     def _run_deferred(self) -> None:
-        """Called when a call on a single device has ended: do what waited for that call too."""
-        while self.deferred and self._lock.acquire(blocking=False):
+        """Called when a call on a single device has ended: do what waited for that call too.
+
+        If another thread has one of the locks, the end of its call calls this again. It looks for that after it has
+        released the lock, so it is told before the locks are tried a last time.
+        """
+        while self.deferred:
+            if not self._lock.acquire(blocking=False):
+                for driver in self._drivers:
+                    if not locks.is_ours(driver.lock) and self._run_deferred not in driver.deferred:
+                        driver.deferred.append(self._run_deferred)
+                if not self._lock.acquire(blocking=False):
+                    return
             try:
                 if self.busy:
                     return

@@ -16,6 +16,7 @@ from torch.nn import functional
 import breakable_backend
 import silly
 from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain
+from breakable_backend.calling.lifetime import run_deferred
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
@@ -161,6 +162,41 @@ def test_what_waits_runs_when_any_call_ends(group: DeviceGroup) -> None:
             driver.deferred.popleft()()
         assert done == [1, 2]
         done.clear()
+
+
+def test_what_waits_is_not_forgotten(group: DeviceGroup) -> None:
+    """What a group has deferred runs, even if each end of a call finds another device busy with a call of another thread."""
+
+    def call(driver: CaptureDriver) -> Callable[[], None]:
+        """Begin a call in another thread; returns what ends it."""
+        begun, over = threading.Event(), threading.Event()
+
+        def body() -> None:
+            with driver.lock:
+                begun.set()
+                over.wait(20)
+            run_deferred(driver)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        begun.wait(20)
+
+        def end() -> None:
+            over.set()
+            thread.join()
+
+        return end
+
+    one, other = of(group)
+    done: list[int] = []
+    ends = call(one), call(other)
+    group.deferred.append(lambda: done.append(1))
+    ends[1]()
+    again = call(other)
+    ends[0]()
+    assert not done
+    again()
+    assert done == [1]
 
 
 def test_tenants_of_all(group: DeviceGroup) -> None:
