@@ -501,8 +501,9 @@ def _is_same(value: Any, recorded: Any) -> bool:
     """Whether a plain leaf has not changed. Of other objects only the type is compared."""
     if not isinstance(value, PLAIN):
         return type(value) is recorded
-    both_nan = value != value and recorded != recorded
-    return type(value) is type(recorded) and (value == recorded or both_nan)
+    if isinstance(value, float | complex):
+        return type(value) is type(recorded) and repr(value) == repr(recorded)  # NaN equals NaN, and -0.0 is not 0.0
+    return type(value) is type(recorded) and bool(value == recorded)
 
 
 def _byte_offset(tensor: torch.Tensor) -> int:

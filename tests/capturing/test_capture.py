@@ -120,6 +120,7 @@ BAD_RESULTS: dict[str, tuple[Callable[[int, Tensor], Any], str]] = {
     "structure": (lambda n, x: (x * 2, x * 3) if n else (x * 2,), r"has the fields \[0\], \[1\], but was \[0\]"),
     "plain": (lambda n, x: (x * 2, n), r"field \[1\] of its result is 1, but was 0"),
     "kind of number": (lambda n, x: (x * 2, 0.0 if n else 0), r"field \[1\] of its result is 0\.0, but was 0"),
+    "sign of a zero": (lambda n, x: (x * 2, (0.0, -0.0)[n]), r"field \[1\] of its result is -0\.0, but was 0\.0"),
     "dtype as a value": (lambda n, x: (x * 2, (torch.half, torch.float)[n]), r"\[1\] of its result is torch\.float32"),
     "field of an object": (lambda n, x: Named(state=x * 2, count=n), r"field \.count of its result is 1, but was 0"),
     "list in an object": (
