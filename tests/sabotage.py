@@ -361,6 +361,20 @@ FAULTS = (
         "test_training.py::test_a_second_forward_whose_argument_was_written[cpu]",
     ),
     Fault(
+        "a-second-forward-of-other-memory",
+        "calling.training:Training.gradients_of_eager",
+        "args[index].data_ptr() != pointer",
+        "False",
+        "test_training.py::test_a_second_forward_whose_argument_has_other_memory[cpu]",
+    ),
+    Fault(
+        "an-empty-value-tells-a-plain-forward",
+        "calling.training:Lease.of",
+        "constant.numel()",
+        "True",
+        "test_training.py::test_a_plain_forward_behind_captured_ones[cpu]",
+    ),
+    Fault(
         "graphs-inside-lose-their-marks",
         "compiling.training:_Run.get_attr",
         "_Body(value)",
@@ -2470,6 +2484,13 @@ FAULTS = (
         "enumerate(self._locks)",
         "enumerate(self._locks[:1])",
         "test_several.py::test_a_call_has_the_locks_of_all",
+    ),
+    Fault(
+        "a-group-forgets-what-waits",
+        "drivers.several:DeviceGroup._run_deferred",
+        "driver.deferred.append(self._run_deferred)",
+        "pass",
+        "test_several.py::test_what_waits_is_not_forgotten",
     ),
     Fault(
         "an-owner-goes-with-the-first-device",

@@ -783,6 +783,39 @@ def test_a_second_forward_whose_argument_was_written(device: torch.device, optio
         run_backward("create_graph", y, x)
 
 
+def test_a_second_forward_whose_argument_has_other_memory(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 9: a backward that needs a second forward, one of whose arguments got other memory since, is an error."""
+    bias = torch.rand(4, device=device, requires_grad=True)
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = warmed_up(lambda x: (x + bias).relu(), device, options, x)
+    y = compiled(x)
+    bias.data = -2 * torch.ones_like(bias)
+    with pytest.raises(ReplayError, match="an argument was given other memory"):
+        run_backward("create_graph", y, x)
+
+
+def test_a_plain_forward_behind_captured_ones(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: the backward of a plain forward reads what that one saved, even if the first saved value is empty."""
+
+    def function(x: Tensor, written: Tensor, read: Tensor) -> Tensor:
+        nothing, y = x[:0].exp(), (x * 2).exp()
+        written.add_(1)
+        return (y * 3 + read).sum() + nothing.sum()
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    written = torch.zeros(4, device=device)
+    for number in range(8):
+        shared = number in (5, 7)  # then the call is plain, since a written argument shares memory with another
+        results = []
+        for called in (compiled, function):
+            x = torch.linspace(number, number + 1, 4, device=device, requires_grad=True)
+            loss = called(x, written.zero_(), written[:] if shared else torch.ones(4, device=device))
+            results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        assert_same(*results)
+    (forward,) = [executor for executor in executors_of(compiled) if isinstance(executor, ForwardExecutor)]
+    assert forward.statistics.plain["arguments share memory, and one is written"] == 2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_checkpointing(inside: bool, reentrant: bool, device: torch.device, options: dict[str, Any]) -> None:
