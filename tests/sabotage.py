@@ -368,6 +368,13 @@ FAULTS = (
         "test_training.py::test_a_second_forward_whose_argument_has_other_memory[cpu]",
     ),
     Fault(
+        "only-the-last-forward-is-looked-at",
+        "calling.training:Training._learn",
+        "seen is None or len(seen.pattern) != len(differentiable)",
+        "True",
+        "test_training.py::test_each_backward_behind_the_next_forward[cpu]",
+    ),
+    Fault(
         "an-empty-value-tells-a-plain-forward",
         "calling.training:Lease.of",
         "constant.numel()",

@@ -290,8 +290,10 @@ class Training:
         differentiable = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
         if any(value.grad_fn is None for value in differentiable):
             return outputs
-        if self._seen is None or not self._seen.came:
+        seen = self._seen
+        if seen is None or len(seen.pattern) != len(differentiable):
             self._seen = seen = _Seen([None] * len(differentiable))
+        if not seen.came:  # of all forwards until then, since a backward may come behind a later forward
             for place, value in enumerate(differentiable):
                 assert value.grad_fn is not None
                 value.grad_fn.register_prehook(functools.partial(_look, seen, place, value.output_nr))

@@ -794,6 +794,26 @@ def test_a_second_forward_whose_argument_has_other_memory(device: torch.device, 
         run_backward("create_graph", y, x)
 
 
+def test_each_backward_behind_the_next_forward(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 1: what is always run backward behind a later forward, as in a pipeline, is captured too."""
+    weight = torch.rand(4, 4, device=device, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return (x @ weight).tanh()
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    results: list[list[Tensor]] = [[], []]
+    for called, found in zip((compiled, function), results, strict=True):
+        pending = None
+        for number in range(10):
+            y = called(torch.full((3, 4), number / 10, device=device))
+            if pending is not None:
+                found += torch.autograd.grad(pending.sum(), weight)
+            pending = y
+    assert_same(*results)
+    assert breakable_backend.explain(compiled).programs[0].replays > 0
+
+
 def test_a_plain_forward_behind_captured_ones(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: the backward of a plain forward reads what that one saved, even if the first saved value is empty."""
 
