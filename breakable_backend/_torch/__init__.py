@@ -134,6 +134,7 @@ from breakable_backend._torch.symbols import (
     has_hint,
     hint_of,
     ignore_fresh_symbols,
+    is_about_numbers,
     is_argument_float,
     is_ragged,
     name_of,

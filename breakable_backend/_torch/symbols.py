@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 if TYPE_CHECKING:
     import sympy
@@ -35,8 +35,18 @@ def name_of(number: Any) -> str:
 
 
 def fresh_int(tensor: Any) -> Any:
-    """An int that is known only at run time, in the fake implementation of an op that takes ``tensor``."""
+    """An int that is known only at run time, in the fake implementation of an op that takes ``tensor``.
+
+    Raises what torch's own ops raise in a trace without symbols; see ``is_about_numbers``.
+    """
+    if tensor.fake_mode.shape_env is None:
+        raise DataDependentOutputException(torch.ops.breakable_cg.number.default)
     return tensor.fake_mode.shape_env.create_unbacked_symint()
+
+
+def is_about_numbers(error: Exception) -> bool:
+    """Whether a trace without symbols has met a number, or a size, that is known only at run time."""
+    return isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
 
 
 @contextmanager

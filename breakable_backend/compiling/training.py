@@ -52,6 +52,8 @@ from breakable_backend.marks.ops import is_backward, site_of
 from breakable_backend.marks.rules import argument_of
 from breakable_backend.marks.sites import Site, sites
 
+AT_RUN_TIME = "it computes with numbers, or makes sizes, that are known only at run time"
+
 Pattern = tuple[TensorSpec | None, ...]
 """For each output that can be differentiated: the layout of its gradient; None if it gets none."""
 
@@ -254,7 +256,7 @@ class Halves:
         except (CannotLower, _torch.dynamo_error()):
             raise
         except Exception as error:  # any exception of an op on fake tensors
-            raise CannotLower(first_line(error)) from error
+            raise CannotLower(AT_RUN_TIME if _torch.is_about_numbers(error) else first_line(error)) from error
 
     def _traced(self, pattern: Pattern | None) -> _Joint:
         for node in (node for module in graphs_in(self.gm) for node in module.graph.nodes):
@@ -445,7 +447,7 @@ def _check(joint: _Joint, num_inputs: int) -> None:
             continue
         value = node.meta.get("val")
         if any(isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) for number in (value,)):
-            raise CannotLower("it computes with numbers that are known only at run time")
+            raise CannotLower(AT_RUN_TIME)
         if isinstance(node.target, _torch.HigherOrderOperator):
             raise CannotLower(f"it calls {node.target.name()}")
         if node.target is torch.ops.aten._efficientzerotensor.default:

@@ -1026,6 +1026,37 @@ def test_formulas_that_are_traced_otherwise(
         assert torch.equal(got.signbit(), want.signbit())
 
 
+@eager_on_graph
+def halved(x: Tensor) -> tuple[Tensor, int]:
+    return x / 2, len(x)
+
+
+def _times_an_int(x: Tensor) -> Tensor:
+    half, number = halved(x * 2)
+    return half * number
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x * x.sum().item(), _times_an_int, lambda x: x[x > 0.5].exp()],
+    ids=["item", "marked", "size"],
+)
+def test_numbers_known_at_run_time(
+    function: Callable[[Tensor], Tensor], device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 9: a graph that needs gradients, with numbers known only at run time, stays eager, and the report says why."""
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    for _ in range(3):
+        results = []
+        for called in (compiled, function):
+            y = called(x)
+            results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+        assert_same(*results)
+    assert "known only at run time" in str(breakable_backend.explain(compiled))
+
+
 def test_sparse_gradients(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: a graph with sparse gradients stays eager, and the report says why."""
     tokens = nn.Embedding(5, 4, sparse=True, device=device)
