@@ -25,7 +25,7 @@ from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import under_ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.program import Program, short_line
+from breakable_backend.ir.program import short_line
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
@@ -266,7 +266,7 @@ def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
             values.append(next(numbers))
         elif bridge is not None:
             kept = key.recording.most is None or bridge.num_bytes <= buffers.KEPT_INPUT
-            values.append(bridge.tensor.clone() if kept else Bridge.zeros(bridge.tensor).tensor)
+            values.append(clone_exact(bridge.tensor) if kept else Bridge.zeros(bridge.tensor).tensor)
         else:
             raise OptionsError(
                 f"the input {value.name} is not kept between calls, so there is nothing to replay",
@@ -275,10 +275,13 @@ def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
     return values
 
 
-def _written(program: Program, args: Sequence[Any]) -> list[torch.UntypedStorage]:
-    """The caller's storages that a call writes."""
+def _written(snapshot: Snapshot, recording: Recording, args: Sequence[Any]) -> list[torch.UntypedStorage]:
+    """The storages that a call writes and that others read: the caller's, and what a pending forward saved."""
+    program, slots = snapshot.program, snapshot.slots
     names = {access.storage for segment in program.segments for access in segment.writes}
-    return [args[v.index].untyped_storage() for v in program.inputs if v.index >= 0 and v.name in names]
+    inputs = [args[v.index].untyped_storage() for v in program.inputs if v.index >= 0 and v.name in names]
+    saved = recording.saved if slots is not None and slots.pending else ()
+    return [*inputs, *(owner.untyped_storage() for owner in saved)]
 
 
 # --- timing -------------------------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ def _measure_key(
     assert run is not None
     module = _uncaptured(snapshot.lowered)
     plain = _Reference(torch.no_grad()(lambda: module.forward(*args)), "its ATen ops, run eagerly")
-    with _undisturbed(driver, lambda: _written(snapshot.program, args)) as bench, executor.uncounted():
+    with _undisturbed(driver, lambda: _written(snapshot, recording, args)) as bench, executor.uncounted():
         with _alone(driver) as stream, torch.no_grad():
             times = bench.times(lambda: run(list(args), stream))
             progress.advance()

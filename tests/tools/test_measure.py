@@ -144,6 +144,28 @@ def test_a_cache_does_not_run_over(device: torch.device, options: dict[str, Any]
 
 
 @torch.no_grad()
+@torch.enable_grad()
+@pytest.mark.parametrize("with_arguments", [False, True])
+def test_a_pending_forward(device: torch.device, options: dict[str, Any], with_arguments: bool) -> None:
+    """What a forward has saved for its backward is there afterwards, though measuring draws and computes other values."""
+    weight, x = torch.rand(4, 4, device=device, requires_grad=True), torch.rand(3, 4, device=device)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.dropout((x @ weight).sigmoid(), 0.5, True).exp()
+
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "training": True})
+    for _ in range(4):
+        compiled(x).sum().backward()  # the gradient of the sum is expanded
+    results = []
+    for called in (compiled, function):
+        torch.manual_seed(0)
+        loss = called(x).sum()
+        if called is compiled:
+            explain(compiled, *((x,) if with_arguments else ()), measure=True)
+        results.append(torch.autograd.grad(loss, weight))
+    assert torch.equal(*(grad for (grad,) in results))
+
+
 def test_records_first(device: torch.device, options: dict[str, Any]) -> None:
     """With arguments the call is made until it is a replay, also for a function that is not compiled yet."""
 
