@@ -453,7 +453,7 @@ class Parts:
                 path, f"is {TensorSpec.of(value) if is_tensor else type(value).__name__}", str(leaf.spec)
             )
         if isinstance(leaf.value, torch.Tensor):
-            if not (self.host_only or torch.equal(value, leaf.value)):
+            if not (self.host_only or torch.equal(_octets(value), _octets(leaf.value))):
                 raise self._failure(path, "has other values on the host", "frozen there")
             return
         if leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
@@ -504,6 +504,11 @@ def _is_same(value: Any, recorded: Any) -> bool:
     if isinstance(value, float | complex):
         return type(value) is type(recorded) and repr(value) == repr(recorded)  # NaN equals NaN, and -0.0 is not 0.0
     return type(value) is type(recorded) and bool(value == recorded)
+
+
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as bytes. In these a NaN equals itself, and -0.0 is not 0.0."""
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _byte_offset(tensor: torch.Tensor) -> int:

@@ -37,6 +37,7 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
+from breakable_backend.marks.results import Parts
 from breakable_backend.recordings.recording import EagerStep
 from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
 from gpu import settled
@@ -160,6 +161,15 @@ def test_result_that_cannot_be_written_back(make: MakeGraph, device: torch.devic
     assert "changing(x + 1)" in caught.value.where
     number = 0
     graph.replay()
+
+
+def test_values_on_the_host() -> None:
+    """Tensors on the host in a result of a GPU's capture are compared bit for bit: NaN is the same, -0.0 is not 0.0."""
+    nan, zero = torch.tensor(torch.nan), torch.zeros(2, 3).t()
+    parts = Parts.of((nan, zero), (), torch.device("cuda", 0), "f", "", host_only=False)
+    parts.check((nan, zero))
+    with pytest.raises(EagerOutputError, match=r"field \[1\] of its result has other values on the host"):
+        parts.check((nan, -zero))
 
 
 def test_host_only(make: MakeGraph, device: torch.device) -> None:
