@@ -40,7 +40,8 @@ def fresh_int(tensor: Any) -> Any:
     Raises what torch's own ops raise in a trace without symbols; see ``is_about_numbers``.
     """
     if tensor.fake_mode.shape_env is None:
-        raise DataDependentOutputException(torch.ops.breakable_cg.number.default)
+        error = DataDependentOutputException(torch.ops.breakable_cg.number.default)
+        raise error
     return tensor.fake_mode.shape_env.create_unbacked_symint()
 
 
