@@ -340,6 +340,20 @@ FAULTS = (
         "test_training.py::test_graphs_inside[cpu-may draw]",
     ),
     Fault(
+        "binding-gives-up-on-what-learns",
+        "calling.bound:_why_never",
+        "found_by(_torch.subjects_of(compiled), learning())",
+        "()",
+        "test_bound.py::test_binding_learns[cpu]",
+    ),
+    Fault(
+        "dynamo-compiles-what-a-backward-calls",
+        "_torch.as_python:hide_from_dynamo",
+        "frames.set_code_exec_strategy(code, strategy)",
+        "pass",
+        "test_training.py::test_a_step_that_is_compiled_whole[cpu]",
+    ),
+    Fault(
         "second-derivatives-of-marked-functions-are-lost",
         "_torch.ops:once_differentiable",
         "_leaves_behind(ctx)",

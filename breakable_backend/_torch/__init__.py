@@ -20,7 +20,13 @@ from breakable_backend._torch.aot import (
     trace_inference,
     written_without_wrappers,
 )
-from breakable_backend._torch.as_python import can_run_as_python, heed_requests_for_python, run_as_python, thread
+from breakable_backend._torch.as_python import (
+    can_run_as_python,
+    heed_requests_for_python,
+    hide_from_dynamo,
+    run_as_python,
+    thread,
+)
 from breakable_backend._torch.compiled import Subject, codes_of, holds_compiled, running_compiled, subjects_of
 from breakable_backend._torch.cuda import (
     ONE_CAPTURE_STATE,

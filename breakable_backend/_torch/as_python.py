@@ -47,14 +47,14 @@ watch: list[Callable[[Mapping[str, Any]], Callable[[], None]]] = []
 end."""
 
 
-def _hide_from_dynamo(code: CodeType) -> None:
+def hide_from_dynamo(code: CodeType) -> None:
     """Have Dynamo ignore frames of ``code``, and everything that they call."""
     frames: Any = torch._C._dynamo.eval_frame
     strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     frames.set_code_exec_strategy(code, strategy)
 
 
-_hide_from_dynamo(_ThisOnce.__del__.__code__)
+hide_from_dynamo(_ThisOnce.__del__.__code__)
 
 
 def run_as_python(reason: str) -> NoReturn:

@@ -14,6 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from breakable_backend._torch.as_python import hide_from_dynamo
 from breakable_backend._torch.modes import _HIDDEN_BY_MODES, _included_again
 from breakable_backend._torch.tensors import storage_key
 
@@ -113,6 +114,7 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
         refused = iter(made if isinstance(made, tuple) else (made,))
         return tuple(None if value is None else next(refused) for value in gradients)
 
+    hide_from_dynamo(wrapper.__code__)  # a backward may run in a function that is compiled
     return wrapper
 
 

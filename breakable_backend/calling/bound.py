@@ -22,6 +22,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
+from breakable_backend.callers import found_by
 from breakable_backend.calling import resolved
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.inputs import Inputs
@@ -30,14 +31,15 @@ from breakable_backend.calling.registry import eager_graphs_of, executors_of
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.program import outputs_of
+from breakable_backend.marks.sites import learning
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 CHECKS = ("inputs", "parameters", "nothing")
 MISFITS = ("call", "raise")
-MAX_CALLS = 4
-"""Calls after which binding gives up: one runs plainly, one records, and one replay is observed."""
+MAX_CALLS = 6
+"""Calls after which binding gives up: up to two learn, one runs plainly, one records, and one replay is observed."""
 MAX_TOLD = 32
 """How many different reasons of calls that do not fit are counted separately. Each keeps a string."""
 
@@ -82,7 +84,8 @@ def bind(
 
     Returns:
         a callable. ``bind`` calls ``compiled`` with the arguments until they are recorded, with all effects of a call:
-            three times, or once if they are recorded already.
+            three times, or once if they are recorded already. Marked functions without ``fake=`` take one or two calls
+            more.
 
     Raises:
         BindError: the function cannot be bound, with ``misfit="raise"``.
@@ -571,6 +574,8 @@ def _why_never(compiled: Callable[..., Any]) -> str:
     """Why nothing of the last call can ever be replayed; empty if something may be."""
     executors = executors_of(compiled)
     if not executors:
+        if found_by(_torch.subjects_of(compiled), learning()):
+            return ""  # the call learned what marked functions return
         graphs = eager_graphs_of(compiled)
         return f"nothing of it is captured: {graphs[-1].why}" if graphs else "breakable_cg compiled nothing of it"
     return "" if any(executor.capturable for executor in executors) else "it has nothing to capture"

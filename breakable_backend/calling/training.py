@@ -658,6 +658,11 @@ class _Captured(torch.autograd.Function):
             return None, *training.gradients(ctx, moving, inputs, grads)
 
 
+# A function that runs the backward may be compiled itself. Dynamo would then compile what these two call.
+_torch.hide_from_dynamo(_Captured.backward.__code__)
+_torch.hide_from_dynamo(_look.__code__)
+
+
 def _count_up(args: Sequence[Any], written: Sequence[int], needed: Sequence[int]) -> bool:
     """Count up the versions of arguments that a forward writes. Returns whether no other needed tensor shares one."""
     before = [args[index]._version + (index in written) for index in needed]

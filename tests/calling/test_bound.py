@@ -1022,3 +1022,21 @@ def test_streams(options: dict[str, Any]) -> None:
             torch.cuda.synchronize()
             assert_same(got, want)
     assert not bound.misfits
+
+
+def test_binding_learns(device: torch.device, options: dict[str, Any]) -> None:
+    """A function whose marked functions have not run yet is called until it is recorded, and then bound."""
+
+    @breakable_backend.eager_on_graph
+    def scaled(x: Tensor) -> Tensor:
+        return x * float(x.abs().max())
+
+    def f(x: Tensor) -> Tensor:
+        return scaled(x.sin() + 1).cos() * 2
+
+    compiled = torch.compile(f, backend="breakable_cg", options=options)
+    x = torch.randn(3, device=device)
+    bound = bind(compiled, x, misfit="raise")
+    for _ in range(3):
+        x = torch.randn(3, device=device)
+        assert_same(bound(x), f(x))

@@ -1477,3 +1477,28 @@ def test_report_of_slots(device: torch.device, options: dict[str, Any]) -> None:
     del losses
     (forward,) = [p for p in breakable_backend.explain(compiled).programs if p.name.startswith("forward")]
     assert (forward.slots, forward.pending) == (2, 0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of Dynamo, with every backend
+def test_a_step_that_is_compiled_whole(device: torch.device, options: dict[str, Any]) -> None:
+    """Where a compiled function runs the backward itself, Dynamo compiles no code of this package, and nothing again."""
+    model, eager = Mlp().to(device), Mlp().to(device)
+    eager.load_state_dict(model.state_dict())
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    compiled = torch.compile(step, backend="breakable_cg", options=options)
+    for call in range(6):
+        x = torch.randn(3, 4, device=device)
+        torch.manual_seed(call)
+        want = step(eager, x)
+        torch.manual_seed(call)
+        assert_same(compiled(model, x), want)
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            assert_same(ours.grad, theirs.grad)
+    forwards = [executor for executor in executors_of() if isinstance(executor, ForwardExecutor)]
+    assert len(forwards) == 1
+    assert len(executors_of()) <= 3  # and the loss on its way back, where torch's grad mode differs
