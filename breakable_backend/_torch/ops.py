@@ -6,7 +6,8 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -114,7 +115,7 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
         refused = iter(made if isinstance(made, tuple) else (made,))
         return tuple(None if value is None else next(refused) for value in gradients)
 
-    hide_from_dynamo(wrapper.__code__)  # a backward may run in a function that is compiled
+    hide_from_dynamo(cast(FunctionType, wrapper).__code__)  # a backward may run in a function that is compiled
     return wrapper
 
 

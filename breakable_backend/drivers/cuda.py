@@ -1,4 +1,4 @@
-"""CUDA graphs: one capture stream and one memory pool for each device, and repair after a failed capture.
+"""CUDA graphs: one capture stream and one memory pool for each device, and what puts the process right after a failed capture.
 
 Captures are begun and ended directly. ``torch.cuda.graph`` would synchronize, collect garbage and empty the caching
 allocator each time, which takes seconds for many segments.

@@ -1,4 +1,4 @@
-"""What an op reads, writes and returns, for every kind of node in a lowered graph.
+"""What an op reads, writes and returns, and whether it only makes a view, for every kind of node in a lowered graph.
 
 This is the only module that answers these questions: which arguments a call writes, what it returns (new memory, an
 alias of an argument, a number), whether it can be made again, and whether it depends on more than its arguments.

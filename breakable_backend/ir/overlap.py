@@ -1,4 +1,4 @@
-"""Whether tensors share bytes of memory, whatever storages they have: views and overlaps told from separate memory.
+"""Whether tensors share bytes of memory, whatever storages they have.
 
 Two storages may lie over one memory (NumPy, DLPack, another process), and one storage may hold unrelated tensors
 (``kv[0]`` and ``kv[1]``).

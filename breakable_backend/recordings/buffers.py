@@ -1,4 +1,4 @@
-"""Bridges: storages with a fixed address, and copies into and out of them. A written input is copied back here."""
+"""Bridges: storages with a fixed address, and the copies into and out of them; ``recorder`` says which inputs have one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a program once under a driver, and keep what a replay needs."""
+"""Run a program once under a driver, and keep what a replay needs: also which inputs are copied in, and back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from breakable_backend.recordings.recording import (
 from breakable_backend.recordings.slots import Slots
 
 MAX_FED = 4
-"""How many copies a graph makes by itself. If there are more, the others are launched together before it."""
+"""How many copies a graph makes by itself. If a segment has more, all of them are launched together before it."""
 
 
 @dataclass(frozen=True)
