@@ -526,16 +526,17 @@ def in_one_pool(
         assert_same(got, want, f"call {call + 1}, at the end")
 
 
+FEW = hypothesis.settings(
+    max_examples=8, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+"""For programs that are compiled, several in each example."""
+
+
 @pytest.mark.parametrize("part", range(3))
 def test_random_programs_in_one_pool(part: int, device: torch.device, options: dict[str, Any]) -> None:
     """Random programs that share a pool, called in mixed order, do what eager does."""
 
-    @hypothesis.settings(
-        max_examples=8,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @FEW
     @hypothesis.seed(part)
     @hypothesis.given(
         strategies.lists(long_programs(), min_size=2, max_size=3),
@@ -577,12 +578,7 @@ def fed_back(functions: list[Straight], order: list[int], device: torch.device, 
 def test_random_static_results_fed_back(part: int, device: torch.device, options: dict[str, Any]) -> None:
     """Random programs take each other's static results as arguments, and write them, and compute what eager does."""
 
-    @hypothesis.settings(
-        max_examples=8,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @FEW
     @hypothesis.seed(part)
     @hypothesis.given(
         strategies.lists(long_programs(), min_size=2, max_size=2),
