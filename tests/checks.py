@@ -17,8 +17,8 @@ import silly
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
-from breakable_backend.recordings.replay import interpret
 from breakable_backend.tools.report import ProgramReport
+from interpreter import interpret
 
 Function = Callable[..., Any]
 WARM_UP = {"warm-up": 1}

@@ -2143,13 +2143,6 @@ FAULTS = (
         "False",
         "test_replay.py::test_eager_result_is_checked[shape]",
     ),
-    Fault(
-        "interpreter-skips-a-load",
-        "recordings.replay:interpret",
-        "step.loads",
-        "step.loads[1:]",
-        "test_contract_stale.py::test_fresh_inputs[cpu]",
-    ),
     # --- recording: what enters and leaves captured segments ---
     Fault(
         "eager-write-to-a-bridged-input-is-missed",

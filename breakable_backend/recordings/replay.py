@@ -1,7 +1,8 @@
-"""A recording as a function: generated straight-line source; and a short interpreter as its specification.
+"""A recording as a function: generated straight-line source.
 
 The source has the graph's own names, and the reason of each break as a comment. It is filed in ``linecache``, so that
-debuggers step through it and tracebacks show it. Both forms must equal eager, and each other, on every test model.
+debuggers step through it and tracebacks show it. Tests compare it, on every test model, with an interpreter of
+recordings (``tests/interpreter.py``), which is its specification.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from breakable_backend.drivers import CapturedGraph
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import unused
 from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
-from breakable_backend.recordings.checks import check_argument, perform, reject
+from breakable_backend.recordings.checks import check_argument, reject
 from breakable_backend.recordings.code import defined, spelled
 from breakable_backend.recordings.recording import (
     Call,
@@ -50,43 +51,12 @@ class Tally:
     """Copies between bridges and memory outside that were needed."""
 
 
-def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tally | None = None) -> list[Any]:
-    """Replay step by step: the specification of what :func:`emit` generates."""
-    tally = tally or Tally()
-    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
-    for name, spec in recording.specs.items():
-        check_argument(name, spec, slots[name])
-    for call in recording.prologue:
-        slots[call.result] = perform(call, slots)
-    for step in recording.steps:
-        if isinstance(step, GraphStep):
-            held: list[Any] = []
-            tally.copies += sum(_loaded(copy, slots, held) for copy in step.loads)
-            step.graph.replay(stream)
-            tally.copies += sum(slots[copy.bridge.name].store(slots[copy.value.name]) for copy in step.stores)
-        else:
-            for call in step.calls:
-                slots[call.result] = perform(call, slots)
-    for call in recording.epilogue:
-        slots[call.result] = perform(call, slots)
-    return [slots[leaf.name] if isinstance(leaf, Slot) else leaf for leaf in recording.returned]
-
-
 @dataclass(frozen=True)
 class Variant:
     """Another function for a replay, which runs while it is wanted."""
 
     wanted: Callable[[], bool]
     function: Function
-
-
-def _loaded(copy: Copy, slots: dict[str, Any], held: list[Any]) -> int:
-    """Copy a value to its bridge, or have the graph do so, which needs what is ``held``. Returns the number of copies."""
-    value = slots[copy.value.name]
-    if copy.feed is None:
-        return int(slots[copy.bridge.name].load(value))
-    held.append(copy.feed.take(value))
-    return copy.feed.copies
 
 
 @dataclass(frozen=True)

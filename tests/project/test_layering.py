@@ -156,6 +156,23 @@ def test_no_import_goes_in_a_circle() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
+def test_no_private_torch_name_hides_another() -> None:
+    """``_torch`` has the names of all its modules, so no two of them define the same one."""
+    inside = [text for module, text in MODULES.items() if folder(module) == PRIVATE_TORCH]
+    names = [name for text in inside for name in defined_names(text) if not name.startswith("_")]
+    assert sorted(names) == sorted(set(names))
+    assert {"storage_key", "CompileTimeError", "are_at"} <= set(names)
+
+
+def defined_names(source: str) -> list[str]:
+    """The names that a module defines by itself, without those that it imports."""
+    statements = ast.parse(source).body
+    targets = [target for statement in statements if isinstance(statement, ast.Assign) for target in statement.targets]
+    targets += [statement.target for statement in statements if isinstance(statement, ast.AnnAssign)]
+    named = [statement.name for statement in statements if isinstance(statement, ast.FunctionDef | ast.ClassDef)]
+    return named + [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_private_torch_stays_in_one_folder(module: str) -> None:
     """Only ``_torch`` uses private names of torch."""
