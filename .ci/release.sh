@@ -79,5 +79,5 @@ say "the sdist's own tests"
 mkdir "$OUT/sdist" && tar -xzf "$OUT"/dist/*.tar.gz -C "$OUT/sdist" --strip-components 1
 "$OUT/user/bin/python" -m pip install -qq -c "$ROOT/constraints.txt" pytest hypothesis expecttest depyf
 cd "$OUT/sdist"
-PYTHONPATH="$OUT/sdist" "$OUT/user/bin/python" -m pytest -q -p no:cacheprovider ${RELEASE_TESTS:--k "options or policy or layering or public_api or contract_once"}
+PYTHONPATH="$OUT/sdist" "$OUT/user/bin/python" -m pytest -q -p no:cacheprovider ${RELEASE_TESTS:--k "options or eviction or retries or layering or public_api or contract_once"}
 say "done: $(cd "$OUT/dist" && ls | tr '\n' ' ')"

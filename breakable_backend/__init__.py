@@ -25,7 +25,7 @@ from breakable_backend.marks.functions import eager_on_graph as eager_on_graph
 from breakable_backend.marks.marking import eager_region as eager_region
 from breakable_backend.marks.marking import mark_eager as mark_eager
 from breakable_backend.marks.marking import unmark_eager as unmark_eager
-from breakable_backend.tools import observers as _observers  # noqa: F401
+from breakable_backend.tools import registration as _registration  # noqa: F401
 from breakable_backend.tools.export import export as export
 from breakable_backend.tools.report import Report as Report
 from breakable_backend.tools.report import explain as explain

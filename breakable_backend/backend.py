@@ -20,25 +20,25 @@ from breakable_backend import _torch, locks
 from breakable_backend.callers import Callers
 from breakable_backend.calling import registry
 from breakable_backend.calling.executor import Executor
-from breakable_backend.calling.lifetime import when_idle
 from breakable_backend.calling.registry import EagerGraph, executors_of
+from breakable_backend.calling.release import when_idle
 from breakable_backend.calling.training import BySize, Training
-from breakable_backend.compiling.flat import FlatGraph
+from breakable_backend.compiling.flat_inputs import FlatGraph
+from breakable_backend.compiling.joint_graph import Halves
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
 from breakable_backend.compiling.scope import scope_for
 from breakable_backend.compiling.traced import as_eager
-from breakable_backend.compiling.training import Halves
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.groups import is_collective, leaves_with_groups
-from breakable_backend.drivers.several import DeviceGroup
+from breakable_backend.drivers.multi_device import DeviceGroup
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import OptionsError, PartitionError, warn_user
-from breakable_backend.faults import internal
+from breakable_backend.internal_errors import internal
 from breakable_backend.ir.effects import schema_name, values_of
-from breakable_backend.ir.program import source_line
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks import changes
 from breakable_backend.marks.marking import EagerOps
 from breakable_backend.marks.rules import Scope

@@ -34,7 +34,7 @@ TARGETS = {
     "epilogue": ("recordings/epilogue.py", "test_lifetimes.py test_executor.py test_contract_aliases.py"),
     "emit": ("recordings/replay.py", "test_replay.py test_buffers.py test_host_time.py test_contract_aliases.py"),
     "bridges": ("recordings/buffers.py", "test_buffers.py test_replay.py test_contract_stale.py"),
-    "keys": ("calling/keys.py", "test_executor.py test_policy.py test_profiling.py test_contract_keys.py"),
+    "keys": ("calling/keys.py", "test_executor.py test_eviction.py test_profiling.py test_contract_keys.py"),
     "rules": ("marks/rules.py", "test_marking.py test_contract_reasons.py"),
 }
 """What can be mutated: a module, and the tests that ought to notice."""

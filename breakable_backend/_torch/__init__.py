@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from breakable_backend._torch.aot import *
 from breakable_backend._torch.as_python import *
-from breakable_backend._torch.compiled import *
+from breakable_backend._torch.autograd import *
+from breakable_backend._torch.compiled_functions import *
 from breakable_backend._torch.cuda import *
 from breakable_backend._torch.dynamo import *
 from breakable_backend._torch.exceptions import *
@@ -28,4 +29,3 @@ from breakable_backend._torch.module_calls import *
 from breakable_backend._torch.ops import *
 from breakable_backend._torch.symbols import *
 from breakable_backend._torch.tensors import *
-from breakable_backend._torch.training import *

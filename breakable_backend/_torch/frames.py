@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from breakable_backend._torch.compiled import _compile_wrapper, _content, _parts
+from breakable_backend._torch.compiled_functions import _compile_wrapper, _content, _parts
 from breakable_backend._torch.dynamo import _MODULE_CALLS
 
 

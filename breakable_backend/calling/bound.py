@@ -31,7 +31,7 @@ from breakable_backend.calling.registry import eager_graphs_of, executors_of
 from breakable_backend.errors import BindError, OptionsError, ReplayError
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.program import outputs_of
-from breakable_backend.marks.sites import learning
+from breakable_backend.marks.call_sites import learning
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import ReplayError, message
-from breakable_backend.failures import is_device_error
-from breakable_backend.faults import is_generated, is_ours
-from breakable_backend.ir.program import source_line
+from breakable_backend.failure_kinds import is_device_error
+from breakable_backend.internal_errors import is_generated, is_ours
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.recording import GraphStep, Recording
 

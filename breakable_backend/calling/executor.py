@@ -10,14 +10,14 @@ import time
 from typing import Any
 
 from breakable_backend import _torch, active
-from breakable_backend.calling.compiled import PUT_OFF, CompiledGraph, log
+from breakable_backend.calling.compiled_graph import PUT_OFF, CompiledGraph, log
 from breakable_backend.calling.device_errors import blame
 from breakable_backend.calling.keys import AddressSet, Entry
-from breakable_backend.calling.lifetime import lose_patience, run_deferred
+from breakable_backend.calling.release import lose_patience, run_deferred
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
 from breakable_backend.errors import CaptureError
-from breakable_backend.faults import raise_if_ours
-from breakable_backend.recordings.finding import Finder, has_unknown_ops
+from breakable_backend.internal_errors import raise_if_ours
+from breakable_backend.recordings.host_syncs import Finder, has_unknown_ops
 from breakable_backend.recordings.plain import Plain, run_plain
 from breakable_backend.recordings.replay import Function
 

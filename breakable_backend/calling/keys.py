@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.calling import policy
+from breakable_backend.calling import eviction
+from breakable_backend.calling.retries import Trials
 from breakable_backend.ir.overlap import Fixed
 from breakable_backend.ir.program import Program
 from breakable_backend.recordings import buffers
@@ -68,7 +69,7 @@ class Entry:
     why: str = ""
     """Why the key was new: how it differs from the keys before it."""
     last_call: int = 0
-    trials: policy.Trials = field(default_factory=policy.Trials)
+    trials: Trials = field(default_factory=Trials)
     """Recordings that failed for passing reasons."""
     refused: str = ""
     """Why this key is not recorded; empty if it may be."""
@@ -203,7 +204,7 @@ class Keys:
         self.last: AddressSet | None = None
         """The set that was replayed last."""
         self._dropped: OrderedDict[Key, str] = OrderedDict()
-        """Why recordings were dropped, for the last ``policy.MAX_DROPPED`` keys."""
+        """Why recordings were dropped, for the last ``eviction.MAX_DROPPED`` keys."""
 
     def entries(self) -> list[Entry]:
         """All entries, in the order in which a report shows them."""
@@ -256,7 +257,7 @@ class Keys:
     def remember(self, key: Key, why: str) -> None:
         """Note why the recording of a key is dropped."""
         self._dropped[key] = why
-        if len(self._dropped) > policy.MAX_DROPPED:
+        if len(self._dropped) > eviction.MAX_DROPPED:
             self._dropped.popitem(last=False)
 
     def why_new(self, key: Key, *, first: bool) -> str:
@@ -270,7 +271,7 @@ class Keys:
         return "new numbers, layouts, alignments or host scalars"
 
 
-def held(things: Mapping[Any, AddressSet | Entry]) -> policy.Held:
+def held(things: Mapping[Any, AddressSet | Entry]) -> eviction.Held:
     """How many ``things`` there are, and the last use of the oldest."""
     oldest = next(iter(things.values()), None)
-    return policy.Held(len(things), oldest.last_call if oldest is not None else 0)
+    return eviction.Held(len(things), oldest.last_call if oldest is not None else 0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from breakable_backend.calling.keys import Entry, Key
-from breakable_backend.calling.policy import Trials
+from breakable_backend.calling.retries import Trials
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.program import Program

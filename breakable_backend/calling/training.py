@@ -1,7 +1,7 @@
 """Calls of a graph that needs gradients: eager until a backward was seen, then a captured forward and a captured backward.
 
 The first calls run as Dynamo traced them. Once one of them was run backward, it is known which gradients come in and
-with which layouts, and the graph is traced (:mod:`breakable_backend.compiling.training`). From then on each forward
+with which layouts, and the graph is traced (:mod:`breakable_backend.compiling.joint_graph`). From then on each forward
 takes a *slot*: a recording with its own memory for what it saves. The slot is taken until autograd drops what that
 forward saved: at its backward, or later if the graph is retained, or when nobody can run it backward any more. So
 forwards may be pending while others run. If all slots are taken, a forward is plain.
@@ -29,12 +29,12 @@ from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey
 from breakable_backend.calling.registry import EagerGraph
 from breakable_backend.calling.snapshot import Slots, Snapshot
+from breakable_backend.compiling.joint_graph import Backward, Forward, Halves, Pattern
 from breakable_backend.compiling.lowering import CannotLower
-from breakable_backend.compiling.training import Backward, Forward, Halves, Pattern
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import ReplayError
+from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import Geometry, TensorSpec
-from breakable_backend.ir.modes import Modes
 from breakable_backend.recordings.buffers import clone_exact
 from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recorder import Plan

@@ -42,13 +42,13 @@ from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, first_line, user_line
-from breakable_backend.failures import as_passing
-from breakable_backend.faults import raise_if_ours
+from breakable_backend.failure_kinds import as_passing
+from breakable_backend.internal_errors import raise_if_ours
+from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.effects import is_view_op, written_values
 from breakable_backend.ir.layout import Geometry
-from breakable_backend.ir.live import OpMode, kernel_of_ops, memory_on
-from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Op, Reason, described
+from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions

@@ -24,9 +24,9 @@ from breakable_backend._torch import pytree
 from breakable_backend.capturing.graph import Alive
 from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, strided
-from breakable_backend.ir.live import is_view_to_autograd
+from breakable_backend.ir.running_ops import is_view_to_autograd
+from breakable_backend.marks.call_sites import Mark
 from breakable_backend.marks.results import Parts
-from breakable_backend.marks.sites import Mark
 from breakable_backend.marks.structure import PLAIN, fields, replaced, view_leaf, view_of
 
 MOST_LOOKED_AT = 10_000

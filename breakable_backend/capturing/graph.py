@@ -24,8 +24,8 @@ from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.ordering import replayed_inside
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line, warn_user
-from breakable_backend.faults import raise_if_ours
-from breakable_backend.ir.modes import Modes
+from breakable_backend.internal_errors import raise_if_ours
+from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.marks.functions import Mark
 from breakable_backend.options import Options
 from breakable_backend.recordings.checks import check_places, refuse_place

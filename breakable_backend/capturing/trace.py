@@ -18,10 +18,10 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.ir.effects import ALLOCATING, draws, written_values
 from breakable_backend.ir.layout import Geometry
-from breakable_backend.ir.live import OpMode, Ran, Undo, kernel_of_ops, memory_on
-from breakable_backend.ir.program import source_line
+from breakable_backend.ir.running_ops import OpMode, Ran, Undo, kernel_of_ops, memory_on
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.healing import NodeByNode
+from breakable_backend.recordings.repair import NodeByNode
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.compiling.regions import CutsRegion, inline_regions, may_be_cut
 from breakable_backend.errors import first_line, message
+from breakable_backend.ir.ambient_modes import AMBIENT_KEY, Cast, Modes
 from breakable_backend.ir.effects import bodies, graphs_in, tensors_of, written_arguments
-from breakable_backend.ir.modes import AMBIENT_KEY, Cast, Modes
 from breakable_backend.marks.marking import EagerOps, Marks, is_marked, marked_names
 
 OUT_KEY = "breakable_cg_out"

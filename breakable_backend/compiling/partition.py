@@ -25,6 +25,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.compiling.lowering import Lowered
+from breakable_backend.ir.ambient_modes import ambient_of
 from breakable_backend.ir.effects import (
     ALLOCATING,
     alias_source,
@@ -46,7 +47,6 @@ from breakable_backend.ir.effects import (
     written_arguments,
 )
 from breakable_backend.ir.layout import extent
-from breakable_backend.ir.modes import ambient_of
 from breakable_backend.ir.program import (
     Access,
     EagerSegment,
@@ -58,9 +58,9 @@ from breakable_backend.ir.program import (
     Reason,
     Segment,
     outputs_of,
-    source_line,
     unused,
 )
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import Scope, argument_of, classify, label, on_host, places_of
 
 _NO_LAUNCH = ALLOCATING | _torch.aten("_assert_async")

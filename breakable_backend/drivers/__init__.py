@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from breakable_backend.drivers.room import Room
+from breakable_backend.drivers.pool_size import PoolSize
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ class CaptureDriver(Capturing, Protocol):
     """Weak references."""
     deferred: deque[Callable[[], None]]
     """Functions to call once no call is running. Whoever ends a call does it."""
-    room: Room
+    pool_size: PoolSize
     """The memory that recordings in the pool need. Those that record write it, and it is empty again when the pool is
     freed."""
     reuses_memory: bool

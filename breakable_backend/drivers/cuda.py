@@ -24,14 +24,14 @@ from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import DeviceDriver, capture_body
-from breakable_backend.drivers.feeds import Fed, can_be_fed
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
-from breakable_backend.drivers.nodes import GraphNode, dot, dot_of_names, first_copies, nodes
+from breakable_backend.drivers.graph_nodes import GraphNode, dot, dot_of_names, first_copies, nodes
+from breakable_backend.drivers.input_copies import Fed, can_be_fed
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, capture_end, relaxed
-from breakable_backend.drivers.room import Room
+from breakable_backend.drivers.pool_size import PoolSize
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained
 from breakable_backend.errors import CaptureError, OptionsError, Passing, ReplayError, first_line, user_line
-from breakable_backend.failures import as_passing, passing
+from breakable_backend.failure_kinds import as_passing, passing
 
 cudart = Bindings("cuda.bindings.runtime")
 
@@ -703,7 +703,7 @@ class CudaDriver(DeviceDriver):
     def _close_pool(self) -> None:
         self._drop_keeper()
         self._pool = None
-        self.room = Room()
+        self.pool_size = PoolSize()
         torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:

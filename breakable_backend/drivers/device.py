@@ -12,7 +12,7 @@ import torch
 
 from breakable_backend import locks
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Feed, SessionDriver, Tenant
-from breakable_backend.drivers.room import Room
+from breakable_backend.drivers.pool_size import PoolSize
 from breakable_backend.errors import CaptureError
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class DeviceDriver:
         self.patience = LOCK_TIMEOUT
         self.busy = False
         self.tenants: list[Callable[[], Tenant | None]] = []
-        self.room = Room()
+        self.pool_size = PoolSize()
         self.deferred: deque[Callable[[], None]] = deque()
         locks.in_child(self, type(self)._forked)
 
@@ -151,7 +151,7 @@ class OpByOpDriver(DeviceDriver):
         if owner is not None:
             owner.clear()
         if not self._live():
-            self.room = Room()
+            self.pool_size = PoolSize()
 
     def pool_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._made().values())

@@ -18,12 +18,12 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.drivers.device import OpByOpDriver
-from breakable_backend.drivers.nodes import dot_of_names
+from breakable_backend.drivers.graph_nodes import dot_of_names
 from breakable_backend.errors import ReplayError
+from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.layout import non_owning
-from breakable_backend.ir.live import generators_of
-from breakable_backend.ir.modes import Modes
+from breakable_backend.ir.running_ops import generators_of
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.errors import CaptureError, ReplayError, first_line
-from breakable_backend.failures import as_passing, passing
+from breakable_backend.failure_kinds import as_passing, passing
 
 cudart = Bindings("cuda.bindings.runtime")
 

@@ -26,13 +26,13 @@ from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph, capture_body
-from breakable_backend.drivers.feeds import Fed, can_be_fed
-from breakable_backend.drivers.nodes import dot_of_names
+from breakable_backend.drivers.graph_nodes import dot_of_names
+from breakable_backend.drivers.input_copies import Fed, can_be_fed
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
-from breakable_backend.failures import as_passing
+from breakable_backend.failure_kinds import as_passing
 from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, tensors_of, written_values
 from breakable_backend.ir.layout import Geometry, non_owning
-from breakable_backend.ir.live import OpMode, Ran, Undo, generators_of, has_memory, kernel_of_ops, memory_on
+from breakable_backend.ir.running_ops import OpMode, Ran, Undo, generators_of, has_memory, kernel_of_ops, memory_on
 from breakable_backend.marks.rules import INDEXING, MOVES_STORAGE, is_mask
 
 T = TypeVar("T")

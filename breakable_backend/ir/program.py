@@ -20,16 +20,12 @@ A program holds no tensors except constants of the traced code.
 from __future__ import annotations
 
 import itertools
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import fx
-
-from breakable_backend import files
 
 InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"]
 """``ragged`` stands for the lengths of a jagged nested tensor. Each tensor has a new one, so it is not a number and in
@@ -178,17 +174,6 @@ class Program:
         return frozenset(access.storage for segment in self.graph_segments for access in segment.reads)
 
 
-def last_uses(program: Program) -> list[tuple[str, ...]]:
-    """For each segment, the values that no later segment and no output needs."""
-    needed = set(program.epilogue.inputs)
-    result: list[tuple[str, ...]] = []
-    for segment in reversed(program.segments):
-        names = dict.fromkeys((*segment.inputs, *segment.outputs))
-        result.append(tuple(name for name in names if name not in needed))
-        needed.update(names)
-    return result[::-1]
-
-
 def verify(program: Program) -> None:
     """Check what every pass may rely on. A failure is a fault of this package, so these are assertions."""
     known = {value.name for value in program.inputs} | set(program.sizes)
@@ -221,43 +206,10 @@ def verify(program: Program) -> None:
     assert set(program.epilogue.inputs) <= known, f"returns {set(program.epilogue.inputs) - known}, made by nothing"
 
 
-def source_line(node: fx.Node) -> str:
-    """The user's line that made ``node``, as ``file.py:12 in forward: code``; empty if unknown."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    for position in range(len(lines) - 1, -1, -1):
-        line = lines[position].strip()
-        if line.startswith("File "):
-            file, _, rest = line.removeprefix("File ").partition(", line ")
-            if file.strip('"').startswith(files.PACKAGE):
-                continue  # code of this package that Dynamo traced on its way to a marked function
-            number, _, function = rest.partition(", in ")
-            code = lines[position + 1].strip() if position + 1 < len(lines) else ""
-            return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
-    return ""
-
-
-def short_line(source: str) -> str:
-    """A source line with the file's name in place of its path, as reports show it."""
-    file, colon, rest = source.partition(":")
-    return os.path.basename(file) + colon + rest
-
-
 def unused(name: str, taken: Callable[[str], bool]) -> str:
     """``name``, or that with the first number behind it that nothing has yet."""
     candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
     return next(candidate for candidate in candidates if not taken(candidate))
-
-
-_SUBSCRIPT = re.compile(r"\['?(\w+)'?\]")
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that ``node`` was traced in, as ``layers.3.attention``; empty if unknown."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return ""
-    _, _, path = str(stack[-1][0]).partition("]")  # behind L['self'], the module that was compiled
-    return _SUBSCRIPT.sub(r".\1", path).replace("._modules.", ".").lstrip(".")
 
 
 def described(value: Any) -> str:

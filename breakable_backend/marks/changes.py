@@ -22,7 +22,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import Place
-from breakable_backend.marks.sites import Site, sites
+from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.structure import instances_in, is_still
 
 DEPTH = 3

@@ -19,13 +19,11 @@ import torch
 
 from breakable_backend import _torch, active
 from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line, warn_user
-from breakable_backend.ir.live import has_memory
-from breakable_backend.ir.modes import Modes
-from breakable_backend.marks.changes import looking_at
-from breakable_backend.marks.gradients import recomputed, with_backward
-from breakable_backend.marks.learning import Asked
-from breakable_backend.marks.ops import writing_op
-from breakable_backend.marks.sites import (
+from breakable_backend.ir.ambient_modes import Modes
+from breakable_backend.ir.running_ops import has_memory
+from breakable_backend.marks.backward import recomputed, with_backward
+from breakable_backend.marks.call_ops import writing_op
+from breakable_backend.marks.call_sites import (
     BY_FUNCTION,
     CALLED_OTHERWISE,
     CHANGED_A_CONTAINER,
@@ -42,7 +40,9 @@ from breakable_backend.marks.sites import (
     sites,
     why_a_break,
 )
-from breakable_backend.marks.sites import Mark as Mark
+from breakable_backend.marks.call_sites import Mark as Mark
+from breakable_backend.marks.changes import looking_at
+from breakable_backend.marks.learning import Asked
 from breakable_backend.marks.structure import (
     Structure,
     contents,

@@ -20,7 +20,7 @@ from torch.fx.traceback import annotate
 from breakable_backend import _torch
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.effects import effective_ops, graphs_in
-from breakable_backend.marks import modules, ops
+from breakable_backend.marks import call_ops, modules
 
 OpT = TypeVar("OpT")
 REGION_KEY = "breakable_cg_region"
@@ -180,7 +180,7 @@ def is_marked(op: Any, eager_ops: EagerOps) -> str:
     """Why ``op`` (an overload) is marked; empty if it is not."""
     if not isinstance(op, _torch.OpOverload):
         return ""
-    if ops.is_call(op):
+    if call_ops.is_call(op):
         return "marked by eager_on_graph"
     if torch.Tag.cudagraph_unsafe in op.tags:
         return "tagged cudagraph_unsafe"

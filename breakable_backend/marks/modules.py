@@ -22,9 +22,9 @@ from torch import fx, nn
 
 from breakable_backend import _torch, locks
 from breakable_backend.ir.effects import graphs_in
-from breakable_backend.marks import ops
+from breakable_backend.marks import call_ops
+from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.functions import marked_as
-from breakable_backend.marks.sites import Site, sites
 
 MARK_EAGER, EAGER_OPS = "mark_eager", "eager_ops"
 """The ways to mark a module."""
@@ -277,7 +277,7 @@ def called_in(graph: fx.GraphModule) -> list[tuple[str, nn.Module]]:
     found = []
     for part in graphs_in(graph):
         for node in part.graph.nodes:
-            site = sites.get(node.args[0]) if ops.is_call(node.target) else None
+            site = sites.get(node.args[0]) if call_ops.is_call(node.target) else None
             if site is not None and site.mark.by in (MARK_EAGER, EAGER_OPS):
                 found.append((site.mark.by, _self_of(site)))
     return found

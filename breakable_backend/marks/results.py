@@ -21,8 +21,8 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, Strided, TensorSpec, extent, strided
-from breakable_backend.ir.live import is_view_to_autograd
-from breakable_backend.marks.saved import Member
+from breakable_backend.ir.running_ops import is_view_to_autograd
+from breakable_backend.marks.saved_for_backward import Member
 from breakable_backend.marks.structure import (
     PLAIN,
     Structure,

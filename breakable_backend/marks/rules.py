@@ -19,8 +19,9 @@ from torch.fx.traceback import get_current_meta
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.ir.effects import effective_ops, is_view_op, nodes_in, op_of, schema_name, tensors_of, values_of
-from breakable_backend.ir.program import Reason, source_line
-from breakable_backend.marks import ops
+from breakable_backend.ir.program import Reason
+from breakable_backend.ir.source_lines import source_line
+from breakable_backend.marks import call_ops
 from breakable_backend.marks.marking import REGION_KEY, EagerOps, is_marked
 
 
@@ -108,11 +109,11 @@ class Rule:
 
 @Rule
 def marked(node: fx.Node, scope: Scope) -> str:
-    if ops.is_call(node.target):
-        return ops.why_marked(node.args)
+    if call_ops.is_call(node.target):
+        return call_ops.why_marked(node.args)
     for inner in nodes_in(node):
-        if ops.is_call(inner.target):
-            return f"calls {label(inner)}, which is {ops.why_marked(inner.args)}"
+        if call_ops.is_call(inner.target):
+            return f"calls {label(inner)}, which is {call_ops.why_marked(inner.args)}"
     for op in effective_ops(node):
         if why := is_marked(op, scope.eager_ops):
             return why if op is node.target else f"calls {op}, which is {why}"
@@ -402,7 +403,7 @@ def classify(node: fx.Node, scope: Scope) -> Reason | None:
 def label(node: fx.Node) -> str:
     """The name of what a node calls, as reports show it."""
     op = op_of(node)
-    return ops.name_of(op, node.args) or _torch.schema_name(op) or getattr(op, "__name__", str(op))
+    return call_ops.name_of(op, node.args) or _torch.schema_name(op) or getattr(op, "__name__", str(op))
 
 
 @dataclass(frozen=True)

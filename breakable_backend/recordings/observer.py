@@ -19,8 +19,8 @@ from torch import fx
 
 from breakable_backend.ir.program import Program
 from breakable_backend.options import Options
-from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.recording import Recording
+from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.recordings.replay import Function, Replay, Tally, Variant, emit
 
 Issue = Callable[[Any, tuple[Any, ...], dict[str, Any], str, str], Any]

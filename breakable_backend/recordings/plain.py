@@ -21,16 +21,18 @@ from breakable_backend import _torch
 from breakable_backend.active import BreakHandler
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import runnable
+from breakable_backend.ir.ambient_modes import ambient_of
 from breakable_backend.ir.effects import draws, is_opaque, producer_of
+from breakable_backend.ir.last_uses import last_uses
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.modes import ambient_of
-from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, last_uses, outputs_of, source_line, unused
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, unused
+from breakable_backend.ir.source_lines import source_line
+from breakable_backend.marks.call_sites import Mark
 from breakable_backend.marks.rules import label
-from breakable_backend.marks.sites import Mark
 from breakable_backend.recordings.binding import Binding, must_fit
 from breakable_backend.recordings.checks import perform, reject
 from breakable_backend.recordings.code import with_code
-from breakable_backend.recordings.finding import Finder
+from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import Call, EagerStep, Recording, Slot, State
 from breakable_backend.recordings.replay import emit

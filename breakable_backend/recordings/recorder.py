@@ -13,26 +13,17 @@ import torch
 from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing
 from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.errors import BreakableError, CaptureError, Passing, ReplayError, first_line
-from breakable_backend.failures import passing
+from breakable_backend.failure_kinds import passing
 from breakable_backend.ir.effects import draws
+from breakable_backend.ir.last_uses import by_value
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.lifetimes import by_value
-from breakable_backend.ir.program import (
-    EagerSegment,
-    GraphSegment,
-    Input,
-    Program,
-    Reason,
-    Segment,
-    outputs_of,
-    source_line,
-)
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Input, Program, Reason, Segment, outputs_of
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.buffers import load_all
 from breakable_backend.recordings.checks import perform, places_of
 from breakable_backend.recordings.epilogue import Epilogue, settled
-from breakable_backend.recordings.healing import Healing, NodeByNode, Recut, suspects_among
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import (
     NOTHING,
@@ -46,6 +37,7 @@ from breakable_backend.recordings.recording import (
     bridge_name,
     fill,
 )
+from breakable_backend.recordings.repair import NodeByNode, Recut, Repair, suspects_among
 from breakable_backend.recordings.slots import Slots
 
 MAX_FED = 4
@@ -162,7 +154,7 @@ class _Recorder:
         recut: Recut | None,
     ) -> None:
         self.binding, self.driver, self.plan, self.stream, self.auto_break = binding, driver, plan, stream, auto_break
-        self.healing = Healing(recut)
+        self.repair = Repair(recut)
         inputs = binding.program.inputs
         outside = {value.name for value in inputs if self._is_outside(value)}
         leaves = outputs_of(binding.program.epilogue.module)
@@ -197,7 +189,7 @@ class _Recorder:
                 return True
             if self.put_off is not None:
                 self._give_back(position, self.put_off.cause)
-            elif self.healing.again or self._heal(position):
+            elif self.repair.again or self._cut_around(position):
                 return False
         else:
             failed = self.put_off.reason
@@ -207,9 +199,9 @@ class _Recorder:
             )
         return True
 
-    def _heal(self, position: int) -> bool:
+    def _cut_around(self, position: int) -> bool:
         """Cut the program anew around nodes that could not be captured. Returns whether the recording can continue so."""
-        program = self.healing.cut(self.binding.program, position)
+        program = self.repair.cut(self.binding.program, position)
         if program is None:
             return False
         self.binding = self.binding.recut(program)
@@ -236,7 +228,7 @@ class _Recorder:
             return self._capture_failed(position, segment, loads, error)
         inputs = [slots.inside(name) for name in segment.inputs]
         observer = self.plan.observer
-        body = NodeByNode(segment.module, driver.progress, self.healing.pauses(segment))
+        body = NodeByNode(segment.module, driver.progress, self.repair.pauses(segment))
         captured = body if observer is None else observer.captured(position, body)
         fed = [(values[copy.bridge.name].tensor, values[copy.value.name]) for copy in feeding]
         try:
@@ -320,14 +312,14 @@ class _Recorder:
             for node in blamed or nodes
         }
         reason = next(iter(reasons.values()), Reason("capture_failed", f"could not be captured: {what}", "", line))
-        cause = self.healing.judge(passing(error), body, nodes)
-        if not cause and not self.auto_break and not self.healing.again:
+        cause = self.repair.judge(passing(error), body, nodes)
+        if not cause and not self.auto_break and not self.repair.again:
             fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
             raise CaptureError(what, where=reason.source, fix=fix) from error.__cause__
         if cause:
             self.put_off = PutOff(cause, reason, reasons)
-        elif not self.healing.again:
-            self.healing.found(reasons, blamed)
+        elif not self.repair.again:
+            self.repair.found(reasons, blamed)
         return reason
 
     def give_up(self, error: Exception) -> None:
@@ -382,7 +374,7 @@ class _Recorder:
             slots.values[place.name] if owner is None else owner for place, owner in zip(saved, held, strict=True)
         ]
         if self.put_off is not None:
-            return Recorded(NOTHING, outputs, self.healing.eager, self.copies, program, self.put_off)
+            return Recorded(NOTHING, outputs, self.repair.eager, self.copies, program, self.put_off)
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={
@@ -399,7 +391,7 @@ class _Recorder:
             prologue=() if self.plan.fresh_outputs else tuple(settled(self.binding, slots, self.steps)),
             saved=(*(owner for owner in held if owner is not None), *slots.handed_back()),
         )
-        return Recorded(recording, outputs, self.healing.eager, self.copies, program)
+        return Recorded(recording, outputs, self.repair.eager, self.copies, program)
 
     def forget(self) -> None:
         """Drop what the pool owns."""

@@ -18,8 +18,8 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Op, Reason
+from breakable_backend.ir.running_ops import has_memory
 from breakable_backend.recordings.buffers import Bridge, inside
 
 

@@ -17,9 +17,9 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.effects import tensors_of
+from breakable_backend.ir.last_uses import Lifetimes, last_uses
 from breakable_backend.ir.layout import Geometry, extent
-from breakable_backend.ir.lifetimes import Lifetimes
-from breakable_backend.ir.program import Program, Segment, last_uses
+from breakable_backend.ir.program import Program, Segment
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.buffers import Bridge

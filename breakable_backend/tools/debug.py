@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from breakable_backend._torch import pytree
-from breakable_backend.ir.program import describe, source_line
+from breakable_backend.ir.program import describe
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.recordings.code import with_code
-from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.observer import Observer
+from breakable_backend.recordings.repair import NodeByNode
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from torch import fx
 from breakable_backend import active
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry, Key
-from breakable_backend.calling.lifetime import run_deferred
+from breakable_backend.calling.release import run_deferred
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, uncounted
 from breakable_backend.capturing.graph import BreakableCUDAGraph
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import under_ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.program import short_line
+from breakable_backend.ir.source_lines import short_line
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording

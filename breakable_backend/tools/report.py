@@ -28,19 +28,11 @@ from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.effects import is_view_op
-from breakable_backend.ir.program import (
-    GraphSegment,
-    Op,
-    Segment,
-    described,
-    lines_of_segments,
-    module_path,
-    short_line,
-    source_line,
-)
+from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
+from breakable_backend.ir.source_lines import module_path, short_line, source_line
+from breakable_backend.marks.call_sites import learning
 from breakable_backend.marks.marking import marked_names
 from breakable_backend.marks.rules import label
-from breakable_backend.marks.sites import learning
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
@@ -48,7 +40,7 @@ from breakable_backend.tools.advice import advice
 from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
-from breakable_backend.tools.saved import record_from
+from breakable_backend.tools.saved_reports import record_from
 from breakable_backend.tools.text import Table, as_html, as_rich, as_text, program_lines
 from breakable_backend.tools.varies import findings, of_one_function
 

@@ -23,8 +23,8 @@ from torch import fx
 
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Segment
 from breakable_backend.recordings.code import printing, with_code
-from breakable_backend.recordings.healing import NodeByNode
 from breakable_backend.recordings.observer import Observer, Subject
+from breakable_backend.recordings.repair import NodeByNode
 
 PREFIX = "breakable_cg"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from breakable_backend.ir.program import short_line
+from breakable_backend.ir.source_lines import short_line
 from breakable_backend.tools.records import ProgramReport, StepReport
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import breakable_backend
 import silly
 from breakable_backend import CaptureError, PartitionError
 from breakable_backend.active import calling, in_call
-from breakable_backend.calling import policy
+from breakable_backend.calling import eviction
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry, scalar_bytes
 from breakable_backend.calling.registry import executors_of
@@ -312,7 +312,7 @@ def test_idle_key_is_evicted(make: Make) -> None:
     executor = make(lambda x, n: (x + n).sin(), make.ones(3), 5, mode="symbolic", max_recordings=2)
     for n in (5, 6):
         ways(executor, *([make.ones(3), n] for _ in range(2)))  # calls 1 to 4; the last of key 5 is call 2
-    idle = policy.IDLE_FACTOR * 2
+    idle = eviction.IDLE_FACTOR * 2
     # calls 5 to 9: fewer than 8 since call 2; call 10 is the 8th
     for call in range(5, 2 + idle):
         assert ways(executor, [make.ones(3), 7]) == ["more than max_recordings=2 keys in use"], call
@@ -355,13 +355,13 @@ def test_evicted_counts_stay(make: Make) -> None:
 
 def test_address_sets_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond ``MAX_ADDRESS_SETS`` a new set of addresses is plain, until the oldest was idle for long enough."""
-    monkeypatch.setattr(policy, "MAX_ADDRESS_SETS", 2)
+    monkeypatch.setattr(eviction, "MAX_ADDRESS_SETS", 2)
     executor = make(lambda w, x: (w * x).sin(), make.ones(3), make.ones(3), static=[0])
     weights = [torch.full((3,), float(n), device=make.device) for n in range(3)]
     for w in weights[:2]:
         assert ways(executor, *([w, make.ones(3)] for _ in range(3))) == ["warm-up", "record", "replay"]
     assert ways(executor, [weights[2], make.ones(3)]) == ["more than 2 sets of static addresses in use"]
-    ways(executor, *([weights[1], make.ones(3)] for _ in range(policy.IDLE_FACTOR * 2)))
+    ways(executor, *([weights[1], make.ones(3)] for _ in range(eviction.IDLE_FACTOR * 2)))
     assert ways(executor, *([weights[2], make.ones(3)] for _ in range(3))) == ["warm-up", "record", "replay"]
     assert len(executor.keys.sets) == 2
     assert executor.statistics.evictions == 1
@@ -425,12 +425,12 @@ def test_written_input_at_many_addresses(make: Make) -> None:
 
     executor = make(f, make.ones(3))
     kept = []
-    for number in range(policy.MAX_ADDRESSES):
+    for number in range(eviction.MAX_ADDRESSES):
         kept.append(torch.full((3,), float(number), device=make.device))
         executor([kept[-1]])
         assert torch.equal(kept[-1], torch.full_like(kept[-1], number + 1.0))
     assert executor.notes == []
-    assert len(executor.keys.sets) == policy.MAX_ADDRESSES
+    assert len(executor.keys.sets) == eviction.MAX_ADDRESSES
     kept += [make.ones(3) for _ in range(3)]
     assert ways(executor, *([x] for x in kept[-3:])) == ["warm-up", "record", "replay"]
     assert all(torch.equal(x, make.ones(3) * 2) for x in kept[-3:])
@@ -462,7 +462,7 @@ def test_scalar_with_many_values(make: Make) -> None:
     """A host scalar is keyed for ``MAX_SCALAR_VALUES`` values; then what reads it is for the rules to judge again."""
     scope = Scope(make.device, host_scalars=frozenset({"arg1_1"}))
     executor = make(lambda x, s: (x.sin() * s).cos() + 1, make.ones(3), torch.tensor(1.0), scope=scope)
-    values = [torch.tensor(float(n)) for n in range(policy.MAX_SCALAR_VALUES + 1)]
+    values = [torch.tensor(float(n)) for n in range(eviction.MAX_SCALAR_VALUES + 1)]
     for s in values[:-1]:
         assert ways(executor, *([make.ones(3), s] for _ in range(2))) == ["warm-up", "record"]
     assert ways(executor, [make.ones(3), torch.tensor(0.0)], [make.ones(3), torch.tensor(-0.0)])[0] == "replay"

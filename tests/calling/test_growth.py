@@ -14,7 +14,7 @@ from torch import Tensor
 
 import breakable_backend
 from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain, export
-from breakable_backend.marks.sites import sites
+from breakable_backend.marks.call_sites import sites
 
 
 @eager_on_graph

@@ -15,7 +15,7 @@ import silly
 from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.compiling import lowering
-from breakable_backend.marks import sites
+from breakable_backend.marks import call_sites
 from breakable_backend.recordings.recorder import MAX_FED
 from breakable_backend.recordings.recording import EagerStep
 from checks import assert_same, check, compile_both
@@ -187,8 +187,8 @@ def test_marked_functions_are_called_straight(
         return result, (y if last is None else last).cos() + 1
 
     taken = []
-    real = sites.take_result
-    monkeypatch.setattr(sites, "take_result", lambda *args, **how: (taken.append(1), real(*args, **how))[1])
+    real = call_sites.take_result
+    monkeypatch.setattr(call_sites, "take_result", lambda *args, **how: (taken.append(1), real(*args, **how))[1])
     compiled = torch.compile(lambda x: f(x, marked), backend="breakable_cg", options=options)
     with torch.no_grad():
         for number in range(6):

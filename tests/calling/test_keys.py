@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from breakable_backend.active import calling
-from breakable_backend.calling import policy
+from breakable_backend.calling import eviction
 from breakable_backend.calling.keys import AddressSet, Alignments, Entry, Key, KeyReader, Keys
-from breakable_backend.calling.lifetime import release, release_all, run_deferred, watch, when_idle
+from breakable_backend.calling.release import release, release_all, run_deferred, watch, when_idle
 from breakable_backend.calling.snapshot import Statistics
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.recordings import buffers
@@ -76,7 +76,7 @@ def test_why_new() -> None:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of keys that went the last are remembered."""
-    monkeypatch.setattr(policy, "MAX_DROPPED", 2)
+    monkeypatch.setattr(eviction, "MAX_DROPPED", 2)
     keys = Keys()
     for number in range(3):
         keys.remember(Key((), (number,)), str(number))

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import silly
 from breakable_backend import BreakableCUDAGraph, CaptureError, ReplayError, capture, eager_on_graph, explain
-from breakable_backend.calling import policy
-from breakable_backend.calling.compiled import PUT_OFF
+from breakable_backend.calling import retries
+from breakable_backend.calling.compiled_graph import PUT_OFF
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
-from breakable_backend.failures import passing
+from breakable_backend.failure_kinds import passing
 from breakable_backend.recordings import epilogue
 from breakable_backend.recordings.buffers import Bridge
 
@@ -264,7 +264,7 @@ def test_what_is_always_disturbed_is_eager_for_good(build: Make) -> None:
     """After ``MAX_DISTURBED`` disturbed recordings the segment that is disturbed once more is left out, and the rest captured."""
     executor = build(three, build.ones(4))
     real = build.driver.capture
-    calls = 2**policy.MAX_DISTURBED + 1
+    calls = 2**retries.MAX_DISTURBED + 1
 
     def spoiling(body: Callable[[], Any], *fed: Any) -> Any:
         graph, results = real(body, *fed)
@@ -283,7 +283,7 @@ def test_what_is_always_disturbed_is_eager_for_good(build: Make) -> None:
     try:
         for _ in range(calls):
             executor([build.ones(4)])
-        assert len(spoilt) == policy.MAX_DISTURBED + 2 and executor.statistics.recordings == 0
+        assert len(spoilt) == retries.MAX_DISTURBED + 2 and executor.statistics.recordings == 0
         assert ways(executor, [build.ones(4)], [build.ones(4)]) == ["record", "replay"]
     finally:
         del build.driver.capture  # type: ignore[method-assign]

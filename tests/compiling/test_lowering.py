@@ -14,9 +14,9 @@ from torch.fx.node import _side_effectful_functions
 import silly
 from breakable_backend import _torch, mark_eager, unmark_eager
 from breakable_backend.compiling.lowering import CannotLower, Lowered, lower, needs_gradients
+from breakable_backend.ir.ambient_modes import Modes, ambient_of
 from breakable_backend.ir.effects import schema_name
-from breakable_backend.ir.modes import Modes, ambient_of
-from breakable_backend.ir.program import source_line
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.marking import REGION_KEY, EagerOps
 
 BF16 = ("cpu", torch.bfloat16, True)

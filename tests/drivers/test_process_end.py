@@ -18,7 +18,7 @@ import silly
 from breakable_backend import BreakableCUDAGraph, ReplayError, capture, eager_on_graph
 from breakable_backend.calling.device_errors import blame, segments
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.failures import is_device_error
+from breakable_backend.failure_kinds import is_device_error
 from checks import compile_both
 
 ADVICE = """

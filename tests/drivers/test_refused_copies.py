@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from breakable_backend.drivers import cuda
-from breakable_backend.drivers.feeds import Fed
+from breakable_backend.drivers.input_copies import Fed
 from breakable_backend.errors import CaptureError, ReplayError
-from breakable_backend.faults import raise_if_ours
+from breakable_backend.internal_errors import raise_if_ours
 
 INVALID = "operation failed due to a previous error during capture (901)"
 

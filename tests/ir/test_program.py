@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 import silly
-from breakable_backend.ir.program import (
-    Access,
-    EagerSegment,
-    Epilogue,
-    Program,
-    Reason,
-    describe,
-    last_uses,
-    outputs_of,
-    verify,
-)
+from breakable_backend.ir.last_uses import last_uses
+from breakable_backend.ir.program import Access, EagerSegment, Epilogue, Program, Reason, describe, outputs_of, verify
 from graphs import cuda, fakes, golden, host, part, part_symbolic
 
 aten = torch.ops.aten

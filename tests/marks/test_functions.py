@@ -33,7 +33,7 @@ from breakable_backend import (
 )
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.marks.sites import sites
+from breakable_backend.marks.call_sites import sites
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

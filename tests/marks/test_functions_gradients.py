@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph
-from breakable_backend.marks import saved
+from breakable_backend.marks import saved_for_backward
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
@@ -53,7 +53,7 @@ def nothing_saved_is_left() -> Any:
     yield
     torch.compiler.reset()
     gc.collect()
-    assert not saved._all_saved
+    assert not saved_for_backward._all_saved
 
 
 runs: list[Any] = []
@@ -134,13 +134,13 @@ def test_nothing_is_left(compile_with: Function, device: torch.device) -> None:
         kept.clear()
         ((x,),) = leaves(device, (4,), number=1)
         out = compiled(x)
-        assert len(saved._all_saved) == 1
+        assert len(saved_for_backward._all_saved) == 1
         assert all(ref() is not None for ref in kept)
         if backward:
             out.sum().backward()
         del out
         gc.collect()
-        assert not saved._all_saved
+        assert not saved_for_backward._all_saved
         assert kept
         assert all(ref() is None for ref in kept)
 

@@ -19,7 +19,8 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 import breakable_backend
 import silly
 from breakable_backend import OptionsError, eager_region, mark_eager, unmark_eager
-from breakable_backend.ir.program import Reason, source_line
+from breakable_backend.ir.program import Reason
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.marking import REGION_KEY, EagerOps, Marks, is_marked, op_name
 from breakable_backend.marks.rules import (
     RULES,

@@ -25,13 +25,13 @@ import breakable_backend
 import silly
 from breakable_backend import BreakableError, ReplayError, _torch, backend, errors
 from breakable_backend.calling import device_errors
-from breakable_backend.compiling import training
+from breakable_backend.compiling import joint_graph
 from breakable_backend.compiling.lowering import CannotLower
-from breakable_backend.drivers import cuda, generator, nodes, ordering, streams, tape
+from breakable_backend.drivers import cuda, generator, graph_nodes, ordering, streams, tape
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.marks import sites
+from breakable_backend.marks import call_sites
 from breakable_backend.marks.results import Unholdable
 
 ROOT = Path(breakable_backend.__file__).parent
@@ -186,8 +186,10 @@ def given_up(patch: pytest.MonkeyPatch) -> Any:
 
 def unreadable(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     """Reads the nodes of a graph that CUDA does not give."""
-    patch.setattr(nodes, "cuda", SimpleNamespace(CUgraph=int, cuGraphGetNodes=lambda graph, count=0: (700, [], 0)))
-    return nodes.nodes
+    patch.setattr(
+        graph_nodes, "cuda", SimpleNamespace(CUgraph=int, cuGraphGetNodes=lambda graph, count=0: (700, [], 0))
+    )
+    return graph_nodes.nodes
 
 
 def cuda_driver(patch: pytest.MonkeyPatch) -> Any:
@@ -315,17 +317,17 @@ def losing(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     def backward(halves: Any, pattern: Any) -> Any:
         raise CannotLower("planted")
 
-    return lambda: patch.setattr(training.Halves, "backward", backward)
+    return lambda: patch.setattr(joint_graph.Halves, "backward", backward)
 
 
 def parting(patch: pytest.MonkeyPatch) -> None:
     """A backend that hands each tensor on as a copy, as one that functionalises may."""
-    run = sites.Site.run
+    run = call_sites.Site.run
 
     def parted(site: Any, needs: Any, traced: bool, tensors: Any, *rest: Any, **said: Any) -> Any:
         return run(site, needs, traced, [tensor.clone() for tensor in tensors], *rest, **said)
 
-    patch.setattr(sites.Site, "run", parted)
+    patch.setattr(call_sites.Site, "run", parted)
 
 
 def broken_partition(patch: pytest.MonkeyPatch) -> None:

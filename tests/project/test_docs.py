@@ -22,8 +22,8 @@ import torch
 import breakable_backend
 from breakable_backend import errors
 from breakable_backend.backend import EagerGraph
-from breakable_backend.calling import executor, policy, training
-from breakable_backend.drivers import room
+from breakable_backend.calling import eviction, executor, retries, training
+from breakable_backend.drivers import pool_size
 from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
 from breakable_backend.marks.rules import RULES
@@ -142,7 +142,13 @@ def test_rules_page() -> None:
 def test_limits_page() -> None:
     """Each limit has its line, with its value."""
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+)", PAGES["semantics"], re.MULTILINE))
-    everything = {**vars(executor), **vars(policy), **vars(room), "KEPT_INPUT": buffers.KEPT_INPUT}
+    everything = {
+        **vars(executor),
+        **vars(eviction),
+        **vars(retries),
+        **vars(pool_size),
+        "KEPT_INPUT": buffers.KEPT_INPUT,
+    }
     everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_SIZES")}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits

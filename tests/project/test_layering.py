@@ -19,7 +19,7 @@ PRIVATE_TORCH = "_torch"
 # The table of docs/design.md, lowest first. A folder may import what stands before it, in its own line too.
 LEVELS = (
     ("_torch",),
-    ("locks", "files", "errors", "failures", "faults", "options", "active", "callers"),
+    ("locks", "files", "errors", "failure_kinds", "internal_errors", "options", "active", "callers"),
     ("ir",),
     ("marks",),
     ("drivers",),
@@ -146,6 +146,12 @@ def test_the_table_of_the_design_has_every_module() -> None:
     )
     assert set(told) == {module.rpartition(".")[2] for module in MODULES} - {CONTENTS}
     assert [name for name in told if name in ORDER] == [name for name in ORDER if name != CONTENTS]
+
+
+def test_module_names_are_unique() -> None:
+    """No two folders have a module of the same name; one of ``_torch`` has the name of what it wraps."""
+    names = sorted(module.rpartition(".")[2] for module in MODULES if folder(module) != PRIVATE_TORCH)
+    assert len(names) == len(set(names)), [name for name in set(names) if names.count(name) > 1]
 
 
 def test_no_import_goes_in_a_circle() -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 import silly
 from breakable_backend import _torch, eager_on_graph, explain, reset
 from breakable_backend.calling.registry import executors_of
-from breakable_backend.drivers import CaptureDriver, room
+from breakable_backend.drivers import CaptureDriver, pool_size
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry
-from breakable_backend.ir.lifetimes import needed
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.recording import GraphStep
 from checks import assert_same, check, compile_both, entries_of, program_of
@@ -590,12 +590,12 @@ def test_random_static_results_fed_back(part: int, device: torch.device, options
     run_examples()
 
 
-@pytest.mark.parametrize("spare", [0, room.SPARE])
+@pytest.mark.parametrize("spare", [0, pool_size.SPARE])
 def test_keys_of_one_program_share_the_pool(
     spare: int, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys of all sizes, largest first and smallest first, are exact in whatever order they are called."""
-    monkeypatch.setattr(room, "SPARE", spare)
+    monkeypatch.setattr(pool_size, "SPARE", spare)
     numbers = random.Random(0)
 
     def f(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -628,7 +628,7 @@ def test_smaller_keys_move_to_the_pool_of_a_larger_one(
     sizes: range, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key that outgrows the pool has a new one to itself; the smaller are recorded anew in that, and then all replay."""
-    monkeypatch.setattr(room, "SPARE", 0)
+    monkeypatch.setattr(pool_size, "SPARE", 0)
     compiled, _ = compile_both(grows, options, dynamic=True)
 
     def calls(times: int) -> None:
@@ -656,7 +656,7 @@ def test_other_programs_move_too(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever recorded in a pool that is outgrown leaves it; a key that needs no more than the largest leaves all as it is."""
-    monkeypatch.setattr(room, "SPARE", 0)
+    monkeypatch.setattr(pool_size, "SPARE", 0)
     small, large, middle = (torch.rand(size, device=device) for size in (300, 900, 500))
     one, _ = compile_both(lambda x: breaks(x, 2), options)
     other, _ = compile_both(lambda x: breaks(x + 1, 2) * x, options)
@@ -694,9 +694,9 @@ def test_an_empty_pool_has_no_room(device: torch.device, options: dict[str, Any]
         for call in range(3):
             compiled(*vectors(call, device))
     driver = driver_behind(compiled)
-    assert driver.room.largest
+    assert driver.pool_size.largest
     reset(compiled)
-    assert driver.room == room.Room()
+    assert driver.pool_size == pool_size.PoolSize()
 
 
 @pytest.mark.gpu
@@ -734,7 +734,7 @@ def test_threads_that_share_a_pool(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls of several threads, with keys that move to larger pools, do what eager does."""
-    monkeypatch.setattr(room, "SPARE", 0)
+    monkeypatch.setattr(pool_size, "SPARE", 0)
     compiled, _ = compile_both(grows, options, dynamic=True)
     with torch.no_grad():
         for size in (10, 20):

@@ -17,7 +17,7 @@ from torch import Tensor
 import breakable_backend
 import silly
 from breakable_backend import EagerOutputError
-from breakable_backend.calling import compiled as compiled_module
+from breakable_backend.calling import compiled_graph as compiled_module
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings import plain as module

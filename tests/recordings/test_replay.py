@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from breakable_backend import EagerOutputError, ReplayError, _torch
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.tape import TapeDriver, TapeGraph
+from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import TensorSpec, extent
-from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.program import Reason
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import silly
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, reset
-from breakable_backend.calling import policy
+from breakable_backend.calling import eviction
 
 TESTS = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ def test_evictions(device: torch.device, options: dict[str, Any], lines: Any) ->
     """An eviction is told with its cause, and so is the recording that follows it."""
     compiled = torch.compile(model, backend="breakable_cg", options={**options, "max_recordings": 1}, dynamic=True)
     with torch.no_grad():
-        for size in (4, 4, 6, *[6] * policy.IDLE_FACTOR, 4, *[4] * policy.IDLE_FACTOR):
+        for size in (4, 4, 6, *[6] * eviction.IDLE_FACTOR, 4, *[4] * eviction.IDLE_FACTOR):
             compiled(torch.ones(size, device=device))
     found = [text for text in told(lines) if text.startswith("recording")]
     assert found == [

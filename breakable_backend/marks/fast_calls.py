@@ -1,6 +1,6 @@
 """The shortest way to call a marked function in a replay, for tensors and plain values in, and fresh tensors out.
 
-Everything else is left to :meth:`breakable_backend.marks.sites.Site.run`, which handles every case and takes ten times
+Everything else is left to :meth:`breakable_backend.marks.call_sites.Site.run`, which handles every case and takes ten times
 as long.
 """
 
@@ -26,7 +26,7 @@ Look = Callable[[Sequence[Any], Sequence[Any]], None]
 """Takes what a container holds now, and what it held before."""
 
 
-def straight(
+def fast_call(
     function: Callable[..., Any],
     arguments: Structure,
     result: Structure,
@@ -74,7 +74,7 @@ def straight(
                 return False
         return True
 
-    def run_straight(
+    def run_fast(
         needs: list[bool], traced: bool, tensors: list[Any], ints: list[int], floats: list[float]
     ) -> list[Any]:
         if needs or traced or capture() is not None:
@@ -92,7 +92,7 @@ def straight(
         del made
         return take(holder, tensors, ints, floats)
 
-    return run_straight
+    return run_fast
 
 
 def _no(_: Any) -> bool:

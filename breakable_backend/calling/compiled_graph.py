@@ -15,30 +15,30 @@ from typing import Any
 import torch
 
 from breakable_backend.callers import Callers
-from breakable_backend.calling import policy
+from breakable_backend.calling import eviction
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, Spectator, held, scalar_bytes
-from breakable_backend.calling.lifetime import release, release_all, run_deferred, watch, when_idle
+from breakable_backend.calling.release import release, release_all, run_deferred, watch, when_idle
 from breakable_backend.calling.sharing import SharedMemory
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, Statistics, uncounted
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import Passing, first_line
-from breakable_backend.failures import passing
+from breakable_backend.failure_kinds import passing
 from breakable_backend.ir.effects import written_inputs
-from breakable_backend.ir.lifetimes import needed
+from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
 from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.checks import check_places
-from breakable_backend.recordings.finding import Finder
-from breakable_backend.recordings.handed import has_suspects
+from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from breakable_backend.recordings.plain import Plain, write_plain
 from breakable_backend.recordings.recorder import Plan, Recorded, record
 from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay
+from breakable_backend.recordings.returned_arguments import has_suspects
 
 log = logging.getLogger("breakable_backend.calling.executor")
 """One log for all of an executor. Its name is in docs/tools.md."""
@@ -66,7 +66,7 @@ class CompiledGraph:
         self.scope = scope
         self.bridged: set[str] = set()
         """Inputs that captured segments write, and that came at too many addresses for the key."""
-        self.variety = policy.Variety()
+        self.variety = eviction.Variety()
         """Counts the values of host scalars, and the addresses of written inputs."""
         self.notes: list[str] = []
         """What was changed about the program since, for the report."""
@@ -118,15 +118,15 @@ class CompiledGraph:
 
     def _give_up_variety(self, args: Sequence[Any]) -> bool:
         """Count what varies from key to key, and stop keying what varies too much. Returns whether keys have changed."""
-        keyed, bound = self.keyed(), policy.MAX_SCALAR_VALUES
+        keyed, bound = self.keyed(), eviction.MAX_SCALAR_VALUES
         given_up = []
         for value in self.program.inputs:
             if value.name in keyed:
                 place = args[value.index].data_ptr()
-                if self.variety.is_too_much(value.name, place, policy.MAX_ADDRESSES):
+                if self.variety.is_too_much(value.name, place, eviction.MAX_ADDRESSES):
                     self.bridged.add(value.name)
                     given_up.append(
-                        f"{value.name} is written by captured segments and came at more than {policy.MAX_ADDRESSES} "
+                        f"{value.name} is written by captured segments and came at more than {eviction.MAX_ADDRESSES} "
                         "addresses: copied in and back"
                     )
             elif (
@@ -172,7 +172,7 @@ class CompiledGraph:
         if addresses is not None:
             addresses.last_call = now
         places = held(addresses.entries) if addresses is not None else None
-        admission = policy.admit(now, held(self.keys.sets), places, self.options.max_recordings)
+        admission = eviction.admit(now, held(self.keys.sets), places, self.options.max_recordings)
         if admission.refused:
             return Entry(key, refused=admission.refused)
         if admission.evicts_set:
@@ -290,13 +290,13 @@ class CompiledGraph:
         The old pool is freed before the new one is made. This takes a wait for the GPU, once for each size that
         outgrows a pool.
         """
-        if not driver.room.holds(need):
+        if not driver.pool_size.holds(need):
             before = driver.pool_bytes()
             for tenant in [tenant() for tenant in list(driver.tenants)]:
                 if tenant is not None:
                     tenant.vacate(MOVED)
             self._note_move(before, driver.pool_bytes())
-        driver.room = driver.room.having(need)
+        driver.pool_size = driver.pool_size.having(need)
 
     def _note_move(self, before: int, kept: int) -> None:
         self.moves += 1

@@ -20,7 +20,7 @@ from breakable_backend import CaptureError, explain
 from breakable_backend.backend import executors_of
 from breakable_backend.drivers import tape
 from breakable_backend.drivers.cuda import CudaDriver, CudaSession
-from breakable_backend.recordings import healing, recorder
+from breakable_backend.recordings import recorder, repair
 from checks import assert_same, program_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -230,13 +230,13 @@ def test_writes_and_draws_happen_once(device: torch.device, options: dict[str, A
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The nodes at which captures fail from now on."""
     found: list[str] = []
-    real = healing.Healing.cut
+    real = repair.Repair.cut
 
-    def cut(self: healing.Healing, *args: Any) -> Any:
+    def cut(self: repair.Repair, *args: Any) -> Any:
         found.extend(node.name for node in self._blamed)
         return real(self, *args)
 
-    monkeypatch.setattr(healing.Healing, "cut", cut)
+    monkeypatch.setattr(repair.Repair, "cut", cut)
     return found
 
 
@@ -286,7 +286,7 @@ def test_no_more_cuts_than_a_bound(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond a number of failures in one recording what still fails is eager as a whole, and right."""
-    monkeypatch.setattr(healing, "MAX_CUTS", 1)
+    monkeypatch.setattr(repair, "MAX_CUTS", 1)
     check(lambda x: many(waits_too(many(waits(many(x))))), device, options, 3, 2, recorded=1)
 
 
@@ -453,7 +453,7 @@ def test_auto_break_off(device: torch.device, options: dict[str, Any]) -> None:
         compiled(x)
         with pytest.raises(CaptureError) as caught:
             compiled(x)
-        assert "test_healing.py" in caught.value.where, name
+        assert "test_repair.py" in caught.value.where, name
         assert executors_of(compiled)[-1].driver.live_blocks() == 0
 
 
@@ -516,7 +516,7 @@ def test_what_acts_outside() -> None:
         "other": graph.call_function(torch.ops.healing.waits.default, (x,)),
         "torch's": graph.call_function(torch.ops.aten.sin.default, (x,)),
     }
-    found = {name for name, node in nodes.items() if healing.acts_outside(node)}
+    found = {name for name, node in nodes.items() if repair.acts_outside(node)}
     assert found == {"registered", "collective", "wait"}
 
 
@@ -565,13 +565,13 @@ def test_disturbed_once(device: torch.device, options: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("disturbable")
 def test_disturbed_in_the_pause(device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that goes on disturbing does so in the pause before the op, which is then not to blame: the call is plain."""
-    wait = healing.NodeByNode._wait
+    wait = repair.NodeByNode._wait
 
     def disturbed_meanwhile(seconds: float, progress: Callable[[], Any]) -> Any:
         disturbed.append("another thread")
         return wait(seconds, progress)
 
-    monkeypatch.setattr(healing.NodeByNode, "_wait", staticmethod(disturbed_meanwhile))
+    monkeypatch.setattr(repair.NodeByNode, "_wait", staticmethod(disturbed_meanwhile))
     disturbs_in.update((3, 4))
     compiled = torch.compile(lambda x: many(disturbs(many(x))), backend="breakable_cg", options=options)
     x = torch.randn(8, device=device)
@@ -588,7 +588,7 @@ def test_nothing_is_captured_again_behind_an_effect(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where an op acts outside of the process, its segment is not captured a second time just to see what comes of it."""
-    monkeypatch.setattr(healing, "acts_outside", lambda node: "effectful" in str(node.target))
+    monkeypatch.setattr(repair, "acts_outside", lambda node: "effectful" in str(node.target))
     disturbs_in.update((3, 4))
     compiled = torch.compile(lambda x: many(disturbs(effectful(many(x)))), backend="breakable_cg", options=options)
     x = torch.randn(8, device=device)
@@ -608,7 +608,7 @@ def test_what_the_partition_has_added(
 ) -> None:
     """Where a capture fails at a wait that was added behind a collective, its segment is eager, and the call is right."""
 
-    class Failing(healing.NodeByNode):
+    class Failing(repair.NodeByNode):
         def _look(self, node: Any, *rest: Any) -> Any:
             if node.name.endswith("_wait"):
                 raise CaptureError("no")

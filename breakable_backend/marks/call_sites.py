@@ -18,13 +18,13 @@ import torch
 from breakable_backend import _torch, active, locks
 from breakable_backend.callers import Callers
 from breakable_backend.errors import BreakableError, EagerOutputError, PartitionError, ReplayError, first_line
+from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.modes import Modes
 from breakable_backend.ir.overlap import known_apart
+from breakable_backend.marks.fast_calls import Run, fast_call
 from breakable_backend.marks.learning import Asked, Expected, Learned
 from breakable_backend.marks.results import Result, Unholdable, copy_of, take_result
-from breakable_backend.marks.saved import SavedForBackward, reaches_others
-from breakable_backend.marks.straight import Run, straight
+from breakable_backend.marks.saved_for_backward import SavedForBackward, reaches_others
 from breakable_backend.marks.structure import (
     LEAVES,
     Structure,
@@ -357,7 +357,7 @@ class Site:
             made = [*made, SavedForBackward.handle(leaves, taken.members)]
         return made
 
-    def straight(self) -> Run:
+    def fast_run(self) -> Run:
         """:meth:`run` as a replay calls it, by a shorter path if there is one."""
         run = functools.partial(self.run, own=True)
 
@@ -370,7 +370,7 @@ class Site:
                 raise self._changed_a_container()
 
         capture = active.handler.held.get
-        return straight(
+        return fast_call(
             self.mark.function, self.arguments, self.expected.result, self.expected.specs, capture, run, take, look
         )
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import silly
 from breakable_backend import InternalError, capture, eager_on_graph
-from breakable_backend.calling import compiled as compiled_graph
+from breakable_backend.calling import compiled_graph as compiled_graph
 from breakable_backend.capturing import graph as graph_module
 from breakable_backend.errors import first_line
-from breakable_backend.faults import internal, raise_if_ours
-from breakable_backend.ir.modes import Modes
+from breakable_backend.internal_errors import internal, raise_if_ours
+from breakable_backend.ir.ambient_modes import Modes
 from checks import compile_both
 from doors import MakeGraph, bend, marked_bend, replays_equal
 
@@ -33,7 +33,7 @@ def told_as_ours(call: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> N
         call()
     text = str(caught.value)
     assert "breakable_cg failed internally with TypeError: 'NoneType' object is not callable" in text
-    assert "test_faults.py" in text and "the package breakable_backend" in text and "backend='eager'" in text
+    assert "test_internal_errors.py" in text and "the package breakable_backend" in text and "backend='eager'" in text
     assert isinstance(caught.value.original, TypeError)
     assert [record.message for record in caplog.records] == ["this is a fault of breakable_backend"]
 

@@ -16,9 +16,10 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.ir.effects import is_somebodys, storages_of, tensors_of, values_of, written_arguments
-from breakable_backend.ir.live import has_memory
 from breakable_backend.ir.overlap import Region
-from breakable_backend.ir.program import Reason, source_line
+from breakable_backend.ir.program import Reason
+from breakable_backend.ir.running_ops import has_memory
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
 
 
@@ -32,7 +33,7 @@ def has_suspects(graph: fx.Graph) -> bool:
     return False
 
 
-class Handed:
+class ReturnedArguments:
     """Looks at the results of custom ops during one plain call."""
 
     def __init__(self) -> None:

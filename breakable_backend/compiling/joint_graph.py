@@ -32,6 +32,7 @@ from breakable_backend.compiling.lowering import (
 from breakable_backend.compiling.partition import STRIDED
 from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
+from breakable_backend.ir.ambient_modes import AMBIENT_KEY
 from breakable_backend.ir.effects import (
     alias_source,
     bodies,
@@ -46,11 +47,10 @@ from breakable_backend.ir.effects import (
     written_arguments,
 )
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.modes import AMBIENT_KEY
+from breakable_backend.marks.call_ops import is_backward, site_of
+from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.marking import EagerOps, Marks
-from breakable_backend.marks.ops import is_backward, site_of
 from breakable_backend.marks.rules import argument_of
-from breakable_backend.marks.sites import Site, sites
 
 AT_RUN_TIME = "it computes with numbers, or makes sizes, that are known only at run time"
 

@@ -4,7 +4,7 @@ A dispatch mode of this thread observes what a custom op calls: Python that read
 a marked op. So nothing runs twice, and other threads are neither observed nor affected.
 ``torch.cuda.set_sync_debug_mode`` would also see waits in C++. But its mode, and the filter of warnings, apply to the
 whole process, and it reports the waits of all threads. An op that launches and waits in C++ is found when it is
-captured; see :mod:`breakable_backend.recordings.healing`.
+captured; see :mod:`breakable_backend.recordings.repair`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.errors import user_line
 from breakable_backend.ir.effects import is_somebodys, op_of, tensors_of
-from breakable_backend.ir.live import OpMode, kernel_of_ops
 from breakable_backend.ir.program import Program, Reason
+from breakable_backend.ir.running_ops import OpMode, kernel_of_ops
 from breakable_backend.marks.rules import LiveReason, label, live_reason
-from breakable_backend.recordings.handed import Handed
+from breakable_backend.recordings.returned_arguments import ReturnedArguments
 
 
 def has_unknown_ops(program: Program) -> bool:
@@ -39,7 +39,7 @@ class Finder:
 
     def __init__(self, devices: Sequence[torch.device], *, inside: bool) -> None:
         self.devices, self.inside = devices, inside
-        self._handed = Handed()
+        self._returned = ReturnedArguments()
         self._found: dict[Any, Reason] = {}
         """Why an op has to run eagerly."""
 
@@ -47,7 +47,7 @@ class Finder:
         """What to call for ``node``: its op, observed if it is a custom op."""
         inside = self.inside and captured and is_somebodys(node)
         call: Any = self._inside(node) if inside else node.target
-        return self._handed.around(node, call)
+        return self._returned.around(node, call)
 
     def place(self, node: fx.Node) -> torch.device:
         """The capture device that ``node`` has tensors on; the first where it has none."""
@@ -75,7 +75,7 @@ class Finder:
         nodes = (node for segment in program.graph_segments for node in segment.module.graph.nodes)
         called = ((node.name, self._found.get(op_of(node))) for node in nodes)
         found = {name: reason for name, reason in called if reason is not None}
-        return {**found, **self._handed.reasons(graph)}
+        return {**found, **self._returned.reasons(graph)}
 
 
 class _Look:

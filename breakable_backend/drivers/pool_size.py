@@ -12,7 +12,7 @@ WASTE = 0.1
 
 
 @dataclass(frozen=True)
-class Room:
+class PoolSize:
     """The memory that the recordings in one pool need, each by itself.
 
     A smaller recording fits into memory that a larger one has left. A larger one does not fit, since blocks cannot
@@ -29,6 +29,6 @@ class Room:
         """Whether a recording of ``need`` bytes goes into this pool. If not, it begins a new one, for all recordings."""
         return need <= self.largest or self.outgrown + self.largest <= max(SPARE, int(WASTE * need))
 
-    def having(self, need: int) -> Room:
+    def having(self, need: int) -> PoolSize:
         """The same with one more recording."""
-        return self if need <= self.largest else Room(need, self.outgrown + self.largest)
+        return self if need <= self.largest else PoolSize(need, self.outgrown + self.largest)

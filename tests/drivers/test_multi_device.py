@@ -16,16 +16,16 @@ from torch.nn import functional
 import breakable_backend
 import silly
 from breakable_backend import BreakableCUDAGraph, CaptureError, capture, eager_on_graph, explain
-from breakable_backend.calling.lifetime import run_deferred
 from breakable_backend.calling.registry import executors_of
+from breakable_backend.calling.release import run_deferred
 from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.drivers.several import DeviceGroup
+from breakable_backend.drivers.multi_device import DeviceGroup
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.ir.program import GraphSegment, Program
 from breakable_backend.marks.rules import Scope
-from breakable_backend.recordings.finding import Finder
+from breakable_backend.recordings.host_syncs import Finder
 from checks import assert_same, program_of
 from gpu import compiled, settled
 from graphs import trace

@@ -10,8 +10,8 @@ import torch
 
 from breakable_backend import _torch, locks
 from breakable_backend.errors import EagerOutputError, ReplayError
-from breakable_backend.marks.saved import SavedForBackward, saved_behind
-from breakable_backend.marks.sites import Site, sites
+from breakable_backend.marks.call_sites import Site, sites
+from breakable_backend.marks.saved_for_backward import SavedForBackward, saved_behind
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
 _library = torch.library.Library("breakable_cg", "FRAGMENT")
@@ -214,7 +214,7 @@ def why_marked(args: Sequence[Any]) -> str:
 
 def direct(op: Any, site: int) -> Callable[..., Any]:
     """The function behind a call of ``op``, to be called without the dispatcher. It takes all arguments but the site."""
-    run = sites[site].straight()
+    run = sites[site].fast_run()
     if op is OP:
         return run
     num_written = sites[site].num_written

@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     import sympy
 
 
+def last_uses(program: Program) -> list[tuple[str, ...]]:
+    """For each segment, the values that no later segment and no output needs."""
+    needed = set(program.epilogue.inputs)
+    result: list[tuple[str, ...]] = []
+    for segment in reversed(program.segments):
+        names = dict.fromkeys((*segment.inputs, *segment.outputs))
+        result.append(tuple(name for name in names if name not in needed))
+        needed.update(names)
+    return result[::-1]
+
+
 @dataclass(frozen=True)
 class Lifetimes:
     """When each value of a program is read last."""

@@ -14,7 +14,7 @@ from torch import Tensor
 import silly
 from breakable_backend import explain
 from breakable_backend.backend import executors_of
-from breakable_backend.recordings.healing import Healing
+from breakable_backend.recordings.repair import Repair
 from checks import assert_same, program_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -88,10 +88,10 @@ def _(x: Tensor) -> None:
 def no_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found is found before: no recording has anything to heal."""
 
-    def found(self: Healing, *args: Any) -> None:
+    def found(self: Repair, *args: Any) -> None:
         raise AssertionError(args)
 
-    monkeypatch.setattr(Healing, "found", found)
+    monkeypatch.setattr(Repair, "found", found)
     runs.clear()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from breakable_backend.drivers import nodes
+from breakable_backend.drivers import graph_nodes
 from breakable_backend.errors import ReplayError
 
 MULTIPLY = (
@@ -32,15 +32,15 @@ SHORT_MULTIPLY = (
 )
 def test_short_names(symbol: str, short: str) -> None:
     """Symbols of C++ lose return types, argument lists and empty namespaces; other names stay as they are."""
-    assert nodes.short_name(symbol) == short
+    assert graph_nodes.short_name(symbol) == short
 
 
 def test_dot_of_names() -> None:
     """Launches are boxes in a chain; none is an empty graph; a quote in a name stays a quote."""
-    assert nodes.dot_of_names(["a", 'b"']) == (
+    assert graph_nodes.dot_of_names(["a", 'b"']) == (
         'digraph segment {\n  node [shape=box];\n  n0 [label="a"];\n  n1 [label="b\\""];\n  n0 -> n1;\n}\n'
     )
-    assert nodes.dot_of_names([]) == "digraph segment {\n  node [shape=box];\n}\n"
+    assert graph_nodes.dot_of_names([]) == "digraph segment {\n  node [shape=box];\n}\n"
 
 
 class Kind(enum.IntEnum):
@@ -95,28 +95,28 @@ def test_reads_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         (Kind.CU_GRAPH_NODE_TYPE_KERNEL, (-1, 8)),
         (Kind.CU_GRAPH_NODE_TYPE_KERNEL, (0, 0)),
     ]
-    monkeypatch.setattr(nodes, "cuda", Cuda(graph))
-    assert [(node.kind, node.name) for node in nodes.nodes(1)] == [
+    monkeypatch.setattr(graph_nodes, "cuda", Cuda(graph))
+    assert [(node.kind, node.name) for node in graph_nodes.nodes(1)] == [
         ("kernel", "function_3"),
         ("kernel", "kernel_7"),
         ("memcpy", ""),
         ("kernel", "kernel_8"),
         ("kernel", "unnamed kernel"),
     ]
-    monkeypatch.setattr(nodes, "cuda", Cuda([]))
-    assert nodes.nodes(1) == ()
+    monkeypatch.setattr(graph_nodes, "cuda", Cuda([]))
+    assert graph_nodes.nodes(1) == ()
 
 
 def test_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA wrote to its file comes back, asked for with all details."""
-    monkeypatch.setattr(nodes, "cuda", Cuda([1, 2]))
-    assert nodes.dot(1) == "digraph dot { 2 1 }"
+    monkeypatch.setattr(graph_nodes, "cuda", Cuda([1, 2]))
+    assert graph_nodes.dot(1) == "digraph dot { 2 1 }"
 
 
 def test_says_which_call_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A status that is not success is an error that names the call."""
-    monkeypatch.setattr(nodes, "cuda", Cuda([], status=700))
+    monkeypatch.setattr(graph_nodes, "cuda", Cuda([], status=700))
     with pytest.raises(ReplayError, match="cuGraphGetNodes failed: 700"):
-        nodes.nodes(1)
+        graph_nodes.nodes(1)
     with pytest.raises(ReplayError, match="cuGraphDebugDotPrint failed: 700"):
-        nodes.dot(1)
+        graph_nodes.dot(1)

@@ -19,7 +19,7 @@ import torch
 from breakable_backend import locks
 from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing, Tenant
 from breakable_backend.drivers.device import GraphAround
-from breakable_backend.drivers.room import Room
+from breakable_backend.drivers.pool_size import PoolSize
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class _Tenants:
             driver.tenants.remove(tenant)
 
     def __iter__(self) -> Iterator[Callable[[], Tenant | None]]:
-        """The tenants of the first driver, whose room is the one that is asked for."""
+        """The tenants of the first driver, whose pool size is the one that is asked for."""
         return iter(self._drivers[0].tenants)
 
 
@@ -184,13 +184,13 @@ class DeviceGroup:
             driver.patience = patience
 
     @property
-    def room(self) -> Room:
+    def pool_size(self) -> PoolSize:
         """The first driver's: what a program needs is not known by device, and the first has most of it or about half."""
-        return self._drivers[0].room
+        return self._drivers[0].pool_size
 
-    @room.setter
-    def room(self, room: Room) -> None:
-        self._drivers[0].room = room
+    @pool_size.setter
+    def pool_size(self, pool_size: PoolSize) -> None:
+        self._drivers[0].pool_size = pool_size
 
     def _run_deferred(self) -> None:
         """Called when a call on a single device has ended: do what waited for that call too.

@@ -149,7 +149,7 @@ def acts_outside(node: fx.Node) -> bool:
     return is_asynchronous(op) or _torch.schema_name(op) == WAIT or _torch.is_effectful(op)
 
 
-class Healing:
+class Repair:
     """What one recording has found out, and how it continues."""
 
     def __init__(self, recut: Recut | None) -> None:
