@@ -1,13 +1,16 @@
 """A Llama whose weights torchao has quantised to eight bits, compiled: captured as it is, with the quantised model's bits.
 
 torchao replaces weights by tensors of a class of its own, which hold integers and scales. PyTorch takes such tensors apart
-before this backend sees the graph, so integers and scales are ordinary weights at fixed addresses. The model is small and
-its weights are random. It needs ``pip install torchao transformers``.
+before this backend sees the graph, so integers and scales are ordinary weights at fixed addresses. The weights are random.
+On a GPU the model is larger, and the time of a call is told, in turns. It needs ``pip install torchao transformers``.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
+from statistics import median
 
 import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -18,11 +21,13 @@ from breakable_backend import explain
 
 def build(device: torch.device) -> torch.nn.Module:
     """A Llama with random weights."""
+    layers, width = (16, 1024) if device.type == "cuda" else (2, 64)
     config = LlamaConfig(
-        vocab_size=128, num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4
+        vocab_size=128, num_hidden_layers=layers, hidden_size=width, intermediate_size=2 * width, num_attention_heads=4
     )
     with device:
-        return AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+    return model.bfloat16() if device.type == "cuda" else model
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -32,6 +37,21 @@ def weight_bytes(model: torch.nn.Module) -> int:
         names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
         parts += [getattr(weight, name) for name in names] or [weight]
     return sum(part.nbytes for part in parts)
+
+
+def microseconds(calls: dict[str, Callable[[], object]], turns: int = 20) -> dict[str, float]:
+    """The time of each call until the GPU is done: the median of turns of ten."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            call()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(10):
+                call()
+            torch.cuda.synchronize()
+            taken[name].append((time.perf_counter() - start) * 1e5)
+    return {name: median(times) for name, times in taken.items()}
 
 
 @torch.no_grad()
@@ -59,6 +79,14 @@ def main() -> int:
     print(report)
     (program,) = report.programs
     print("\nthe same bits as the quantised model in eager")
+    if device.type == "cuda":
+        calls = {"eager": model, "compiled": compiled}
+        taken = microseconds({name: lambda f=f: f(tokens, use_cache=False) for name, f in calls.items()})  # type: ignore[misc]
+        print(
+            ", ".join(f"{name} {time:,.0f} us" for name, time in taken.items()),
+            "a call on",
+            torch.cuda.get_device_name(),
+        )
     return 0 if (program.num_graph_segments, program.num_eager_segments) == (1, 0) and program.replays >= 4 else 1
 
 

@@ -13,6 +13,8 @@
 Contenders: eager; by hand, which without breaks is one graph of forward and backward, and with breaks the pieces between
 them under ``torch.cuda.make_graphed_callables``; this backend; and ``torch.compile`` with Inductor, with
 ``mode="reduce-overhead"`` (and graph partition) and with ``backend="cudagraphs"``. All run the same optimizer, outside.
+``step by hand`` and ``step captured`` have the optimizer in the graph too: such a whole step is captured once by
+``torch.cuda.graph``, and once by ``with capture(graph)`` of this package.
 
 A turn is ten steps of one contender, until the GPU is done. Each number is the median of the turns; a ratio is the median of
 the turns' ratios to the contender by hand. Host is the time in which ten steps are issued.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import itertools
 import subprocess
@@ -35,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from breakable_backend import eager_on_graph, explain
+from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
 
 MIB = 2**20
 STEPS = 10
@@ -172,9 +175,9 @@ class Work:
             return model
         return lambda images, labels: F.cross_entropy(model(images), labels)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, *, capturable: bool = False) -> torch.optim.Optimizer:
         if isinstance(model, Gpt):
-            return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=capturable)
         return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
 
@@ -221,32 +224,85 @@ def by_hand(work: Work) -> Step:
 
 def by_hand_whole(work: Work, model: nn.Module) -> Step:
     """One graph of forward and backward; gradients stay in its memory."""
-    forward, optimizer, batches = work.whole(model), work.optimizer(model), itertools.cycle(work.batches)
+    forward, optimizer = work.whole(model), work.optimizer(model)
     given = [value.clone() for value in work.batches[0]]
+
+    def halves() -> Tensor:
+        optimizer.zero_grad()
+        with autocast():
+            loss = forward(*given)
+        loss.backward()
+        return loss.detach()
+
+    warm_up(halves)
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = halves()
+    return replayed(work, given, graph.replay, loss, optimizer.step)
+
+
+def warm_up(body: Callable[[], object]) -> None:
+    """What PyTorch asks for before a capture: some runs on another stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            with autocast():
-                loss = forward(*given)
-            loss.backward()
-            optimizer.zero_grad()
-            del loss
+            body()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        with autocast():
-            loss = forward(*given)
-        loss.backward()
+
+
+def replayed(work: Work, given: list[Tensor], *parts: Any) -> Step:
+    """A step that copies a batch to where the graph reads it, and then replays the graph."""
+    replay, loss, *rest = parts
+    batches = itertools.cycle(work.batches)
 
     def train() -> Tensor:
         for place, value in zip(given, next(batches), strict=True):
             place.copy_(value)
-        graph.replay()
-        optimizer.step()
-        return loss.detach().clone()
+        replay()
+        for part in rest:
+            part()
+        return loss.clone()  # type: ignore[no-any-return]
 
     return train
+
+
+def whole_step(work: Work, *, keep: bool) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Where a batch is read, and a step in which nothing reads on the host. ``keep``: gradients are set to zero, not None."""
+    model = copy.deepcopy(work.model)
+    forward, optimizer = work.whole(model), work.optimizer(model, capturable=True)
+    given = [value.clone() for value in work.batches[0]]
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=not keep)
+        with autocast():
+            loss = forward(*given)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return given, step
+
+
+def step_by_hand(work: Work, *, keep: bool = False) -> Step:
+    """A whole step under ``torch.cuda.graph``."""
+    given, step = whole_step(work, keep=keep)
+    warm_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    return replayed(work, given, graph.replay, loss)
+
+
+def step_captured(work: Work, *, keep: bool = False) -> Step:
+    """The same step under ``with capture(graph)``, with eager steps in it where the model has marked functions."""
+    given, step = whole_step(work, keep=keep)
+    step()
+    graph = BreakableCUDAGraph()
+    with capture(graph):
+        loss = step()
+    return replayed(work, given, graph.replay, loss)
 
 
 def by_hand_in_pieces(work: Work, model: nn.Module) -> Step:
@@ -277,12 +333,15 @@ def by_hand_in_pieces(work: Work, model: nn.Module) -> Step:
 
 
 CONTENDERS: dict[str, Callable[[Work], Step]] = {"by hand": by_hand, "ours": ours, "eager": eager}
+STEP_CONTENDERS: dict[str, Callable[[Work], Step]] = {"step by hand": step_by_hand, "step captured": step_captured}
 RIVALS: dict[str, Callable[[Work], Step]] = {
     "torch.compile": compiled,
     "reduce-overhead": lambda work: compiled(work, mode="reduce-overhead"),
     "cudagraphs": lambda work: compiled(work, backend="cudagraphs"),
 }
 
+
+NOT_WITH = {"marked": ("by hand", "step by hand"), "breaks": ("step by hand", "step captured")}
 
 # --- measuring ------------------------------------------------------------------------------------------------------------
 
@@ -310,8 +369,8 @@ def in_turns(steps: dict[str, Step], turns: int) -> dict[str, tuple[list[float],
 def run(part: str, rivals: bool, turns: int) -> None:
     torch.compiler.reset()
     work, steps = Work(part), dict[str, Step]()
-    for name, make in {**CONTENDERS, **(RIVALS if rivals else {})}.items():
-        if part == "marked" and name == "by hand":
+    for name, make in {**CONTENDERS, **STEP_CONTENDERS, **(RIVALS if rivals else {})}.items():
+        if name in NOT_WITH.get(part, ()):
             continue
         start = time.perf_counter()
         try:
@@ -339,15 +398,24 @@ def run(part: str, rivals: bool, turns: int) -> None:
         )
 
 
+MEMORY_OF: dict[str, tuple[str, Callable[[Work], Step]]] = {
+    **{name: ("gpt", make) for name, make in {**CONTENDERS, **STEP_CONTENDERS}.items()},
+    "step by hand, gradients kept": ("gpt", functools.partial(step_by_hand, keep=True)),
+    "step captured, gradients kept": ("gpt", functools.partial(step_captured, keep=True)),
+    "step captured, marked attention": ("marked", step_captured),
+}
+
+
 def memory() -> None:
     """Each contender's memory, of a process of its own."""
-    for name in CONTENDERS:
+    for name in MEMORY_OF:
         subprocess.run([sys.executable, __file__, "memory-of", name], check=True)
 
 
 def memory_of(name: str) -> None:
-    work = Work("gpt")
-    train = CONTENDERS[name](work)
+    part, make = MEMORY_OF[name]
+    work = Work(part)
+    train = make(work)
     for _ in range(8):
         train()
     work.model.cpu()
@@ -360,7 +428,7 @@ def memory_of(name: str) -> None:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / MIB
     torch.cuda.empty_cache()
-    print(f"memory: {name:8} peak {peak:8.0f} MiB, reserved {torch.cuda.memory_reserved() / MIB:8.0f} MiB", flush=True)
+    print(f"memory: {name:32} peak {peak:8.0f} MiB, reserved {torch.cuda.memory_reserved() / MIB:8.0f} MiB", flush=True)
 
 
 PARTS = ("gpt", "breaks", "marked", "resnet50", "vit")

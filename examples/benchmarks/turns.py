@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python examples/benchmarks/turns.py                       # all of it
     PYTHONPATH=. python examples/benchmarks/turns.py transformer llama     # some parts
+    PYTHONPATH=. python examples/benchmarks/turns.py llama --batches 1 --turns 6
 
 - ``transformer`` and ``unbroken``: the transformer of ``replay.py`` with 16 breaks, and with none. The floor is the loop that a patient user
   writes: the same pieces captured by hand, launches, direct calls of the attention, a copy of each result, of the input
@@ -21,6 +22,7 @@ turns, and a ratio the median of the turns' ratios to the floor.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 import time
@@ -162,25 +164,27 @@ def bound(work: replay.Workload, compiled: Callable[..., Any]) -> Callable[..., 
     return made[0]
 
 
-def transformer(breaks: int = 16) -> None:
+def transformer(chosen: argparse.Namespace, breaks: int = 16) -> None:
     torch.compiler.reset()
     work = replay.workload(f"breaks-{breaks}", torch.device("cuda"))
-    show(f"transformer, {breaks} breaks", in_turns(contenders(work), work.inputs, work.rewind))
+    rows = in_turns(contenders(work), work.inputs, work.rewind, chosen.turns or TURNS)
+    show(f"transformer, {breaks} breaks", rows)
 
 
-def unbroken() -> None:
-    transformer(breaks=0)
+def unbroken(chosen: argparse.Namespace) -> None:
+    transformer(chosen, breaks=0)
 
 
-def llama() -> None:
-    for batch in (1, 8, 64):
+def llama(chosen: argparse.Namespace) -> None:
+    for batch in chosen.batches:
         torch.compiler.reset()
         torch.manual_seed(0)
         work = replay.Llama(torch.device("cuda"), batch)
-        show(f"llama, batch {batch}", in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, turns=12))
+        rows = in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, chosen.turns or 12)
+        show(f"llama, batch {batch}", rows)
 
 
-def short() -> None:
+def short(chosen: argparse.Namespace) -> None:
     """What a bound call adds where there is no break."""
     for layers, width in ((8, 2048), (2, 16)):
         torch.compiler.reset()
@@ -206,7 +210,7 @@ def short() -> None:
         calls |= {"compiled": compiled, "reduce-overhead": rival}
         for call in calls.values():
             assert call is rival or torch.equal(call(inputs[1]), model(inputs[1]))  # type: ignore[arg-type]
-        show(f"{layers} x Linear {width}", in_turns(calls, inputs, lambda: None))
+        show(f"{layers} x Linear {width}", in_turns(calls, inputs, lambda: None, chosen.turns or TURNS))
 
         static = torch.compile(model, backend="breakable_cg", options={"min_kernels": 1, "outputs": "static"})
         torch._dynamo.mark_static_address(bridge)
@@ -216,7 +220,7 @@ def short() -> None:
         for check in ("inputs", "nothing"):
             short_call = bind(static, bridge, check=check, misfit="raise")
             calls[f"bound, {check}"] = lambda _, call=short_call, x=bridge: call(x)  # type: ignore[misc]
-        show(f"{layers} x Linear {width}, static", in_turns(calls, inputs, lambda: None))
+        show(f"{layers} x Linear {width}, static", in_turns(calls, inputs, lambda: None, chosen.turns or TURNS))
 
 
 # --- whose the host's time is --------------------------------------------------------------------------------------------
@@ -299,7 +303,7 @@ def recorded_without_feeds(model: nn.Module, inputs: Sequence[Tensor]) -> Entry:
     return entry
 
 
-def table() -> None:
+def table(chosen: argparse.Namespace) -> None:
     print(
         "host us a call: all | by hand + replay's own + executor's own + torch.compile's own (Dynamo alone) | bound | total"
     )
@@ -331,7 +335,7 @@ def table() -> None:
                 "dynamo": constant,
                 "bound": bind(compiled, inputs[0], misfit="raise"),
             }
-            rows = in_turns(calls, inputs, lambda: None, turns=25)
+            rows = in_turns(calls, inputs, lambda: None, chosen.turns or 25)
             floor, replayed, executed, whole, dynamo, short = (median(host) for host, _ in rows.values())
             print(
                 f"{parameters:5} parameters, {breaks:2} breaks: {whole:7.1f} | {floor:7.1f} + {replayed - floor:6.1f} + "
@@ -344,14 +348,19 @@ def table() -> None:
 PARTS = {"transformer": transformer, "unbroken": unbroken, "llama": llama, "bound": short, "table": table}
 
 
-def main(chosen: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Times calls in turns.")
+    parser.add_argument("parts", nargs="*", default=[*PARTS])
+    parser.add_argument("--turns", type=int, help="how many, in place of each part's own number")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="of llama; default: 1 8 64")
+    chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("needs a GPU")
         return 1
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     with torch.no_grad():
-        for name in chosen or PARTS:
-            PARTS[name]()
+        for name in chosen.parts:
+            PARTS[name](chosen)
     return 0
 
 
