@@ -115,12 +115,16 @@ def is_ragged(value: Any) -> bool:
 
 
 def is_argument_float(value: Any) -> bool:
-    """Whether a number is a float argument of the compiled function, as Dynamo passes it once it has varied."""
+    """Whether a number is a float argument of the compiled function, as Dynamo passes it once it has varied.
+
+    Its expression is a symbol, or a number if the trace has compared it with one: a guard holds it then.
+    """
     if not isinstance(value, torch.SymFloat):
         return False
     from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-    return symbol_is_type(value.node.expr, SymT.FLOAT)
+    expr = value.node.expr
+    return bool(expr.is_number) or (expr.is_Symbol and symbol_is_type(expr, SymT.FLOAT))
 
 
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:

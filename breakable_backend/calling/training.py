@@ -26,7 +26,7 @@ from breakable_backend import _torch, locks
 from breakable_backend.active import handler, in_call
 from breakable_backend.callers import Callers
 from breakable_backend.calling.executor import Executor
-from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey
+from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey, scalar_bytes
 from breakable_backend.calling.registry import EagerGraph
 from breakable_backend.calling.snapshot import Slots, Snapshot
 from breakable_backend.compiling.joint_graph import Backward, Forward, Halves, Pattern
@@ -46,7 +46,7 @@ MAX_SLOTS = 4
 """How many captured forwards of one graph, with the same parameters, may be pending."""
 
 MAX_SIZES = 8
-"""How many sets of sizes of one graph are captured."""
+"""How many sets of sizes and floats of one graph are captured."""
 
 LEARNING = "it needs gradients, and no backward has been seen that tells how"
 """Why the first calls are eager."""
@@ -486,7 +486,7 @@ class Training:
 
 
 class BySize:
-    """A graph with sizes that vary and needs gradients, as Dynamo calls it: a :class:`Training` for each set of sizes."""
+    """A graph that needs gradients, with sizes and floats that vary, as Dynamo calls it: a :class:`Training` for each set."""
 
     def __init__(
         self,
@@ -505,31 +505,41 @@ class BySize:
         self.known: dict[tuple[Any, ...], Training] = {}
         self.others: Others | None = None
         """What the report says about further sizes."""
-        self._varying = halves.varying
+        self._floats = halves.floats
+        self._sizes = tuple(index for index in halves.varying if index not in self._floats)
         self._lock = locks.lock()
 
     def __call__(self, *args: Any) -> Any:
-        values = [args[index] for index in self._varying]
-        key = tuple([value if type(value) is int else (value.shape, value.stride()) for value in values])
+        values = [args[index] for index in self._sizes]
+        sizes = [value if type(value) is int else (value.shape, value.stride()) for value in values]
+        key = (*sizes, *[scalar_bytes(args[index]) for index in self._floats])
         training = self.known.get(key)
         if training is None:
-            numbers = {index: args[index] for index in self._varying if isinstance(args[index], int)}
+            numbers = {index: args[index] for index in self._sizes if isinstance(args[index], int)}
+            floats = {index: args[index].item() for index in self._floats}
             with self._lock:
-                training = self.known.get(key) or self._made(key, numbers)
+                training = self.known.get(key) or self._made(key, numbers, floats)
             if training is None:
                 return self.eager(*args)
-        return training(*[value for value in args if type(value) is not int])
+        constant = self._floats
+        return training(
+            *[value for index, value in enumerate(args) if type(value) is not int and index not in constant]
+        )
 
-    def _made(self, key: tuple[Any, ...], numbers: dict[int, int]) -> Training | None:
+    def _made(self, key: tuple[Any, ...], numbers: dict[int, int], floats: dict[int, float]) -> Training | None:
         if len(self.known) >= MAX_SIZES:
             if self.others is None:
                 self.others = Others(EagerGraph(f"{self.name}, other sizes", TOO_MANY_SIZES, self.source), self.callers)
                 self.file(self.others)
                 log.warning("%s: %s", self.name, TOO_MANY_SIZES)
             return None
-        halves = self.halves.at(numbers)
-        sizes = ", ".join(map(str, dict.fromkeys(numbers.values())))
-        name = f"{self.name} for sizes {sizes}" if sizes else self.name
+        halves = self.halves.at({**numbers, **floats})
+        of = [
+            f"{what} {', '.join(map(str, dict.fromkeys(values.values())))}"
+            for what, values in (("sizes", numbers), ("floats", floats))
+            if values
+        ]
+        name = f"{self.name} for {' and '.join(of)}" if of else self.name
         training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source)
         training.callers, training._modes = self.callers, self._modes
         self.known[key] = training
@@ -545,7 +555,7 @@ class Others:
     callers: Callers
 
 
-TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes"
+TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes and floats"
 
 
 def _look(seen: _Seen, place: int, number: int, grads: tuple[Any, ...]) -> None:

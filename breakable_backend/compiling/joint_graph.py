@@ -194,9 +194,16 @@ class Halves:
     def varying(self) -> tuple[int, ...]:
         """The inputs that are numbers, or tensors whose sizes vary."""
         placeholders = self.gm.graph.find_nodes(op="placeholder")
-        return tuple(index for index, node in enumerate(placeholders) if _varies(node.meta.get("example_value")))
+        varies = (_varies(node.meta.get("example_value")) or _is_float(node) for node in placeholders)
+        return tuple(index for index, does in enumerate(varies) if does)
 
-    def at(self, numbers: Mapping[int, int]) -> Halves:
+    @property
+    def floats(self) -> tuple[int, ...]:
+        """Those of :attr:`varying` that are Python floats, each passed as a tensor of no dimensions."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        return tuple(index for index, node in enumerate(placeholders) if _is_float(node))
+
+    def at(self, numbers: Mapping[int, int | float]) -> Halves:
         """The same graph with constants for the inputs that are ``numbers``, which it does not take any more.
 
         A trace with symbols would have to guard on them, and Dynamo has installed its guards already.
@@ -206,7 +213,9 @@ class Halves:
         for index, node in enumerate(self.gm.graph.find_nodes(op="placeholder")):
             copies[node] = numbers[index] if index in numbers else graph.node_copy(node)
         for node in self.gm.graph.nodes:
-            if node.op not in ("placeholder", "output"):
+            if _is_item(node) and isinstance(number := copies[node.args[0]], float):
+                copies[node] = number
+            elif node.op not in ("placeholder", "output"):
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 if (site := site_of(node.target, node.args)) is not None:
                     twins[site] = twins.get(site) or site.twin()
@@ -348,6 +357,16 @@ def _varies(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
     return isinstance(value, torch.SymInt)
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether an input is a Python float, which Dynamo passes as a tensor whose value is read."""
+    read = [user.meta.get("example_value") for user in node.users if _is_item(user)]
+    return bool(read) and len(read) == len(node.users) and all(map(_torch.is_argument_float, read))
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "item"
 
 
 TRACED_THROUGH = (

@@ -1141,6 +1141,32 @@ def test_sizes_that_vary(dynamic: bool | None, device: torch.device, options: di
         assert_replays(mine, 2)
 
 
+class Scaled(nn.Module):
+    """Batch norm, dropout, and a number that the caller passes; with ``dynamic=True`` all their floats vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=0.2), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.drop(self.norm(self.first(x)).exp()) / scale + 2 * scale
+
+
+def test_floats_that_vary(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 4: the floats of modules, and those of callers, are constants: each set is captured by itself."""
+    scales = itertools.cycle((0.5, 0.0, 0.5, -0.0))
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        y: Tensor = function(torch.rand(3, 4, device=device), next(scales))
+        torch.where(y.isfinite(), y, y.sign()).sum().backward()
+        module.zero_grad()
+        return y.detach()
+
+    programs = assert_trains(Scaled(), step, device, options, steps=28, dynamic=True)
+    assert_replays(programs, 2)
+    assert len({program.name for program in programs if program.replays}) == 2 * len(("0.5", "0.0", "-0.0"))
+
+
 def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:
     """Lines 9 and 10: sizes beyond a bound run eagerly, right, and with a line in the report."""
     model = Mlp().to(device)
