@@ -1654,13 +1654,20 @@ FAULTS = (
         "tools.measure:measure_graph",
         """
         with graph.modes.enter():
-            steps = _timed_steps(bench, recording, (), stream)
+            steps, ops = _timed_steps(bench, recording, (), stream)
         """,
         """
         if True:
-            steps = _timed_steps(bench, recording, (), stream)
+            steps, ops = _timed_steps(bench, recording, (), stream)
         """,
         "test_measure.py::test_captured_graph_in_its_modes[cpu]",
+    ),
+    Fault(
+        "a-break-has-the-name-of-its-first-op",
+        "tools.measure:_timed_steps",
+        "max(calls, key=lambda call: max(call[1].host_us, call[1].gpu_us or 0.0))[0]",
+        "calls[0][0]",
+        "test_measure.py::test_a_break_has_the_name_of_its_costliest_op[cpu]",
     ),
     Fault(
         "comparison-not-undone",

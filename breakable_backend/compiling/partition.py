@@ -48,6 +48,7 @@ from breakable_backend.ir.effects import (
 )
 from breakable_backend.ir.layout import extent
 from breakable_backend.ir.program import (
+    TOO_FEW,
     Access,
     EagerSegment,
     Epilogue,
@@ -57,6 +58,7 @@ from breakable_backend.ir.program import (
     Program,
     Reason,
     Segment,
+    causes_first,
     outputs_of,
     unused,
 )
@@ -221,7 +223,7 @@ def _runs(
         count = run.num_kernels()
         if captured and count < max(min_kernels, 1):
             text = f"{count} op{'s' * (count != 1)} {where}, fewer than min_kernels={min_kernels}"
-            run = replace(run, reasons=(Reason("min_kernels", text, label(nodes[0]), source_line(nodes[0])),))
+            run = replace(run, reasons=(Reason(TOO_FEW, text, label(nodes[0]), source_line(nodes[0])),))
         if runs and runs[-1].reasons and run.reasons and nodes[0].name not in apart:
             runs[-1] = replace(run, nodes=runs[-1].nodes + run.nodes, reasons=runs[-1].reasons + run.reasons)
         else:
@@ -399,7 +401,7 @@ class _Builder:
             tuple(writes),
         )
         if run.reasons:
-            return EagerSegment(*common, run.reasons)
+            return EagerSegment(*common, causes_first(run.reasons))
         return GraphSegment(*common, run.num_kernels(), run.device)
 
 

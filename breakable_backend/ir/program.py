@@ -32,6 +32,10 @@ InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"
 no key."""
 
 
+TOO_FEW = "min_kernels"
+"""The rule of ops that could be captured, and are fewer than the option says."""
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a node runs eagerly."""
@@ -118,6 +122,7 @@ class EagerSegment(_Nodes):
     """Nodes that run one by one in every call."""
 
     reasons: tuple[Reason, ...]
+    """The causes of the break; behind them those of ops that are only too few to be captured beside it."""
 
 
 Segment = GraphSegment | EagerSegment
@@ -204,6 +209,11 @@ def verify(program: Program) -> None:
             assert segment.reasons, f"{where}: eager without a reason"
         known |= set(segment.outputs)
     assert set(program.epilogue.inputs) <= known, f"returns {set(program.epilogue.inputs) - known}, made by nothing"
+
+
+def causes_first(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
+    """The reasons of a break in another order: those of ops that would be captured if they were more come last."""
+    return tuple(sorted(reasons, key=lambda reason: reason.rule == TOO_FEW))
 
 
 def unused(name: str, taken: Callable[[str], bool]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import time
@@ -28,7 +29,7 @@ from breakable_backend.errors import OptionsError
 from breakable_backend.ir.source_lines import short_line
 from breakable_backend.recordings import buffers
 from breakable_backend.recordings.buffers import Bridge, clone_exact
-from breakable_backend.recordings.recording import EagerStep, GraphStep, Recording
+from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Recording, Step
 from breakable_backend.recordings.replay import Mark, emit
 from breakable_backend.tools.progress import Progress
 
@@ -67,7 +68,9 @@ class BreakCost:
 
     step: int
     op: str
+    """The op in it that takes longest."""
     source: str
+    """The user's line that called that op."""
     host_us: float
     share: float
     """Its share of the host time of a call."""
@@ -101,7 +104,7 @@ class Measured:
     advice: tuple[Advice, ...]
     """The most helpful first."""
     note: str = ""
-    """What limits the figures."""
+    """Why the figures do not tell whether it pays; empty if they do."""
 
     @property
     def busy(self) -> float | None:
@@ -118,9 +121,10 @@ class Measured:
         if self.eager_us is None:
             return f"measured: {times}; nothing to compare with"
         ratio = self.eager_us / self.total_us
+        if self.note:
+            return f"measured: {times}; {self.eager_how} takes {self.eager_us:,.0f} us ({self.note})"
         says = "pays" if ratio >= PAYS else "does not pay" if ratio < LOSES else "about even"
-        note = f" ({self.note})" if self.note else ""
-        return f"{says}: {ratio:.2f} times as fast as {self.eager_how} ({self.eager_us:,.0f} us); {times}{note}"
+        return f"{says}: {ratio:.2f} times as fast as {self.eager_how} ({self.eager_us:,.0f} us); {times}"
 
     def lines(self) -> Iterator[str]:
         """The costliest break, and what would help."""
@@ -306,7 +310,7 @@ def _measure_key(
         with _alone(driver) as stream, torch.no_grad():
             times = bench.times(lambda: run(list(args), stream))
             progress.advance()
-            steps = _timed_steps(bench, recording, args, stream)
+            steps, ops = _timed_steps(bench, recording, args, stream)
             progress.advance()
         outside = 0.0
         # In the caller's grad mode, on which Dynamo guards: in another one the call would run another program.
@@ -314,7 +318,7 @@ def _measure_key(
             replayed, times, reference = times, bench.times(whole.call), whole.reference
             outside = max(0.0, times.host_us - replayed.host_us)
         progress.advance()
-        judged = _judged(recording, times, steps, bench, driver, reference or plain, plain, outside)
+        judged = _judged(recording, times, steps, ops, bench, driver, reference or plain, plain, outside)
         progress.advance()
         return judged
 
@@ -337,9 +341,9 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
             times = bench.times(lambda: graph.run(stream))
             progress.advance()
             with graph.modes.enter():
-                steps = _timed_steps(bench, recording, (), stream)
+                steps, ops = _timed_steps(bench, recording, (), stream)
             progress.advance()
-        judged = _judged(recording, times, steps, bench, driver, _Reference.given(eager), None)
+        judged = _judged(recording, times, steps, ops, bench, driver, _Reference.given(eager), None)
         progress.advance()
         return judged
 
@@ -348,6 +352,7 @@ def _judged(
     recording: Recording,
     times: _Times,
     steps: tuple[StepTime, ...],
+    costliest: Mapping[int, Call],
     bench: _Bench,
     driver: CaptureDriver,
     reference: _Reference | None,
@@ -356,13 +361,14 @@ def _judged(
 ) -> Measured:
     """What the times of a recording mean, compared with the reference.
 
-    ``outside``: microseconds of host time around the replay.
+    ``costliest``: by eager step its call that takes longest. ``outside``: microseconds of host time around the replay.
     """
     eager_us = bench.times(reference.call).total_us if reference is not None else None
+    note = "" if driver.name == "cuda" else f"the {driver.name} driver runs on the CPU and shows no speed"
     per_op = None
-    if plain is not None:
+    if plain is not None and not note:
         per_op = bench.times(plain.call).host_us / max(1, sum(map(_num_ops, recording.steps)))
-    breaks = _breaks(recording, steps, times.host_us)
+    breaks = _breaks(recording, steps, costliest, times.host_us)
     busy = sum(step.gpu_us for step in steps if step.gpu_us is not None) / times.total_us
     advice = list(_advice(recording, steps, breaks, busy, per_op))
     if outside >= OUTSIDE * times.host_us and busy < BUSY:
@@ -382,7 +388,7 @@ def _judged(
         steps,
         breaks,
         tuple(advice),
-        "" if driver.name == "cuda" else f"the {driver.name} driver shows no speed",
+        note,
     )
 
 
@@ -486,7 +492,42 @@ def _uncaptured(lowered: Lowered) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _timed_steps(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> tuple[StepTime, ...]:
+def _timed_steps(
+    bench: _Bench, recording: Recording, args: Sequence[Any], stream: int
+) -> tuple[tuple[StepTime, ...], dict[int, Call]]:
+    """The times of the steps; and for each eager step its call that takes longest."""
+    parts, owners = _call_by_call(recording)
+    times = _timed_one_by_one(bench, dataclasses.replace(recording, steps=parts), args, stream)
+    steps: list[StepTime] = []
+    costliest: dict[int, Call] = {}
+    for position, group in itertools.groupby(zip(owners, parts, times, strict=True), key=lambda part: part[0]):
+        _, pieces, spent = zip(*group, strict=True)
+        gpu = [piece.gpu_us for piece in spent if piece.gpu_us is not None]
+        steps.append(StepTime(sum(piece.host_us for piece in spent), sum(gpu) if gpu else None))
+        calls = [(piece.calls[0], took) for piece, took in zip(pieces, spent, strict=True) if _calls_an_op(piece)]
+        if calls:
+            costliest[position] = max(calls, key=lambda call: max(call[1].host_us, call[1].gpu_us or 0.0))[0]
+    return tuple(steps), costliest
+
+
+def _call_by_call(recording: Recording) -> tuple[tuple[Step, ...], list[int]]:
+    """The steps, with one for each call of an eager step; and for each the position of the step that it is a part of."""
+    parts: list[Step] = []
+    owners: list[int] = []
+    for position, step in enumerate(recording.steps):
+        pieces: list[Step] = [step]
+        if isinstance(step, EagerStep) and step.calls:
+            pieces = [dataclasses.replace(step, calls=(call,)) for call in step.calls]
+        parts += pieces
+        owners += [position] * len(pieces)
+    return tuple(parts), owners
+
+
+def _calls_an_op(step: Step) -> bool:
+    return isinstance(step, EagerStep) and any(not call.takes_part for call in step.calls)
+
+
+def _timed_one_by_one(bench: _Bench, recording: Recording, args: Sequence[Any], stream: int) -> tuple[StepTime, ...]:
     stamps = [0] * (len(recording.steps) + 1)
 
     def stamp(position: int) -> None:
@@ -561,12 +602,15 @@ def _num_ops(step: GraphStep | EagerStep) -> int:
     return sum(node.op == "call_function" for node in step.segment.module.graph.nodes)
 
 
-def _breaks(recording: Recording, steps: Sequence[StepTime], host_us: float) -> tuple[BreakCost, ...]:
-    costs = [
-        BreakCost(i, step.reasons[0].op, step.reasons[0].source, time.host_us, min(1.0, time.host_us / host_us))
-        for i, (step, time) in enumerate(zip(recording.steps, steps, strict=True))
-        if isinstance(step, EagerStep)
-    ]
+def _breaks(
+    recording: Recording, steps: Sequence[StepTime], costliest: Mapping[int, Call], host_us: float
+) -> tuple[BreakCost, ...]:
+    costs: list[BreakCost] = []
+    for position, (step, spent) in enumerate(zip(recording.steps, steps, strict=True)):
+        if isinstance(step, EagerStep):
+            call, first = costliest.get(position), step.reasons[0]
+            op, source = (call.label, call.source) if call is not None else (first.op, first.source)
+            costs.append(BreakCost(position, op, source, spent.host_us, min(1.0, spent.host_us / host_us)))
     return tuple(sorted(costs, key=lambda cost: cost.host_us, reverse=True))
 
 

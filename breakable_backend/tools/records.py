@@ -42,13 +42,16 @@ class StepReport:
     host_us: float | None = None
     """Measured host time; None if it was not measured."""
     gpu_us: float | None = None
+    costliest: str = ""
+    """The op of an eager step that takes longest; empty if it was not measured."""
 
     @property
     def title(self) -> str:
-        """What it does, in a few words."""
+        """What it does, in a few words; for an eager step the ops that make it one, its costliest op first."""
         names = [op.op for op in self.ops] or [reason.op for reason in self.reasons]
         if self.kind == "eager":
-            return ", ".join(dict.fromkeys(reason.op for reason in self.reasons if reason.op)) or ", ".join(names[:1])
+            because = (reason.op for reason in self.reasons)
+            return ", ".join(dict.fromkeys(op for op in (self.costliest, *because) if op)) or ", ".join(names[:1])
         return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" if names else "nothing"
 
     @property

@@ -371,8 +371,11 @@ def _with_lines(steps: Iterable[StepReport], lines: Sequence[tuple[int, int]]) -
 def _timed(steps: tuple[StepReport, ...], measured: Measured | None) -> tuple[StepReport, ...]:
     if measured is None:
         return steps
-    times = zip(steps, measured.steps, strict=True)
-    return tuple(dataclasses.replace(step, host_us=time.host_us, gpu_us=time.gpu_us) for step, time in times)
+    costliest = {cost.step: cost.op for cost in measured.breaks}
+    return tuple(
+        dataclasses.replace(step, host_us=time.host_us, gpu_us=time.gpu_us, costliest=costliest.get(step.position, ""))
+        for step, time in zip(steps, measured.steps, strict=True)
+    )
 
 
 def _step(recording: Recording, position: int, step: Step) -> StepReport:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from breakable_backend.ir.program import Reason
 from breakable_backend.ir.source_lines import short_line
 from breakable_backend.tools.records import ProgramReport, StepReport
 
@@ -136,12 +137,10 @@ def program_lines(program: ProgramReport) -> Iterator[str | Table]:
         yield f"  few calls replay: {finding}"
     for note in program.notes:
         yield f"  note: {note}"
-    if program.reasons:
-        counted = Counter((reason.op, reason.text, reason.source) for reason in program.reasons)
-        yield Table(
-            ("eager", "times", "because", "at"),
-            [(op, str(count), text, short_line(source)) for (op, text, source), count in counted.items()],
-        )
+    main = program.main
+    steps = main.steps if main is not None and main.measured is not None else program.steps
+    if breaks := list(_breaks(steps)):
+        yield Table(("eager", "times", "because", "at"), breaks)
     if program.recordings:
         yield Table(
             ("key", "graphs", "calls", "captures", "replays", "copies/call", "bridges", "recorded in"),
@@ -162,12 +161,30 @@ def program_lines(program: ProgramReport) -> Iterator[str | Table]:
     for recording in program.recordings:
         if recording.failures:
             yield f"  key {recording.key}: recording failed {recording.failures}x for reasons that pass; {recording.last_failure}"
-    main = program.main
     yield from _step_lines(main.steps if main is not None else program.steps)
     for recording in program.recordings:
         if recording.measured is not None:
             yield f"  key {recording.key}: {recording.measured.verdict}"
             yield from (f"    {line}" for line in recording.measured.lines())
+
+
+def _breaks(steps: Sequence[StepReport]) -> Iterator[tuple[str, ...]]:
+    """The rows of the breaks. Those that are alike are counted; what else runs in a break has rows below it."""
+    counted = Counter(_because(step) for step in steps if step.kind == "eager")
+    for (first, *others), count in counted.items():
+        yield _row(first, "", str(count))
+        yield from (_row(reason, "  with ", "") for reason in others[:ROWS])
+        if len(others) > ROWS:
+            yield f"  and {len(others) - ROWS} more", "", "", ""
+
+
+def _row(reason: Reason, before: str, count: str) -> tuple[str, ...]:
+    return f"{before}{reason.op}", count, reason.text, short_line(reason.source)
+
+
+def _because(step: StepReport) -> tuple[Reason, ...]:
+    """The different reasons of a break, that of its costliest op first."""
+    return tuple(dict.fromkeys(sorted(step.reasons, key=lambda reason: reason.op != step.costliest)))
 
 
 def _step_lines(steps: Sequence[StepReport]) -> Iterator[str | Table]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -16,6 +18,7 @@ import silly
 from breakable_backend import (
     BreakableCUDAGraph,
     OptionsError,
+    Report,
     capture,
     eager_on_graph,
     explain,
@@ -295,6 +298,57 @@ def test_large_inputs_are_not_kept(
     (program,) = explain(compiled, measure=True).programs
     assert program.recordings[0].measured is not None
     assert torch.equal(compiled(index), f(index))
+
+
+@eager_on_graph
+def brief(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@eager_on_graph
+def lengthy(x: Tensor) -> Tensor:
+    time.sleep(0.005)
+    return x + 1
+
+
+@torch.no_grad()
+def test_a_break_has_the_name_of_its_costliest_op(device: torch.device, options: dict[str, Any]) -> None:
+    """A break is listed once, under the op in it that takes longest, whichever comes first."""
+
+    def f(x: Tensor) -> Tensor:
+        return lengthy(brief(x.sin() * 2)).cos() * 2
+
+    compiled = compiled_and_called(f, options, torch.ones(3, device=device), calls=6)
+    assert rows_of_breaks(explain(compiled)) == [["brief", "1"], ["with", "lengthy"]]
+    report = explain(compiled, measure=True)
+    (recording,) = report.programs[-1].recordings
+    assert recording.measured is not None
+    (cost,) = recording.measured.breaks
+    assert (cost.step, cost.op) == (1, "lengthy")
+    assert "return lengthy(brief(" in cost.source
+    assert recording.steps[1].title == "lengthy, brief"
+    assert rows_of_breaks(report) == [["lengthy", "1"], ["with", "brief"]]
+    assert Report.from_json(report.to_json()) == report
+
+
+def rows_of_breaks(report: Report) -> list[list[str]]:
+    """The first two words of each row of the table of breaks."""
+    return [line.split()[:2] for line in str(report).splitlines() if "marked by eager_on_graph" in line]
+
+
+@torch.no_grad()
+def test_no_verdict_without_a_gpu() -> None:
+    """The tape shows no speed, so its times are told without a verdict, and nothing is said about small graphs."""
+    compiled = compiled_and_called(lambda x: silly.triple(x.sin()).cos(), {"driver": "tape"}, torch.ones(3))
+    (program,) = explain(compiled, measure=True).programs
+    measured = program.recordings[0].measured
+    assert measured is not None
+    assert re.fullmatch(
+        r"measured: [\d,]+ us a call, [\d,]+ to issue it; its ATen ops, run eagerly takes [\d,]+ us "
+        r"\(the tape driver runs on the CPU and shows no speed\)",
+        measured.verdict,
+    )
+    assert not any("merge" in advice.what for advice in measured.advice)
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------------

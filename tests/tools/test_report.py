@@ -94,21 +94,21 @@ graph 0: 2 captured, 1 eager (tape on cpu)
   calls 4, captures 2, replays 2, copies 6, plain 1, evictions 0, lowered in 0.0 s
   ran plainly 1x: warm-up
   recorded 1x: first of this program
-    eager            times  because                                                                          at
-    silly::triple    1      tagged cudagraph_unsafe                                                          model.py:3 in f: y = silly.triple(x.sin() + 1)
-    aten::add        1      1 op between eager breaks, fewer than min_kernels=2                              model.py:4 in f: y = silly.triple(y + 1)
-    silly::triple    1      tagged cudagraph_unsafe                                                          model.py:4 in f: y = silly.triple(y + 1)
-    aten::cos        1      1 op between eager breaks, fewer than min_kernels=2                              model.py:5 in f: y = silly.stubborn(y.cos()) + 1
-    silly::stubborn  1      could not be captured: aten._local_scalar_dense.default reads values on the      silly.py:0 in stubborn: return x + x.max().item()
-                            host, which no captured graph can do
-    aten::add        1      1 op between eager breaks, fewer than min_kernels=2                              model.py:5 in f: y = silly.stubborn(y.cos()) + 1
-    silly::triple    1      tagged cudagraph_unsafe                                                          model.py:6 in f: y = silly.triple(y)
+    eager                   times  because                                                                   at
+    silly::triple           1      tagged cudagraph_unsafe                                                   model.py:3 in f: y = silly.triple(x.sin() + 1)
+      with silly::triple           tagged cudagraph_unsafe                                                   model.py:4 in f: y = silly.triple(y + 1)
+      with silly::stubborn         could not be captured: aten._local_scalar_dense.default reads values on   silly.py:0 in stubborn: return x + x.max().item()
+                                   the host, which no captured graph can do
+      with silly::triple           tagged cudagraph_unsafe                                                   model.py:6 in f: y = silly.triple(y)
+      with aten::add               1 op between eager breaks, fewer than min_kernels=2                       model.py:4 in f: y = silly.triple(y + 1)
+      with aten::cos               1 op between eager breaks, fewer than min_kernels=2                       model.py:5 in f: y = silly.stubborn(y.cos()) + 1
+      with aten::add               1 op between eager breaks, fewer than min_kernels=2                       model.py:5 in f: y = silly.stubborn(y.cos()) + 1
     key  graphs  calls  captures  replays  copies/call  bridges  recorded in
     0    2       4      2         2        2            24 B     0.0 ms
     step            ops  kernels  bridges     module  what                                                  at
     0     captured  2    2        1 in, 12 B          aten::sin ... aten::add                               model.py:3 in f
     1     eager     3                                 silly::triple, aten::add                              model.py:3 in f
-    2     eager     4                                 aten::cos, silly::stubborn, aten::add, silly::triple  model.py:5 in f
+    2     eager     4                                 silly::stubborn, silly::triple, aten::cos, aten::add  silly.py:0 in stubborn
     3     captured  2    2        1 in, 12 B          aten::sin ... aten::add                               model.py:7 in f""",
     )
 
