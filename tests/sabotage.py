@@ -1573,9 +1573,9 @@ FAULTS = (
     ),
     Fault(
         "every-thread-watches-marked-modules",
-        "marks.modules:_looking",
-        "not _thread.watched or any((self is module for module in _thread.inside))",
-        "any((self is module for module in _thread.inside))",
+        "interception:_Intercepted.__init__",
+        "self.interceptors.get(threading.get_ident())",
+        "next(iter(self.interceptors.values()))",
         "test_marked_modules.py::test_another_thread_is_not_watched[cpu]",
     ),
     Fault(
@@ -1930,7 +1930,7 @@ FAULTS = (
     ),
     Fault(
         "capture-with-a-warm-autocast-cache",
-        "drivers.interception:without_autocast_cache",
+        "interception:without_autocast_cache",
         "_torch.any_autocast_enabled()",
         "False",
         "test_capture_streams.py::test_warm_autocast_cache[cpu]",
@@ -1950,21 +1950,21 @@ FAULTS = (
     ),
     Fault(
         "captures-without-autocast-clear-its-flag",
-        "drivers.interception:without_autocast_cache",
+        "interception:without_autocast_cache",
         "_torch.any_autocast_enabled()",
         "True",
         "test_capture_streams.py::test_compiled_function_is_not_compiled_again[cpu]",
     ),
     Fault(
         "regions-in-a-capture-cache-casts",
-        "drivers.interception:_enter_without_cache",
+        "interception:_enter_without_cache",
         "torch.set_autocast_cache_enabled(False)",
         "pass",
         "test_capture_streams.py::test_warm_autocast_cache[cpu]",
     ),
     Fault(
         "methods-stay-seen",
-        "drivers.interception:_tidy",
+        "interception:_tidy",
         "setattr(owner, name, intercepted.method)",
         "pass",
         "test_capture_streams.py::test_nothing_is_left_of_a_capture[cpu]",

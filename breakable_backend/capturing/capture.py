@@ -38,11 +38,11 @@ from breakable_backend.capturing.graph import (
 )
 from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
-from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, first_line, user_line
 from breakable_backend.failure_kinds import as_passing
+from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.effects import is_view_op, written_values

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from breakable_backend.drivers.interception import intercepted_by
 from breakable_backend.drivers.ordering import is_captured
 from breakable_backend.errors import CaptureError, first_line
+from breakable_backend.interception import intercepted_by
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from breakable_backend import _torch, locks
+from breakable_backend.interception import intercepted_by
 from breakable_backend.ir.effects import graphs_in
 from breakable_backend.marks import call_ops
 from breakable_backend.marks.call_sites import Site, sites
@@ -141,7 +141,7 @@ _functions: weakref.WeakKeyDictionary[type, dict[str, Callable[..., Any]]] = wea
 def _made(kind: type[nn.Module], how: str) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside = _thread.inside
+        inside = _inside.modules
         inside.append(self)
         try:
             return self(*args, **kwargs)
@@ -160,15 +160,13 @@ def _takes(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 _SIGNATURE = inspect.signature(_takes)
 
 
-class _Thread(threading.local):
+class _Inside(threading.local):
     def __init__(self) -> None:
-        self.inside: list[nn.Module] = []
-        """Marked modules whose marked functions are running."""
-        self.watched: list[Modules] = []
-        """For each watching block, the modules that ``eager_ops`` names in addition to the marked ones."""
+        self.modules: list[nn.Module] = []
+        """Marked modules whose marked functions are running in this thread."""
 
 
-_thread = _Thread()
+_inside = _Inside()
 
 
 # --- under Dynamo -------------------------------------------------------------------------------------------------------
@@ -207,66 +205,16 @@ _torch.heed_calls_of_modules(_instead, _watch)
 def watching(named: Modules | None = None) -> Iterator[None]:
     """Have calls of marked modules, and of the ``named`` ones, go through their marked functions in this thread."""
     named = named or Modules()
-    kinds = _marked.modules.kinds() | named.kinds()
-    if not kinds:
+    with ExitStack() as stack:
+        for kind in _marked.modules.kinds() | named.kinds():
+            stack.enter_context(intercepted_by(functools.partial(_called, named), kind, "__call__"))
         yield
-        return
-    _thread.watched.append(named)
-    for kind in kinds:
-        _changed.begin(kind)
-    try:
-        yield
-    finally:
-        for kind in kinds:
-            _changed.end(kind)
-        _thread.watched.remove(named)
 
 
-class _Changed:
-    """The classes that have another ``__call__`` for now."""
-
-    def __init__(self) -> None:
-        self.lock = locks.lock()
-        self.blocks: dict[type[nn.Module], int] = {}
-        self.own: dict[type[nn.Module], Any] = {}
-        """The ``__call__`` that a class defined itself, if it did."""
-
-    def begin(self, kind: type[nn.Module]) -> None:
-        with self.lock:
-            self.blocks[kind] = self.blocks.get(kind, 0) + 1
-            if self.blocks[kind] == 1:
-                if "__call__" in vars(kind):
-                    self.own[kind] = vars(kind)["__call__"]
-                kind.__call__ = _looking(kind.__call__)  # type: ignore[method-assign]
-
-    def end(self, kind: type[nn.Module]) -> None:
-        with self.lock:
-            self.blocks[kind] -= 1
-            if not self.blocks[kind]:
-                del self.blocks[kind]
-                if kind in self.own:
-                    kind.__call__ = self.own.pop(kind)  # type: ignore[method-assign]
-                else:
-                    del kind.__call__
-
-
-_changed = _Changed()
-
-
-def _looking(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``__call__`` that calls the module's marked function if its thread watches, and else the former ``__call__``."""
-
-    @functools.wraps(plain)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return plain(self, *args, **kwargs)
-        if not _thread.watched or any(self is module for module in _thread.inside):
-            return plain(self, *args, **kwargs)
-        if not (how := _how(self, _thread.watched[-1])):
-            return plain(self, *args, **kwargs)
-        return _function(type(self), how)(self, *args, **kwargs)
-
-    return __call__
+def _called(named: Modules, plain: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the module's marked function if it has one, and else ``plain``, the class's own ``__call__``."""
+    how = "" if any(self is module for module in _inside.modules) else _how(self, named)
+    return _function(type(self), how)(self, *args, **kwargs) if how else plain(self, *args, **kwargs)
 
 
 # --- in graphs ----------------------------------------------------------------------------------------------------------

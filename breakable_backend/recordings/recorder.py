@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing
-from breakable_backend.drivers.interception import without_autocast_cache
 from breakable_backend.errors import BreakableError, CaptureError, Passing, ReplayError, first_line
 from breakable_backend.failure_kinds import passing
+from breakable_backend.interception import without_autocast_cache
 from breakable_backend.ir.effects import draws
 from breakable_backend.ir.last_uses import by_value
 from breakable_backend.ir.layout import TensorSpec

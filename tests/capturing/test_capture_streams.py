@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from breakable_backend import BreakableCUDAGraph, CaptureError, OptionsError, _torch, capture, eager_on_graph
 from breakable_backend.drivers import cuda
-from breakable_backend.drivers.interception import intercepted_by, without_autocast_cache
+from breakable_backend.interception import intercepted_by, without_autocast_cache
 from doors import MakeGraph, bend, marked_bend, replays_equal, run_alone
 
 pytestmark = pytest.mark.usefixtures("no_grad")

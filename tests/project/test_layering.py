@@ -19,7 +19,7 @@ PRIVATE_TORCH = "_torch"
 # The table of docs/design.md, lowest first. A folder may import what stands before it, in its own line too.
 LEVELS = (
     ("_torch",),
-    ("locks", "files", "errors", "failure_kinds", "internal_errors", "options", "active", "callers"),
+    ("locks", "files", "errors", "failure_kinds", "internal_errors", "options", "active", "callers", "interception"),
     ("ir",),
     ("marks",),
     ("drivers",),

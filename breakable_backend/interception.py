@@ -1,8 +1,8 @@
-"""Methods of PyTorch's own classes, intercepted during a capture.
+"""Methods of classes, intercepted in one thread: of PyTorch's own classes during a capture, and calls of marked modules.
 
 Events and autocast regions are invisible to dispatch modes, and under a function mode Dynamo would compile everything
-again. So their methods are replaced during a capture, and call an interceptor in the capture's thread. In every other
-thread, and afterwards, they do what they did before.
+again. So their methods are replaced for a while, and call an interceptor in the thread that asked for it. In every
+other thread, in traced code, and afterwards, they do what they did before.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ class _Intercepted:
     def __init__(self, owner: type, name: str) -> None:
         self.interceptors: dict[int, list[Interceptor]] = defaultdict(list)
         """By thread; the innermost is the last."""
-        self.method = method = vars(owner)[name]
+        self.method = method = getattr(owner, name)
+        self.inherited = name not in vars(owner)
 
         @functools.wraps(method)
         def replacement(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return method(*args, **kwargs)
             interceptors = self.interceptors.get(threading.get_ident())
             return interceptors[-1](method, *args, **kwargs) if interceptors else method(*args, **kwargs)
 
@@ -45,7 +48,7 @@ _methods: dict[tuple[type, str], _Intercepted] = {}
 
 @contextmanager
 def intercepted_by(interceptor: Interceptor, owner: type, name: str) -> Iterator[None]:
-    """Have ``owner.name`` call ``seer`` in this thread, for a ``with`` statement."""
+    """Have ``owner.name`` call ``interceptor`` in this thread, for a ``with`` statement."""
     key, thread = (owner, name), threading.get_ident()
     with _lock:
         if key not in _methods:
@@ -68,7 +71,11 @@ def _tidy() -> None:
             del intercepted.interceptors[thread]
         if not intercepted.interceptors:
             del _methods[owner, name]
-            if vars(owner)[name] is intercepted.replacement:  # otherwise somebody has replaced it too, and calls ours
+            if vars(owner)[name] is not intercepted.replacement:
+                continue  # somebody has replaced it too, and calls ours
+            if intercepted.inherited:
+                delattr(owner, name)
+            else:
                 setattr(owner, name, intercepted.method)
 
 
