@@ -851,15 +851,15 @@ FAULTS = (
     ),
     Fault(
         "a-bound-call-does-not-look-at-modes",
-        "calling.bound:_State.condition",
+        "calling.bound:_State.__init__",
         "'settings()'",
         "'True'",
         "test_bound.py::test_state_around_it[cpu-gradients]",
     ),
     Fault(
         "a-bound-call-does-not-look-at-training",
-        "calling.bound:_State.condition",
-        "['list(map(training_of, modules)) == training'] if self._modules else ()",
+        "calling.bound:_State.__init__",
+        "[('list(map(training_of, modules)) == training', OTHER_TRAINING)] if modules else ()",
         "()",
         "test_bound.py::test_state_around_it[cpu-training]",
     ),

@@ -35,6 +35,8 @@ from breakable_backend.marks.call_sites import learning
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of a call."""
 
 CHECKS = ("inputs", "parameters", "nothing")
 MISFITS = ("call", "raise")
@@ -101,7 +103,7 @@ def bind(
             f"{getattr(compiled, '__qualname__', type(compiled).__name__)} is not compiled, so there is nothing to bind",
             fix='bind what torch.compile(..., backend="breakable_cg") returned',
         )
-    return BoundCall(compiled, check, misfit == "raise", args, kwargs)
+    return BoundCall(compiled, check, misfit == "raise", (args, kwargs))
 
 
 class BoundCall(Generic[T]):
@@ -115,9 +117,7 @@ class BoundCall(Generic[T]):
     1
     """
 
-    def __init__(
-        self, compiled: Callable[..., T], check: str, raises: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, compiled: Callable[..., T], check: str, raises: bool, given: Given) -> None:
         self.__wrapped__ = compiled
         self.check, self.raises = check, raises
         self.misfits = Counter[str]()
@@ -126,7 +126,7 @@ class BoundCall(Generic[T]):
         """Why nothing is bound, so that all calls go to ``compiled``; empty if something is bound."""
         self._binding: _Binding | None = None
         for _ in range(MAX_CALLS):
-            _, self._binding, self.why_not = _observed(compiled, args, kwargs, check)
+            _, self._binding, self.why_not = _observed(compiled, given, check)
             if self._binding is not None or self.why_not:
                 break
         else:
@@ -151,7 +151,7 @@ class BoundCall(Generic[T]):
         if binding.quick is not None and (result := binding.quick(args, kwargs)) is not resolved.NOT_NOW:
             return result  # type: ignore[no-any-return]
         if binding.fits is not None and not binding.fits(args, kwargs):
-            return self._misfit(binding, binding.why(args, kwargs), args, kwargs)
+            return self._misfit(binding, binding.why(args, kwargs), (args, kwargs))
         binding.executor.statistics.bound += 1
         try:
             if binding.wanted():
@@ -161,9 +161,9 @@ class BoundCall(Generic[T]):
         except _Misfit as misfit:
             why = misfit.why
         binding.executor.statistics.bound -= 1
-        return self._misfit(binding, why, args, kwargs)
+        return self._misfit(binding, why, (args, kwargs))
 
-    def _misfit(self, binding: _Binding, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    def _misfit(self, binding: _Binding, why: str, given: Given) -> T:
         """A call that does not fit. If no later call can fit either, it is bound again once it is recorded again."""
         counts = binding.executor.statistics.misfits
         told = why if why in counts or len(counts) < MAX_TOLD else "other reasons"
@@ -175,8 +175,8 @@ class BoundCall(Generic[T]):
                 fix='bind again, or let such calls go to the compiled function: bind(..., misfit="call")',
             )
         if why not in (MOVED, GONE):
-            return self.__wrapped__(*args, **kwargs)
-        result, found, why_not = _observed(self.__wrapped__, args, kwargs, self.check)
+            return self.__wrapped__(*given[0], **given[1])
+        result, found, why_not = _observed(self.__wrapped__, given, self.check)
         if found is not None:
             self._binding = found
         elif why_not:
@@ -221,12 +221,38 @@ class _State:
     def __init__(
         self, executor: Executor, modules: Sequence[torch.nn.Module], hooks: Sequence[Mapping[Any, Any]]
     ) -> None:
-        self._executor = executor
-        self._settings = _torch.global_state()
-        self._inference = torch.is_inference_mode_enabled()
-        self._function_modes = _torch.function_modes()
-        self._modules = [module for module in modules if _torch.may_read_training(module)]
-        self._training, self._hooks = [module.training for module in self._modules], tuple(hooks)
+        inference, function_modes = torch.is_inference_mode_enabled(), _torch.function_modes()
+        modules = [module for module in modules if _torch.may_read_training(module)]
+        self._names = {
+            "settings": _torch.global_state(),
+            "is_inference": torch.is_inference_mode_enabled,
+            "function_modes": _torch.function_modes,
+            "count_function_modes": _torch.number_of_function_modes,
+            "modes_then": function_modes,
+            "count_dispatch_modes": _torch.number_of_dispatch_modes,
+            "frame_callback": _torch.frame_callback,
+            "training_of": operator.attrgetter("training"),
+            "modules": modules,
+            "training": [module.training for module in modules],
+            "hooks": tuple(hooks),
+            "stance_is_default": _torch.stance_is_default(),
+            "callers": executor.callers,
+            "forward_ad": _torch.forward_ad_active,
+        }
+        self._checks: list[tuple[str, str | Callable[[], str]]] = [
+            ("not callers.gone", GONE),
+            ("settings()", "grad mode, autocast or another global setting of torch is not as it was"),
+            ("not forward_ad()", "forward-mode AD is on"),
+            (f"is_inference() is {inference}", f"inference mode is {'off' if inference else 'on'}"),
+            (f"count_function_modes() == {len(function_modes)}", OTHER_MODE),
+            *([("function_modes() == modes_then", OTHER_MODE)] if function_modes else ()),
+            ("count_dispatch_modes() == 0", "a dispatch mode is active"),
+            ("frame_callback() is None", "it was called by a function that Dynamo compiles"),
+            *([("list(map(training_of, modules)) == training", OTHER_TRAINING)] if modules else ()),
+            *([("not any(hooks)", "a module has hooks that it had not")] if hooks else ()),
+            ("stance_is_default()", lambda: f"torch.compiler.set_stance({_torch.stance()!r}) is on"),
+        ]
+        """Source of each check, and what has changed if it does not hold."""
 
     def test(self) -> Callable[[], bool]:
         """A function that checks this in microseconds, without a look at this object; see :meth:`differs`."""
@@ -236,63 +262,18 @@ class _State:
 
     def condition(self, names: dict[str, Any]) -> str:
         """The check as source. The names that it uses are added to ``names``."""
-        names |= {
-            "settings": self._settings,
-            "is_inference": torch.is_inference_mode_enabled,
-            "function_modes": _torch.function_modes,
-            "count_function_modes": _torch.number_of_function_modes,
-            "modes_then": self._function_modes,
-            "count_dispatch_modes": _torch.number_of_dispatch_modes,
-            "frame_callback": _torch.frame_callback,
-            "training_of": _training,
-            "modules": self._modules,
-            "training": self._training,
-            "hooks": self._hooks,
-            "stance_is_default": _torch.stance_is_default(),
-            "callers": self._executor.callers,
-            "forward_ad": _torch.forward_ad_active,
-        }
-        terms = [
-            "settings()",
-            f"is_inference() is {self._inference}",
-            f"count_function_modes() == {len(self._function_modes)}",
-            *(["function_modes() == modes_then"] if self._function_modes else ()),
-            "count_dispatch_modes() == 0",
-            "frame_callback() is None",
-            *(["list(map(training_of, modules)) == training"] if self._modules else ()),
-            *(["not any(hooks)"] if self._hooks else ()),
-            "stance_is_default()",
-            "not callers.gone",
-            "not forward_ad()",
-        ]
-        return " and ".join(terms)
+        names |= self._names
+        return " and ".join(check for check, _ in self._checks)
 
     def differs(self) -> str:
         """What has changed; empty if nothing has."""
-        if self._executor.callers.gone:
-            return GONE
-        if not self._settings():
-            return "grad mode, autocast or another global setting of torch is not as it was"
-        if _torch.forward_ad_active():
-            return "forward-mode AD is on"
-        if torch.is_inference_mode_enabled() is not self._inference:
-            return f"inference mode is {'off' if self._inference else 'on'}"
-        if _torch.function_modes() != self._function_modes:
-            return "another mode sees torch functions (torch.set_default_device is one)"
-        if _torch.dispatch_mode_active():
-            return "a dispatch mode is active"
-        if _torch.frame_callback() is not None:
-            return "it was called by a function that Dynamo compiles"
-        if list(map(_training, self._modules)) != self._training:
-            return "a module is in training mode that was in evaluation mode, or the reverse"
-        if any(self._hooks):
-            return "a module has hooks that it had not"
-        if _torch.stance() != "default":
-            return f"torch.compiler.set_stance({_torch.stance()!r}) is on"
-        return ""
+        whys = (why for check, why in self._checks if not eval(check, dict(self._names)))
+        why = next(whys, "")
+        return why if isinstance(why, str) else why()
 
 
-_training = operator.attrgetter("training")
+OTHER_MODE = "another mode sees torch functions (torch.set_default_device is one)"
+OTHER_TRAINING = "a module is in training mode that was in evaluation mode, or the reverse"
 
 
 # --- binding --------------------------------------------------------------------------------------------------------------
@@ -310,9 +291,7 @@ class _Replayed:
     around: list[FrameType]
 
 
-def _observed(
-    compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
-) -> tuple[Any, _Binding | None, str]:
+def _observed(compiled: Callable[..., Any], given: Given, check: str) -> tuple[Any, _Binding | None, str]:
     """Call ``compiled``. Returns its result; what to bind, if it was one replay; and why it can never be bound."""
     found: list[_Replayed] = []
     here = sys._getframe()
@@ -325,18 +304,18 @@ def _observed(
     with ExitStack() as stack:
         for executor in executors_of(compiled):
             stack.enter_context(executor.showing(functools.partial(spectator, executor)))
-        result = compiled(*args, **kwargs)
+        result = compiled(*given[0], **given[1])
     try:
         if not found:
             return result, None, _why_never(compiled)
-        binding, why = _bound(compiled, found, args, kwargs, check)
+        binding, why = _bound(compiled, found, given, check)
         return result, binding, why
     finally:
         found.clear()  # frames keep their local variables alive
 
 
 def _bound(
-    compiled: Callable[..., Any], found: list[_Replayed], args: tuple[Any, ...], kwargs: dict[str, Any], check: str
+    compiled: Callable[..., Any], found: list[_Replayed], given: Given, check: str
 ) -> tuple[_Binding | None, str]:
     replayed = found[0]
     executor = replayed.executor
@@ -354,16 +333,16 @@ def _bound(
     if any(hooks):
         return None, "a module has hooks that run around what is compiled"
     function = _torch.function_in(compiled, frame)
-    before = _before(frame, args, kwargs)
+    before = _before(frame, given)
     if function is None or before is None:
         return None, "how its arguments reach what Dynamo compiled is not clear"
-    inputs, why = Inputs.of(args, kwargs, ordered=_torch.takes_any_keyword(function.__code__))
+    inputs, why = Inputs.of(*given, ordered=_torch.takes_any_keyword(function.__code__))
     if inputs is None:
         return None, why
-    handed = _handed(function, code, before, args, kwargs)
+    handed = _handed(function, code, before, given)
     # Once more with tensors that nobody else has: the places where they arrive are those of the arguments.
-    own = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
-    others = _handed(function, code, before, *own)
+    own = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, given)
+    others = _handed(function, code, before, own)
     own_ids = {id(leaf) for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)}
     arguments = frozenset(position for position, value in enumerate(others) if id(value) in own_ids)
     lean = _Graph.of(handed, arguments, replayed, _torch.graph_behind(function, code))
@@ -377,11 +356,8 @@ def _bound(
     if lean.written == () and executor.options.debug is None:
         same = None
         if check != "nothing":
-            inlined = (
-                [cell.cell_contents for cell in function.__closure__ or ()]
-                if _torch.is_shared(function.__code__)
-                else []
-            )
+            cells = function.__closure__ or () if _torch.is_shared(function.__code__) else ()
+            inlined = [cell.cell_contents for cell in cells]
             roots = [root for root in (*before, *inlined) if isinstance(root, torch.nn.Module)]
             same = resolved.look(roots, [handed[at] for at in lean.static])
         if check == "nothing" or (same is not None and not lean.numbers):
@@ -396,7 +372,7 @@ def _resolved(
     function: Any,
     handed: tuple[Any, ...],
     others: tuple[Any, ...],
-    own: tuple[tuple[Any, ...], dict[str, Any]],
+    own: Given,
     same: Callable[[], bool] | None,
 ) -> Callable[..., Any] | None:
     """The call without Dynamo's code, if that code can be written down. ``own`` arrives at the graph as ``others``."""
@@ -417,16 +393,12 @@ def _resolved(
     names: dict[str, Any] = {"wanted": binding.wanted}
     looks = ["if wanted(): return NOT_NOW"]  # with a profiler, the slower path names the call in the profile
     if binding.fits is not None:
-        looks += [
-            f"if not ({binding.state.condition(names)}): return NOT_NOW",
-            *binding.inputs.lines(names, "return NOT_NOW"),
-        ]
+        looks.append(f"if not ({binding.state.condition(names)}): return NOT_NOW")
+        looks += binding.inputs.lines(names, "return NOT_NOW")
     return resolved.resolve(executor, entry, run, handed, placed, lean.static, result, same, looks, names)
 
 
-def _handed(
-    function: Any, code: CodeType, before: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, ...]:
+def _handed(function: Any, code: CodeType, before: tuple[Any, ...], given: Given) -> tuple[Any, ...]:
     """What Dynamo's code passes to the graph for these arguments. The graph is not called."""
     found: list[tuple[Any, ...]] = []
 
@@ -435,7 +407,7 @@ def _handed(
         raise _Handed
 
     with suppress(_Handed):
-        _torch.unguarded(function, code, graph)(*before, *args, **kwargs)
+        _torch.unguarded(function, code, graph)(*before, *given[0], **given[1])
     (handed,) = found
     return handed
 
@@ -444,9 +416,9 @@ class _Handed(Exception):
     """Raised where the graph would be called."""
 
 
-def _before(frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The arguments of the code in ``frame`` before ``args``; None if it was not called with these arguments."""
-    code, values = frame.f_code, frame.f_locals
+def _before(frame: FrameType, given: Given) -> tuple[Any, ...] | None:
+    """The arguments of the code in ``frame`` before those of the caller; None if it was not called with these."""
+    (args, kwargs), code, values = given, frame.f_code, frame.f_locals
     names = code.co_varnames[: _torch.argument_count(code)]
     plain = code.co_argcount + code.co_kwonlyargcount
     positional = [values.get(name) for name in names[: code.co_argcount]]
@@ -523,13 +495,8 @@ class _Graph:
 
     def checked(self) -> Callable[..., Any]:
         """This as a function. Where possible it calls the executor so that addresses are not compared twice."""
-        graph, executor, written, static, addresses = (
-            self.graph,
-            self.executor,
-            self.written,
-            self.static,
-            self.addresses,
-        )
+        graph, executor, written = self.graph, self.executor, self.written
+        static, addresses = self.static, self.addresses
         are_at, like, tensors = _torch.are_at, self.like, _picker(self.tensors)
         numbers, expected = _picker([at for at, _ in self.numbers]), tuple(value for _, value in self.numbers)
         count_up, found = torch.autograd.graph.increment_version, bool(self.tensors)

@@ -123,33 +123,25 @@ class AddressSet:
     last_call: int = 0
 
 
+@dataclass(eq=False)
 class KeyReader:
-    """Reads a key from the arguments, as quickly as Python can."""
+    """Reads a key from the arguments, as quickly as Python can: the positions of those that are in it."""
 
-    def __init__(
-        self,
-        addressed: list[int],
-        numbers: Sequence[int],
-        open_layouts: Sequence[int],
-        scalars: Sequence[int],
-        bridged: Sequence[int],
-    ) -> None:
-        self.addressed, self.numbers, self.open_layouts, self.scalars = addressed, numbers, open_layouts, scalars
-        self.bridged = bridged
+    addressed: list[int]
+    numbers: Sequence[int]
+    open_layouts: Sequence[int]
+    scalars: Sequence[int]
+    bridged: Sequence[int]
 
     @classmethod
     def of(cls, program: Program, keyed: frozenset[str], scalars_in_key: bool) -> KeyReader:
-        inputs = [value for value in program.inputs if value.index >= 0]
+        inputs, read = [value for value in program.inputs if value.index >= 0], program.read_by_graphs()
         return cls(
             [value.index for value in inputs if value.kind == "static" or value.name in keyed],
             [value.index for value in inputs if value.kind == "number"],
             [value.index for value in inputs if isinstance(value.value, torch.Tensor) and is_open(value.value)],
             [value.index for value in inputs if value.kind == "scalar" and scalars_in_key],
-            [
-                value.index
-                for value in inputs
-                if value.kind == "tensor" and value.name in program.read_by_graphs() - keyed
-            ],
+            [value.index for value in inputs if value.kind == "tensor" and value.name in read - keyed],
         )
 
     def read(self, args: Sequence[Any]) -> Key:
