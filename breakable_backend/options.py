@@ -7,24 +7,23 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from breakable_backend.errors import OptionsError
 
 ENVIRONMENT_PREFIX = "BREAKABLE_CG_"
 
-_CHOICES: Mapping[str, tuple[Any, ...]] = {
-    "driver": ("auto", "cuda", "tape"),
-    "debug": (None, "eager", "compare"),
-    "auto_break": (True, False),
-    "training": (True, False),
-    "outputs": ("fresh", "static"),
-    "scalars": ("key", "device"),
-    "inner": ("eager",),
-}
-_NOT_YET = {"inner": ("inductor",)}
-_SMALLEST = {"max_recordings": 1, "min_kernels": 1}
+
+def _choice(*values: Any, default: Any = ..., planned: tuple[Any, ...] = ()) -> Any:
+    """An option that takes one of ``values``, the first by default; ``planned`` are values that are to come."""
+    default = values[0] if default is ... else default
+    return field(default=default, metadata={"choices": values, "planned": planned})
+
+
+def _count(default: int) -> Any:
+    """An option that takes an integer of at least 1."""
+    return field(default=default, metadata={"smallest": 1})
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Options:
     compiled, at its first call. Options that are passed to ``torch.compile`` take precedence.
     """
 
-    driver: str = "auto"
+    driver: str = _choice("auto", "cuda", "tape")
     """``"auto"``: CUDA if the inputs are on a GPU, and otherwise the tape, which has the semantics of CUDA graphs
     without the speed."""
 
-    debug: str | None = None
+    debug: str | None = _choice(None, "eager", "compare")
     """``"eager"``: every op runs eagerly, through the same record and replay path. ``"compare"``: every replay is
     compared with eager, step by step."""
 
@@ -52,27 +51,27 @@ class Options:
     eager_ops: tuple[Any, ...] = ()
     """What runs eagerly in this function: names of ops, overloads, torch functions, modules, classes of modules."""
 
-    auto_break: bool = True
+    auto_break: bool = _choice(True, False)
     """Whether an op that cannot be captured runs eagerly, with a reason, or is an error."""
 
-    outputs: str = "fresh"
+    outputs: str = _choice("fresh", "static")
     """``"fresh"``: returned tensors belong to the caller. ``"static"``: they are the graph's own memory, without a
     copy, and are valid until the next call of any function that was compiled for the same device."""
 
-    scalars: str = "key"
+    scalars: str = _choice("key", "device")
     """``"key"``: a host scalar is part of the key, so results equal eager bit for bit. ``"device"``: it is copied to
     the device, so that one recording serves all values; in bf16 and fp16 a few results then differ in the last bit."""
 
-    max_recordings: int = 64
+    max_recordings: int = _count(64)
     """How many recordings are kept for each set of addresses."""
 
-    min_kernels: int = 2
+    min_kernels: int = _count(2)
     """Captured segments with fewer ATen ops that launch a kernel run eagerly."""
 
-    training: bool = False
+    training: bool = _choice(True, False, default=False)
     """Whether graphs that need gradients are captured, forward and backward, or run as Dynamo traced them."""
 
-    inner: str = "eager"
+    inner: str = _choice("eager", planned=("inductor",))
     """What compiles the captured segments."""
 
     @classmethod
@@ -82,12 +81,12 @@ class Options:
         Raises:
             OptionsError: an unknown option, or a value that is not allowed. The text lists what is allowed.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        declared = _declared()
         values: dict[str, Any] = {}
         for key, text in (os.environ if environment is None else environment).items():
             if key.startswith(ENVIRONMENT_PREFIX):
                 name = key.removeprefix(ENVIRONMENT_PREFIX).lower()
-                values[name] = _from_text(name, text) if name in names else text
+                values[name] = _from_text(name, text, declared[name]) if name in declared else text
         values.update(given or {})
         for name, value in values.items():
             try:
@@ -100,18 +99,26 @@ class Options:
         return cls(**values)
 
 
-def _from_text(name: str, text: str) -> Any:
+def _declared() -> dict[str, Mapping[str, Any]]:
+    """The options by name, each with what it takes."""
+    return {option.name: option.metadata for option in dataclasses.fields(Options)}
+
+
+def _from_text(name: str, text: str, takes: Mapping[str, Any]) -> Any:
+    """The value of an option in the environment. Text of another kind stays text, which is then refused by name."""
+    text = text.strip()
+    choices = takes.get("choices", ())
     if name == "eager_ops":
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    if name in _SMALLEST:
-        return int(text) if text.strip().lstrip("-").isdigit() else text
-    if name == "debug" and text.strip().lower() in ("", "none"):
-        return None
     if name == "tolerance":
         return _numbers(text)
-    if name in ("auto_break", "training"):
-        return {"1": True, "true": True, "0": False, "false": False}.get(text.strip().lower(), text)
-    return text.strip()
+    if "smallest" in takes:
+        return int(text) if text.lstrip("-").isdigit() else text
+    if None in choices and text.lower() in ("", "none"):
+        return None
+    if True in choices:
+        return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
+    return text
 
 
 def _numbers(text: str) -> Any:
@@ -125,12 +132,12 @@ def _numbers(text: str) -> Any:
 
 
 def _checked(name: str, value: Any) -> Any:
-    names = [field.name for field in dataclasses.fields(Options)]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
+    declared = _declared()
+    if name not in declared:
+        near = difflib.get_close_matches(name, declared, 1)
         raise OptionsError(
             f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            fix=f"options are: {', '.join(names)}",
+            fix=f"options are: {', '.join(declared)}",
         )
     if name == "tolerance":
         return _tolerance(value)
@@ -138,13 +145,14 @@ def _checked(name: str, value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
             raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}")
         return tuple(value)
-    if name in _SMALLEST:
-        if isinstance(value, bool) or not isinstance(value, int) or value < _SMALLEST[name]:
-            raise OptionsError(f"option {name!r} takes an integer of at least {_SMALLEST[name]}, got {value!r}")
+    takes = declared[name]
+    if "smallest" in takes:
+        if isinstance(value, bool) or not isinstance(value, int) or value < takes["smallest"]:
+            raise OptionsError(f"option {name!r} takes an integer of at least {takes['smallest']}, got {value!r}")
         return value
-    allowed = _CHOICES[name]
+    allowed = takes["choices"]
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        if value in _NOT_YET.get(name, ()):
+        if value in takes["planned"]:
             raise OptionsError(f"option {name}={value!r} does not exist yet", fix=f"use {name}={allowed[0]!r}")
         raise OptionsError(
             f"option {name!r} does not take {value!r}", fix=f"allowed: {', '.join(repr(choice) for choice in allowed)}"

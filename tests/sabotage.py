@@ -2110,7 +2110,7 @@ FAULTS = (
     Fault(
         "regions-are-captured",
         "marks.rules",
-        "'inside eager_region' if inside else ''",
+        "_IN_REGION if inside else ''",
         "''",
         "test_capture.py::test_region[cpu]",
     ),

@@ -125,18 +125,23 @@ def _(call: LiveOp) -> str:
     return is_marked(call.op, EagerOps())
 
 
+_IN_REGION = "inside eager_region"
+
+
 @Rule
 def region(node: fx.Node, scope: Scope) -> str:
     why = node.meta.get("custom", {}).get(REGION_KEY)
-    return why if isinstance(why, str) else "inside eager_region" if why else ""
+    return why if isinstance(why, str) else _IN_REGION if why else ""
 
 
 @region.live
 def _(call: LiveOp) -> str:
     inside = REGION_KEY in get_current_meta().get("custom", {}) and not is_view_op(call.op)
-    return "inside eager_region" if inside else ""
+    return _IN_REGION if inside else ""
 
 
+_HOST_DECIDES = "decides on the host what to run"
+_HOST_NUMBERS = "copies numbers from the host while it runs uncompiled"
 _CAPTURABLE_HIGHER_ORDER = ("invoke_subgraph", "triton_kernel_wrapper_mutation")
 _FROM_THE_HOST = ("flex_attention", "flex_attention_backward")
 """When these are not compiled by Inductor, they make tensors from Python numbers, a copy that CUDA does not capture."""
@@ -149,18 +154,17 @@ def higher_order(node: fx.Node, scope: Scope) -> str:
     for op in effective_ops(node):
         if not isinstance(op, _torch.HigherOrderOperator) or op.name() in _CAPTURABLE_HIGHER_ORDER:
             continue
-        if op.name() in _FROM_THE_HOST:
-            why = "copies numbers from the host while it runs uncompiled"
-            return why if op is node.target else f"calls {op.name()}, which {why}"
-        return (
-            "decides on the host what to run" if op is node.target else f"calls {op.name()}, which the host decides on"
-        )
+        why = _HOST_NUMBERS if op.name() in _FROM_THE_HOST else _HOST_DECIDES
+        return why if op is node.target else f"calls {op.name()}, which {why}"
     return ""
 
 
 @higher_order.live
 def _(call: LiveOp) -> str:
-    return "" if isinstance(call.op, _torch.OpOverload) else "decides on the host what to run"
+    return "" if isinstance(call.op, _torch.OpOverload) else _HOST_DECIDES
+
+
+_OWN_GENERATOR = "draws from a generator of its own, which a graph would have to know before capture"
 
 
 @Rule
@@ -170,27 +174,28 @@ def explicit_generator(node: fx.Node, scope: Scope) -> str:
     for position, argument in enumerate(node.target._schema.arguments):
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         if argument.name == "generator" and given is not None:
-            return "draws from a generator of its own, which a graph would have to know before capture"
+            return _OWN_GENERATOR
     return ""
 
 
 @explicit_generator.live
 def _(call: LiveOp) -> str:
-    return "draws from a generator of its own" if call.kwargs.get("generator") is not None else ""
+    return _OWN_GENERATOR if call.kwargs.get("generator") is not None else ""
 
 
+_HOST_READ = "reads a value on the host"
 READS_HOST = _torch.aten("_local_scalar_dense item is_nonzero equal _assert_scalar")
 
 
 @Rule
 def host_read(node: fx.Node, scope: Scope) -> str:
-    return "reads a value on the host" if schema_name(node) in READS_HOST else ""
+    return _HOST_READ if schema_name(node) in READS_HOST else ""
 
 
 @host_read.live
 def _(call: LiveOp) -> str:
     if call.name in READS_HOST:
-        return Refusal("reads a value on the host")
+        return Refusal(_HOST_READ)
     source, target = _copied(call)
     to_host = source != target and target != call.device.type
     return Refusal("copies to the host, which waits for the device") if to_host else ""
@@ -221,19 +226,22 @@ def is_mask(index: torch.Tensor) -> bool:
     return index.dtype in (torch.bool, torch.uint8)
 
 
+_MASKED = "indexes with a mask, which waits for the host"
+
+
 @Rule
 def boolean_index(node: fx.Node, scope: Scope) -> str:
     if schema_name(node) in INDEXING and len(node.args) > 1:
         for index in pytree.tree_leaves(node.args[1]):
             if isinstance(index, fx.Node) and any(map(is_mask, values_of(index))):
-                return "indexes with a mask, which waits for the host"
+                return _MASKED
     return ""
 
 
 @boolean_index.live
 def _(call: LiveOp) -> str:
     masked = call.name in INDEXING and any(map(is_mask, tensors_of(call.args[1])))
-    return Refusal("indexes with a mask, which waits for the host") if masked else ""
+    return Refusal(_MASKED) if masked else ""
 
 
 @Rule
@@ -298,6 +306,7 @@ def _copied(call: LiveOp) -> tuple[str, str]:
     return value.device.type, target.device.type
 
 
+_HOST_WAIT = "waits for the host on CUDA"
 WAITS_FOR_HOST = _torch.aten(
     "_linalg_check_errors _linalg_eigh _linalg_eigvals _linalg_svd cholesky linalg_eig linalg_eigvals linalg_ldl_factor_ex "
     "linalg_ldl_solve linalg_lstsq linalg_matrix_exp linalg_pinv bincount _ctc_loss _cudnn_ctc_loss histc masked_select "
@@ -333,7 +342,7 @@ def _has_range(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def waits_for_host(node: fx.Node, scope: Scope) -> str:
     name = schema_name(node)
     if _waits(name, node.args, node.kwargs):
-        return "waits for the host on CUDA"
+        return _HOST_WAIT
     for read in READS_NUMBER.get(name, "").split():
         tensors = tensors_of(getattr(argument_of(node, read), "meta", {}).get("val"))
         if any(tensor.device in scope.devices for tensor in tensors):
@@ -346,7 +355,7 @@ def _(call: LiveOp) -> str:
     if not _waits(call.name, call.args, call.kwargs):
         return ""
     dynamic = torch.Tag.dynamic_output_shape in call.op.tags or call.name == "aten::nonzero"
-    return Refusal("waits for the host") if dynamic else "waits for the host"
+    return Refusal(_HOST_WAIT) if dynamic else _HOST_WAIT
 
 
 def argument_of(node: fx.Node, name: str) -> Any:
@@ -370,9 +379,11 @@ def stream_operation(node: fx.Node, scope: Scope) -> str:
     return "orders streams" if schema_name(node).startswith("streams::") else ""
 
 
+WHOLE_PROGRAM: tuple[Rule, ...] = (moves_storage, stream_operation)
+"""Rules for nodes because of which nothing in the program can be captured: they change addresses or streams of other
+segments."""
 RULES: tuple[Rule, ...] = (
-    moves_storage,
-    stream_operation,
+    *WHOLE_PROGRAM,
     marked,
     region,
     higher_order,
@@ -384,10 +395,6 @@ RULES: tuple[Rule, ...] = (
     sparse,
     off_device,
 )
-
-WHOLE_PROGRAM: frozenset[Rule] = frozenset({moves_storage, stream_operation})
-"""Rules for nodes because of which nothing in the program can be captured: they change addresses or streams of other
-segments."""
 
 
 def classify(node: fx.Node, scope: Scope) -> Reason | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import doctest
@@ -15,6 +16,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +29,13 @@ from breakable_backend.drivers import pool_size
 from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
 from breakable_backend.marks.rules import RULES
+from breakable_backend.options import Options
 from breakable_backend.recordings import buffers
 from breakable_backend.tools import measure, report
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -137,6 +141,41 @@ def test_rules_page() -> None:
     """Each rule has its line in the table of what runs eagerly by itself."""
     rows = re.findall(r"^\| `(\w+)` \|", PAGES["semantics"], re.MULTILINE)
     assert [name for name in rows if name.islower()] == [rule.__name__ for rule in RULES]
+
+
+def test_causes() -> None:
+    """Each reason in the package has the name of a rule or of a known cause, and the report's page has those causes."""
+    told = {
+        node.args[0].value
+        for path in Path(breakable_backend.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Reason"
+        if isinstance(node.args[0], ast.Constant)
+    }
+    assert told == set(program.CAUSES) | {"marked"}
+    row = re.search(r"^\| `rule` \| (.*) \|$", PAGES["report"], re.MULTILINE)
+    assert row is not None
+    assert re.findall(r"`(\w+)`", row[1]) == list(program.CAUSES)
+
+
+def literal(text: str) -> Any:
+    """The value that ``text`` is written for; the text itself if it only describes values."""
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("option", dataclasses.fields(Options), ids=lambda option: option.name)
+def test_table_of_options(option: dataclasses.Field[Any]) -> None:
+    """The README's table has each option, in their order, with its default first and then its other values."""
+    table = README.partition("\n## Options\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE))
+    assert list(rows) == [each.name for each in dataclasses.fields(Options)]
+    told = [literal(text) for text in re.findall(r"`([^`]+)`", rows[option.name])]
+    choices = option.metadata.get("choices", ())
+    assert told[1 : len(choices)] == [value for value in choices if value != option.default]
+    assert told[:1] == [option.default] or not told
 
 
 def test_limits_page() -> None:

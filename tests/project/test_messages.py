@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import types
 import warnings
@@ -35,6 +36,7 @@ from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import cuda as cuda_driver
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.tape import FIX, TapeDriver
+from breakable_backend.options import Options
 from reports import from_file
 
 CPU = torch.device("cpu")
@@ -76,9 +78,7 @@ def message(
 
 # --- options ------------------------------------------------------------------------------------------------------------------
 
-ALL_OPTIONS = (
-    "driver, debug, tolerance, eager_ops, auto_break, outputs, scalars, max_recordings, min_kernels, training, inner"
-)
+ALL_OPTIONS = ", ".join(option.name for option in dataclasses.fields(Options))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from importlib.metadata import entry_points
 import torch
 
 import breakable_backend
-from breakable_backend.options import Options
 
 EXPORTS = [
     "BindError",
@@ -40,30 +38,11 @@ EXPORTS = [
     "unmark_eager",
 ]
 
-OPTIONS = [
-    "driver",
-    "debug",
-    "tolerance",
-    "eager_ops",
-    "auto_break",
-    "outputs",
-    "scalars",
-    "max_recordings",
-    "min_kernels",
-    "training",
-    "inner",
-]
-
 
 def test_exports() -> None:
     """``__all__`` is exactly this, and each name is there."""
     assert sorted(breakable_backend.__all__) == EXPORTS
     assert [name for name in EXPORTS if not hasattr(breakable_backend, name)] == []
-
-
-def test_options() -> None:
-    """The options are exactly these, in the order of the README's table."""
-    assert [field.name for field in dataclasses.fields(Options)] == OPTIONS
 
 
 def test_entry_point() -> None:
