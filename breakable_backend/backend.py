@@ -19,6 +19,7 @@ from torch import fx
 from breakable_backend import _torch, locks
 from breakable_backend.callers import Callers
 from breakable_backend.calling import registry
+from breakable_backend.calling.compiled_graph import log as executor_log
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.calling.release import when_idle
@@ -43,7 +44,7 @@ from breakable_backend.marks import changes
 from breakable_backend.marks.marking import EagerOps
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
-from breakable_backend.recordings.observer import Subject, observers_of
+from breakable_backend.recordings.observer import Observers, Subject, observers_of
 
 log = logging.getLogger(__name__)
 
@@ -124,26 +125,29 @@ class Backend:
         number = next(self._numbers)
         name = f"graph {number}"
 
-        observers = observers_of(Subject(name, chosen, log))
+        observers = observers_of(Subject(name, chosen, executor_log))
         observers.traced(gm, "dynamo")
         if again:
             log.info("%s: compiled again, because Dynamo says: %s", name, again)
 
-        def make(kind: Callable[..., Executor], lowered: Lowered, name: str, *others: Any) -> Executor:
+        def make(
+            kind: Callable[..., Executor], lowered: Lowered, name: str, *others: Any, observers: Observers | None = None
+        ) -> Executor:
+            observers = observers or observers_of(Subject(name, chosen, executor_log))
             observers.traced(lowered.module, "aten")
             driver = self._driver(chosen, lowered, several=kind is Executor and chosen.scalars == "key")
             bare = Scope(driver.device, eager_ops, driver.devices[1:])
             require_whole_regions(lowered.module, bare)
             scope = scope_for(lowered, bare, chosen)
-            executor: Executor = kind(*(others or (lowered,)), scope, chosen, driver, name)
-            executor.statistics.lowering_seconds = time.perf_counter() - started
-            registry.executors.add(executor, number)
+            made: Executor = kind(*(others or (lowered,)), scope, chosen, driver, name, observers)
+            made.statistics.lowering_seconds = time.perf_counter() - started
+            registry.executors.add(made, number)
             if any(is_collective(schema_name(node)) for node in lowered.module.graph.nodes):
-                leaves_with_groups(executor)
-            return executor
+                leaves_with_groups(made)
+            return made
 
         def compile_lowered(lowered: Lowered) -> Executor:
-            return make(Executor, lowered, name)
+            return make(Executor, lowered, name, observers=observers)
 
         flat = FlatGraph.of(gm, example_inputs)
         try:

@@ -33,7 +33,7 @@ from breakable_backend.options import Options
 from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.host_syncs import Finder
-from breakable_backend.recordings.observer import Observers, Subject, observers_of
+from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.plain import Plain, write_plain
 from breakable_backend.recordings.recorder import Plan, Recorded, record
 from breakable_backend.recordings.recording import Recording
@@ -59,8 +59,17 @@ READ_OTHERWISE = "keys are read otherwise since then"
 class CompiledGraph:
     """One lowered graph. Changes need the driver's lock, which :meth:`reset` and :meth:`leave` take themselves."""
 
-    def __init__(self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str) -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        scope: Scope,
+        options: Options,
+        driver: CaptureDriver,
+        name: str,
+        observers: Observers,
+    ) -> None:
         self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
+        self.observers = observers
         self.statistics = Statistics()
         self.keys = Keys()
         self.scope = scope
@@ -73,9 +82,8 @@ class CompiledGraph:
         self.moves, self.most_moved = 0, 0
         """How often a key of this program outgrew the pool; and the bytes that it had then, at most."""
         self.callers = Callers()
-        self.observers: Observers = observers_of(Subject(name, options, log))
         self.hands_back = has_suspects(lowered.module.graph)
-        """Whether it is worth checking what ops return; see ``recordings.handed``."""
+        """Whether it is worth checking what ops return; see ``recordings.returned_arguments``."""
         self.cut_program()
         driver.tenants.append(weakref.ref(self, driver.tenants.remove))
         # Dynamo may drop an executor at any time. Its graphs are then freed at once, and not at the next garbage

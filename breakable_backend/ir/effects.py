@@ -25,7 +25,7 @@ def schema_name(node: fx.Node) -> str:
 
 
 def op_of(node: fx.Node) -> Any:
-    """The target of a node, without the wrapper that enters ambient modes (``ir.modes.around``)."""
+    """The target of a node, without the wrapper that enters ambient modes (``ir.ambient_modes.around``)."""
     return getattr(node.target, "__wrapped__", node.target) if not isinstance(node.target, str) else node.target
 
 

@@ -31,13 +31,11 @@ InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"
 """``ragged`` stands for the lengths of a jagged nested tensor. Each tensor has a new one, so it is not a number and in
 no key."""
 
-CAUSES = ("min_kernels", "absolute_view", "capture_failed", "calls_such_an_op", "hands_back")
-"""Why nodes run eagerly to which no rule applies. Their segment is too short; or ``as_strided`` reaches into memory that a
-bridge would move; or a capture failed; or a custom op calls an op that no capture can hold, or returns its argument."""
-
-
 TOO_FEW = "min_kernels"
-"""The rule of ops that could be captured, and are fewer than the option says."""
+CAUSES = (TOO_FEW, "absolute_view", "capture_failed", "calls_such_an_op", "hands_back")
+"""Why nodes run eagerly to which no rule applies. They could be captured, and are fewer than the option says; or
+``as_strided`` reaches into memory that a bridge would move; or a capture failed; or a custom op calls an op that no
+capture can hold, or returns its argument."""
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,9 @@ class Observers(Observer):
         """The replay of ``recording``, as the observers want it."""
         tally = Tally()
         recording = self._chained("instead", recording, program)
-        other = self._first("variant", recording, tally)
-        variant = Variant(self.wanted, other) if other is not None else None
-        made = emit(recording, name=name, tally=tally, variant=variant, file=self.file)
+        others = ((observer.wanted, observer.variant(recording, tally)) for observer in self._all)
+        variants = [Variant(wanted, function) for wanted, function in others if function is not None]
+        made = emit(recording, name=name, tally=tally, variants=variants, file=self.file)
         return replace(made, function=self._chained("around", made.function))
 
 

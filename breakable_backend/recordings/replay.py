@@ -69,8 +69,8 @@ class Replay:
     file: str
     steps: tuple[tuple[int, int], ...]
     """For each step its lines in the source, from 0: the first, and the one behind the last."""
-    variant: Variant | None = None
-    """The function that runs in place of this one while it is wanted."""
+    variants: Sequence[Variant] = ()
+    """Functions that run in place of this one while they are wanted; the first that is."""
 
 
 Mark = Callable[[int], None]
@@ -83,7 +83,7 @@ def emit(
     *,
     name: str = "replay",
     tally: Tally | None = None,
-    variant: Variant | None = None,
+    variants: Sequence[Variant] = (),
     file: Callable[[str, str], str | None] | None = None,
 ) -> Replay:
     """Generate, compile and file the source of a recording; with ``mark``, of a replay that reports where it is.
@@ -93,13 +93,13 @@ def emit(
         mark: see :data:`Mark`.
         name: passed to ``file``.
         tally: counts to continue, instead of beginning at 0.
-        variant: runs instead while it is wanted.
+        variants: the first that is wanted runs instead.
         file: takes the source and ``name``, and returns the path of a file with that source; None for no file.
     """
     writer = _Writer(recording, mark, tally or Tally())
-    source, steps = writer.source(variant)
+    source, steps = writer.source(variants)
     function, path = defined(source, "replay", writer.names, file(source, name) if file is not None else None)
-    return Replay(source, function, writer.tally, path, steps, variant)
+    return Replay(source, function, writer.tally, path, steps, variants)
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ class _Writer:
         self.args, self.stream = self._free("args"), self._free("stream")
         self.slots |= {self.args, self.stream}
 
-    def source(self, variant: Variant | None = None) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def source(self, variants: Sequence[Variant] = ()) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The source, and the lines of each step."""
         statements = list(self._statements())
         returned, uses = self._text(list(self.recording.returned))
         statements.append(_Statement((f"return {returned}",), uses))
         used = frozenset[str]().union(*(statement.uses for statement in statements))
         lines = [f"def replay({self.args}, {self.stream}):"]
-        if variant is not None:
+        for variant in variants:
             lines += [
                 f"if {self._bind('variant_is_wanted', variant.wanted)}():",
                 f"    return {self._bind('variant', variant.function)}({self.args}, {self.stream})",

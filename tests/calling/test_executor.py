@@ -6,6 +6,7 @@ Most tests call an executor directly, on a graph traced without Dynamo; what onl
 from __future__ import annotations
 
 import gc
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from breakable_backend.compiling.scope import scope_for
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
+from breakable_backend.recordings.observer import Observers, Subject, observers_of
 from checks import compile_both
 from gpu import settled
 from graphs import cuda, host, trace
@@ -60,7 +62,8 @@ class Make:
         chosen = Options.parse({"min_kernels": 1, **options}, {})
         lowered = Lowered(gm, frozenset(static))
         scope = scope_for(lowered, Scope(self.device), chosen) if scope is None else scope
-        executor = Executor(lowered, scope, chosen, self.driver, "graph 0")
+        observers = observers_of(Subject("graph 0", chosen, logging.getLogger(__name__)))
+        executor = Executor(lowered, scope, chosen, self.driver, "graph 0", observers)
         self.made.append(executor)
         return executor
 
@@ -129,7 +132,12 @@ def test_a_copy_that_its_fake_takes_for_a_view(make: Make) -> None:
     (clone,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
     clone.meta["val"] = clone.args[0].meta["val"].view(3)
     executor = Executor(
-        Lowered(gm, frozenset()), Scope(make.device), Options.parse({"min_kernels": 1}, {}), make.driver, ""
+        Lowered(gm, frozenset()),
+        Scope(make.device),
+        Options.parse({"min_kernels": 1}, {}),
+        make.driver,
+        "",
+        Observers(),
     )
     make.made.append(executor)
     for number in range(4):

@@ -71,6 +71,42 @@ def test_life_of_a_graph(device: torch.device, options: dict[str, Any], events: 
     assert events[4:] == ["recording", "captured 0", "eager silly::triple", "captured 2", "recorded 0: 3 steps"]
 
 
+def test_one_set_for_each_graph(device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has one set of observers for its whole life; the forward and the backward of one that learns have their own."""
+    names: list[str] = []
+    monkeypatch.setattr(observer, "_factories", [lambda subject: names.append(subject.name)])
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options={**options, "training": True})
+    with torch.no_grad():
+        compiled(torch.ones(3, device=device))
+    assert len(names) == 1
+    for _ in range(3):
+        compiled(torch.ones(3, device=device, requires_grad=True)).sum().backward()
+    _, name, *halves = names
+    assert halves == [f"forward of {name}", f"backward of {name}"]
+
+
+def test_each_observer_has_its_variant(device: torch.device, options: dict[str, Any], events: list[str]) -> None:
+    """If two observers want another function for a replay, each gets its own in the calls that it wants."""
+    wanted: list[str] = []
+
+    class Other(Observer):
+        def __init__(self, name: str) -> None:
+            self.name, self.wanted = name, lambda: name in wanted
+
+        def variant(self, recording: Any, tally: Any) -> Any:
+            return lambda args, stream: events.append(self.name) or [torch.zeros(())]
+
+    observer._factories.extend([lambda subject: Other("one"), lambda subject: Other("other")])
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="breakable_cg", options=options)
+    x = torch.ones(3, device=device)
+    with torch.no_grad():
+        for name in ("", "", "other", "one", "other", ""):
+            wanted[:] = [name]
+            got = compiled(x)
+    assert events[-3:] == ["other", "one", "other"]
+    assert torch.equal(got, x.sin() + 1)
+
+
 def test_life_of_a_block(kind: str, events: list[str], device: torch.device) -> None:
     """So it does of a ``with`` block."""
     graph, step = BreakableCUDAGraph(driver=kind), eager_on_graph(lambda x: x + 1)

@@ -92,7 +92,7 @@ def test_line_of_a_log_record(caplog: pytest.LogCaptureFixture) -> None:
             compiled(torch.ones(4))
     reset(compiled)
     files = {record.filename for record in caplog.records if record.name == "breakable_backend.calling.executor"}
-    assert files == {"compiled.py"}
+    assert files == {"compiled_graph.py"}
 
 
 def test_why_it_is_recorded_again(device: torch.device, options: dict[str, Any], lines: Any) -> None:

@@ -178,7 +178,7 @@ def test_lines_of_segments() -> None:
 
 def marked_lines(recording: Recording, like: Replay) -> tuple[str, list[tuple[int, int]]]:
     """The source of a replay, and where its steps stand: read off a replay that tells where it is."""
-    replay = emit(recording, lambda position: None, variant=like.variant)
+    replay = emit(recording, lambda position: None, variants=like.variants)
     lines, starts = [], []
     for line in replay.source.splitlines():
         if re.match(r"    mark\(\d+\)$", line):

@@ -43,8 +43,8 @@ def entry_of(compiled: Any) -> Entry:
 
 def named(replay: Replay | None) -> Any:
     """The variant of a replay that names its steps; None as long as no profiler was active."""
-    assert replay is not None and replay.variant is not None
-    return replay.variant.function.function  # type: ignore[attr-defined]
+    assert replay is not None and len(replay.variants) == 1
+    return replay.variants[0].function.function  # type: ignore[attr-defined]
 
 
 def call(compiled: Any, device: torch.device) -> Tensor:
