@@ -1670,6 +1670,20 @@ FAULTS = (
         "test_measure.py::test_a_break_has_the_name_of_its_costliest_op[cpu]",
     ),
     Fault(
+        "an-int-of-eager-steps-is-frozen",
+        "recordings.slots:Slots.__init__",
+        'value.kind != "number" or value.name in program.passed_on',
+        'value.kind != "number"',
+        "test_contract_keys.py::test_ints_of_eager_steps[cpu-None]",
+    ),
+    Fault(
+        "an-int-that-a-shape-depends-on-is-not-in-the-key",
+        "ir.program:Program.passed_on",
+        "name not in taken and used.isdisjoint(_torch.free_symbols(value))",
+        "name not in taken",
+        "test_contract_keys.py::test_ints_that_more_depends_on[cpu-shape]",
+    ),
+    Fault(
         "comparison-not-undone",
         "tools.compare:Checker._run",
         "undo.restore()",
@@ -2624,7 +2638,7 @@ FAULTS = (
     Fault(
         "recordings-under-old-keys-kept",
         "calling.compiled_graph:CompiledGraph.run_eagerly",
-        "self.keyed() != keyed",
+        "(self.keyed(), self.program.passed_on) != before",
         "False",
         "test_contract_gaps.py::test_keys_read_otherwise_after_a_failed_capture[cpu]",
     ),

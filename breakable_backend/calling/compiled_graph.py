@@ -162,10 +162,10 @@ class CompiledGraph:
         for reason in dict.fromkeys(failed.values()):
             at = f", at {reason.source}" if reason.source else ""
             self.observers.noted(f"runs eagerly from now on: {reason}{at}", level)
-        keyed = self.keyed()
+        before = self.keyed(), self.program.passed_on
         self.scope = replace(self.scope, forced={**self.scope.forced, **failed})
         self.cut_program()
-        if self.keyed() != keyed:
+        if (self.keyed(), self.program.passed_on) != before:
             # What was recorded before would not be found again.
             self._drop_all(READ_OTHERWISE, wait=False)
 

@@ -138,7 +138,7 @@ class KeyReader:
         inputs, read = [value for value in program.inputs if value.index >= 0], program.read_by_graphs()
         return cls(
             [value.index for value in inputs if value.kind == "static" or value.name in keyed],
-            [value.index for value in inputs if value.kind == "number"],
+            [value.index for value in inputs if value.kind == "number" and value.name not in program.passed_on],
             [value.index for value in inputs if isinstance(value.value, torch.Tensor) and is_open(value.value)],
             [value.index for value in inputs if value.kind == "scalar" and scalars_in_key],
             [value.index for value in inputs if value.kind == "tensor" and value.name in read - keyed],

@@ -19,6 +19,7 @@ A program holds no tensors except constants of the traced code.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+
+from breakable_backend import _torch
 
 InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"]
 """``ragged`` stands for the lengths of a jagged nested tensor. Each tensor has a new one, so it is not a number and in
@@ -170,6 +173,22 @@ class Program:
     @property
     def reasons(self) -> tuple[Reason, ...]:
         return tuple(reason for segment in self.eager_segments for reason in segment.reasons)
+
+    @functools.cached_property
+    def passed_on(self) -> frozenset[str]:
+        """Ints among the inputs that only eager steps take, as they come. No graph and no shape depends on them."""
+        ints = {v.name: v.value for v in self.inputs if v.kind == "number" and v.index >= 0}
+        if not ints:
+            return frozenset()
+        modules = [*(segment.module for segment in self.segments), self.epilogue.module]
+        made = (node.meta.get("val") for module in modules for node in module.graph.nodes if node.op != "placeholder")
+        others = (value.value for value in self.inputs if value.name not in ints)
+        used = frozenset[Any]().union(*map(_torch.free_symbols, (*others, *self.sizes.values(), *made)))
+        parts: list[GraphSegment | Epilogue] = [*self.graph_segments, self.epilogue]
+        taken = {name for part in parts for name in part.inputs}
+        return frozenset(
+            name for name, value in ints.items() if name not in taken and used.isdisjoint(_torch.free_symbols(value))
+        )
 
     def written_by_graphs(self) -> frozenset[str]:
         """Storages that captured segments write."""

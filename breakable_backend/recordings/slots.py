@@ -54,7 +54,9 @@ class Slots:
         """All slots, with the values of this call."""
         self.constants: dict[str, Any] = {v.name: self.values[v.name] for v in program.inputs if v.kind == "constant"}
         self.read_from: dict[str, Any] = {
-            value.name: self.values[value.name] if value.kind == "number" else Slot(value.name)
+            value.name: Slot(value.name)
+            if value.kind != "number" or value.name in program.passed_on
+            else self.values[value.name]
             for value in program.inputs
         }
         """Where later readers find a value that segments exchange: a slot, or the number itself."""

@@ -266,7 +266,7 @@ def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
         bridge = key.recording.bridge_of(value.name)
         if value.kind == "static":
             values.append(next(statics))
-        elif value.kind == "number":
+        elif value.kind == "number" and value.name not in snapshot.program.passed_on:
             values.append(next(numbers))
         elif bridge is not None:
             kept = key.recording.most is None or bridge.num_bytes <= buffers.KEPT_INPUT

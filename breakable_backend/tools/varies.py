@@ -10,7 +10,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
-from breakable_backend.ir.program import Input
+from breakable_backend.ir.program import Input, Program
 
 FEW = 0.5
 """If a smaller share of calls replays, a report says what varies."""
@@ -54,23 +54,40 @@ def of_one_function(calls: Sequence[tuple[CodeType | None, int]]) -> tuple[str, 
 
 
 def _numbers(snapshot: Snapshot) -> Iterator[str]:
-    numbers = [value for value in snapshot.program.inputs if value.kind == "number" and value.index >= 0]
+    program = snapshot.program
+    numbers = [v for v in program.inputs if v.kind == "number" and v.index >= 0 and v.name not in program.passed_on]
     for place, value in enumerate(numbers):
         found = _distinct(snapshot.keys, place)
         if len(found) < MANY:
             continue
         name = _torch.name_of(value.value) or value.name
+        had = f"{name} has had {_listed(found)}, and each is recorded for itself"
         if ".size()" in name:
             tensor = name.partition(".")[0]
             yield (
-                f"{name} has had {_listed(found)}, and each is recorded for itself: pad {tensor} to a few sizes, for example "
+                f"{had}: pad {tensor} to a few sizes, for example "
                 f"to multiples of 64: torch.nn.functional.pad({tensor}, (0, -{name} % 64))"
+            )
+        elif _is_only_computed_with(value, program):
+            yield (
+                f"the number {had}, although only eager steps read what your code computes from it: pass them {name} "
+                "as it is, and compute in them"
             )
         else:
             yield (
-                f"the number {name} has had {_listed(found)}, and each is recorded for itself: where no shape depends on "
-                f"it, pass torch.tensor({name}, device=...) instead, whose value a graph reads anew"
+                f"the number {had}: where no shape depends on it, pass torch.tensor({name}, device=...) instead, whose "
+                "value a graph reads anew; a marked function gets its value by .item()"
             )
+
+
+def _is_only_computed_with(number: Input, program: Program) -> bool:
+    """Whether only eager steps depend on a number, through other numbers that are computed from it."""
+    symbols = _torch.free_symbols(number.value)
+    return all(
+        symbols.isdisjoint(_torch.free_symbols(node.meta.get("val")))
+        for module in (*(segment.module for segment in program.graph_segments), program.epilogue.module)
+        for node in module.graph.nodes
+    )
 
 
 def _addresses(snapshot: Snapshot) -> Iterator[str]:

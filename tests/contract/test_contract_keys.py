@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import breakable_backend
 import silly
+from breakable_backend import eager_on_graph
 from checks import assert_same, compile_both, program_of
 
 
@@ -30,6 +31,79 @@ def test_ints(device: torch.device, options: dict[str, Any]) -> None:
                 assert_same(compiled(x, n), eager(x, n), f"n = {n}")
     # 4 ints: each plain once, recorded once (2 segments), and replayed 4 - 2 times
     assert calls_of(program_of(compiled)) == (4, 4 * 2, 4 * 2)
+
+
+@torch.library.custom_op("keys::scaled", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def scaled(x: Tensor, n: int) -> Tensor:
+    """An eager step that takes an int."""
+    return x * n
+
+
+@torch.library.custom_op("keys::stubborn_by", mutates_args=())
+def stubborn_by(x: Tensor, n: int) -> Tensor:
+    """``n`` times ``x`` plus its own maximum, read on the host where that is not allowed."""
+    return x * n + (x.max().item() if silly.capturing() else x.max())
+
+
+@scaled.register_fake
+@stubborn_by.register_fake
+def _(x: Tensor, n: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@eager_on_graph(fake=lambda x, given: torch.empty_like(x))
+def scaled_by_first(x: Tensor, given: list[int]) -> Tensor:
+    return x * given[0] + given[1]
+
+
+@eager_on_graph(fake=lambda x, n: x.new_empty(n))
+def repeated(x: Tensor, n: int) -> Tensor:
+    return x.sum() * torch.arange(n, device=x.device)
+
+
+@pytest.mark.parametrize("debug", [None, "compare"])
+def test_ints_of_eager_steps(debug: str | None, device: torch.device, options: dict[str, Any]) -> None:
+    """An int that only eager steps take, as it comes, is in no key: one recording serves all its values."""
+
+    def f(x: Tensor, n: int, m: int) -> Tensor:
+        return scaled_by_first(scaled(x.sin() + 1, n).cos() * 2, [n, m]).sin() + 1
+
+    compiled, eager = compile_both(f, {**options, "debug": debug}, dynamic=True)
+    with torch.no_grad():
+        for n in range(2, 9):
+            x = torch.rand(3, device=device)
+            assert_same(compiled(x, n, n * n + 3), eager(x, n, n * n + 3), f"n = {n}")
+    program = program_of(compiled)
+    assert calls_of(program) == (1, 3, 5)
+    assert "few calls replay" not in str(breakable_backend.explain(compiled))
+
+
+@pytest.mark.parametrize("of", ["captured", "shape", "computed"])
+def test_ints_that_more_depends_on(of: str, device: torch.device, options: dict[str, Any]) -> None:
+    """An int that an eager step takes stays in the key if a captured op, a shape or another number depends on it too."""
+    functions: dict[str, Callable[..., Any]] = {
+        "captured": lambda x, n: scaled(x.sin() + 1, n).cos() + n,
+        "shape": lambda x, n: repeated(x.sin() + 1, n).cos() + 1,
+        "computed": lambda x, n: scaled(x.sin() + 1, 2 * n + 1).cos() + 1,
+    }
+    compiled, eager = compile_both(functions[of], options, dynamic=True)
+    with torch.no_grad():
+        for n in (2, 5, 2, 5, 2, 5, 7):
+            x = torch.rand(3, device=device)
+            assert_same(compiled(x, n), eager(x, n), f"n = {n}")
+    assert calls_of(program_of(compiled)) == (3, 4, 2)
+
+
+def test_an_int_of_an_op_that_cannot_be_captured(device: torch.device, options: dict[str, Any]) -> None:
+    """Once the op that takes an int is known to be eager, the int leaves the key, and results stay right."""
+    compiled, eager = compile_both(lambda x, n: stubborn_by(x.sin() + 1, n).cos() + 1, options, dynamic=True)
+    with torch.no_grad():
+        for n in (2, 2, 2, 3, 4, 5, 6):
+            x = torch.rand(3, device=device)
+            assert_same(compiled(x, n), eager(x, n), f"n = {n}")
+    program = program_of(compiled)
+    assert program.num_eager_segments == 1
+    assert program.replays >= 3
 
 
 def test_floats(device: torch.device, options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from breakable_backend import explain
+from breakable_backend import eager_on_graph, explain
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -33,6 +33,19 @@ def test_a_number_that_varies() -> None:
     found = told(lambda x, n: (x + n).sin() * 2, [(torch.ones(4), n) for n in range(2, 10)])
     assert "the number n has had 2, 3, 4, 5, 6, 7, … 8 values" in found
     assert "torch.tensor(n, device=...)" in found
+
+
+@eager_on_graph(fake=lambda x, n: torch.empty_like(x))
+def scaled(x: torch.Tensor, n: int) -> torch.Tensor:
+    return x * n
+
+
+def test_a_number_that_only_eager_steps_depend_on() -> None:
+    """Where only eager steps read what is computed from a number, the remedy is to compute in them."""
+    found = told(lambda x, n: scaled(x.sin() + 1, 2 * n).cos() * 2, [(torch.ones(4), n) for n in range(2, 10)])
+    assert "the number n has had 2, 3, 4, 5, 6, 7, … 8 values" in found
+    assert "only eager steps read what your code computes from it: pass them n as it is, and compute in them" in found
+    assert "torch.tensor" not in found
 
 
 def test_caches_that_are_replaced() -> None:
