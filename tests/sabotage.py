@@ -171,7 +171,7 @@ FAULTS = (
     # --- training ---
     Fault(
         "what-is-saved-lies-in-the-shared-pool",
-        "recordings.recorder:Plan.apart",
+        "recordings.binding:Plan.apart",
         "self.saved_from is not None or not self.fresh_outputs",
         "not self.fresh_outputs",
         "test_training.py::test_inference_between_forward_and_backward[cpu]",
@@ -680,7 +680,7 @@ FAULTS = (
     ),
     Fault(
         "static-results-in-the-memory-of-others",
-        "recordings.recorder:Plan.apart",
+        "recordings.binding:Plan.apart",
         "self.saved_from is not None or not self.fresh_outputs",
         "self.saved_from is not None",
         "test_lifetimes.py::test_a_static_result_is_in_nobody_elses_memory[fresh-late_step]",
@@ -1146,9 +1146,9 @@ FAULTS = (
     ),
     Fault(
         "copies-together-change-bits",
-        "recordings.replay:_Writer._load_together",
-        "fused_as(dtype)",
-        "dtype",
+        "recordings.replay:_Writer._as_bits",
+        "fused_as(tensors[0].dtype)",
+        "tensors[0].dtype",
         "test_host_time.py::test_bits_of_arguments_that_are_loaded_together[cuda-torch.float16]",
         gpu=True,
     ),
@@ -1672,8 +1672,8 @@ FAULTS = (
     Fault(
         "an-int-of-eager-steps-is-frozen",
         "recordings.slots:Slots.__init__",
-        'value.kind != "number" or value.name in program.passed_on',
-        'value.kind != "number"',
+        "v.kind == 'number' and v.name not in program.passed_on",
+        "v.kind == 'number'",
         "test_contract_keys.py::test_ints_of_eager_steps[cpu-None]",
     ),
     Fault(

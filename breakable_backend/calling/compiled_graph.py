@@ -30,12 +30,12 @@ from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.program import Program, Reason
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
-from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
-from breakable_backend.recordings.plain import Plain, write_plain
-from breakable_backend.recordings.recorder import Plan, Recorded, record
+from breakable_backend.recordings.plain import write_plain
+from breakable_backend.recordings.recorder import Recorded, record
 from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay
 from breakable_backend.recordings.returned_arguments import has_suspects
@@ -96,7 +96,7 @@ class CompiledGraph:
         """Cut the program, and derive from it how a key is read."""
         self.program: Program = partition(self.lowered, self.scope, min_kernels=self.options.min_kernels)
         self.capturable = bool(self.program.graph_segments)
-        self._plain_function: Plain | None = None
+        self._plain_function: Replay | None = None
         self.sharing = SharedMemory(self.program, written_inputs(self.lowered.module))
         self.reader = KeyReader.of(self.program, self.keyed(), self.options.scalars == "key")
         self.observers.cut(self.program)
@@ -112,14 +112,14 @@ class CompiledGraph:
         tensors = {value.name for value in self.program.inputs if value.kind == "tensor"}
         return frozenset((written & tensors) - self.bridged)
 
-    def plain_function(self) -> Plain:
+    def plain_function(self) -> Replay:
         """The function of plain calls, made for the first of them."""
         if self._plain_function is None:
             # If two threads make it at the same time, or the program is cut anew meanwhile, either one is right.
             self._plain_function = self.watched_function(None)
         return self._plain_function
 
-    def watched_function(self, finder: Finder | None) -> Plain:
+    def watched_function(self, finder: Finder | None) -> Replay:
         """The same function, with ``finder`` watching its ops."""
         drawing, name = self.driver.drawing, f"{self.name} plain"
         return write_plain(self.lowered, self.program, drawing, name, self.observers.file, finder)
@@ -220,6 +220,8 @@ class CompiledGraph:
             fresh_outputs=self.options.outputs == "fresh",
             observer=self.observers,
             keep=self.observers.reads_values,
+            auto_break=self.options.auto_break,
+            recut=functools.partial(self.recut, self.scope),
         )
 
     def record(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
@@ -235,8 +237,7 @@ class CompiledGraph:
             self._make_way(needed(program, Binding.of(program, values).symbols), driver)
         try:
             with observers.span("record"):
-                auto_break, recut = self.options.auto_break, functools.partial(self.recut, self.scope)
-                recorded = record(program, driver, values, plan, stream, auto_break=auto_break, recut=recut)
+                recorded = record(program, driver, values, plan, stream)
         except Exception as error:
             if cause := passing(error):  # the exception is an eager step's: a plain call may take less memory
                 self._put_off(entry, cause, first_line(error))

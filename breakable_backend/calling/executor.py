@@ -18,8 +18,8 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver
 from breakable_backend.errors import CaptureError
 from breakable_backend.internal_errors import raise_if_ours
 from breakable_backend.recordings.host_syncs import Finder, has_unknown_ops
-from breakable_backend.recordings.plain import Plain, run_plain
-from breakable_backend.recordings.replay import Function
+from breakable_backend.recordings.plain import run_plain
+from breakable_backend.recordings.replay import Function, Replay
 
 IN_EAGER_STEP = "called inside an eager step"
 
@@ -196,13 +196,13 @@ class Executor(CompiledGraph):
         self.statistics.calls += 1
         return self._plain(args, why)
 
-    def _plain(self, args: list[Any], why: str, level: int = logging.INFO, run: Plain | None = None) -> list[Any]:
+    def _plain(self, args: list[Any], why: str, level: int = logging.INFO, run: Replay | None = None) -> list[Any]:
         """Make a call as eager does, without capture and without bridges."""
         self.count_plain(why, level)
         with self.observers.span(f"plain, {why}"):
             try:
                 if not self.observers.sees_plain_steps:
-                    return (run or self._plain_function or self.plain_function()).function(args)
+                    return (run or self._plain_function or self.plain_function()).function(args, 0)
                 values = list(args)
                 args.clear()
                 return run_plain(self.program, values, observer=self.observers, drawing=self.driver.drawing)

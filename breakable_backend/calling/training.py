@@ -35,9 +35,9 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import Geometry, TensorSpec
+from breakable_backend.recordings.binding import Plan
 from breakable_backend.recordings.buffers import clone_exact
 from breakable_backend.recordings.observer import Saved
-from breakable_backend.recordings.recorder import Plan
 from breakable_backend.recordings.recording import Recording
 
 log = logging.getLogger(__name__)

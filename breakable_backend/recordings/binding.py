@@ -1,4 +1,4 @@
-"""A program with the arguments of one call, and the calls that its eager segments consist of."""
+"""A program with the arguments of one call, how it is recorded, and the calls that its eager segments consist of."""
 
 from __future__ import annotations
 
@@ -21,10 +21,42 @@ from breakable_backend.marks.rules import label
 from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import Call, Slot
-from breakable_backend.recordings.repair import NodeByNode
+from breakable_backend.recordings.repair import NodeByNode, Recut
 
 if TYPE_CHECKING:
     import sympy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a program is recorded, beyond what it says itself: how arguments enter captured segments, what is held."""
+
+    keyed: frozenset[str] = frozenset()
+    """Tensor inputs whose address is part of the key, so that captured segments use them directly."""
+    device_scalars: bool = False
+    """Whether host scalars have a bridge on the device instead of being part of the key."""
+    fresh_outputs: bool = True
+    saved_from: int | None = None
+    """From this output on, the outputs are values that a backward needs. They are not copied, and the recording holds
+    their memory."""
+    observer: Observers | None = None
+    keep: bool = False
+    """Whether every value and bridge is held as long as the recording lives."""
+    auto_break: bool = True
+    """Whether a node that cannot be captured becomes eager. Otherwise it is an error."""
+    recut: Recut | None = None
+    """Cuts the program anew around such nodes. Without it the whole segment becomes eager."""
+
+    def has_bridge(self, value: Input) -> bool:
+        """Whether captured segments reach an input only through a bridge."""
+        return (
+            self.device_scalars if value.kind == "scalar" else value.kind == "tensor" and value.name not in self.keyed
+        )
+
+    @property
+    def apart(self) -> bool:
+        """Whether the recording has its own memory, since later calls read values that are returned without a copy."""
+        return self.saved_from is not None or not self.fresh_outputs
 
 
 @dataclass(frozen=True)

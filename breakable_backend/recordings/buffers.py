@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.ir.layout import Geometry, extent, flattened, overlaps
+from breakable_backend.ir.layout import Geometry, TensorSpec, extent, flattened, overlaps
 
 KEPT_INPUT = 1 << 16
 """In bytes. The bridge of an input up to this size keeps its memory between calls, and so the input of the last call,
@@ -39,21 +39,12 @@ class Bridge:
     @classmethod
     def like(cls, value: torch.Tensor, device: torch.device) -> Bridge:
         """An empty bridge for ``value``, with its alignment; see :data:`ALIGNMENT`."""
-        bits = copied_as(value)
         begin = value.data_ptr() % ALIGNMENT if value.numel() else 0
-        if begin:
-            with torch.inference_mode(False):
-                octets = torch.empty(begin + extent(value) * value.element_size(), dtype=torch.uint8, device=device)
-                # The storage itself begins there, without an offset, since views inside of segments count from its
-                # beginning.
-                storage = _torch.storage_of(octets[begin:])
-                flat = torch.empty(0, dtype=value.dtype, device=octets.device).set_(storage)
-                tensor = flat.as_strided(value.shape, value.stride())
-            return cls(tensor, flat if overlaps(value) else None, bits)
-        if not overlaps(value):
-            return cls(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device), None, bits)
-        flat = torch.empty(extent(value), dtype=value.dtype, device=device)
-        return cls(flat.as_strided(value.shape, value.stride()), flat, bits)
+        octets = torch.empty(begin + extent(value) * value.element_size(), dtype=torch.uint8, device=device)
+        # The storage itself begins there, without an offset, since views inside of segments count from its beginning.
+        storage = _torch.storage_of(octets[begin:]) if begin else octets.untyped_storage()
+        lies = Geometry(replace(TensorSpec.of(value), device=octets.device), 0)
+        return cls(lies.on(storage), lies.whole(storage) if overlaps(value) else None, copied_as(value))
 
     @classmethod
     def zeros(cls, value: torch.Tensor) -> Bridge:

@@ -35,7 +35,7 @@ from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import Call, EagerStep, Recording, Slot, State
-from breakable_backend.recordings.replay import emit
+from breakable_backend.recordings.replay import Replay, emit
 
 if TYPE_CHECKING:
     import sympy
@@ -47,14 +47,6 @@ Drawing = Callable[[], AbstractContextManager[None]]
 # --- written once -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Generated source and the function that it defines: ``function(args) -> outputs``, which clears ``args``."""
-
-    source: str
-    function: Callable[[list[Any]], list[Any]]
-
-
 def write_plain(
     lowered: Lowered,
     program: Program,
@@ -62,8 +54,8 @@ def write_plain(
     name: str,
     file: Callable[[str, str], str | None] | None = None,
     finder: Finder | None = None,
-) -> Plain:
-    """The function of ``program``, which was cut from ``lowered``.
+) -> Replay:
+    """The function of ``program``, which was cut from ``lowered``. It uses no stream.
 
     Args:
         lowered: the graph that the function runs.
@@ -73,13 +65,7 @@ def write_plain(
         file: see :func:`breakable_backend.recordings.replay.emit`.
         finder: observes custom ops while the function runs.
     """
-    replay = emit(_Graph(lowered, program, drawing, finder).recording(), name=name, file=file)
-    inner = replay.function
-
-    def function(args: list[Any]) -> list[Any]:
-        return inner(args, 0)
-
-    return Plain(replay.source, function)
+    return emit(_Graph(lowered, program, drawing, finder).recording(), name=name, file=file)
 
 
 class _Graph:
@@ -138,9 +124,8 @@ class _Graph:
         numbers = (*fake.shape, *fake.stride())
         symbols = sorted(_torch.free_symbols(numbers), key=str)
         if not symbols:
-            yield replace(
-                call, spec=TensorSpec.of(fake, {})
-            )  # torch 2.11 leaves a ``SymInt`` for a number that a check has fixed
+            # torch 2.11 leaves a ``SymInt`` for a number that a check has fixed.
+            yield replace(call, spec=TensorSpec.of(fake, {}))
             return
         yield call
         if self.sources.keys() >= set(symbols):  # otherwise its size is known only at run time

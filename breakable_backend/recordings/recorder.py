@@ -17,14 +17,13 @@ from breakable_backend.interception import without_autocast_cache
 from breakable_backend.ir.effects import draws
 from breakable_backend.ir.last_uses import by_value
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.program import EagerSegment, GraphSegment, Input, Program, Reason, Segment, outputs_of
+from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Reason, Segment, outputs_of
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.buffers import load_all
 from breakable_backend.recordings.checks import perform, places_of
 from breakable_backend.recordings.epilogue import Epilogue, settled
-from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import (
     NOTHING,
     Call,
@@ -37,33 +36,11 @@ from breakable_backend.recordings.recording import (
     bridge_name,
     fill,
 )
-from breakable_backend.recordings.repair import NodeByNode, Recut, Repair, suspects_among
+from breakable_backend.recordings.repair import NodeByNode, Repair, suspects_among
 from breakable_backend.recordings.slots import Slots
 
 MAX_FED = 4
 """How many copies a graph makes by itself. If a segment has more, all of them are launched together before it."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How arguments enter captured segments, beyond what the program says."""
-
-    keyed: frozenset[str] = frozenset()
-    """Tensor inputs whose address is part of the key, so that captured segments use them directly."""
-    device_scalars: bool = False
-    """Whether host scalars have a bridge on the device instead of being part of the key."""
-    fresh_outputs: bool = True
-    saved_from: int | None = None
-    """From this output on, the outputs are values that a backward needs. They are not copied, and the recording holds
-    their memory."""
-    observer: Observers | None = None
-    keep: bool = False
-    """Whether every value and bridge is held as long as the recording lives."""
-
-    @property
-    def apart(self) -> bool:
-        """Whether the recording has its own memory, since later calls read values that are returned without a copy."""
-        return self.saved_from is not None or not self.fresh_outputs
 
 
 @dataclass
@@ -92,16 +69,7 @@ class PutOff:
     """The nodes that did it, unless somebody else did; all nodes of the segment if the node is not known."""
 
 
-def record(
-    program: Program,
-    driver: CaptureDriver,
-    args: Sequence[Any],
-    plan: Plan,
-    stream: int,
-    *,
-    auto_break: bool,
-    recut: Recut | None = None,
-) -> Recorded:
+def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: Plan, stream: int) -> Recorded:
     """Run ``program`` once on ``args`` and record it: each segment is captured, then launched at once.
 
     The caller holds the driver's lock and is between ``driver.begin`` (which returned ``stream``) and ``driver.end``.
@@ -109,14 +77,14 @@ def record(
     fails for a passing reason, before the rest of the program runs plainly.
 
     If a segment cannot be captured, the node that made its capture fail becomes eager, the program is cut anew, and the
-    recording continues at the beginning of that segment, nothing of which has happened. Without ``recut`` the whole
+    recording continues at the beginning of that segment, nothing of which has happened. Without ``plan.recut`` the whole
     segment is eager.
 
     Raises:
-        CaptureError: a segment cannot be captured, and ``auto_break`` is off.
+        CaptureError: a segment cannot be captured, and ``plan.auto_break`` is off.
         Exception: what an eager step raised, unchanged.
     """
-    recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream, auto_break, recut)
+    recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream)
     try:
         with driver.recording(apart=plan.apart):
             position = 0
@@ -144,36 +112,16 @@ def record(
 
 
 class _Recorder:
-    def __init__(
-        self,
-        binding: Binding,
-        driver: CaptureDriver,
-        plan: Plan,
-        stream: int,
-        auto_break: bool,
-        recut: Recut | None,
-    ) -> None:
-        self.binding, self.driver, self.plan, self.stream, self.auto_break = binding, driver, plan, stream, auto_break
-        self.repair = Repair(recut)
-        inputs = binding.program.inputs
-        outside = {value.name for value in inputs if self._is_outside(value)}
-        leaves = outputs_of(binding.program.epilogue.module)
-        self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
-        """The values among the outputs that a backward needs."""
-        keep = plan.keep or not driver.reuses_memory
-        self.slots = Slots(binding, driver, outside, self.saved, keep, static=not plan.fresh_outputs)
-        self.fixed = plan.keyed | {value.name for value in inputs if value.kind == "static"}
+    def __init__(self, binding: Binding, driver: CaptureDriver, plan: Plan, stream: int) -> None:
+        self.binding, self.driver, self.plan, self.stream = binding, driver, plan, stream
+        self.repair = Repair(plan.recut)
+        self.slots = Slots(binding, driver, plan)
+        self.fixed = plan.keyed | {value.name for value in binding.program.inputs if value.kind == "static"}
         """Inputs that captured segments use at their addresses."""
         self.addresses: dict[str, int] = {}
         self.steps: list[Step] = []
         self.copies = 0
         self.put_off: PutOff | None = None
-
-    def _is_outside(self, value: Input) -> bool:
-        """Whether captured segments reach an input only through a bridge."""
-        if value.kind == "scalar":
-            return self.plan.device_scalars
-        return value.kind == "tensor" and value.name not in self.plan.keyed
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -313,7 +261,7 @@ class _Recorder:
         }
         reason = next(iter(reasons.values()), Reason("capture_failed", f"could not be captured: {what}", "", line))
         cause = self.repair.judge(passing(error), body, nodes)
-        if not cause and not self.auto_break and not self.repair.again:
+        if not cause and not self.plan.auto_break and not self.repair.again:
             fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"
             raise CaptureError(what, where=reason.source, fix=fix) from error.__cause__
         if cause:
@@ -368,8 +316,8 @@ class _Recorder:
         epilogue = Epilogue(self.binding, slots, self.plan.fresh_outputs)
         returned = epilogue.run(outputs_of(program.epilogue.module)[: self.plan.saved_from])
         outputs = [fill(place, epilogue.values) for place in returned]
-        held = [slots.holder(name) for name in self.saved]
-        saved = [slots.read_from[name] for name in self.saved]
+        held = [slots.holder(name) for name in slots.saved]
+        saved = [slots.read_from[name] for name in slots.saved]
         outputs += [
             slots.values[place.name] if owner is None else owner for place, owner in zip(saved, held, strict=True)
         ]

@@ -152,7 +152,7 @@ class Recording:
     """Calls before the steps; see :func:`breakable_backend.recordings.epilogue.settled`."""
     saved: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     """The owners of memory that is saved for a backward; see
-    :attr:`breakable_backend.recordings.recorder.Plan.saved_from`."""
+    :attr:`breakable_backend.recordings.binding.Plan.saved_from`."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:

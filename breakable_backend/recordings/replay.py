@@ -27,14 +27,7 @@ from breakable_backend.ir.program import unused
 from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recordings.checks import check_argument, reject
 from breakable_backend.recordings.code import defined, spelled
-from breakable_backend.recordings.recording import (
-    Call,
-    Copy,
-    EagerStep,
-    GraphStep,
-    Recording,
-    Slot,
-)
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot
 
 FUSED_FROM = 4
 """From this number on, copies of results are made by one launch. Fewer copies are quicker one by one."""
@@ -136,13 +129,10 @@ class _Writer:
         used = frozenset[str]().union(*(statement.uses for statement in statements))
         lines = [f"def replay({self.args}, {self.stream}):"]
         for variant in variants:
-            lines += [
-                f"if {self._bind('variant_is_wanted', variant.wanted)}():",
-                f"    return {self._bind('variant', variant.function)}({self.args}, {self.stream})",
-            ]
-        lines += (
-            f"{name} = {self.args}[{index}]" for index, name in enumerate(self.recording.arguments) if name in used
-        )
+            wanted, other = self._bind("variant_is_wanted", variant.wanted), self._bind("variant", variant.function)
+            lines += [f"if {wanted}():", f"    return {other}({self.args}, {self.stream})"]
+        arguments = enumerate(self.recording.arguments)
+        lines += (f"{name} = {self.args}[{index}]" for index, name in arguments if name in used)
         lines.append(f"{self.args}.clear()")
         spans: dict[int | None, tuple[int, int]] = {}
         for statement, deletion in zip(statements, _deletions(statements), strict=True):
@@ -202,12 +192,7 @@ class _Writer:
         for call in calls:
             text, uses = self._text(call.args[0])
             yield _Statement((f"{call.result} = {empty}({text})",), uses, call.result)
-        sources = [self._source(call) for call in calls]
-        if (bits := fused_as(sources[0].dtype)) is not sources[0].dtype:
-            sources = [source.view(bits) for source in sources]
-            targets = [f"{name}.view({self._bind(str(bits), bits)})" for name in names]
-        else:
-            targets = names
+        sources, targets = self._as_bits([self._source(call) for call in calls], names)
         fused = self._bind("copy_together", _torch.copy_together)
         line = f"{fused}([{', '.join(targets)}], {self._bind('results', sources)})"
         yield _Statement((line,), frozenset(names))
@@ -286,13 +271,8 @@ class _Writer:
         return _Statement(lines, frozenset((value,)))
 
     def _load_together(self, copies: Sequence[Copy]) -> _Statement:
-        targets = [self.recording.constants[copy.bridge.name].tensor for copy in copies]
-        dtype, values = targets[0].dtype, [copy.value.name for copy in copies]
-        if (bits := fused_as(dtype)) is not dtype:
-            texts = [f"{value}.view({self._bind(str(bits), bits)})" for value in values]
-            targets = [target.view(bits) for target in targets]
-        else:
-            texts = values
+        values = [copy.value.name for copy in copies]
+        targets, texts = self._as_bits([self.recording.constants[c.bridge.name].tensor for c in copies], values)
         fused = self._bind("copy_together", _torch.copy_together)
         lines = (
             f"if {' and '.join(map(self._elsewhere, copies))}:",
@@ -302,6 +282,13 @@ class _Writer:
             f"    {self._load_all(copies)}",
         )
         return _Statement(lines, frozenset(values))
+
+    def _as_bits(self, tensors: list[torch.Tensor], names: list[str]) -> tuple[list[torch.Tensor], list[str]]:
+        """Tensors, and source of others like them, in the dtype in which a fused copy keeps all bits."""
+        if (bits := fused_as(tensors[0].dtype)) is tensors[0].dtype:
+            return tensors, names
+        name = self._bind(str(bits), bits)
+        return [tensor.view(bits) for tensor in tensors], [f"{text}.view({name})" for text in names]
 
     def _call(self, call: Call) -> _Statement:
         name = call.result

@@ -19,9 +19,9 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.effects import tensors_of
 from breakable_backend.ir.last_uses import Lifetimes, last_uses
 from breakable_backend.ir.layout import Geometry, extent
-from breakable_backend.ir.program import Program, Segment
+from breakable_backend.ir.program import Program, Segment, outputs_of
 from breakable_backend.recordings import buffers
-from breakable_backend.recordings.binding import Binding
+from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import Call, Copy, Held, Slot, bridge_name
 
@@ -32,35 +32,24 @@ class Slots:
     Args:
         binding: the program, with the arguments of this call.
         driver: has the pool.
-        outside: inputs that captured segments reach only through a bridge.
-        saved: the values among the outputs that a backward needs.
-        keep: whether every value and bridge is held as long as the recording lives.
-        static: whether results are handed out as they lie, and so are held as long.
+        plan: which inputs have a bridge, and what is held as long as the recording lives.
     """
 
-    def __init__(
-        self,
-        binding: Binding,
-        driver: CaptureDriver,
-        outside: set[str],
-        saved: tuple[str, ...],
-        keep: bool,
-        static: bool,
-    ) -> None:
-        program = binding.program
-        self.driver, self.saved, self.keep, self.static = driver, saved, keep, static
+    def __init__(self, binding: Binding, driver: CaptureDriver, plan: Plan) -> None:
+        program, self.driver = binding.program, driver
+        leaves = outputs_of(program.epilogue.module)
+        self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
+        """The values among the outputs that a backward needs."""
+        self.keep, self.static = plan.keep or not driver.reuses_memory, not plan.fresh_outputs
         self.inputs = binding.values.keys()
         self.values: dict[str, Any] = dict(binding.values)
         """All slots, with the values of this call."""
         self.constants: dict[str, Any] = {v.name: self.values[v.name] for v in program.inputs if v.kind == "constant"}
-        self.read_from: dict[str, Any] = {
-            value.name: Slot(value.name)
-            if value.kind != "number" or value.name in program.passed_on
-            else self.values[value.name]
-            for value in program.inputs
-        }
+        numbers = {v.name for v in program.inputs if v.kind == "number" and v.name not in program.passed_on}
+        self.read_from: dict[str, Any] = {value.name: Slot(value.name) for value in program.inputs}
+        self.read_from |= {name: self.values[name] for name in numbers}
         """Where later readers find a value that segments exchange: a slot, or the number itself."""
-        self.outside = outside
+        self.outside = {value.name for value in program.inputs if plan.has_bridge(value)}
         """Storages that captured segments reach only through a bridge: unkeyed inputs, and results of eager steps."""
         self.loaded: set[str] = set()
         """Inputs whose bridge holds their present version."""
@@ -154,9 +143,9 @@ class Slots:
             if self._is_kept(name) or not self._is_memory(result):
                 continue
             key = _torch.storage_key(result)
-            owner, place = (
-                lent[key] if key in lent else (self.driver.on(result.device).lend(result).untyped_storage(), None)
-            )
+            if key not in lent:
+                lent[key] = self.driver.on(result.device).lend(result).untyped_storage(), None
+            owner, place = lent[key]
             place = place if place is not None else _torch.unowned_storage(owner)
             lent[key] = owner, place
             geometry = Geometry.of(result)

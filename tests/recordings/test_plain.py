@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import linecache
 import traceback
@@ -21,7 +22,7 @@ from breakable_backend.calling import compiled_graph as compiled_module
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.recordings import plain as module
-from breakable_backend.recordings.plain import Plain, run_plain, write_plain
+from breakable_backend.recordings.plain import run_plain, write_plain
 from checks import assert_same
 from graphs import golden
 
@@ -90,7 +91,7 @@ def test_equals_the_segments(
         compiled(x)
     (executor,) = executors_of(compiled)
 
-    def by_segments(args: list[Any]) -> list[Any]:
+    def by_segments(args: list[Any], stream: int) -> list[Any]:
         return run_plain(executor.program, args, drawing=executor.driver.drawing)
 
     outcomes = []
@@ -98,7 +99,7 @@ def test_equals_the_segments(
         torch.manual_seed(0)
         with torch.no_grad():
             outcomes.append((run(x), torch.rand(1, device=device)))
-        executor._plain_function = Plain("", by_segments)
+        executor._plain_function = dataclasses.replace(executor.plain_function(), function=by_segments)
     for outcome in outcomes[1:]:
         assert_same(outcome, outcomes[0])
     assert executor.statistics.plain == {"nothing to capture": 3}
@@ -182,7 +183,7 @@ def test_draws_have_their_turn_and_eager_steps_do_not(
         lambda x: silly.visit(torch.rand_like(x)) + torch.rand_like(x), torch.ones(3, device=device), options=options
     )
     turns.clear()
-    write_plain(executor.lowered, executor.program, drawing, "plain").function([torch.ones(3, device=device)])
+    write_plain(executor.lowered, executor.program, drawing, "plain").function([torch.ones(3, device=device)], 0)
     assert turns == ["begin", "end", "eager", "begin", "end"]
 
 
@@ -218,7 +219,7 @@ def test_memory_goes_where_it_is_used_last(
     note.register_fake(torch.empty_like)
     executor = only_executor(lambda x: note(note(x).sin()).sin(), torch.ones(3, device=device), options=options)
     seen.clear(), alive.clear()
-    executor.plain_function().function([torch.ones(3, device=device)])
+    executor.plain_function().function([torch.ones(3, device=device)], 0)
     assert alive == [False]
 
 
