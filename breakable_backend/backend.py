@@ -24,7 +24,7 @@ from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.calling.release import when_idle
 from breakable_backend.calling.training import BySize, Training
-from breakable_backend.compiling.flat_inputs import FlatGraph
+from breakable_backend.compiling.flat_inputs import FlatGraph, PlainGraph
 from breakable_backend.compiling.joint_graph import Halves
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
@@ -157,7 +157,8 @@ class Backend:
             refused = str(why)
         if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None:
             try:
-                return self._training(Halves.of(gm, eager_ops), make, number)
+                plain = PlainGraph.of(gm, example_inputs)
+                return plain.around(self._training(Halves.of(plain.module, eager_ops), make, number), as_eager(gm))
             except CannotLower as why:
                 refused = str(why)
         return flat.around(self._eagerly(number, flat.module, refused, chosen))

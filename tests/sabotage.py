@@ -319,6 +319,27 @@ FAULTS = (
         "test_training.py::test_sizes_that_vary[cpu-dynamic]",
     ),
     Fault(
+        "parts-of-a-subclass-live-as-long-as-a-call",
+        "calling.training:_Call._take_inner",
+        "whole.inner",
+        "self.args[index]",
+        "test_training.py::test_frozen_weights_of_a_subclass[cpu-True]",
+    ),
+    Fault(
+        "a-write-to-a-subclass-is-not-noticed",
+        "calling.training:_Call._take_inner",
+        "index in forward.inputs",
+        "False",
+        "test_ranks.py::test_gradients_that_are_placed_otherwise[cpu]",
+    ),
+    Fault(
+        "a-gradient-of-a-subclass-is-placed-like-its-weight",
+        "compiling.flat_inputs:_Apart.backward",
+        "what.gradient.made(iter(plain))",
+        "what.made(iter(plain))",
+        "test_ranks.py::test_gradients_that_are_placed_otherwise[cpu]",
+    ),
+    Fault(
         "one-trace-for-all-floats",
         "calling.training:BySize.__call__",
         "[scalar_bytes(args[index]) for index in self._floats]",

@@ -13,12 +13,22 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
 
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether a compiler is tracing the op that takes ``tensor``, so that nothing is computed."""
     return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def is_mesh_or_group(value: Any) -> bool:
+    """Whether ``value`` is a device mesh or a process group. From torch 2.13 on they are arguments of Dynamo's graphs."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return isinstance(value, DeviceMesh | torch.distributed.ProcessGroup)
 
 
 PYTREE_NODES: Mapping[type, Any] = pytree.SUPPORTED_NODES

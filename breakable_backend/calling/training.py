@@ -29,6 +29,7 @@ from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey, scalar_bytes
 from breakable_backend.calling.registry import EagerGraph
 from breakable_backend.calling.snapshot import Slots, Snapshot
+from breakable_backend.compiling.flat_inputs import Whole
 from breakable_backend.compiling.joint_graph import Backward, Forward, Halves, Pattern
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers import CaptureDriver
@@ -231,6 +232,7 @@ class Training:
     def __init__(self, halves: Halves, eager: Callable[..., Any], make: Make, name: str, source: str) -> None:
         self.halves, self.eager, self.make, self.name, self.source = halves, eager, make, name, source
         self.callers = Callers()
+        self.parts = halves.parts
         self.why = LEARNING
         """Why it is eager; empty once it is not."""
         self.for_good = False
@@ -609,7 +611,21 @@ class _Call:
 
     def __init__(self, training: Training, args: Sequence[Any]) -> None:
         self.training, self.args = training, args
+        self.wholes: list[torch.Tensor] = []
+        """Subclasses that the backward needs."""
+        if training.parts:
+            self._take_inner(training)
         self.results: list[Any] = []
+
+    def _take_inner(self, training: Training) -> None:
+        """Have the arguments be tensors that live as long as the subclasses that they are parts of."""
+        self.args, forward = list(self.args), training.halves.forward
+        assert forward is not None
+        for index in training.parts:
+            whole: Whole = self.args[index].whole
+            self.args[index] = whole.inner
+            if index in forward.inputs:
+                self.wholes.append(whole.outer)
 
 
 class _Captured(torch.autograd.Function):
@@ -641,8 +657,8 @@ class _Captured(torch.autograd.Function):
         # 0.04 us for each: autograd's check of versions does not notice that an input got other memory
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
-        ctx.others = training.others(args) if forward.is_pure else None
-        ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked))
+        ctx.others = training.others(args) if forward.is_pure and not training.parts else None
+        ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked), *call.wholes)
         ctx.set_materialize_grads(False)
         call.results, call.args = results, ()
         return tuple(results[index] for index in forward.differentiable)

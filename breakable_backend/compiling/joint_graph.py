@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
+from breakable_backend.compiling.flat_inputs import PART
 from breakable_backend.compiling.lowering import (
     CannotLower,
     Lowered,
@@ -203,6 +204,12 @@ class Halves:
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         return tuple(index for index, node in enumerate(placeholders) if _is_float(node))
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The inputs that are parts of subclasses: an attribute tells of which one."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        return tuple(index for index, node in enumerate(placeholders) if node.meta.get(PART))
+
     def at(self, numbers: Mapping[int, int | float]) -> Halves:
         """The same graph with constants for the inputs that are ``numbers``, which it does not take any more.
 
@@ -241,6 +248,8 @@ class Halves:
         if None in roots.values():
             raise CannotLower("its two halves do not fit")
         inputs = tuple(sorted({*joint.inputs(), *wanted.inputs()}))
+        if not set(joint.written).isdisjoint(self.parts):
+            raise CannotLower("it writes an argument that is no plain tensor")
         self.forward = _forward(joint, self.static, tuple(name for name in known if name in roots), inputs)
         self.backwards[pattern] = self._backward(wanted)
         return self.forward
@@ -289,6 +298,8 @@ class Halves:
                 primals, came = flat[:count], flat[count:]
                 before = [(value.requires_grad, value._version) for value in primals]
                 outputs = _Run(self.gm).run(*primals)
+                if any(map(_torch.is_traceable_wrapper_subclass, outputs)):
+                    raise CannotLower("an output is no plain tensor")
                 facts["forward"] = _torch.traced_so_far()
                 for value, (needs, version) in zip(primals, before, strict=True):
                     if value.requires_grad is not needs or value.grad_fn is not None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import breakable_backend
@@ -1165,6 +1166,75 @@ def test_floats_that_vary(device: torch.device, options: dict[str, Any]) -> None
     programs = assert_trains(Scaled(), step, device, options, steps=28, dynamic=True)
     assert_replays(programs, 2)
     assert len({program.name for program in programs if program.replays}) == 2 * len(("0.5", "0.0", "-0.0"))
+
+
+class Quantised(Tensor):
+    """Small integers times a scale, which may be quantised again: each op computes with their product."""
+
+    numbers: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scale: Tensor) -> Quantised:
+        made = Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype, device=numbers.device)
+        made.numbers, made.scale = numbers, scale
+        return made
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Quantised:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return cls(
+            (weight / scale).round().to(torch.int8), cls((scale * 1000).round().to(torch.int8), scale * 0 + 1e-3)
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["numbers", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], _: None, _size: Any, _stride: Any) -> Quantised:
+        return Quantised(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name == "device"}
+            return cls(func(args[0].numbers, **kwargs), func(args[0].scale, **kwargs))
+        return func(*pytree.tree_map_only(cls, lambda x: x.numbers * x.scale, args), **(kwargs or {}))
+
+
+class Adapted(nn.Module):
+    """Quantised weights, which are frozen, and adapters that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Parameter(Quantised.of(torch.randn(6, 4)), requires_grad=False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base).relu() + F.linear(F.linear(x, self.down), self.up)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_frozen_weights_of_a_subclass(dynamic: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 6: inner tensors of frozen quantised weights are inputs at fixed addresses; adapters get gradients."""
+    torch.manual_seed(0)
+    model = Adapted().to(device)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="breakable_cg", options=options, dynamic=dynamic)
+    for _ in range(8):
+        x, found = torch.randn(3, 4, device=device, requires_grad=True), []
+        for function, module in ((compiled, model), (twin, twin)):
+            x.grad = None
+            y = function(x)
+            y.square().sum().backward()
+            found.append((y.detach(), x.grad, module.down.grad, module.up.grad))
+            descend(module)
+            module.zero_grad()
+        assert_same(*found)
+    programs = breakable_backend.explain(compiled).programs
+    assert_replays(programs, 2)
+    forward = next(program for program in programs if program.name.startswith("forward"))
+    assert [len(step.bridges) for step in forward.recordings[0].steps] == [1], "weights are copied in each call"
 
 
 def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:

@@ -298,6 +298,55 @@ def test_buckets(group: Any, device: torch.device, options: dict[str, Any]) -> N
     assert [(program.num_graph_segments, program.replays) for program in programs] == [(1, 3)] * len(programs)
 
 
+class Spread(nn.Module):
+    """A weight that each rank has whole, and rows that are spread over the ranks: its gradients are partial sums."""
+
+    def __init__(self, mesh: Any, device: torch.device) -> None:
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.mesh = mesh
+        self.weight = nn.Parameter(distribute_tensor(torch.randn(4, 4, device=device), mesh, [Replicate()]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
+        return (DTensor.from_local(x, self.mesh, [Shard(0)]) @ self.weight).relu().to_local()
+
+
+def test_gradients_that_are_placed_otherwise(group: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 3: gradients of DTensors are placed as in eager, and a write before the backward is eager's error."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (1,))
+    models = [Spread(mesh, device) for _ in range(2)]
+    compiled = torch.compile(models[0], backend="breakable_cg", options={**options, "min_kernels": 1, "training": True})
+    functions = compiled, models[1]
+
+    def is_noticed() -> None:
+        for function, model in zip(functions, models, strict=True):
+            y = function(torch.randn(3, 4, device=device, requires_grad=True))
+            with torch.no_grad():
+                model.weight.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+
+    is_noticed()
+    for _ in range(8):
+        x = torch.randn(3, 4, device=device, requires_grad=True)
+        found = []
+        for function, model in zip(functions, models, strict=True):
+            y = function(x)
+            y.square().sum().backward()
+            assert [str(p) for p in model.weight.grad.placements] == ["P(sum)"]  # type: ignore[union-attr]
+            found.append((y.detach(), x.grad, local(model.weight.grad)))
+            x.grad = model.weight.grad = None
+        assert_same(*found)
+    assert [program.replays >= 3 for program in explain(compiled).programs] == [True, True]
+    is_noticed()
+
+
 # --- collectives ----------------------------------------------------------------------------------------------------------
 
 SIZE = 1 << 16
@@ -438,6 +487,25 @@ def planned(device: torch.device) -> None:
     assert [recording.key for recording in program.recordings] == ["0"]
 
 
+def planned_training(device: torch.device) -> None:
+    """The same in training: parameters are DTensors, whose gradients are DTensors, and the collectives are in both halves."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    models = [unwrapped(averaged, device) for _ in range(2)]
+    for block in (block for model in models for block in model.blocks):
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    torch.compiler.reset()
+    options = {**options_on(device), "training": True}
+    compiled = torch.compile(models[0], backend="breakable_cg", fullgraph=True, options=options)
+    descend(((compiled, models[0]), (models[1], models[1])), 8, device, "planned")
+    assert [p.grad.placements for p in models[0].parameters()] == [p.grad.placements for p in models[1].parameters()]  # type: ignore[union-attr]
+    programs = explain(compiled).programs
+    assert [(p.num_graph_segments, p.num_eager_segments) for p in programs] == [(1, 0), (1, 0)], programs
+    assert [p.replays >= 4 for p in programs] == [True, True], programs
+
+
 def by_hand(device: torch.device) -> None:
     """Collectives under ``capture``, with an eager step between them."""
     group, x = world(), values(device)
@@ -475,6 +543,13 @@ def left_alone(device: torch.device) -> None:
         for _ in range(4):
             compiled(values(device), group.group_name)
     assert program_of(compiled).replays == 2
+
+
+@on_each_kind
+@pytest.mark.parametrize("size", [1, 2])
+def test_plans_in_training(size: int, kind: str, tmp_path: Path) -> None:
+    """Lines 1 and 3: a model of DTensors trains as in eager, with forward and backward captured, and notices writes."""
+    spawn(planned_training, size, kind, tmp_path)
 
 
 @on_each_kind
