@@ -110,17 +110,32 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             gradients = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return gradients
-        tensors = [*(value for value in gradients if value is not None), *_leaves_behind(ctx)]
-        made = torch._C._functions.DelayedError(_TWICE, len(tensors))(*tensors)
-        refused = iter(made if isinstance(made, tuple) else (made,))
-        return tuple(None if value is None else next(refused) for value in gradients)
+        return refuse_second(gradients, (*grads, *_leaves_behind(ctx)), lambda: RuntimeError(_TWICE))
 
     hide_from_dynamo(cast(FunctionType, wrapper).__code__)  # a backward may run in a function that is compiled
     return wrapper
 
 
-_TWICE = b"trying to differentiate twice a function that was marked with @once_differentiable"
+_TWICE = "trying to differentiate twice a function that was marked with @once_differentiable"
 """torch's own text of this error."""
+
+
+def refuse_second(gradients: Sequence[Any], behind: Sequence[Any], error: Callable[[], Exception]) -> tuple[Any, ...]:
+    """``gradients``, with ``error`` raised where they are differentiated by anything that ``behind`` depends on."""
+    return cast(tuple[Any, ...], apply_function(_Refusal, error, len(gradients), *gradients, *behind))
+
+
+class _Refusal(torch.autograd.Function):
+    """Returns the first ``count`` of its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, error: Callable[[], Exception], count: int, *args: Any) -> Any:
+        ctx.error = error
+        return tuple(value.view_as(value) if isinstance(value, torch.Tensor) else value for value in args[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        raise ctx.error()
 
 
 def _leaves_behind(node: Any) -> list[torch.Tensor]:

@@ -87,7 +87,7 @@ def applied(
                 values[i] = value
             result = backward(*grads, *values)
             return (
-                result if backward.meta[_TWICE] else _torch.apply_function(_Once, len(result), *result, *grads, *values)
+                result if backward.meta[_TWICE] else _torch.refuse_second(result, (*grads, *values), _switches_inside)
             )
 
     if backward.meta[_TWICE] is None:
@@ -95,20 +95,12 @@ def applied(
     return _torch.apply_function(Function, *args)
 
 
-class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated again: the first ``count`` of the arguments."""
-
-    @staticmethod
-    def forward(_ctx: Any, count: int, *args: Any) -> Any:
-        return tuple(grad.view_as(grad) if isinstance(grad, torch.Tensor) else grad for grad in args[:count])
-
-    @staticmethod
-    def backward(_ctx: Any, *_grads: Any) -> Any:
-        raise ReplayError(
-            "a second derivative was asked for through a torch.autograd.Function whose backward turns gradients on or off, "
-            "and Dynamo does not tell where",
-            fix="put @torch.compiler.disable above the function that calls it",
-        )
+def _switches_inside() -> ReplayError:
+    return ReplayError(
+        "a second derivative was asked for through a torch.autograd.Function whose backward turns gradients on or off, "
+        "and Dynamo does not tell where",
+        fix="put @torch.compiler.disable above the function that calls it",
+    )
 
 
 _TWICE = "breakable_cg_twice"

@@ -29,6 +29,26 @@ def around(hostile: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: hostile(x.sin() + 1).cos() + x
 
 
+def is_one_eager_step(hostile: Any, name: str, before: Callable[[int], None] = lambda number: None) -> None:
+    """A program with an op in it is eager's in seven calls, and all of it but that op is captured.
+
+    ``before`` is called before each compiled call, with its number from 1.
+    """
+    function, device = around(hostile), torch.device("cuda")
+    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "cuda", "min_kernels": 1})
+    with torch.no_grad():
+        for number in range(1, 8):
+            torch.manual_seed(number)
+            x = torch.randn(2, 4, device=device)
+            want = function(x)
+            before(number)
+            assert_same(compiled(x), want, f"call {number}")
+    (program,) = explain(compiled).programs
+    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
+    assert [reason.op for reason in program.reasons] == [name]
+    assert program.replays > 0
+
+
 # --- ops that no capture takes ----------------------------------------------------------------------------------------------
 
 
@@ -75,17 +95,8 @@ def test_ops_that_no_capture_takes(body: Body) -> None:
     """Line 9: an op that waits, reads, or takes memory by itself is one eager step with its name; what is around it is captured."""
     if body is allocates:
         pytest.importorskip("cuda.bindings.runtime")
-    function, device = around(op(f"{body.__name__}_alone", body)), torch.device("cuda")
-    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "cuda", "min_kernels": 1})
-    with torch.no_grad():
-        for call in range(7):
-            torch.manual_seed(call)
-            x = torch.randn(2, 4, device=device)
-            assert_same(compiled(x), function(x), f"call {call + 1}")
-    (program,) = explain(compiled).programs
-    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
-    assert [reason.op for reason in program.reasons] == [f"hostile::{body.__name__}_alone"]
-    assert program.replays > 0
+    name = f"{body.__name__}_alone"
+    is_one_eager_step(op(name, body), f"hostile::{name}")
 
 
 # --- ops in C++ -----------------------------------------------------------------------------------------------------------------
@@ -220,17 +231,7 @@ def in_cpp(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("name", ["waits", "waits_for_all", "waits_and_hides_it", "reads", "allocates", "forks"])
 def test_ops_in_cpp_that_no_capture_takes(in_cpp: Any, name: str) -> None:
     """Line 9: what C++ does that no capture takes is one eager step with the op's name; what is around it is captured."""
-    function, device = around(getattr(in_cpp, name)), torch.device("cuda")
-    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "cuda", "min_kernels": 1})
-    with torch.no_grad():
-        for call in range(7):
-            torch.manual_seed(call)
-            x = torch.randn(2, 4, device=device)
-            assert_same(compiled(x), function(x), f"call {call + 1}")
-    (program,) = explain(compiled).programs
-    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
-    assert [reason.op for reason in program.reasons] == [f"hostile_cpp::{name}"]
-    assert program.replays > 0
+    is_one_eager_step(getattr(in_cpp, name), f"hostile_cpp::{name}")
 
 
 @pytest.mark.gpu
@@ -263,18 +264,7 @@ def test_an_op_in_cpp_that_throws(in_cpp: Any, call: int) -> None:
 @pytest.mark.gpu
 def test_an_op_in_cpp_that_throws_under_capture_alone(in_cpp: Any) -> None:
     """Line 9: an op that throws while it is captured, and not when it runs by itself behind that, is one eager step."""
-    device, function = torch.device("cuda"), around(in_cpp.throws)
-    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "cuda", "min_kernels": 1})
-    with torch.no_grad():
-        for number in range(1, 8):
-            x = torch.randn(2, 4, device=device)
-            want = function(x)
-            in_cpp.throws_next(1 if number == 2 else 0)
-            assert_same(compiled(x), want, f"call {number}")
-    (program,) = explain(compiled).programs
-    assert (program.num_graph_segments, program.num_eager_segments) == (2, 1)
-    assert [reason.op for reason in program.reasons] == ["hostile_cpp::throws"]
-    assert program.replays > 0
+    is_one_eager_step(in_cpp.throws, "hostile_cpp::throws", lambda number: in_cpp.throws_next(number == 2))
 
 
 def partly_elsewhere(x: Tensor) -> Tensor:
