@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from turns import in_turns  # from beside this file
 
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
 
@@ -346,24 +347,16 @@ NOT_WITH = {"marked": ("by hand", "step by hand"), "breaks": ("step by hand", "s
 # --- measuring ------------------------------------------------------------------------------------------------------------
 
 
-def in_turns(steps: dict[str, Step], turns: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Milliseconds a step, of each contender in each turn: to issue them, and until the GPU is done."""
-    rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
-    gc.collect()
-    gc.disable()  # a collection would fall to one of them
-    for _ in range(turns):
-        for name, train in steps.items():
-            train()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                train()
-            issued = time.perf_counter()
-            torch.cuda.synchronize()
-            rows[name][0].append((issued - start) / STEPS * 1e3)
-            rows[name][1].append((time.perf_counter() - start) / STEPS * 1e3)
-    gc.enable()
-    return rows
+def measure(train: Step) -> tuple[float, float]:
+    """Milliseconds a step: to issue it, and until the GPU is done."""
+    train()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        train()
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    return (issued - start) / STEPS * 1e3, (time.perf_counter() - start) / STEPS * 1e3
 
 
 def run(part: str, rivals: bool, turns: int) -> None:
@@ -387,7 +380,7 @@ def run(part: str, rivals: bool, turns: int) -> None:
             programs = explain(train.function).programs  # type: ignore[attr-defined]
             halves = [f"{p.num_graph_segments} + {p.num_eager_segments}" for p in programs]
             print(f"{part}: captured segments and eager steps: {', '.join(halves)}", flush=True)
-    rows = in_turns(steps, turns)
+    rows = in_turns(steps, measure, turns)
     floor = rows.get("by hand", rows["eager"])
     for name, row in rows.items():
         ratio = median(mine / base for mine, base in zip(row[1], floor[1], strict=True))

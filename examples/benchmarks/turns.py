@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import replay  # from beside this file
 import torch
@@ -44,6 +44,7 @@ from breakable_backend.recordings.recording import EagerStep, GraphStep, Slot
 
 TURNS = 60
 Call = Callable[[Tensor], object]
+T = TypeVar("T")
 
 
 def host(call: Call, inputs: Sequence[Tensor]) -> float:
@@ -64,20 +65,32 @@ def total(call: Call, inputs: Sequence[Tensor], loops: int = 4) -> float:
     return (time.perf_counter() - start) / loops / len(inputs) * 1e6
 
 
+def measured(
+    inputs: Sequence[Tensor], rewind: Callable[[], None] = lambda: None
+) -> Callable[[Call], tuple[float, float]]:
+    """Measures host and total of a call."""
+
+    def measure(call: Call) -> tuple[float, float]:
+        rewind()
+        call(inputs[0])
+        issued = host(call, inputs)
+        rewind()
+        return issued, total(call, inputs)
+
+    return measure
+
+
 def in_turns(
-    contenders: dict[str, Call], inputs: Sequence[Tensor], rewind: Callable[[], None], turns: int = TURNS
+    contenders: dict[str, T], measure: Callable[[T], tuple[float, float]], turns: int
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Host and total of each contender in each turn."""
     rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contenders}
     gc.collect()
     gc.disable()  # a collection would fall to one of them
     for _ in range(turns):
-        for name, call in contenders.items():
-            rewind()
-            call(inputs[0])
-            rows[name][0].append(host(call, inputs))
-            rewind()
-            rows[name][1].append(total(call, inputs))
+        for name, contender in contenders.items():
+            for times, time_of_turn in zip(rows[name], measure(contender), strict=True):
+                times.append(time_of_turn)
     gc.enable()
     return rows
 
@@ -167,7 +180,7 @@ def bound(work: replay.Workload, compiled: Callable[..., Any]) -> Callable[..., 
 def transformer(chosen: argparse.Namespace, breaks: int = 16) -> None:
     torch.compiler.reset()
     work = replay.workload(f"breaks-{breaks}", torch.device("cuda"))
-    rows = in_turns(contenders(work), work.inputs, work.rewind, chosen.turns or TURNS)
+    rows = in_turns(contenders(work), measured(work.inputs, work.rewind), chosen.turns or TURNS)
     show(f"transformer, {breaks} breaks", rows)
 
 
@@ -180,7 +193,7 @@ def llama(chosen: argparse.Namespace) -> None:
         torch.compiler.reset()
         torch.manual_seed(0)
         work = replay.Llama(torch.device("cuda"), batch)
-        rows = in_turns(contenders(work, rival=batch == 1), work.inputs, work.rewind, chosen.turns or 12)
+        rows = in_turns(contenders(work, rival=batch == 1), measured(work.inputs, work.rewind), chosen.turns or 12)
         show(f"llama, batch {batch}", rows)
 
 
@@ -210,7 +223,7 @@ def short(chosen: argparse.Namespace) -> None:
         calls |= {"compiled": compiled, "reduce-overhead": rival}
         for call in calls.values():
             assert call is rival or torch.equal(call(inputs[1]), model(inputs[1]))  # type: ignore[arg-type]
-        show(f"{layers} x Linear {width}", in_turns(calls, inputs, lambda: None, chosen.turns or TURNS))
+        show(f"{layers} x Linear {width}", in_turns(calls, measured(inputs), chosen.turns or TURNS))
 
         static = torch.compile(model, backend="breakable_cg", options={"min_kernels": 1, "outputs": "static"})
         torch._dynamo.mark_static_address(bridge)
@@ -220,7 +233,7 @@ def short(chosen: argparse.Namespace) -> None:
         for check in ("inputs", "nothing"):
             short_call = bind(static, bridge, check=check, misfit="raise")
             calls[f"bound, {check}"] = lambda _, call=short_call, x=bridge: call(x)  # type: ignore[misc]
-        show(f"{layers} x Linear {width}, static", in_turns(calls, inputs, lambda: None, chosen.turns or TURNS))
+        show(f"{layers} x Linear {width}, static", in_turns(calls, measured(inputs), chosen.turns or TURNS))
 
 
 # --- whose the host's time is --------------------------------------------------------------------------------------------
@@ -335,7 +348,7 @@ def table(chosen: argparse.Namespace) -> None:
                 "dynamo": constant,
                 "bound": bind(compiled, inputs[0], misfit="raise"),
             }
-            rows = in_turns(calls, inputs, lambda: None, chosen.turns or 25)
+            rows = in_turns(calls, measured(inputs), chosen.turns or 25)
             floor, replayed, executed, whole, dynamo, short = (median(host) for host, _ in rows.values())
             print(
                 f"{parameters:5} parameters, {breaks:2} breaks: {whole:7.1f} | {floor:7.1f} + {replayed - floor:6.1f} + "
