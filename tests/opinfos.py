@@ -3,6 +3,9 @@
 A *case* is one op, dtype and variant, with a few samples. Each is run in two *forms*: ``alone``, and ``between`` two
 eager steps, where every tensor comes through a bridge and every result is read by an eager step. What has gradients is an
 entry of its own, too: it is run ``alone``, forward and backward, with ``options={"training": True}``.
+
+There are two *doors*: ``torch.compile``, and ``with capture(graph)``. At the second each graph is captured once, and
+replayed once for each of the values that are written into its inputs.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import itertools
 import linecache
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +29,7 @@ from torch.testing._internal.opinfo.core import BinaryUfuncInfo, UnaryUfuncInfo
 from torch.utils import _pytree as pytree
 
 import breakable_backend
+from breakable_backend.recordings.recording import EagerStep, GraphStep
 from checks import aliases, bits, looks, random_states
 
 CALLS = 5
@@ -41,6 +45,8 @@ UNINITIALISED = "empty empty_like empty_permuted empty_strided new_empty new_emp
 HOST_RESULTS = ("torch.ops.aten._efficient_attention_forward",)
 """Return tensors on the host, of which their fake kernels know nothing: no eager step can be told what it gets."""
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
+COMPILE, CAPTURE = "compile", "capture"
+"""The doors."""
 BACKWARD = "backward of "
 """What the name of an entry begins with that is run forward and backward."""
 
@@ -120,6 +126,12 @@ class Case:
     """It writes its arguments: all calls get the same ones, with new values, since their addresses belong to the key."""
     training: bool = False
     """Each call runs its backward too. Tensors of the samples say whether they get gradients."""
+    door: str = COMPILE
+
+    @property
+    def keeps_arguments(self) -> bool:
+        """Whether all calls get the same tensors, with new values in them."""
+        return self.writes or self.door == CAPTURE
 
 
 def seed(number: int) -> None:
@@ -438,7 +450,7 @@ class Seen:
 def refilled(given: Any, values: Any) -> Any:
     """The same tensors with new values."""
     for mine, theirs in zip(tensors_in(given), tensors_in(values), strict=True):
-        flat(mine).copy_(flat(theirs))
+        flat(mine.detach()).copy_(flat(theirs.detach()))
     return given
 
 
@@ -449,13 +461,14 @@ def watch(
 
     Where the arguments are written every call gets the same tensors. What an op leaves uninitialised has no bits.
 
-    Results are looked at when they come and again at the end: a later call must not have changed them.
+    Results are looked at when they come and again at the end: a later call must not have changed them. (At the second
+    door it does: they belong to the graph.) There the call after the last one has the values of the first.
     """
     seen, kept, given = Seen(), [], None
     blank = case.name in UNINITIALISED
-    for position in range(CALLS):
+    for position in (*range(CALLS), 0) if case.door == CAPTURE else range(CALLS):
         values = [fresh(sample.calls[position]) for sample in samples]
-        given = refilled(given, values) if case.writes and given is not None else values
+        given = refilled(given, values) if case.keeps_arguments and given is not None else values
         seed(1000 + position)
         with torch.set_grad_enabled(case.training):
             result = function(*given)
@@ -463,7 +476,8 @@ def watch(
         named = [(f"output {i}", leaf) for i, leaf in enumerate(pytree.tree_leaves(result))]
         named += [(f"input {i}", leaf) for i, leaf in enumerate(pytree.tree_leaves(given))]
         state = [*owner.named_parameters(), *owner.named_buffers()] if owner is not None else []
-        gradients = gradients_of(result, [given, [tensor for _, tensor in state]]) if case.training else []
+        apart = case.training and case.door == COMPILE
+        gradients = gradients_of(result, [given, [tensor for _, tensor in state]], []) if apart else []
         seen.calls.append(
             {
                 "shapes, dtypes or strides": [describe(leaf) for leaf in pytree.tree_leaves(result)],
@@ -478,17 +492,18 @@ def watch(
             }
         )
         kept.append(result)
-    for call, result in zip(seen.calls, kept, strict=True):
+    for call, result in zip(seen.calls, kept, strict=True) if case.door == COMPILE else ():
         call["bits at the end"] = [] if blank else content(result)
     return seen
 
 
-def gradients_of(result: Any, given: Any) -> list[Tensor | None]:
-    """Run the backward, and take the gradients of what was given."""
+def gradients_of(result: Any, given: Any, grads: list[Tensor]) -> list[Tensor | None]:
+    """Run the backward, and take the gradients of what was given. It begins with ``grads``; an empty list is filled."""
     leaves = {id(tensor): tensor for tensor in tensors_in(given) if tensor.requires_grad}
     outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
-    generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device) for output in outputs]
+    if outputs and not grads:
+        generator = torch.Generator().manual_seed(0)
+        grads += [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in outputs]
     if outputs:
         torch.autograd.backward(outputs, grads)
     found = [leaf.grad for leaf in leaves.values()]
@@ -544,7 +559,7 @@ class Outcome:
 def try_case(case: Case, form: str, samples: Sequence[Sample], device: torch.device) -> Outcome:
     """Run a case in one form, compiled and not."""
     with deterministic() if case.training else contextlib.nullcontext():
-        return _try_case(case, FORMS[form], samples, device)
+        return (_try_capture if case.door == CAPTURE else _try_case)(case, FORMS[form], samples, device)
 
 
 @contextlib.contextmanager
@@ -581,12 +596,93 @@ def _try_case(case: Case, program: Any, samples: Sequence[Sample], device: torch
         outcome.differs = got.differs(want)
     if got is None or outcome.differs:
         dynamo(case, program, samples, device, outcome, got)
-    if got is not None and outcome.differs and not same_again(case, program, samples, device, want):
+
+    def again() -> Seen:
+        function, owner = twins(case)
+        return watch(program(function, len(samples)), owner, samples, device, case)
+
+    if got is not None and outcome.differs and not same_again(again, device, want):
         outcome.reference, outcome.differs = "nothing", ""
     del compiled
     if case.training and outcome.reference != "nothing":
         outcome.aot = aot(case, program, samples, device, want)
     return outcome
+
+
+def _try_capture(case: Case, program: Any, samples: Sequence[Sample], device: torch.device) -> Outcome:
+    """The same at the second door."""
+    outcome, grads = Outcome(), list[Tensor]()
+
+    def body(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:
+        made = program(function, len(samples))
+        return with_backward(made, owner, grads) if case.training else made
+
+    def eager() -> Seen:
+        function, owner = twins(case)
+        return watch(body(function, owner), owner, samples, device, case)
+
+    if any(tensor.layout is not torch.strided for tensor in tensors_in([sample.calls for sample in samples])):
+        outcome.failed = "eager: an argument has no strides, so new values cannot be written into it"
+        return outcome
+    try:
+        want = eager()
+    except Exception as error:  # noqa: BLE001
+        outcome.failed = f"eager: {first_line(error)}"
+        return outcome
+    function, owner = twins(case)
+    captured = Captured(body(function, owner), device)
+    try:
+        got = watch(captured, owner, samples, device, case)
+    except breakable_backend.InternalError as error:
+        outcome.failed = f"backend: {first_line(error)}"
+    except breakable_backend.BreakableError as error:
+        outcome.failed = f"refused: {type(error).__name__}: {error.what}"
+    except Exception as error:  # noqa: BLE001
+        outcome.failed = f"backend: {first_line(error)}"
+    else:
+        outcome.captured, outcome.reasons = captured.report()
+        outcome.differs = got.differs(want)
+    if outcome.differs and not same_again(eager, device, want):
+        outcome.reference, outcome.differs = "nothing", ""
+    return outcome
+
+
+class Captured:
+    """A program that is captured in its first call, with the arguments of that call, and replayed in later ones."""
+
+    def __init__(self, program: Callable[..., Any], device: torch.device) -> None:
+        self.program = program
+        self.graph = breakable_backend.BreakableCUDAGraph(driver="cuda" if device.type == "cuda" else "tape")
+        self.called = False
+
+    def __call__(self, *given: Any) -> Any:
+        if self.called:
+            self.graph.replay()
+        else:
+            self.called = True
+            with breakable_backend.capture(self.graph):
+                self.result = self.program(*given)
+        return self.result
+
+    def report(self) -> tuple[bool, list[str]]:
+        """Whether a segment has ops, and why the rest is eager."""
+        recording = self.graph.recording
+        assert recording is not None
+        captured = any(isinstance(step, GraphStep) and step.ops for step in recording.steps)
+        steps = [step for step in recording.steps if isinstance(step, EagerStep)]
+        reasons = {f"{why.op}: {why.text}" for step in steps for why in step.reasons if not why.op.startswith("sweep")}
+        return captured, sorted(reasons) or ([] if captured else [NOTHING])
+
+
+def with_backward(program: Callable[..., Any], owner: Any, grads: list[Tensor]) -> Callable[..., Any]:
+    """The program and its backward, from the same gradients in each call; it returns those of all leaves as well."""
+
+    def run(*given: Any) -> Any:
+        result = program(*given)
+        state = list(owner.parameters()) if owner is not None else []
+        return result, gradients_of(result, [given, state], grads)
+
+    return run
 
 
 def aot(case: Case, program: Any, samples: Sequence[Sample], device: torch.device, want: Seen) -> str:
@@ -624,13 +720,12 @@ def dynamo(
         outcome.reference, outcome.differs = "dynamo", ""
 
 
-def same_again(case: Case, program: Any, samples: Sequence[Sample], device: torch.device, want: Seen) -> bool:
+def same_again(again: Callable[[], Seen], device: torch.device, want: Seen) -> bool:
     """Whether eager does the same each time: not if it is not deterministic, or leaves memory uninitialised."""
     for filling in (0.0, -3.0e38, torch.nan):
         litter = [torch.full((2**size,), filling, device=device) for size in range(4, 20) for _ in range(8)]
         del litter
-        function, owner = twins(case)
-        if watch(program(function, len(samples)), owner, samples, device, case).differs(want):
+        if again().differs(want):
             return False
     return True
 
@@ -663,13 +758,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
-def outcomes(name: str, info: Any, device: torch.device) -> Iterator[tuple[str, str, int, Outcome]]:
+def outcomes(
+    name: str, info: Any, device: torch.device, door: str = COMPILE
+) -> Iterator[tuple[str, str, int, Outcome]]:
     """All that is tried of one entry: dtype and variant, form, number of samples, and how it came out.
 
     The samples of a case are tried in one graph first, since compiling takes the time; one by one where that is not
     captured as a whole, or is not the same.
     """
     for case in cases(info, device, is_backward(name)):
+        case = replace(case, door=door)
         for form in ["alone"] if case.training else FORMS:
             if form == "between" and name in HOST_RESULTS:
                 continue

@@ -35,7 +35,7 @@ WORKER = Path(__file__)
 # --- a worker ---------------------------------------------------------------------------------------------------------------
 
 
-def work(device_type: str) -> None:
+def work(device_type: str, door: str) -> None:
     """Read names of ops, one a line; write a line of JSON for each outcome, and an empty one after each op."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -53,7 +53,7 @@ def work(device_type: str) -> None:
     for line in sys.stdin:
         name = line.strip()
         try:
-            for what, form, samples, outcome in opinfos.outcomes(name, databases[name], device):
+            for what, form, samples, outcome in opinfos.outcomes(name, databases[name], device, door):
                 say(answers, {"what": what, "form": form, "samples": samples, **dataclasses.asdict(outcome)})
         except Exception as error:  # noqa: BLE001 - told in the row of the op
             say(answers, {"what": "", "form": "", "samples": 0, "failed": f"sweep: {opinfos.first_line(error)}"})
@@ -70,12 +70,12 @@ def say(answers: TextIO, value: Any) -> None:
 class Worker:
     """A process that tries ops, and is replaced when it dies or hangs."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, door: str) -> None:
+        self.device, self.door = device, door
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, str(WORKER), "--worker", "--device", self.device]
+        command = [sys.executable, str(WORKER), "--worker", "--device", self.device, "--door", self.door]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command,
@@ -114,7 +114,8 @@ class Worker:
     def run(self, name: str, budget: float) -> dict[str, Any]:
         """Everything that is tried of one op, within ``budget`` seconds."""
         begun = time.monotonic()
-        row: dict[str, Any] = {"op": name, "device": self.device, "torch": self.hello.get("torch"), "outcomes": []}
+        row: dict[str, Any] = {"op": name, "device": self.device, "torch": self.hello.get("torch")}
+        row |= {"door": self.door, "outcomes": []}
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(name + "\n")
@@ -142,16 +143,15 @@ class Worker:
 
 def sweep(arguments: argparse.Namespace) -> None:
     """Run what is not in the file of results yet."""
-    first = Worker(arguments.device)
+    first = Worker(arguments.device, arguments.door)
     version, names = first.hello["torch"], first.hello["ops"]
-    done = {
-        row["op"] for row in rows(arguments.results) if (row["device"], row["torch"]) == (arguments.device, version)
-    }
+    ours = arguments.device, version, arguments.door
+    done = {row["op"] for row in rows(arguments.results) if (row["device"], row["torch"], row["door"]) == ours}
     if arguments.only:
         names = [name for name in names if name in arguments.only]
     if arguments.half != "both":
         names = [name for name in names if name.startswith(BACKWARD) == (arguments.half == "backward")]
-    others = [lambda: Worker(arguments.device).serving()] * (arguments.processes - 1)
+    others = [lambda: Worker(arguments.device, arguments.door).serving()] * (arguments.processes - 1)
     go_on(names, done, [first.serving, *others], arguments)
 
 
@@ -207,7 +207,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     """What the file has."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+            yield {"door": "compile", **json.loads(line)}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------------
@@ -225,14 +225,19 @@ def verdict(row: dict[str, Any]) -> tuple[str, str]:
     if backend:
         return "failed", "; ".join(sorted({o["failed"] for o in backend}))
     ran = [outcome for outcome in tried if not outcome.get("failed")]
+    refused = sorted({o["failed"] for o in tried if o.get("failed", "").startswith("refused")})
+    if refused and not ran:
+        return "refused", "; ".join(refused)
     if not ran:
         return "not run", "; ".join(sorted({o.get("failed", "") for o in row["outcomes"]})) or "no sample"
-    reasons = "; ".join(sorted({reason for outcome in ran for reason in outcome["reasons"]}))
+    reasons = "; ".join(sorted({*refused, *(reason for outcome in ran for reason in outcome["reasons"])}))
     if not any(outcome["captured"] for outcome in ran):
         return "eager", reasons
     return ("in part", reasons) if reasons else ("captured", "")
 
 
+KINDS = "captured", "in part", "eager", "refused", "not run", "stopped", "failed", "differs"
+"""What can become of an op; refused: a typed error says why it cannot be in a capture."""
 AOT = "as eager, where AOTAutograd (`aot_eager`) is not"
 REFERENCES = {"dynamo": 'as `backend="eager"`, not as eager', "nothing": "eager is not the same each time"}
 
@@ -240,35 +245,36 @@ REFERENCES = {"dynamo": 'as `backend="eager"`, not as eager', "nothing": "eager 
 def table(found: Iterable[dict[str, Any]]) -> str:
     """The results in Markdown: counts, then all that was not captured, and why."""
     lines = []
-    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in found:
-        groups[row["device"], row["torch"]][row["op"]] = row
+        groups[row["device"], row["torch"], row["door"]][row["op"]] = row
     lines += [
-        "| device | torch | tried | captured | in part | eager | not run | stopped | failed | differing | as Dynamo, not as eager | eager not the same twice |"
+        "| device | torch | door | tried | captured | in part | eager | refused | not run | stopped | failed | differing | as Dynamo, not as eager | eager not the same twice |"
     ]
-    lines += ["|---" * 12 + "|"]
-    for (device, version), by_name in groups.items():
+    lines += ["|---" * 14 + "|"]
+    for (device, version, door), by_name in groups.items():
         for kind, chosen in split(by_name.values()).items():
             counts = Counter(verdict(row)[0] for row in chosen)
             dynamo, itself = (
                 sum(any(o.get("reference") == reference for o in row["outcomes"]) for row in chosen)
                 for reference in ("dynamo", "nothing")
             )
-            cells = [counts[key] for key in ("captured", "in part", "eager", "not run", "stopped", "failed", "differs")]
+            cells = [counts[key] for key in KINDS]
             lines.append(
-                f"| {device}, {kind} | {version} | {len(chosen)} | "
+                f"| {device}, {kind} | {version} | {door} | {len(chosen)} | "
                 + " | ".join(map(str, cells))
                 + f" | {dynamo} | {itself} |"
             )
-    for (device, version), by_name in groups.items():
-        for what in ("differs", "failed", "stopped", "not run", "eager", "in part"):
+    for (device, version, door), by_name in groups.items():
+        here = f"on {device}, torch {version}, door {door}"
+        for what in KINDS[:0:-1]:
             whys: dict[str, list[str]] = defaultdict(list)
             for row in by_name.values():
                 became, why = verdict(row)
                 if became == what:
                     whys["; ".join(part[:120] for part in why.split("; "))].append(row["op"])
             if whys:
-                lines += ["", f"{what} on {device}, torch {version}:", ""]
+                lines += ["", f"{what} {here}:", ""]
                 lines += [f"- {why}: {', '.join(sorted(whys[why]))}" for why in sorted(whys)]
         alone = [
             f"`{name}`: {'; '.join(sorted({o['aot'][:120] for o in row['outcomes'] if o.get('aot')}))}"
@@ -276,14 +282,14 @@ def table(found: Iterable[dict[str, Any]]) -> str:
             if verdict(row)[0] != "differs" and any(o.get("aot") for o in row["outcomes"])
         ]
         if alone:
-            lines += ["", f"{AOT}, on {device}, torch {version}:", "", *(f"- {text}" for text in alone)]
+            lines += ["", f"{AOT}, {here}:", "", *(f"- {text}" for text in alone)]
         for reference, title in REFERENCES.items():
             named = [
                 (row["op"], sorted({o["what"] for o in row["outcomes"] if o.get("reference") == reference}))
                 for row in by_name.values()
             ]
             if any(cases for _, cases in named):
-                lines += ["", f"{title}, on {device}, torch {version}:", ""]
+                lines += ["", f"{title}, {here}:", ""]
                 lines += [f"- `{name}`: {', '.join(cases)}" for name, cases in sorted(named) if cases]
     return "\n".join(lines)
 
@@ -299,6 +305,7 @@ def split(found: Iterable[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--door", default="compile", choices=["compile", "capture"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=HERE.parent / "build" / "sweep.jsonl")
     parser.add_argument("--chunk", default="1/1", help="which part of how many: 2/4 is the second of four")
@@ -312,7 +319,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
     if arguments.worker:
-        work(arguments.device)
+        work(arguments.device, arguments.door)
     elif not arguments.table:
         sweep(arguments)
     if not arguments.worker:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from breakable_backend._torch.aot import *
 from breakable_backend._torch.as_python import *
+from breakable_backend._torch.asking import *
 from breakable_backend._torch.autograd import *
 from breakable_backend._torch.compiled_functions import *
 from breakable_backend._torch.cuda import *
@@ -26,6 +27,7 @@ from breakable_backend._torch.frames import *
 from breakable_backend._torch.graphs import *
 from breakable_backend._torch.modes import *
 from breakable_backend._torch.module_calls import *
+from breakable_backend._torch.observing import *
 from breakable_backend._torch.ops import *
 from breakable_backend._torch.symbols import *
 from breakable_backend._torch.tensors import *

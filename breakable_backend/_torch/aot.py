@@ -19,6 +19,7 @@ from torch.fx.node import _side_effectful_functions
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from breakable_backend._torch.asking import as_for_plain_tensors
 from breakable_backend._torch.ops import _aten_overloads, find_overloads, never_run_on_constants
 from breakable_backend._torch.symbols import free_symbols
 from breakable_backend._torch.tensors import extent, lazy_bits, storage_key, with_lazy_bits
@@ -176,7 +177,7 @@ def _eager_kernels() -> Iterator[None]:
         (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
     ]
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    as_plain = {op: kernel for op, kernel in _as_for_plain_tensors().items() if composite not in op.py_kernels}
+    as_plain = {op: kernel for op, kernel in as_for_plain_tensors().items() if composite not in op.py_kernels}
     for op, kernel in as_plain.items():
         op.py_kernels[composite] = kernel
     changed = {*as_plain, *(op for op, _, _ in removed)}
@@ -191,93 +192,6 @@ def _eager_kernels() -> Iterator[None]:
             op.py_kernels[key] = kernel
         for op in changed:
             op._dispatch_cache.clear()
-
-
-def _as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
-    """Kernels for composite ops that call other ops while they are traced than in eager, and so round differently.
-
-    Their C++ code asks whether a tensor is a subclass, and under a mode of Python's dispatcher each tensor counts as
-    one. ``linalg_svdvals`` and ``linalg_eigvalsh`` then compute vectors as well, with another algorithm of LAPACK.
-    ``linalg_cond`` and the nuclear norm call one of them. A ``matmul`` of batches, one of which has one matrix, is then
-    one large product, and a batch in eager. (torch 2.11 to 2.15)
-    """
-
-    def svdvals(matrix: torch.Tensor, *, driver: str | None = None) -> Any:
-        return torch.ops.aten._linalg_svd(matrix, False, _asks_for_gradients(matrix), driver=driver)[1]
-
-    def eigvalsh(matrix: torch.Tensor, UPLO: str = "L") -> Any:
-        return torch.ops.aten._linalg_eigh(matrix, UPLO, _asks_for_gradients(matrix))[0]
-
-    aten = torch.ops.aten
-    return {
-        aten.linalg_svdvals.default: svdvals,
-        aten.linalg_eigvalsh.default: eigvalsh,
-        aten.matmul.default: functools.partial(_matmul, aten.matmul.default),
-        aten.matmul.out: functools.partial(_matmul, aten.matmul.out),
-    }
-
-
-def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> Any:
-    """``matmul`` by the op that eager calls: ``bmm``, or ``mm`` of one large matrix."""
-    if left.dim() > 2 and right.dim() == 2 and not out and _is_large_matrix(left):
-        product = torch.mm(left.reshape(-1, left.shape[-1]), right)
-        return torch.ops.aten._unsafe_view(product, [*left.shape[:-1], right.shape[-1]])
-    if left.dim() == right.dim() == 3 and left.shape[0] != right.shape[0]:
-        if left.shape[0] == 1:
-            left = _repeated(left, right)
-        elif right.shape[0] == 1:
-            right = _repeated(right, left)
-    return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, left, right, **out)
-
-
-def _is_large_matrix(batch: torch.Tensor) -> bool:
-    """Whether eager takes ``batch`` for one matrix, though the strides of the fake say no.
-
-    The kernel of ``view`` gives a dimension of size 1 the stride that it has in contiguous memory. The fake of ``view``
-    gives it another, so that a product behind the attention of one token would be a ``bmm`` in the graph. (torch 2.11 to
-    2.15)
-    """
-    shape, strides = batch.shape, list(batch.stride())
-    if not _is_view(batch) or not all(isinstance(number, int) for number in (*shape[1:], *strides)):
-        return False
-    for at in range(batch.dim() - 2, -1, -1):
-        if isinstance(shape[at], int) and shape[at] == 1:
-            strides[at] = strides[at + 1] * shape[at + 1]
-    return all(strides[at] == strides[at + 1] * shape[at + 1] for at in range(batch.dim() - 2))
-
-
-def _is_view(tensor: torch.Tensor) -> bool:
-    """Whether a ``view`` made ``tensor`` in the traced graph."""
-    return (node := _node_of(tensor)) is not None and node.target is torch.ops.aten.view.default
-
-
-def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
-    """A batch with one matrix, repeated to the length of ``many``, unless eager makes one large matrix too.
-
-    It does if ``one`` needs a gradient, in whatever grad mode, or is a subclass.
-    """
-    needs_gradient = one.requires_grad and (torch.is_grad_enabled() or not _computed(one))
-    if needs_gradient or is_traceable_wrapper_subclass(one):
-        return one
-    return one.expand(many.shape[0], -1, -1)
-
-
-def _computed(tensor: torch.Tensor) -> bool:
-    """Whether the traced graph computes ``tensor``. With gradients off it needs no gradient, whatever the fake says."""
-    return (node := _node_of(tensor)) is not None and node.op not in ("placeholder", "get_attr")
-
-
-def _node_of(tensor: torch.Tensor) -> fx.Node | None:
-    """The node of the traced graph that has ``tensor`` as its value."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-
-    mode = get_proxy_mode()
-    slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    return None if slot is None else slot.proxy.node
-
-
-def _asks_for_gradients(tensor: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from breakable_backend._torch.as_python import hide_from_dynamo
 from breakable_backend._torch.modes import _HIDDEN_BY_MODES, _included_again
+from breakable_backend._torch.observing import plain_kernel
 from breakable_backend._torch.tensors import storage_key
 
 Op = OpOverload | HigherOrderOperator
@@ -235,15 +236,16 @@ def kernel_made_of_ops(
         if isinstance(argument.type, torch.TensorType) and isinstance(value, bool | int | float | complex):
             return None
     casts = [f"Autocast{kind.upper()}" for kind in autocast if in_python]
-    return functools.partial(_run_kernel, op, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), casts)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return functools.partial(_run_kernel, op, plain_kernel(op, args) or functools.partial(op.redispatch, keys), casts)
 
 
-def _run_kernel(op: OpOverload, keys: Any, casts: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
+def _run_kernel(op: OpOverload, kernel: Callable[..., Any], casts: Sequence[str], /, *args: Any, **kwargs: Any) -> Any:
     # Around a mode the dispatcher excludes ADInplaceOrView, which eager does not do around a kernel. Without it a view
     # of a parameter requires no grad, and matmul takes another path.
     is_view = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "ADInplaceOrView")
     with _included_again(*(key for key in _HIDDEN_BY_MODES if not is_view or key != "ADInplaceOrView"), *casts):
-        return op.redispatch(keys, *args, **kwargs)
+        return kernel(*args, **kwargs)
 
 
 def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], descriptors: Any) -> list[str]:

@@ -46,7 +46,7 @@ from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.effects import is_view_op, written_values
-from breakable_backend.ir.layout import Geometry
+from breakable_backend.ir.layout import STRIDED, Geometry, has_gaps
 from breakable_backend.ir.program import Op, Reason, described
 from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
 from breakable_backend.marks import modules
@@ -71,6 +71,8 @@ from breakable_backend.recordings.recording import (
     Step,
 )
 
+NOT_RESIZABLE = "resize storage that is not resizable"
+"""A part of PyTorch's own text of this error."""
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
 
@@ -205,6 +207,14 @@ class _Watcher(OpMode):
         super().__init__(under_way.op)
         self.under_way = under_way
 
+    def with_other_gradient(self, op: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.under_way.capturing:
+            return NotImplemented
+        mark = Mark(op, _op_label(op), "")
+        return self.under_way.call(
+            mark, args, kwargs, why="a captured backward would have another formula for its gradient"
+        )
+
 
 class _MarkedFunctions(TorchFunctionMode):
     """A function mode that sees calls of marked PyTorch functions which are not ops, made by the body's own code."""
@@ -247,6 +257,9 @@ class _OngoingCapture:
     """
     bridges: set[int] = field(default_factory=set)
     """Those among them that are bridges."""
+    in_parts: dict[int, bool] = field(default_factory=dict)
+    """Bridges of tensors that did not begin at the beginning of their storage, or that have memory between their
+    elements; and whether they have that."""
     most: Held = field(default_factory=Held)
     """The most of their memory that is needed at the same time."""
     places: dict[int, torch.UntypedStorage] = field(default_factory=dict)
@@ -335,6 +348,13 @@ class _OngoingCapture:
                     if isinstance(error, CaptureError) and not error.blamed:
                         error = _placed(error, user_line(error.__traceback__))
                         raise error
+                    if isinstance(error, RuntimeError) and NOT_RESIZABLE in str(error):
+                        resized = CaptureError(
+                            "the result of an eager step was resized, and its memory belongs to the graph",
+                            where=user_line(error.__traceback__),
+                            fix="resize a clone of it",
+                        )
+                        raise as_passing(resized, error) from error
                     if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
                         where = user_line(error.__traceback__)
                         what, fix = explained(error)
@@ -425,6 +445,7 @@ class _OngoingCapture:
             if found.refused:
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
             return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
+        self._refuse_reach(func, args, kwargs)
         if _torch.is_composite(func) and (kernel := kernel_of_ops(func, args, self.driver.device)):
             with self.watcher:
                 return kernel(*args, **kwargs)
@@ -433,19 +454,42 @@ class _OngoingCapture:
             self.session.touch()
         for tensor in taken:
             self._reads(tensor)
+        reshaped: list[tuple[torch.Tensor, Any]] = []
         if isinstance(func, _torch.OpOverload):
             for tensor in memory_on(self.driver.device, written_values(func, args, kwargs)):
                 if (key := _torch.storage_key(tensor)) not in self.made:
                     self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
+                    if torch.Tag.inplace_view in func.tags and not tensor._is_view():
+                        reshaped.append((tensor, Geometry.of(tensor)))
         if self.issue is None:
             result = func(*args, **kwargs)
         else:
             result = self.issue(func, args, kwargs, _op_label(func), user_line())
+        for tensor, before in reshaped:
+            if Geometry.of(tensor) != before:
+                raise CaptureError(
+                    f"{_op_label(func)} changes the shape or the strides of a tensor from outside, which a replay would not",
+                    where=user_line(),
+                    fix="change a view of it: x = x.view_as(x)",
+                )
         for tensor in memory_on(self.driver.device, result):
             self._makes(tensor)
         if not is_view_op(func):
             self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
         return result
+
+    def _refuse_reach(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise if ``as_strided`` may reach what the result of an eager step has beside its elements: a bridge has none."""
+        if not self.in_parts or _torch.schema_name(func) not in STRIDED:
+            return
+        gaps = self.in_parts.get(_torch.storage_key(args[0]))
+        offset = args[-1] if isinstance(args[-1], int) else kwargs.get("storage_offset")
+        if gaps or (gaps is not None and offset not in (None, args[0].storage_offset())):
+            raise CaptureError(
+                f"{_op_label(func)} reaches into the memory around the result of an eager step, inside a capture",
+                where=user_line(),
+                fix="return a contiguous tensor from the eager step",
+            )
 
     def _reads(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
@@ -515,7 +559,7 @@ class _OngoingCapture:
             if mark is not None and reach is not None:
                 call = gradients.Call.of(mark, reach, function, *given, reason.source)
                 args, kwargs = call.arguments()
-            with _torch.with_autograd() if self.whole else nullcontext():
+            with _torch.with_autograd() if self.whole else nullcontext(), _torch.without_observers():
                 result = run(*args, **kwargs)
         except BaseException as error:
             self.failed = error
@@ -616,6 +660,8 @@ class _OngoingCapture:
         key, storage = _torch.storage_key(bridge.tensor), bridge.tensor.untyped_storage()
         self.made[key] = _torch.StorageWeakRef(storage)
         self.bridges.add(key)
+        if (gaps := has_gaps(source)) or source.storage_offset():
+            self.in_parts[key] = gaps
         if self.keep:
             self.held[key] = storage
         return bridge

@@ -30,7 +30,6 @@ from breakable_backend.compiling.lowering import (
     note_outs,
     out_of_place_views,
 )
-from breakable_backend.compiling.partition import STRIDED
 from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY
@@ -47,7 +46,7 @@ from breakable_backend.ir.effects import (
     values_of,
     written_arguments,
 )
-from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.layout import STRIDED, TensorSpec
 from breakable_backend.marks.call_ops import is_backward, site_of
 from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.marking import EagerOps, Marks

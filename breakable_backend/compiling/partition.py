@@ -46,7 +46,7 @@ from breakable_backend.ir.effects import (
     values_of,
     written_arguments,
 )
-from breakable_backend.ir.layout import extent
+from breakable_backend.ir.layout import STRIDED, has_gaps
 from breakable_backend.ir.program import (
     TOO_FEW,
     Access,
@@ -114,21 +114,18 @@ def _absolute_view(flow: _Flow, reasons: Mapping[fx.Node, Reason | None], static
             root = flow.root[node.args[0]]
             inputs = list(node.graph.find_nodes(op="placeholder"))
             moves = reasons.get(producer_of(root)) is not None or (root in inputs and inputs.index(root) not in static)
-            if moves and (offset is not None or _has_gaps(root.meta["val"])):
+            if moves and (offset is not None or _may_have_gaps(root.meta["val"])):
                 how = "by an absolute offset" if offset is not None else "between its elements"
                 text = f"reaches into the memory of {root.name} {how}"
                 return Reason("absolute_view", text, label(node), source_line(node), whole_program=True)
     return None
 
 
-STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
-
-
-def _has_gaps(tensor: torch.Tensor) -> bool:
+def _may_have_gaps(tensor: torch.Tensor) -> bool:
     """Whether memory lies between the elements of a tensor; if sizes vary, whether it may."""
     numbers = (*tensor.shape, *tensor.stride())
     if not any(isinstance(number, torch.SymInt) for number in numbers):
-        return tensor.numel() < extent(tensor)
+        return has_gaps(tensor)
     dense: Any = 1
     for size, step in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if str(step) != str(dense):  # compared as text, since ``==`` would add a guard

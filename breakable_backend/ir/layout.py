@@ -153,6 +153,15 @@ def extent(tensor: torch.Tensor) -> int:
     return int(_torch.extent(tensor.shape, tensor.stride()))
 
 
+STRIDED = _torch.aten("as_strided as_strided_copy as_strided_scatter")
+"""Ops that read memory by an offset from the beginning of a storage."""
+
+
+def has_gaps(tensor: torch.Tensor) -> bool:
+    """Whether memory lies between the elements of a tensor whose sizes are numbers."""
+    return tensor.numel() < extent(tensor)
+
+
 def flattened(tensor: torch.Tensor) -> torch.Tensor:
     """The memory that a tensor spans, as one dimension."""
     return tensor.as_strided((extent(tensor),), (1,), tensor.storage_offset())

@@ -20,7 +20,7 @@ Issue = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Runs an op with its arguments, and returns its result."""
 
 
-class OpMode(_torch.TorchDispatchMode):
+class OpMode(_torch.ObservingMode):
     """A dispatch mode that passes each op to ``issue``, below autograd and in program order."""
 
     supports_higher_order_operators = True

@@ -522,6 +522,15 @@ CASES: dict[str, Case] = {
         "import copy\ncopy.deepcopy(graph)  # here"
     ),
     "inside a capture": Case(in_body("x.sum().item()  # here")),
+    "reaches into the memory around the result of an eager step, inside a capture": Case(
+        in_body("eager_on_graph(lambda x: (x + 1)[::2])(x).as_strided((2,), (1,))  # here")
+    ),
+    "the result of an eager step was resized, and its memory belongs to the graph": Case(
+        in_body("torch.add(torch.ones(9), 1, out=eager_on_graph(lambda: torch.ones(1))())  # here")
+    ),
+    "changes the shape or the strides of a tensor from outside, which a replay would not": Case(
+        in_body("x.unsqueeze_(0)  # here")
+    ),
     "was called under a transform of torch.func, inside a capture": Case(
         in_body("torch.func.vmap(eager_on_graph(plain))(x)  # here")
     ),
