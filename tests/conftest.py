@@ -45,6 +45,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> Iterator[None]:
+    """Nor is what torch keeps of the tests of a file, such as the frames that it compiled: collections stay short."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     """Each test starts from the same seed and leaves nothing compiled, recorded or marked behind."""

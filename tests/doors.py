@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import breakable_backend
+import fresh
 from breakable_backend import BreakableCUDAGraph, capture, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
@@ -231,9 +228,5 @@ def close(*opened: Opened) -> None:
 
 def run_alone(code: str) -> None:
     """Run ``code`` in a process of its own, which has to end well and say nothing."""
-    paths = [str(Path(breakable_backend.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = fresh.python(code)
     assert (done.returncode, done.stderr) == (0, ""), f"{done.returncode}: {done.stderr}"

@@ -8,9 +8,7 @@ function was formatted anew or moved inside its module.
 from __future__ import annotations
 
 import ast
-import gc
 import itertools
-import multiprocessing
 import os
 import shutil
 import sys
@@ -18,14 +16,14 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+import fresh
+from warm import ROOT, TESTS, Changes, changes_between
+
 PACKAGE = "breakable_backend"
 TIMEOUT = 300.0
 """Seconds after which a run counts as hung."""
@@ -48,6 +46,9 @@ class Fault:
     """Node id of one test, without the folder that its file lies in."""
     gpu: bool = False
     """Whether only a GPU shows it."""
+    anew: bool = False
+    """Whether the package has to be imported with the fault in it: by a process that the test starts, or since what the
+    fault is in runs on import. Outside of functions this goes without saying."""
     since: str = "2.11"
     """The torch from which on it makes a difference: what it takes away cures what older ones do not have."""
 
@@ -59,13 +60,23 @@ class Fault:
 
     def source(self) -> str:
         """The text of the module with the fault in it, without its comments."""
-        return ast.unparse(self.put_into(ast.parse((ROOT / self.file).read_text(encoding="utf-8"))))
+        return ast.unparse(self.put_into(ast.parse((ROOT / self.file).read_bytes())))
+
+    @cached_property
+    def changes(self) -> Changes | None:
+        """What the fault changes in functions that are there; None if the package has to be imported with it."""
+        path = ROOT / self.file
+        return None if self.gpu or self.anew else changes_between(path, self.put_into(ast.parse(path.read_bytes())))
 
     def put_into(self, tree: ast.Module) -> ast.Module:
-        """Change the module's ``tree``; returns it."""
+        """Change the module's ``tree``; returns it. What is new lies where the old was, so that no other line moves."""
         old, new = self.pieces()
         node, field, start = self.place(tree)
         value = getattr(node, field)
+        replaced = value[start] if isinstance(value, list) else value
+        for added in new:
+            for part in ast.walk(added):
+                ast.copy_location(part, replaced)
         if isinstance(value, list):
             value[start : start + len(old)] = new
         else:
@@ -380,6 +391,7 @@ FAULTS = (
         "frames.set_code_exec_strategy(code, strategy)",
         "pass",
         "test_training.py::test_a_step_that_is_compiled_whole[cpu]",
+        anew=True,
     ),
     Fault(
         "second-derivatives-of-marked-functions-are-lost",
@@ -801,6 +813,7 @@ FAULTS = (
         "frames.set_code_exec_strategy(told.__code__, skip)",
         "assert skip",
         "test_capture.py::test_a_bare_break_in_compiled_code",
+        anew=True,
     ),
     Fault(
         "the-import-brings-sympy",
@@ -818,6 +831,7 @@ FAULTS = (
         "CompileTimeError.__bases__ = (ShortenTraceback,)",
         "assert ShortenTraceback",
         "test_public_api.py::test_errors_pass_through_dynamo_whenever_it_was_imported",
+        anew=True,
     ),
     # --- plain calls ---
     Fault(
@@ -961,6 +975,7 @@ FAULTS = (
         "held._at_fork_reinit()",
         "pass",
         "test_concurrency.py::test_a_forked_child[in a replay]",
+        anew=True,
     ),
     Fault(
         "a-child-is-in-its-parents-call",
@@ -968,6 +983,7 @@ FAULTS = (
         "not locks.is_ours(self.lock)",
         "False",
         "test_concurrency.py::test_a_forked_child[in a replay]",
+        anew=True,
     ),
     Fault(
         "a-child-never-collects",
@@ -985,6 +1001,7 @@ FAULTS = (
             _settle()
         """,
         "test_concurrency.py::test_a_forked_child[in a recording]",
+        anew=True,
     ),
     # --- what a call leaves out ---
     Fault(
@@ -1364,6 +1381,7 @@ FAULTS = (
         "OptionsError('export: nothing was captured', fix='capture first: with capture(graph): ...')",
         "OptionsError('export: there is nothing', fix='capture first: with capture(graph): ...')",
         "test_catalogue.py::test_every_error_has_a_case",
+        anew=True,
     ),
     Fault(
         "exports-compile-live-segments-anew",
@@ -1422,6 +1440,7 @@ FAULTS = (
         "torch.fx.has_side_effect(op)",
         "op",
         "test_functions.py::test_one_node[aot_eager-cpu]",
+        anew=True,
     ),
     Fault(
         "marked-functions-forget-autocast",
@@ -1479,6 +1498,7 @@ FAULTS = (
         "_torch.never_run_on_constants(op)",
         "pass",
         "test_learning.py::test_constant_tensors[cpu-aot_eager-fake]",
+        anew=True,
     ),
     Fault(
         "dynamo-takes-us-for-the-caller",
@@ -1486,6 +1506,7 @@ FAULTS = (
         "convert.__code__ = convert.__code__.replace(co_filename=plain.__code__.co_filename)",
         "pass",
         "test_learning.py::test_dynamo_sees_who_called[cpu]",
+        anew=True,
     ),
     Fault(
         "numbers-that-are-written-are-constants",
@@ -3628,6 +3649,7 @@ FAULTS = (
         "self.artifact(f'recording {number}', lambda: {'why': why, **facts, 'steps': step_names(recording)})",
         "''.format(f'recording {number}', lambda: {'why': why, **facts, 'steps': step_names(recording)})",
         "test_journal.py::test_trace",
+        anew=True,
     ),
     # --- tables of ops ---
     Fault(
@@ -3662,6 +3684,14 @@ FAULTS = (
 )
 
 
+def path_of(test: str) -> Path:
+    """The file of a test, relative to the folder of the project: no two have one name."""
+    return _FILES[test.partition("::")[0]]
+
+
+_FILES = {path.name: path.relative_to(ROOT) for path in TESTS.rglob("test_*.py")}
+
+
 def copy_to(root: Path) -> None:
     """Copy the package, its tests and their settings to ``root``; compiled files are made there, once for all runs."""
     ignored = shutil.ignore_patterns("__pycache__")
@@ -3680,40 +3710,24 @@ def run(
     Processes are forked from one that has imported torch and compiled something; where CUDA is used, which does not
     survive a fork, each imports torch by itself.
     """
-    context = multiprocessing.get_context("spawn") if gpu else _forking()
-    process = context.Process(target=_run_here, args=(str(root), list(tests), options, dict(os.environ)))
+    output = root / "output.txt"
+    output.unlink(missing_ok=True)
+    process = fresh.process(_run_here, str(root), list(tests), options, output=output, forked=not gpu)
     process.start()
     process.join(limit)
     if hung := process.is_alive():
         process.kill()
         process.join()
-    return None if hung else process.exitcode, (root / "output.txt").read_text(encoding="utf-8")
+    return None if hung else process.exitcode, output.read_text(encoding="utf-8")
 
 
-def _forking() -> Any:
-    """The way to make processes by a fork of one that has ``preloaded``, which it finds by the environment alone."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
-        forkserver.ensure_running()
-    return context
-
-
-def _run_here(root: str, tests: Sequence[str], options: Sequence[str], environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+def _run_here(root: str, tests: Sequence[str], options: Sequence[str]) -> None:
     os.chdir(root)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    gc.freeze()  # what was imported before the fork is not garbage, and is much to look through
     sys.path.insert(0, root)
     import breakable_backend
 
     assert Path(breakable_backend.__file__).is_relative_to(root), breakable_backend.__file__
-    files = {path.name: path for path in Path(TESTS.name).rglob("test_*.py")}  # no two have one name
-    ids = [f"{files[name]}{at}{rest}" for name, at, rest in (test.partition("::") for test in tests)]
+    ids = [f"{path_of(test)}{''.join(test.partition('::')[1:])}" for test in tests]
     sys.exit(pytest.main([*OPTIONS, *options, *ids]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import breakable_backend
+import fresh
 import silly
 from breakable_backend import capture, eager_on_graph, explain, export, is_capturing
 from breakable_backend.calling.registry import executors_of
@@ -130,7 +130,7 @@ def test_a_report_does_not_wait_for_a_call(
 
     def visit(y: Tensor) -> Tensor:
         inside.set()
-        assert over.wait(15)
+        assert over.wait(8)
         return y + 1
 
     def call() -> None:
@@ -290,11 +290,13 @@ def test_a_thread_with_the_context_of_a_capture(make: Callable[..., Any], device
 # --- forks --------------------------------------------------------------------------------------------------------------
 
 FORKED = """
-import gc, os, sys, threading, time
+import gc, os, sys, threading, time, warnings
 import torch
 import breakable_backend
 from breakable_backend import eager_on_graph, explain
 
+# Python 3.12 warns of every fork in a process with threads, which is what is tried here.
+warnings.filterwarnings("ignore", "This process", DeprecationWarning)
 inside, over = threading.Event(), threading.Event()
 
 
@@ -366,9 +368,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def test_a_forked_child(where: str, calls_before: int) -> None:
     """A child that was forked during a plain call, a recording or a replay calls and resets without waiting, and ends quietly."""
     source = FORKED.replace("CALLS_BEFORE", str(calls_before)).replace("WHERE", repr(where))
-    # Python 3.12 warns of every fork in a process with threads, which is what is tried here.
-    quiet = ["-W", "ignore:This process:DeprecationWarning"]
-    ended = subprocess.run([sys.executable, *quiet, "-c", source], capture_output=True, text=True, timeout=120)
+    ended = fresh.python(source)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
 
 
@@ -422,5 +422,5 @@ ENDS = {
 @pytest.mark.parametrize("how", ENDS)
 def test_a_process_ends_quietly(how: str) -> None:
     """A process that ends with compiled functions, captures and threads alive says nothing, and its exit code is 0."""
-    ended = subprocess.run([sys.executable, "-c", ENDING + ENDS[how]], capture_output=True, text=True, timeout=120)
+    ended = fresh.python(ENDING + ENDS[how])
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", ""), ended.stderr

@@ -895,12 +895,14 @@ def test_recordings_in_two_threads_hold_off_the_collector(driver: CaptureDriver)
             over.wait(60)
 
     thread = threading.Thread(target=record)
-    with driver.lock, driver.recording():
-        thread.start()
-        assert begun.wait(60)
-    assert collections() == 0
-    over.set()
-    thread.join()
+    try:
+        with driver.lock, driver.recording():
+            thread.start()
+            assert begun.wait(60)
+        assert collections() == 0
+    finally:
+        over.set()
+        thread.join()
     assert collections() > 0
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from sabotage import FAULTS, ROOT, TESTS, Fault, copy_to, planted, run
+from sabotage import FAULTS, OPTIONS, ROOT, TIMEOUT, Fault, copy_to, path_of, planted, run
+from warm import Warm
 
 BROKEN = re.compile(r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError)\b", re.M)
 """Errors that tell of a fault which is badly made: it would turn any test red."""
+
+PARTS = 6
+"""Of the tests without a fault, so that several workers of pytest's can share them."""
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +28,29 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process that has collected the files of all faults' tests."""
+    with Warm(sorted({path_of(fault.test) for fault in FAULTS}), OPTIONS, tmp_path_factory.mktemp("warm")) as warm:
+        yield warm
+
+
 @pytest.mark.parametrize(
     "fault", [pytest.param(f, marks=[pytest.mark.gpu] if f.gpu else [], id=f.name) for f in FAULTS]
 )
-def test_fault_is_noticed(fault: Fault, copy: Path) -> None:
+def test_fault_is_noticed(fault: Fault, request: pytest.FixtureRequest) -> None:
     """The named test fails by its own assertions, not because the package cannot be imported."""
     if torch.__version__ < fault.since:  # a TorchVersion, which compares as versions do
         pytest.skip(f"makes a difference from torch {fault.since} on")
-    with planted(copy, fault.file, fault.source()):
-        code, output = run(copy, [fault.test], gpu=fault.gpu)
+    if fault.changes is not None:
+        code, output = request.getfixturevalue("warm").run([fault.test], TIMEOUT, fault.changes)
+        assert code, (
+            f"{fault.name}: unnoticed. If the test starts a process or reads the package, set anew=True.\n{output}"
+        )
+    else:
+        copy = request.getfixturevalue("copy")
+        with planted(copy, fault.file, fault.source()):
+            code, output = run(copy, [fault.test], gpu=fault.gpu)
     assert code == 1, output
     assert re.search(
         r"^(1 failed|1 passed.* 1 error)", output, re.M
@@ -39,13 +58,23 @@ def test_fault_is_noticed(fault: Fault, copy: Path) -> None:
     assert not BROKEN.search(output), output
 
 
+@pytest.mark.parametrize("part", range(PARTS))
+def test_green_without_a_fault(part: int, warm: Warm) -> None:
+    """Where faults change functions, all the named tests pass without a fault: red means the fault."""
+    tests = sorted({fault.test for fault in FAULTS if fault.changes is not None})[part::PARTS]
+    code, output = warm.run(tests, TIMEOUT)
+    assert code == 0, output
+    assert re.search(rf"^{len(tests)} passed(, \d+ skipped)? in", output, re.M), output  # files count as skipped
+
+
 @pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
-def test_green_without_a_fault(gpu: bool, tmp_path: Path) -> None:
-    """A copy without faults, laid out as faults leave modules, passes all the named tests: red means the fault."""
+def test_a_copy_is_green_without_a_fault(gpu: bool, tmp_path: Path) -> None:
+    """So do they in a copy, laid out as faults leave modules."""
+    faults = [fault for fault in FAULTS if fault.changes is None and fault.gpu == gpu]
     copy_to(tmp_path)
-    for file in {fault.file for fault in FAULTS}:
+    for file in {fault.file for fault in faults}:
         (tmp_path / file).write_text(ast.unparse(_parsed(file)), encoding="utf-8")
-    tests = sorted({fault.test for fault in FAULTS if fault.gpu == gpu})
+    tests = sorted({fault.test for fault in faults})
     code, output = run(tmp_path, tests, gpu=gpu)
     assert code == 0, output
     assert re.search(rf"^{len(tests)} passed in", output, re.M), output
@@ -54,21 +83,16 @@ def test_green_without_a_fault(gpu: bool, tmp_path: Path) -> None:
 def test_faults_fit() -> None:
     """Each fault, those for a GPU too, has its place in the package of today, once, and a file of tests; names differ."""
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
-    files = {path.name for path in TESTS.rglob("test_*.py")}
-    assert {file for fault in FAULTS if (file := fault.test.partition("::")[0]) not in files} == set()
+    assert all((ROOT / path_of(fault.test)).is_file() for fault in FAULTS)
     trees = {file: _parsed(file) for file in {fault.file for fault in FAULTS}}
     for fault in FAULTS:
         fault.place(trees[fault.file])
 
 
-def test_each_fault_names_one_test(copy: Path) -> None:
+def test_each_fault_names_one_test(warm: Warm) -> None:
     """No fault names a test that is not there, or one that has parameters without naming them."""
-    named = {fault.test for fault in FAULTS}
-    code, output = run(copy, sorted({test.partition("::")[0] for test in named}), "--collect-only")
-    assert code == 0, output
-    found = set(re.findall(rf"^{TESTS.name}/(?:\w+/)?(\w+\.py::.*)$", output, re.M))
-    skipped = re.findall(rf"^SKIPPED \[1\] {TESTS.name}/(?:\w+/)?(\w+\.py):\d+:", output, re.M)  # files, as a whole
-    assert {test for test in named - found if test.partition("::")[0] not in skipped} == set()
+    missing = {fault.test for fault in FAULTS} - warm.tests
+    assert {test for test in missing if test.partition("::")[0] not in warm.skipped} == set()
 
 
 def _parsed(file: Path) -> ast.Module:
