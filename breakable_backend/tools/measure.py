@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx
@@ -32,6 +31,8 @@ from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Recording, Step
 from breakable_backend.recordings.replay import Mark, emit
 from breakable_backend.tools.progress import Progress
+
+S = TypeVar("S", EagerStep, GraphStep)
 
 PAYS, LOSES = 1.05, 0.95
 """Eager's time over the replay's from which on a recording pays, and below which it does not."""
@@ -158,64 +159,58 @@ def measure_compiled(
         raise OptionsError(
             f"{debugged.name} is in debug mode, where times mean nothing", fix="measure without options={'debug': ...}"
         )
-    measured: dict[Place, Measured] = {}
-    if not (args or kwargs):
-        executors = executors_of(compiled)
-        with Progress("measuring", STAGES * sum(map(_num_recordings, executors))) as progress:
-            for executor in executors:
-                with executor.driver.lock:  # the recordings stay as they are
-                    snapshot = executor.snapshot()
-                    for key in snapshot.keys:
-                        if key.recording is not None:
-                            kept, reference = _kept_arguments(snapshot, key), _Reference.given(eager)
-                            found = _measure_key(executor, snapshot, key, kept, progress, reference=reference)
-                            measured[executor.name, key.key] = found
-        if not measured:
-            raise OptionsError(
-                "there is nothing to measure: no call was recorded",
-                fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
-            )
-        return measured
-    replayed = _replayed(compiled, executors_of, args, kwargs)
-    if not replayed:
-        raise OptionsError(
-            "there is nothing to measure: the call replays nothing",
-            fix="call explain under torch.no_grad()" if torch.is_grad_enabled() else "explain(compiled) says why",
-        )
+    call = functools.partial(compiled, *args, **kwargs)
 
     def uncompiled() -> Any:
         with torch.compiler.set_stance("force_eager"):
-            return compiled(*args, **kwargs)
+            return call()
 
-    whole = _Whole(lambda: compiled(*args, **kwargs), _Reference.given(eager) or _Reference(uncompiled, "eager"))
-    with Progress("measuring", STAGES * len(replayed)) as progress:
-        for (name, wanted), (executor, values) in replayed.items():
-            with executor.driver.lock:
+    given = bool(args or kwargs)
+    replayed = _replayed(call, lambda: executors_of(compiled)) if given else {}
+    whole, reference = None, _Reference.given(eager)
+    if len(replayed) == 1:
+        whole, reference = call, reference or _Reference(uncompiled, "eager")
+    elif given:
+        reference = None  # a call is more than any one of them
+    executors = executors_of(compiled)
+    measured: dict[Place, Measured] = {}
+    with Progress("measuring", STAGES * (len(replayed) or sum(map(_num_recordings, executors)))) as progress:
+        for executor in executors:
+            with executor.driver.lock:  # the recordings stay as they are
                 snapshot = executor.snapshot()
                 for key in snapshot.keys:
-                    if key.key == wanted and key.recording is not None:  # another thread may have reset it since
-                        only = whole if len(replayed) == 1 else None
-                        measured[name, wanted] = _measure_key(executor, snapshot, key, values, progress, only)
-    return measured
+                    place = executor.name, key.key
+                    if key.recording is not None and (not given or place in replayed):
+                        values = replayed[place] if given else _kept_arguments(snapshot, key)
+                        measured[place] = _measure_key(executor, snapshot, key, values, progress, whole, reference)
+    if measured:
+        return measured
+    if not given:
+        raise OptionsError(
+            "there is nothing to measure: no call was recorded",
+            fix="call the function three times first, or give arguments: explain(compiled, *args, measure=True)",
+        )
+    raise OptionsError(
+        "there is nothing to measure: the call replays nothing",
+        fix="call explain under torch.no_grad()" if torch.is_grad_enabled() else "explain(compiled) says why",
+    )
 
 
-def _replayed(
-    compiled: Any, executors_of: Callable[[Any], Sequence[Executor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[Place, tuple[Executor, list[Any]]]:
+def _replayed(call: Callable[[], Any], executors_of: Callable[[], Sequence[Executor]]) -> dict[Place, list[Any]]:
     """What a call replays, with its arguments. A call that learns, runs plainly, or records, is repeated."""
     # Two calls that learn what marked functions return, a plain one, one that records, one that replays.
     for _ in range(5):
-        found: dict[Place, tuple[Executor, list[Any]]] = {}
-        executors = executors_of(compiled)
+        found: dict[Place, list[Any]] = {}
+        executors = executors_of()
 
-        def spectator(executor: Executor, entry: Entry, args: list[Any], found: Any = found) -> None:
-            found[executor.name, entry.key] = executor, args
+        def spectator(name: str, entry: Entry, args: list[Any], found: Any = found) -> None:
+            found[name, entry.key] = args
 
         calls = _num_calls(executors)
         with ExitStack() as stack:
             for executor in executors:
-                stack.enter_context(executor.showing(functools.partial(spectator, executor)))
-            compiled(*args, **kwargs)
+                stack.enter_context(executor.showing(functools.partial(spectator, executor.name)))
+            call()
         if found and _num_calls(executors) - calls == len(found):
             break
     return found
@@ -239,14 +234,6 @@ class _Reference:
     @classmethod
     def given(cls, call: Callable[[], Any] | None) -> _Reference | None:
         return cls(call, "what it is compared with") if call is not None else None
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """A whole call, with Dynamo's guards, and what it is compared with."""
-
-    call: Callable[[], Any]
-    reference: _Reference
 
 
 def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
@@ -297,28 +284,26 @@ def _measure_key(
     key: KeySnapshot,
     args: Sequence[Any],
     progress: Progress,
-    whole: _Whole | None = None,
-    reference: _Reference | None = None,
+    whole: Callable[[], Any] | None,
+    reference: _Reference | None,
 ) -> Measured:
-    """Measure a recording, in :data:`STAGES` stages of ``progress``."""
-    recording, run, driver = key.recording, key.run, snapshot.driver
+    """Measure a recording; with ``whole``, as a part of that call, with Dynamo's guards."""
+    recording, run = key.recording, key.run
     assert recording is not None
     assert run is not None
     module = _uncaptured(snapshot.lowered)
     plain = _Reference(torch.no_grad()(lambda: module.forward(*args)), "its ATen ops, run eagerly")
-    with _undisturbed(driver, lambda: _written(snapshot, recording, args)) as bench, executor.uncounted():
-        with _alone(driver) as stream, torch.no_grad():
-            times = bench.times(lambda: run(list(args), stream))
-            progress.advance()
-            steps, ops = _timed_steps(bench, recording, args, stream)
-            progress.advance()
+    with _bench(snapshot.driver, lambda: _written(snapshot, recording, args)) as bench, executor.uncounted():
+        with torch.no_grad():
+            timed = _timed(bench, recording, lambda stream: run(list(args), stream), args, nullcontext(), progress)
         outside = 0.0
         # In the caller's grad mode, on which Dynamo guards: in another one the call would run another program.
         if whole is not None:
-            replayed, times, reference = times, bench.times(whole.call), whole.reference
-            outside = max(0.0, times.host_us - replayed.host_us)
+            times = bench.times(whole)
+            outside = max(0.0, times.host_us - timed.times.host_us)
+            timed = replace(timed, times=times)
         progress.advance()
-        judged = _judged(recording, times, steps, ops, bench, driver, reference or plain, plain, outside)
+        judged = _judged(timed, bench, reference or plain, plain, outside)
         progress.advance()
         return judged
 
@@ -335,68 +320,82 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
         raise OptionsError("there is nothing to measure: the graph is empty", fix="capture first")
     if snapshot.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
-    progress = Progress("measuring", 3)
-    with _undisturbed(driver, lambda: graph.written) as bench, uncounted(replay.tally), progress:
-        with _alone(driver) as stream:
-            times = bench.times(lambda: graph.run(stream))
-            progress.advance()
-            with graph.modes.enter():
-                steps, ops = _timed_steps(bench, recording, (), stream)
-            progress.advance()
-        judged = _judged(recording, times, steps, ops, bench, driver, _Reference.given(eager), None)
+    progress = Progress("measuring", STAGES - 1)
+    with _bench(driver, lambda: graph.written) as bench, uncounted(replay.tally), progress:
+        timed = _timed(bench, recording, graph.run, (), graph.modes.enter(), progress)
+        judged = _judged(timed, bench, _Reference.given(eager), None)
         progress.advance()
         return judged
 
 
-def _judged(
-    recording: Recording,
-    times: _Times,
-    steps: tuple[StepTime, ...],
-    costliest: Mapping[int, Call],
+def _timed(
     bench: _Bench,
-    driver: CaptureDriver,
-    reference: _Reference | None,
-    plain: _Reference | None,
-    outside: float = 0.0,
-) -> Measured:
-    """What the times of a recording mean, compared with the reference.
+    recording: Recording,
+    run: Callable[[int], Any],
+    args: Sequence[Any],
+    modes: AbstractContextManager[None],
+    progress: Progress,
+) -> _Timed:
+    """The times of a recording, which ``run`` replays on a stream; ``modes`` are those of its steps."""
+    with _alone(bench.driver) as stream:
+        times = bench.times(lambda: run(stream))
+        progress.advance()
+        with modes:
+            steps, costliest = _timed_steps(bench, recording, args, stream)
+        progress.advance()
+    return _Timed(bench.driver, recording, times, steps, costliest)
 
-    ``costliest``: by eager step its call that takes longest. ``outside``: microseconds of host time around the replay.
+
+def _judged(
+    timed: _Timed, bench: _Bench, reference: _Reference | None, plain: _Reference | None, outside: float = 0.0
+) -> Measured:
+    """What the times of a recording mean, compared with ``reference``.
+
+    ``plain``: its ops, run eagerly. ``outside``: microseconds of host time around the replay.
     """
     eager_us = bench.times(reference.call).total_us if reference is not None else None
-    note = "" if driver.name == "cuda" else f"the {driver.name} driver runs on the CPU and shows no speed"
+    kind = timed.driver.name
+    note = "" if kind == "cuda" else f"the {kind} driver runs on the CPU and shows no speed"
     per_op = None
     if plain is not None and not note:
-        per_op = bench.times(plain.call).host_us / max(1, sum(map(_num_ops, recording.steps)))
-    breaks = _breaks(recording, steps, costliest, times.host_us)
-    busy = sum(step.gpu_us for step in steps if step.gpu_us is not None) / times.total_us
-    advice = list(_advice(recording, steps, breaks, busy, per_op))
-    if outside >= OUTSIDE * times.host_us and busy < BUSY:
+        per_op = bench.times(plain.call).host_us / max(1, sum(map(_num_ops, timed.recording.steps)))
+    breaks, host_us = _breaks(timed), timed.times.host_us
+    measured = Measured(
+        eager_us=eager_us,
+        eager_how=reference.how if reference is not None else "",
+        host_us=host_us,
+        total_us=timed.times.total_us,
+        steps=timed.steps,
+        breaks=breaks,
+        advice=(),
+        note=note,
+    )
+    busy = measured.busy or 0.0
+    advice = list(_advice(timed, breaks, busy, per_op))
+    if outside >= OUTSIDE * host_us and busy < BUSY:
         advice.append(
             Advice(
                 "skip Dynamo's guards, where you know that they hold: torch.compiler.set_stance(skip_guard_eval_unsafe=True)",
-                f"guards, wrappers and the key take {outside:.1f} of {times.host_us:.1f} us of host time",
+                f"guards, wrappers and the key take {outside:.1f} of {host_us:.1f} us of host time",
                 outside,
             )
         )
-    advice.sort(key=lambda item: item.saves_us, reverse=True)
-    return Measured(
-        eager_us,
-        reference.how if reference is not None else "",
-        times.host_us,
-        times.total_us,
-        steps,
-        breaks,
-        tuple(advice),
-        note,
-    )
+    return replace(measured, advice=tuple(sorted(advice, key=lambda item: item.saves_us, reverse=True)))
 
 
 @contextmanager
-def _undisturbed(driver: CaptureDriver, written: Callable[[], Sequence[torch.UntypedStorage]]) -> Iterator[_Bench]:
-    """A bench that has the pool to itself. Otherwise writes of another thread's call would be undone with ours."""
-    with driver.lock, _Bench(driver.devices, written()) as bench:
-        yield bench
+def _bench(driver: CaptureDriver, written: Callable[[], Sequence[torch.UntypedStorage]]) -> Iterator[_Bench]:
+    """A bench that has the pool to itself: otherwise writes of another thread's call would be undone with ours.
+
+    At the end what the calls wrote and drew is restored.
+    """
+    gpus = range(torch.cuda.device_count()) if driver.device.type == "cuda" else ()
+    with driver.lock, torch.random.fork_rng(gpus):
+        bench = _Bench(driver, written())
+        try:
+            yield bench
+        finally:
+            bench.put_back()
 
 
 @contextmanager
@@ -421,30 +420,39 @@ class _Times:
     total_us: float
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A recording with its times."""
+
+    driver: CaptureDriver
+    recording: Recording
+    times: _Times
+    steps: tuple[StepTime, ...]
+    costliest: Mapping[int, Call]
+    """By the position of an eager step, its call that takes longest."""
+
+    def of_kind(self, kind: type[S]) -> Iterator[tuple[S, StepTime]]:
+        """The steps of one kind with their times."""
+        pairs = zip(self.recording.steps, self.steps, strict=True)
+        return ((step, timed) for step, timed in pairs if isinstance(step, kind))
+
+    def loads(self) -> Iterator[tuple[str, Bridge]]:
+        """The values that are copied into bridges in each call, by name."""
+        for step, _ in self.of_kind(GraphStep):
+            for copy in step.loads:
+                yield copy.value.name, self.recording.constants[copy.bridge.name]
+
+
 class _Bench:
-    """Times calls that write ``storages``, and restores these after each call: a cache must not run past its end.
+    """Times calls that write ``storages``, and restores these after each call: a cache must not run past its end."""
 
-    At the end the random state is restored too.
-    """
-
-    def __init__(self, devices: Sequence[torch.device], storages: Sequence[torch.UntypedStorage]) -> None:
-        self.device, self._devices = devices[0], devices
+    def __init__(self, driver: CaptureDriver, storages: Sequence[torch.UntypedStorage] = ()) -> None:
+        self.driver = driver
         self._saved = [(storage, storage.clone()) for storage in storages]
-        self._random: list[Any] = []
-
-    def __enter__(self) -> _Bench:
-        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.put_back()
-        torch.set_rng_state(self._random[0])
-        if self._random[1]:
-            torch.cuda.set_rng_state_all(self._random[1])
 
     def wait(self) -> None:
         """Wait until the GPU is done."""
-        for device in self._devices if self.device.type == "cuda" else ():
+        for device in self.driver.devices if self.driver.device.type == "cuda" else ():
             torch.cuda.synchronize(device)
 
     def put_back(self) -> None:
@@ -496,34 +504,29 @@ def _timed_steps(
     bench: _Bench, recording: Recording, args: Sequence[Any], stream: int
 ) -> tuple[tuple[StepTime, ...], dict[int, Call]]:
     """The times of the steps; and for each eager step its call that takes longest."""
-    parts, owners = _call_by_call(recording)
-    times = _timed_one_by_one(bench, dataclasses.replace(recording, steps=parts), args, stream)
+    parts = [(position, part) for position, step in enumerate(recording.steps) for part in _parts(step)]
+    pieces = tuple(part for _, part in parts)
+    times = _timed_one_by_one(bench, replace(recording, steps=pieces), args, stream)
     steps: list[StepTime] = []
     costliest: dict[int, Call] = {}
-    for position, group in itertools.groupby(zip(owners, parts, times, strict=True), key=lambda part: part[0]):
-        _, pieces, spent = zip(*group, strict=True)
-        gpu = [piece.gpu_us for piece in spent if piece.gpu_us is not None]
-        steps.append(StepTime(sum(piece.host_us for piece in spent), sum(gpu) if gpu else None))
-        calls = [(piece.calls[0], took) for piece, took in zip(pieces, spent, strict=True) if _calls_an_op(piece)]
+    for position, group in itertools.groupby(zip(parts, times, strict=True), key=lambda timed: timed[0][0]):
+        of_step = [(part, spent) for (_, part), spent in group]
+        gpu = [spent.gpu_us for _, spent in of_step if spent.gpu_us is not None]
+        steps.append(StepTime(sum(spent.host_us for _, spent in of_step), sum(gpu) if gpu else None))
+        calls = [(part.calls[0], spent) for part, spent in of_step if _calls_an_op(part)]
         if calls:
             costliest[position] = max(calls, key=lambda call: max(call[1].host_us, call[1].gpu_us or 0.0))[0]
     return tuple(steps), costliest
 
 
-def _call_by_call(recording: Recording) -> tuple[tuple[Step, ...], list[int]]:
-    """The steps, with one for each call of an eager step; and for each the position of the step that it is a part of."""
-    parts: list[Step] = []
-    owners: list[int] = []
-    for position, step in enumerate(recording.steps):
-        pieces: list[Step] = [step]
-        if isinstance(step, EagerStep) and step.calls:
-            pieces = [dataclasses.replace(step, calls=(call,)) for call in step.calls]
-        parts += pieces
-        owners += [position] * len(pieces)
-    return tuple(parts), owners
+def _parts(step: Step) -> list[Step]:
+    """A step; an eager one call by call."""
+    if isinstance(step, EagerStep) and step.calls:
+        return [replace(step, calls=(call,)) for call in step.calls]
+    return [step]
 
 
-def _calls_an_op(step: Step) -> bool:
+def _calls_an_op(step: Step) -> TypeGuard[EagerStep]:
     return isinstance(step, EagerStep) and any(not call.takes_part for call in step.calls)
 
 
@@ -549,7 +552,7 @@ def _gpu_times(bench: _Bench, recording: Recording, args: Sequence[Any], stream:
 
     The time between events would include the GPU's waits for the host.
     """
-    if bench.device.type != "cuda":
+    if bench.driver.device.type != "cuda":
         return None
     steps = range(len(recording.steps))
     window = ExitStack()
@@ -602,25 +605,18 @@ def _num_ops(step: GraphStep | EagerStep) -> int:
     return sum(node.op == "call_function" for node in step.segment.module.graph.nodes)
 
 
-def _breaks(
-    recording: Recording, steps: Sequence[StepTime], costliest: Mapping[int, Call], host_us: float
-) -> tuple[BreakCost, ...]:
+def _breaks(timed: _Timed) -> tuple[BreakCost, ...]:
     costs: list[BreakCost] = []
-    for position, (step, spent) in enumerate(zip(recording.steps, steps, strict=True)):
+    for position, (step, spent) in enumerate(zip(timed.recording.steps, timed.steps, strict=True)):
         if isinstance(step, EagerStep):
-            call, first = costliest.get(position), step.reasons[0]
+            call, first = timed.costliest.get(position), step.reasons[0]
             op, source = (call.label, call.source) if call is not None else (first.op, first.source)
-            costs.append(BreakCost(position, op, source, spent.host_us, min(1.0, spent.host_us / host_us)))
+            share = min(1.0, spent.host_us / timed.times.host_us)
+            costs.append(BreakCost(position, op, source, spent.host_us, share))
     return tuple(sorted(costs, key=lambda cost: cost.host_us, reverse=True))
 
 
-def _advice(
-    recording: Recording,
-    steps: Sequence[StepTime],
-    breaks: Sequence[BreakCost],
-    busy: float,
-    per_op: float | None,
-) -> Iterator[Advice]:
+def _advice(timed: _Timed, breaks: Sequence[BreakCost], busy: float, per_op: float | None) -> Iterator[Advice]:
     if busy >= BUSY:
         yield Advice(
             "the GPU is what a call waits for: faster kernels would help, fewer launches would not",
@@ -628,11 +624,11 @@ def _advice(
             0.0,
         )
         return
-    yield from _fewer_marks(recording, steps)
-    yield from _given_buffers(recording)
-    yield from _in_place_inputs(recording)
+    yield from _fewer_marks(timed)
+    yield from _given_buffers(timed)
+    yield from _in_place_inputs(timed)
     if per_op is not None:
-        yield from _small_segments(recording, steps, per_op)
+        yield from _small_segments(timed, per_op)
     for op in dict.fromkeys(cost.op for cost in breaks):
         costs = [cost for cost in breaks if cost.op == op]
         share, us = sum(cost.share for cost in costs), sum(cost.host_us for cost in costs)
@@ -641,36 +637,28 @@ def _advice(
             yield Advice(f"make {op} cheaper, or capturable", f"{steps_take} {min(share, 1):.0%} of the host time", us)
 
 
-def _fewer_marks(recording: Recording, steps: Sequence[StepTime]) -> Iterator[Advice]:
+def _fewer_marks(timed: _Timed) -> Iterator[Advice]:
     """PyTorch's own ops that only a mark keeps out of the graphs."""
     found: dict[str, float] = {}
-    for step, timed in zip(recording.steps, steps, strict=True):
-        if isinstance(step, EagerStep):
-            ops = {reason.op for reason in step.reasons}
-            if all(r.rule in ("marked", "region") for r in step.reasons) and all(op.startswith("aten::") for op in ops):
-                for op in ops:
-                    found[op] = found.get(op, 0.0) + timed.host_us / len(ops)
+    for step, spent in timed.of_kind(EagerStep):
+        ops = {reason.op for reason in step.reasons}
+        if all(r.rule in ("marked", "region") for r in step.reasons) and all(op.startswith("aten::") for op in ops):
+            for op in ops:
+                found[op] = found.get(op, 0.0) + spent.host_us / len(ops)
     for op, us in found.items():
         yield Advice(
             f"mark fewer: {op} is eager only because it is marked", f"its steps take {us:.1f} us of host time", us
         )
 
 
-def _given_buffers(recording: Recording) -> Iterator[Advice]:
+def _given_buffers(timed: _Timed) -> Iterator[Advice]:
     """Results of eager steps that are copied into bridges."""
-    eager = [step for step in recording.steps if isinstance(step, EagerStep)]
-    made = {call.result: step.reasons[0].op for step in eager for call in step.calls}
-    copied = [
-        (copy, recording.constants[copy.bridge.name])
-        for step in recording.steps
-        if isinstance(step, GraphStep)
-        for copy in step.loads
-        if copy.value.name in made
-    ]
+    made = {call.result: step.reasons[0].op for step, _ in timed.of_kind(EagerStep) for call in step.calls}
+    copied = [(name, bridge) for name, bridge in timed.loads() if name in made]
     if copied:
         size = sum(bridge.tensor.untyped_storage().nbytes() for _, bridge in copied)
-        us = sum(_copy_us(bridge) for _, bridge in copied)
-        label = made[copied[0][0].value.name]
+        us = sum(_copy_us(timed.driver, bridge) for _, bridge in copied)
+        label = made[copied[0][0]]
         yield Advice(
             "let eager steps write into a tensor that they are given (mutates_args) instead of returning a new one",
             f"{len(copied)} result{'s' * (len(copied) != 1)}, {label}'s first, copied in each call: {size:,} B, {us:.1f} us of host time",
@@ -678,17 +666,10 @@ def _given_buffers(recording: Recording) -> Iterator[Advice]:
         )
 
 
-def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
-    names = set(recording.arguments)
-    copied = {
-        copy.value.name: recording.constants[copy.bridge.name]
-        for step in recording.steps
-        if isinstance(step, GraphStep)
-        for copy in step.loads
-        if copy.value.name in names
-    }
-    for name, bridge in copied.items():
-        size, us = bridge.tensor.untyped_storage().nbytes(), _copy_us(bridge)
+def _in_place_inputs(timed: _Timed) -> Iterator[Advice]:
+    names = set(timed.recording.arguments)
+    for name, bridge in {name: bridge for name, bridge in timed.loads() if name in names}.items():
+        size, us = bridge.tensor.untyped_storage().nbytes(), _copy_us(timed.driver, bridge)
         yield Advice(
             f"keep the input {name} at one address (torch._dynamo.mark_static_address), if it is written in place",
             f"it is copied in each call: {size:,} B, {us:.1f} us of host time",
@@ -696,21 +677,18 @@ def _in_place_inputs(recording: Recording) -> Iterator[Advice]:
         )
 
 
-def _copy_us(bridge: Bridge) -> float:
+def _copy_us(driver: CaptureDriver, bridge: Bridge) -> float:
     # Copied to separate memory: another thread's call may use the bridge's memory for another value.
     source, target = clone_exact(bridge.tensor), Bridge.zeros(bridge.tensor)
-    return _Bench((source.device,), ()).times(lambda: target.load(source)).host_us
+    return _Bench(driver).times(lambda: target.load(source)).host_us
 
 
-def _small_segments(recording: Recording, steps: Sequence[StepTime], per_op: float) -> Iterator[Advice]:
+def _small_segments(timed: _Timed, per_op: float) -> Iterator[Advice]:
     """Captured segments that take more host time than their ops would."""
     losing = [
-        (timed.host_us - per_op * _num_ops(step), step.segment.num_kernels)
-        for step, timed in zip(recording.steps, steps, strict=True)
-        if isinstance(step, GraphStep)
-        and step.segment is not None
-        and step.segment.num_kernels <= SMALL
-        and timed.host_us > per_op * _num_ops(step)
+        (spent.host_us - per_op * _num_ops(step), step.segment.num_kernels)
+        for step, spent in timed.of_kind(GraphStep)
+        if step.segment is not None and step.segment.num_kernels <= SMALL and spent.host_us > per_op * _num_ops(step)
     ]
     if losing:
         saved, largest = sum(gain for gain, _ in losing), max(kernels for _, kernels in losing)

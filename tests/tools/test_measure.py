@@ -25,6 +25,7 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
+from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.recordings import buffers
 from breakable_backend.tools import measure as module
 from breakable_backend.tools import progress
@@ -386,7 +387,8 @@ def test_no_advice_on_launches_where_the_gpu_is_busy() -> None:
     from breakable_backend.recordings.recording import Recording
 
     recording = Recording((), {}, (), (), (), {})
-    (advice,) = module._advice(recording, (), (BreakCost(1, "op", "", 90.0, 0.9),), 0.95, 1.0)
+    timed = module._Timed(TapeDriver(torch.device("cpu")), recording, module._Times(100.0, 100.0), (), {})
+    (advice,) = module._advice(timed, (BreakCost(1, "op", "", 90.0, 0.9),), 0.95, 1.0)
     assert (advice.what, advice.evidence) == (
         "the GPU is what a call waits for: faster kernels would help, fewer launches would not",
         "it works 95% of a call",
