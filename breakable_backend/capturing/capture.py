@@ -71,8 +71,11 @@ from breakable_backend.recordings.recording import (
     Step,
 )
 
+REACHING = STRIDED | _torch.aten("as_strided_ resize_")
+"""Ops that read memory beside the elements of their argument."""
 NOT_RESIZABLE = "resize storage that is not resizable"
-"""A part of PyTorch's own text of this error."""
+DURING_CAPTURE = "during CUDA graph capture"
+"""Parts of PyTorch's own texts of errors."""
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
 
@@ -232,6 +235,31 @@ class _MarkedFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A tensor that an op writes, and its place before or after that."""
+
+    tensor: torch.Tensor
+    key: int
+    memory: tuple[int, int]
+    """The address and the size of its storage."""
+    lies: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Written:
+        storage = tensor.untyped_storage()
+        lies = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return cls(tensor, _torch.storage_key(tensor), (storage.data_ptr(), storage.nbytes()), lies)
+
+
+def _resized(where: str) -> CaptureError:
+    return CaptureError(
+        "the result of an eager step was resized, and its memory belongs to the graph",
+        where=where,
+        fix="resize a clone of it",
+    )
+
+
 @dataclass
 class _OngoingCapture:
     """A capture in progress. It implements :class:`active.BreakHandler`."""
@@ -349,12 +377,8 @@ class _OngoingCapture:
                         error = _placed(error, user_line(error.__traceback__))
                         raise error
                     if isinstance(error, RuntimeError) and NOT_RESIZABLE in str(error):
-                        resized = CaptureError(
-                            "the result of an eager step was resized, and its memory belongs to the graph",
-                            where=user_line(error.__traceback__),
-                            fix="resize a clone of it",
-                        )
-                        raise as_passing(resized, error) from error
+                        raise as_passing(_resized(user_line(error.__traceback__)), error) from error
+                    spoilt = spoilt or DURING_CAPTURE in str(error)
                     if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
                         where = user_line(error.__traceback__)
                         what, fix = explained(error)
@@ -454,24 +478,18 @@ class _OngoingCapture:
             self.session.touch()
         for tensor in taken:
             self._reads(tensor)
-        reshaped: list[tuple[torch.Tensor, Any]] = []
+        written: list[_Written] = []
         if isinstance(func, _torch.OpOverload):
-            for tensor in memory_on(self.driver.device, written_values(func, args, kwargs)):
-                if (key := _torch.storage_key(tensor)) not in self.made:
-                    self.written[key] = _torch.StorageWeakRef(tensor.untyped_storage())
-                    if torch.Tag.inplace_view in func.tags and not tensor._is_view():
-                        reshaped.append((tensor, Geometry.of(tensor)))
+            written = [_Written.of(t) for t in memory_on(self.driver.device, written_values(func, args, kwargs))]
+            for before in written:
+                if before.key not in self.made:
+                    self.written[before.key] = _torch.StorageWeakRef(before.tensor.untyped_storage())
         if self.issue is None:
             result = func(*args, **kwargs)
         else:
             result = self.issue(func, args, kwargs, _op_label(func), user_line())
-        for tensor, before in reshaped:
-            if Geometry.of(tensor) != before:
-                raise CaptureError(
-                    f"{_op_label(func)} changes the shape or the strides of a tensor from outside, which a replay would not",
-                    where=user_line(),
-                    fix="change a view of it: x = x.view_as(x)",
-                )
+        for before in written:
+            self._refuse_other_place(func, before)
         for tensor in memory_on(self.driver.device, result):
             self._makes(tensor)
         if not is_view_op(func):
@@ -480,7 +498,7 @@ class _OngoingCapture:
 
     def _refuse_reach(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise if ``as_strided`` may reach what the result of an eager step has beside its elements: a bridge has none."""
-        if not self.in_parts or _torch.schema_name(func) not in STRIDED:
+        if not self.in_parts or _torch.schema_name(func) not in REACHING:
             return
         gaps = self.in_parts.get(_torch.storage_key(args[0]))
         offset = args[-1] if isinstance(args[-1], int) else kwargs.get("storage_offset")
@@ -489,6 +507,27 @@ class _OngoingCapture:
                 f"{_op_label(func)} reaches into the memory around the result of an eager step, inside a capture",
                 where=user_line(),
                 fix="return a contiguous tensor from the eager step",
+            )
+
+    def _refuse_other_place(self, func: Any, before: _Written) -> None:
+        """Raise if an op has given other memory, or another shape, to a tensor that each replay takes as it was."""
+        now = _Written.of(before.tensor)
+        if now.memory != before.memory:
+            if before.key in self.bridges:
+                resized = _resized(user_line())
+                raise resized
+            if before.key not in self.made:
+                raise CaptureError(
+                    f"{_op_label(func)} gives other memory to a tensor from outside, inside a capture",
+                    where=user_line(),
+                    fix=FIX,
+                )
+            self.places.pop(before.key, None)
+        if now.lies != before.lies and before.key not in self.made and not before.tensor._is_view():
+            raise CaptureError(
+                f"{_op_label(func)} changes the shape or the strides of a tensor from outside, which a replay would not",
+                where=user_line(),
+                fix="change a view of it: x = x.view_as(x)",
             )
 
     def _reads(self, tensor: torch.Tensor) -> None:

@@ -72,6 +72,12 @@ class LiveOp:
             tensor.device == self.device for tensor in tensors_of((self.args, self.kwargs))
         )
 
+    def argument(self, name: str) -> Any:
+        """The value of an argument of the op's schema; None for the default."""
+        names = [argument.name for argument in self.op._schema.arguments]
+        position = names.index(name) if name in names else len(self.args)
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
     @property
     def goes_to_device(self) -> bool:
         to = self.kwargs.get("device")
@@ -352,6 +358,9 @@ def waits_for_host(node: fx.Node, scope: Scope) -> str:
 
 @waits_for_host.live
 def _(call: LiveOp) -> str:
+    for read in READS_NUMBER.get(call.name, "").split():
+        if isinstance(value := call.argument(read), torch.Tensor) and value.device == call.device:
+            return f"reads its argument {read!r} on the host, where that is a tensor on the device"
     if not _waits(call.name, call.args, call.kwargs):
         return ""
     dynamic = torch.Tag.dynamic_output_shape in call.op.tags or call.name == "aten::nonzero"

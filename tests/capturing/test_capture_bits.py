@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -176,7 +176,7 @@ def test_no_break_without_gradients(make: MakeGraph, device: torch.device) -> No
     """Where no gradient is asked for such an op is captured, also in grad mode."""
     graph, x = make(), torch.randn(4, 4, device=device)
     with capture(graph):
-        y = x.prod(1) + x.cumprod(0).sum(0) + x.masked_fill(x > 0, torch.ones((), device=device)).max()
+        y = x.prod(1) + x.cumprod(0).sum(0) + x.masked_fill(x > 0, 1.0).max()
     assert shape_of(graph) == "G"
     graph.replay()
     assert bits(y) == bits(x.prod(1) + x.cumprod(0).sum(0) + x.masked_fill(x > 0, 1.0).max())
@@ -280,11 +280,51 @@ def test_memory_beside_a_result(device: torch.device, make: MakeGraph) -> None:
 
 def test_a_result_that_is_resized(device: torch.device, make: MakeGraph) -> None:
     """An op that resizes the result of an eager step is an error that says so."""
-    x = torch.ones(1, device=device)
+    x, many = torch.ones(1, device=device), torch.ones(2, 5, 5, device=device)
     plain = eager_on_graph(lambda x: x + 1)
     with torch.no_grad(), pytest.raises(CaptureError, match="was resized, and its memory belongs to the graph"):
         with capture(make()):
-            torch.add(torch.ones(100, device=device), 1, out=plain(x))
+            plain(x).addbmm_(many, many)
+
+
+def test_a_tensor_that_gets_other_memory(device: torch.device, make: MakeGraph) -> None:
+    """An op that gives other memory to a tensor from outside is an error; to one of the body a GPU captures it."""
+    x, many = torch.ones(1, device=device), torch.ones(2, 5, 5, device=device)
+    with torch.no_grad():
+        with pytest.raises(CaptureError, match="gives other memory to a tensor from outside"), capture(make()):
+            x.addbmm_(many, many)
+        if device.type == "cpu":
+            return
+        x, graph = torch.ones(1, device=device), make()
+        with capture(graph):
+            grown = (x * 2).addbmm_(many, many)
+            result = eager_on_graph(lambda x: x + 1)(grown) + grown
+        x += 1
+        graph.replay()
+        assert bits(result) == bits((x * 2).addbmm_(many, many) * 2 + 1)
+
+
+def test_numbers_that_are_read_on_the_host(device: torch.device, make: MakeGraph) -> None:
+    """An op that reads a number from the device is an eager step."""
+    x, value, graph = torch.randn(4, 4, device=device), torch.ones((), device=device), make()
+    with torch.no_grad():
+        with capture(graph):
+            y = (x * 2).masked_fill(x > 0, value) + 1
+        value += 1
+        graph.replay()
+        assert bits(y) == bits((x * 2).masked_fill(x > 0, value) + 1)
+    assert shape_of(graph) == "GEG" and "reads its argument 'value' on the host" in str(explain(graph))
+
+
+def test_host_data_in_the_body(device: torch.device, make: MakeGraph) -> None:
+    """A literal that is copied to the device is an error of this package's on a GPU, with a way out; the tape captures it."""
+    graph = make()
+    refused = pytest.raises(CaptureError, match=r"during CUDA graph capture[^@]*@eager_on_graph")
+    with refused if device.type == "cuda" else nullcontext():
+        with torch.no_grad(), capture(graph):
+            y = torch.tensor([1.0, 2.0], device=device) * 2
+        graph.replay()
+        assert y.tolist() == [2.0, 4.0]
 
 
 def test_a_tensor_from_outside_keeps_its_shape(device: torch.device, make: MakeGraph) -> None:

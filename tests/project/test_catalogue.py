@@ -344,6 +344,11 @@ def foreign_capture(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: patch.setattr(tape.TapeDriver, "is_capturing", lambda driver: True)
 
 
+def unchecked_tape(patch: pytest.MonkeyPatch) -> None:
+    """A tape that, as a GPU, does not see that a tensor gets other memory."""
+    patch.setattr(tape._Tape, "_check_after", lambda *_: None)
+
+
 def in_body(code: str) -> str:
     """``code`` under a capture."""
     return f"with capture(graph):\n    {code}"
@@ -522,6 +527,9 @@ CASES: dict[str, Case] = {
         "import copy\ncopy.deepcopy(graph)  # here"
     ),
     "inside a capture": Case(in_body("x.sum().item()  # here")),
+    "gives other memory to a tensor from outside, inside a capture": Case(
+        "y, many = torch.ones(1), torch.ones(2, 5, 5)\n" + in_body("y.addbmm_(many, many)  # here"), unchecked_tape
+    ),
     "reaches into the memory around the result of an eager step, inside a capture": Case(
         in_body("eager_on_graph(lambda x: (x + 1)[::2])(x).as_strided((2,), (1,))  # here")
     ),
