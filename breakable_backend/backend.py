@@ -39,7 +39,7 @@ from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import OptionsError, PartitionError, warn_user
 from breakable_backend.internal_errors import internal
 from breakable_backend.ir.effects import schema_name, values_of
-from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.source_lines import short_line, source_line
 from breakable_backend.marks import changes
 from breakable_backend.marks.marking import EagerOps
 from breakable_backend.marks.rules import Scope
@@ -189,7 +189,9 @@ class Backend:
             )
         elif not options.auto_break:
             raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
-        log.info("%s: runs as Dynamo traced it, because %s%s", name, why, f", at {source}" if source else "")
+        log.info(
+            "%s: runs as Dynamo traced it, because %s%s", name, why, f", at {short_line(source)}" if source else ""
+        )
         forward = as_eager(gm)
 
         def eager(*args: Any) -> Any:

@@ -50,7 +50,7 @@ class BreakableError(_torch.CompileTimeError):
     """What was in the way, if the same may succeed later; otherwise empty."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where or user_line(), fix
+        self.what, self.where, self.fix = what, files.short_line(where) or user_line(), fix
         self.blamed = where
         """The line that is to blame; empty if ``where`` is only the line that was running."""
         super().__init__(
@@ -122,6 +122,12 @@ def warn_user(text: str) -> None:
             warnings.warn_explicit(text, UserWarning, file, line)
             return
     warnings.warn(text, stacklevel=2)
+
+
+def optimizer_runs() -> bool:
+    """Whether code of ``torch.optim`` is running in this thread."""
+    folder = os.path.join(files.TORCH, "optim", "")
+    return any(file.startswith(folder) for file, _, _ in _frames(None))
 
 
 def _is_users(file: str) -> bool:

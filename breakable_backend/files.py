@@ -16,6 +16,12 @@ PACKAGE, TORCH, PYTHON = (
 )
 
 
+def short_line(source: str) -> str:
+    """A source line with the file's name in place of its path, as all texts show it. JSON has the path."""
+    file, colon, rest = source.partition(":")
+    return os.path.basename(file) + colon + rest
+
+
 def is_library(file: str) -> bool:
     """Whether a file is PyTorch's, Python's or this package's; what else is installed beside them is the user's."""
     return file.startswith((TORCH, PACKAGE)) or (file.startswith(PYTHON) and "site-packages" not in file)

@@ -1364,7 +1364,7 @@ FAULTS = (
     Fault(
         "errors-without-a-line",
         "errors:BreakableError.__init__",
-        "where or user_line()",
+        "files.short_line(where) or user_line()",
         "where",
         "test_catalogue.py::test_every_error_shows_the_users_line[unknown option]",
     ),
@@ -1718,6 +1718,20 @@ FAULTS = (
         "name not in taken and used.isdisjoint(_torch.free_symbols(value))",
         "name not in taken",
         "test_contract_keys.py::test_ints_that_more_depends_on[cpu-shape]",
+    ),
+    Fault(
+        "empty-segments-count",
+        "recordings.recording:Recording.num_segments",
+        "isinstance(step, GraphStep) and not step.is_empty",
+        "isinstance(step, GraphStep)",
+        "test_capture.py::test_empty_segments[cpu-between]",
+    ),
+    Fault(
+        "a-mark-in-compiled-code-is-not-told",
+        "marks.functions:_mark",
+        'by == BY_FUNCTION and "<locals>" in name',
+        "False",
+        "test_learning.py::test_a_mark_inside_of_compiled_code[cpu-marks_in_its_body]",
     ),
     Fault(
         "comparison-not-undone",

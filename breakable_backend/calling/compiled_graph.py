@@ -28,6 +28,7 @@ from breakable_backend.failure_kinds import passing
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.program import Program, Reason
+from breakable_backend.ir.source_lines import short_line
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
 from breakable_backend.recordings.binding import Binding, Plan
@@ -160,7 +161,7 @@ class CompiledGraph:
         if program is not self.program:
             return
         for reason in dict.fromkeys(failed.values()):
-            at = f", at {reason.source}" if reason.source else ""
+            at = f", at {short_line(reason.source)}" if reason.source else ""
             self.observers.noted(f"runs eagerly from now on: {reason}{at}", level)
         before = self.keyed(), self.program.passed_on
         self.scope = replace(self.scope, forced={**self.scope.forced, **failed})

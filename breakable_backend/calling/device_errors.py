@@ -12,7 +12,7 @@ from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import ReplayError, message
 from breakable_backend.failure_kinds import is_device_error
 from breakable_backend.internal_errors import is_generated, is_ours
-from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.source_lines import short_line, source_line
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.recording import GraphStep, Recording
 
@@ -56,4 +56,4 @@ def segments(recording: Recording) -> Iterator[str]:
             sources = [*map(source_line, calls), *(op.source for op in step.ops)]
             text = ", ".join(ops[:MAX_SHOWN]) + (f" and {len(ops) - MAX_SHOWN} more" if len(ops) > MAX_SHOWN else "")
             where = next(filter(None, sources), "")
-            yield f"step {position}: {text or 'no ops'}" + (f", at {where}" if where else "")
+            yield f"step {position}: {text or 'no ops'}" + (f", at {short_line(where)}" if where else "")

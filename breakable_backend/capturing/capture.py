@@ -40,7 +40,7 @@ from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, first_line, user_line
+from breakable_backend.errors import BreakableError, CaptureError, OptionsError, first_line, optimizer_runs, user_line
 from breakable_backend.failure_kinds import as_passing
 from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
@@ -76,6 +76,10 @@ REACHING = STRIDED | _torch.aten("as_strided_ resize_")
 NOT_RESIZABLE = "resize storage that is not resizable"
 DURING_CAPTURE = "during CUDA graph capture"
 """Parts of PyTorch's own texts of errors."""
+CAPTURABLE = (
+    "give the optimizer capturable=True, as in Adam(..., capturable=True), so that it counts its steps on the device; if "
+    "it has no such option, put opt.step() into a function marked with @eager_on_graph"
+)
 FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
 
@@ -103,6 +107,7 @@ class capture:
         debug: ``"eager"``: nothing is captured; the ops are taped, and issued one by one in each replay. ``"compare"``:
             each replay of a segment is compared with its ops, issued one by one.
         tolerance: how far ``debug="compare"`` lets floats differ, as ``(rtol, atol)``; bit for bit by default.
+        pool: not taken here, as by ``torch.cuda.graph``, but by :class:`BreakableCUDAGraph`.
 
     Raises:
         OptionsError: an argument with a value that is not allowed.
@@ -119,6 +124,7 @@ class capture:
         barrier: Callable[[], None] | None = None,
         debug: str | None = None,
         tolerance: tuple[float, float] | None = None,
+        pool: None = None,
     ) -> None:
         if not isinstance(graph, BreakableCUDAGraph):
             raise OptionsError(
@@ -128,6 +134,15 @@ class capture:
         if capture_error_mode not in ("global", "thread_local", "relaxed"):
             raise OptionsError(
                 f"capture_error_mode does not take {capture_error_mode!r}", fix="global, thread_local or relaxed"
+            )
+        if pool is not None:
+            raise OptionsError(
+                "capture takes no pool: a graph has its pool from the start",
+                fix="BreakableCUDAGraph(pool=other.pool())",
+            )
+        if stream is not None and not isinstance(stream, torch.Stream | torch.cuda.Stream):
+            raise OptionsError(
+                f"stream takes a torch.cuda.Stream, got {type(stream).__name__}", fix="stream=torch.cuda.Stream()"
             )
         if barrier is not None and not callable(barrier):
             raise OptionsError(f"barrier takes a function, got {barrier!r}")
@@ -467,7 +482,8 @@ class _OngoingCapture:
         self._refuse_gradients()
         if found := live_reason(func, args, kwargs, self.driver.device):
             if found.refused:
-                raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=FIX)
+                fix = CAPTURABLE if optimizer_runs() else FIX
+                raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=fix)
             return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
         self._refuse_reach(func, args, kwargs)
         if _torch.is_composite(func) and (kernel := kernel_of_ops(func, args, self.driver.device)):

@@ -373,7 +373,8 @@ class BreakableCUDAGraph:
             self._expire(f"{why}; the graph was released")
 
     def _failure(self) -> ReplayError:
-        return ReplayError(self._gone or "nothing was captured", fix="capture first: with capture(graph): ...")
+        when = "again" if self._gone else "first"
+        return ReplayError(self._gone or "nothing was captured", fix=f"capture {when}: with capture(graph): ...")
 
     def _begin_use(self, use: str, error: type[BreakableError]) -> None:
         if self._use:
@@ -453,7 +454,7 @@ class BreakableCUDAGraph:
         if captured is None:
             return "BreakableCUDAGraph(nothing captured)"
         recording = captured.recording
-        return f"BreakableCUDAGraph({len(recording.graphs)} segments, {captured.breaks} eager steps, {self.replays} replays)"
+        return f"BreakableCUDAGraph({recording.num_segments} segments, {captured.breaks} eager steps, {self.replays} replays)"
 
     def _made_driver(self) -> SessionDriver:
         if self._driver is None:

@@ -5,12 +5,12 @@ Dynamo keeps them in the node: the stack of frames that it traced through, and t
 
 from __future__ import annotations
 
-import os
 import re
 
 from torch import fx
 
 from breakable_backend import files
+from breakable_backend.files import short_line as short_line
 
 
 def source_line(node: fx.Node) -> str:
@@ -26,12 +26,6 @@ def source_line(node: fx.Node) -> str:
             code = lines[position + 1].strip() if position + 1 < len(lines) else ""
             return f"{file.strip(chr(34))}:{number} in {function}" + (f": {code}" if code else "")
     return ""
-
-
-def short_line(source: str) -> str:
-    """A source line with the file's name in place of its path, as reports show it."""
-    file, colon, rest = source.partition(":")
-    return os.path.basename(file) + colon + rest
 
 
 _SUBSCRIPT = re.compile(r"\['?(\w+)'?\]")

@@ -206,6 +206,11 @@ def is_call(op: Any) -> bool:
     return op in _calls
 
 
+def runs_function(op: Any) -> bool:
+    """Whether an op runs a marked function, or computes the gradients of such a call."""
+    return is_call(op) or is_backward(op)
+
+
 def why_marked(args: Sequence[Any]) -> str:
     """Why the function that a call with these arguments runs is eager."""
     site = sites.get(args[0]) if args else None
@@ -234,7 +239,9 @@ def site_of(op: Any, args: Sequence[Any]) -> Site | None:
 
 
 def name_of(op: Any, args: Sequence[Any]) -> str:
-    """The name of the marked function that a node runs, or whose number it reads; empty for other ops."""
-    ours = op in _calls or op is torch.ops.breakable_cg.number.default
+    """The name of the marked function that a node runs, or whose number or gradients it makes; empty for other ops."""
+    ours = runs_function(op) or op is torch.ops.breakable_cg.number.default
     site = sites.get(args[0]) if ours and args else None
-    return site.mark.name if site is not None else ""
+    if site is None:
+        return ""
+    return f"backward of {site.mark.name}" if is_backward(op) else site.mark.name

@@ -566,6 +566,14 @@ NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(m
 CALLED_OTHERWISE = (
     "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
 )
+MARKED_ANEW = "eager_on_graph marks a new function at each call of the code around it"
+MARK_ONCE = (
+    "use the decorator where it runs once, at the top of a module or in __init__, and not in code that is compiled"
+)
+
+IS_OF_TYPE = "is, or holds, an object of type"
+"""Between the name of an argument that no graph can hold, and its type."""
+WRITES_WHAT_NEEDS_GRADIENTS = "it writes a tensor that needs gradients"
 UNDER_A_TRANSFORM = "it was called under a transform of torch.func, such as vmap or grad"
 CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
 

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -28,9 +29,13 @@ from breakable_backend.marks.call_sites import (
     CALLED_OTHERWISE,
     CHANGED_A_CONTAINER,
     GIVE_FAKE,
+    IS_OF_TYPE,
+    MARK_ONCE,
+    MARKED_ANEW,
     NAME_THEM,
     NAME_WHAT_IT_WRITES,
     UNDER_A_TRANSFORM,
+    WRITES_WHAT_NEEDS_GRADIENTS,
     WROTE_AN_ARGUMENT,
     Site,
     learned_of,
@@ -153,6 +158,7 @@ def marked_as(function: Callable[..., Any], by: str, **options: Any) -> Callable
     return made
 
 
+@_torch.break_of_dynamo(MARKED_ANEW)
 def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_FUNCTION) -> Any:
     if not enable:
         return function
@@ -164,12 +170,14 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
     _check_names(function, options.get("mutates_args", ()))
     source = defined_at(function)
     name = getattr(function, "__qualname__", type(function).__name__)
+    if by == BY_FUNCTION and "<locals>" in name:
+        _warn_if_marked_anew(function, name)
     mark = Mark(_with_gradients(function, options), name, source, original=function, by=by, **options)
     function = mark.function
     uncompiled: dict[str, Callable[..., Any]] = {}
     """The functions for Dynamo to call at a break, by the reason. One is made when Dynamo asks for it, since the import
     that it needs takes a second."""
-    identity = f"marked function {next(_identities)}"
+    identity, parameters = f"marked function {next(_identities)}", _parameters(function)
     """Dynamo guards on this value. Of a function, also of one that it takes for a constant, Dynamo guards only the
     code, which two marked functions may share."""
     held, is_compiling = active.handler.held.get, torch.compiler.is_dynamo_compiling
@@ -198,7 +206,7 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
     @functools.wraps(function, updated=())
     def marked(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            why, call = _plan(site_number, identity, args, kwargs)
+            why, call = _plan(site_number, identity, parameters, args, kwargs)
             if why:
                 refuse(why)
                 return uncompiled[why](*args, **kwargs)
@@ -227,10 +235,32 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
 
 _identities = itertools.count()
 
+_marked_anew: weakref.WeakSet[CodeType] = weakref.WeakSet()
+"""The code of functions that a warning has named, so that each is named once."""
+
+
+def _warn_if_marked_anew(function: Any, name: str) -> None:
+    """Warn if a compiled function is running: it would mark another function at each call, and learn each from nothing."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is not None and code not in _marked_anew and next(_torch.running_compiled(), None) is not None:
+        _marked_anew.add(code)
+        warn_user(f"{name} is marked inside of a compiled function. {MARKED_ANEW}: {MARK_ONCE}")
+
+
 PASS_WHAT_PYTREE_KNOWS = (
     "pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True"
 )
 CALL_IT_OUTSIDE = "call it outside of vmap and its like, on tensors; or compile without fullgraph=True"
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    """The names of the positional parameters; empty if they are not known, as for many builtins."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in found if parameter.kind in kinds)
 
 
 def _with_gradients(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -274,13 +304,17 @@ def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
 def _plan(
     site_number: Callable[[Structure, str], tuple[int, str]],
     identity: str,
+    parameters: tuple[str, ...],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[str, Any]:
     """Why a call cannot be one node, empty if it can; and the arguments of its op."""
-    other = foreign((args, kwargs))
-    if other:
-        return f"an argument is, or holds, a {other}", None
+    places: list[tuple[Any, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in places:
+        other = foreign(value)
+        if other:
+            name = place if isinstance(place, str) else parameters[place] if place < len(parameters) else place + 1
+            return f"argument {name} {IS_OF_TYPE} {other}", None
     given: list[torch.Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
@@ -290,7 +324,7 @@ def _plan(
     order, num_written = _order(site)
     tensors = [given[place] for place in order]
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors[:num_written]]):  # noqa: C419 - traced
-        return "it writes a tensor that needs gradients", None
+        return WRITES_WHAT_NEEDS_GRADIENTS, None
     return "", (site, num_written, tensors, ints, floats)
 
 

@@ -115,10 +115,10 @@ class Rule:
 
 @Rule
 def marked(node: fx.Node, scope: Scope) -> str:
-    if call_ops.is_call(node.target):
+    if call_ops.runs_function(node.target):
         return call_ops.why_marked(node.args)
     for inner in nodes_in(node):
-        if call_ops.is_call(inner.target):
+        if call_ops.runs_function(inner.target):
             return f"calls {label(inner)}, which is {call_ops.why_marked(inner.args)}"
     for op in effective_ops(node):
         if why := is_marked(op, scope.eager_ops):

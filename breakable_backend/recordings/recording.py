@@ -88,6 +88,11 @@ class GraphStep:
     """What was captured, for a compiled function. For a ``with`` block, the ops that it ran."""
     ops: tuple[Op, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no work: a ``with`` block has such a segment where nothing runs before or behind a break."""
+        return self.segment is None and not self.ops and self.graph.num_kernels == 0
+
 
 @dataclass(frozen=True)
 class EagerStep:
@@ -157,6 +162,11 @@ class Recording:
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
         return tuple(step.graph for step in self.steps if isinstance(step, GraphStep))
+
+    @property
+    def num_segments(self) -> int:
+        """Captured segments that hold work."""
+        return sum(isinstance(step, GraphStep) and not step.is_empty for step in self.steps)
 
     def bridge_of(self, name: str) -> Bridge | None:
         """The bridge of an input; None if it has none."""

@@ -1,9 +1,17 @@
-"""How to avoid a graph break of Dynamo's, by the reason that Dynamo gives for it.
+"""How to avoid a graph break of Dynamo's, and how to have a graph captured that is not, by the reason in the report.
 
-The texts of the reasons are the same in torch 2.11 to 2.15.
+The texts of Dynamo's reasons are the same in torch 2.11 to 2.15.
 """
 
 from __future__ import annotations
+
+from breakable_backend.marks.call_sites import (
+    IS_OF_TYPE,
+    MARK_ONCE,
+    MARKED_ANEW,
+    UNDER_A_TRANSFORM,
+    WRITES_WHAT_NEEDS_GRADIENTS,
+)
 
 SCALARS = "torch._dynamo.config.capture_scalar_outputs = True"
 SHAPES = "torch._dynamo.config.capture_dynamic_output_shape_ops = True"
@@ -17,6 +25,13 @@ _BY_BEGINNING = {
 }
 """What helps, by the beginning of a reason."""
 
+_OF_MARKED = {
+    IS_OF_TYPE: "pass tensors, modules and plain values, alone or in lists, tuples, dicts and dataclasses",
+    WRITES_WHAT_NEEDS_GRADIENTS: "return a new tensor in place of the write, or write into x.detach()",
+    UNDER_A_TRANSFORM: "call it outside of the transform",
+}
+"""What helps where a marked function is no node, by a part of the reason."""
+
 
 def advice(graph_break: str) -> str:
     """How to keep one program at a break from :func:`breakable_backend._torch.graph_breaks`; empty if nothing helps.
@@ -25,10 +40,40 @@ def advice(graph_break: str) -> str:
     put `if x.sum() > 0: x = x + 1` into a function of its own under @eager_on_graph; where both branches may be computed, torch.where needs no mark
     """
     first = graph_break.strip().partition("\n")[0]
-    if ", is no node: " in first:
-        return ""  # it is a marked function already, and the reason says what is wrong with it
+    if first.startswith(MARKED_ANEW):
+        return MARK_ONCE
+    if ", is no node: " in first:  # it is a marked function already, and the reason says what is wrong with it
+        return next((cure for what, cure in _OF_MARKED.items() if what in first), "")
     _, found, place = first.rpartition(", at ")
     _, _, code = place.partition(": ") if found else ("", "", "")
     mark = f"put {f'`{code}`' if code else 'it'} into a function of its own under @eager_on_graph"
     helps = next((text for beginning, text in _BY_BEGINNING.items() if first.startswith(beginning)), "{mark}")
     return helps.format(mark=mark)
+
+
+_TO_CAPTURE = {
+    "no backward has been seen": "it is captured once one of its calls was run backward, and under torch.no_grad(); if it is "
+    "for a last, smaller batch, leave that batch out: DataLoader(..., drop_last=True)",
+    "a backward was run under autocast": "end the torch.autocast block before loss.backward(), then torch.compiler.reset()",
+    "gives one of its arguments no gradient": "have its result depend on each argument that needs gradients, or pass that "
+    "argument as x.detach()",
+    "gradients came in batches": "call torch.autograd.grad without is_grads_batched, then torch.compiler.reset()",
+    "sets of sizes": "pad to a few sizes; leave a smaller last batch out: DataLoader(..., drop_last=True)",
+    "it writes an argument that needs gradients": "return a new tensor in place of the write",
+    "an output is, or views, an argument": "return a clone() of that argument",
+    "an output is, or views, another output": "return a clone() of one of the two",
+    "calls ops with out=": "use what the op returns, without out=",
+    "inference mode": "enter torch.inference_mode() outside of the compiled function",
+    "what a checkpoint computes again draws": "draw nothing inside of the checkpoint: take its dropout out, or use no "
+    "checkpoint",
+}
+"""What helps where a graph runs as Dynamo traced it, by a part of the reason."""
+
+
+def to_capture(why: str) -> str:
+    """How to have a graph captured that runs as Dynamo traced it, by the reason in the report; empty if nothing helps.
+
+    >>> print(to_capture("it needs gradients, and a backward was run under autocast"))
+    end the torch.autocast block before loss.backward(), then torch.compiler.reset()
+    """
+    return next((cure for part, cure in _TO_CAPTURE.items() if part in why), "")

@@ -16,7 +16,7 @@ from torch import fx
 
 from breakable_backend._torch import pytree
 from breakable_backend.ir.program import describe
-from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.source_lines import short_line, source_line
 from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.observer import Observer
 from breakable_backend.recordings.repair import NodeByNode
@@ -77,7 +77,7 @@ def _failed(module: fx.GraphModule, error: Exception) -> str:
 
 
 def _note(error: Exception, source: str) -> None:
-    note = f"in a compiled graph, at {source}"
+    note = f"in a compiled graph, at {short_line(source)}"
     if source and note not in getattr(error, "__notes__", ()):
         error.add_note(note)
 
@@ -85,4 +85,4 @@ def _note(error: Exception, source: str) -> None:
 def _log(name: str, result: Any, source: str) -> None:
     if log.isEnabledFor(logging.DEBUG):
         tensors = [describe(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        log.debug("%s -> %s%s", name, ", ".join(tensors) or "nothing", f" at {source}" if source else "")
+        log.debug("%s -> %s%s", name, ", ".join(tensors) or "nothing", f" at {short_line(source)}" if source else "")

@@ -15,6 +15,7 @@ from typing import Any
 
 from breakable_backend import _torch
 from breakable_backend.ir.program import Program, Reason
+from breakable_backend.ir.source_lines import short_line
 from breakable_backend.recordings import observer
 from breakable_backend.recordings.observer import Observer, Subject
 from breakable_backend.recordings.recording import Recording
@@ -84,5 +85,5 @@ def _frames_of_observers() -> int:
 
 def reason_lines(reasons: Sequence[Reason]) -> list[str]:
     """Why nodes run eagerly and at which lines, each once."""
-    lines = Counter(f"{reason}{f', at {reason.source}' if reason.source else ''}" for reason in reasons)
+    lines = Counter(f"{reason}{f', at {short_line(reason.source)}' if reason.source else ''}" for reason in reasons)
     return [f"{line} ({count}x)" if count > 1 else line for line, count in lines.items()]

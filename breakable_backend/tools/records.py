@@ -52,7 +52,8 @@ class StepReport:
         if self.kind == "eager":
             because = (reason.op for reason in self.reasons)
             return ", ".join(dict.fromkeys(op for op in (self.costliest, *because) if op)) or ", ".join(names[:1])
-        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" if names else "nothing"
+        nothing = "copies of results" if self.bridges else "nothing"
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" if names else nothing
 
     @property
     def module(self) -> str:

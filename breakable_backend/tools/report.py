@@ -30,13 +30,13 @@ from breakable_backend.errors import OptionsError
 from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
 from breakable_backend.ir.source_lines import module_path, short_line, source_line
-from breakable_backend.marks.call_sites import learning
+from breakable_backend.marks.call_sites import MARKED_ANEW, learning
 from breakable_backend.marks.marking import marked_names
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
-from breakable_backend.tools.advice import advice
+from breakable_backend.tools.advice import advice, to_capture
 from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
@@ -222,7 +222,7 @@ def _breaks() -> dict[str, int]:
 
 def _with_cause(graph_break: str) -> str:
     """Why Dynamo broke the graph; at a call of a marked function, why that call is a break."""
-    told = re.search(r"\(reason: (.*, is no node: .*)\)$", graph_break, re.MULTILINE)
+    told = re.search(rf"\(reason: (.*, is no node: .*|{re.escape(MARKED_ANEW)})\)$", graph_break, re.MULTILINE)
     if told is None:
         return graph_break
     _, at, place = graph_break.partition("\n")[0].partition(", at ")
@@ -308,7 +308,7 @@ def _recorded(recording: Recording | None, replay: Replay | None, measured: Meas
     """The fields of a :class:`RecordingReport` for a recording."""
     made = recording or NOTHING
     return {
-        "num_graphs": len(made.graphs),
+        "num_graphs": made.num_segments,
         "copies_per_call": made.num_copies,
         "bridge_bytes": made.bridge_bytes,
         "held_bytes": made.held_bytes,
@@ -320,7 +320,7 @@ def _recorded(recording: Recording | None, replay: Replay | None, measured: Meas
 
 def _captured(graph: GraphSnapshot, measured: Measured | None) -> ProgramReport:
     recording, replay, driver = graph.recording, graph.replay, graph.driver
-    num_graphs, copies = len((recording or NOTHING).graphs), replay.tally.copies if replay is not None else 0
+    num_graphs, copies = (recording or NOTHING).num_segments, replay.tally.copies if replay is not None else 0
     steps = _steps(recording, replay)
     eager = [step for step in steps if step.kind == "eager"]
     recordings: tuple[RecordingReport, ...] = ()
@@ -429,17 +429,24 @@ def _lines(report: Report) -> Iterator[str | Table]:
         yield f"{graph.name}: eager, because {graph.why}{cure}"
         if graph.source:
             yield f"  at {short_line(graph.source)}"
+        if helps := to_capture(graph.why):
+            yield f"  to have it captured: {helps}"
     for why, count in report.graph_breaks.items():
-        yield f"Dynamo broke the graph {count}x: {why.strip().splitlines()[0]}"
+        yield f"Dynamo broke the graph {count}x: {_short(why.strip().splitlines()[0])}"
         if helps := advice(why):
             yield f"  to keep one program: {helps}"
     for name, source in report.learning.items():
         yield f"learning what {name} returns: its caller ran as plain Python, and is compiled at a later call"
         yield f"  at {short_line(source)}"
     for where, why in report.skipped.items():
-        yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {why}"
+        yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {_short(why)}"
     for where in report.at_recompile_limit:
         yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
+
+
+def _short(text: str) -> str:
+    """A reason of Dynamo's with the names of files in place of their paths."""
+    return re.sub(r"(?<=, at )\S+(?=:\d+\b)", lambda path: os.path.basename(path[0]), text)
 
 
 def _share(programs: Sequence[ProgramReport], calls: int) -> str:

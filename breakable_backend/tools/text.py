@@ -190,6 +190,7 @@ def _because(step: StepReport) -> tuple[Reason, ...]:
 def _step_lines(steps: Sequence[StepReport]) -> Iterator[str | Table]:
     if not steps:
         return
+    steps = [step for step in steps if step.kind == "eager" or step.ops or step.bridges or step.num_kernels]
     timed = any(step.host_us is not None for step in steps)
     columns = (
         "step",

@@ -806,11 +806,53 @@ def test_report(make: MakeGraph, device: torch.device) -> None:
         marked_bend(silly.triple(x + 1)) * 2
     graph.replay()
     (program,) = explain(graph).programs
-    assert (program.num_graph_segments, program.num_eager_segments, program.replays) == (3, 2, 1)
+    assert (program.num_graph_segments, program.num_eager_segments, program.replays) == (2, 2, 1)
     assert [reason.op for reason in program.reasons] == ["silly::triple", "bend"]
     assert all("marked_bend(silly.triple(x + 1))" in reason.source for reason in program.reasons)
     assert "graph_0(stream)" in graph.source
     assert "marked by eager_on_graph" in str(explain(graph))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("body", "segments", "shown"),
+    [
+        (lambda x: marked_bend(x).sin(), 1, ["1 eager", "2 captured"]),
+        (lambda x: marked_bend(x.sin()), 1, ["0 captured", "1 eager", "2 captured"]),
+        (lambda x: marked_bend(marked_bend(x.sin())).cos(), 2, [f"{i} {'ce'[i % 2]}" for i in range(5)]),
+    ],
+    ids=["before", "behind", "between"],
+)
+def test_empty_segments(body: Any, segments: int, shown: list[str], make: MakeGraph, device: torch.device) -> None:
+    """A segment in which nothing runs does not count; the report shows it only if it copies the result of a break."""
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        y = body(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, body(x))
+    assert repr(graph).startswith(f"BreakableCUDAGraph({segments} segments, ")
+    (program,) = explain(graph).programs
+    assert (program.num_graph_segments, program.captures, program.recordings[0].num_graphs) == (segments,) * 3
+    rows = [line.split() for line in str(explain(graph)).splitlines()]
+    steps = rows[next(number for number, row in enumerate(rows) if row[:1] == ["step"]) + 1 :]
+    assert [
+        f"{position} {kind[: len(wanted) - 2]}" for (position, kind, *_), wanted in zip(steps, shown, strict=True)
+    ] == shown
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.Adagrad])
+def test_an_optimizer_that_counts_on_the_host(optimizer: Any) -> None:
+    """An optimizer that reads its count of steps on the host is an error whose cure is the option of the optimizer."""
+    layer, x, graph = nn.Linear(4, 4), torch.randn(2, 4), BreakableCUDAGraph(driver="tape")
+    steps = optimizer(layer.parameters())
+    layer(x).sum().backward()
+    steps.step()
+    with pytest.raises(CaptureError, match=r"reads a value on the host(.*\n)*.*capturable=True.*opt\.step\(\)"):
+        with capture(graph):
+            layer(x).sum().backward()
+            steps.step()
 
 
 # --- streams, on a GPU only -------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, PartitionError, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
+from breakable_backend.marks import functions
 from checks import assert_same
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -768,7 +771,7 @@ def test_under_a_transform(
 
 
 def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.device) -> None:
-    """Each break at a marked function has its own reason in the report, and no advice that is for other functions."""
+    """Each break at a marked function has its own reason in the report, which names the argument, and its own advice."""
 
     @eager_on_graph
     def scaled(x: Tensor, by: Any) -> Tensor:
@@ -778,14 +781,52 @@ def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.devic
         pass
 
     request = Request()
-    for model in (lambda x: scaled(x.sin(), b"1").cos(), lambda x: scaled(x.sin(), request).cos()):
+    for model in (lambda x: scaled(x.sin(), b"1").cos(), lambda x: scaled(x.sin(), by=[{"a": request}]).cos()):
         compiled = compile_ours(model)
         compiled(vectors(device, 1)[0])
     name = "test_a_break_says_what_is_no_node.<locals>.scaled, marked by eager_on_graph, is no node"
     report = explain(compiled)
-    told = [f"{name}: an argument is, or holds, a {kind}, at {__file__}:" for kind in ("bytes", "Request")]
+    of_type = f"{name}: argument by is, or holds, an object of type"
+    told = [f"{of_type} {kind}, at {__file__}:" for kind in ("bytes", "Request")]
     assert [why.startswith(begin) for why, begin in zip(report.graph_breaks, told, strict=True)] == [True, True]
     assert "in the place of torch.compiler.disable" not in str(report)
+    assert str(report).count("to keep one program: pass tensors, modules and plain values") == 2
+
+
+def marks_in_its_body(x: Tensor) -> Tensor:
+    @eager_on_graph
+    def clip(t: Tensor) -> Tensor:
+        return t * float(t.abs().max())
+
+    return clip(x.sin() * 2).cos() + 1
+
+
+def marks_with_options(x: Tensor) -> Tensor:
+    clip = eager_on_graph(fake=torch.empty_like)(lambda t: t * float(t.abs().max()))
+    result: Tensor = clip(x.sin() * 2).cos() + 1
+    return result
+
+
+@pytest.mark.parametrize("model", [marks_in_its_body, marks_with_options])
+def test_a_mark_inside_of_compiled_code(
+    model: Any, compile_ours: Compile, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decorator in code that is compiled marks another function at each call: one warning and the report say so."""
+    monkeypatch.setattr(functions, "_marked_anew", weakref.WeakSet())
+    compiled = compile_ours(model)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        results = [(compiled(x), model(x)) for x in vectors(device, 3)]
+    assert all(torch.equal(result, expected) for result, expected in results)
+    (warning,) = warned
+    assert warning.filename == __file__
+    assert f"{model.__name__}.<locals>." in str(warning.message)
+    assert "is marked inside of a compiled function" in str(warning.message)
+    assert "use the decorator where it runs once" in str(warning.message)
+    lines = str(explain(compiled)).splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith("Dynamo broke the graph"))
+    assert "eager_on_graph marks a new function at each call of the code around it, at test_learning.py:" in lines[at]
+    assert "to keep one program: use the decorator where it runs once, at the top of a module" in lines[at + 1]
 
 
 def test_a_handler_inside_of_a_marked_function(compile_ours: Compile, device: torch.device) -> None:

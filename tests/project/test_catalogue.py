@@ -401,6 +401,8 @@ CASES: dict[str, Case] = {
     "eager_on_graph takes no": Case("eager_on_graph(mutate_args=('x',))(plain)  # here"),
     "takes a function, got": Case("eager_on_graph(fake=3)(plain)  # here"),
     "capture takes a BreakableCUDAGraph, got": Case("capture(plain)  # here"),
+    "capture takes no pool: a graph has its pool from the start": Case("capture(graph, pool=graph.pool())  # here"),
+    "stream takes a torch.cuda.Stream, got": Case("capture(graph, stream=3)  # here"),
     "options apply to a function that is not compiled yet": Case("explain(compile(plain), options={})  # here"),
     "recompute and backward exclude each other": Case("eager_on_graph(recompute=True, backward=plain)(plain)  # here"),
     "mutates_args takes a tuple of names, got": Case("eager_on_graph(mutates_args='x')(plain)  # here"),

@@ -684,6 +684,7 @@ def test_replay_door() -> None:
     del weight
     with pytest.raises(ReplayError) as caught:
         graph.replay()
+    fix = "\n  capture again: with capture(graph): ..."
     assert text_of(caught.value) == "a Parameter died, which the graph reads; the graph was released" + fix
     graph.reset()
     with pytest.raises(ReplayError) as caught:

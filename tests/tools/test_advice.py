@@ -149,3 +149,65 @@ def test_nothing_is_said_of_marked_functions() -> None:
     """A break at a marked function has its own reason, and an unknown one gets the advice that fits all."""
     assert advice("choose, is no node: it returned a Request, at model.py:3 in forward: choose(x)") == ""
     assert advice("Something new") == "put it into a function of its own under @eager_on_graph"
+
+
+# --- graphs that run as Dynamo traced them ----------------------------------------------------------------------------------
+
+
+@eager_on_graph
+def one_of_two(x: Tensor, unused: Tensor) -> Tensor:
+    return x * float(x.detach().abs().max())
+
+
+def trained(case: str, model: Any, device: torch.device, options: dict[str, Any]) -> Any:
+    """``model``, compiled and run forward and backward three times."""
+    compiled = torch.compile(model, backend="breakable_cg", options={**options, "training": True})
+    for _ in range(3):
+        x = torch.randn(3, device=device, requires_grad=True)
+        with torch.enable_grad(), torch.autocast(device.type, enabled=case == "autocast"):
+            y = compiled(x).sum()
+            if case != "no backward":
+                y.backward()
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("case", "model", "why", "cure"),
+    [
+        ("autocast", lambda x: x.sin() * 2, "a backward was run under autocast", "end the torch.autocast block before"),
+        ("no backward", lambda x: x.sin() * 2, "no backward has been seen", "DataLoader(..., drop_last=True)"),
+        (
+            "no gradient",
+            lambda x: one_of_two(x.sin(), x.cos()) * 2,
+            "one_of_two gives one of its arguments no gradient",
+            "pass that argument as x.detach()",
+        ),
+        (
+            "alias",
+            lambda x: x.view(3),
+            "an output is, or views, an argument",
+            "clone()",
+        ),
+    ],
+    ids=["autocast", "no backward", "no gradient", "alias"],
+)
+def test_graphs_with_gradients(
+    case: str, model: Any, why: str, cure: str, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Where a graph that needs gradients is not captured, the report says why, and what would have it captured."""
+    compiled = trained(case, model, device, options)
+    lines = str(explain(compiled)).splitlines()
+    (at,) = (number for number, line in enumerate(lines) if why in line and "eager, because" in line)
+    assert any(line.startswith("  to have it captured: ") and cure in line for line in lines[at + 1 : at + 3])
+
+
+def test_the_gradients_of_a_marked_function_have_its_name(device: torch.device, options: dict[str, Any]) -> None:
+    """In a report the step that makes the gradients of a marked function is called after it."""
+
+    def model(x: Tensor) -> Tensor:
+        return one_of_two(x.sin() * 2, x.detach()).cos() * 2
+
+    told = str(explain(trained("", model, device, options)))
+    assert "backward of one_of_two" in told
+    assert "breakable_cg::" not in told
+    assert "tagged cudagraph_unsafe" not in told
