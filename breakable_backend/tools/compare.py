@@ -13,19 +13,19 @@ import gc
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.trace import Change, Trace, Watch, first_change, run_module
-from breakable_backend.drivers import CapturedGraph, Feed
+from breakable_backend.capturing.trace import Change, Issued, Trace, Watch, first_change, run_module
+from breakable_backend.drivers import Feed
 from breakable_backend.drivers.device import GraphAround
 from breakable_backend.errors import CAUSES, DivergenceError
 from breakable_backend.ir.effects import is_somebodys, is_view_op
-from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of
+from breakable_backend.ir.program import GraphSegment, Program, outputs_of
 from breakable_backend.ir.running_ops import Undo, generators_of, has_memory
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
@@ -43,13 +43,25 @@ from breakable_backend.recordings.recording import (
 from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.recordings.replay import Function
 from breakable_backend.tools.difference import Difference, Tolerance, difference
-from breakable_backend.tools.witness import Witness
+from breakable_backend.tools.witness import KeptArgument, Witness
 
 KEEPS = "an op that keeps its buffers"
 HALVES = "forward of ", "backward of "
 """The beginnings of the names of graphs that are the forward or backward of a graph which needs gradients."""
-Run = Callable[[Watch], Any]
-"""Runs the ops of a segment eagerly."""
+
+
+class Maker(NamedTuple):
+    """What made or wrote a value: an op, and the user's line."""
+
+    label: str = ""
+    source: str = ""
+
+    @classmethod
+    def of(cls, op: Issued | Call | KeptArgument) -> Maker:
+        return cls(op.label, op.source)
+
+
+NOBODY = Maker()
 
 
 @dataclass
@@ -61,8 +73,7 @@ class _Value:
     """The tensor that eager would read."""
     snapshot: torch.Tensor
     """Its content, according to what was compared so far."""
-    label: str = ""
-    source: str = ""
+    maker: Maker
 
     def look(self) -> None:
         self.snapshot = clone_exact(self.tensor)
@@ -75,8 +86,7 @@ class _Written:
     where: torch.Tensor
     after: torch.Tensor
     name: str
-    label: str
-    source: str
+    maker: Maker
 
 
 @dataclass
@@ -87,40 +97,27 @@ class _Ran:
     undo: Undo
     outputs: list[Any]
     written: list[_Written]
+    drawn_from: list[torch.Tensor]
+    """The states of the random generators before it ran."""
     random: list[torch.Tensor]
+    """The states that it left."""
 
 
 @dataclass(frozen=True)
-class _Wrong:
+class Wrong:
     """A value that differs from eager."""
 
-    position: int
-    """The position of the op that made it, in the segment's trace."""
     name: str
-    label: str
-    source: str
+    maker: Maker
     difference: Difference
+    position: int = 0
+    """The position of the op that made it, in the segment's trace."""
     how: str = "made by"
     """How the op is related to it."""
 
 
-class _Compared(GraphAround):
-    """A graph that is compared in each launch."""
-
-    def __init__(self, checker: Checker, position: int, graph: CapturedGraph) -> None:
-        super().__init__(graph)
-        self.checker, self.position = checker, position
-
-    @property
-    def feeds(self) -> tuple[Feed, ...]:
-        """None: copies are made before the launch."""
-        return ()
-
-    def copier(self, like: torch.Tensor) -> None:
-        """None: comparing is slow in any case."""
-
-    def replay(self, stream: int) -> None:
-        self.checker.launch(self.position, self.graph, stream)
+Verdict = tuple[str, str, Wrong]
+"""What a difference looks like, the evidence, and the value to blame."""
 
 
 class Compare(Observer):
@@ -221,10 +218,9 @@ class Checker:
         """Values whose bridge was written since, so that eager would read the bridge."""
         self.bridged: dict[str, torch.Tensor] = {}
         """Bridges that were loaded in this call, by the name of the value."""
-        self.undeclared: dict[str, tuple[str, str, bool]] = {}
-        """Values that an eager step changed without declaring it: the step, its line, and whether the value is its own
-        buffer."""
-        self.late: dict[int, _Wrong] = {}
+        self.undeclared: dict[str, tuple[Maker, bool]] = {}
+        """Values that an eager step changed without declaring it: the step, and whether the value is its own buffer."""
+        self.late: dict[int, Wrong] = {}
         """Results that eager steps left unfinished on other streams, by the key of their storage."""
         self._remember_kept()
 
@@ -236,7 +232,7 @@ class Checker:
     def _compared(self, position: int) -> Step:
         step = self.recorded.steps[position]
         if isinstance(step, GraphStep):
-            return replace(step, graph=_Compared(self, position, step.graph))
+            return replace(step, graph=ComparedSegment(self, position, step))
         return replace(step, calls=tuple(self._watched(position, call) for call in step.calls))
 
     def around(self, function: Function) -> Function:
@@ -268,10 +264,10 @@ class Checker:
                 # A result with outputs="static", which is overwritten next.
                 self.truth[value.name] = clone_exact(tensor)
             elif has_memory(tensor) and (value.kind != "static" or value.name in written):
-                self._add(value.name, tensor)
+                self.add(value.name, tensor)
 
     def _finish(self, results: Sequence[Any]) -> None:
-        self._settle(-1)
+        self.settle(-1)
         if self.program is not None:
             self._compare_results(self.program, results)
 
@@ -281,208 +277,24 @@ class Checker:
         self.witness.escaped.prune()
         self._remember_kept()
 
-    def _add(self, name: str, tensor: torch.Tensor, label: str = "", source: str = "") -> None:
-        self.values[name] = _Value(name, tensor, clone_exact(tensor), label, source)
+    def add(self, name: str, tensor: torch.Tensor, maker: Maker = NOBODY) -> None:
+        self.values[name] = _Value(name, tensor, clone_exact(tensor), maker)
 
-    def _settle(self, position: int) -> None:
+    def settle(self, position: int) -> None:
         """Note that everything was compared or copied back."""
         for value in self.values.values():
             if (apart := difference(value.tensor, value.snapshot, self.tolerance)) is not None:
-                raise self._failure(
-                    "stale bridge" if value.name in self.bridged else "unknown",
-                    _Wrong(0, value.name, value.label, value.source, apart),
-                    position,
-                    "what a captured segment wrote did not come to the tensor from which it had been copied",
-                )
+                cause = "stale bridge" if value.name in self.bridged else "unknown"
+                why = "what a captured segment wrote did not come to the tensor from which it had been copied"
+                raise self.failure((cause, why, Wrong(value.name, value.maker, apart)), position)
 
     def _compare_results(self, program: Program, results: Sequence[Any]) -> None:
         epilogue = program.epilogue
         wanted = epilogue.module(*(self.truth[name] for name in epilogue.inputs))
         for got, want, leaf in zip(results, wanted, outputs_of(epilogue.module), strict=True):
             if (apart := _result_difference(got, want, self.tolerance)) is not None:
-                name, source = (leaf.name, source_line(leaf)) if isinstance(leaf, fx.Node) else (str(leaf), "")
-                raise self._failure(
-                    "unknown", _Wrong(0, name, name, source, apart), -1, "all steps agreed, and the result does not"
-                )
-
-    # captured segments
-
-    def launch(self, position: int, graph: CapturedGraph, stream: int) -> None:
-        """Launch a segment between its loads and its stores, and compare it with eager."""
-        self._refuse_late(position)
-        self._settle(position)
-        stale = self._stale(position)
-        before = self._random()
-        ran = self._run(position, graph, before)
-        graph.replay(stream)
-        wrong = self._first_wrong(position, ran)
-        if wrong is None and self.program is None and stale:
-            wrong = next(iter(stale.values()))  # the eager ops read the same bridge
-        if wrong is not None:
-            cause, why, blamed = self._cause(position, ran, wrong, stale, before, graph, stream)
-            self._take_back(ran, before)
-            raise self._failure(cause, blamed, position, why)
-        if (overwritten := self._overwritten()) is not None:
-            self._take_back(ran, before)
-            raise self._failure(KEEPS, overwritten, position, f"{overwritten.label} has kept it since an earlier call")
-        self._accept(position, ran)
-
-    def _take_back(self, ran: _Ran, random: Sequence[torch.Tensor]) -> None:
-        """Undo the segment that went wrong, as after an error of the user's."""
-        ran.undo.restore()
-        self._set_random(random, ran.trace)
-
-    def _segment(self, position: int) -> GraphSegment | EagerSegment | None:
-        return self.program.segments[position] if self.program is not None else None
-
-    def _runner(self, position: int) -> tuple[Run, list[Any]]:
-        segment = self._segment(position)
-        if segment is None:
-            return self.witness.scripts[position].run, []
-        module, inputs = segment.module, [self.truth[name] for name in segment.inputs]
-        return lambda watch: run_module(NodeByNode(module), inputs, watch), inputs
-
-    def _run(self, position: int, graph: CapturedGraph, random: Sequence[torch.Tensor]) -> _Ran:
-        """Run a segment eagerly, note its results, and undo it."""
-        run, inputs = self._runner(position)
-        undo = Undo()
-        device = self.witness.places.get(position, self.device)
-        watch = Watch(device, self.witness.escaped, inputs, undo, self.witness.traces.get(position))
-        watch.trace.draws_random = graph.draws_random
-        try:
-            outputs = pytree.tree_map_only(torch.Tensor, clone_exact, run(watch))
-            written = list(self._written(position, undo))
-            after = self._random()
-        finally:
-            undo.restore()
-            self._set_random(random, watch.trace)
-        return _Ran(watch.trace, undo, list(outputs or ()), written, after)
-
-    def _written(self, position: int, undo: Undo) -> Iterator[_Written]:
-        """The memory of others that was written, and where a launch of the segment leaves it."""
-        segment = self._segment(position)
-        names = {_torch.address_of(t): n for n in (segment.inputs if segment else ()) if has_memory(t := self.truth[n])}
-        for saved in undo.memories():
-            name, op = names.get(saved.address, ""), saved.writer
-            writer, source = (op.label, op.source) if op is not None else ("", "")
-            if name in self.bridged and name not in self.moved:
-                yield _Written(self.bridged[name], clone_exact(self.truth[name]), name, writer, source)
-            else:
-                flat = saved.geometry.whole(saved.storage)
-                yield _Written(flat, flat.clone(), name or f"the memory that {writer} writes", writer, source)
-
-    def _stale(self, position: int) -> dict[str, _Wrong]:
-        """Bridges that this segment reads and that lack the values that eager would read, by the name of the value."""
-        step, segment = self.recorded.steps[position], self._segment(position)
-        assert isinstance(step, GraphStep)
-        for copy in step.loads:
-            bridge = self.recorded.constants[copy.bridge.name].tensor
-            self.bridged[copy.value.name] = bridge
-        trace = self.witness.traces.get(position)
-        reads = trace.addresses() if trace is not None else set()
-        found = {}
-        for name, bridge in self.bridged.items():
-            read = name in segment.inputs if segment else bridge.untyped_storage().data_ptr() in reads
-            truth = self.truth.get(name)
-            if read and name not in self.moved and isinstance(truth, torch.Tensor):
-                apart = difference(bridge, truth.to(bridge.device), self.tolerance)
-                if apart is not None:
-                    reader, source = self._first_reader(position, name)
-                    found[name] = _Wrong(0, f"the bridge of {name}", reader, source, apart, "first read by")
-        return found
-
-    def _first_reader(self, position: int, name: str) -> tuple[str, str]:
-        """The first op of a segment that takes ``name``, or a view of it."""
-        segment = self._segment(position)
-        if segment is None:
-            address = _torch.address_of(self.bridged[name])
-            ops = self.witness.traces[position].ops
-            return next((op.label, op.source) for op in ops if any(m.address == address for m in op.outside))
-        views = {node for node in segment.module.graph.find_nodes(op="placeholder") if node.name == name}
-        for node in segment.module.graph.nodes:
-            if node.op != "call_function" or views.isdisjoint(node.all_input_nodes):
-                continue
-            if not is_view_op(node.target):
-                return _maker(node)
-            views.add(node)
-        return "", ""
-
-    def _first_wrong(self, position: int, ran: _Ran) -> _Wrong | None:
-        found = [*self._wrong_inside(position, ran), *self._wrong_outside(position, ran)]
-        return min(found, key=lambda wrong: wrong.position, default=None)
-
-    def _wrong_inside(self, position: int, ran: _Ran) -> Iterator[_Wrong]:
-        """A wrong value that the segment made, as far as it is still in the recording's memory, or that it passes on."""
-        recorded = self.witness.traces.get(position, Trace())
-        change = first_change(recorded, ran.trace)
-        end = change.position if change is not None and change.kind == "path" else len(ran.trace.ops)
-        for was, root in zip(recorded.roots, ran.trace.roots, strict=False):
-            got, want = was.tensor(), root.tensor()
-            if root.made_by >= end or got is None or want is None or was.geometry.in_memory != root.geometry.in_memory:
-                continue
-            if (apart := difference(got, want, self.tolerance)) is not None:
-                op = ran.trace.ops[root.written_by]
-                yield _Wrong(root.written_by, f"the result of {op.op}", op.label, op.source, apart)
-        segment = self._segment(position)
-        if not isinstance(segment, GraphSegment):
-            return
-        for name, leaf, want in zip(segment.outputs, outputs_of(segment.module), ran.outputs, strict=True):
-            got = self.recorded.constants[name]
-            if has_memory(got) and (apart := difference(got, want, self.tolerance)) is not None:
-                yield _Wrong(len(ran.trace.ops), name, *_maker(leaf), apart)
-
-    def _wrong_outside(self, position: int, ran: _Ran) -> Iterator[_Wrong]:
-        """A wrong value that the segment wrote, or changed without a write in eager."""
-        end = len(ran.trace.ops)
-        written = {_torch.address_of(memory.where) for memory in ran.written}
-        for memory in ran.written:
-            if (apart := difference(memory.where, memory.after, self.tolerance)) is not None:
-                at = next((i for i, op in enumerate(ran.trace.ops) if op.label == memory.label), end)
-                yield _Wrong(at, memory.name, memory.label, memory.source, apart)
-        for value in self.values.values():
-            apart = difference(value.tensor, value.snapshot, self.tolerance)
-            if apart is not None and _torch.address_of(value.tensor) not in written:
-                name = f"{value.name} (which the segment does not write)"
-                yield _Wrong(end, name, value.label, value.source, apart)
-        for generator, want in self._of_generators(ran.random, ran.trace):
-            got = generator.get_state()
-            if (apart := difference(got, want)) is not None:
-                yield _Wrong(end, "the state of the random generator", "", "", apart)
-
-    def _accept(self, position: int, ran: _Ran) -> None:
-        """The segment was right: later steps are compared with what it made and wrote."""
-        segment = self._segment(position)
-        for memory in ran.written:
-            if memory.name in self.bridged and memory.name not in self.moved:
-                self._wrote_bridge(memory)
-        written = {_torch.address_of(memory.where) for memory in ran.written}
-        if segment is None:
-            self.moved |= {name for name, bridge in self.bridged.items() if _torch.address_of(bridge) in written}
-        for value in self.values.values():
-            if _torch.address_of(value.tensor) in written:
-                value.look()
-        if segment is None:
-            for number, root in enumerate(self.witness.traces[position].roots):
-                if (tensor := root.tensor()) is not None:
-                    op = self.witness.traces[position].ops[root.made_by]
-                    self._add(f"the result of {op.label} ({position}.{number})", tensor, op.label, op.source)
-            return
-        assert isinstance(segment, GraphSegment)
-        for name, leaf in zip(segment.outputs, outputs_of(segment.module), strict=True):
-            self.truth[name] = tensor = self.recorded.constants[name]
-            if has_memory(tensor):
-                self._add(name, tensor, *_maker(leaf))
-
-    def _wrote_bridge(self, memory: _Written) -> None:
-        """A written argument is copied back next. A written result of an eager step lives in the bridge from now on."""
-        value = self.values.get(memory.name)
-        is_argument = memory.name in self.recorded.arguments
-        if not is_argument:
-            self.moved.add(memory.name)
-            self.truth[memory.name] = memory.where
-        if value is not None:
-            value.tensor = value.tensor if is_argument else memory.where
-            value.snapshot = memory.after
+                wrong = Wrong(str(leaf), Maker(str(leaf), _maker(leaf).source), apart)
+                raise self.failure(("unknown", "all steps agreed, and the result does not", wrong), -1)
 
     # eager steps
 
@@ -495,14 +307,14 @@ class Checker:
             if quiet:
                 result = function(*args, **kwargs)
             else:
-                self._settle(position)
+                self.settle(position)
                 given = {_torch.storage_key(t): (t, clone_exact(t)) for t in _tensors((args, kwargs))}
                 result = function(*args, **kwargs)
                 self._synchronise(call, given, result)
                 self._eager_ran(position, call, result, given)
             self.truth[call.result] = result
             if has_memory(result) and (not call.takes_part or call.function is operator.getitem):
-                self._add(call.result, result, user.label, user.source)
+                self.add(call.result, result, Maker.of(user))
             return result
 
         user = self._user_call(position, call) if takes_apart else call
@@ -527,29 +339,15 @@ class Checker:
         early = [
             (tensor, clone_exact(tensor)) for tensor in _tensors((result, [tensor for tensor, _ in given.values()]))
         ]
-        self._come_to_rest()
+        self.come_to_rest()
         for tensor, first in early:
             if (apart := difference(first, tensor)) is not None:
                 what = f"what {call.label} made or wrote"
-                self.late[_torch.storage_key(tensor)] = _Wrong(0, what, call.label, call.source, apart)
-
-    def _refuse_late(self, position: int) -> None:
-        """Raise if a segment takes a value that an eager step still computes, on a stream that nobody has waited for."""
-        step, segment = self.recorded.steps[position], self._segment(position)
-        assert isinstance(step, GraphStep)
-        names = {copy.value.name for copy in step.loads} | set(segment.inputs if segment is not None else ())
-        for name in names:
-            tensor = self.truth.get(name)
-            if not isinstance(tensor, torch.Tensor) or not has_memory(tensor):
-                continue
-            if (wrong := self.late.get(_torch.storage_key(tensor))) is not None:
-                why = "read again after all streams had come to rest, it was another value: the segment does not wait for the "
-                raise self._failure("race between streams", wrong, position, why + "stream that it is made on")
+                self.late[_torch.storage_key(tensor)] = Wrong(what, Maker.of(call), apart)
 
     def _eager_ran(self, position: int, call: Call, result: Any, given: Mapping[int, Any]) -> None:
         """Take over what an eager step changed, since eager would see that too."""
-        segment = self._segment(position)
-        declared = {access.storage for access in segment.writes} if segment is not None else set()
+        declared = {access.storage for access in self.program.segments[position].writes} if self.program else set()
         changed = {key for key, (tensor, before) in given.items() if difference(tensor, before) is not None}
         results = {_torch.storage_key(tensor) for tensor in _tensors(result)}
         for name, bridge in self.bridged.items():
@@ -562,7 +360,7 @@ class Checker:
             if difference(value.tensor, value.snapshot) is not None:
                 if value.name not in declared:
                     own = _torch.storage_key(value.tensor) in results
-                    self.undeclared[value.name] = call.label, call.source, own
+                    self.undeclared[value.name] = Maker.of(call), own
                 value.look()
 
     # what stays with others
@@ -583,117 +381,42 @@ class Checker:
         bridges = (value.tensor for value in self.recorded.constants.values() if isinstance(value, Bridge))
         return {int(storage._cdata) for storage in storages} | set(map(_torch.storage_key, bridges))
 
-    def _overwritten(self) -> _Wrong | None:
+    def overwritten(self) -> Wrong | None:
         """An argument that a function has kept since an earlier call and that has been overwritten."""
         changed = [(kept, apart) for kept in self.witness.kept if kept.alive and (apart := kept.changed()) is not None]
         if changed:
             gc.collect()  # objects that are only garbage do not count as kept
         for kept, apart in changed:
             if kept.alive:
-                return _Wrong(0, f"an argument of {kept.label}", kept.label, kept.source, apart)
+                return Wrong(f"an argument of {kept.label}", Maker.of(kept), apart)
         return None
 
-    # causes
-
-    def _cause(
-        self,
-        position: int,
-        ran: _Ran,
-        wrong: _Wrong,
-        stale: Mapping[str, _Wrong],
-        random: Sequence[torch.Tensor],
-        graph: CapturedGraph,
-        stream: int,
-    ) -> tuple[str, str, _Wrong]:
-        """What the difference looks like, the evidence, and the op to blame."""
-        if stale:
-            return self._stale_cause(*next(iter(stale.items())))
-        self._take_back(ran, random)
-        change = first_change(self.witness.traces[position], ran.trace)
-        if change is not None:
-            return self._change_cause(change, ran.trace, wrong)
-        again = self._run(position, graph, random)
-        if (unsteady := _first_unlike(ran, again, wrong)) is not None:
-            return unsteady
-        if self.device.type == "cuda" and self._agrees_synchronised(position, ran, graph, stream):
-            why = "launched again after all streams had come to rest, the segment agrees with eager"
-            return "race between streams", why, wrong
-        if (outside := self._work_outside(position, wrong)) is not None:
-            return outside
-        return "unknown", f"it is none of: {', '.join(cause for cause in CAUSES if cause != 'unknown')}", wrong
-
-    def _work_outside(self, position: int, wrong: _Wrong) -> tuple[str, str, _Wrong] | None:
-        """The cause if only custom ops, whose work without torch is not seen, can be to blame; None if there are none."""
-        segment = self._segment(position)
-        nodes = [node for node in segment.module.graph.nodes if is_somebodys(node)] if segment is not None else []
-        if not nodes:
-            return None
-        names = ", ".join(dict.fromkeys(map(label, nodes)))
-        why = f"torch's own ops are captured whole; of {names}, a part that goes to another stream, or to the host, is not"
-        return (
-            "work outside of the capture",
-            why,
-            replace(wrong, label=label(nodes[0]), source=source_line(nodes[0]), how="at or behind"),
-        )
-
-    def _stale_cause(self, name: str, stale: _Wrong) -> tuple[str, str, _Wrong]:
-        changer, source, own = self.undeclared.get(name, ("", "", False))
-        where = f" at {source}" if source else ""
-        if own:
-            why = f"{name} was overwritten by another call of {changer}{where}, which returned the same memory again"
-            return KEEPS, why, replace(stale, label=changer, source=source, how="of a result of")
-        why = f"it does not hold what {name} is now"
-        if changer:
-            why += f": {changer}{where} wrote it, and does not declare so"
-        return "stale bridge", why, stale
-
-    def _change_cause(self, change: Change, trace: Trace, wrong: _Wrong) -> tuple[str, str, _Wrong]:
-        """The cause if the ops are not those that were captured."""
-        op = change.op
-        blamed = replace(wrong, label=op.label, source=op.source)
-        if change.kind == "number":
-            assert change.was is not None
-            pair = next((a, b) for a, b in zip(op.numbers, change.was.numbers, strict=False) if a != b)
-            return "frozen scalar", f"{op.op} takes {pair[0]} now, and took {pair[1]} when it was captured", blamed
-        if change.kind == "path":
-            if _stays(trace, change.position):
-                why = f"{op.label} makes memory that it stores away, and took what it had stored when it was captured"
-                return KEEPS, why, blamed
-            was = change.was.op if change.was is not None else "nothing more"
-            return "frozen scalar", f"its Python took another path: {op.op} now, {was} when it was captured", blamed
-        if any(memory.written or memory.key in self.witness.escaped.storages for memory in op.outside):
-            why = f"{op.op} takes memory that {op.label} has stored away, and took other memory when it was captured"
-            return KEEPS, why, blamed
-        return "address moved", f"{op.op} reads a tensor that lies elsewhere than when it was captured", blamed
-
-    def _agrees_synchronised(self, position: int, ran: _Ran, graph: CapturedGraph, stream: int) -> bool:
-        self._come_to_rest()
-        graph.replay(stream)
-        self._come_to_rest()
-        return self._first_wrong(position, ran) is None
+    # failures
 
     def _devices(self) -> list[torch.device]:
         """The devices of the segments; the first is the driver's."""
         return list(dict.fromkeys((self.device, *self.witness.places.values())))
 
-    def _come_to_rest(self) -> None:
+    def come_to_rest(self) -> None:
         for device in self._devices():
             torch.cuda.synchronize(device)
 
-    def _failure(self, cause: str, wrong: _Wrong, position: int, why: str) -> DivergenceError:
+    def failure(self, verdict: Verdict, position: int) -> DivergenceError:
+        cause, why, wrong = verdict
         step = self.recorded.steps[position] if position >= 0 else None
         kind = {GraphStep: "captured", EagerStep: "eager"}.get(type(step), "result")
         at = f"step {position} ({kind})" if position >= 0 else "a gradient" if "backward" in self.half else "the result"
         at = f"{self.half}, {at}" if self.half else at
-        made = f", {wrong.how} {wrong.label}," if wrong.label and wrong.label not in wrong.name else ""
+        maker, source = wrong.maker
+        made = f", {wrong.how} {maker}," if maker and maker not in wrong.name else ""
         return DivergenceError(
             f"{at}: {wrong.name}{made} is not as in eager: {wrong.difference}; this looks like {cause}: {why}",
-            where=wrong.source,
+            where=source,
             fix=CAUSES[cause],
             cause=cause,
             step=position,
             kind=kind,
-            op=wrong.label,
+            op=maker,
             value=wrong.name,
             difference=wrong.difference,
         )
@@ -704,10 +427,10 @@ class Checker:
         host, *first = generators_of(self.device)
         return [host, *first, *(generators_of(device)[-1] for device in self._devices()[1:])]
 
-    def _random(self) -> list[torch.Tensor]:
+    def random(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]
 
-    def _of_generators(
+    def of_generators(
         self, states: Sequence[torch.Tensor], trace: Trace
     ) -> Iterator[tuple[torch.Generator, torch.Tensor]]:
         """Generators that ``trace`` may have drawn from, with their states. Other threads draw from the host's."""
@@ -715,16 +438,271 @@ class Checker:
             if trace.draws_random or generator.device.type == "cuda":
                 yield generator, state
 
-    def _set_random(self, states: Sequence[torch.Tensor], trace: Trace) -> None:
-        for generator, state in self._of_generators(states, trace):
+    def set_random(self, states: Sequence[torch.Tensor], trace: Trace) -> None:
+        for generator, state in self.of_generators(states, trace):
             generator.set_state(state)
 
 
-def _first_unlike(ran: _Ran, again: _Ran, wrong: _Wrong) -> tuple[str, str, _Wrong] | None:
+class ComparedSegment(GraphAround):
+    """A captured segment that is compared with eager in each launch."""
+
+    def __init__(self, checker: Checker, position: int, step: GraphStep) -> None:
+        super().__init__(step.graph)
+        self.checker, self.position, self.step = checker, position, step
+        segment = checker.program.segments[position] if checker.program is not None else None
+        assert segment is None or isinstance(segment, GraphSegment)
+        self.segment = segment
+        self.captured = checker.witness.traces[position]
+        """The ops that were captured."""
+
+    @property
+    def feeds(self) -> tuple[Feed, ...]:
+        """None: copies are made before the launch."""
+        return ()
+
+    def copier(self, like: torch.Tensor) -> None:
+        """None: comparing is slow in any case."""
+
+    def replay(self, stream: int) -> None:
+        """Launch the segment between its loads and its stores, and compare it with eager."""
+        checker = self.checker
+        self._refuse_late()
+        checker.settle(self.position)
+        stale = self._stale()
+        ran = self._run()
+        self.graph.replay(stream)
+        wrong = self._first_wrong(ran)
+        if wrong is None and self.segment is None and stale:
+            wrong = stale[1]  # the eager ops read the same bridge
+        verdict = self._cause(ran, wrong, stale, stream) if wrong is not None else None
+        if wrong is None and (overwritten := checker.overwritten()) is not None:
+            verdict = KEEPS, f"{overwritten.maker.label} has kept it since an earlier call", overwritten
+        if verdict is not None:
+            self._take_back(ran)
+            raise checker.failure(verdict, self.position)
+        self._accept(ran)
+
+    def _take_back(self, ran: _Ran) -> None:
+        """Undo the segment, as after an error of the user's."""
+        ran.undo.restore()
+        self.checker.set_random(ran.drawn_from, ran.trace)
+
+    def _run(self) -> _Ran:
+        """Run the segment eagerly, note its results, and undo it."""
+        checker, segment = self.checker, self.segment
+        witness, drawn_from = checker.witness, checker.random()
+        undo, inputs = Undo(), [checker.truth[name] for name in segment.inputs] if segment else []
+        watch = Watch(witness.places.get(self.position, checker.device), witness.escaped, inputs, undo, self.captured)
+        watch.trace.draws_random = self.graph.draws_random
+        try:
+            outputs: list[Any] = []
+            if segment is not None:
+                results = run_module(NodeByNode(segment.module), inputs, watch)
+                outputs = pytree.tree_map_only(torch.Tensor, clone_exact, list(results))
+            else:
+                witness.scripts[self.position].run(watch)
+            return _Ran(watch.trace, undo, outputs, list(self._written(undo)), drawn_from, checker.random())
+        finally:
+            undo.restore()
+            checker.set_random(drawn_from, watch.trace)
+
+    def _written(self, undo: Undo) -> Iterator[_Written]:
+        """The memory of others that was written, and where a launch of the segment leaves it."""
+        checker, inputs = self.checker, self.segment.inputs if self.segment else ()
+        names = {_torch.address_of(t): name for name in inputs if has_memory(t := checker.truth[name])}
+        for saved in undo.memories():
+            name, op = names.get(saved.address, ""), saved.writer
+            writer = Maker.of(op) if op is not None else NOBODY
+            if name in checker.bridged and name not in checker.moved:
+                yield _Written(checker.bridged[name], clone_exact(checker.truth[name]), name, writer)
+            else:
+                flat = saved.geometry.whole(saved.storage)
+                yield _Written(flat, flat.clone(), name or f"the memory that {writer.label} writes", writer)
+
+    def _stale(self) -> tuple[str, Wrong] | None:
+        """The first bridge that the segment reads and that lacks the value that eager would read; and that value's name."""
+        checker, segment = self.checker, self.segment
+        for copy in self.step.loads:
+            checker.bridged[copy.value.name] = checker.recorded.constants[copy.bridge.name].tensor
+        reads = self.captured.addresses()
+        for name, bridge in checker.bridged.items():
+            read = name in segment.inputs if segment else bridge.untyped_storage().data_ptr() in reads
+            truth = checker.truth.get(name)
+            if read and name not in checker.moved and isinstance(truth, torch.Tensor):
+                apart = difference(bridge, truth.to(bridge.device), checker.tolerance)
+                if apart is not None:
+                    return name, Wrong(f"the bridge of {name}", self._first_reader(name), apart, how="first read by")
+        return None
+
+    def _first_reader(self, name: str) -> Maker:
+        """The first op that takes ``name``, or a view of it."""
+        if self.segment is None:
+            address = _torch.address_of(self.checker.bridged[name])
+            return next(Maker.of(op) for op in self.captured.ops if any(m.address == address for m in op.outside))
+        views = {node for node in self.segment.module.graph.find_nodes(op="placeholder") if node.name == name}
+        for node in self.segment.module.graph.nodes:
+            if node.op != "call_function" or views.isdisjoint(node.all_input_nodes):
+                continue
+            if not is_view_op(node.target):
+                return _maker(node)
+            views.add(node)
+        return NOBODY
+
+    def _first_wrong(self, ran: _Ran) -> Wrong | None:
+        found = [*self._wrong_inside(ran), *self._wrong_outside(ran)]
+        return min(found, key=lambda wrong: wrong.position, default=None)
+
+    def _wrong_inside(self, ran: _Ran) -> Iterator[Wrong]:
+        """A wrong value that the segment made, as far as it is still in the recording's memory, or that it passes on."""
+        change = first_change(self.captured, ran.trace)
+        end = change.position if change is not None and change.kind == "path" else len(ran.trace.ops)
+        for was, root in zip(self.captured.roots, ran.trace.roots, strict=False):
+            got, want = was.tensor(), root.tensor()
+            if root.made_by >= end or got is None or want is None or was.geometry.in_memory != root.geometry.in_memory:
+                continue
+            if (apart := difference(got, want, self.checker.tolerance)) is not None:
+                op = ran.trace.ops[root.written_by]
+                yield Wrong(f"the result of {op.op}", Maker.of(op), apart, root.written_by)
+        for (name, leaf), want in zip(self._outputs(), ran.outputs, strict=True):
+            got = self.checker.recorded.constants[name]
+            if has_memory(got) and (apart := difference(got, want, self.checker.tolerance)) is not None:
+                yield Wrong(name, _maker(leaf), apart, len(ran.trace.ops))
+
+    def _outputs(self) -> Iterator[tuple[str, Any]]:
+        """The values that the segment passes on, by name, each with its node."""
+        if self.segment is not None:
+            yield from zip(self.segment.outputs, outputs_of(self.segment.module), strict=True)
+
+    def _wrong_outside(self, ran: _Ran) -> Iterator[Wrong]:
+        """A wrong value that the segment wrote, or changed without a write in eager."""
+        checker, end = self.checker, len(ran.trace.ops)
+        written = {_torch.address_of(memory.where) for memory in ran.written}
+        for memory in ran.written:
+            if (apart := difference(memory.where, memory.after, checker.tolerance)) is not None:
+                at = next((i for i, op in enumerate(ran.trace.ops) if op.label == memory.maker.label), end)
+                yield Wrong(memory.name, memory.maker, apart, at)
+        for value in checker.values.values():
+            apart = difference(value.tensor, value.snapshot, checker.tolerance)
+            if apart is not None and _torch.address_of(value.tensor) not in written:
+                yield Wrong(f"{value.name} (which the segment does not write)", value.maker, apart, end)
+        for generator, want in checker.of_generators(ran.random, ran.trace):
+            if (apart := difference(generator.get_state(), want)) is not None:
+                yield Wrong("the state of the random generator", NOBODY, apart, end)
+
+    def _accept(self, ran: _Ran) -> None:
+        """The segment was right: later steps are compared with what it made and wrote."""
+        checker = self.checker
+        for memory in ran.written:
+            if memory.name in checker.bridged and memory.name not in checker.moved:
+                self._wrote_bridge(memory)
+        written = {_torch.address_of(memory.where) for memory in ran.written}
+        for value in checker.values.values():
+            if _torch.address_of(value.tensor) in written:
+                value.look()
+        for name, leaf in self._outputs():
+            checker.truth[name] = tensor = checker.recorded.constants[name]
+            if has_memory(tensor):
+                checker.add(name, tensor, _maker(leaf))
+        if self.segment is None:
+            checker.moved |= {name for name, bridge in checker.bridged.items() if _torch.address_of(bridge) in written}
+            for number, root in enumerate(self.captured.roots):
+                if (tensor := root.tensor()) is not None:
+                    maker = Maker.of(self.captured.ops[root.made_by])
+                    checker.add(f"the result of {maker.label} ({self.position}.{number})", tensor, maker)
+
+    def _wrote_bridge(self, memory: _Written) -> None:
+        """A written argument is copied back next. A written result of an eager step lives in the bridge from now on."""
+        checker = self.checker
+        value = checker.values.get(memory.name)
+        is_argument = memory.name in checker.recorded.arguments
+        if not is_argument:
+            checker.moved.add(memory.name)
+            checker.truth[memory.name] = memory.where
+        if value is not None:
+            value.tensor = value.tensor if is_argument else memory.where
+            value.snapshot = memory.after
+
+    def _refuse_late(self) -> None:
+        """Raise if the segment takes a value that an eager step still computes, on a stream that nobody has waited for."""
+        checker = self.checker
+        names = {copy.value.name for copy in self.step.loads} | set(self.segment.inputs if self.segment else ())
+        for name in names:
+            tensor: Any = checker.truth.get(name)
+            if has_memory(tensor) and (wrong := checker.late.get(_torch.storage_key(tensor))) is not None:
+                why = (
+                    "read again after all streams had come to rest, it was another value: the segment does not wait for "
+                    "the stream that it is made on"
+                )
+                raise checker.failure(("race between streams", why, wrong), self.position)
+
+    def _cause(self, ran: _Ran, wrong: Wrong, stale: tuple[str, Wrong] | None, stream: int) -> Verdict:
+        """What the difference looks like, the evidence, and the value to blame."""
+        if stale is not None:
+            return self._stale_cause(*stale)
+        self._take_back(ran)
+        change = first_change(self.captured, ran.trace)
+        if change is not None:
+            return self._change_cause(change, ran.trace, wrong)
+        if (unsteady := _first_unlike(ran, self._run(), wrong)) is not None:
+            return unsteady
+        if self.checker.device.type == "cuda" and self._agrees_synchronised(ran, stream):
+            why = "launched again after all streams had come to rest, the segment agrees with eager"
+            return "race between streams", why, wrong
+        if (outside := self._work_outside(wrong)) is not None:
+            return outside
+        return "unknown", f"it is none of: {', '.join(cause for cause in CAUSES if cause != 'unknown')}", wrong
+
+    def _work_outside(self, wrong: Wrong) -> Verdict | None:
+        """The cause if only custom ops, whose work without torch is not seen, can be to blame; None if there are none."""
+        nodes = [node for node in self.segment.module.graph.nodes if is_somebodys(node)] if self.segment else []
+        if not nodes:
+            return None
+        names = ", ".join(dict.fromkeys(map(label, nodes)))
+        why = f"torch's own ops are captured whole; of {names}, a part that goes to another stream, or to the host, is not"
+        return "work outside of the capture", why, replace(wrong, maker=_maker(nodes[0]), how="at or behind")
+
+    def _stale_cause(self, name: str, stale: Wrong) -> Verdict:
+        changer, own = self.checker.undeclared.get(name, (NOBODY, False))
+        where = f" at {changer.source}" if changer.source else ""
+        if own:
+            why = f"{name} was overwritten by another call of {changer.label}{where}, which returned the same memory again"
+            return KEEPS, why, replace(stale, maker=changer, how="of a result of")
+        why = f"it does not hold what {name} is now"
+        if changer.label:
+            why += f": {changer.label}{where} wrote it, and does not declare so"
+        return "stale bridge", why, stale
+
+    def _change_cause(self, change: Change, trace: Trace, wrong: Wrong) -> Verdict:
+        """The cause if the ops are not those that were captured."""
+        op = change.op
+        blamed = replace(wrong, maker=Maker.of(op))
+        if change.kind == "number":
+            assert change.was is not None
+            pair = next((a, b) for a, b in zip(op.numbers, change.was.numbers, strict=False) if a != b)
+            return "frozen scalar", f"{op.op} takes {pair[0]} now, and took {pair[1]} when it was captured", blamed
+        if change.kind == "path":
+            if _stays(trace, change.position):
+                why = f"{op.label} makes memory that it stores away, and took what it had stored when it was captured"
+                return KEEPS, why, blamed
+            was = change.was.op if change.was is not None else "nothing more"
+            return "frozen scalar", f"its Python took another path: {op.op} now, {was} when it was captured", blamed
+        if any(memory.written or memory.key in self.checker.witness.escaped.storages for memory in op.outside):
+            why = f"{op.op} takes memory that {op.label} has stored away, and took other memory when it was captured"
+            return KEEPS, why, blamed
+        return "address moved", f"{op.op} reads a tensor that lies elsewhere than when it was captured", blamed
+
+    def _agrees_synchronised(self, ran: _Ran, stream: int) -> bool:
+        self.checker.come_to_rest()
+        self.graph.replay(stream)
+        self.checker.come_to_rest()
+        return self._first_wrong(ran) is None
+
+
+def _first_unlike(ran: _Ran, again: _Ran, wrong: Wrong) -> Verdict | None:
     """The first value in which two eager runs on the same inputs differ."""
     change = first_change(ran.trace, again.trace)
     if change is not None:
-        blamed = replace(wrong, label=change.op.label, source=change.op.source)
+        blamed = replace(wrong, maker=Maker.of(change.op))
         cause = KEEPS if change.kind == "memory" else "frozen scalar"
         what = "other memory" if change.kind == "memory" else "other numbers"
         return cause, f"run twice on the same inputs, {change.op.label} takes {what} the second time", blamed
@@ -732,12 +710,16 @@ def _first_unlike(ran: _Ran, again: _Ran, wrong: _Wrong) -> tuple[str, str, _Wro
         mine, theirs = first.tensor(), second.tensor()
         if mine is not None and theirs is not None and (apart := difference(theirs, mine)) is not None:
             op = ran.trace.ops[first.written_by]
-            blamed = _Wrong(first.written_by, f"the result of {op.op}", op.label, op.source, apart)
+            blamed = Wrong(f"the result of {op.op}", Maker.of(op), apart, first.written_by)
             return "a nondeterministic op", f"run twice on the same inputs, {op.label} differs from itself", blamed
     for one, two in zip(ran.written, again.written, strict=True):
         if (apart := difference(two.after, one.after)) is not None:
-            blamed = _Wrong(0, one.name, one.label, one.source, apart)
-            return "a nondeterministic op", f"run twice on the same inputs, {one.label} differs from itself", blamed
+            blamed = Wrong(one.name, one.maker, apart)
+            return (
+                "a nondeterministic op",
+                f"run twice on the same inputs, {one.maker.label} differs from itself",
+                blamed,
+            )
     return None
 
 
@@ -760,5 +742,5 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if has_memory(leaf)]
 
 
-def _maker(leaf: Any) -> tuple[str, str]:
-    return (label(leaf), source_line(leaf)) if isinstance(leaf, fx.Node) else ("", "")
+def _maker(leaf: Any) -> Maker:
+    return Maker(label(leaf), source_line(leaf)) if isinstance(leaf, fx.Node) else NOBODY

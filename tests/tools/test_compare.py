@@ -20,7 +20,7 @@ from breakable_backend.calling.registry import executors_of
 from breakable_backend.errors import CAUSES
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import GraphStep, Recording
-from breakable_backend.tools.compare import Checker, _Wrong
+from breakable_backend.tools.compare import Checker, ComparedSegment, Maker, Wrong
 from breakable_backend.tools.difference import difference
 from checks import check, entries_of
 from silly import aliasing, mutating
@@ -165,8 +165,10 @@ def test_each_replay_is_compared(
 ) -> None:
     """Each segment of each replay is; no segment without the mode."""
     launched: list[int] = []
-    launch = Checker.launch
-    monkeypatch.setattr(Checker, "launch", lambda self, *args: (launched.append(args[0]), launch(self, *args))[1])
+    replay = ComparedSegment.replay
+    monkeypatch.setattr(
+        ComparedSegment, "replay", lambda self, stream: (launched.append(self.position), replay(self, stream))[1]
+    )
     for options, steps in ((compared, [0, 2] * 3), ({**compared, "debug": None}, [])):
         launched.clear()
         torch.compiler.reset()
@@ -242,30 +244,16 @@ def without_copies(which: str) -> Callable[[Recording], Recording]:
     return change
 
 
-class After:
-    """A graph, and something that happens behind its back."""
-
-    draws_random, num_kernels = False, -1
-
-    def __init__(self, graph: Any, then: Callable[[], Any]) -> None:
-        self.graph, self.then = graph, then
-
-    def copier(self, like: torch.Tensor) -> None:
-        """None: what is compared is slow anyway."""
-
-    def replay(self, stream: int) -> None:
-        self.graph.replay(stream)
-        self.then()
-
-
 def behind(monkeypatch: pytest.MonkeyPatch, then: Callable[[Recording], Any], position: int = 0) -> None:
     """Have ``then`` happen after each launch of the step at ``position``."""
-    launch = Checker.launch
+    look = ComparedSegment._first_wrong
 
-    def launched(self: Checker, at: int, graph: Any, stream: int) -> None:
-        launch(self, at, After(graph, lambda: then(self.recorded)) if at == position else graph, stream)
+    def looked(self: ComparedSegment, ran: Any) -> Any:
+        if self.position == position:
+            then(self.checker.recorded)
+        return look(self, ran)
 
-    monkeypatch.setattr(Checker, "launch", launched)
+    monkeypatch.setattr(ComparedSegment, "_first_wrong", looked)
 
 
 def in_steps(x: Tensor) -> Tensor:
@@ -564,7 +552,7 @@ def test_late_values(
         if call.label == "silly::triple":
             apart = difference(result + 1, result)
             assert apart is not None
-            self.late[_torch.storage_key(result)] = _Wrong(0, "what it made", call.label, call.source, apart)
+            self.late[_torch.storage_key(result)] = Wrong("what it made", Maker.of(call), apart)
 
     monkeypatch.setattr(Checker, "_synchronise", synchronise)
 
