@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,18 @@ NO_GPU = "needs a CUDA GPU: torch.cuda.is_available() is False"
 # Compiling takes longer than any deadline, and a failure that comes and goes helps nobody.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+# What torch writes for whoever listens, a tenth of a compilation. Pytest listens to all loggers that do not propagate.
+logging.getLogger("torch.__trace").propagate = True
+
+
+def _check(guards: Any, values: dict[str, Any], times: int) -> float:
+    """What torch does to say in its log how long the guards take, but without an empty cache of the processor."""
+    guards.check(values)
+    return 0.0
+
+
+torch._dynamo.guards.profile_guard_manager = _check  # a tenth, too
 
 if _torch.may_use_freed_guards():  # else the process may crash as it ends, all tests passed
     torch._dynamo.config.use_recursive_dict_tags_for_guards = False
