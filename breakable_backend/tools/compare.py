@@ -20,7 +20,6 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.trace import Change, Issued, Trace, Watch, first_change, run_module
 from breakable_backend.drivers import Feed
 from breakable_backend.drivers.device import GraphAround
 from breakable_backend.errors import CAUSES, DivergenceError
@@ -43,6 +42,7 @@ from breakable_backend.recordings.recording import (
 from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.recordings.replay import Function
 from breakable_backend.tools.difference import Difference, Tolerance, difference
+from breakable_backend.tools.trace import Change, Issued, Trace, Watch, first_change, run_module
 from breakable_backend.tools.witness import KeptArgument, Witness
 
 KEEPS = "an op that keeps its buffers"

@@ -10,7 +10,6 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.capturing.trace import Escaped, Script, Trace, Watch, run_module
 from breakable_backend.ir.effects import is_of_torch, values_of
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.running_ops import has_memory
@@ -18,6 +17,7 @@ from breakable_backend.marks.structure import fields, replaced
 from breakable_backend.recordings.observer import Issue
 from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.tools.difference import Difference, difference
+from breakable_backend.tools.trace import Escaped, Script, Trace, Watch, run_module
 
 
 @dataclass
