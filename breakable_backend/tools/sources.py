@@ -181,14 +181,23 @@ class DepyfFiles(Observer):
 
 def _run_from(module: fx.GraphModule, text: str, file: Path) -> None:
     """Give ``forward`` the code that ``file`` defines. The names that it needs are in its own globals."""
+    if (tree := _parsed(text)) is not None:
+        type(module).forward.__code__, _ = _forward(module, tree, file)
+
+
+def _parsed(text: str) -> ast.Module | None:
+    """None for what is not Python, as some texts that fx prints are not. Such files are only for reading."""
     try:
-        code = compile(text, str(file), "exec")
+        return ast.parse(text)
     except SyntaxError:
-        return  # the text that fx prints is not always Python; then the file is only for reading
-    forward = type(module).forward
-    scope: dict[str, Any] = dict(forward.__globals__)
-    exec(code, scope)
-    forward.__code__ = scope[_class_name(module)].forward.__code__
+        return None
+
+
+def _forward(module: fx.GraphModule, tree: ast.Module, file: Path) -> tuple[CodeType, dict[str, Any]]:
+    """The code of ``forward`` as ``tree`` has it, and its globals."""
+    names = dict(type(module).forward.__globals__)
+    exec(compile(tree, str(file), "exec"), names)
+    return names[_class_name(module)].forward.__code__, names
 
 
 @dataclass(frozen=True)
@@ -202,9 +211,8 @@ class _Stepped:
     def of(cls, module: fx.GraphModule, text: str, file: Path) -> _Stepped | None:
         """None if the text has no statement for some node."""
         nodes = {node.name for node in module.graph.nodes if node.op == "call_function"}
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:
+        tree = _parsed(text)
+        if tree is None:
             return None
         forward = next(f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "forward")
         told: list[ast.stmt] = []
@@ -221,9 +229,7 @@ class _Stepped:
         if nodes:
             return None
         forward.body = told
-        names = dict(type(module).forward.__globals__)
-        exec(compile(tree, str(file), "exec"), names)
-        return cls(names[_class_name(module)].forward.__code__, names)
+        return cls(*_forward(module, tree, file))
 
     def run(self, body: NodeByNode, *inputs: Any) -> tuple[Any, ...]:
         """``body``, from the file."""
