@@ -1415,7 +1415,7 @@ FAULTS = (
     Fault(
         "no-shapes-and-gradients",
         "marks.call_sites:Site.fake",
-        "[torch.empty(1, dtype=torch.int64, device='cpu')] if needs else []",
+        "[torch.empty(1, dtype=torch.int64, device='cpu')] if call.needs else []",
         "[]",
         "test_functions_gradients.py::test_fake_that_reads_values[eager-cpu]",
     ),

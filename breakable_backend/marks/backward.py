@@ -52,7 +52,7 @@ def with_backward(function: Callable[..., Any], backward: Callable[..., Any]) ->
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return function(*args, **kwargs)
         results: list[Any] = []
-        call = _DeclaredCall(name, function, backward, args, kwargs, structure, results)
+        call = _DeclaredCall(name, function, backward, args, kwargs, structure, numbers, results)
         made = _torch.apply_function(_Declared, call, *tensors)
         numbers, returned = results
         return put_together(returned, _reader(made, numbers))
@@ -68,6 +68,8 @@ class _DeclaredCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     structure: Structure
+    numbers: list[Any]
+    """The numbers among the arguments."""
     results: list[Any]
 
 
@@ -82,7 +84,9 @@ class _Declared(torch.autograd.Function):
         returned = take_apart(result, made, numbers, numbers)
         call.results.extend((numbers, returned))
         ctx.save_for_backward(*tensors, *made)
-        ctx.given = (call.name, call.backward, call.structure, _others(call), returned, numbers, len(tensors))
+        modules = {id(module): module for module in instances_in((call.args, call.kwargs), torch.nn.Module)}
+        others = call.numbers, modules
+        ctx.given = (call.name, call.backward, call.structure, others, returned, numbers, len(tensors))
         ctx.set_materialize_grads(False)
         return tuple(made)
 
@@ -107,13 +111,6 @@ class _Declared(torch.autograd.Function):
         for argument, gradient in zip(arguments, per_argument, strict=True):
             _spread(argument, gradient, gradients)
         return None, *gradients
-
-
-def _others(call: _DeclaredCall) -> tuple[list[Any], dict[int, Any]]:
-    """The numbers and the modules among the arguments."""
-    numbers: list[Any] = []
-    take_apart((call.args, call.kwargs), [], numbers, numbers)
-    return numbers, {id(module): module for module in instances_in((call.args, call.kwargs), torch.nn.Module)}
 
 
 def _reader(tensors: Sequence[Any], numbers: Sequence[Any], modules: Any = None) -> Callable[[Structure], Any]:

@@ -11,6 +11,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.errors import EagerOutputError, ReplayError
 from breakable_backend.marks.call_sites import Site, sites
+from breakable_backend.marks.learning import Given
 from breakable_backend.marks.saved_for_backward import SavedForBackward, saved_behind
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
@@ -97,20 +98,19 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
 
     def run(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
-        return packed(sites[site].run(needs, traced, tensors, *rest[num_written + 1 :]))
+        return packed(sites[site].run(Given(needs, tensors, *rest[num_written + 1 :]), traced))
 
     def fake(site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
-        return packed(sites[site].fake((needs, tensors, *rest[num_written + 1 :])))
+        return packed(sites[site].fake(Given(needs, tensors, *rest[num_written + 1 :])))
 
     def differentiate(keys: Any, site: int, needs: list[bool], traced: bool, *rest: Any) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
         if needs or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return _torch.below_autograd(op, keys, site, needs, traced, *rest)
         taping = op if num_results is None else _overload(writing_op(num_written, num_results + 1))
-        return packed(
-            list(_torch.apply_function(_Node, taping, keys, site, num_written, *rest[num_written + 1 :], *tensors))
-        )
+        numbers = rest[num_written + 1 :]
+        return packed(list(_torch.apply_function(_Node, taping, keys, site, num_written, *numbers, *tensors)))
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)
@@ -148,7 +148,7 @@ def _shapes(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], f
 @torch.library.register_fake("breakable_cg::shapes", lib=_library)  # type: ignore[untyped-decorator]
 def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[Any], floats: list[Any]) -> None:
     sites[site].look_for_overlaps(tensors)
-    sites[site].learn((needs, tensors, ints, floats))
+    sites[site].learn(Given(needs, tensors, ints, floats))
 
 
 @torch.library.impl(_library, "number", "CompositeExplicitAutograd")
@@ -176,12 +176,11 @@ def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int
     taken = {_torch.storage_key(grad) for grad in grads if grad is not None}
     results = []
     for gradient, leaf in zip(made, saved.leaves, strict=True):
-        result = (
-            torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
-        )
+        dense = torch.contiguous_format
+        result = torch.zeros_like(leaf, memory_format=dense) if gradient is None else gradient.contiguous()
         if _torch.storage_key(result) in taken or _torch.owners_of_storage(result) > 1:
             # An op may not return memory that something else owns.
-            result = result.clone(memory_format=torch.contiguous_format)
+            result = result.clone(memory_format=dense)
         taken.add(_torch.storage_key(result))
         results.append(result)
     return results
@@ -190,10 +189,8 @@ def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int
 @torch.library.register_fake("breakable_cg::backward", lib=_library)  # type: ignore[untyped-decorator]
 def _backward_fake(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[Any]) -> list[torch.Tensor]:
     left = iter(sizes)
-    return [
-        torch.empty(tuple(itertools.islice(left, dim)), dtype=dtype, device=device)
-        for dim, dtype, device in sites[site].gradients
-    ]
+    shapes = [(tuple(itertools.islice(left, dim)), dtype, device) for dim, dtype, device in sites[site].gradients]
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
 
 
 def is_backward(op: Any) -> bool:

@@ -22,7 +22,7 @@ from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.overlap import known_apart
 from breakable_backend.marks.fast_calls import Run, fast_call
-from breakable_backend.marks.learning import Asked, Expected, Learned
+from breakable_backend.marks.learning import Asked, Expected, Given, Learned
 from breakable_backend.marks.results import Result, Unholdable, copy_of, take_result
 from breakable_backend.marks.saved_for_backward import SavedForBackward, reaches_others
 from breakable_backend.marks.structure import (
@@ -126,16 +126,14 @@ def _all_learned() -> list[tuple[Mark, Learned]]:
     return [(mark, learned) for mark, entries in list(by_mark.items()) for _, learned, _ in list(entries)]
 
 
-def see_result(
-    mark: Mark, learned: Learned, asked: Asked, holder: list[Any], arguments: Sequence[torch.Tensor]
-) -> None:
+def see_result(mark: Mark, learned: Learned, given: Given, asked: Asked, holder: list[Any]) -> None:
     """Learn from the result of a call that ran as Python. Nothing of the result is kept."""
-    recording, declared = any(asked.needs), mark.backward is not None
+    recording, declared, arguments = any(given.needs), mark.backward is not None, given.tensors
     try:
         taken = take_result(holder, arguments, recording=recording, exact=not declared, copies=False)
         if recording:
-            given = [*arguments, *(tensor.grad_fn for tensor in arguments)]
-            lost = not declared and reaches_others(taken.members, given)
+            ends = [*arguments, *(tensor.grad_fn for tensor in arguments)]
+            lost = not declared and reaches_others(taken.members, ends)
         else:
             lost = torch.is_grad_enabled() and any(root.requires_grad for root in taken.roots)
         if lost:
@@ -161,10 +159,6 @@ def run_inline(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 # --- a call -------------------------------------------------------------------------------------------------------------
-
-
-Call = tuple[list[bool], Sequence[torch.Tensor], list[Any], list[Any]]
-"""What a call takes: which tensors need gradients (empty if none), the tensors, ints and floats."""
 
 
 @dataclass(eq=False)
@@ -207,23 +201,22 @@ class Site:
 
     # on fake tensors
 
-    def fake(self, call: Call) -> list[torch.Tensor]:
+    def fake(self, call: Given) -> list[torch.Tensor]:
         """The results of the op, as fake tensors."""
-        needs, expected = call[0], self.learn(call)
+        expected = self.learn(call)
         if not self.is_known:
-            return [torch.empty(1, dtype=torch.int64, device="cpu")] if needs else []  # a handle for autograd
+            return [torch.empty(1, dtype=torch.int64, device="cpu")] if call.needs else []  # a handle for autograd
         made = [spec.empty() for spec in expected.specs]
         if expected.num_ints:
             made.append(torch.empty(expected.num_ints, dtype=torch.int64, device="cpu"))
-        if needs:
+        if call.needs:
             made.append(torch.empty(1, dtype=torch.int64, device="cpu"))
         return made
 
-    def learn(self, call: Call) -> Expected:
+    def learn(self, call: Given) -> Expected:
         """Find out what the call returns for arguments of these layouts, which are fake tensors."""
-        needs, tensors, _, _ = call
-        if needs:
-            wanting = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+        if call.needs:
+            wanting = [tensor for tensor, need in zip(call.tensors, call.needs, strict=True) if need]
             self.gradients = tuple((tensor.dim(), tensor.dtype, tensor.device) for tensor in wanting)
         expected = self._remember(call) if self.mark.fake is None else self._told(call)
         self.is_known = expected is not None
@@ -242,9 +235,8 @@ class Site:
             raise self.error
         if not self.is_known:
             if not _torch.can_run_as_python():
-                raise self._failure(
-                    "nothing yet: its result is not known before its first call", GIVE_FAKE, PartitionError
-                )
+                unknown = "nothing yet: its result is not known before its first call"
+                raise self._failure(unknown, GIVE_FAKE, PartitionError)
             self.learned.in_vain += not _torch.in_a_body()  # there a break is an error, and a branch may come late
             self.run_as_python("has not run yet, and its result is not known")
         if self.learned.waiting:
@@ -256,8 +248,8 @@ class Site:
         self.learned.waiting[_code_being_traced()] = Learning(self.mark, Callers())
         _torch.run_as_python(f"{self.mark.name} {why}")
 
-    def _remember(self, call: Call) -> Expected | None:
-        asked = Asked.of(*call)
+    def _remember(self, call: Given) -> Expected | None:
+        asked = Asked.of(call)
         found = self.learned.find(asked)
         if found is None and asked.can_be_specialised:
             found = self.learned.find(asked.specialised())
@@ -267,13 +259,13 @@ class Site:
                 found = replace(found, specs=rule.specs(found.specs, asked.numbers))
         return found
 
-    def _told(self, call: Call) -> Expected | None:
+    def _told(self, call: Given) -> Expected | None:
         """The result of ``fake``, which is called once for the same layouts."""
-        key = _layouts(*call)
+        key = _layouts(call)
         if key is not None and key in self.known:
             return self.known[key]
         try:
-            with _torch.ignore_fresh_symbols(call[1]), self.modes.enter():
+            with _torch.ignore_fresh_symbols(call.tensors), self.modes.enter():
                 expected = self._ask(call)
         except PartitionError as error:
             self.error = error
@@ -287,20 +279,18 @@ class Site:
             self.known[key] = expected
         return expected
 
-    def _ask(self, call: Call) -> Expected:
-        needs, tensors, ints, floats = call
-        given = [tensor.detach() for tensor in tensors]
+    def _ask(self, call: Given) -> Expected:
+        given = [tensor.detach() for tensor in call.tensors]
         modules = {}
         with _torch.above_autograd():
-            for tensor, need in zip(given, needs, strict=False):
+            for tensor, need in zip(given, call.needs, strict=False):
                 tensor.requires_grad_(need)
             for leaf in leaves_of(self.arguments):
                 if leaf[0] == "module":
-                    modules[leaf[1]] = _twin(
-                        self._module(leaf[1]), dict(zip(leaf[2], (given[p] for p in leaf[3]), strict=True))
-                    )
-            holder = [self._call(self.mark.fake, given, ints, floats, modules)]  # type: ignore[arg-type]
-            taken = self._take(holder, given, bool(needs), PartitionError)
+                    own = dict(zip(leaf[2], (given[place] for place in leaf[3]), strict=True))
+                    modules[leaf[1]] = _twin(self._module(leaf[1]), own)
+            holder = [self._call(self.mark.fake, call._replace(tensors=given), modules)]  # type: ignore[arg-type]
+            taken = self._take(holder, given, bool(call.needs), PartitionError)
         return expected_of(taken, self.declared)
 
     def look_for_overlaps(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -314,23 +304,11 @@ class Site:
 
     # on real ones
 
-    def run(
-        self,
-        needs: list[bool],
-        traced: bool,
-        tensors: list[Any],
-        ints: list[int],
-        floats: list[float],
-        *,
-        own: bool = False,
-    ) -> list[torch.Tensor]:
+    def run(self, call: Given, traced: bool, *, own: bool = False) -> list[torch.Tensor]:
         """Call the function on real tensors, once.
 
         Args:
-            needs: which tensors need gradients; empty if none does and there will be no backward.
-            tensors: all tensors that the call takes, the written ones first.
-            ints: its ints.
-            floats: its floats.
+            call: its tensors, the written ones first, and numbers. ``needs`` is empty if there will be no backward.
             traced: whether the code around it was compiled by AOTAutograd, and may reuse memory that a backward still
                 reads.
             own: whether the caller enters autocast and grad mode, and passes the modules' own tensors, as a replay
@@ -339,42 +317,38 @@ class Site:
         Raises:
             EagerOutputError: the result differs from what ``fake`` or earlier calls returned.
         """
-        if own and not needs:
+        if own and not call.needs:
             modules = {address: self._module(address) for address in self.modules}
-            given, holder = tensors, [self._call(self._function, tensors, ints, floats, modules)]
-            taken = self._take(holder, given, False, EagerOutputError)
+            holder = [self._call(self._function, call, modules)]
+            taken = self._take(holder, call.tensors, False, EagerOutputError)
         else:
-            with (
-                self.modes.enter(),
-                self._modules(needs, traced, tensors, own) as (given, modules),
-                _torch.above_autograd(),
-            ):
-                holder = [self._call(self._function, given, ints, floats, modules)]
-                taken = self._take(holder, given, bool(needs), EagerOutputError)
-        made = self._made(taken, traced, (needs, given, ints, floats))
-        if needs:
-            leaves = [tensor for tensor, need in zip(given, needs, strict=True) if need]
+            with self.modes.enter(), self._modules(call, traced, own) as (call, modules), _torch.above_autograd():
+                holder = [self._call(self._function, call, modules)]
+                taken = self._take(holder, call.tensors, bool(call.needs), EagerOutputError)
+        made = self._made(taken, traced, call)
+        if call.needs:
+            leaves = [tensor for tensor, need in zip(call.tensors, call.needs, strict=True) if need]
             made = [*made, SavedForBackward.handle(leaves, taken.members)]
         return made
 
     def fast_run(self) -> Run:
         """:meth:`run` as a replay calls it, by a shorter path if there is one."""
-        run = functools.partial(self.run, own=True)
 
-        def take(holder: list[Any], tensors: list[Any], ints: list[int], floats: list[float]) -> list[Any]:
-            taken = self._take(holder, tensors, False, EagerOutputError)
-            return self._made(taken, False, ([], tensors, ints, floats))
+        def run(needs: list[bool], traced: bool, *given: Any) -> list[Any]:
+            return self.run(Given(needs, *given), traced, own=True)
+
+        def take(holder: list[Any], *given: Any) -> list[Any]:
+            call = Given([], *given)
+            return self._made(self._take(holder, call.tensors, False, EagerOutputError), False, call)
 
         def look(now: Sequence[Any], before: Sequence[Any]) -> None:
             if not is_still(now, before):
                 raise self._changed_a_container()
 
-        capture = active.handler.held.get
-        return fast_call(
-            self.mark.function, self.arguments, self.expected.result, self.expected.specs, capture, run, take, look
-        )
+        capture, expected = active.handler.held.get, self.expected
+        return fast_call(self.mark.function, self.arguments, expected.result, expected.specs, capture, run, take, look)
 
-    def _made(self, taken: Result, traced: bool, call: Call) -> list[torch.Tensor]:
+    def _made(self, taken: Result, traced: bool, call: Given) -> list[torch.Tensor]:
         """What the op returns for the result of a call: its roots, and behind them its ints."""
         self._check(taken, call)
         made = [copy_of(root) for root in taken.roots] if traced else taken.roots
@@ -382,12 +356,11 @@ class Site:
             made = [*made, torch.tensor(taken.ints, dtype=torch.int64, device="cpu")]
         return made
 
-    def _check(self, taken: Result, call: Call) -> None:
+    def _check(self, taken: Result, call: Given) -> None:
         wanted = self.expected
-        _, tensors, ints, _ = call
-        if taken.structure != wanted.result and not is_the_same(taken.structure, wanted.result, tensors):
+        if taken.structure != wanted.result and not is_the_same(taken.structure, wanted.result, call.tensors):
             raise self._mismatch(call, taken, f"put together as {taken.structure}", str(wanted.result))
-        specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, tensors, ints)
+        specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, call)
         for root, want in zip(taken.roots, specs, strict=True):
             if not want.accepts(root):
                 raise self._mismatch(call, taken, str(TensorSpec.of(root)), str(want))
@@ -401,11 +374,9 @@ class Site:
         return module
 
     @contextmanager
-    def _modules(
-        self, needs: list[bool], traced: bool, tensors: list[Any], own: bool
-    ) -> Iterator[tuple[list[Any], dict[int, Any]]]:
-        """The tensors and modules to call the function with."""
-        given = list(tensors)
+    def _modules(self, call: Given, traced: bool, own: bool) -> Iterator[tuple[Given, dict[int, Any]]]:
+        """The call with the tensors, and the modules, to call the function with."""
+        needs, given = call.needs, list(call.tensors)
         for place, (written, apart) in self.overlaps.items():
             tensor, target = given[place], given[written]
             if _torch.storage_key(tensor) != _torch.storage_key(target) and tensor.dtype is target.dtype:
@@ -433,7 +404,7 @@ class Site:
                 for leaf in leaves_of(self.arguments):
                     if leaf[0] == "module":
                         self._settle(leaf, modules[leaf[1]], tensors, given, bool(needs), stack)
-            yield given, modules
+            yield call._replace(tensors=given), modules
 
     def _settle(
         self, leaf: Structure, module: Any, tensors: list[Any], given: list[Any], recording: bool, stack: ExitStack
@@ -453,8 +424,8 @@ class Site:
 
     # either
 
-    def _call(self, function: Callable[..., Any], tensors: Any, ints: Any, floats: Any, modules: Any) -> Any:
-        places = {"tensor": tensors, "int": ints, "float": floats, "module": modules}
+    def _call(self, function: Callable[..., Any], call: Given, modules: dict[int, Any]) -> Any:
+        places: dict[str, Any] = {"tensor": call.tensors, "int": call.ints, "float": call.floats, "module": modules}
 
         def leaf(structure: Structure) -> Any:
             kind, place = structure[0], structure[1]
@@ -520,11 +491,11 @@ class Site:
         failed.__cause__ = error
         return failed
 
-    def _mismatch(self, call: Call, taken: Result, got: str, wanted: str) -> BreakableError:
+    def _mismatch(self, call: Given, taken: Result, got: str, wanted: str) -> BreakableError:
         if self.mark.fake is not None:
             fix = "return the same structure and plain values at each call, and the layouts that fake= tells"
         else:
-            self.learned.add(Asked.of(*call), expected_of(taken, self.declared))
+            self.learned.add(Asked.of(call), expected_of(taken, self.declared))
             _torch.forget_code_of(self, f"{self.mark.name} returned something else")
             fix = (
                 "call again: from now on such calls are graph breaks; for one graph return the same structure, plain values and "
@@ -594,20 +565,19 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
             made = twins[id(original)] = kind.__new__(kind)
             made.__dict__.update(original.__dict__)
             for name in ("_parameters", "_buffers"):
-                made.__dict__[name] = {
-                    key: other.get(id(value), value) for key, value in original.__dict__[name].items()
-                }
-            made.__dict__["_modules"] = {
-                name: child and copied(child) for name, child in original.__dict__["_modules"].items()
-            }
+                held = original.__dict__[name].items()
+                made.__dict__[name] = {key: other.get(id(value), value) for key, value in held}
+            children = original.__dict__["_modules"].items()
+            made.__dict__["_modules"] = {name: child and copied(child) for name, child in children}
         return twins[id(original)]
 
     other = {id(operator.attrgetter(name)(module)): tensor for name, tensor in tensors.items()}
     return copied(module)
 
 
-def _layouts(needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]) -> Any:
+def _layouts(call: Given) -> Any:
     """The key by which results are looked up; None if a size or number is symbolic."""
+    needs, tensors, ints, floats = call
     specs = tuple(map(TensorSpec.of, tensors))
     numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
     if not all(type(number) in (int, float) for number in numbers):

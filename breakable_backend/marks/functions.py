@@ -47,7 +47,7 @@ from breakable_backend.marks.call_sites import (
 )
 from breakable_backend.marks.call_sites import Mark as Mark
 from breakable_backend.marks.changes import looking_at
-from breakable_backend.marks.learning import Asked
+from breakable_backend.marks.learning import Asked, Given
 from breakable_backend.marks.structure import (
     Structure,
     contents,
@@ -410,7 +410,8 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [given[place] for place in order]
     needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
     try:
-        asked = Asked.of(needs if any(needs) else [], tensors, ints, floats)
+        call = Given(needs if any(needs) else [], tensors, ints, floats)
+        asked = Asked.of(call)
     except Exception as error:  # noqa: BLE001 - some tensors, such as sparse ones, cannot be asked how they lie
         learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
         return mark.function(*args, **kwargs)
@@ -430,7 +431,7 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.why_not = WROTE_AN_ARGUMENT
         learned.cure = NAME_THEM if mark.by == BY_FUNCTION else NAME_WHAT_IT_WRITES
         return holder[0]
-    see_result(mark, learned, asked, holder, tensors)
+    see_result(mark, learned, call, asked, holder)
     return holder[0]
 
 

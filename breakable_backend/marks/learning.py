@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,16 @@ class Expected:
 # --- what a call was given ----------------------------------------------------------------------------------------------
 
 
+class Given(NamedTuple):
+    """What the op of a call takes."""
+
+    needs: Sequence[bool]
+    """Which tensors need gradients; empty if none does."""
+    tensors: Sequence[torch.Tensor]
+    ints: Sequence[Any]
+    floats: Sequence[Any]
+
+
 Values = tuple[tuple[Any, ...], tuple[str | None, ...]]
 """The numbers in a call's arguments: sizes, strides of tensors that are not dense, and ints; and its floats, bit for
 bit."""
@@ -61,9 +71,8 @@ class Asked:
         return self.kind[0]  # type: ignore[no-any-return]
 
     @classmethod
-    def of(
-        cls, needs: Sequence[bool], tensors: Sequence[torch.Tensor], ints: Sequence[Any], floats: Sequence[Any]
-    ) -> Asked:
+    def of(cls, given: Given) -> Asked:
+        needs, tensors, ints, floats = given
         orders = tuple(_order_in_memory(tensor) for tensor in tensors)
         kind = tuple((t.dtype, t.device, t.dim(), order) for t, order in zip(tensors, orders, strict=True))
         numbers = _numbers(tensors, orders)
@@ -90,11 +99,10 @@ class Asked:
 
     def agrees(self, sample: Values) -> bool:
         """Whether ``other`` may be a call with these arguments, for some values of the symbols."""
-        return all(
-            mine is None or mine == theirs
-            for ours, other in zip(self.values, sample, strict=True)
-            for mine, theirs in zip(ours, other, strict=True)
+        pairs = (
+            pair for ours, other in zip(self.values, sample, strict=True) for pair in zip(ours, other, strict=True)
         )
+        return all(mine is None or mine == theirs for mine, theirs in pairs)
 
 
 def _numbers(tensors: Sequence[torch.Tensor], orders: Sequence[Any]) -> tuple[Any, ...]:
@@ -165,10 +173,8 @@ class Rule:
             made.append(replace(spec, shape=shape, stride=dense_strides(shape, order)))
         return tuple(made)
 
-    def specs_of(
-        self, like: Sequence[TensorSpec], tensors: Sequence[torch.Tensor], ints: Sequence[int]
-    ) -> tuple[TensorSpec, ...]:
-        return self.specs(like, (*_numbers(tensors, self.orders), *ints))
+    def specs_of(self, like: Sequence[TensorSpec], given: Given) -> tuple[TensorSpec, ...]:
+        return self.specs(like, (*_numbers(given.tensors, self.orders), *given.ints))
 
 
 @dataclass
@@ -282,9 +288,8 @@ def _common_order(specs: Sequence[TensorSpec]) -> tuple[int, ...] | None:
 def _term(values: list[int], samples: list[tuple[int, ...]], asked: Asked, dim: int) -> Term | None:
     """How one number of the results follows from the arguments; None if no simple term fits all samples."""
     symbols = [place for place, number in enumerate(asked.numbers) if type(number) is not int]
-    symbols.sort(
-        key=lambda place: (place != dim, place >= asked.num_sizes)
-    )  # try the same dimension, then other sizes, then ints
+    # Try the same dimension, then other sizes, then ints.
+    symbols.sort(key=lambda place: (place != dim, place >= asked.num_sizes))
     for place in symbols:
         if all(sample[place] == value for sample, value in zip(samples, values, strict=True)):
             return 1, place, 0

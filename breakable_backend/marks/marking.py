@@ -229,9 +229,8 @@ class Marks:
 
     def unmet(self, module: fx.GraphModule) -> frozenset[str]:
         """The marks, each with its kind, that neither Dynamo's graph nor the lowered graph contains a call of."""
-        ops = {
-            op for node in module.graph.nodes if node.op == "call_function" for op in effective_ops(node)
-        } | self._ops
+        calls = (node for node in module.graph.nodes if node.op == "call_function")
+        ops = self._ops.union(*map(effective_ops, calls))
         overloads = [op for op in ops if isinstance(op, _torch.OpOverload)]
         met = {name for op in overloads for name in (op.name(), op_name(op), str(op._schema.name))}
         called = modules.called_in(module)
@@ -239,9 +238,8 @@ class Marks:
         named |= set(self.eager_ops.modules.unmet(module for _, module in called))
         marked = self._missing(_marked - met, _marked_functions)
         marked |= set(modules.marked().unmet(module for by, module in called if by == modules.MARK_EAGER))
-        return frozenset(
-            [f"{name} is named in eager_ops" for name in named] + [f"{name} is marked by mark_eager" for name in marked]
-        )
+        unmet = [f"{name} is named in eager_ops" for name in named]
+        return frozenset(unmet + [f"{name} is marked by mark_eager" for name in marked])
 
     def _missing(self, names: Iterable[str], functions: Iterable[Any]) -> set[str]:
         """Those of ``names`` that occur under no function's name, and the functions that occur under no name of theirs."""

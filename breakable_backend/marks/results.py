@@ -97,11 +97,9 @@ def take_result(
         Unholdable: a part of the result that compiled code cannot hold.
     """
     result = holder[0]
-    other = foreign(result) or next((type(module).__name__ for module in instances_in(result, torch.nn.Module)), "")
-    other = other or next(
-        (type(value).__name__ for value in instances_in(result, enum.Enum)), ""
-    )  # Dynamo's guards on enums fail
-    if other:
+    # Dynamo's guards on enums fail.
+    refused = (*instances_in(result, torch.nn.Module), *instances_in(result, enum.Enum))
+    if other := foreign(result) or next((type(value).__name__ for value in refused), ""):
         raise Unholdable(f"an object that compiled code cannot hold: {other}", _CONTAINERS)
     tensors: list[torch.Tensor] = []
     ints: list[Any] = []
@@ -111,10 +109,8 @@ def take_result(
     for kind, values in kinds.items():
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
         if strange is not None:  # such as numpy.float64, a subclass of float
-            raise Unholdable(
-                "a number or string of a subclass, which compiled code cannot hold",
-                f"return it as {kind.__name__}",
-            )
+            what = "a number or string of a subclass, which compiled code cannot hold"
+            raise Unholdable(what, f"return it as {kind.__name__}")
     if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
         raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
     if not all(isinstance(value, float) for value in floats):
@@ -139,21 +135,19 @@ def take_result(
     return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
 
 
+@dataclass(eq=False)
 class _Taker:
     """Sorts the tensors of a result by their memory."""
 
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor],
-        arguments: Sequence[torch.Tensor],
-        references: Mapping[int, int],
-        recording: bool,
-        exact: bool,
-        copies: bool,
-    ) -> None:
-        self.tensors, self.arguments, self.references = tensors, arguments, references
-        self.recording, self.exact, self.copies = recording, exact, copies
-        self.places: list[Structure] = [()] * len(tensors)
+    tensors: Sequence[torch.Tensor]
+    arguments: Sequence[torch.Tensor]
+    references: Mapping[int, int]
+    recording: bool
+    exact: bool
+    copies: bool
+
+    def __post_init__(self) -> None:
+        self.places: list[Structure] = [()] * len(self.tensors)
         """The leaf for each tensor."""
         self.roots: list[torch.Tensor] = []
         self.members: list[list[Member]] = []
@@ -173,20 +167,16 @@ class _Taker:
     def _alias(self, tensor: torch.Tensor) -> Structure:
         """The leaf for a result that lies in the memory of an argument."""
         mine = Geometry.of(tensor)
-        bases = [
-            (number, base, Geometry.of(base), self._is_detached(tensor, base.requires_grad))
-            for number, base in enumerate(self.arguments)
-            if _torch.storage_key(base) == _torch.storage_key(tensor)
-        ]
-        for number, _, lies, detached in bases:
+        key = _torch.storage_key(tensor)
+        bases = [(number, base) for number, base in enumerate(self.arguments) if _torch.storage_key(base) == key]
+        leaves = []
+        for number, base in bases:
+            lies, detached = Geometry.of(base), self._is_detached(tensor, base.requires_grad)
             if lies.in_memory == mine.in_memory:
                 return ("argument", number, detached)
-        leaves = [
-            view_leaf("argument", number, strided(base), strided(tensor), detached)
-            for number, base, lies, detached in bases
-            if lies.read_as == mine.read_as
-        ]
-        if bases[0][2].read_as != mine.read_as:
+            if lies.read_as == mine.read_as:
+                leaves.append(view_leaf("argument", number, strided(base), strided(tensor), detached))
+        if Geometry.of(bases[0][1]).read_as != mine.read_as:
             raise Unholdable("a view of an argument with another dtype", "make that view outside, or return a clone")
         # Prefer an argument that contains it: in another call the arguments may lie apart.
         return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
@@ -200,30 +190,30 @@ class _Taker:
         first, number = tensors[0], len(self.roots)
         lies = [Geometry.of(tensor) for tensor in tensors]
         wanting = [tensor for tensor in tensors if self.recording and tensor.requires_grad]
+        where: Strided | None = None
+        """The geometry of the root, if the results are views of it."""
         if all(other.in_memory == lies[0].in_memory for other in lies[1:]):
             root = first.detach() if self.recording else first
-            leaves = [("tensor", number, self._is_detached(tensor, self.exact and bool(wanting))) for tensor in tensors]
             members: list[Member] = [(tensor, None) for tensor in wanting[:1]]
         else:
             if any(other.read_as != lies[0].read_as for other in lies):
                 raise Unholdable("tensors of several dtypes that share memory", "return clones")
             where = _span(tensors)
             root = first.detach().as_strided(*where)
-            leaves = [
-                view_leaf("root", number, where, strided(t), self._is_detached(t, self.exact and bool(wanting)))
-                for t in tensors
-            ]
             members = _shares([(tensor, _apart(strided(tensor), where[2])) for tensor in wanting], where[0][0])
         if root.is_conj() or root.is_neg():
             root = root.resolve_conj().resolve_neg()
-        elif self.copies and (
-            copied or (not _torch.is_traced(first) and _is_kept(tensors, self.references, self.recording))
-        ):
+        elif self.copies and (copied or self._has_other_holders(tensors)):
             root = copy_of(root)
         self.roots.append(root)
         self.members.append(members)
-        for place, leaf in zip(group, leaves, strict=True):
-            self.places[place] = leaf
+        for place, tensor in zip(group, tensors, strict=True):
+            detached = self._is_detached(tensor, self.exact and bool(wanting))
+            view = None if where is None else view_leaf("root", number, where, strided(tensor), detached)
+            self.places[place] = view or ("tensor", number, detached)
+
+    def _has_other_holders(self, group: Sequence[torch.Tensor]) -> bool:
+        return not _torch.is_traced(group[0]) and _is_kept(group, self.references, self.recording)
 
 
 def _span(tensors: Sequence[torch.Tensor]) -> Strided:
@@ -356,9 +346,8 @@ class Parts:
                     where=source,
                     fix="return dense tensors, in tuples, lists, dicts, dataclasses or attributes of objects",
                 )
-        on_device = (
-            (p, leaf) for p, (_, leaf) in enumerate(found) if isinstance(leaf, torch.Tensor) and leaf.device == device
-        )
+        tensors = ((position, leaf) for position, (_, leaf) in enumerate(found) if isinstance(leaf, torch.Tensor))
+        on_device = [(position, leaf) for position, leaf in tensors if leaf.device == device]
         groups = [[position] for position, _ in on_device] if apart else fresh_groups(on_device, set(known))
         group_of = {position: number for number, group in enumerate(groups) for position in group}
         spans = tuple(_span_of_bytes([found[p][1] for p in group], group) for group in groups)
@@ -413,11 +402,9 @@ class Parts:
             place = places[leaf.group]
             if self.spans[leaf.group] is None:
                 return place if type(value) in (torch.Tensor, torch.nn.Parameter) else place.as_subclass(type(value))
-            view = torch.empty(0, dtype=value.dtype, device=value.device)
-            offset = leaf.offset // value.element_size()
-            return _torch.with_lazy_bits(
-                view.set_(place.untyped_storage(), offset, value.shape, value.stride()), leaf.bits
-            )
+            view, offset = torch.empty(0, dtype=value.dtype, device=value.device), leaf.offset // value.element_size()
+            view.set_(place.untyped_storage(), offset, value.shape, value.stride())
+            return _torch.with_lazy_bits(view, leaf.bits)
 
         return replaced(result, change)
 
@@ -431,10 +418,9 @@ class Parts:
             return (result,)
         found = list(fields(result))
         if [path for path, _ in found] != [leaf.path for leaf in self.leaves]:
-            paths = ", ".join(path or "the result" for path, _ in found)
-            raise self._failure(
-                "", f"has the fields {paths}", ", ".join(leaf.path or "the result" for leaf in self.leaves)
-            )
+            got = ", ".join(path or "the result" for path, _ in found)
+            wanted = ", ".join(leaf.path or "the result" for leaf in self.leaves)
+            raise self._failure("", f"has the fields {got}", wanted)
         for leaf, (path, value) in zip(self.leaves, found, strict=True):
             self._check_leaf(leaf, path, value)
         for group, span in zip(self.groups, self.spans, strict=True):
@@ -448,10 +434,8 @@ class Parts:
                 raise self._failure(path, f"is {value!r}", repr(leaf.value))
             return
         if not leaf.spec.accepts(value):
-            is_tensor = isinstance(value, torch.Tensor)
-            raise self._failure(
-                path, f"is {TensorSpec.of(value) if is_tensor else type(value).__name__}", str(leaf.spec)
-            )
+            got = TensorSpec.of(value) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise self._failure(path, f"is {got}", str(leaf.spec))
         if isinstance(leaf.value, torch.Tensor):
             if not (self.host_only or torch.equal(_octets(value), _octets(leaf.value))):
                 raise self._failure(path, "has other values on the host", "frozen there")
@@ -466,11 +450,9 @@ class Parts:
         base = found[span.first][1]
         for position in group:
             path, value = found[position]
-            apart = _byte_offset(value) - _byte_offset(base)
-            if (
-                _torch.storage_key(value) != _torch.storage_key(base)
-                or apart != self.leaves[position].offset - self.leaves[span.first].offset
-            ):
+            apart = self.leaves[position].offset - self.leaves[span.first].offset
+            is_together = _torch.storage_key(value) == _torch.storage_key(base)
+            if not is_together or _byte_offset(value) - _byte_offset(base) != apart:
                 raise self._failure(path, "lies elsewhere", f"a view of the same memory as {found[span.first][0]}")
 
     def _failure(self, path: str, got: str, wanted: str) -> EagerOutputError:

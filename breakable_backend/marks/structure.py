@@ -120,12 +120,8 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
         return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
     if _is_data(value):
         names = tuple([part.name for part in dataclasses.fields(value)])
-        return (
-            "data",
-            type(value),
-            names,
-            tuple([take_apart(getattr(value, n), tensors, ints, floats) for n in names]),
-        )
+        items = tuple([take_apart(getattr(value, name), tensors, ints, floats) for name in names])
+        return ("data", type(value), names, items)
     if type(value) in _torch.PYTREE_NODES:
         children, context = _torch.PYTREE_NODES[type(value)].flatten_fn(value)
         return ("node", type(value), context, tuple([take_apart(item, tensors, ints, floats) for item in children]))
