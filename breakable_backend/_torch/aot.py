@@ -24,6 +24,9 @@ from breakable_backend._torch.ops import _aten_overloads, find_overloads, never_
 from breakable_backend._torch.symbols import free_symbols
 from breakable_backend._torch.tensors import extent, lazy_bits, storage_key, with_lazy_bits
 
+Regions = Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]
+"""Contexts to enter around each call of certain composite ops, which are decomposed in a graph."""
+
 
 def trace_inference(
     gm: fx.GraphModule,
@@ -31,7 +34,7 @@ def trace_inference(
     compile_inference: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     compile_training: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     keep_alive: Iterable[Any],
-    around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]],
+    around: Regions,
     keep_floats: bool,
 ) -> Callable[..., Any]:
     """AOTAutograd without functionalisation: mutations stay in program order, and nothing is cloned.
@@ -40,7 +43,6 @@ def trace_inference(
     Unused random draws survive too: AOT asks Inductor's ``fallback_random`` whether a draw is an effect. So do
     assertions: torch 2.13 to 2.15 know only one overload of ``_assert_async``.
 
-    ``around`` gives a context to enter around each call of certain composite ops, which are decomposed in the graph.
     With ``keep_floats`` a Python float that varies stays a number; otherwise AOT computes with 0-d tensors in its
     place.
     """
@@ -58,9 +60,7 @@ def trace_inference(
 
 
 @contextmanager
-def traced_as_eager(
-    keep_alive: Iterable[Any], around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]
-) -> Iterator[None]:
+def traced_as_eager(keep_alive: Iterable[Any], around: Regions) -> Iterator[None]:
     """What is traced inside calls the ops that eager calls: see :func:`trace_inference`."""
     from torch._inductor import config
 
@@ -173,9 +173,8 @@ def _eager_kernels() -> Iterator[None]:
     which eager uses cuDNN), in the sign of zero (softshrink), in strides and in aliases (dropout that drops nothing).
     The tables belong to the process. They are restored exactly, and Dynamo compiles in one thread at a time.
     """
-    removed = [
-        (op, key, op.py_kernels.pop(key)) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels
-    ]
+    tables = [(op, key) for op in _aten_overloads() for key in _DECOMPOSED if key in op.py_kernels]
+    removed = [(op, key, op.py_kernels.pop(key)) for op, key in tables]
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     as_plain = {op: kernel for op, kernel in as_for_plain_tensors().items() if composite not in op.py_kernels}
     for op, kernel in as_plain.items():
@@ -256,14 +255,13 @@ def _floats_of_sizes(module: fx.GraphModule, env: Any) -> set[str]:
     values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
     guards = [guard.expr for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
     symbols = {symbol for value in values for symbol in free_symbols(value)}
-    symbols |= {
-        symbol for guard in guards if not (guard.lhs.is_symbol or guard.rhs.is_symbol) for symbol in guard.free_symbols
-    }
+    computed = (guard for guard in guards if not (guard.lhs.is_symbol or guard.rhs.is_symbol))
+    symbols |= {symbol for guard in computed for symbol in guard.free_symbols}
     return {str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)}
 
 
 @contextmanager
-def _entered_around(ops: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+def _entered_around(ops: Regions) -> Iterator[None]:
     """Enter a context around each call of a composite op while Python's dispatcher traces, by whatever name it is called."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     before = {op: op.py_kernels.get(key) for op in ops}

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as _fx_traceback
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from breakable_backend._torch.aot import traced_as_eager
+from breakable_backend._torch.aot import Regions, traced_as_eager
 
 
 @contextmanager
-def tracing_both_halves(
-    keep_alive: Iterable[Any], around: Mapping[OpOverload, Callable[[], AbstractContextManager[None]]]
-) -> Iterator[FakeTensorMode]:
+def tracing_both_halves(keep_alive: Iterable[Any], around: Regions) -> Iterator[FakeTensorMode]:
     """The context for :func:`trace_joint`, and for making its fake arguments: as in :func:`trace_inference`.
 
     Dynamo compiles nothing meanwhile, since tables of the process are changed.
@@ -109,12 +106,11 @@ def functorch_active() -> bool:
 
 def compiled_autograd_active() -> bool:
     """Whether a backward that begins now would be compiled, or is being compiled."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    config = sys.modules.get("torch._dynamo.config")
-    return bool(
-        (module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region))
-        or (config is not None and config.compiled_autograd)
-    )
+    module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    config: Any = sys.modules.get("torch._dynamo.config")
+    if module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region):
+        return True
+    return config is not None and bool(config.compiled_autograd)
 
 
 def retains(tensor: torch.Tensor) -> StorageWeakRef:

@@ -112,10 +112,8 @@ def _wrappers_of_module(module: torch.nn.Module) -> Iterator[Any]:
     for child in torch.nn.Module.modules(module):
         classes = [kind for kind in type(child).__mro__ if kind not in (torch.nn.Module, object)]
         for value in (*list(vars(child).values()), *(value for kind in classes for value in vars(kind).values())):
-            values = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            )
-            yield from filter(_is_wrapper, list(values))
+            values = value.values() if isinstance(value, dict) else value
+            yield from filter(_is_wrapper, list(values) if isinstance(value, dict | list | tuple) else [value])
 
 
 def _frames_of_module(module: torch.nn.Module) -> Iterator[Any]:

@@ -55,10 +55,8 @@ def launch_hooks(graph: torch.cuda.CUDAGraph) -> tuple[Mapping[int, Any], ...]:
     if not hasattr(module, "_global_replay_start_hooks"):
         return ()
     own: Any = graph
-    return (
-        *(module._global_replay_start_hooks, module._global_replay_end_hooks),
-        *(own._replay_start_hooks, own._replay_end_hooks),
-    )
+    of_all = module._global_replay_start_hooks, module._global_replay_end_hooks
+    return (*of_all, own._replay_start_hooks, own._replay_end_hooks)
 
 
 def release_pool(device: int, pool: tuple[int, int]) -> None:

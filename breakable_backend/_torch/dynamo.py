@@ -97,12 +97,8 @@ def skipped(codes: Iterable[CodeType]) -> dict[str, str]:
     """Those of ``codes`` that Dynamo was asked to compile and has compiled nothing of, as ``name (file:line)``; and why."""
     from torch._dynamo.convert_frame import input_codes
 
-    asked = [
-        code
-        for code in dict.fromkeys(codes)
-        if code in input_codes and code not in _MODULE_CALLS and not _entries(code)
-    ]
-    return {place_of(code): _why_skipped(code) for code in asked}
+    asked = [code for code in dict.fromkeys(codes) if code in input_codes and code not in _MODULE_CALLS]
+    return {place_of(code): _why_skipped(code) for code in asked if not _entries(code)}
 
 
 _MODULE_CALLS = [getattr(torch.nn.Module, name).__code__ for name in ("_wrapped_call_impl", "_call_impl")]

@@ -56,10 +56,8 @@ def hooks_around(frames: Iterable[FrameType]) -> list[Mapping[Any, Any]]:
     called = [frame.f_locals["self"] for frame in frames if frame.f_code is not _compile_wrapper()]
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_all = torch.nn.modules.module
-    return [
-        *(getattr(module, kind) for module in dict.fromkeys(called) for kind in kinds),
-        *(getattr(of_all, f"_global{kind}") for kind in kinds),
-    ]
+    hooks = [getattr(module, kind) for module in dict.fromkeys(called) for kind in kinds]
+    return hooks + [getattr(of_all, f"_global{kind}") for kind in kinds]
 
 
 def graph_called_by(code: CodeType) -> str:

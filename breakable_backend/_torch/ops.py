@@ -258,11 +258,8 @@ def written_by_kernel(kernel: Any, constants: Any, named: Mapping[str, Any], des
 
     tensors = [name for name, value in named.items() if isinstance(value, torch.Tensor)]
     tuner = kernel_side_table.get_kernel(kernel)
-    found = {
-        *get_mutated_tensors(kernel, constants, dict(named), descriptors),
-        *(getattr(tuner, "reset_to_zero", None) or ()),
-    }
-    return [name for name in tensors if name in found]
+    found = {*get_mutated_tensors(kernel, constants, dict(named), descriptors)}
+    return [name for name in tensors if name in found or name in (getattr(tuner, "reset_to_zero", None) or ())]
 
 
 def is_effectful(op: Any) -> bool:

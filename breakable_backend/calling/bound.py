@@ -472,10 +472,9 @@ class _Graph:
         static = [position for position, value in enumerate(handed) if id(value) in known]
         if known != {id(handed[position]) for position in static}:
             return None
-        same = len(handed) == len(args) and all(
-            one is other if isinstance(one, torch.Tensor) else one == other
-            for one, other in zip(handed, args, strict=True)
-        )
+        pairs = zip(handed, args, strict=False)
+        alike = all(one is other if isinstance(one, torch.Tensor) else one == other for one, other in pairs)
+        same = alike and len(handed) == len(args)
         rest = [(position, value) for position, value in enumerate(handed) if position not in static]
         # With gradients on, it is noticed if a parameter requires a gradient now and did not before.
         looked_at = [*enumerate(handed)] if torch.is_grad_enabled() else rest

@@ -144,9 +144,8 @@ class CompiledGraph:
                 and self.variety.is_too_much(value.name, scalar_bytes(args[value.index]), bound)
             ):
                 self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {value.name})
-                given_up.append(
-                    f"host scalar {value.name} had more than {bound} values: the ops that read it run eagerly"
-                )
+                many = f"host scalar {value.name} had more than {bound} values"
+                given_up.append(f"{many}: the ops that read it run eagerly")
         for text in given_up:
             with self.keys.changing:
                 self.notes.append(text)
@@ -401,9 +400,8 @@ class CompiledGraph:
     def uncounted(self) -> AbstractContextManager[None]:
         """Leave all counts unchanged inside the block."""
         entries = self.keys.entries()
-        return uncounted(
-            self.statistics, *entries, *(entry.replay.tally for entry in entries if entry.replay is not None)
-        )
+        tallies = (entry.replay.tally for entry in entries if entry.replay is not None)
+        return uncounted(self.statistics, *entries, *tallies)
 
 
 def checked_once(entry: Entry, recording: Recording, replay: Replay) -> Function:

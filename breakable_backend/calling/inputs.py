@@ -100,12 +100,8 @@ class _Tensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Tensor:
-        kinds = (
-            ("conjugated", tensor.is_conj()),
-            ("negated", tensor.is_neg()),
-            ("of inference mode", tensor.is_inference()),
-        )
-        lazy = "".join(f", {word}" for word, true in kinds if true)
+        kinds = {"conjugated": tensor.is_conj(), "negated": tensor.is_neg(), "of inference mode": tensor.is_inference()}
+        lazy = "".join(f", {word}" for word, true in kinds.items() if true)
         return cls(type(tensor), TensorSpec.of(tensor), tensor.requires_grad, lazy)
 
     def __str__(self) -> str:

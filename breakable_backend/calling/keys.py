@@ -18,6 +18,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.calling import eviction
 from breakable_backend.calling.retries import Trials
+from breakable_backend.ir.layout import numbers_in
 from breakable_backend.ir.overlap import Fixed
 from breakable_backend.ir.program import Program
 from breakable_backend.recordings import buffers
@@ -174,7 +175,7 @@ class KeyReader:
 
 def is_open(tensor: torch.Tensor) -> bool:
     """Whether a fake tensor has symbolic sizes or strides."""
-    return any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride()))
+    return any(isinstance(size, torch.SymInt) for size in numbers_in(tensor))
 
 
 def scalar_bytes(tensor: torch.Tensor) -> tuple[torch.dtype, bytes]:

@@ -101,12 +101,8 @@ def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> C
     """
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     wanted = {id(tensor) for tensor in tensors}
-    holders = [
-        held
-        for module in modules
-        for held in (module._parameters, module._buffers)
-        if any(id(tensor) in wanted for tensor in held.values())
-    ]
+    every = [held for module in modules for held in (module._parameters, module._buffers)]
+    holders = [held for held in every if any(id(tensor) in wanted for tensor in held.values())]
     held_now = [tensor for held in holders for tensor in held.values()]
     if {id(tensor) for tensor in held_now} & wanted != wanted:
         return None

@@ -82,13 +82,10 @@ def _why_refused(func: _torch.OpOverload, args: Sequence[Any], kwargs: Mapping[s
     if name in MOVES_STORAGE and _torch.storage_key(args[0]) not in tape.made:
         return MOVES
     generator = kwargs.get("generator")
-    if (
-        generator is None
-        or generator.device.type != tape.device.type
-        or _torch.same_generator(generator, tape.generator)
-    ):
+    if generator is None or generator.device.type != tape.device.type:
         return None
-    return "draws from a generator that is not the device's default one"
+    own = _torch.same_generator(generator, tape.generator)
+    return None if own else "draws from a generator that is not the device's default one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,9 +318,8 @@ class _Tape:
         self.made |= {key: (leaves[i].untyped_storage(), leaves[i].dtype) for key, i in ran.made.items()}
         if not ran.is_view and _torch.schema_name(func) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
-            args, kwargs = _torch.pytree.tree_map_only(
-                torch.Tensor, lambda tensor: self._alias(tensor, func), (args, kwargs)
-            )
+            alias = functools.partial(self._alias, func)
+            args, kwargs = _torch.pytree.tree_map_only(torch.Tensor, alias, (args, kwargs))
             new_memory = tuple((i, self.made[key][0]) for key, i in ran.made.items())
             run = _Awaited(func) if asynchronous else func
             self.ops.append(_Op(run, args, kwargs, new_memory, torch.is_grad_enabled()))
@@ -351,7 +347,7 @@ class _Tape:
         if self._undo.any_moved():
             raise self.refuse(f"{func} {MOVES}")
 
-    def _alias(self, tensor: torch.Tensor, func: Any) -> torch.Tensor:
+    def _alias(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         """What the tape holds for ``tensor``: memory made inside strongly, memory from outside by its address."""
         if tensor.device != self.device:
             return tensor.clone()  # a number on the host, which kernels take by value

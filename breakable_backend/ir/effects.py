@@ -130,12 +130,9 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     elif isinstance(node.target, _torch.OpOverload):
         written = written_values(node.target, node.args, node.kwargs)
     else:
-        written = []
-    return (
-        list(dict.fromkeys(leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)))
-        if written
-        else []
-    )
+        return []
+    leaves = pytree.tree_leaves(written) if written else ()
+    return list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
 
 
 _ON_COPIES = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")
@@ -188,15 +185,17 @@ _WRITERS = ("triton_kernel_wrapper_mutation", "invoke_leaf_function")
 
 def _written(body: fx.GraphModule) -> list[bool]:
     """For each input of a graph, whether the graph writes it or a view of it."""
-    written = [
-        argument for node in body.graph.nodes if node.op == "call_function" for argument in written_arguments(node)
-    ]
+    written = _written_nodes(body)
     memory = storages_of(*written)
-    behind = {place for node in written if "val" not in node.meta for place in _behind(node)}
-    return [
-        place in behind or place in written or not memory.isdisjoint(storages_of(place))
-        for place in body.graph.find_nodes(op="placeholder")
-    ]
+    known = {*written, *(place for node in written if "val" not in node.meta for place in _behind(node))}
+    inputs = body.graph.find_nodes(op="placeholder")
+    return [place in known or not memory.isdisjoint(storages_of(place)) for place in inputs]
+
+
+def _written_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """What the calls in a graph write."""
+    calls = (node for node in module.graph.nodes if node.op == "call_function")
+    return [argument for node in calls for argument in written_arguments(node)]
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:
@@ -250,8 +249,7 @@ def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def written_inputs(module: fx.GraphModule) -> frozenset[str]:
     """The inputs of an ATen graph whose memory it writes, by name."""
-    calls = (node for node in module.graph.nodes if node.op == "call_function")
-    memory = storages_of(*(argument for node in calls for argument in written_arguments(node)))
+    memory = storages_of(*_written_nodes(module))
     inputs = module.graph.find_nodes(op="placeholder")
     return frozenset(node.name for node in inputs if not memory.isdisjoint(storages_of(node)))
 
@@ -427,9 +425,6 @@ def made_again(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node)
 
 def is_pure(node: fx.Node) -> bool:
     """Whether a node calls an op of PyTorch's own that depends on its arguments only and writes nothing."""
-    return (
-        isinstance(node.target, _torch.OpOverload)
-        and node.target.namespace in ("aten", "prims")
-        and not node.target._schema.is_mutable
-        and not draws(node.target)
-    )
+    op = node.target
+    of_torch = isinstance(op, _torch.OpOverload) and op.namespace in ("aten", "prims")
+    return of_torch and not op._schema.is_mutable and not draws(op)  # type: ignore[union-attr]

@@ -54,10 +54,8 @@ class TensorSpec:
         shape = value.shape
         if shape != self.shape and not _match(self.shape, shape):
             return False
-        return 0 in shape or all(
-            mine in (theirs, ANY) or size == 1
-            for size, mine, theirs in zip(shape, self.stride, value.stride(), strict=True)
-        )
+        steps = zip(shape, self.stride, value.stride(), strict=True)
+        return 0 in shape or all(mine in (theirs, ANY) or size == 1 for size, mine, theirs in steps)
 
     def quick_check(self) -> Callable[[Any], bool] | None:
         """A quick check that only tensors of this spec pass, but not all of them; None if this torch has no such check."""
@@ -120,6 +118,11 @@ class Geometry:
         """All of ``storage``, as one dimension of elements of this dtype."""
         count = storage.nbytes() // self.spec.dtype.itemsize
         return Geometry(replace(self.spec, shape=(count,), stride=(1,)), 0, inference=self.inference).on(storage)
+
+
+def numbers_in(value: Any) -> tuple[Any, ...]:
+    """The sizes and the strides of a tensor, or a number."""
+    return (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
 
 
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]

@@ -120,6 +120,10 @@ class GraphSegment(_Nodes):
     device: torch.device
     """The device of its capture: that of the program, or another GPU."""
 
+    def as_eager(self, reason: Reason) -> EagerSegment:
+        """The same nodes, which run one by one."""
+        return EagerSegment(self.module, self.inputs, self.outputs, self.reads, self.writes, (reason,))
+
 
 @dataclass(frozen=True)
 class EagerSegment(_Nodes):

@@ -95,17 +95,15 @@ class Ran:
         """Find this out by the storages of arguments and results. Storages with ``known`` keys are not new."""
         written = memory_on(device, written_values(op, args, kwargs))
         taken = {_torch.storage_key(tensor) for tensor in memory_on(device, (args, kwargs))}
-        outputs = [
-            (_torch.storage_key(leaf), position)
-            for position, leaf in enumerate(pytree.tree_leaves(result))
-            if has_memory(leaf) and leaf.device == device
-        ]
         made: dict[int, int] = {}
-        for key, position in outputs:
-            if key not in taken and key not in known:
-                made.setdefault(key, position)
+        returned = False
+        for position, leaf in enumerate(pytree.tree_leaves(result)):
+            if has_memory(leaf) and leaf.device == device:
+                returned, key = True, _torch.storage_key(leaf)
+                if key not in taken and key not in known:
+                    made.setdefault(key, position)
         # An op without tensors in its result, such as an assertion, runs for its effect.
-        only_aliases = bool(outputs) and not made and not written and not is_asynchronous(op)
+        only_aliases = returned and not made and not written and not is_asynchronous(op)
         return cls(tuple(written), made, only_aliases or torch.Tag.inplace_view in getattr(op, "tags", ()))
 
 
@@ -141,6 +139,10 @@ class Saved:
     writer: Any = None
     """The first that wrote the storage, as passed to :meth:`Undo.wrote`."""
 
+    @property
+    def has_moved(self) -> bool:
+        return self.storage.data_ptr() != self.address or self.storage.nbytes() != self.before.nbytes()
+
 
 class Undo:
     """Contents of storages before they were written, to undo the writes."""
@@ -168,10 +170,7 @@ class Undo:
 
     def any_moved(self) -> bool:
         """Whether a storage has other memory now than when it was saved."""
-        return any(
-            saved.storage.data_ptr() != saved.address or saved.storage.nbytes() != saved.before.nbytes()
-            for saved in self.saved.values()
-        )
+        return any(saved.has_moved for saved in self.saved.values())
 
     def restore(self) -> None:
         """Undo all writes, the latest first, since two storages may lie over the same memory."""

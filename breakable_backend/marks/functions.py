@@ -14,7 +14,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 
@@ -63,33 +63,24 @@ from breakable_backend.marks.structure import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class MarkOptions(TypedDict, total=False):
+    """The options of :func:`eager_on_graph`, besides ``enable``."""
+
+    mutates_args: tuple[str, ...]
+    host_only: bool
+    recompute: bool
+    fake: Callable[..., Any] | None
+    capture_stub: Callable[..., Any] | None
+    barrier: Callable[[], None] | None
+    backward: Callable[..., Any] | None
+
+
 @overload
 def eager_on_graph(function: F, /) -> F: ...
 @overload
-def eager_on_graph(
-    enable: bool = True,
-    /,
-    *,
-    mutates_args: tuple[str, ...] = (),
-    fake: Callable[..., Any] | None = None,
-    host_only: bool = False,
-    capture_stub: Callable[..., Any] | None = None,
-    barrier: Callable[[], None] | None = None,
-    recompute: bool = False,
-    backward: Callable[..., Any] | None = None,
-) -> Callable[[F], F]: ...
+def eager_on_graph(enable: bool = True, /, **options: Unpack[MarkOptions]) -> Callable[[F], F]: ...
 @overload
-def eager_on_graph(
-    *,
-    enable: bool,
-    mutates_args: tuple[str, ...] = (),
-    fake: Callable[..., Any] | None = None,
-    host_only: bool = False,
-    capture_stub: Callable[..., Any] | None = None,
-    barrier: Callable[[], None] | None = None,
-    recompute: bool = False,
-    backward: Callable[..., Any] | None = None,
-) -> Callable[[F], F]: ...
+def eager_on_graph(*, enable: bool, **options: Unpack[MarkOptions]) -> Callable[[F], F]: ...
 def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D417 - see overloads
     """Have a Python function run eagerly between captured segments, in every call and on real tensors.
 
@@ -272,18 +263,16 @@ def _with_gradients(function: Callable[..., Any], options: Mapping[str, Any]) ->
     return recomputed(function) if recompute else function
 
 
+_OPTIONS = tuple(MarkOptions.__annotations__)
 _CALLED = ("fake", "capture_stub", "barrier", "backward")
-_OPTIONS = ("mutates_args", "host_only", "recompute", *_CALLED)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in _OPTIONS:
-            near = difflib.get_close_matches(name, _OPTIONS, 1)
-            raise OptionsError(
-                f"eager_on_graph takes no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                fix=f"it takes: enable, {', '.join(_OPTIONS)}",
-            )
+            nearest = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, _OPTIONS, 1))
+            fix = f"it takes: enable, {', '.join(_OPTIONS)}"
+            raise OptionsError(f"eager_on_graph takes no {name!r}{nearest}", fix=fix)
         if name in _CALLED and value is not None and not callable(value):
             raise OptionsError(f"{name} takes a function, got {value!r}")
 
@@ -297,16 +286,15 @@ def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
             raise OptionsError(f"mutates_args: there is no parameter {name!r}", fix=f"parameters: {', '.join(known)}")
 
 
+SiteNumber = Callable[[Structure, str], tuple[int, str]]
+"""Given the structure of a call's arguments and its mark's identity, the number of its site, or why there is none."""
+
 # --- one opaque node ----------------------------------------------------------------------------------------------------
 # Dynamo traces `_opaque` and what it calls, down to the call of the op.
 
 
 def _plan(
-    site_number: Callable[[Structure, str], tuple[int, str]],
-    identity: str,
-    parameters: tuple[str, ...],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    site_number: SiteNumber, identity: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Any]:
     """Why a call cannot be one node, empty if it can; and the arguments of its op."""
     places: list[tuple[Any, Any]] = [*enumerate(args), *kwargs.items()]

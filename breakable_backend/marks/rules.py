@@ -68,9 +68,8 @@ class LiveOp:
     @functools.cached_property
     def is_on_device(self) -> bool:
         """Whether it takes or returns a tensor on the capture device. Work on the host happens once, at the capture."""
-        return self.goes_to_device or any(
-            tensor.device == self.device for tensor in tensors_of((self.args, self.kwargs))
-        )
+        tensors = tensors_of((self.args, self.kwargs))
+        return self.goes_to_device or any(tensor.device == self.device for tensor in tensors)
 
     def argument(self, name: str) -> Any:
         """The value of an argument of the op's schema; None for the default."""

@@ -13,7 +13,7 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.ir.ambient_modes import ambient_of
 from breakable_backend.ir.effects import is_checked_by_nobody, is_opaque, is_view, producer_of
-from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.layout import TensorSpec, numbers_in
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Input, Program
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.call_ops import direct, is_call
@@ -84,10 +84,10 @@ class Binding:
 
     @staticmethod
     def _sizes(program: Program, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> dict[str, Any]:
-        return {
-            name: values[program.floats[name]].item() if name in program.floats else _torch.evaluate(size, symbols)
-            for name, size in program.sizes.items()
+        sizes = {
+            name: _torch.evaluate(size, symbols) for name, size in program.sizes.items() if name not in program.floats
         }
+        return sizes | {name: values[held].item() for name, held in program.floats.items()}
 
     def captured(self, position: int, segment: GraphSegment) -> Callable[..., Any]:
         """A captured segment as a function of its inputs."""
@@ -138,10 +138,7 @@ class Binding:
         )
 
     def _known(self, value: torch.Tensor) -> bool:
-        return all(
-            not isinstance(size, torch.SymInt) or size.node.expr.free_symbols <= set(self.symbols)
-            for size in (*value.shape, *value.stride())
-        )
+        return bool(_torch.free_symbols(numbers_in(value)) <= self.symbols.keys())
 
 
 def must_fit(maker: fx.Node) -> bool:
@@ -153,11 +150,6 @@ def _bind(value: Input, actual: Any, symbols: dict[sympy.Symbol, int]) -> None:
     fake = value.value
     if value.kind == "ragged":
         return
-    pairs = (
-        zip((*fake.shape, *fake.stride()), (*actual.shape, *actual.stride()), strict=True)
-        if isinstance(fake, torch.Tensor)
-        else [(fake, actual)]
-    )
-    for symbolic, number in pairs:
+    for symbolic, number in zip(numbers_in(fake), numbers_in(actual), strict=True):
         if isinstance(symbolic, torch.SymInt) and (symbol := _torch.symbol_of(symbolic)) is not None:
             symbols[symbol] = int(number)

@@ -24,7 +24,7 @@ from breakable_backend.compiling.partition import runnable
 from breakable_backend.ir.ambient_modes import ambient_of
 from breakable_backend.ir.effects import draws, is_opaque, producer_of
 from breakable_backend.ir.last_uses import last_uses
-from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.layout import TensorSpec, numbers_in
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, outputs_of, unused
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.call_sites import Mark
@@ -121,7 +121,7 @@ class _Graph:
         if node.name not in self.eager or not isinstance(fake, torch.Tensor) or not must_fit(maker):
             yield call
             return
-        numbers = (*fake.shape, *fake.stride())
+        numbers = numbers_in(fake)
         symbols = sorted(_torch.free_symbols(numbers), key=str)
         if not symbols:
             # torch 2.11 leaves a ``SymInt`` for a number that a check has fixed.
@@ -134,7 +134,7 @@ class _Graph:
 
     def _layout(self, fake: torch.Tensor, symbols: list[sympy.Symbol]) -> Slot:
         """The layout of results like ``fake`` in this call."""
-        numbers = (*fake.shape, *fake.stride())
+        numbers = numbers_in(fake)
         key = (*map(str, numbers), fake.dim(), fake.dtype, fake.device)
         if key not in self.layouts:
             self.layouts[key] = Slot(self._free(f"layout_{len(self.layouts)}"))

@@ -142,9 +142,7 @@ class _Recorder:
         else:
             failed = self.put_off.reason
         with self.driver.drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
-            self.eager(
-                EagerSegment(segment.module, segment.inputs, segment.outputs, segment.reads, segment.writes, (failed,))
-            )
+            self.eager(segment.as_eager(failed))
         return True
 
     def _cut_around(self, position: int) -> bool:
@@ -169,9 +167,8 @@ class _Recorder:
                     loads.append(copy)
             feeding = self._fed(loads, driver)
             before = [copy for copy in loads if copy not in feeding]
-            self.copies += load_all(
-                [values[copy.bridge.name] for copy in before], [values[copy.value.name] for copy in before]
-            )
+            sources = [values[copy.value.name] for copy in before]
+            self.copies += load_all([values[copy.bridge.name] for copy in before], sources)
         except (CaptureError, torch.OutOfMemoryError) as error:
             return self._capture_failed(position, segment, loads, error)
         inputs = [slots.inside(name) for name in segment.inputs]
@@ -187,18 +184,12 @@ class _Recorder:
         self.copies += len(feeding)
         feeds = {copy.bridge.name: feed for copy, feed in zip(feeding, graph.feeds, strict=True)}
         loads = [replace(copy, feed=feeds.get(copy.bridge.name)) for copy in loads]
-        self.addresses.update(
-            (name, value.data_ptr())
-            for name, value in zip(segment.inputs, inputs, strict=True)
-            if name in self.fixed and isinstance(value, torch.Tensor)
-        )
-        stores = tuple(
-            Copy(Slot(bridge_name(access.storage)), Slot(access.storage))
-            for access in segment.writes
-            if access.storage in slots.outside
-            and access.storage not in segment.outputs
-            and access.storage in slots.inputs
-        )
+        for name, value in zip(segment.inputs, inputs, strict=True):
+            if name in self.fixed and isinstance(value, torch.Tensor):
+                self.addresses[name] = value.data_ptr()
+        written = [access.storage for access in segment.writes if access.storage not in segment.outputs]
+        copied_back = [name for name in written if name in slots.outside and name in slots.inputs]
+        stores = tuple(Copy(Slot(bridge_name(name)), Slot(name)) for name in copied_back)
         self.steps.append(GraphStep(graph, tuple(loads), stores, segment))
         slots.captured(segment.outputs, results, inputs)
         try:
@@ -318,9 +309,8 @@ class _Recorder:
         outputs = [fill(place, epilogue.values) for place in returned]
         held = [slots.holder(name) for name in slots.saved]
         saved = [slots.read_from[name] for name in slots.saved]
-        outputs += [
-            slots.values[place.name] if owner is None else owner for place, owner in zip(saved, held, strict=True)
-        ]
+        owned = zip(saved, held, strict=True)
+        outputs += [slots.values[place.name] if owner is None else owner for place, owner in owned]
         if self.put_off is not None:
             return Recorded(NOTHING, outputs, self.repair.eager, self.copies, program, self.put_off)
         recording = Recording(

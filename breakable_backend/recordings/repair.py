@@ -247,9 +247,8 @@ def _is_action(node: fx.Node) -> bool:
 
 def _same_start(one: Program, other: Program, length: int) -> bool:
     """Whether two programs have the same first segments, with the same names."""
-    return len(other.segments) > length and (
-        list(map(_names, one.segments[:length])) == list(map(_names, other.segments[:length]))
-    )
+    starts = [list(map(_names, program.segments[:length])) for program in (one, other)]
+    return len(other.segments) > length and starts[0] == starts[1]
 
 
 def _names(segment: Segment) -> tuple[Any, ...]:

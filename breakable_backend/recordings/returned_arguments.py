@@ -77,10 +77,8 @@ class ReturnedArguments:
             memory = frozenset[int]().union(*(group for group in groups for pair in pairs if pair[0] in group))
             for node in graph.nodes:
                 if order[node] > order[op] and not memory.isdisjoint(_written(node)):
-                    text = (
-                        "returns its argument, or one tensor twice, although its schema promises a new one, and "
-                        f"{label(node)} writes it"
-                    )
+                    what = "returns its argument, or one tensor twice, although its schema promises a new one"
+                    text = f"{what}, and {label(node)} writes it"
                     yield op.name, Reason("hands_back", text, label(op), source_line(op), whole_program=True)
                     break
 

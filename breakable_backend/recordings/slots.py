@@ -161,12 +161,8 @@ class Slots:
 
     def _is_memory(self, value: Any) -> bool:
         """Whether ``value`` is a tensor in pool memory."""
-        return (
-            type(value) is torch.Tensor
-            and value.layout is torch.strided
-            and value.device in self.driver.devices
-            and value.untyped_storage().nbytes() > 0
-        )
+        is_plain = type(value) is torch.Tensor and value.layout is torch.strided
+        return is_plain and value.device in self.driver.devices and value.untyped_storage().nbytes() > 0
 
     def returned(self, name: str, value: Any) -> None:
         """An eager step's result, for later segments."""
