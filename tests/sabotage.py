@@ -763,7 +763,7 @@ FAULTS = (
     ),
     Fault(
         "the-tape-spoils-nothing",
-        "drivers.tape:TapeGraph.replay",
+        "drivers.tape:TapeGraph.run",
         "lent.spoil()",
         "pass",
         "test_driver_contract.py::test_what_nobody_holds_is_overwritten",
@@ -3307,7 +3307,7 @@ FAULTS = (
     ),
     Fault(
         "tape-reads-freed-memory",
-        "drivers.tape:TapeGraph.replay",
+        "drivers.tape:TapeGraph.run",
         "memory.check(self._brought)",
         "pass",
         "test_driver_contract.py::test_freed_memory_is_not_read",

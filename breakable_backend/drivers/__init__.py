@@ -18,6 +18,8 @@ import torch
 from breakable_backend.drivers.pool_size import PoolSize
 
 T = TypeVar("T")
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Bridges, each with the value that a graph copies there by itself."""
 
 LOCK_TIMEOUT = 5.0
 """Seconds that a call waits for the pool's lock before it runs plainly. Without this limit, an eager step that waits
@@ -82,7 +84,7 @@ class CapturedGraph(Protocol):
 class CaptureSession(Protocol):
     """Segments captured one after the other in the middle of the caller's own code."""
 
-    def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+    def begin(self, fed: Pairs = ()) -> None:
         """Capture from here on; ``fed`` as in :meth:`CaptureDriver.capture`.
 
         Raises:
@@ -121,13 +123,11 @@ class Capturing(Protocol):
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether graphs can copy ``value``, and tensors of its layout, into ``bridge`` by themselves."""
 
-    def capture(
-        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CapturedGraph, T]:
+    def capture(self, body: Callable[[], T], fed: Pairs = ()) -> tuple[CapturedGraph, T]:
         """Run ``body`` under a capture; returns the graph and the result of ``body``.
 
-        ``fed``: pairs of a bridge and a value. The graph has one of its :attr:`~CapturedGraph.feeds` for each pair. A
-        launch copies these values before anything else. The first launch copies the given ones.
+        The graph has one of its :attr:`~CapturedGraph.feeds` for each pair in ``fed``. A launch copies these values
+        before anything else. The first launch copies the given ones.
 
         When this returns, no effect of ``body`` on the device has happened: written storages and the random state are
         as before, and tensors made inside have no values until :meth:`CapturedGraph.replay`. Effects on the host have
@@ -161,12 +161,13 @@ class Capturing(Protocol):
         """
 
 
-class CaptureDriver(Capturing, Protocol):
+class CaptureDriver(Protocol):
     """Captures and replays on one device, in one memory pool; or on several devices, with a pool on each."""
 
     name: str
+    device: torch.device
     devices: tuple[torch.device, ...]
-    """All devices of the driver. The first is :attr:`~Capturing.device`."""
+    """All devices of the driver. The first is :attr:`device`."""
     lock: threading.RLock
     """Held by every call that uses the pool."""
     patience: float
@@ -258,8 +259,8 @@ class CaptureDriver(Capturing, Protocol):
         """The number of graphs that were captured and not released."""
 
 
-class SessionDriver(CaptureDriver, Protocol):
-    """A driver that can also capture in the middle of the caller's own code, which cannot run again."""
+class SessionDriver(CaptureDriver, Capturing, Protocol):
+    """A driver of one device that can also capture in the middle of the caller's own code, which cannot run again."""
 
     def session(self) -> AbstractContextManager[CaptureSession]:
         """For captures that begin and end in the middle of a ``with`` block. Within :meth:`CaptureDriver.recording`."""

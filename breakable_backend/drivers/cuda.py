@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers import CapturedGraph, Pairs
 from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import DeviceDriver, capture_body
@@ -84,7 +84,7 @@ class CudaGraph:
         self._index = draws.index
         self.feeds: tuple[Fed, ...] = ()
 
-    def feed(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def feed(self, fed: Pairs) -> None:
         """Note the copies at its head, which were captured first, one for each pair of bridge and value."""
         if fed:
             assert self._graph is not None
@@ -440,9 +440,7 @@ class CudaDriver(DeviceDriver):
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         return can_be_fed(bridge, value)
 
-    def capture(
-        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CapturedGraph, T]:
+    def capture(self, body: Callable[[], T], fed: Pairs = ()) -> tuple[CapturedGraph, T]:
         """Run ``body`` under a capture on the driver's own stream, behind the copies of what is ``fed``."""
         return capture_body(self, body, fed, _failure)
 
@@ -490,7 +488,7 @@ class CudaDriver(DeviceDriver):
         with session.order.watching():
             yield session
 
-    def begin_capture(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> torch.cuda.CUDAGraph:
+    def begin_capture(self, fed: Pairs = ()) -> torch.cuda.CUDAGraph:
         """Begin to capture the current stream into the pool, in :meth:`turn`, behind the copies of what is ``fed``.
 
         It raises and repairs like :meth:`capture`.
@@ -533,7 +531,7 @@ class CudaDriver(DeviceDriver):
         self,
         graph: torch.cuda.CUDAGraph,
         order: StreamOrder | None = None,
-        fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        fed: Pairs = (),
     ) -> CudaGraph:
         """The captured graph, with its streams as ``order`` says. After an error the process is repaired."""
         try:
@@ -554,7 +552,7 @@ class CudaDriver(DeviceDriver):
         self,
         graph: torch.cuda.CUDAGraph,
         waits: tuple[Wait, ...],
-        fed: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        fed: Pairs,
     ) -> CudaGraph:
         kind = CudaGraphAmongGPUs if self._several else CudaGraph
         captured = WaitingGraph(graph, self._draws, waits) if waits else kind(graph, self._draws)
@@ -773,9 +771,9 @@ class CudaSession:
         self.order = StreamOrder(driver.stream)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stack = ExitStack()
-        self._fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        self._fed: Pairs = ()
 
-    def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+    def begin(self, fed: Pairs = ()) -> None:
         if self.driver.is_capturing():
             raise CaptureError("a CUDA graph capture is active already", fix="captures do not nest")
         caller = torch.cuda.current_stream(self.driver.device)
@@ -815,7 +813,7 @@ class CudaSession:
     def events(self) -> Sequence[torch.cuda.Event]:
         return self.order.used()
 
-    def _taken(self) -> tuple[torch.cuda.CUDAGraph, Sequence[tuple[torch.Tensor, torch.Tensor]]]:
+    def _taken(self) -> tuple[torch.cuda.CUDAGraph, Pairs]:
         """The graph and its fed copies, removed from the session."""
         assert self._graph is not None, "ended without a beginning"
         graph, fed = self._graph, self._fed

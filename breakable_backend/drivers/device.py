@@ -6,14 +6,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
 from breakable_backend import locks
-from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Feed, SessionDriver, Tenant
+from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Feed, Pairs, SessionDriver, Tenant
+from breakable_backend.drivers.graph_nodes import dot_of_names
+from breakable_backend.drivers.input_copies import Fed
 from breakable_backend.drivers.pool_size import PoolSize
-from breakable_backend.errors import CaptureError
+from breakable_backend.errors import CaptureError, ReplayError
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ class DeviceDriver:
 def capture_body(
     driver: SessionDriver,
     body: Callable[[], T],
-    fed: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    fed: Pairs,
     failure: Callable[[Exception], CaptureError],
 ) -> tuple[CapturedGraph, T]:
     """:meth:`breakable_backend.drivers.CaptureDriver.capture` by a session. ``failure`` makes the error for an exception."""
@@ -95,16 +97,41 @@ class GraphAround:
         return self.graph.dot()
 
 
-class OpByOpGraph(Protocol):
-    """A segment that runs op by op, in memory that it owns."""
+class OpByOpGraph:
+    """A segment that :meth:`run` runs op by op, in memory that it owns until its release."""
 
-    @property
-    def made(self) -> Mapping[int, torch.UntypedStorage]: ...
+    num_kernels = -1
+    feeds: tuple[Fed, ...] = ()
+    """The values to copy into bridges before each run."""
 
-    @property
-    def released(self) -> bool: ...
+    def __init__(self, draws_random: bool, made: Mapping[int, torch.UntypedStorage]) -> None:
+        self.draws_random = draws_random
+        self.made = made
+        """Memory that was allocated inside."""
+        self.released = False
 
-    def release(self) -> None: ...
+    def kernels(self) -> tuple[str, ...]:
+        """The ops that it launches; nothing if it cannot tell."""
+        return ()
+
+    def dot(self) -> str:
+        return dot_of_names(self.kernels())
+
+    def copier(self, like: torch.Tensor) -> None:
+        """None: torch's own copy is as quick."""
+
+    def replay(self, stream: int) -> None:
+        if self.released:
+            raise ReplayError("a graph was replayed after its release", fix="capture it again")
+        self.run()
+
+    def run(self) -> None:
+        """Run its ops."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drop what it owns. Results that the caller holds keep their storage."""
+        self.released, self.made, self.feeds = True, {}, ()
 
 
 class OpByOpDriver(DeviceDriver):

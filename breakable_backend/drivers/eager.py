@@ -7,7 +7,7 @@ is wrong because of that code. A result that is right here is wrong because of t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -16,9 +16,8 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.drivers import CapturedGraph, Feed
-from breakable_backend.drivers.device import OpByOpDriver
-from breakable_backend.drivers.graph_nodes import dot_of_names
+from breakable_backend.drivers import CapturedGraph, Pairs
+from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.effects import is_view_op
@@ -28,21 +27,18 @@ from breakable_backend.ir.running_ops import generators_of
 T = TypeVar("T")
 
 
-class RerunGraph:
+class RerunGraph(OpByOpGraph):
     """A segment that runs again in each replay but the first, which stands for the run under the capture.
 
-    Later segments read results at their recorded addresses, so the new memory of each run is copied there. Arguments
-    are read and written at their addresses, and not owned, as by a captured graph.
+    Later segments read results at their recorded addresses, so the new memory of each run is copied there: ``made`` has
+    it by the first leaf of the result that lies in it. Arguments are read and written at their addresses, and not
+    owned, as by a captured graph.
     """
 
-    num_kernels = -1
-
     def __init__(
-        self, body: Callable[[], Any], made: dict[int, torch.UntypedStorage], draws_random: bool, modes: Modes
+        self, body: Callable[[], Any], made: Mapping[int, torch.UntypedStorage], draws_random: bool, modes: Modes
     ) -> None:
-        self.draws_random = draws_random
-        self.made = made
-        """Memory that was allocated inside, by the first leaf of the result that lies in it."""
+        super().__init__(draws_random, made)
         self._body: Callable[[], Any] | None = body
         self._modes = modes
         self._ran = True
@@ -53,32 +49,19 @@ class RerunGraph:
         module = getattr(function, "__wrapped__", function)
         return _launching(module) if isinstance(module, fx.GraphModule) else ()
 
-    def dot(self) -> str:
-        return dot_of_names(self.kernels())
-
-    feeds: tuple[Feed, ...] = ()
-
-    def copier(self, like: torch.Tensor) -> None:
-        """None: torch's own copy is as quick."""
-
-    def replay(self, stream: int) -> None:
-        if self._body is None:
-            raise ReplayError("a graph was replayed after its release", fix="capture it again")
+    def run(self) -> None:
         if self._ran:
             self._ran = False
             return
+        assert self._body is not None
         with self._modes.enter():
             leaves = pytree.tree_leaves(self._body())
         for position, storage in self.made.items():
             _move(leaves[position].untyped_storage(), storage)
 
-    @property
-    def released(self) -> bool:
-        return self._body is None
-
     def release(self) -> None:
-        """Drop the body and the memory that the graph owns."""
-        self._body, self.made = None, {}
+        super().release()
+        self._body = None
 
 
 class EagerDriver(OpByOpDriver):
@@ -113,9 +96,7 @@ class EagerDriver(OpByOpDriver):
         """False: copies are made before a segment runs."""
         return False
 
-    def capture(
-        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CapturedGraph, T]:
+    def capture(self, body: Callable[[], T], fed: Pairs = ()) -> tuple[CapturedGraph, T]:
         """Run ``body``, and keep it for replays. If it is a ``partial``, its arguments are kept by their addresses."""
         args = body.args if isinstance(body, functools.partial) else ()
         arguments = {_torch.storage_key(arg) for arg in args if isinstance(arg, torch.Tensor)}

@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 
 from breakable_backend import locks
-from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing, Tenant
+from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing, Pairs, Tenant
 from breakable_backend.drivers.device import GraphAround
 from breakable_backend.drivers.pool_size import PoolSize
 
@@ -42,9 +42,12 @@ class _Elsewhere:
     """Another device than the first; see :class:`breakable_backend.drivers.Capturing`."""
 
     def __init__(self, driver: CaptureDriver) -> None:
-        self.driver, self.device = driver, driver.device
+        self.driver, self.device, capturing = driver, driver.device, driver.on(driver.device)
         self.stream = 0
         """The raw handle of the device's current stream in this call."""
+        self._capture = capturing.capture
+        self.feeds, self.progress = capturing.feeds, capturing.progress
+        self.allocating, self.lend = capturing.allocating, capturing.lend
 
     def begin(self) -> None:
         self.stream = self.driver.begin()
@@ -52,23 +55,9 @@ class _Elsewhere:
     def end(self) -> None:
         self.driver.end(self.stream)
 
-    def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
-        return self.driver.feeds(bridge, value)
-
-    def capture(
-        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CapturedGraph, T]:
-        graph, result = self.driver.capture(body, fed)
+    def capture(self, body: Callable[[], T], fed: Pairs = ()) -> tuple[CapturedGraph, T]:
+        graph, result = self._capture(body, fed)
         return GraphElsewhere(graph, self), result
-
-    def progress(self) -> Hashable:
-        return self.driver.progress()
-
-    def allocating(self) -> AbstractContextManager[None]:
-        return self.driver.allocating()
-
-    def lend(self, made: torch.Tensor) -> torch.Tensor:
-        return self.driver.lend(made)
 
 
 class _Locks:
@@ -216,7 +205,7 @@ class DeviceGroup:
     # calls
 
     def on(self, device: torch.device) -> Capturing:
-        return self._elsewhere.get(device, self._drivers[0])
+        return self._elsewhere.get(device) or self._drivers[0].on(device)
 
     def begin(self) -> int:
         stream = self._drivers[0].begin()
@@ -255,23 +244,6 @@ class DeviceGroup:
             for driver in self._drivers:
                 stack.enter_context(driver.drawing())
             yield
-
-    def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
-        return self._drivers[0].feeds(bridge, value)
-
-    def capture(
-        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CapturedGraph, T]:
-        return self._drivers[0].capture(body, fed)
-
-    def progress(self) -> Hashable:
-        return self._drivers[0].progress()
-
-    def allocating(self) -> AbstractContextManager[None]:
-        return self._drivers[0].allocating()
-
-    def lend(self, made: torch.Tensor) -> torch.Tensor:
-        return self._drivers[0].lend(made)
 
     # release
 

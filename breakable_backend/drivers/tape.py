@@ -23,10 +23,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
-from breakable_backend.drivers import CapturedGraph
+from breakable_backend.drivers import CapturedGraph, Pairs
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph, capture_body
-from breakable_backend.drivers.graph_nodes import dot_of_names
 from breakable_backend.drivers.input_copies import Fed, can_be_fed
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failure_kinds import as_passing
@@ -170,12 +169,20 @@ class _Lent:
             _poison(memory, self.dtype)
 
 
-class TapeGraph:
+class TapeGraph(OpByOpGraph):
     """One captured segment as a tape of ATen calls.
 
     It owns the storages that were made inside, until it is released or dies. It does not own other storages.
     :meth:`replay` works on the addresses of the capture: it sees values that the caller has written there, but not a
     tensor that got other memory since (``param.data = ...``).
+
+    Args:
+        tape: the ops, and the memory that they made and used.
+        draws_random: whether a replay advances the generator.
+        brought: memory of the current call's arguments: addresses and bytes.
+        free: memory that was free in the pool when this was captured, and so may be this graph's too.
+        given: pool memory that was allocated for it between captures.
+        later: returns held memory that was allocated after this graph, which it may use for itself while it runs.
 
     Raises:
         ReplayError: from :meth:`replay`, if memory from outside was freed, or the graph was released.
@@ -186,44 +193,25 @@ class TapeGraph:
         tape: _Tape,
         draws_random: bool,
         brought: Mapping[int, int],
-        free: Sequence[_Lent] = (),
-        given: Sequence[torch.UntypedStorage] = (),
-        later: Callable[[], Sequence[_Lent]] = tuple,
+        free: Sequence[_Lent],
+        given: Sequence[torch.UntypedStorage],
+        later: Callable[[], Sequence[_Lent]],
     ) -> None:
-        self.draws_random = draws_random
-        self._later = later
-        """Held memory that was allocated after this graph, which it may use for itself while it runs."""
-        self._free = free
-        """Memory that was free in the pool when this was captured, and so may be this graph's too."""
-        self._given = given
-        """Pool memory that was allocated for it between captures."""
-        self._brought = brought
-        """Memory of the current call's arguments: addresses and bytes."""
+        super().__init__(draws_random, {key: storage for key, (storage, _) in tape.made.items()})
         self.num_kernels = len(tape.ops)
-        self.made = {key: storage for key, (storage, _) in tape.made.items()}
+        self._brought, self._free, self._given, self._later = brought, free, given, later
         self._device_type = tape.device.type
-        self._ops = tape.ops
-        self._outside = list(tape.outside.values())
-        self.released = False
-        self.feeds: tuple[Fed, ...] = ()
+        self._ops, self._outside = tape.ops, list(tape.outside.values())
 
     def kernels(self) -> tuple[str, ...]:
         """The taped ops."""
         return tuple(str(op.func) for op in self._ops)
 
-    def dot(self) -> str:
-        return dot_of_names(self.kernels())
-
-    def feed(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def feed(self, fed: Pairs) -> None:
         """Copy values into bridges at the beginning of each replay."""
         self.feeds = tuple(Fed(bridge, value, lambda _: True) for bridge, value in fed)
 
-    def copier(self, like: torch.Tensor) -> None:
-        """None: torch's own copy is as quick."""
-
-    def replay(self, stream: int) -> None:
-        if self.released:
-            raise ReplayError("a graph was replayed after its release", fix="capture it again")
+    def run(self) -> None:
         for memory in self._outside:
             memory.check(self._brought)
         for lent in (*self._free, *self._later()):
@@ -236,10 +224,9 @@ class TapeGraph:
                 op.run()
 
     def release(self) -> None:
-        """Drop the tape and everything that it owns. Results that the caller holds keep their storage."""
-        self.released = True
-        self._ops, self._outside, self.made = [], [], {}
-        self._free, self._given, self.feeds, self._later = (), (), (), tuple
+        super().release()
+        self._ops, self._outside = [], []
+        self._free, self._given, self._later = (), (), tuple
 
 
 class _Taping(OpMode):
@@ -459,9 +446,7 @@ class TapeDriver(OpByOpDriver):
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
         return can_be_fed(bridge, value)
 
-    def capture(
-        self, body: Callable[[], T], fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    ) -> tuple[CapturedGraph, T]:
+    def capture(self, body: Callable[[], T], fed: Pairs = ()) -> tuple[CapturedGraph, T]:
         return capture_body(self, body, fed, _failure)
 
     @contextmanager
@@ -528,11 +513,11 @@ class TapeSession:
         self._generators = generators_of(driver.device)
         self._states: list[torch.Tensor] = []
         self._free: tuple[_Lent, ...] = ()
-        self._fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        self._fed: Pairs = ()
         self._tape: _Tape | None = None
         self._token: active.Held[TapeDriver | None] | None = None
 
-    def begin(self, fed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+    def begin(self, fed: Pairs = ()) -> None:
         if _active.get() is not None:
             raise CaptureError("a capture was started inside another capture", fix="end the outer one first")
         for bridge, value in fed:  # the code runs for real, and may look at values
