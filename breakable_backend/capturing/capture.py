@@ -60,16 +60,7 @@ from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
 from breakable_backend.recordings.recorder import MAX_FED
-from breakable_backend.recordings.recording import (
-    Call,
-    Copy,
-    EagerStep,
-    GraphStep,
-    Held,
-    Recording,
-    Slot,
-    Step,
-)
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step
 
 REACHING = STRIDED | _torch.aten("as_strided_ resize_")
 """Ops that read memory beside the elements of their argument."""

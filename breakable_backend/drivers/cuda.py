@@ -527,12 +527,7 @@ class CudaDriver(DeviceDriver):
         graph.pool_of_the_caller = self._given_pool
         return graph
 
-    def end_capture(
-        self,
-        graph: torch.cuda.CUDAGraph,
-        order: StreamOrder | None = None,
-        fed: Pairs = (),
-    ) -> CudaGraph:
+    def end_capture(self, graph: torch.cuda.CUDAGraph, order: StreamOrder | None = None, fed: Pairs = ()) -> CudaGraph:
         """The captured graph, with its streams as ``order`` says. After an error the process is repaired."""
         try:
             try:
@@ -548,12 +543,7 @@ class CudaDriver(DeviceDriver):
         self._live.add(captured)
         return captured
 
-    def _instantiated(
-        self,
-        graph: torch.cuda.CUDAGraph,
-        waits: tuple[Wait, ...],
-        fed: Pairs,
-    ) -> CudaGraph:
+    def _instantiated(self, graph: torch.cuda.CUDAGraph, waits: tuple[Wait, ...], fed: Pairs) -> CudaGraph:
         kind = CudaGraphAmongGPUs if self._several else CudaGraph
         captured = WaitingGraph(graph, self._draws, waits) if waits else kind(graph, self._draws)
         free, _ = torch.cuda.mem_get_info(self._index)

@@ -54,10 +54,7 @@ class DeviceDriver:
 
 
 def capture_body(
-    driver: SessionDriver,
-    body: Callable[[], T],
-    fed: Pairs,
-    failure: Callable[[Exception], CaptureError],
+    driver: SessionDriver, body: Callable[[], T], fed: Pairs, failure: Callable[[Exception], CaptureError]
 ) -> tuple[CapturedGraph, T]:
     """:meth:`breakable_backend.drivers.CaptureDriver.capture` by a session. ``failure`` makes the error for an exception."""
     with driver.session() as session:

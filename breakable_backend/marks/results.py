@@ -109,8 +109,9 @@ def take_result(
     for kind, values in kinds.items():
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)
         if strange is not None:  # such as numpy.float64, a subclass of float
-            what = "a number or string of a subclass, which compiled code cannot hold"
-            raise Unholdable(what, f"return it as {kind.__name__}")
+            raise Unholdable(
+                "a number or string of a subclass, which compiled code cannot hold", f"return it as {kind.__name__}"
+            )
     if any(type(value) is int and not -(2**63) <= value < 2**63 for value in ints):
         raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
     if not all(isinstance(value, float) for value in floats):

@@ -32,13 +32,7 @@ from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.observer import Issue, Observer, Saved, Subject
-from breakable_backend.recordings.recording import (
-    Call,
-    EagerStep,
-    GraphStep,
-    Recording,
-    Step,
-)
+from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Recording, Step
 from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.recordings.replay import Function
 from breakable_backend.tools.difference import Difference, Tolerance, difference

@@ -324,8 +324,8 @@ def parting(patch: pytest.MonkeyPatch) -> None:
     """A backend that hands each tensor on as a copy, as one that functionalises may."""
     run = call_sites.Site.run
 
-    def parted(site: Any, needs: Any, traced: bool, tensors: Any, *rest: Any, **said: Any) -> Any:
-        return run(site, needs, traced, [tensor.clone() for tensor in tensors], *rest, **said)
+    def parted(site: Any, call: Any, *rest: Any, **said: Any) -> Any:
+        return run(site, call._replace(tensors=[tensor.clone() for tensor in call.tensors]), *rest, **said)
 
     patch.setattr(call_sites.Site, "run", parted)
 
