@@ -2924,10 +2924,17 @@ FAULTS = (
     ),
     Fault(
         "a-capture-sees-marked-ops-in-parts",
-        "capturing.capture:_OngoingCapture.open",
-        "stack.enter_context(_torch.composites_as_ops())",
-        "pass",
+        "capturing.capture:_OngoingCapture._composite",
+        "not self.capturing",
+        "True",
         "test_contract_reasons.py::test_marks_of_composite_ops_in_a_capture[cpu-linear-no_grad]",
+    ),
+    Fault(
+        "a-capture-sees-ops-of-other-threads",
+        "capturing.capture:_OngoingCapture._composite",
+        "active.handler.get() is not self",
+        "False",
+        "test_contract_reasons.py::test_marks_of_composite_ops_in_other_threads[cpu]",
     ),
     Fault(
         "marked-parts-are-captured-under-inference-mode",

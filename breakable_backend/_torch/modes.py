@@ -37,18 +37,6 @@ def above_autograd() -> AbstractContextManager[None]:
     return _included_again("AutogradFunctionality", *_HIDDEN_BY_MODES)
 
 
-@contextmanager
-def composites_as_ops() -> Iterator[None]:
-    """Have composite ops reach dispatch modes whole, as under inference mode, without autograd, which decomposes them."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, True):
-        yield
-
-
-def with_autograd() -> AbstractContextManager[None]:
-    """The opposite, for code inside that records gradients itself."""
-    return _included_again("AutogradFunctionality")
-
-
 _HIDDEN_BY_MODES = ("ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
 """What the dispatcher leaves out around a mode: views are not known as views there, and a lazy ``conj()`` is read
 without it."""

@@ -321,9 +321,6 @@ class _OngoingCapture:
         """The function that issues ops of the current segment."""
         self.keep = self.observers.reads_values or not self.driver.reuses_memory
         """Whether all that is made is held."""
-        self.whole = marked_composites(entirely=_records_gradients())
-        """Marked composite ops that reach this capture whole."""
-        self._refuse_gradients()
 
     def open(self) -> None:
         with ExitStack() as stack:
@@ -353,20 +350,11 @@ class _OngoingCapture:
             stack.enter_context(modules.watching())
             self._begin()
             self.watcher = stack.enter_context(_Watcher(self))
-            if self.whole:
-                stack.enter_context(_torch.composites_as_ops())
+            if composites := marked_composites():
+                stack.enter_context(_torch.composites_seen(composites, self.driver.device.type, self._composite))
             if functions := marked_functions():
                 stack.enter_context(_MarkedFunctions(self, functions))
             self.stack = stack.pop_all()
-
-    def _refuse_gradients(self) -> None:
-        """Raise if autograd would decompose marked ops before the capture sees them."""
-        if self.whole and _records_gradients():
-            raise CaptureError(
-                f"{', '.join(self.whole)} is marked by mark_eager, but autograd decomposes it before the capture sees it",
-                where=user_line(),
-                fix="capture under torch.no_grad() or torch.inference_mode(), or put the call under eager_region()",
-            )
 
     def close(self, error: BaseException | None) -> None:
         kept = False
@@ -470,7 +458,6 @@ class _OngoingCapture:
         if active.handler.get() is not self and threading.get_ident() == self.thread:
             self.failed = _other_context(user_line())  # autograd's threads have no context, and belong to the body
             raise self.failed
-        self._refuse_gradients()
         if found := live_reason(func, args, kwargs, self.driver.device):
             if found.refused:
                 fix = CAPTURABLE if optimizer_runs() else FIX
@@ -573,6 +560,12 @@ class _OngoingCapture:
         reason = Reason("marked", why or mark.why, mark.name, user_line())
         return self._break(mark.function, mark.name, reason, args, kwargs, mark)
 
+    def _composite(self, op: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """Run a marked op that autograd would decompose as an eager step. None: it is no call of the body."""
+        if not self.capturing or active.handler.get() is not self:
+            return None
+        return (self.call(Mark(op, str(op._schema.name), "", by="mark_eager"), args, kwargs),)
+
     def _break(
         self,
         function: Callable[..., Any],
@@ -605,7 +598,7 @@ class _OngoingCapture:
             if mark is not None and reach is not None:
                 call = gradients.Call.of(mark, reach, function, *given, reason.source)
                 args, kwargs = call.arguments()
-            with _torch.with_autograd() if self.whole else nullcontext(), _torch.without_observers():
+            with _torch.without_observers():
                 result = run(*args, **kwargs)
         except BaseException as error:
             self.failed = error

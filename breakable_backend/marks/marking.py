@@ -266,10 +266,9 @@ def marked_names() -> frozenset[str]:
     return frozenset([*_marked, *functions, *modules.marked().unmet(())])
 
 
-def marked_composites(*, entirely: bool) -> list[str]:
-    """Ops marked by ``mark_eager`` that autograd decomposes before a dispatch mode sees them, all or some overloads."""
-    names = [name for name in sorted(_marked) if any(map(_torch.is_composite, _torch.find_overloads(name)))]
-    return [name for name in names if _torch.is_composite_by_name(name)] if entirely else names
+def marked_composites() -> list[_torch.OpOverload]:
+    """Ops marked by ``mark_eager`` that autograd decomposes before a dispatch mode sees them."""
+    return [op for name in sorted(_marked) for op in _torch.find_overloads(name) if _torch.is_composite(op)]
 
 
 def marked_functions() -> tuple[Any, ...]:

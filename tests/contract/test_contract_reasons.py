@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import operator
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -582,19 +584,90 @@ def test_marks_of_parts_in_a_capture(kind: str, device: torch.device) -> None:
     graph.reset()
 
 
-def test_marks_of_composite_ops_with_gradients(kind: str, device: torch.device) -> None:
-    """Line 9: where autograd takes a marked op apart first, a capture is an error at its beginning, or where it is turned on."""
-    graph, x = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device)
-    mark_eager(functional.softmax)
-    words = "aten::softmax is marked by mark_eager, but autograd decomposes it"
+@pytest.mark.parametrize("case", WHOLE)
+def test_marks_of_composite_ops_with_gradients(kind: str, device: torch.device, case: str) -> None:
+    """Line 9: where gradients are recorded such an op is one eager step too, and its gradients are another."""
+    call, marked = WHOLE[case]
+    graph, leaf = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device, requires_grad=True)
+
+    def step() -> tuple[Tensor, Tensor]:
+        y = call((leaf + 1) * 2) * 3
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
+        return y.detach(), gradient
+
+    mark_eager(marked)
     try:
-        with pytest.raises(CaptureError, match=words), capture(graph):
-            pass
-        with torch.no_grad(), pytest.raises(CaptureError, match=words), capture(graph), torch.enable_grad():
-            x + 1
+        step()
+        with capture(graph):
+            captured = step()
+        for seed in range(3):
+            with torch.no_grad():
+                leaf.copy_(torch.rand(8, 8, device=device))
+            torch.manual_seed(seed)
+            graph.replay()
+            torch.manual_seed(seed)
+            assert_same(captured, step())
     finally:
-        unmark_eager(functional.softmax)
-        graph.reset()
+        unmark_eager(marked)
+    program = explain(graph).programs[0]
+    assert (program.num_graph_segments, program.num_eager_segments) == (3, 2), str(explain(graph))
+    assert [reason.text for reason in program.reasons] == ["marked by mark_eager", "the gradients of an eager step"]
+    graph.reset()
+
+
+def test_gradients_that_are_turned_on_in_a_capture(kind: str, device: torch.device) -> None:
+    """Line 9: the same where the body turns gradients on, and calls the op in C++, below another op, or with ``out=``."""
+    graph, leaf = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device, requires_grad=True)
+    weight = torch.rand(8, 8, 8, device=device)
+
+    def step() -> list[Tensor]:
+        with torch.enable_grad():
+            y = functional.bilinear(leaf * 2, leaf, weight)  # linear is among its ops
+            (gradient,) = torch.autograd.grad(y.sum(), leaf)
+        return [y.detach(), gradient, torch.matmul(leaf, leaf, out=torch.empty(8, 8, device=device))]
+
+    marked = "aten::linear", "aten::matmul"
+    for name in marked:
+        mark_eager(name)
+    try:
+        with torch.no_grad():
+            step()
+            with capture(graph):
+                captured = step()
+            for _ in range(2):
+                leaf.copy_(torch.rand(8, 8, device=device))
+                graph.replay()
+                assert_same(captured, step())
+    finally:
+        for name in marked:
+            unmark_eager(name)
+    assert {reason.op for reason in explain(graph).programs[0].reasons} >= {"aten::matmul"}
+    graph.reset()
+
+
+def test_marks_of_composite_ops_in_other_threads(kind: str, device: torch.device) -> None:
+    """Line 11: meanwhile other threads call the op as ever, and the capture does not see it."""
+    graph, x, found = BreakableCUDAGraph(driver=kind), torch.rand(8, 8, device=device), list[Tensor]()
+    other = torch.rand(8, 8, requires_grad=True)
+
+    def called() -> None:
+        y = functional.linear(other, other)
+        found.extend((y.detach(), *torch.autograd.grad(y.sum(), other)))
+
+    called()
+    expected, found = found, []
+    mark_eager("aten::linear")
+    try:
+        with capture(graph):
+            x + 1
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(called,))
+            thread.start()
+            thread.join()
+    finally:
+        unmark_eager("aten::linear")
+    assert_same(found, expected)
+    assert explain(graph).programs[0].num_eager_segments == 0
+    graph.reset()
 
 
 def test_eager_ops_by_method(device: torch.device, options: dict[str, Any]) -> None:

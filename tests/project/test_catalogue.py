@@ -544,14 +544,6 @@ CASES: dict[str, Case] = {
     "was called under a transform of torch.func, inside a capture": Case(
         in_body("torch.func.vmap(eager_on_graph(plain))(x)  # here")
     ),
-    "is marked by mark_eager, but autograd decomposes it before the capture sees it": Case(
-        "mark_eager('aten::softmax')\n"
-        "try:\n"
-        "    with torch.enable_grad(), capture(graph):  # here\n"
-        "        pass\n"
-        "finally:\n"
-        "    unmark_eager('aten::softmax')"
-    ),
     "an argument that needs gradients": Case(
         "double = eager_on_graph(mutates_args=('x',))(lambda x: x.mul_(2))\n" + with_gradients("double(y * 1)  # here")
     ),
