@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -36,7 +37,34 @@ def tracing_both_halves(keep_alive: Iterable[Any], around: Regions) -> Iterator[
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(_fx_traceback.preserve_node_meta())
+        stack.enter_context(_without_sharding_rules())
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@contextmanager
+def _without_sharding_rules() -> Iterator[None]:
+    """Keep out of a trace what a DTensor runs on fake tensors to know how a result is placed.
+
+    It does that once for each op in each thread. From torch 2.13 on it keeps it out by itself; read in 2.11 to 2.15.
+    """
+    rules: Any = getattr(sys.modules.get("torch.distributed.tensor._sharding_prop"), "ShardingPropagator", None)
+    if rules is None:
+        yield
+        return
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    method = rules._propagate_tensor_meta_non_cached
+
+    @functools.wraps(method)
+    def untraced(*args: Any) -> Any:
+        with disable_proxy_modes_tracing():
+            return method(*args)
+
+    rules._propagate_tensor_meta_non_cached = untraced
+    try:
+        yield
+    finally:
+        rules._propagate_tensor_meta_non_cached = method
 
 
 def trace_joint(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:

@@ -130,6 +130,13 @@ class _Joint:
             yield from (argument for argument in node.all_input_nodes if self._is_before(argument))
         yield from (leaf for leaf in self.gradients if isinstance(leaf, fx.Node) and self._is_before(leaf))
 
+    def calls(self) -> tuple[tuple[str, Any], ...]:
+        """The calls of the forward. Values have the names that they have in another trace if these are the same there."""
+        nodes = self.module.graph.nodes
+        return tuple(
+            (node.name, node.target) for node in nodes if node.op == "call_function" and node.name in self.forward
+        )
+
     def _is_before(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or node.name in self.forward
 
@@ -167,6 +174,8 @@ class Halves:
     """Calls of marked functions that it owns."""
     forward: Forward | None = None
     backwards: dict[Pattern, Backward] = field(default_factory=dict)
+    _calls: tuple[tuple[str, Any], ...] = ()
+    """The calls of the forward, as its trace has them."""
 
     @classmethod
     def of(cls, gm: fx.GraphModule, eager_ops: EagerOps) -> Halves:
@@ -242,10 +251,9 @@ class Halves:
         self.inputs = tuple((TensorSpec.of(value), value.requires_grad) for value in args)
         joint = self._joint(None)
         wanted = joint if len(joint.given) == len(pattern) and _pattern(joint) == pattern else self._joint(pattern)
+        self._calls = joint.calls()
         known = {node.name: node for node in joint.module.graph.nodes}
-        roots = {**joint.roots(), **{name: known.get(name) for name in wanted.roots()}}
-        if None in roots.values():
-            raise CannotLower("its two halves do not fit")
+        roots = {*joint.roots(), *wanted.roots()}
         inputs = tuple(sorted({*joint.inputs(), *wanted.inputs()}))
         if not set(joint.written).isdisjoint(self.parts):
             raise CannotLower("it writes an argument that is no plain tensor")
@@ -261,6 +269,8 @@ class Halves:
 
     def _backward(self, joint: _Joint) -> Backward:
         assert self.forward is not None
+        if joint.calls() != self._calls:
+            raise CannotLower("two traces of it are not the same")
         missing = joint.roots().keys() - set(self.forward.saved)
         if missing or not set(joint.inputs()) <= set(self.forward.inputs):
             raise CannotLower("its backward takes what the forward did not keep for it")

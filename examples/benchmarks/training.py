@@ -240,7 +240,7 @@ def by_hand_whole(work: Work, model: nn.Module) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = halves()
-    return replayed(work, given, graph.replay, loss, optimizer.step)
+    return replayed(work, given, graph.replay, loss, behind=optimizer.step)
 
 
 def warm_up(body: Callable[[], object]) -> None:
@@ -253,18 +253,24 @@ def warm_up(body: Callable[[], object]) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def replayed(work: Work, given: list[Tensor], *parts: Any) -> Step:
-    """A step that copies a batch to where the graph reads it, and then replays the graph."""
-    replay, loss, *rest = parts
+def replayed(
+    work: Work,
+    given: list[Tensor],
+    replay: Callable[[], None],
+    loss: Tensor,
+    *,
+    behind: Callable[[], object] = lambda: None,
+    keep: object = None,
+) -> Step:
+    """A step that copies a batch to where the graph reads it, and replays the graph, whose model ``keep`` keeps alive."""
     batches = itertools.cycle(work.batches)
 
-    def train() -> Tensor:
+    def train(keep: object = keep) -> Tensor:
         for place, value in zip(given, next(batches), strict=True):
             place.copy_(value)
         replay()
-        for part in rest:
-            part()
-        return loss.clone()  # type: ignore[no-any-return]
+        behind()
+        return loss.clone()
 
     return train
 
@@ -293,7 +299,7 @@ def step_by_hand(work: Work, *, keep: bool = False) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = step()
-    return replayed(work, given, graph.replay, loss)
+    return replayed(work, given, graph.replay, loss, keep=step)
 
 
 def step_captured(work: Work, *, keep: bool = False) -> Step:
@@ -303,7 +309,7 @@ def step_captured(work: Work, *, keep: bool = False) -> Step:
     graph = BreakableCUDAGraph()
     with capture(graph):
         loss = step()
-    return replayed(work, given, graph.replay, loss)
+    return replayed(work, given, graph.replay, loss, keep=step)
 
 
 def by_hand_in_pieces(work: Work, model: nn.Module) -> Step:
