@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +59,35 @@ def _exchange(active: int, modes: list[Any]) -> None:
         _pop_mode()
     for mode in modes:
         _push_mode(mode)
+
+
+@contextmanager
+def composites_seen(ops: Sequence[OpOverload], device_type: str, see: Callable[..., Any]) -> Iterator[None]:
+    """Have ``see(op, args, kwargs)`` called for each of these composite ops, from Python or C++, in the block.
+
+    It is called in every thread, above autograd, which would decompose them. It returns None to have that done, or else
+    a tuple with the result. Under inference mode ops do not come to autograd: dispatch modes see them whole there.
+    (torch 2.11 to 2.15)
+    """
+    with ExitStack() as stack:
+        for namespace in {op.namespace for op in ops}:
+            library = torch.library.Library(namespace, "IMPL")
+            stack.callback(library._destroy)
+            for op in ops:
+                if op.namespace == namespace:
+                    library.impl(op.name().partition("::")[2], _seen_by(see, op), f"Autograd{device_type.upper()}")
+        yield
+
+
+def _seen_by(see: Callable[..., Any], op: OpOverload) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if (seen := see(op, args, kwargs)) is not None:
+            return seen[0]
+        if (plain := plain_kernel(op, args)) is not None:
+            return plain(*args, **kwargs)
+        return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+    return kernel
 
 
 _installing = threading.Lock()
@@ -124,11 +153,17 @@ def _as_without_modes(op: OpOverload, plain: Callable[..., Any]) -> Callable[...
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         # Without autograd the mode comes next, and sees the op as a whole.
-        if keys.has(autograd) and not any(map(keys.has, casts)) and _only_observed(args):
+        if keys.has(autograd) and not any(map(keys.has, casts)) and _only_observed(args) and not _is_seen(op, args):
             return plain(*args, **kwargs)
         return otherwise.call_boxed(keys, *args, **kwargs)
 
     return kernel
+
+
+def _is_seen(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether :func:`composites_seen` has put a kernel below this one."""
+    key = f"Autograd{args[0].device.type.upper()}"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
 
 
 def _with_other_gradient(op: OpOverload, which: Callable[..., bool]) -> Callable[..., Any]:

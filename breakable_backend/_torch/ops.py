@@ -6,7 +6,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any, cast
 
@@ -48,33 +47,6 @@ def is_composite(op: Any) -> bool:
 def _is_dispatched(op: Any) -> bool:
     """Whether an op belongs to the dispatcher. Some ops have overloads of TorchScript's."""
     return isinstance(op, OpOverload) and bool(torch._C._dispatch_has_kernel(op.name()))
-
-
-@contextmanager
-def composites_seen(ops: Sequence[OpOverload], device_type: str, see: Callable[..., Any]) -> Iterator[None]:
-    """Have ``see(op, args, kwargs)`` called for each of these composite ops, from Python or C++, in the block.
-
-    It is called in every thread, above autograd, which would decompose them. It returns None to have that done, or else
-    a tuple with the result. Under inference mode ops do not come to autograd: dispatch modes see them whole there.
-    (torch 2.11 to 2.15)
-    """
-    with ExitStack() as stack:
-        for namespace in {op.namespace for op in ops}:
-            library = torch.library.Library(namespace, "IMPL")
-            stack.callback(library._destroy)
-            for op in ops:
-                if op.namespace == namespace:
-                    library.impl(op.name().partition("::")[2], _seen_by(see, op), f"Autograd{device_type.upper()}")
-        yield
-
-
-def _seen_by(see: Callable[..., Any], op: OpOverload) -> Callable[..., Any]:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if (seen := see(op, args, kwargs)) is not None:
-            return seen[0]
-        return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-
-    return kernel
 
 
 _TRACERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.proxy_tensor")
