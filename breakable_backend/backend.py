@@ -287,7 +287,15 @@ def reset(compiled: Any = None) -> None:
     Args:
         compiled: what ``torch.compile`` returned, or an object that contains it: a module, a partial. None for all
             functions of this backend.
+
+    Raises:
+        OptionsError: an object that cannot be called, and so was not compiled.
     """
+    if compiled is not None and not callable(compiled):
+        raise OptionsError(
+            f"reset takes what torch.compile returned, got {type(compiled).__name__}",
+            fix="reset(compiled); a BreakableCUDAGraph has a method for this: graph.reset()",
+        )
     for executor in executors_of(compiled):
         executor.reset()
     if compiled is None:

@@ -143,7 +143,7 @@ def _checked(name: str, value: Any) -> Any:
         return _tolerance(value)
     if name == "eager_ops":
         if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-            raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}")
+            raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}", fix=f"eager_ops=[{value!r}]")
         return tuple(value)
     takes = declared[name]
     if "smallest" in takes:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = str(Path(__file__).parent.parent)
-"""The folder of this package, in which no code is the user's."""
+_TORCH = str(Path(torch.__file__).parent)
+"""The folders of this package and of torch, in which no code is the user's."""
 
 
 def graph_breaks() -> dict[str, int]:
@@ -36,7 +37,7 @@ def graph_breaks() -> dict[str, int]:
         first, _, rest = broken.reason.strip().partition("\n")
         if first.startswith("generic_jump"):
             first = "Data-dependent branching"  # Dynamo's words for this in a function that it inlines
-        frames = [frame for frame in broken.user_stack or () if not frame.filename.startswith(_PACKAGE)]
+        frames = [frame for frame in broken.user_stack or () if not frame.filename.startswith((_PACKAGE, _TORCH))]
         if frames:
             frame = frames[-1]
             first += f", at {frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")

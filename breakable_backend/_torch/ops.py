@@ -129,7 +129,8 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_grads: Any) -> Any:
-        raise ctx.error()
+        error: Exception = ctx.error()
+        raise error
 
 
 def _leaves_behind(node: Any) -> list[torch.Tensor]:

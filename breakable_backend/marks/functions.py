@@ -156,7 +156,15 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
     if isinstance(function, staticmethod | classmethod):
         return type(function)(_mark(function.__func__, enable=enable, options=options))
     if not callable(function) or isinstance(function, type):
-        raise OptionsError(f"eager_on_graph marks functions, not {function!r}")
+        raise OptionsError(
+            f"eager_on_graph marks functions, not {function!r}",
+            fix="mark a function or a method; all modules of a class are marked by mark_eager(TheClass)",
+        )
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise OptionsError(
+            f"eager_on_graph marks functions that return their result, and {function.__qualname__} is asynchronous",
+            fix="mark a plain function, and await outside of it",
+        )
     _check_options(options)
     _check_names(function, options.get("mutates_args", ()))
     source = defined_at(function)

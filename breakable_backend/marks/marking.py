@@ -81,7 +81,7 @@ def unmark_eager(op: Any) -> None:
         _marked.discard(op_name(op))
 
 
-def eager_region() -> AbstractContextManager[None]:
+def eager_region(misused: None = None, /) -> AbstractContextManager[None]:
     """Have a block of traceable code run eagerly, without an op of its own.
 
     >>> def f(x):
@@ -91,7 +91,15 @@ def eager_region() -> AbstractContextManager[None]:
 
     Every ATen op that the block is traced to runs eagerly in each call. Under ``capture`` each op of the block is an
     eager step. Elsewhere the block runs as if it were not marked.
+
+    Raises:
+        OptionsError: it got an argument, as a decorator without parentheses does.
     """
+    if misused is not None:
+        raise OptionsError(
+            "eager_region takes no argument, and was used without its parentheses",
+            fix="@eager_region() above a function, or: with eager_region(): ...",
+        )
     return annotate({REGION_KEY: True})
 
 

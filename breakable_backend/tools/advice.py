@@ -21,9 +21,12 @@ _BY_BEGINNING = {
     "Dynamic shape operator": f"set {SHAPES}, or {{mark}}",
     "Data-dependent branching": "{mark}; where both branches may be computed, torch.where needs no mark",
     "Skip calling `torch.compiler.disable()`d function": "put @eager_on_graph in the place of torch.compiler.disable",
+    "Attempted to wrap RNN, GRU, or LSTM": "set torch._dynamo.config.allow_rnn = True",
     "Call to `torch._dynamo.graph_break()`": "take the call of torch._dynamo.graph_break() out",
 }
 """What helps, by the beginning of a reason."""
+
+MARK_THE_MODULE = "put the call of what Dynamo could not trace into a function under @eager_on_graph, or mark its module by mark_eager"
 
 _OF_MARKED = {
     IS_OF_TYPE: "pass tensors, modules and plain values, alone or in lists, tuples, dicts and dataclasses",
@@ -46,9 +49,17 @@ def advice(graph_break: str) -> str:
         return next((cure for what, cure in _OF_MARKED.items() if what in first), "")
     _, found, place = first.rpartition(", at ")
     _, _, code = place.partition(": ") if found else ("", "", "")
-    mark = f"put {f'`{code}`' if code else 'it'} into a function of its own under @eager_on_graph"
-    helps = next((text for beginning, text in _BY_BEGINNING.items() if first.startswith(beginning)), "{mark}")
-    return helps.format(mark=mark)
+    mark = f"put `{code}` into a function of its own under @eager_on_graph" if code else MARK_THE_MODULE
+    return _known(first, mark) or mark
+
+
+def to_compile(why: str) -> str:
+    """How to have a function compiled that Dynamo left alone; empty for a reason that is not known here."""
+    return _known(why, MARK_THE_MODULE)
+
+
+def _known(why: str, mark: str) -> str:
+    return next((text for beginning, text in _BY_BEGINNING.items() if why.startswith(beginning)), "").format(mark=mark)
 
 
 _TO_CAPTURE = {

@@ -46,8 +46,13 @@ def export(compiled: Any, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
         the paths of the written files, the index first.
 
     Raises:
-        OptionsError: nothing was compiled or captured yet, or ``folder`` is a file.
+        OptionsError: nothing was compiled or captured yet, or ``folder`` is a file or no path.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionsError(
+            f"export takes a directory as its second argument, got {type(folder).__name__}",
+            fix="export(compiled, 'folder')",
+        )
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise OptionsError(

@@ -36,7 +36,7 @@ from breakable_backend.marks.rules import label
 from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
-from breakable_backend.tools.advice import advice, to_capture
+from breakable_backend.tools.advice import advice, to_capture, to_compile
 from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
@@ -102,8 +102,12 @@ class Report:
         try:
             saved = json.loads(text)
         except json.JSONDecodeError as error:
+            is_path = text.endswith(".json") and "\n" not in text
             raise OptionsError(
-                f"this is not JSON: {error}", fix="give what Report.to_json() wrote, unchanged"
+                f"this is not JSON: {error}",
+                fix="give the text of the file, and not its path: Report.from_json(Path(path).read_text())"
+                if is_path
+                else "give what Report.to_json() wrote, unchanged",
             ) from None
         schema = saved.get("schema") if isinstance(saved, dict) else None
         if schema != SCHEMA:
@@ -166,6 +170,8 @@ def explain(
             "options apply to a function that is not compiled yet",
             fix="give them to torch.compile, or explain the plain function",
         )
+    if eager is not None and not callable(eager):
+        raise OptionsError(f"eager takes a function without arguments, got {eager!r}", fix="eager=lambda: model(x)")
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
         return Report((_captured(compiled.snapshot(), timed),), (), {}, (), {}, "default", {})
@@ -416,7 +422,7 @@ def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
 
 def _lines(report: Report) -> Iterator[str | Table]:
     if not (report.programs or report.eager_graphs or report.skipped or report.learning):
-        yield f"nothing was compiled by breakable_cg yet: {STANCES.get(report.stance, 'it compiles at the first call')}"
+        yield f"nothing was compiled by breakable_cg yet: {STANCES.get(report.stance, FIRST_CALL)}"
     elif report.stance in STANCES:
         yield STANCES[report.stance]
     calls = sum(program.calls for program in report.programs)
@@ -440,6 +446,8 @@ def _lines(report: Report) -> Iterator[str | Table]:
         yield f"  at {short_line(source)}"
     for where, why in report.skipped.items():
         yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {_short(why)}"
+        if helps := to_compile(why):
+            yield f"  to have it compiled: {helps}"
     for where in report.at_recompile_limit:
         yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
 
@@ -459,6 +467,7 @@ def _share(programs: Sequence[ProgramReport], calls: int) -> str:
     )
 
 
+FIRST_CALL = "it compiles at the first call of a function that was compiled with backend='breakable_cg'"
 LATER = (
     "{} was marked by mark_eager after this was compiled, which the mark does not change: mark before the first call, "
     "or compile again (torch.compiler.reset())"

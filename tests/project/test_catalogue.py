@@ -401,6 +401,13 @@ CASES: dict[str, Case] = {
     "eager_on_graph takes no": Case("eager_on_graph(mutate_args=('x',))(plain)  # here"),
     "takes a function, got": Case("eager_on_graph(fake=3)(plain)  # here"),
     "capture takes a BreakableCUDAGraph, got": Case("capture(plain)  # here"),
+    "eager_on_graph marks functions that return their result, and": Case(
+        "async def wait(x):\n    return x\neager_on_graph(wait)  # here"
+    ),
+    "eager_region takes no argument, and was used without its parentheses": Case("eager_region(plain)  # here"),
+    "eager takes a function without arguments, got": Case("explain(graph, measure=True, eager=3)  # here"),
+    "reset takes what torch.compile returned, got": Case("reset(graph)  # here"),
+    "export takes a directory as its second argument, got": Case("export('folder', compile(plain))  # here"),
     "capture takes no pool: a graph has its pool from the start": Case("capture(graph, pool=graph.pool())  # here"),
     "stream takes a torch.cuda.Stream, got": Case("capture(graph, stream=3)  # here"),
     "options apply to a function that is not compiled yet": Case("explain(compile(plain), options={})  # here"),

@@ -101,7 +101,10 @@ ALL_OPTIONS = ", ".join(option.name for option in dataclasses.fields(Options))
         ({"inner": "inductor"}, "option inner='inductor' does not exist yet\n  use inner='eager'"),
         ({"min_kernels": 0}, "option 'min_kernels' takes an integer of at least 1, got 0"),
         ({"max_recordings": "8"}, "option 'max_recordings' takes an integer of at least 1, got '8'"),
-        ({"eager_ops": "aten::sin"}, "option 'eager_ops' takes a list of ops, got 'aten::sin'"),
+        (
+            {"eager_ops": "aten::sin"},
+            "option 'eager_ops' takes a list of ops, got 'aten::sin'\n  eager_ops=['aten::sin']",
+        ),
         (
             {"eager_ops": ["silly::tripel"]},
             (

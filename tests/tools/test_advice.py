@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from breakable_backend import eager_on_graph, explain
-from breakable_backend.tools.advice import SCALARS, SHAPES, advice
+from breakable_backend.tools.advice import MARK_THE_MODULE, SCALARS, SHAPES, advice
 from checks import assert_same
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -145,10 +145,43 @@ def test_what_is_said_helps(name: str, device: torch.device, options: dict[str, 
     assert best.replays >= 3 and best.num_graph_segments >= 1, str(report)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.cell = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(self.into(x).sin())[0].cos() * 2
+
+
+def test_a_recurrent_module(device: torch.device, options: dict[str, Any]) -> None:
+    """Dynamo compiles nothing of what calls a recurrent module; the report has the setting that helps."""
+    model, x = Recurrent().to(device), torch.rand(2, 3, 4, device=device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    compiled(x)
+    lines = str(explain(compiled)).splitlines()
+    assert lines[0].startswith("Dynamo compiled nothing of forward") and "Attempted to wrap RNN" in lines[0]
+    assert lines[1] == "  to have it compiled: set torch._dynamo.config.allow_rnn = True"
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend="breakable_cg", options={**options, "min_kernels": 1})
+        for _ in range(4):
+            assert_same(compiled(x), model(x))
+    assert explain(compiled).programs[0].replays >= 2
+
+
+def test_a_break_in_code_of_torch() -> None:
+    """Where no line is the user's, the advice names no line to change."""
+    told = advice("Failed to convert args/kwargs to proxy\n  Explanation: ...")
+    assert told.startswith("put the call of what Dynamo could not trace into a function under @eager_on_graph")
+    assert "mark_eager" in told
+
+
 def test_nothing_is_said_of_marked_functions() -> None:
     """A break at a marked function has its own reason, and an unknown one gets the advice that fits all."""
     assert advice("choose, is no node: it returned a Request, at model.py:3 in forward: choose(x)") == ""
-    assert advice("Something new") == "put it into a function of its own under @eager_on_graph"
+    assert advice("Something new") == MARK_THE_MODULE
 
 
 # --- graphs that run as Dynamo traced them ----------------------------------------------------------------------------------

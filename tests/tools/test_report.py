@@ -36,7 +36,7 @@ def test_nothing_compiled() -> None:
     """Before the first call there is nothing to tell."""
     golden(
         str(explain(torch.compile(lambda x: x + 1, backend="breakable_cg"))),
-        """nothing was compiled by breakable_cg yet: it compiles at the first call""",
+        """nothing was compiled by breakable_cg yet: it compiles at the first call of a function that was compiled with backend='breakable_cg'""",
     )
 
 
@@ -513,6 +513,12 @@ def test_dict_and_json() -> None:
     assert recording["steps"][1]["reasons"][0]["rule"] == "marked"
     assert recording["steps"][2]["bridges"] == [{"value": "triple", "direction": "in", "bytes": 12}]
     assert recording["measured"] is None
+
+
+def test_a_path_in_place_of_a_report() -> None:
+    """The path of a saved report is not its text, and the error says how to read it."""
+    with pytest.raises(OptionsError, match=r"not JSON(.*\n)*.*Report\.from_json\(Path\(path\)\.read_text\(\)\)"):
+        Report.from_json("reports/llama.json")
 
 
 def test_dot() -> None:
