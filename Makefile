@@ -48,7 +48,7 @@ check: $(READY)
 
 # What a change breaks first, by the second: the parts by themselves, the drivers, and the heart of the contract.
 QUICK := ir $(addprefix marks/test_,marking.py structure.py) $(addprefix compiling/test_,partition.py lowering.py) \
-	$(addprefix recordings/test_,buffers.py replay.py) $(addprefix calling/test_,eviction.py retries.py) \
+	$(addprefix recordings/test_,bridges.py replay.py) $(addprefix calling/test_,eviction.py retries.py) \
 	$(addprefix drivers/test_,driver_contract.py ordering.py graph_nodes.py leaving.py) \
 	$(addprefix contract/test_contract_,once.py order.py aliases.py random.py exceptions.py gaps.py) \
 	$(addprefix project/test_,layering.py public_api.py options.py)

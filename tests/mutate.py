@@ -32,8 +32,8 @@ TARGETS = {
     "recorder": ("recordings/recorder.py", "test_replay.py test_lifetimes.py test_executor.py"),
     "slots": ("recordings/slots.py", "test_lifetimes.py test_executor.py test_contract_stale.py"),
     "epilogue": ("recordings/epilogue.py", "test_lifetimes.py test_executor.py test_contract_aliases.py"),
-    "emit": ("recordings/replay.py", "test_replay.py test_buffers.py test_host_time.py test_contract_aliases.py"),
-    "bridges": ("recordings/buffers.py", "test_buffers.py test_replay.py test_contract_stale.py"),
+    "emit": ("recordings/replay.py", "test_replay.py test_bridges.py test_host_time.py test_contract_aliases.py"),
+    "bridges": ("recordings/copies.py", "test_bridges.py test_replay.py test_contract_stale.py"),
     "keys": ("calling/keys.py", "test_executor.py test_eviction.py test_profiling.py test_contract_keys.py"),
     "rules": ("marks/rules.py", "test_marking.py test_contract_reasons.py"),
 }

@@ -1034,7 +1034,7 @@ FAULTS = (
     ),
     Fault(
         "a-graph-copies-what-is-read-lazily",
-        "drivers.input_copies:Fed.take",
+        "drivers.graph_copies:Fed.take",
         "_is_lazy(value) or not self._spec.accepts(value)",
         "not self._spec.accepts(value)",
         "test_driver_contract.py::test_a_feed_takes_what_lies_otherwise[tape]",
@@ -1048,7 +1048,7 @@ FAULTS = (
     ),
     Fault(
         "a-copy-that-was-not-patched-counts",
-        "drivers.input_copies:Fed.take",
+        "drivers.graph_copies:Fed.take",
         "self.source = 0",
         "pass",
         "test_refused_copies.py::test_a_copy_that_could_not_be_patched",
@@ -1199,17 +1199,17 @@ FAULTS = (
     ),
     Fault(
         "clones-lose-their-strides",
-        "recordings.buffers:clones_exactly",
+        "recordings.copies:clones_exactly",
         "torch.empty_like(tensor, device='meta').stride() == tensor.stride()",
         "True",
-        "test_buffers.py::test_clones_exactly[with_gaps-cpu]",
+        "test_bridges.py::test_clones_exactly[with_gaps-cpu]",
     ),
     Fault(
         "layouts-are-not-looked-at",
         "_torch.tensors:layout_check",
         "list(like.stride())",
         "[None] * like.dim()",
-        "test_buffers.py::test_quick_check[transposed-cpu]",
+        "test_bridges.py::test_quick_check[transposed-cpu]",
     ),
     Fault(
         "versions-of-written-arguments-stay",
@@ -1394,23 +1394,23 @@ FAULTS = (
         "alignment-not-in-the-key",
         "calling.keys:KeyReader.shapes",
         """
-        if args[index].data_ptr() % buffers.ALIGNMENT:
-            begins = [args[index].data_ptr() % buffers.ALIGNMENT for index in self.bridged]
+        if args[index].data_ptr() % copies.ALIGNMENT:
+            begins = [args[index].data_ptr() % copies.ALIGNMENT for index in self.bridged]
             return (*shapes, Alignments(begins))
         """,
         """
         if False:
-            begins = [args[index].data_ptr() % buffers.ALIGNMENT for index in self.bridged]
+            begins = [args[index].data_ptr() % copies.ALIGNMENT for index in self.bridged]
             return (*shapes, Alignments(begins))
         """,
         "test_contract_keys.py::test_alignments[cpu]",
     ),
     Fault(
         "bridges-aligned-as-the-allocator-likes",
-        "recordings.buffers:Bridge.like",
+        "recordings.copies:Bridge.like",
         "value.data_ptr() % ALIGNMENT",
         "0",
-        "test_buffers.py::test_bridge_is_aligned_as_its_value[misaligned-cpu]",
+        "test_bridges.py::test_bridge_is_aligned_as_its_value[misaligned-cpu]",
     ),
     Fault(
         "no-shapes-and-gradients",
@@ -3052,24 +3052,24 @@ FAULTS = (
     ),
     Fault(
         "copies-of-known-dtypes-only",
-        "recordings.buffers:copied_as",
+        "recordings.copies:copied_as",
         "None if tensor.dtype in _COPIED else _BITS[tensor.element_size()]",
         "None",
-        "test_buffers.py::test_copies_of_any_dtype[cpu-uint4]",
+        "test_bridges.py::test_copies_of_any_dtype[cpu-uint4]",
     ),
     Fault(
         "lazy-bits-are-copied-as-they-lie",
-        "recordings.buffers:_copy",
+        "recordings.copies:_copy",
         "target.is_conj() or source.is_conj() or target.is_neg() or source.is_neg()",
         "False",
-        "test_buffers.py::test_copies_of_conjugates[cpu-complex32]",
+        "test_bridges.py::test_copies_of_conjugates[cpu-complex32]",
     ),
     Fault(
         "clones-of-known-dtypes-only",
-        "recordings.buffers:clone_exact",
+        "recordings.copies:clone_exact",
         "tensor.dtype not in _COPIED",
         "False",
-        "test_buffers.py::test_copies_of_any_dtype[cpu-uint4]",
+        "test_bridges.py::test_copies_of_any_dtype[cpu-uint4]",
     ),
     Fault(
         "layouts-without-strides-are-lowered",

@@ -168,7 +168,7 @@ def clones_together(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
 
 
 copy_together: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_copy_
-"""One launch for many copies, bits kept or not: see ``buffers.fused_as``."""
+"""One launch for many copies, bits kept or not: see ``copies.fused_as``."""
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from breakable_backend.calling.retries import Trials
 from breakable_backend.ir.layout import numbers_in
 from breakable_backend.ir.overlap import Fixed
 from breakable_backend.ir.program import Program
-from breakable_backend.recordings import buffers
+from breakable_backend.recordings import copies
 from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay
 
@@ -29,12 +29,12 @@ ShapeKey = tuple[Any, ...]
 
 
 class Alignments(tuple[int, ...]):
-    """The address of each bridged input modulo ``buffers.ALIGNMENT``. Part of a key only if one is not 0."""
+    """The address of each bridged input modulo ``copies.ALIGNMENT``. Part of a key only if one is not 0."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        return f"{', '.join(map(str, self))} bytes off {buffers.ALIGNMENT}"
+        return f"{', '.join(map(str, self))} bytes off {copies.ALIGNMENT}"
 
 
 class Key(NamedTuple):
@@ -167,8 +167,8 @@ class KeyReader:
             shapes += tuple(scalar_bytes(args[index]) for index in self.scalars)
         # A bridge has the alignment of the value that it was made for. Reading it takes 0.1 us for each bridged input.
         for index in self.bridged:
-            if args[index].data_ptr() % buffers.ALIGNMENT:
-                begins = [args[index].data_ptr() % buffers.ALIGNMENT for index in self.bridged]
+            if args[index].data_ptr() % copies.ALIGNMENT:
+                begins = [args[index].data_ptr() % copies.ALIGNMENT for index in self.bridged]
                 return (*shapes, Alignments(begins))
         return shapes
 

@@ -37,7 +37,7 @@ from breakable_backend.errors import ReplayError
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import Geometry, TensorSpec
 from breakable_backend.recordings.binding import Plan
-from breakable_backend.recordings.buffers import clone_exact
+from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recording import Recording
 

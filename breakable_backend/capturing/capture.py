@@ -45,10 +45,11 @@ from breakable_backend.failure_kinds import as_passing
 from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
 from breakable_backend.ir.ambient_modes import Modes
-from breakable_backend.ir.effects import is_view_op, written_values
+from breakable_backend.ir.effects import written_values
 from breakable_backend.ir.layout import STRIDED, Geometry, has_gaps
 from breakable_backend.ir.program import Op, Reason, described
 from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
+from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions
@@ -56,8 +57,8 @@ from breakable_backend.marks.results import Parts, tensors_on
 from breakable_backend.marks.rules import live_reason
 from breakable_backend.marks.structure import fields
 from breakable_backend.options import Options
-from breakable_backend.recordings.buffers import Bridge
 from breakable_backend.recordings.checks import places_of
+from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
 from breakable_backend.recordings.recorder import MAX_FED
 from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step

@@ -34,19 +34,17 @@ from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY
 from breakable_backend.ir.effects import (
-    alias_source,
     bodies,
     draws,
     graphs_in,
     is_opaque,
-    is_view,
-    made_again,
     schema_name,
     storages_of,
     values_of,
     written_arguments,
 )
 from breakable_backend.ir.layout import STRIDED, TensorSpec
+from breakable_backend.ir.views import alias_source, is_view, made_again
 from breakable_backend.marks.call_ops import is_backward, site_of
 from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.marking import EagerOps, Marks

@@ -28,14 +28,11 @@ from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.ir.ambient_modes import ambient_of
 from breakable_backend.ir.effects import (
     ALLOCATING,
-    alias_source,
     graphs_in,
     is_check,
     is_number,
     is_pure,
-    is_view,
     late_values,
-    made_again,
     producer_of,
     python_floats,
     schema_name,
@@ -63,6 +60,7 @@ from breakable_backend.ir.program import (
     unused,
 )
 from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.views import alias_source, is_view, made_again
 from breakable_backend.marks.rules import Scope, argument_of, classify, label, on_host, places_of
 
 _NO_LAUNCH = ALLOCATING | _torch.aten("_assert_async")

@@ -21,12 +21,12 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.drivers import CapturedGraph, Pairs
-from breakable_backend.drivers.bindings import Bindings
 from breakable_backend.drivers.collector import held_off
+from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.drivers.device import DeviceDriver, capture_body
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
+from breakable_backend.drivers.graph_copies import Fed, can_be_fed
 from breakable_backend.drivers.graph_nodes import GraphNode, dot, dot_of_names, first_copies, nodes
-from breakable_backend.drivers.input_copies import Fed, can_be_fed
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, capture_end, relaxed
 from breakable_backend.drivers.pool_size import PoolSize
 from breakable_backend.drivers.streams import StreamOrder, Wait, explained

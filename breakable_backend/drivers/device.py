@@ -12,8 +12,8 @@ import torch
 
 from breakable_backend import locks
 from breakable_backend.drivers import LOCK_TIMEOUT, CapturedGraph, Feed, Pairs, SessionDriver, Tenant
+from breakable_backend.drivers.graph_copies import Fed
 from breakable_backend.drivers.graph_nodes import dot_of_names
-from breakable_backend.drivers.input_copies import Fed
 from breakable_backend.drivers.pool_size import PoolSize
 from breakable_backend.errors import CaptureError, ReplayError
 

@@ -20,9 +20,9 @@ from breakable_backend.drivers import CapturedGraph, Pairs
 from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.ambient_modes import Modes
-from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.layout import non_owning
 from breakable_backend.ir.running_ops import generators_of
+from breakable_backend.ir.views import is_view_op
 
 T = TypeVar("T")
 

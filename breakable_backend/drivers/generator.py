@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.drivers.bindings import Bindings
+from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.drivers.ordering import Order
 from breakable_backend.errors import CaptureError, ReplayError, first_line
 from breakable_backend.failure_kinds import as_passing, passing

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from breakable_backend import _torch
-from breakable_backend.drivers.bindings import Bindings
+from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.errors import ReplayError
 
 cuda = Bindings("cuda.bindings.driver")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from breakable_backend.drivers.bindings import Bindings
+from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.errors import CaptureError, ReplayError, user_line
 
 cudart = Bindings("cuda.bindings.runtime")

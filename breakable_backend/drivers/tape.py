@@ -26,7 +26,7 @@ from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph, Pairs
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph, capture_body
-from breakable_backend.drivers.input_copies import Fed, can_be_fed
+from breakable_backend.drivers.graph_copies import Fed, can_be_fed
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failure_kinds import as_passing
 from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, tensors_of, written_values

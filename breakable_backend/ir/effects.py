@@ -1,7 +1,8 @@
-"""What an op reads, writes and returns, and whether it only makes a view, for every kind of node in a lowered graph.
+"""What an op reads, writes and returns, for every kind of node in a lowered graph.
 
-This is the only module that answers these questions: which arguments a call writes, what it returns (new memory, an
-alias of an argument, a number), whether it can be made again, and whether it depends on more than its arguments.
+This is the only module that answers these questions: which arguments a call writes, what it returns (a tensor, a
+number, nothing), and whether it depends on more than its arguments. :mod:`breakable_backend.ir.views` tells views from
+copies.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.ir.layout import Geometry
 
 # --- what a node calls --------------------------------------------------------------------------------------------------
 
@@ -362,20 +362,6 @@ ALLOCATING = _torch.aten("empty empty_like empty_strided empty_permuted new_empt
 """Ops that allocate memory and launch nothing."""
 
 
-def is_view_op(op: Any) -> bool:
-    """Whether an op returns views by its schema. :func:`is_view` knows more, since it looks at a call."""
-    return isinstance(op, _torch.OpOverload) and op.is_view
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a call only aliases its arguments, so that it can be made again anywhere."""
-    target = node.target
-    if not is_of_torch(target) or target._schema.is_mutable:  # type: ignore[union-attr]
-        return False
-    results = storages_of(node)
-    return bool(results) and results <= storages_of(*node.all_input_nodes)
-
-
 _ON_THE_HOST = _torch.aten("_efficient_attention_forward _scaled_dot_product_efficient_attention")
 """CUDA ops whose third and fourth result, the seed and offset of dropout, are on the host although their fake is
 not."""
@@ -397,30 +383,6 @@ def strays(graph: fx.Graph) -> frozenset[fx.Node]:
         elif node.op == "call_function" and not following.isdisjoint(node.all_input_nodes):
             following.add(node)
     return frozenset(found | following)
-
-
-def alias_source(node: fx.Node, maker: fx.Node) -> fx.Node:
-    """The argument that ``node`` is, or is a view of; else ``maker``, which made or first brought in the storage."""
-    candidates: list[fx.Node] = []
-    for call in dict.fromkeys((node, producer_of(node))):
-        candidates += [*written_arguments(call), *call.all_input_nodes]
-    key = _torch.storage_key(node.meta["val"])
-    for candidate in candidates:
-        value = candidate.meta.get("val")
-        if isinstance(value, torch.Tensor) and _torch.storage_key(value) == key:
-            return candidate
-    return maker
-
-
-def made_again(graph: fx.Graph, node: fx.Node, copied: fx.Node, source: fx.Node) -> fx.Node:
-    """``node``, an alias of ``source`` that an op returned, as a view of ``copied``, which is ``source`` in ``graph``."""
-    mine, theirs = node.meta["val"], source.meta["val"]
-    if repr(Geometry.of(mine)) == repr(Geometry.of(theirs)):  # as text, since ``==`` would guard on symbols
-        return copied
-    arguments = (copied, list(mine.shape), list(mine.stride()), mine.storage_offset())
-    view = graph.call_function(torch.ops.aten.as_strided.default, arguments)
-    view.meta = dict(node.meta)
-    return view
 
 
 def is_pure(node: fx.Node) -> bool:

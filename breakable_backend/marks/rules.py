@@ -18,9 +18,10 @@ from torch.fx.traceback import get_current_meta
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.ir.effects import effective_ops, is_view_op, nodes_in, op_of, schema_name, tensors_of, values_of
+from breakable_backend.ir.effects import effective_ops, nodes_in, op_of, schema_name, tensors_of, values_of
 from breakable_backend.ir.program import Reason
 from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks import call_ops
 from breakable_backend.marks.marking import REGION_KEY, EagerOps, is_marked
 

@@ -12,10 +12,11 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.ir.ambient_modes import ambient_of
-from breakable_backend.ir.effects import is_checked_by_nobody, is_opaque, is_view, producer_of
+from breakable_backend.ir.effects import is_checked_by_nobody, is_opaque, producer_of
 from breakable_backend.ir.layout import TensorSpec, numbers_in
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Input, Program
 from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.views import is_view
 from breakable_backend.marks.call_ops import direct, is_call
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.code import with_code

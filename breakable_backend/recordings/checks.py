@@ -10,7 +10,7 @@ import torch
 from breakable_backend.errors import CAUSES, DivergenceError, EagerOutputError, ReplayError
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.running_ops import has_memory
-from breakable_backend.recordings.buffers import Bridge, inside
+from breakable_backend.recordings.copies import Bridge, inside
 from breakable_backend.recordings.recording import Call, Recording, fill
 
 

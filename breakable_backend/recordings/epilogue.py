@@ -11,8 +11,8 @@ from torch import fx
 from breakable_backend import _torch
 from breakable_backend.ir.program import EagerSegment, unused
 from breakable_backend.recordings.binding import Binding
-from breakable_backend.recordings.buffers import clone_exact
 from breakable_backend.recordings.checks import perform
+from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Slot, Step
 from breakable_backend.recordings.slots import Slots
 

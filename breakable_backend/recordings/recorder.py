@@ -21,8 +21,8 @@ from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Re
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.binding import Binding, Plan
-from breakable_backend.recordings.buffers import load_all
 from breakable_backend.recordings.checks import perform, places_of
+from breakable_backend.recordings.copies import load_all
 from breakable_backend.recordings.epilogue import Epilogue, settled
 from breakable_backend.recordings.recording import (
     NOTHING,

@@ -20,7 +20,7 @@ from breakable_backend.drivers import CapturedGraph, Feed
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Op, Reason
 from breakable_backend.ir.running_ops import has_memory
-from breakable_backend.recordings.buffers import Bridge, inside
+from breakable_backend.recordings.copies import Bridge, inside
 
 
 @dataclass(frozen=True)

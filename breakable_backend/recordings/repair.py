@@ -18,17 +18,9 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.errors import CaptureError, Passing
-from breakable_backend.ir.effects import (
-    WAIT,
-    is_asynchronous,
-    is_getitem,
-    is_number,
-    is_somebodys,
-    is_view,
-    op_of,
-    tensors_of,
-)
+from breakable_backend.ir.effects import WAIT, is_asynchronous, is_getitem, is_number, is_somebodys, op_of, tensors_of
 from breakable_backend.ir.program import GraphSegment, Program, Reason, Segment
+from breakable_backend.ir.views import is_view
 
 MAX_CUTS = 16
 """How many times a program is cut anew in one recording. Each failed capture leaves its memory behind. After that,

@@ -24,9 +24,9 @@ from breakable_backend._torch import pytree
 from breakable_backend.drivers import CapturedGraph
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import unused
-from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recordings.checks import check_argument, reject
 from breakable_backend.recordings.code import defined, spelled
+from breakable_backend.recordings.copies import Bridge, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot
 
 FUSED_FROM = 4

@@ -20,9 +20,9 @@ from breakable_backend.ir.effects import tensors_of
 from breakable_backend.ir.last_uses import Lifetimes, last_uses
 from breakable_backend.ir.layout import Geometry, extent
 from breakable_backend.ir.program import Program, Segment, outputs_of
-from breakable_backend.recordings import buffers
+from breakable_backend.recordings import copies
 from breakable_backend.recordings.binding import Binding, Plan
-from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.recording import Call, Copy, Held, Slot, bridge_name
 
 
@@ -99,7 +99,7 @@ class Slots:
         """A bridge for ``name`` in pool memory, which it holds until its last captured reader is recorded."""
         value = self.values[name]
         driver = self.driver.on(value.device)
-        small = name in self.inputs and extent(value) * value.element_size() <= buffers.KEPT_INPUT
+        small = name in self.inputs and extent(value) * value.element_size() <= copies.KEPT_INPUT
         if self._is_kept(name) or small or value.numel() == 0:
             return Bridge.like(value, driver.device)
         with driver.allocating():
@@ -188,7 +188,7 @@ class Slots:
     def handed_back(self) -> Iterator[torch.Tensor]:
         """With static results, the owners of memory of which an eager step has returned an alias, which may be a result."""
         for owner in self.owners.values() if self.static else ():
-            yield buffers.inside(owner)
+            yield copies.inside(owner)
 
     def _hold(self, slot: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
         """Have ``owner`` hold the memory behind ``place``, on which the constants of ``slot`` lie."""
@@ -253,7 +253,7 @@ class Slots:
         owner = self.owners.get(bridge_name(name) if place == _inside_name(name) else place)
         if owner is None and place in self.constants:
             owner = self.constants[place]
-        return buffers.inside(owner)  # type: ignore[no-any-return]
+        return copies.inside(owner)  # type: ignore[no-any-return]
 
     def is_ours(self, value: torch.Tensor) -> bool:
         """Whether ``value`` lies in memory of ours, judged by memory: an op may return its argument against its schema."""
@@ -262,7 +262,7 @@ class Slots:
     def owned_storages(self) -> frozenset[int]:
         """The keys of the storages that constants lie on."""
         owned = (value for name, value in self.constants.items() if name not in self.inputs)
-        tensors = map(buffers.inside, owned)
+        tensors = map(copies.inside, owned)
         return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
 
     def _behind(self, value: Any) -> Iterator[str]:
@@ -271,7 +271,7 @@ class Slots:
             if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()
                 for slot, owner in self.owners.items():
-                    memory = buffers.inside(owner).untyped_storage()
+                    memory = copies.inside(owner).untyped_storage()
                     if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():
                         yield slot
 

@@ -23,14 +23,15 @@ from breakable_backend._torch import pytree
 from breakable_backend.drivers import Feed
 from breakable_backend.drivers.device import GraphAround
 from breakable_backend.errors import CAUSES, DivergenceError
-from breakable_backend.ir.effects import is_somebodys, is_view_op
+from breakable_backend.ir.effects import is_somebodys
 from breakable_backend.ir.program import GraphSegment, Program, outputs_of
 from breakable_backend.ir.running_ops import Undo, generators_of, has_memory
 from breakable_backend.ir.source_lines import source_line
+from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.binding import Binding
-from breakable_backend.recordings.buffers import Bridge, clone_exact
 from breakable_backend.recordings.checks import check_places
+from breakable_backend.recordings.copies import Bridge, clone_exact
 from breakable_backend.recordings.observer import Issue, Observer, Saved, Subject
 from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Recording, Step
 from breakable_backend.recordings.repair import NodeByNode

@@ -26,8 +26,8 @@ from breakable_backend.compiling.partition import under_ambient
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.source_lines import short_line
-from breakable_backend.recordings import buffers
-from breakable_backend.recordings.buffers import Bridge, clone_exact
+from breakable_backend.recordings import copies
+from breakable_backend.recordings.copies import Bridge, clone_exact
 from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Recording, Step
 from breakable_backend.recordings.replay import Mark, emit
 from breakable_backend.tools.progress import Progress
@@ -256,7 +256,7 @@ def _kept_arguments(snapshot: Snapshot, key: KeySnapshot) -> list[Any]:
         elif value.kind == "number" and value.name not in snapshot.program.passed_on:
             values.append(next(numbers))
         elif bridge is not None:
-            kept = key.recording.most is None or bridge.num_bytes <= buffers.KEPT_INPUT
+            kept = key.recording.most is None or bridge.num_bytes <= copies.KEPT_INPUT
             values.append(clone_exact(bridge.tensor) if kept else Bridge.zeros(bridge.tensor).tensor)
         else:
             raise OptionsError(

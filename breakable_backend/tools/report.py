@@ -27,13 +27,13 @@ from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.effects import is_view_op
 from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
 from breakable_backend.ir.source_lines import module_path, short_line, source_line
+from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.call_sites import MARKED_ANEW, learning
 from breakable_backend.marks.marking import marked_names
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
 from breakable_backend.tools.advice import advice, to_capture, to_compile

@@ -14,7 +14,7 @@ from breakable_backend.calling.keys import AddressSet, Alignments, Entry, Key, K
 from breakable_backend.calling.release import release, release_all, run_deferred, watch, when_idle
 from breakable_backend.calling.snapshot import Statistics
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.recordings import buffers
+from breakable_backend.recordings import copies
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_alignments() -> None:
     """Where a bridged input begins is in the key only if one does not begin at a multiple of the alignment."""
     reader, aligned = KeyReader([], [], [], [], [0]), torch.zeros(64)
     assert reader.shapes([aligned]) == ()
-    assert reader.shapes([aligned[1:]]) == (Alignments([aligned[1:].data_ptr() % buffers.ALIGNMENT]),)
+    assert reader.shapes([aligned[1:]]) == (Alignments([aligned[1:].data_ptr() % copies.ALIGNMENT]),)
 
 
 def test_order_of_use() -> None:

@@ -25,7 +25,7 @@ from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
 from breakable_backend.failure_kinds import passing
 from breakable_backend.recordings import epilogue
-from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.copies import Bridge
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from breakable_backend.drivers import cuda
-from breakable_backend.drivers.input_copies import Fed
+from breakable_backend.drivers.graph_copies import Fed
 from breakable_backend.errors import CaptureError, ReplayError
 from breakable_backend.internal_errors import raise_if_ours
 

@@ -28,7 +28,7 @@ from breakable_backend.calling import device_errors
 from breakable_backend.compiling import joint_graph
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers import cuda, generator, graph_nodes, ordering, streams, tape
-from breakable_backend.drivers.bindings import Bindings
+from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.marks import call_sites

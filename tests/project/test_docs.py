@@ -30,7 +30,7 @@ from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
 from breakable_backend.marks.rules import RULES
 from breakable_backend.options import Options
-from breakable_backend.recordings import buffers
+from breakable_backend.recordings import copies
 from breakable_backend.tools import measure, report
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -187,7 +187,7 @@ def test_limits_page() -> None:
         **vars(eviction),
         **vars(retries),
         **vars(pool_size),
-        "KEPT_INPUT": buffers.KEPT_INPUT,
+        "KEPT_INPUT": copies.KEPT_INPUT,
     }
     everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_SIZES")}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}

@@ -34,7 +34,7 @@ from breakable_backend import (
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import cuda as cuda_driver
-from breakable_backend.drivers.bindings import Bindings
+from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.drivers.tape import FIX, TapeDriver
 from breakable_backend.options import Options
 from reports import from_file

@@ -24,7 +24,7 @@ from breakable_backend.drivers import CaptureDriver, pool_size
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry
-from breakable_backend.recordings import buffers
+from breakable_backend.recordings import copies
 from breakable_backend.recordings.recording import GraphStep
 from checks import assert_same, check, compile_both, entries_of, program_of
 from straight_line import SIDE, Straight, programs
@@ -50,7 +50,7 @@ library.impl("echo", torch.empty_like, "Meta")
 @pytest.fixture(autouse=True)
 def no_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bridges of small inputs, too, are in the pool."""
-    monkeypatch.setattr(buffers, "KEPT_INPUT", 0)
+    monkeypatch.setattr(copies, "KEPT_INPUT", 0)
 
 
 def vectors(call: int, device: torch.device) -> tuple[Tensor, ...]:

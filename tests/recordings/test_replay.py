@@ -23,7 +23,7 @@ from breakable_backend.drivers.tape import TapeDriver, TapeGraph
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import TensorSpec, extent
 from breakable_backend.ir.program import Reason
-from breakable_backend.recordings.buffers import Bridge, clone_exact
+from breakable_backend.recordings.copies import Bridge, clone_exact
 from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step
 from breakable_backend.recordings.replay import Replay, Tally, emit
 from graphs import golden

@@ -18,7 +18,7 @@ from breakable_backend import BreakableCUDAGraph, DivergenceError, ReplayError, 
 from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.errors import CAUSES
-from breakable_backend.recordings.buffers import Bridge
+from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.recording import GraphStep, Recording
 from breakable_backend.tools.compare import Checker, ComparedSegment, Maker, Wrong
 from breakable_backend.tools.difference import difference

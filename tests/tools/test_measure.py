@@ -26,7 +26,7 @@ from breakable_backend import (
     unmark_eager,
 )
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.recordings import buffers
+from breakable_backend.recordings import copies
 from breakable_backend.tools import measure as module
 from breakable_backend.tools import progress
 from breakable_backend.tools.measure import Advice, BreakCost, Measured, StepTime
@@ -288,7 +288,7 @@ def test_large_inputs_are_not_kept(
     options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bridge of a large input is other values' memory after a call: zeros are measured, which no index fails on."""
-    monkeypatch.setattr(buffers, "KEPT_INPUT", 0)
+    monkeypatch.setattr(copies, "KEPT_INPUT", 0)
     table = torch.arange(12.0, device=device).reshape(4, 3)
 
     def f(index: Tensor) -> Tensor:

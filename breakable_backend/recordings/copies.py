@@ -1,4 +1,7 @@
-"""Bridges: storages with a fixed address, and the copies into and out of them; ``recorder`` says which inputs have one."""
+"""Copies into and out of bridges, which are storages with a fixed address: a written input is copied back from one.
+
+:mod:`breakable_backend.recordings.recorder` says which inputs have a bridge.
+"""
 
 from __future__ import annotations
 

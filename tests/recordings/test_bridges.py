@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from breakable_backend import _torch
 from breakable_backend.ir.layout import TensorSpec, extent, flattened, overlaps
-from breakable_backend.recordings.buffers import Bridge, clone_exact, clones_exactly, load_all
+from breakable_backend.recordings.copies import Bridge, clone_exact, clones_exactly, load_all
 
 LAYOUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "dense": lambda device: torch.rand(3, 4, device=device),
