@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import sweep
+from breakable_backend import is_capturing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the databases use what torch deprecates
@@ -24,6 +26,13 @@ ONCE_DIFFERED = (
 ).split()
 BREAK = "linalg.cond norm.nuc linalg.svdvals linalg.eigvalsh".split()
 """Ops with an eager step inside, or that are nothing else. Each once differed: torch traced vectors that nobody asked for."""
+CAPTURED = (
+    *"linalg.cond linalg.eigvalsh linalg.matrix_rank norm.nuc matmul nn.functional.dropout addbmm".split(),
+    *map(
+        "backward of {}".format, "prod cumprod masked_fill max.reduction_no_dim matmul nn.functional.layer_norm".split()
+    ),
+)
+"""Ops at the second door. Most once differed there, since their code asks whether a mode is active."""
 GRADIENTS = "softmax nn.functional.layer_norm masked_fill as_strided_copy".split()
 """Ops with gradients. Two once differed: autograd traced another formula, or counted from another element."""
 
@@ -63,6 +72,30 @@ def test_gradients_as_eager(name: str, databases: dict[str, Any], device: torch.
         outcome = opinfos.try_case(case, "alone", [sample], device)
         assert (outcome.differs, outcome.failed, outcome.reference) == ("", "", "eager")
         assert outcome.captured or name not in GRADIENTS[:2]
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured_as_eager(name: str, databases: dict[str, Any], device: torch.device) -> None:
+    """At the second door these have eager's bits in the capture and in five replays, forward and backward."""
+    training = opinfos.is_backward(name)
+    case = replace(next(iter(opinfos.cases(databases[name], device, training))), door=opinfos.CAPTURE)
+    for form in ["alone"] if training else opinfos.FORMS:
+        for sample in case.samples:
+            outcome = opinfos.try_case(case, form, [sample], device)
+            assert (outcome.differs, outcome.failed, outcome.reference) == ("", "", "eager")
+
+
+def test_planted_difference_in_replays_is_noticed() -> None:
+    """What a capture freezes is found to differ in the call that has another value; what it refuses is told as refused."""
+    device, x = torch.device("cpu"), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    calls = iter(range(100))
+    frozen = opinfos.Case("planted", "number", lambda x: x + next(calls), (sample(x),), door=opinfos.CAPTURE)
+    outcome = opinfos.try_case(frozen, "alone", frozen.samples, device)
+    assert (outcome.differs, outcome.reference) == ("", "nothing")  # eager is not the same each time either
+    inside = opinfos.Case("planted", "bit", lambda x: x + is_capturing(), (sample(x),), door=opinfos.CAPTURE)
+    assert opinfos.try_case(inside, "alone", inside.samples, device).differs == "call 1: bits"
+    reads = opinfos.Case("planted", "read", lambda x: x * x.sum().item(), (sample(x),), door=opinfos.CAPTURE)
+    assert "refused: CaptureError" in opinfos.try_case(reads, "alone", reads.samples, device).failed
 
 
 def nudged(x: Tensor) -> Tensor:
