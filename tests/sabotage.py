@@ -337,6 +337,20 @@ FAULTS = (
         "test_training.py::test_frozen_weights_of_a_subclass[cpu-True]",
     ),
     Fault(
+        "weights-that-move-are-never-copied",
+        "calling.compiled_graph:CompiledGraph._moving",
+        "max(map(len, places.values()), default=0) <= eviction.MAX_ADDRESSES",
+        "True",
+        "test_contract_keys.py::test_static_inputs_at_many_addresses[cpu-read]",
+    ),
+    Fault(
+        "weights-of-other-instances-count-as-moved",
+        "calling.compiled_graph:CompiledGraph._moving",
+        "guard() is args[value.index]",
+        "True",
+        "test_contract_keys.py::test_many_instances[cpu]",
+    ),
+    Fault(
         "a-write-to-a-subclass-is-not-noticed",
         "calling.training:_Call._take_inner",
         "index in forward.inputs",

@@ -27,7 +27,7 @@ from breakable_backend.errors import Passing, first_line
 from breakable_backend.failure_kinds import passing
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.last_uses import needed
-from breakable_backend.ir.program import Program, Reason
+from breakable_backend.ir.program import Input, Program, Reason
 from breakable_backend.ir.source_lines import short_line
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
@@ -146,6 +146,13 @@ class CompiledGraph:
                 self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {value.name})
                 many = f"host scalar {value.name} had more than {bound} values"
                 given_up.append(f"{many}: the ops that read it run eagerly")
+        if moving := self._moving(args):
+            self.lowered = replace(self.lowered, static=self.lowered.static - {value.index for value in moving})
+            names = ", ".join(value.name for value in moving[:3])
+            more = f" and {len(moving) - 3} more" if len(moving) > 3 else ""
+            given_up.append(
+                f"{names}{more}: read in place, and a tensor came at more than {eviction.MAX_ADDRESSES} addresses: copied in"
+            )
         for text in given_up:
             with self.keys.changing:
                 self.notes.append(text)
@@ -154,6 +161,23 @@ class CompiledGraph:
             self._drop_all(READ_OTHERWISE, wait=False)
             self.cut_program()
         return bool(given_up)
+
+    def _moving(self, args: Sequence[Any]) -> list[Input]:
+        """Static inputs that came at other addresses, if one of them, as one tensor, came at too many.
+
+        FSDP gathers weights anew for each call. Several instances of a module are several tensors.
+        """
+        if len(self.keys.sets) < eviction.MAX_ADDRESSES:
+            return []
+        statics = [value for value in self.program.inputs if value.kind == "static"]
+        places = {value.index: {args[value.index].data_ptr()} for value in statics}
+        for known in self.keys.sets.values():
+            for value, guard in zip(statics, known.guards, strict=True):
+                if guard() is args[value.index]:
+                    places[value.index].add(known.pointers[value.index])
+        if max(map(len, places.values()), default=0) <= eviction.MAX_ADDRESSES:
+            return []
+        return [value for value in statics if len(places[value.index]) > 1]
 
     def run_eagerly(self, program: Program, failed: Mapping[str, Reason], level: int = logging.WARNING) -> None:
         """Keep nodes that could not be captured eager, for later keys too."""

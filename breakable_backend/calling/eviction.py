@@ -12,7 +12,8 @@ from typing import NamedTuple
 MAX_ADDRESS_SETS = 256
 """How many sets of static addresses have recordings: instances of a module, caches of requests."""
 MAX_ADDRESSES = 4
-"""How many addresses of an input that captured segments write are keyed, before it gets a bridge and is copied back."""
+"""How many addresses of an input that captured segments write are keyed, before it gets a bridge and is copied back.
+Also how many of a static input, as one tensor, before it gets a bridge."""
 MAX_SCALAR_VALUES = 4
 """How many values of a host scalar are keyed, before the ops that read it run eagerly."""
 IDLE_FACTOR = 4

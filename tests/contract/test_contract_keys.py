@@ -363,6 +363,63 @@ def test_mutated_input_at_few_addresses(device: torch.device, options: dict[str,
     assert program.copies == 3 * 4  # the eager result, in each call that is not plain
 
 
+class Weighed(nn.Module):
+    """An eager step between two uses of a weight, the last of which writes a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 3))
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = silly.triple(x @ self.weight) @ self.weight
+        self.total.add_(y.sum(0))
+        return y + self.total
+
+
+@pytest.mark.parametrize("moved", [("weight",), ("weight", "total")], ids=["read", "written"])
+def test_static_inputs_at_many_addresses(moved: tuple[str, ...], device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a parameter that is given other memory again and again is copied in; one that is written is copied back."""
+    mine = Weighed().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled, kept = torch.compile(mine, backend="breakable_cg", options=options), []
+    with torch.no_grad():
+        for _ in range(16):
+            for name in moved:
+                new = torch.rand_like(getattr(mine, name))
+                kept.append(new)
+                getattr(mine, name).data, getattr(theirs, name).data = new, new.clone()
+            x = torch.rand(2, 3, device=device)
+            assert_same(compiled(x), theirs(x))
+            assert_same(mine.total, theirs.total)
+    program = program_of(compiled)
+    # 4 addresses are keyed and each is seen once; what is written is then keyed at 4 addresses again, and bridged behind them
+    assert program.replays >= 16 - 5 - 1 - (5 if "total" in moved else 0), str(program)
+    assert "a tensor came at more than 4 addresses: copied in" in program.notes[0]
+    with torch.no_grad():
+        bound = breakable_backend.bind(compiled, x)
+        theirs.total.copy_(mine.total)
+        for _ in range(3):
+            mine.weight.data = theirs.weight.data = torch.rand(3, 3, device=device)
+            assert_same(bound(x), theirs(x))
+
+
+def test_many_instances(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: instances of a module have other weights, each at its own place: each is recorded for itself, without copies."""
+    models = [Weighed().to(device) for _ in range(6)]
+    twins = copy.deepcopy(models)
+    compiled, x = (
+        torch.compile(Weighed.forward, backend="breakable_cg", options=options),
+        torch.rand(2, 3, device=device),
+    )
+    with torch.no_grad():
+        for _ in range(4):
+            for model, twin in zip(models, twins, strict=True):
+                assert_same(compiled(model, x), twin(x))
+    program = program_of(compiled)
+    assert (program.replays, program.notes) == (6 * 2, ())
+
+
 def test_few_recordings_and_many_keys(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: with more keys in turn than recordings, some run plainly; what is kept is bounded and not recorded for ever."""
     compiled, eager = compile_both(silly.Silly(), {**options, "max_recordings": 2}, dynamic=True)
