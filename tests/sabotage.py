@@ -2536,7 +2536,7 @@ FAULTS = (
     ),
     Fault(
         "results-are-compared-with-arguments-alone",
-        "recordings.returned_arguments:ReturnedArguments._look",
+        "recordings.returned_arguments:ReturnedArguments.look",
         "combinations(made, 2)",
         "()",
         "test_returned_arguments.py::test_a_write_reaches_both[cpu-two_results]",

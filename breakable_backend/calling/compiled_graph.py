@@ -35,10 +35,10 @@ from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
-from breakable_backend.recordings.plain import write_plain
+from breakable_backend.recordings.plain import plain_recording
 from breakable_backend.recordings.recorder import Recorded, record
 from breakable_backend.recordings.recording import Recording
-from breakable_backend.recordings.replay import Function, Replay
+from breakable_backend.recordings.replay import Function, Replay, emit
 from breakable_backend.recordings.returned_arguments import has_suspects
 
 log = logging.getLogger("breakable_backend.calling.executor")
@@ -122,8 +122,8 @@ class CompiledGraph:
 
     def watched_function(self, finder: Finder | None) -> Replay:
         """The same function, with ``finder`` watching its ops."""
-        drawing, name = self.driver.drawing, f"{self.name} plain"
-        return write_plain(self.lowered, self.program, drawing, name, self.observers.file, finder)
+        recording = plain_recording(self.lowered, self.program, self.driver.drawing, finder)
+        return emit(recording, name=f"{self.name} plain", file=self.observers.file)
 
     def _give_up_variety(self, args: Sequence[Any]) -> bool:
         """Count what varies from key to key, and stop keying what varies too much. Returns whether keys have changed."""

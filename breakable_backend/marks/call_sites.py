@@ -32,7 +32,7 @@ from breakable_backend.marks.structure import (
     is_changed,
     is_still,
     is_the_same,
-    leaves_of,
+    module_leaves,
     put_together,
 )
 
@@ -285,10 +285,9 @@ class Site:
         with _torch.above_autograd():
             for tensor, need in zip(given, call.needs, strict=False):
                 tensor.requires_grad_(need)
-            for leaf in leaves_of(self.arguments):
-                if leaf[0] == "module":
-                    own = dict(zip(leaf[2], (given[place] for place in leaf[3]), strict=True))
-                    modules[leaf[1]] = _twin(self._module(leaf[1]), own)
+            for leaf in module_leaves(self.arguments):
+                own = dict(zip(leaf[2], (given[place] for place in leaf[3]), strict=True))
+                modules[leaf[1]] = _twin(self._module(leaf[1]), own)
             holder = [self._call(self.mark.fake, call._replace(tensors=given), modules)]  # type: ignore[arg-type]
             taken = self._take(holder, given, bool(call.needs), PartitionError)
         return expected_of(taken, self.declared)
@@ -390,7 +389,7 @@ class Site:
                     ) from None
         tensors = list(given)
         if needs:
-            parts = {place for leaf in leaves_of(self.arguments) if leaf[0] == "module" for place in leaf[3]}
+            parts = {place for leaf in module_leaves(self.arguments) for place in leaf[3]}
             copies: dict[int, torch.Tensor] = {}
             for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
                 if traced and place >= self.num_written and place not in parts and place not in self.overlaps:
@@ -401,9 +400,8 @@ class Site:
         modules = {address: self._module(address) for address in self.modules}
         with ExitStack() as stack:
             if needs or not own:
-                for leaf in leaves_of(self.arguments):
-                    if leaf[0] == "module":
-                        self._settle(leaf, modules[leaf[1]], tensors, given, bool(needs), stack)
+                for leaf in module_leaves(self.arguments):
+                    self._settle(leaf, modules[leaf[1]], tensors, given, bool(needs), stack)
             yield call._replace(tensors=given), modules
 
     def _settle(
@@ -529,23 +527,6 @@ def _closed_over() -> Unholdable:
     )
 
 
-BY_FUNCTION = "eager_on_graph"
-"""The name of the mark for functions. Under other names modules are called."""
-WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
-NAME_THEM = "name them: @eager_on_graph(mutates_args=...)"
-NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
-CALLED_OTHERWISE = (
-    "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
-)
-MARKED_ANEW = "eager_on_graph marks a new function at each call of the code around it"
-MARK_ONCE = (
-    "use the decorator where it runs once, at the top of a module or in __init__, and not in code that is compiled"
-)
-
-IS_OF_TYPE = "is, or holds, an object of type"
-"""Between the name of an argument that no graph can hold, and its type."""
-WRITES_WHAT_NEEDS_GRADIENTS = "it writes a tensor that needs gradients"
-UNDER_A_TRANSFORM = "it was called under a transform of torch.func, such as vmap or grad"
 CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
 
 GIVE_FAKE = "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"

@@ -25,18 +25,8 @@ from breakable_backend.ir.running_ops import has_memory
 from breakable_backend.marks.backward import recomputed, with_backward
 from breakable_backend.marks.call_ops import writing_op
 from breakable_backend.marks.call_sites import (
-    BY_FUNCTION,
-    CALLED_OTHERWISE,
     CHANGED_A_CONTAINER,
     GIVE_FAKE,
-    IS_OF_TYPE,
-    MARK_ONCE,
-    MARKED_ANEW,
-    NAME_THEM,
-    NAME_WHAT_IT_WRITES,
-    UNDER_A_TRANSFORM,
-    WRITES_WHAT_NEEDS_GRADIENTS,
-    WROTE_AN_ARGUMENT,
     Site,
     learned_of,
     numbers,
@@ -54,11 +44,31 @@ from breakable_backend.marks.structure import (
     foreign,
     is_changed,
     leaves_of,
+    module_leaves,
+    places_of,
     put_together,
-    take_apart,
+    taken_apart,
     view_of,
     with_leaves,
 )
+
+BY_FUNCTION = "eager_on_graph"
+"""The name of the mark for functions. Under other names modules are called."""
+WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
+NAME_THEM = "name them: @eager_on_graph(mutates_args=...)"
+NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
+CALLED_OTHERWISE = (
+    "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
+)
+MARKED_ANEW = "eager_on_graph marks a new function at each call of the code around it"
+MARK_ONCE = (
+    "use the decorator where it runs once, at the top of a module or in __init__, and not in code that is compiled"
+)
+
+IS_OF_TYPE = "is, or holds, an object of type"
+"""Between the name of an argument that no graph can hold, and its type."""
+WRITES_WHAT_NEEDS_GRADIENTS = "it writes a tensor that needs gradients"
+UNDER_A_TRANSFORM = "it was called under a transform of torch.func, such as vmap or grad"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -311,10 +321,8 @@ def _plan(
         if other:
             name = place if isinstance(place, str) else parameters[place] if place < len(parameters) else place + 1
             return f"argument {name} {IS_OF_TYPE} {other}", None
-    given: list[torch.Tensor] = []
-    ints: list[int] = []
-    floats: list[float] = []
-    site, why = site_number(take_apart((args, kwargs), given, ints, floats), identity)
+    structure, given, ints, floats = taken_apart((args, kwargs))
+    site, why = site_number(structure, identity)
     if why:
         return why, None
     order, num_written = _order(site)
@@ -356,11 +364,10 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
         return 0, UNDER_A_TRANSFORM
     modules: dict[int, weakref.ref[torch.nn.Module]] = {}
     number = next(numbers)
-    for leaf in leaves_of(structure):
-        if leaf[0] == "module":
-            # Dynamo guards on the module's identity and holds it while it traces.
-            module = ctypes.cast(leaf[1], ctypes.py_object).value
-            modules[leaf[1]] = weakref.ref(module, lambda _: mark.sites.pop(number, None))
+    for leaf in module_leaves(structure):
+        # Dynamo guards on the module's identity and holds it while it traces.
+        module = ctypes.cast(leaf[1], ctypes.py_object).value
+        modules[leaf[1]] = weakref.ref(module, lambda _: mark.sites.pop(number, None))
     arguments, order, num_written = _arranged(mark, structure)
     modes = Modes.traced()
     learned = learned_of(mark, (arguments, modes), modules.keys())
@@ -388,7 +395,8 @@ MAX_IN_VAIN = 4
 def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, ...], int]:
     """How the op's tensors form the arguments; the order in which the op takes them, and how many of them it writes."""
     written = _written(mark, structure)
-    order = (*written, *(place for place in _places(structure) if place not in written))
+    places = (place for leaf in leaves_of(structure) for place in places_of(leaf))
+    order = (*written, *(place for place in places if place not in written))
     return with_leaves(structure, lambda leaf: _moved(leaf, order)), order, len(written)
 
 
@@ -396,12 +404,9 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function in a frame that runs as Python, so that the next call of its compiled caller knows its result."""
     if mark.fake is not None or _torch.functorch_active() or foreign((args, kwargs)):
         return mark.function(*args, **kwargs)
-    given: list[torch.Tensor] = []
-    ints: list[int] = []
-    floats: list[float] = []
-    structure = take_apart((args, kwargs), given, ints, floats)
+    structure, given, ints, floats = taken_apart((args, kwargs))
     arguments, order, _ = _arranged(mark, structure)
-    modules = [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "module"]
+    modules = [leaf[1] for leaf in module_leaves(structure)]
     learned = learned_of(mark, (arguments, Modes.traced()), modules)
     tensors = [given[place] for place in order]
     needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
@@ -453,17 +458,6 @@ def _writes_to(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
     return written
 
 
-def _places(structure: Structure) -> list[int]:
-    """The positions of the tensors in ``structure``."""
-    found: list[int] = []
-    for leaf in leaves_of(structure):
-        if leaf[0] == "tensor":
-            found.append(leaf[1])
-        elif leaf[0] == "module":
-            found.extend(leaf[3])
-    return found
-
-
 def _written(mark: Mark, structure: Structure) -> list[int]:
     """The positions of the tensors that ``mark`` declares as written; for a module, its buffers."""
     if not mark.mutates_args:
@@ -473,10 +467,7 @@ def _written(mark: Mark, structure: Structure) -> list[int]:
     found: list[int] = []
     for name in mark.mutates_args:
         for leaf in leaves_of(bound[name]) if name in bound else ():
-            if leaf[0] == "tensor":
-                found.append(leaf[1])
-            elif leaf[0] == "module":
-                found.extend(leaf[3][leaf[4] :])
+            found += places_of(leaf)[leaf[4] :] if leaf[0] == "module" else places_of(leaf)
     return list(dict.fromkeys(found))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from breakable_backend import _torch, locks
 from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.marks.structure import Structure, leaves_of
 
 
 @dataclass(frozen=True)
@@ -315,18 +316,13 @@ def _is_alike(one: Expected, other: Expected) -> bool:
     ] == [(len(spec.shape), spec.dtype, spec.device) for spec in other.specs]
 
 
-def _has_views(structure: Any) -> bool:
-    return isinstance(structure, tuple) and (structure[:1] == ("view",) or any(map(_has_views, structure)))
+def _has_views(structure: Structure) -> bool:
+    return any(leaf[0] == "view" for leaf in leaves_of(structure))
 
 
-def _has_values(structure: tuple[Any, ...]) -> bool:
+def _has_values(structure: Structure) -> bool:
     """Whether a result contains plain values that often depend on the values of tensors."""
-    if structure[0] == "plain":
-        return isinstance(structure[1], bool | float)
-    return any(_has_values(item) for item in structure[-1]) if structure[0] in _CONTAINERS else False
-
-
-_CONTAINERS = ("list", "tuple", "dict", "named", "data", "node")
+    return any(leaf[0] == "plain" and isinstance(leaf[1], bool | float) for leaf in leaves_of(structure))
 
 
 def _difference(one: Expected, other: Expected) -> str:

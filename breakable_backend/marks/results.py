@@ -33,7 +33,7 @@ from breakable_backend.marks.structure import (
     leaves_of,
     reach,
     replaced,
-    take_apart,
+    taken_apart,
     view_leaf,
     with_leaves,
 )
@@ -101,10 +101,7 @@ def take_result(
     refused = (*instances_in(result, torch.nn.Module), *instances_in(result, enum.Enum))
     if other := foreign(result) or next((type(value).__name__ for value in refused), ""):
         raise Unholdable(f"an object that compiled code cannot hold: {other}", _CONTAINERS)
-    tensors: list[torch.Tensor] = []
-    ints: list[Any] = []
-    floats: list[Any] = []
-    structure = take_apart(result, tensors, ints, floats)
+    structure, tensors, ints, floats = taken_apart(result)
     kinds = {float: floats, int: ints, str: [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "plain"]}
     for kind, values in kinds.items():
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)

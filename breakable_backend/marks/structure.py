@@ -93,6 +93,14 @@ def is_still(now: Sequence[Any], before: Sequence[Any]) -> bool:
     return True
 
 
+def taken_apart(value: Any) -> tuple[Structure, list[Any], list[Any], list[Any]]:
+    """The structure of ``value``, with its tensors, ints and floats; see :func:`take_apart`."""
+    tensors: list[Any] = []
+    ints: list[Any] = []
+    floats: list[Any] = []
+    return take_apart(value, tensors, ints, floats), tensors, ints, floats
+
+
 def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any]) -> Structure:
     """The structure of ``value``. Its tensors and numbers go to the lists; of a module, its parameters and buffers."""
     if isinstance(value, torch.Tensor):
@@ -190,6 +198,16 @@ def leaves_of(structure: Structure) -> Iterator[Structure]:
     else:
         for item in structure[-1]:
             yield from leaves_of(item)
+
+
+def module_leaves(structure: Structure) -> list[Structure]:
+    """The leaves that stand for modules."""
+    return [leaf for leaf in leaves_of(structure) if leaf[0] == "module"]
+
+
+def places_of(leaf: Structure) -> tuple[int, ...]:
+    """The positions of a leaf's tensors; for a module those of its parameters and buffers."""
+    return (leaf[1],) if leaf[0] == "tensor" else leaf[3] if leaf[0] == "module" else ()
 
 
 # --- containers of any kind ------------------------------------------------------------------------------------------

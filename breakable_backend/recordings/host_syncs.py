@@ -10,6 +10,7 @@ captured; see :mod:`breakable_backend.recordings.repair`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,30 +46,28 @@ class Finder:
 
     def around(self, node: fx.Node, *, captured: bool) -> Callable[..., Any]:
         """What to call for ``node``: its op, observed if it is a custom op."""
-        inside = self.inside and captured and is_somebodys(node)
-        call: Any = self._inside(node) if inside else node.target
-        return self._returned.around(node, call)
+        op: Any = node.target
+        if not is_somebodys(node):
+            return op  # type: ignore[no-any-return]
+        place, inside = self.place(node), self.inside and captured
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            look = _Look(place)
+            with look.watching() if inside else nullcontext():
+                result = op(*args, **kwargs)
+            if look.found is not None:
+                inner, line = look.found
+                self._found.setdefault(op, _reason(inner, label(node), line))
+            self._returned.look(node, (args, kwargs), result)
+            return result
+
+        return watched
 
     def place(self, node: fx.Node) -> torch.device:
         """The capture device that ``node`` has tensors on; the first where it has none."""
         values = [node.meta.get("val"), *(argument.meta.get("val") for argument in node.all_input_nodes)]
         found = {tensor.device for tensor in tensors_of(values)}
         return next((device for device in self.devices if device in found), self.devices[0])
-
-    def _inside(self, node: fx.Node) -> Callable[..., Any]:
-        op: Any = node.target
-        place = self.place(node)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            look = _Look(place)
-            with look.watching():
-                result = op(*args, **kwargs)
-            if look.found is not None:
-                inner, line = look.found
-                self._found.setdefault(op, _reason(inner, label(node), line))
-            return result
-
-        return watched
 
     def eager(self, program: Program, graph: fx.Graph) -> Mapping[str, Reason]:
         """The nodes of ``program``, cut from ``graph``, that are captured so far and call a found op, by name."""

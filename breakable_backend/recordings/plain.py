@@ -35,7 +35,6 @@ from breakable_backend.recordings.code import with_code
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.recording import Call, EagerStep, Recording, Slot, State
-from breakable_backend.recordings.replay import Replay, emit
 
 if TYPE_CHECKING:
     import sympy
@@ -47,25 +46,16 @@ Drawing = Callable[[], AbstractContextManager[None]]
 # --- written once -------------------------------------------------------------------------------------------------------
 
 
-def write_plain(
-    lowered: Lowered,
-    program: Program,
-    drawing: Drawing,
-    name: str,
-    file: Callable[[str, str], str | None] | None = None,
-    finder: Finder | None = None,
-) -> Replay:
-    """The function of ``program``, which was cut from ``lowered``. It uses no stream.
+def plain_recording(lowered: Lowered, program: Program, drawing: Drawing, finder: Finder | None = None) -> Recording:
+    """The graph of ``lowered``, from which ``program`` was cut, as a recording that consists of calls only.
 
     Args:
-        lowered: the graph that the function runs.
+        lowered: the graph that a replay runs. It uses no stream.
         program: tells which ops run eagerly, and so are checked.
         drawing: see :data:`Drawing`.
-        name: passed to ``file``.
-        file: see :func:`breakable_backend.recordings.replay.emit`.
         finder: observes custom ops while the function runs.
     """
-    return emit(_Graph(lowered, program, drawing, finder).recording(), name=name, file=file)
+    return _Graph(lowered, program, drawing, finder).recording()
 
 
 class _Graph:
@@ -238,7 +228,7 @@ def run_plain(
     observer: Observers | None = None,
     drawing: Drawing = nullcontext,
 ) -> list[Any]:
-    """Run every segment as eager does, without capture and without bridges: the specification of :func:`write_plain`.
+    """Run every segment as eager does, without capture and without bridges: the specification of :func:`plain_recording`.
 
     Under a ``handler``, a capture by ``with capture(graph)``, eager segments become eager steps of that capture.
 

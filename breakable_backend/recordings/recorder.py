@@ -243,14 +243,11 @@ class _Recorder:
         ours = error if isinstance(error, BreakableError) else None
         what = ours.what if ours is not None else first_line(error)
         line = ours.blamed if ours is not None else ""
-        blamed = suspects_among(nodes, body)
-        reasons = {
-            node.name: Reason(
-                "capture_failed", f"could not be captured: {what}", label(node), line or source_line(node)
-            )
-            for node in blamed or nodes
-        }
-        reason = next(iter(reasons.values()), Reason("capture_failed", f"could not be captured: {what}", "", line))
+        blamed, text = suspects_among(nodes, body), f"could not be captured: {what}"
+        reasons: dict[str, Reason] = {}
+        for node in blamed or nodes:
+            reasons[node.name] = Reason("capture_failed", text, label(node), line or source_line(node))
+        reason = next(iter(reasons.values()), Reason("capture_failed", text, "", line))
         cause = self.repair.judge(passing(error), body, nodes)
         if not cause and not self.plan.auto_break and not self.repair.again:
             fix = (ours.fix if ours is not None else "") or "let it run eagerly: auto_break=True"

@@ -66,6 +66,8 @@ class Replay:
     """Functions that run in place of this one while they are wanted; the first that is."""
 
 
+File = Callable[[str, str], str | None]
+"""Takes source and a name, and returns the path of a file with that source; None for no file."""
 Mark = Callable[[int], None]
 """Called with the position of each step as it begins, and with the number of steps after the last one."""
 
@@ -77,7 +79,7 @@ def emit(
     name: str = "replay",
     tally: Tally | None = None,
     variants: Sequence[Variant] = (),
-    file: Callable[[str, str], str | None] | None = None,
+    file: File | None = None,
 ) -> Replay:
     """Generate, compile and file the source of a recording; with ``mark``, of a replay that reports where it is.
 
@@ -87,7 +89,7 @@ def emit(
         name: passed to ``file``.
         tally: counts to continue, instead of beginning at 0.
         variants: the first that is wanted runs instead.
-        file: takes the source and ``name``, and returns the path of a file with that source; None for no file.
+        file: see :data:`File`.
     """
     writer = _Writer(recording, mark, tally or Tally())
     source, steps = writer.source(variants)

@@ -6,7 +6,7 @@ write to one of the two has to reach the other, but does not if one of them is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -40,27 +40,14 @@ class ReturnedArguments:
         self._found: dict[fx.Node, list[tuple[int, int]]] = {}
         """Pairs of storages, by their fakes, that an op has returned as the same storage."""
 
-    def around(self, node: fx.Node, call: Callable[..., Any]) -> Callable[..., Any]:
-        """What to call for ``node`` in place of ``call``."""
-        if not is_somebodys(node):
-            return call
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            result = call(*args, **kwargs)
-            self._look(node, (args, kwargs), result)
-            return result
-
-        return watched
-
-    def _look(self, node: fx.Node, arguments: Any, result: Any) -> None:
+    def look(self, node: fx.Node, arguments: Any, result: Any) -> None:
+        """A custom op, called for ``node`` with ``arguments``, has returned ``result``."""
         given = _pairs((node.args, node.kwargs), arguments)
         made = list(zip(values_of(node), tensors_of(result), strict=False))
         candidates = [*((one, other) for one in made for other in given), *combinations(made, 2)]
-        found = [
-            (_torch.storage_key(one[0]), _torch.storage_key(other[0]))
-            for one, other in candidates
-            if _torch.storage_key(one[0]) != _torch.storage_key(other[0]) and _share(one[1], other[1])
-        ]
+        shared = [(one[0], other[0]) for one, other in candidates if _share(one[1], other[1])]
+        keys = [(_torch.storage_key(one), _torch.storage_key(other)) for one, other in shared]
+        found = [(one, other) for one, other in keys if one != other]
         if found:
             self._found[node] = found
 

@@ -5,7 +5,7 @@ The texts of Dynamo's reasons are the same in torch 2.11 to 2.15.
 
 from __future__ import annotations
 
-from breakable_backend.marks.call_sites import (
+from breakable_backend.marks.functions import (
     IS_OF_TYPE,
     MARK_ONCE,
     MARKED_ANEW,

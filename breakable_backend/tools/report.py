@@ -30,7 +30,8 @@ from breakable_backend.errors import OptionsError
 from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
 from breakable_backend.ir.source_lines import module_path, short_line, source_line
 from breakable_backend.ir.views import is_view_op
-from breakable_backend.marks.call_sites import MARKED_ANEW, learning
+from breakable_backend.marks.call_sites import learning
+from breakable_backend.marks.functions import MARKED_ANEW
 from breakable_backend.marks.marking import marked_names
 from breakable_backend.marks.rules import label
 from breakable_backend.recordings.copies import Bridge

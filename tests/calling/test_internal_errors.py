@@ -38,7 +38,7 @@ def told_as_ours(call: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> N
     assert [record.message for record in caplog.records] == ["this is a fault of breakable_backend"]
 
 
-@pytest.mark.parametrize(("place", "calls"), [("Entry", 0), ("write_plain", 0), ("record", 1), ("check_places", 2)])
+@pytest.mark.parametrize(("place", "calls"), [("Entry", 0), ("plain_recording", 0), ("record", 1), ("check_places", 2)])
 def test_a_fault_in_a_call(
     device: torch.device,
     options: dict[str, Any],
