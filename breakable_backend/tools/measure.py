@@ -18,6 +18,7 @@ from torch import fx
 from breakable_backend import active
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry, Key
+from breakable_backend.calling.registry import executors_of
 from breakable_backend.calling.release import run_deferred
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, uncounted
 from breakable_backend.capturing.graph import BreakableCUDAGraph
@@ -144,7 +145,6 @@ Place = tuple[str, Key]
 
 def measure_compiled(
     compiled: Any,
-    executors_of: Callable[[Any], Sequence[Executor]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     eager: Callable[[], Any] | None,
@@ -166,7 +166,7 @@ def measure_compiled(
             return call()
 
     given = bool(args or kwargs)
-    replayed = _replayed(call, lambda: executors_of(compiled)) if given else {}
+    replayed = _replayed(compiled, call) if given else {}
     whole, reference = None, _Reference.given(eager)
     if len(replayed) == 1:
         whole, reference = call, reference or _Reference(uncompiled, "eager")
@@ -196,12 +196,12 @@ def measure_compiled(
     )
 
 
-def _replayed(call: Callable[[], Any], executors_of: Callable[[], Sequence[Executor]]) -> dict[Place, list[Any]]:
-    """What a call replays, with its arguments. A call that learns, runs plainly, or records, is repeated."""
+def _replayed(compiled: Any, call: Callable[[], Any]) -> dict[Place, list[Any]]:
+    """What ``call`` of ``compiled`` replays, with its arguments. A call that learns, runs plainly, or records, is repeated."""
     # Two calls that learn what marked functions return, a plain one, one that records, one that replays.
     for _ in range(5):
         found: dict[Place, list[Any]] = {}
-        executors = executors_of()
+        executors = executors_of(compiled)
 
         def spectator(name: str, entry: Entry, args: list[Any], found: Any = found) -> None:
             found[name, entry.key] = args

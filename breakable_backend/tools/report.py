@@ -187,7 +187,7 @@ def explain(
     if measure:
         if compiled is None:
             raise OptionsError("measure=True needs the function to measure", fix="explain(compiled, measure=True)")
-        measured = measure_compiled(compiled, executors_of, args, kwargs, eager)
+        measured = measure_compiled(compiled, args, kwargs, eager)
     elif args or kwargs:
         compiled(*args, **kwargs)
         for _ in range(2):  # a float or bool in a result is learned in two calls
