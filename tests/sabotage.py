@@ -1714,7 +1714,7 @@ FAULTS = (
     ),
     Fault(
         "a-break-has-the-name-of-its-first-op",
-        "tools.measure:_timed_steps",
+        "tools.timing:_timed_steps",
         "max(calls, key=lambda call: max(call[1].host_us, call[1].gpu_us or 0.0))[0]",
         "calls[0][0]",
         "test_measure.py::test_a_break_has_the_name_of_its_costliest_op[cpu]",

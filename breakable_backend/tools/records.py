@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from breakable_backend.ir.program import Op, Reason
-from breakable_backend.tools.measure import Measured
+from breakable_backend.tools.verdict import Measured
 
 
 @dataclass(frozen=True)

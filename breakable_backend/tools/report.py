@@ -38,12 +38,13 @@ from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
 from breakable_backend.tools.advice import advice, to_capture, to_compile
-from breakable_backend.tools.measure import Measured, Place, measure_compiled, measure_graph
+from breakable_backend.tools.measure import Place, measure_compiled, measure_graph
 from breakable_backend.tools.page import page
 from breakable_backend.tools.records import BridgeReport, ProgramReport, RecordingReport, StepReport
 from breakable_backend.tools.saved_reports import record_from
 from breakable_backend.tools.text import Table, as_html, as_rich, as_text, program_lines
 from breakable_backend.tools.varies import findings, of_one_function
+from breakable_backend.tools.verdict import Measured
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -31,7 +31,7 @@ from breakable_backend.ir import program
 from breakable_backend.marks.rules import RULES
 from breakable_backend.options import Options
 from breakable_backend.recordings import copies
-from breakable_backend.tools import measure, report
+from breakable_backend.tools import report, timing, verdict
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
@@ -197,7 +197,7 @@ def test_limits_page() -> None:
 RECORDS = (
     *(report.Report, report.ProgramReport, report.RecordingReport, report.StepReport, report.BridgeReport),
     *(program.Op, program.Reason),
-    *(measure.Measured, measure.StepTime, measure.BreakCost, measure.Advice),
+    *(verdict.Measured, timing.StepTime, verdict.BreakCost, verdict.Advice),
     EagerGraph,
 )
 

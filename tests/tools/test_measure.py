@@ -27,15 +27,15 @@ from breakable_backend import (
 )
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.recordings import copies
-from breakable_backend.tools import measure as module
-from breakable_backend.tools import progress
-from breakable_backend.tools.measure import Advice, BreakCost, Measured, StepTime
+from breakable_backend.tools import progress, timing, verdict
+from breakable_backend.tools.timing import StepTime, Timed, Times
+from breakable_backend.tools.verdict import Advice, BreakCost, Measured
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are not looked at here."""
-    monkeypatch.setattr(module, "LOOPS", 3)
+    monkeypatch.setattr(timing, "LOOPS", 3)
 
 
 class Counting(nn.Module):
@@ -365,7 +365,7 @@ def advice_of(compiled: Any) -> list[Advice]:
 @torch.no_grad()
 def test_advice(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Marks on torch's own ops, results and inputs that are copied: each advice rests on a number."""
-    monkeypatch.setattr(module, "BUSY", 2.0)  # whatever the GPU does
+    monkeypatch.setattr(verdict, "BUSY", 2.0)  # whatever the GPU does
     mark_eager("aten::sort")
     try:
         compiled = compiled_and_called(
@@ -387,8 +387,8 @@ def test_no_advice_on_launches_where_the_gpu_is_busy() -> None:
     from breakable_backend.recordings.recording import Recording
 
     recording = Recording((), {}, (), (), (), {})
-    timed = module._Timed(TapeDriver(torch.device("cpu")), recording, module._Times(100.0, 100.0), (), {})
-    (advice,) = module._advice(timed, (BreakCost(1, "op", "", 90.0, 0.9),), 0.95, 1.0)
+    timed = Timed(TapeDriver(torch.device("cpu")), recording, Times(100.0, 100.0), (), {})
+    (advice,) = verdict._advice(timed, (BreakCost(1, "op", "", 90.0, 0.9),), 0.95, 1.0)
     assert (advice.what, advice.evidence) == (
         "the GPU is what a call waits for: faster kernels would help, fewer launches would not",
         "it works 95% of a call",
