@@ -29,6 +29,7 @@ from breakable_backend.marks.structure import (
     LEAVES,
     Structure,
     contents,
+    in_words,
     is_changed,
     is_still,
     is_the_same,
@@ -358,7 +359,10 @@ class Site:
     def _check(self, taken: Result, call: Given) -> None:
         wanted = self.expected
         if taken.structure != wanted.result and not is_the_same(taken.structure, wanted.result, call.tensors):
-            raise self._mismatch(call, taken, f"put together as {taken.structure}", str(wanted.result))
+            got, expected = in_words(taken.structure), in_words(wanted.result)
+            if got == expected:  # other tensors in it are one tensor, or share memory
+                got, expected = f"{got} with other aliases", f"the aliases of {wanted.result}"
+            raise self._mismatch(call, taken, got, expected)
         specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, call)
         for root, want in zip(taken.roots, specs, strict=True):
             if not want.accepts(root):

@@ -16,7 +16,7 @@ import torch
 
 from breakable_backend import _torch, locks
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.marks.structure import Structure, leaves_of
+from breakable_backend.marks.structure import Structure, in_words, leaves_of
 
 
 @dataclass(frozen=True)
@@ -330,4 +330,5 @@ def _difference(one: Expected, other: Expected) -> str:
         for first, second in zip(one.specs, other.specs, strict=False):
             if first != second:
                 return f"{first}, and {second}"
-    return f"put together as {one.result}, and as {other.result}"
+    before, now = in_words(one.result), in_words(other.result)
+    return f"{before}, and {now}" if before != now else f"{before}, with other aliases"

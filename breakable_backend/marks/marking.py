@@ -110,7 +110,8 @@ def op_name(op: Any) -> str:
             near = difflib.get_close_matches(op, list(dict.fromkeys(n.split(".")[0] for n in _torch.op_names())), 3)
             raise OptionsError(
                 f"{op!r} is not a registered op" + (f"; the nearest names are {', '.join(near)}" if near else ""),
-                fix="name it as 'namespace::op' or 'namespace::op.overload', after it is registered",
+                fix="name it as 'namespace::op' or 'namespace::op.overload', after it is registered"
+                + ("" if "::" in op else "; a layer or a function is passed itself, as in mark_eager(torch.nn.Linear)"),
             )
         return op
     if isinstance(op, _torch.OpOverload):

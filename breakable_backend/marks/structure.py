@@ -210,6 +210,25 @@ def places_of(leaf: Structure) -> tuple[int, ...]:
     return (leaf[1],) if leaf[0] == "tensor" else leaf[3] if leaf[0] == "module" else ()
 
 
+def in_words(structure: Structure) -> str:
+    """A structure as a reader knows it: ``(a tensor, 3)``."""
+    kind = structure[0]
+    if kind == "plain":
+        return repr(structure[1])
+    if kind in LEAVES:
+        return {"argument": "an argument itself", "view": "a view of another tensor", "int": "an int"}.get(
+            kind, f"a {kind}"
+        )
+    items = [in_words(item) for item in structure[-1]]
+    if kind == "list":
+        return f"[{', '.join(items)}]"
+    if kind == "tuple":
+        return f"({', '.join(items)}{',' * (len(items) == 1)})"
+    if kind == "dict":
+        return f"{{{', '.join(f'{key!r}: {item}' for key, item in zip(structure[1], items, strict=True))}}}"
+    return f"{structure[1].__name__}({', '.join(items)})"
+
+
 # --- containers of any kind ------------------------------------------------------------------------------------------
 # For code that Dynamo does not trace: dicts with any keys, and objects with tensors in their attributes.
 

@@ -27,6 +27,7 @@ from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
+from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
 from breakable_backend.ir.source_lines import module_path, short_line, source_line
 from breakable_backend.ir.views import is_view_op
@@ -295,7 +296,8 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
 
 def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> RecordingReport:
     # Objects such as a device mesh, which torch 2.13 passes once for each distributed tensor, are left out.
-    numbers = ", ".join(str(part) for part in key.key.shapes if isinstance(part, bool | int | float | str | tuple))
+    parts = [_part(part) for part in key.key.shapes if isinstance(part, bool | int | float | str | tuple)]
+    numbers = ", ".join(parts)
     return RecordingReport(
         key=f"{position}: {numbers}" if numbers else str(position),
         calls=key.calls,
@@ -310,6 +312,18 @@ def _recording(key: KeySnapshot, position: int, measured: Measured | None) -> Re
         last_failure=key.trials.reason,
         **_recorded(key.recording, key.replay, measured),
     )
+
+
+def _part(part: Any) -> str:
+    """A part of a key: a number, a layout as ``float32[2, 4]``, or the value of a host scalar."""
+    match part:
+        case [torch.Size() as shape, tuple() as stride, torch.dtype() as dtype, torch.device() as device]:
+            spec = TensorSpec(tuple(shape), stride, dtype, device)
+            dense = torch.empty_strided(shape, stride, device="meta").is_contiguous()
+            return f"{str(dtype).removeprefix('torch.')}{list(shape)}" if dense else str(spec)
+        case [torch.dtype() as dtype, bytes() as held]:
+            return str(torch.frombuffer(bytearray(held), dtype=dtype).item())
+    return str(part)
 
 
 def _recorded(recording: Recording | None, replay: Replay | None, measured: Measured | None) -> dict[str, Any]:

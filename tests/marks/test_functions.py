@@ -825,10 +825,14 @@ def test_fake_that_reads_values(compile_ours: Callable[..., Any], device: torch.
 BAD: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], str]] = {
     "shape": (lambda x: x * 2, lambda x: x[:2] * 2, r"returned float32\[2\] .* compiled for float32\[4\]"),
     "dtype": (lambda x: x * 2, lambda x: x.half(), r"returned float16\[4\]"),
-    "structure": (lambda x: (x * 2,), lambda x: [x * 2], "put together as"),
-    "plain": (lambda x: (x * 2, True), lambda x: (x * 2, False), "put together as"),
-    "float": (lambda x: (x * 2, 1.0), lambda x: (x * 2, 2.0), "put together as"),
-    "alias": (lambda x: x * 2, lambda x: x, "put together as"),
+    "structure": (lambda x: (x * 2,), lambda x: [x * 2], r"returned \[a tensor\], but was compiled for \(a tensor,\)"),
+    "plain": (
+        lambda x: (x * 2, True),
+        lambda x: (x * 2, False),
+        r"returned \(a tensor, False\), but was compiled for \(a tensor, True\)",
+    ),
+    "float": (lambda x: (x * 2, 1.0), lambda x: (x * 2, 2.0), r"returned \(a tensor, 2.0\), but"),
+    "alias": (lambda x: x * 2, lambda x: x, "returned an argument itself, but was compiled for a tensor"),
 }
 
 

@@ -515,6 +515,19 @@ def test_dict_and_json() -> None:
     assert recording["measured"] is None
 
 
+@torch.no_grad()
+def test_keys_are_readable() -> None:
+    """A key is shown by its numbers, layouts and values, and not by how they are kept."""
+    compiled = torch.compile(lambda x, s: (x.sin() * s).cos() + 1, backend="breakable_cg", options=TAPE, dynamic=True)
+    for x in (torch.ones(2, 3), torch.ones(3, 4).t()):
+        for scale in (0.5, 1.5, -0.0):
+            compiled(x, scale)
+    keys = [recording.key for program in explain(compiled).programs for recording in program.recordings]
+    assert any(key.endswith("float32[2, 3], 1.5") for key in keys), keys
+    assert any(key.endswith("float32[4, 3] with stride [1, 4] on cpu, -0.0") for key in keys), keys
+    assert not any("torch." in key or "\\x" in key for key in keys), keys
+
+
 def test_a_path_in_place_of_a_report() -> None:
     """The path of a saved report is not its text, and the error says how to read it."""
     with pytest.raises(OptionsError, match=r"not JSON(.*\n)*.*Report\.from_json\(Path\(path\)\.read_text\(\)\)"):
