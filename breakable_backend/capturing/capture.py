@@ -303,6 +303,8 @@ class _OngoingCapture:
     """Storages from outside, which are held as long as the graph lives."""
     parameters: dict[int, Any] = field(default_factory=dict)
     """Held while capturing. Afterwards they, and their memory, are watched."""
+    reshaped: dict[int, tuple[_Written, str, str]] = field(default_factory=dict)
+    """Tensors from outside with other shapes or strides, by identity: how they were, the first such op, and its line."""
     written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
     """Storages from outside that segments write."""
     ops: list[Op] = field(default_factory=list)
@@ -363,6 +365,7 @@ class _OngoingCapture:
             with self.stack:
                 if error is None and self.failed is None:
                     self._end()
+                    self._refuse_other_shapes()
                     self._keep()
                     kept = True
                 elif self.capturing:
@@ -505,7 +508,7 @@ class _OngoingCapture:
             )
 
     def _refuse_other_place(self, func: Any, before: _Written) -> None:
-        """Raise if an op has given other memory, or another shape, to a tensor that each replay takes as it was."""
+        """Raise if an op has given other memory to a tensor that each replay takes as it was; note another shape."""
         now = _Written.of(before.tensor)
         if now.memory != before.memory:
             if before.key in self.bridges:
@@ -519,11 +522,17 @@ class _OngoingCapture:
                 )
             self.places.pop(before.key, None)
         if now.lies != before.lies and before.key not in self.made and not before.tensor._is_view():
-            raise CaptureError(
-                f"{_op_label(func)} changes the shape or the strides of a tensor from outside, which a replay would not",
-                where=user_line(),
-                fix="change a view of it: x = x.view_as(x)",
-            )
+            self.reshaped.setdefault(id(before.tensor), (before, _op_label(func), user_line()))
+
+    def _refuse_other_shapes(self) -> None:
+        """Raise if the body has left a tensor from outside with another shape. In between it may have another one."""
+        for before, op, where in self.reshaped.values():
+            if _Written.of(before.tensor).lies != before.lies:
+                raise CaptureError(
+                    f"{op} changes the shape or the strides of a tensor from outside, which a replay would not",
+                    where=where,
+                    fix="change a view of it: x = x.view_as(x)",
+                )
 
     def _reads(self, tensor: torch.Tensor) -> None:
         key = _torch.storage_key(tensor)
@@ -642,10 +651,11 @@ class _OngoingCapture:
             self.constants[name_of_event] = event
             calls.append(Call(f"{name_of_event}_recorded", _record, (Slot(name_of_event),), {}, "event"))
         leaves, spec = flat
-        slots = [
-            self._argument(leaf, f"{base}_argument_{number}", calls, reason.source)
-            for number, leaf in enumerate(leaves)
-        ]
+        passed: dict[int, Any] = {}  # by identity: what is passed twice stays one object
+        for number, leaf in enumerate(leaves):
+            if id(leaf) not in passed:
+                passed[id(leaf)] = self._argument(leaf, f"{base}_argument_{number}", calls, reason.source)
+        slots = [passed[id(leaf)] for leaf in leaves]
         given: tuple[Any, ...] = pytree.tree_unflatten(slots, spec)
         modes = Modes.current()
         ambient = modes if modes != self.modes else None

@@ -15,12 +15,11 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph, Pairs
@@ -29,6 +28,7 @@ from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph, capture_
 from breakable_backend.drivers.graph_copies import Fed, can_be_fed
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failure_kinds import as_passing
+from breakable_backend.interception import intercepted_by
 from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, tensors_of, written_values
 from breakable_backend.ir.layout import Geometry, non_owning
 from breakable_backend.ir.running_ops import OpMode, Ran, Undo, generators_of, has_memory, kernel_of_ops, memory_on
@@ -51,10 +51,7 @@ REFUSED = {
 }
 """Ops that a CUDA capture refuses, besides those that are known by their tags."""
 
-HOST_READING_METHODS = {
-    getattr(torch.Tensor, name)
-    for name in ("__array__", "__format__", "__reduce_ex__", "__repr__", "cpu", "numpy", "tolist")
-}
+HOST_READING_METHODS = "__array__", "__format__", "__reduce_ex__", "__repr__", "cpu", "numpy", "tolist"
 """Methods that copy to the host on a GPU, and that dispatch no copy, or nothing at all, for a CPU tensor."""
 
 COPIES = _torch.aten("_to_copy copy_")
@@ -274,7 +271,7 @@ class _Tape:
                 raise self.refuse(f"the higher-order op {func.name()} may choose by values on the host what to run")
         if kernel is None:
             return self._run(func, args, kwargs)
-        with _Taping(self), _HostReads(self):
+        with _Taping(self):
             return kernel(*args, **kwargs)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -305,8 +302,9 @@ class _Tape:
         self.made |= {key: (leaves[i].untyped_storage(), leaves[i].dtype) for key, i in ran.made.items()}
         if not ran.is_view and _torch.schema_name(func) not in ALLOCATING:
             # Aliases are taken after the call, which may have given an empty ``out=`` tensor its size.
-            alias = functools.partial(self._alias, func)
-            args, kwargs = _torch.pytree.tree_map_only(torch.Tensor, alias, (args, kwargs))
+            # A tensor that is passed twice stays one, since kernels ask whether it is: attention of a tensor to itself.
+            aliases = {id(tensor): self._alias(func, tensor) for tensor in tensors_of((args, kwargs))}
+            args, kwargs = _torch.pytree.tree_map_only(torch.Tensor, lambda t: aliases[id(t)], (args, kwargs))
             new_memory = tuple((i, self.made[key][0]) for key, i in ran.made.items())
             run = _Awaited(func) if asynchronous else func
             self.ops.append(_Op(run, args, kwargs, new_memory, torch.is_grad_enabled()))
@@ -360,21 +358,6 @@ class _Tape:
         for storage, dtype in self.made.values():
             if dtype is not None:
                 _poison(storage, dtype)
-
-
-class _HostReads(TorchFunctionMode):
-    """Refuses host reads that dispatch nothing for a CPU tensor."""
-
-    def __init__(self, tape: _Tape | None = None) -> None:
-        super().__init__()
-        self.tape = tape
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.tape is not None and func in HOST_READING_METHODS and args[0].device == self.tape.device:
-            raise self.tape.refuse(f"Tensor.{func.__name__} {HOST_READ}")
-        return func(*args, **(kwargs or {}))
 
 
 def _poison(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
@@ -452,7 +435,11 @@ class TapeDriver(OpByOpDriver):
     @contextmanager
     def session(self) -> Iterator[TapeSession]:
         session = TapeSession(self)
-        with session.host_reads, session.taping:
+        # Not a function mode: under one, library code takes other branches, and Dynamo compiles everything again.
+        with ExitStack() as stack:
+            for name in HOST_READING_METHODS:
+                stack.enter_context(intercepted_by(session.read, torch.Tensor, name))
+            stack.enter_context(session.taping)
             yield session
 
     def progress(self) -> Hashable:
@@ -509,7 +496,7 @@ class TapeSession:
 
     def __init__(self, driver: TapeDriver) -> None:
         self.driver = driver
-        self.taping, self.host_reads = _Taping(), _HostReads()
+        self.taping = _Taping()
         self._generators = generators_of(driver.device)
         self._states: list[torch.Tensor] = []
         self._free: tuple[_Lent, ...] = ()
@@ -528,13 +515,19 @@ class TapeSession:
         self._states = [generator.get_state() for generator in self._generators]
         self._free = self.driver.free()
         tape = _Tape(self.driver.device, self._generators[-1], self.driver._lent)
-        self._tape = self.taping.tape = self.host_reads.tape = tape
+        self._tape = self.taping.tape = tape
         self.driver._session = self
+
+    def read(self, method: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a read on the host that dispatches nothing for a CPU tensor."""
+        if self._tape is not None and tensor.device == self.driver.device:
+            raise self._tape.refuse(f"Tensor.{method.__name__} {HOST_READ}")
+        return method(tensor, *args, **kwargs)
 
     def end(self) -> CapturedGraph:
         tape = self._tape
         assert tape is not None, "ended without a beginning"
-        self.taping.tape = self.host_reads.tape = None
+        self.taping.tape = None
         try:
             tape.check_generator()
             if tape.refusal is not None:
@@ -567,7 +560,7 @@ class TapeSession:
         tape, token = self._tape, self._token
         assert tape is not None, "ended without a beginning"
         assert token is not None
-        self._tape = self._token = self.taping.tape = self.host_reads.tape = self.driver._session = None
+        self._tape = self._token = self.taping.tape = self.driver._session = None
         self._free, self._fed = (), ()
         self.driver.taken()  # nobody reads the memory of a failed capture
         _active.reset(token)

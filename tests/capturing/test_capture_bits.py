@@ -328,7 +328,7 @@ def test_host_data_in_the_body(device: torch.device, make: MakeGraph) -> None:
 
 
 def test_a_tensor_from_outside_keeps_its_shape(device: torch.device, make: MakeGraph) -> None:
-    """An op that changes the shape of a tensor from outside in place is an error; of a tensor of the body it is captured."""
+    """An op that changes the shape of a tensor from outside in place is an error, unless another one undoes that."""
     x = torch.randn(2, 3, device=device)
     changes = (Tensor.t_, lambda x: x.unsqueeze_(0), lambda x: x.transpose_(0, 1))
     with torch.no_grad():
@@ -339,8 +339,36 @@ def test_a_tensor_from_outside_keeps_its_shape(device: torch.device, make: MakeG
             x = torch.randn(2, 3, device=device)
         graph = make()
         with capture(graph):
-            mine, view, same = (x + 1).t_(), x.view_as(x).t_(), x.squeeze_()
+            mine, view, same = (x + 1).t_(), x.view_as(x).t_(), x.unsqueeze_(0).squeeze_(0)
             result = mine * 2 + view
         x += 1
         graph.replay()
         assert same is x and bits(result) == bits((x + 1).t() * 2 + x.t())
+
+
+def test_a_tensor_that_is_passed_twice(device: torch.device, make: MakeGraph) -> None:
+    """It is one object in a replay too: for an eager step, and for an op, as for attention of a tensor to itself."""
+    attention = torch.nn.MultiheadAttention(4, 2, batch_first=True, device=device).eval()
+    seen: list[bool] = []
+
+    @eager_on_graph
+    def look(query: Tensor, key: Tensor, other: Tensor, *, value: Tensor) -> Tensor:
+        seen.append(query is key is value and query is not other)
+        return query + other
+
+    x, graph = torch.randn(2, 3, 4, device=device), make()
+
+    def function() -> Tensor:
+        y = x * 2
+        z = look(y, y, y.view_as(y), value=y)
+        return attention(z, z, z, need_weights=False)[0] + attention(x, x, x, need_weights=False)[0]
+
+    with torch.no_grad():
+        want = function()
+        with capture(graph):
+            got = function()
+        assert bits(got) == bits(want)
+        x += 1
+        graph.replay()
+        assert bits(got) == bits(function())
+    assert seen == [True] * 4
