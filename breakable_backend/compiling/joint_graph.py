@@ -285,7 +285,7 @@ class Halves:
 
     def _traced(self, pattern: Pattern | None) -> _Joint:
         for node in (node for module in graphs_in(self.gm) for node in module.graph.nodes):
-            if isinstance(node.target, _torch.HigherOrderOperator):
+            if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in KEPT:
                 raise CannotLower(f"it calls {node.target.name()}")
         marks = Marks(self.eager_ops)
         marks.annotate(self.gm)
@@ -350,7 +350,7 @@ class Halves:
 
 def _refused(module: fx.GraphModule, node: fx.Node, *, inside: bool) -> str:
     """Why a node of Dynamo's graph keeps the graph eager."""
-    if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in TRACED_THROUGH:
+    if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in (*TRACED_THROUGH, *KEPT):
         return f"it needs gradients, and calls {node.target.name()}"
     if any("_checkpoint_context_fn" in body.meta for body in bodies(node)):
         return "it needs gradients, and has a selective checkpoint"
@@ -387,6 +387,9 @@ def _is_item(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "item"
 
 
+KEPT = ("cond",)
+"""Higher-order ops that stand in both halves. The backward of a branch is a branch, which computes the forward again."""
+
 TRACED_THROUGH = (
     "autograd_function_apply",
     "invoke_subgraph",
@@ -422,8 +425,8 @@ class _Body:
 
 
 def _may_draw(op: Any) -> bool:
-    """Whether an op may draw random numbers, and so would need the random state of its first run. Custom ops may."""
-    return draws(op) or (is_opaque(op) and not is_backward(op))
+    """Whether an op may draw random numbers, and so would need the random state of its first run. Custom ops may, and branches."""
+    return isinstance(op, _torch.HigherOrderOperator) or draws(op) or (is_opaque(op) and not is_backward(op))
 
 
 def _has_checkpoint(gm: fx.GraphModule) -> bool:
@@ -455,6 +458,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
         raise CannotLower("it makes sparse tensors, or its gradients are sparse")
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(joint.module, str(node.target))
+        if isinstance(constant, fx.GraphModule):
+            continue  # a branch
         if not isinstance(constant, torch.Tensor) or isinstance(constant, _torch.FakeTensor):
             raise CannotLower("it holds constants that cannot be traced")
     if any(_reaches_absolutely(node) for node in graph.nodes if node.name in joint.forward):
@@ -485,7 +490,7 @@ def _check(joint: _Joint, num_inputs: int) -> None:
         value = node.meta.get("val")
         if any(isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) for number in (value,)):
             raise CannotLower(AT_RUN_TIME)
-        if isinstance(node.target, _torch.HigherOrderOperator):
+        if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in KEPT:
             raise CannotLower(f"it calls {node.target.name()}")
         if node.target is torch.ops.aten._efficientzerotensor.default:
             raise CannotLower("one of its gradients is a zero that has no memory")

@@ -1168,6 +1168,46 @@ def test_floats_that_vary(device: torch.device, options: dict[str, Any]) -> None
     assert len({program.name for program in programs if program.replays}) == 2 * len(("0.5", "0.0", "-0.0"))
 
 
+class Branching(nn.Module):
+    """Two branches with weights of their own, one of which draws, and one of which branches again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, flags: Tensor) -> Tensor:
+        def left(y: Tensor) -> Tensor:
+            return F.dropout(self.left(y), 0.5, self.training).relu()
+
+        def right(y: Tensor) -> Tensor:
+            return torch.cond(flags[1], lambda y: self.right(y).exp(), lambda y: self.right(y.cos()).tanh(), (y,))
+
+        y: Tensor = torch.cond(flags[0], left, right, (self.first(x).sin(),))
+        return self.left(y) * 2
+
+
+def test_branches(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 4: ``torch.cond`` is an eager step in both halves, whichever branch each step takes."""
+    torch.manual_seed(0)
+    model = Branching().to(device)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="breakable_cg", fullgraph=True, options=options)
+    eager = torch.compile(twin, backend="eager", fullgraph=True)  # uncompiled, torch.cond compiles itself like that
+    for step in range(12):
+        x, flags = torch.randn(3, 4, device=device), torch.tensor([step % 2 == 0, step % 3 == 0], device=device)
+        found = []
+        for function, module in ((compiled, model), (eager, twin)):
+            torch.manual_seed(step)
+            y = function(x, flags)
+            y.square().sum().backward()
+            found.append((y.detach(), state_of(module), torch.rand(1, device=device)))
+            module.zero_grad()
+        assert_same(*found)
+    report = breakable_backend.explain(compiled)
+    assert_replays(report.programs, 4)
+    assert {program.num_eager_segments for program in report.programs} == {1}, str(report)
+
+
 class Quantised(Tensor):
     """Small integers times a scale, which may be quantised again: each op computes with their product."""
 
