@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bdb
 import linecache
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,22 @@ def test_files(device: torch.device, options: dict[str, Any], tmp_path: Path) ->
     ((entry,),) = (addresses.entries.values() for addresses in executor.keys.sets.values())
     assert entry.replay is not None
     assert texts["_replay_0.py"] == entry.replay.source
+
+
+def test_files_of_a_graph_that_learns(device: torch.device, options: dict[str, Any], tmp_path: Path) -> None:
+    """The forward and the backward have their own files, named after them, from what AOTAutograd made to the replay."""
+    compiled = torch.compile(
+        lambda x: (x.sin() + 1).sum(), backend="breakable_cg", options={**options, "training": True}
+    )
+    with depyf(tmp_path):
+        for _ in range(4):
+            compiled(torch.ones(3, device=device, requires_grad=True)).backward()
+    names = {re.sub(r"graph_\d+", "graph", path.name) for path in tmp_path.glob("breakable_cg*")}
+    for half in ("forward", "backward"):
+        assert {f"breakable_cg_{half}_of_graph_{what}.py" for what in ("aten", "program", "replay_0")} <= names
+    assert "breakable_cg_graph_dynamo.py" in names and not any(
+        "graph_aten" in name and "_of_" not in name for name in names
+    )
     call(compiled, device, 2)
 
 
