@@ -84,10 +84,19 @@ class Report:
         """For a notebook: lines and tables in the order of the text."""
         return as_html(_lines(self))
 
+    @property
+    def advice(self) -> dict[str, str]:
+        """What helps, by reason, where graphs are eager, where Dynamo broke a graph, and where it compiled nothing."""
+        told = {graph.why: to_capture(graph.why) for graph in self.eager_graphs}
+        told |= {why: advice(why) for why in self.graph_breaks}
+        told |= {why: to_compile(why) for why in self.skipped.values()}
+        return {why: text for why, text in told.items() if text}
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, with the version of the schema.
 
-        Steps also have ``title``, ``module`` and ``source``, and measured recordings have ``verdict``.
+        Steps also have ``title``, ``module`` and ``source``, and measured recordings have ``verdict``. The
+        report has :attr:`advice`.
         """
         return {"schema": SCHEMA, **_plain(self)}
 
@@ -518,7 +527,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-SHOWN: Mapping[type, tuple[str, ...]] = {StepReport: ("title", "module", "source"), Measured: ("verdict", "busy")}
+SHOWN: Mapping[type, tuple[str, ...]] = {
+    Report: ("advice",),
+    StepReport: ("title", "module", "source"),
+    Measured: ("verdict", "busy"),
+}
 
 
 def _dot(report: Report) -> Iterator[str]:

@@ -236,6 +236,7 @@ def test_graphs_with_gradients(
     lines = str(explain(compiled)).splitlines()
     (at,) = (number for number, line in enumerate(lines) if why in line and "eager, because" in line)
     assert any(line.startswith("  to have it captured: ") and cure in line for line in lines[at + 1 : at + 3])
+    assert [cure in text for told, text in explain(compiled).to_dict()["advice"].items() if why in told] == [True]
 
 
 def test_the_gradients_of_a_marked_function_have_its_name(device: torch.device, options: dict[str, Any]) -> None:

@@ -432,6 +432,30 @@ def test_several_programs_and_keys(small: dict[str, Any], tmp_path: Path) -> Non
 
 
 @browser
+def test_a_break_stands_once(small: dict[str, Any], tmp_path: Path) -> None:
+    """A break is one entry, under its costliest op; what else is in it stands below, and what is not captured says what helps."""
+    report = copy.deepcopy(small)
+    step = report["programs"][0]["recordings"][0]["steps"][1]
+    step["costliest"] = "silly::slow"
+    step["reasons"] += [{**step["reasons"][0], "op": "silly::slow"}, dict(step["reasons"][0])]
+    why, broken = (
+        "it needs gradients, and no backward has been seen that tells how",
+        "Dynamic shape operator, at /a/m.py:3 in f: x",
+    )
+    report["eager_graphs"] = [{"name": "graph 9", "why": why, "source": ""}]
+    report["graph_breaks"] = {broken: 1}
+    report["advice"] = {why: "under torch.no_grad()", broken: "mark it"}
+    script = asserted(
+        "$('#breaks ul').children.length == 1",
+        "$('#breaks li').textContent.includes('1× silly::slow')",
+        "$('#breaks li').textContent.includes('with silly::triple: tagged')",
+        "$('#elsewhere').textContent.includes('what helps: under torch.no_grad()')",
+        "$('#elsewhere').textContent.includes(', at m.py:3 in f: x') && $('#elsewhere').textContent.includes('what helps: mark it')",
+    )
+    assert "data-error" not in root(rendered(report, tmp_path, script))
+
+
+@browser
 @pytest.mark.parametrize("width", [390, 1400])
 def test_thirty_programs(small: dict[str, Any], tmp_path: Path, width: int) -> None:
     """Many programs are a list, from which one is chosen; nothing is wider than the window, a phone's too."""
