@@ -5,6 +5,7 @@ A new Python needs three seconds of a core to import torch with Dynamo.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import multiprocessing
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import weakref
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
@@ -89,11 +91,14 @@ def _call(
 
 def _program(code: str) -> None:
     sys.argv[:] = ["-c"]
+    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined] # from Python 3.13 on a fork forgets it
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     status: object = 0  # what is raised is shown by multiprocessing, which ends the process with 1
     try:
         exec(compile(code, "<string>", "exec"), vars(main))
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
         status = ended.code or 0
     del main
     ctypes.pythonapi.Py_Exit(status)  # threads, atexit, modules: multiprocessing would leave without them

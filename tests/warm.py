@@ -30,7 +30,7 @@ import pytest
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 START = 300.0
-"""Seconds that the collection may take."""
+"""Seconds that the collection may take, or a fork."""
 
 Changes = Sequence[tuple[CodeType, CodeType]]
 """The code of functions, and what takes its place."""
@@ -83,12 +83,12 @@ class Warm:
         The code is None if they ran for more than ``limit`` seconds.
         """
         self._answers.send((list(tests), marshal.dumps(list(changes)), str(self._output)))
-        fork = self._answer(limit)
+        fork = self._answer(START)
         assert fork is not None, "the process that has collected the tests has ended"
         ended = self._answer(limit)
         if ended is None:
             os.killpg(fork, signal.SIGKILL)
-            self._answer(limit)
+            self._answer(START)
         return ended, self._output.read_text(encoding="utf-8")
 
     def _answer(self, limit: float) -> Any:

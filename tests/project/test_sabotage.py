@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sabotage import FAULTS, OPTIONS, ROOT, TIMEOUT, Fault, copy_to, path_of, planted, run
-from warm import Warm
+from warm import Warm, changes_between
 
 BROKEN = re.compile(r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError)\b", re.M)
 """Errors that tell of a fault which is badly made: it would turn any test red."""
@@ -154,3 +154,48 @@ def test_code_is_there_once(where: str, old: str, times: int) -> None:
     """A fault whose code is not there, or is there several times, does not fit."""
     with pytest.raises(AssertionError, match=f"^name: {re.escape(repr(old))} is {times} times in module:{where}"):
         Fault("name", f"module:{where}", old, "0", "").place(ast.parse(CODE))
+
+
+MODULE = """
+TABLE = {"a": 1}
+
+def outer(x, y=1):
+    def inner():
+        return x + 1
+    return inner
+
+class A:
+    size = 3
+
+    @property
+    def f(self):
+        return self.size
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("x + 1", "x - 1", ["outer", "inner"]),
+        ("x + 1", "1", ["outer"]),
+        ("return inner", "return other", ["outer"]),
+        ("self.size", "self.site", ["f"]),
+        ("y=1", "y=2", None),
+        ("size = 3", "size = 4", None),
+        ("@property", "@classmethod", None),
+        ('"a": 1', '"a": 2', None),
+    ],
+)
+def test_which_functions_change(old: str, new: str, expected: list[str] | None, tmp_path: Path) -> None:
+    """A fault inside of functions is one of their code; what else it changes has to be imported."""
+    file = tmp_path / "module.py"
+    file.write_text(MODULE, encoding="utf-8")
+    changes = changes_between(file, ast.parse(MODULE.replace(old, new)))
+    assert (changes and [code.co_name for code, _ in changes]) == expected
+
+
+def test_a_run_that_hangs_is_ended(warm: Warm) -> None:
+    """Tests that take too long are killed, and the process that has collected them goes on."""
+    some = sorted(fault.test for fault in FAULTS if fault.changes is not None)[0]
+    assert warm.run([some], 0.0)[0] is None
+    assert warm.run([some], TIMEOUT)[0] == 0
