@@ -63,8 +63,8 @@ def generators_of(device: torch.device) -> list[torch.Generator]:
 
 
 def has_memory(leaf: Any) -> bool:
-    """Whether ``leaf`` is a tensor with strides, and so has a storage."""
-    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+    """Whether ``leaf`` is a tensor with strides, and so has a storage. Some zeros of autograd's have one without memory."""
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf._is_zerotensor()
 
 
 def memory_on(device: torch.device, tree: Any) -> list[torch.Tensor]:

@@ -372,3 +372,14 @@ def test_a_tensor_that_is_passed_twice(device: torch.device, make: MakeGraph) ->
         graph.replay()
         assert bits(got) == bits(function())
     assert seen == [True] * 4
+
+
+def test_zeros_without_memory(device: torch.device, make: MakeGraph) -> None:
+    """A gradient of zeros, for which autograd has no memory, is captured on a GPU; the tape refuses it."""
+    x, graph = torch.randn(3, device=device, requires_grad=True), make()
+    with pytest.raises(CaptureError, match="_efficientzerotensor") if device.type == "cpu" else nullcontext():
+        with capture(graph):
+            y = x * 2
+            (grad,) = torch.autograd.grad(torch.sgn(x).sum(), x)
+        graph.replay()
+        assert not grad.any() and bits(y) == bits(x * 2)
