@@ -23,7 +23,7 @@ from breakable_backend.calling.compiled_graph import log as executor_log
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.calling.release import when_idle
-from breakable_backend.calling.training import BySize, Training
+from breakable_backend.calling.training import BySize, ForwardExecutor, Training
 from breakable_backend.compiling.flat_inputs import FlatGraph, PlainGraph
 from breakable_backend.compiling.joint_graph import Halves
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
@@ -135,7 +135,7 @@ class Backend:
         ) -> Executor:
             observers = observers or observers_of(Subject(name, chosen, executor_log))
             observers.traced(lowered.module, "aten")
-            driver = self._driver(chosen, lowered, several=kind is Executor and chosen.scalars == "key")
+            driver = self._driver(chosen, lowered, several=kind is not ForwardExecutor and chosen.scalars == "key")
             bare = Scope(driver.device, eager_ops, driver.devices[1:])
             require_whole_regions(lowered.module, bare)
             scope = scope_for(lowered, bare, chosen)
@@ -168,9 +168,9 @@ class Backend:
         training: Training | BySize
         if halves.varying:
             file = functools.partial(registry.as_traced.add, number=number)
-            training = BySize(halves, make, name, source, file, as_eager)
+            training = BySize(halves, make, name, source, self._warn_once, file, as_eager)
         else:
-            training = Training(halves, as_eager(halves.gm), make, name, source)
+            training = Training(halves, as_eager(halves.gm), make, name, source, self._warn_once)
             registry.as_traced.add(training, number)
 
         def train(*args: Any) -> Any:
@@ -181,13 +181,7 @@ class Backend:
 
     def _eagerly(self, number: int, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
         name, source = f"graph {number}", _last_line(gm)
-        if why == NEEDS_GRADIENTS:
-            self._warn_once(
-                "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
-                "For inference call the compiled function under torch.no_grad() or torch.inference_mode(); to capture "
-                "training as well, compile with options={'training': True}."
-            )
-        elif not options.auto_break:
+        if why != NEEDS_GRADIENTS and not options.auto_break:
             raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
         log.info(
             "%s: runs as Dynamo traced it, because %s%s", name, why, f", at {short_line(source)}" if source else ""

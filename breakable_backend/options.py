@@ -15,10 +15,9 @@ from breakable_backend.errors import OptionsError
 ENVIRONMENT_PREFIX = "BREAKABLE_CG_"
 
 
-def _choice(*values: Any, default: Any = ..., planned: tuple[Any, ...] = ()) -> Any:
+def _choice(*values: Any, planned: tuple[Any, ...] = ()) -> Any:
     """An option that takes one of ``values``, the first by default; ``planned`` are values that are to come."""
-    default = values[0] if default is ... else default
-    return field(default=default, metadata={"choices": values, "planned": planned})
+    return field(default=values[0], metadata={"choices": values, "planned": planned})
 
 
 def _count(default: int) -> Any:
@@ -68,7 +67,7 @@ class Options:
     min_kernels: int = _count(2)
     """Captured segments with fewer ATen ops that launch a kernel run eagerly."""
 
-    training: bool = _choice(True, False, default=False)
+    training: bool = _choice(True, False)
     """Whether graphs that need gradients are captured, forward and backward, or run as Dynamo traced them."""
 
     inner: str = _choice("eager", planned=("inductor",))

@@ -204,7 +204,7 @@ def compare(device: torch.device, sizes: Sizes, steps: int, path: Path | None) -
     torch.manual_seed(0)
     model = Gpt(sizes).to(device)
     twin = copy.deepcopy(model)
-    options = {"training": True} if device.type == "cuda" else {"training": True, "driver": "tape"}
+    options = {} if device.type == "cuda" else {"driver": "tape"}
     compiled = torch.compile(model, backend="breakable_cg", fullgraph=True, options=options)
     expected, eager_seconds = train(twin, twin, sizes, steps, "eager   ")
     losses, seconds = train(model, compiled, sizes, steps, "compiled")

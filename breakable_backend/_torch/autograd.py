@@ -156,6 +156,11 @@ def graph_is_kept() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def current_backward() -> int:
+    """A number of the backward that is under way; asked in a node of it."""
+    return int(torch._C._current_graph_task_id())
+
+
 def node_number(node: Any) -> int:
     """The number of a node of autograd's graph, but for leaves: nodes of one thread are numbered as they are made."""
     return int(node._sequence_nr())

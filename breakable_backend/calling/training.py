@@ -15,9 +15,9 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +25,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.active import handler, in_call
 from breakable_backend.callers import Callers
+from breakable_backend.calling.compiled_graph import PUT_OFF
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey, scalar_bytes
 from breakable_backend.calling.registry import EagerGraph
@@ -33,10 +34,12 @@ from breakable_backend.compiling.flat_inputs import Whole
 from breakable_backend.compiling.joint_graph import Backward, Forward, Halves, Pattern
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.errors import ReplayError
+from breakable_backend.errors import EagerOutputError, ReplayError
 from breakable_backend.ir.ambient_modes import Modes
+from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry, TensorSpec
-from breakable_backend.recordings.binding import Plan
+from breakable_backend.ir.running_ops import generators_of
+from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recording import Recording
@@ -51,6 +54,19 @@ MAX_SIZES = 8
 
 LEARNING = "it needs gradients, and no backward has been seen that tells how"
 """Why the first calls are eager."""
+
+UNUSED = 3
+"""How many forwards may go by without a backward until a warning says so."""
+
+CALLED_IN_VAIN = (
+    "breakable_cg captures a graph that needs gradients once one of its calls was run backward, and the results of "
+    f"{UNUSED} calls are gone without that: it runs eagerly. For inference call the compiled function under "
+    "torch.no_grad() or torch.inference_mode()."
+)
+
+ALL_TAKEN = f"{MAX_SLOTS} forwards are pending, one in each slot"
+
+NO_ROOM = "it would leave too little of the GPU's memory for the rest of the program"
 
 SHARED = "its backward reads an argument that it writes through another one"
 
@@ -101,7 +117,24 @@ class Lease:
         return cls(weakref.ref(recording), constants, static, first)
 
 
-class ForwardExecutor(Executor):
+class HalfExecutor(Executor):
+    """The executor of a half. It records only where enough memory is left for the rest of the program.
+
+    What a half needs is held between its calls too, where eager would give it back. Results and gradients are fresh
+    under ``outputs="static"`` too: autograd keeps them beyond the next call.
+    """
+
+    def plan(self) -> Plan:
+        return replace(super().plan(), fresh_outputs=True)
+
+    def record(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
+        if self.driver.has_room(needed(self.program, Binding.of(self.program, args).symbols)):
+            return super().record(entry, args, stream)
+        self._put_off(entry, "memory", NO_ROOM)
+        return self._plain(args, f"could not be recorded: {PUT_OFF['memory']}", logging.WARNING)
+
+
+class ForwardExecutor(HalfExecutor):
     """The executor of the forward. Each call takes a slot, whose number is part of its key."""
 
     def __init__(self, forward: Forward, *args: Any) -> None:
@@ -135,12 +168,20 @@ class ForwardExecutor(Executor):
             addresses = keys.sets.get(reader.read(args).addresses)
         slot = self._free(reader.without_slot(args), addresses)
         if slot is None:
-            return self._plain(args, f"{MAX_SLOTS} forwards are pending, one in each slot", logging.WARNING)
+            return self._plain(args, ALL_TAKEN, logging.WARNING)
         reader.slot = slot
         shapes = reader.shapes(args)
         made = super()._locked(args, stream, driver)
         entry = addresses.entries.get(shapes) if addresses is not None else None
         return made if entry is None else self._leased(entry, made, known)
+
+    def has_slot(self, args: Sequence[Any]) -> bool:
+        """Whether a slot is free for a call. Taken ones are counted first, which takes less than reading a key."""
+        if len(self.taken) < MAX_SLOTS or self.pending() < MAX_SLOTS:
+            return True
+        reader = self.reader
+        assert isinstance(reader, _WithSlot)
+        return self._free(reader.without_slot(args), self.keys.sets.get(reader.read(args).addresses)) is not None
 
     def _free(self, shapes: ShapeKey, addresses: AddressSet | None) -> Number | None:
         """The first free slot."""
@@ -175,7 +216,7 @@ class ForwardExecutor(Executor):
         self.reader = _WithSlot.of(self.program, self.keyed(), self.options.scalars == "key")
 
     def plan(self) -> Plan:
-        return replace(super().plan(), fresh_outputs=True, saved_from=self.forward.num_outputs)
+        return replace(super().plan(), saved_from=self.forward.num_outputs)
 
     def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
         entry = super().new_entry(key, args)
@@ -200,6 +241,8 @@ class _WithSlot(KeyReader):
         return super().shapes(args)
 
 
+_RandomStates = Sequence[tuple[torch.Generator, torch.Tensor]]
+
 _Other = tuple[Any, int, int]
 """An input, or a weak reference to it, with its version and its address."""
 
@@ -216,6 +259,16 @@ class _Seen:
     pattern: list[TensorSpec | None]
     came: bool = False
     refused: str = ""
+    calls: int = 0
+    pending: weakref.WeakSet[_Looked] = field(default_factory=weakref.WeakSet)
+    """Calls that may still be run backward."""
+
+
+class _Looked:
+    """A call whose backward is observed. Lives as long as somebody may run it."""
+
+    backward: int | None = None
+    """The backward that has freed what a part of the call had saved."""
 
 
 class Training:
@@ -227,10 +280,20 @@ class Training:
         make: makes an executor of a class for a lowered graph, under a name; further arguments go to the class.
         name: the name of the graph.
         source: the user's last line in it.
+        warn: warns the user, once for each text.
     """
 
-    def __init__(self, halves: Halves, eager: Callable[..., Any], make: Make, name: str, source: str) -> None:
+    def __init__(
+        self,
+        halves: Halves,
+        eager: Callable[..., Any],
+        make: Make,
+        name: str,
+        source: str,
+        warn: Callable[[str], None],
+    ) -> None:
         self.halves, self.eager, self.make, self.name, self.source = halves, eager, make, name, source
+        self.warn = warn
         self.callers = Callers()
         self.parts = halves.parts
         self.why = LEARNING
@@ -238,6 +301,8 @@ class Training:
         self.for_good = False
         self.forward: ForwardExecutor | None = None
         self.backwards: dict[tuple[Pattern, frozenset[str]], tuple[Backward, Executor]] = {}
+        self._guess: tuple[Pattern, frozenset[str]] | None = None
+        """A key of :attr:`backwards` that was made before any forward was captured, as if nothing that it saves moves."""
         self._seen: _Seen | None = None
         self._storages: tuple[list[int], list[_torch.StorageWeakRef]] | None = None
         """The addresses of static inputs in the last call, and their storages."""
@@ -259,27 +324,31 @@ class Training:
         """Run the forward once, and give autograd the node that runs the backward."""
         if why := _not_now():
             if self.forward is not None:
-                self.forward.statistics.calls += 1
-                self.forward.count_plain(why)
+                return self._as_traced(args, why)
+            if self._seen is None and not self.for_good:
+                self.why = f"it needs gradients, and {why}"
             return self.eager(*args)
         if self.why and (self.for_good or not self._ready(args)):
             return self._learn(args)
         forward = self.halves.forward
         assert forward is not None
-        if forward.written and not _count_up(args, forward.written, forward.watched):
-            return self._share(args)
+        assert self.forward is not None
         call = _Call(self, args)
+        if not self.forward.has_slot(call.args):
+            return self._as_traced(args, ALL_TAKEN, logging.WARNING)
+        if forward.written and not _count_up(args, forward.written, forward.watched):
+            return self._as_traced(args, SHARED)  # eager's autograd notices it
         made = _torch.apply_plainly(_Captured, call, *(args[index] for index in self.halves.wanted))
         results, call.results = call.results, []
         for index, output in zip(forward.differentiable, made, strict=True):
             results[index] = output
         return results
 
-    def _share(self, args: Sequence[Any]) -> Any:
-        """Whether the backward reads an argument that was written through another one. Eager's autograd notices that."""
+    def _as_traced(self, args: Sequence[Any], why: str, level: int = logging.INFO) -> Any:
+        """A call of a captured graph that runs as Dynamo traced it."""
         assert self.forward is not None
         self.forward.statistics.calls += 1
-        self.forward.count_plain(SHARED)
+        self.forward.count_plain(why, level)
         return self.eager(*args)
 
     # until a backward has been seen
@@ -295,10 +364,16 @@ class Training:
         seen = self._seen
         if seen is None or len(seen.pattern) != len(differentiable):
             self._seen = seen = _Seen([None] * len(differentiable))
+            self.why = LEARNING
         if not seen.came:  # of all forwards until then, since a backward may come behind a later forward
+            if seen.calls - len(seen.pending) >= UNUSED:
+                self.warn(CALLED_IN_VAIN)
+            looked = _Looked()
+            seen.pending.add(looked)
+            seen.calls += 1
             for place, value in enumerate(differentiable):
                 assert value.grad_fn is not None
-                value.grad_fn.register_prehook(functools.partial(_look, seen, place, value.output_nr))
+                value.grad_fn.register_prehook(functools.partial(_look, seen, looked, place, value.output_nr))
         return outputs
 
     def _ready(self, args: Sequence[Any]) -> bool:
@@ -351,20 +426,29 @@ class Training:
             *(given[index] for index in backward.inputs),
             *(grads[place] for place in backward.gradients),
         ]
-        made = executor(args) if ctx.captured else executor.plain(args, "its forward ran plainly")
+        try:
+            made = executor(args) if ctx.captured else executor.plain(args, "its forward ran plainly")
+        except EagerOutputError as error:
+            self._leave(f"it needs gradients, and {error.what}")
+            raise
         return [clone_exact(value) if place in backward.entangled else value for place, value in enumerate(made)]
 
     def _backward(self, pattern: Pattern, static: frozenset[str] | None) -> tuple[Backward, Executor]:
         """The backward for ``pattern``, and its executor for a forward whose ``static`` values are fixed (None: plain)."""
+        guess = None
         if static is None:
             known = (key for key in list(self.backwards) if key[0] == pattern)
             assert self.halves.forward is not None
-            static = next(known, (pattern, frozenset(self.halves.forward.saved)))[1]
+            guess = pattern, frozenset(self.halves.forward.saved)
+            static = next(known, guess)[1]
         found = self.backwards.get((pattern, static))
         if found is not None:
             return found
         with self._lock:
             if (pattern, static) not in self.backwards:
+                if self._guess is not None and self._guess[0] == pattern:  # it has served plain forwards alone
+                    del self.backwards[self._guess]
+                self._guess = guess
                 try:
                     with self._modes.enter():
                         backward = self.halves.backward(pattern)
@@ -375,10 +459,28 @@ class Training:
                         fix=WAY_OUT,
                     ) from None
                 lowered = backward.lowered(self.halves.static, static)
-                executor = self.make(Executor, lowered, f"backward of {self.name}")
+                executor = self.make(HalfExecutor, lowered, self._named(pattern, static))
                 executor.callers = self.callers
                 self.backwards[pattern, static] = backward, executor
             return self.backwards[pattern, static]
+
+    def _named(self, pattern: Pattern, static: frozenset[str]) -> str:
+        """A name that no other backward of this graph has, and that tells how this one differs from the first."""
+        name = f"backward of {self.name}"
+        if not self.backwards:
+            return name
+        first, fixed = next(iter(self.backwards))
+        given = [place for place, spec in enumerate(pattern) if spec is not None]
+        if given != [place for place, spec in enumerate(first) if spec is not None]:
+            forward = self.halves.forward
+            assert forward is not None
+            name += f" for result{'s' * (len(given) > 1)} {', '.join(str(forward.differentiable[place]) for place in given)}"
+        elif pattern != first:
+            name += " for gradients with another layout"
+        if moving := len(fixed - static):
+            name += f", with {moving} saved value{'s' * (moving > 1)} that move{'s' * (moving == 1)}"
+        taken = [executor.name for _, executor in self.backwards.values()]
+        return name if name not in taken else f"{name} ({1 + len(taken)})"
 
     def saved(self, made: Outputs, results: Sequence[Any]) -> list[Saved]:
         """The values that a captured forward keeps at fixed addresses for a backward, for observers."""
@@ -436,14 +538,18 @@ class Training:
         assert self.halves.forward is not None
         return tuple(sorted(set(range(len(self.halves.inputs))) - set(self.halves.forward.inputs)))
 
-    def gradients_of_eager(
-        self, why: str, others: list[_Other] | None, inputs: Sequence[Any], grads: Sequence[Any]
-    ) -> Sequence[Any]:
-        """The gradients by a second, eager forward, for a backward that only eager's autograd can run."""
-        forward = self.halves.forward
+    def gradients_of_eager(self, why: str, ctx: Any, inputs: Sequence[Any], grads: Sequence[Any]) -> Sequence[Any]:
+        """The gradients by a second, eager forward, for a backward that only eager's autograd can run.
+
+        If that backward is to be differentiated again, later calls are eager: the second derivatives of this one may
+        add up in another order than eager's.
+        """
+        forward, others = self.halves.forward, ctx.others
         assert forward is not None
-        if others is None:
+        if others is None or ctx.random is None:
             self.refuse(why)
+        if ctx.random and why == BATCHED:  # autograd's vmap is active, under which nothing may draw
+            self.refuse(f"{why}, and it draws random numbers")
         args = dict(zip(forward.inputs, inputs, strict=True))
         for index, (kept, version, pointer) in zip(self._others, others, strict=True):
             args[index] = kept() if isinstance(kept, weakref.ref) else kept
@@ -451,7 +557,7 @@ class Training:
                 self.refuse(f"{why}, and an argument is gone or was written")
             if args[index].data_ptr() != pointer:
                 self.refuse(f"{why}, and an argument was given other memory since its forward")
-        with self._modes.enter():
+        with self._modes.enter(), self._drawing_again(ctx.random):
             outputs = self.eager(*(args[index] for index in range(len(args))))
         pairs = [
             (outputs[index], grad)
@@ -464,7 +570,28 @@ class Training:
         wanted = [args[index] for index in self.halves.wanted]
         differentiated, given = zip(*pairs, strict=True)
         again = torch.is_grad_enabled()
+        if again and not self.for_good:
+            self._leave(f"it needs gradients, and {why}")
         return torch.autograd.grad(differentiated, wanted, given, create_graph=again, allow_unused=True)
+
+    @contextmanager
+    def _drawing_again(self, states: _RandomStates) -> Iterator[None]:
+        """Draw what a forward drew that began in ``states``. Behind it the generators are where they were."""
+        assert self.forward is not None
+        with self.forward.driver.drawing() if states else nullcontext():
+            now = [(generator, generator.get_state()) for generator, _ in states]
+            try:
+                _set_random_states(states)
+                yield
+            finally:
+                _set_random_states(now)
+
+    def _leave(self, why: str) -> None:
+        """Give up what was captured. Forwards that are pending keep what they saved."""
+        with self._lock:
+            self._give_up(why)
+        for executor in self.executors:
+            executor.leave(why)
 
     def _note_again(self, why: str) -> None:
         assert self.forward is not None
@@ -478,8 +605,7 @@ class Training:
 
     def refuse(self, why: str) -> NoReturn:
         """Raise for a backward that only eager can run. Later calls are eager."""
-        with self._lock:
-            self._give_up(f"it needs gradients, and {why}")
+        self._leave(f"it needs gradients, and {why}")
         raise ReplayError(
             f"{self.name} was captured, and {why}: only a call that ran eagerly supports that",
             where=self.source,
@@ -496,10 +622,12 @@ class BySize:
         make: Make,
         name: str,
         source: str,
+        warn: Callable[[str], None],
         file: Callable[[Any], None],
         as_eager: Callable[..., Any],
     ) -> None:
-        self.halves, self.make, self.name, self.source, self.file = halves, make, name, source, file
+        self.halves, self.make, self.name, self.source = halves, make, name, source
+        self.warn, self.file = warn, file
         self.as_eager = as_eager
         """Makes the function that runs a graph as Dynamo traced it."""
         self.eager = as_eager(halves.gm)
@@ -542,7 +670,7 @@ class BySize:
             if values
         ]
         name = f"{self.name} for {' and '.join(of)}" if of else self.name
-        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source)
+        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source, self.warn)
         training.callers, training._modes = self.callers, self._modes
         self.known[key] = training
         self.file(training)
@@ -560,13 +688,22 @@ class Others:
 TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes and floats"
 
 
-def _look(seen: _Seen, place: int, number: int, grads: tuple[Any, ...]) -> None:
+def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[Any, ...]) -> None:
     """A backward has reached an output of an eager call."""
-    grad = grads[number]
+    grad, backward = grads[number], _torch.current_backward()
+    if looked.backward not in (None, backward):
+        seen.refused = f"it needs gradients, and {IN_PARTS}"
+    if not _torch.graph_is_kept():
+        looked.backward = backward
     if why := _refusal(grads):
         seen.refused = f"it needs gradients, and {why}"
     elif grad is not None:
         seen.pattern[place], seen.came = TensorSpec.of(grad), True
+
+
+IN_PARTS = "its results are run backward one after the other, without retain_graph=True"
+
+BATCHED = "gradients came in batches"
 
 
 def _refusal(grads: Sequence[Any]) -> str:
@@ -579,7 +716,7 @@ def _refusal(grads: Sequence[Any]) -> str:
         if grad is None:
             continue
         if _torch.is_transformed(grad):
-            return "gradients came in batches"
+            return BATCHED
         if type(grad) not in (torch.Tensor, torch.nn.Parameter) or grad.layout is not torch.strided:
             return f"a gradient that came in is a {type(grad).__name__} of layout {grad.layout}"
         if any(_torch.lazy_bits(grad)):
@@ -638,6 +775,8 @@ class _Captured(torch.autograd.Function):
         assert executor is not None
         assert forward is not None
         token = torch.empty(0)
+        # A second forward draws the same. For graphs that draw, 2 us for each generator.
+        ctx.random = _random_states(forward.drawing) if forward.drawing and forward.can_repeat else ()
         with _without_autocast():
             made = executor.run(list(args), token)
         count = forward.num_outputs
@@ -657,16 +796,24 @@ class _Captured(torch.autograd.Function):
         # 0.04 us for each: autograd's check of versions does not notice that an input got other memory
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
-        ctx.others = training.others(args) if forward.is_pure and not training.parts else None
+        ctx.others = training.others(args) if forward.can_repeat and not training.parts else None
         ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked), *call.wholes)
         ctx.set_materialize_grads(False)
+        ctx.given = [True] * len(forward.differentiable)
         call.results, call.args = results, ()
         return tuple(results[index] for index in forward.differentiable)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors  # raises if it was freed or written
         training: Training = ctx.training
+        try:
+            saved = ctx.saved_tensors  # raises if it was freed or written
+        except RuntimeError:
+            if any(now is not None and not before for now, before in zip(grads, ctx.given, strict=True)):
+                training.refuse(IN_PARTS)  # in eager the results may share nothing
+            raise
+        if not _torch.graph_is_kept():
+            ctx.given = [grad is not None for grad in grads]
         why = _refusal(grads)
         forward = training.halves.forward
         assert forward is not None
@@ -677,7 +824,7 @@ class _Captured(torch.autograd.Function):
         ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
         if why:
-            return None, *training.gradients_of_eager(why, ctx.others, inputs, grads)
+            return None, *training.gradients_of_eager(why, ctx, inputs, grads)
         if ctx.check is not None:
             ctx.check()
         with _without_autocast():
@@ -694,6 +841,19 @@ def _count_up(args: Sequence[Any], written: Sequence[int], needed: Sequence[int]
     before = [args[index]._version + (index in written) for index in needed]
     torch.autograd.graph.increment_version([args[index] for index in written])
     return before == [args[index]._version for index in needed]
+
+
+def _random_states(devices: Sequence[torch.device]) -> _RandomStates | None:
+    """The states of the default generators of some devices; None during somebody's capture, which reads none."""
+    if any(device.type == "cuda" for device in devices) and _torch.is_stream_capturing():
+        return None
+    generators = [generators_of(device)[-1] for device in devices]
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def _set_random_states(states: _RandomStates) -> None:
+    for generator, state in states:
+        generator.set_state(state)
 
 
 def _on_its_own(value: Any) -> Any:

@@ -72,8 +72,10 @@ class Forward:
     """Inputs whose version is counted up in a call, as in eager."""
     watched: tuple[int, ...]
     """Inputs that backwards need, and that may in some calls be views of written inputs."""
-    is_pure: bool
-    """Whether it can run a second time unnoticed: it writes nothing, draws nothing and calls only PyTorch's own ops."""
+    can_repeat: bool
+    """Whether it can run a second time unnoticed: it writes nothing and calls only PyTorch's own ops."""
+    drawing: tuple[torch.device, ...]
+    """The devices whose default generators its own ops draw from."""
     checked: tuple[int, ...]
     """The outputs whose memory a backward reads. A write to one invalidates the backward, in eager too."""
 
@@ -426,7 +428,12 @@ class _Body:
 
 def _may_draw(op: Any) -> bool:
     """Whether an op may draw random numbers, and so would need the random state of its first run. Custom ops may, and branches."""
-    return isinstance(op, _torch.HigherOrderOperator) or draws(op) or (is_opaque(op) and not is_backward(op))
+    return draws(op) or _is_unknown(op)
+
+
+def _is_unknown(op: Any) -> bool:
+    """Whether nobody can tell what else an op does. A branch may draw, and may be another one than before."""
+    return isinstance(op, _torch.HigherOrderOperator) or (is_opaque(op) and not is_backward(op))
 
 
 def _has_checkpoint(gm: fx.GraphModule) -> bool:
@@ -575,6 +582,7 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
     module = fx.GraphModule(joint.module, graph)
     out_of_place_views(module)
     memory = {_torch.storage_key(by_name[name].meta["val"]) for name in saved if _is_tensor(by_name[name])}
+    drawn = [node for node in module.graph.nodes if draws(node.target)]
     return Forward(
         Lowered(module, static),
         len(outputs),
@@ -583,7 +591,8 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         inputs,
         joint.written,
         _watched(inputs, joint.written, static),
-        not joint.written and not any(_may_draw(node.target) for node in module.graph.nodes),
+        not joint.written and not any(_is_unknown(node.target) for node in module.graph.nodes),
+        tuple(dict.fromkeys(value.device for value in values_of(*drawn))),
         tuple(
             index
             for index, leaf in enumerate(joint.outputs)

@@ -213,6 +213,9 @@ class CaptureDriver(Protocol):
     def drawing(self) -> AbstractContextManager[None]:
         """Held around ops that run by themselves and may draw from the device's default generator."""
 
+    def has_room(self, size: int) -> bool:
+        """Whether a pool may take ``size`` bytes, and a share of the device's memory is left for what others run."""
+
     def make_room(self) -> None:
         """Return the allocator's unused memory to the device, after a capture ran out of memory and before the next begins.
 

@@ -35,6 +35,10 @@ from breakable_backend.failure_kinds import as_passing, passing
 
 cudart = Bindings("cuda.bindings.runtime")
 
+HEADROOM = 0.1
+"""The share of a GPU's memory that recordings of training leave free, for the rest of the program: it could not get back
+what is in a pool."""
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -350,6 +354,12 @@ class CudaDriver(DeviceDriver):
         """The generator, while no other thread captures. After a long wait it is used anyway."""
         return self._draws.at_rest()
 
+    def has_room(self, size: int) -> bool:
+        """What torch's allocator holds unused counts as free, since it is returned before memory runs out."""
+        free, total = torch.cuda.mem_get_info(self._index)
+        unused = torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index)
+        return free + unused - size >= HEADROOM * total
+
     def make_room(self) -> None:
         """Return the unused memory of torch's allocator to the device."""
         torch.cuda.empty_cache()
@@ -661,6 +671,8 @@ class CudaDriver(DeviceDriver):
         wait = any(leaving.wait for leaving in self._leaving)
         with relaxed():
             for _ in range(len(self._leaving)):
+                if not self._leaving:  # what an owner held has freed more, and came here before
+                    break
                 leaving = self._leaving.popleft()
                 if not self._is_over(leaving, wait):
                     self._leaving.append(leaving)  # the end of a later call tries again

@@ -247,6 +247,9 @@ class DeviceGroup:
 
     # release
 
+    def has_room(self, size: int) -> bool:
+        return all(driver.has_room(size) for driver in self._drivers)
+
     def make_room(self) -> None:
         for driver in self._drivers:
             driver.make_room()

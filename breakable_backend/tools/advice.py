@@ -69,6 +69,8 @@ _TO_CAPTURE = {
     "gives one of its arguments no gradient": "have its result depend on each argument that needs gradients, or pass that "
     "argument as x.detach()",
     "gradients came in batches": "call torch.autograd.grad without is_grads_batched, then torch.compiler.reset()",
+    "are run backward one after the other": "call backward once, for the sum of both, or the first time with "
+    "retain_graph=True, then torch.compiler.reset()",
     "sets of sizes": "pad to a few sizes; leave a smaller last batch out: DataLoader(..., drop_last=True)",
     "it writes an argument that needs gradients": "return a new tensor in place of the write",
     "an output is, or views, an argument": "return a clone() of that argument",

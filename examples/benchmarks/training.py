@@ -215,7 +215,7 @@ def compiled(work: Work, **options: Any) -> Step:
 
 
 def ours(work: Work) -> Step:
-    return compiled(work, backend="breakable_cg", options={"training": True})
+    return compiled(work, backend="breakable_cg")
 
 
 def by_hand(work: Work) -> Step:

@@ -366,7 +366,6 @@ STATES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 @pytest.mark.parametrize("name", STATES)
 def test_state_around_it(name: str, device: torch.device, options: dict[str, Any]) -> None:
     """A call under other modes, of a module in another mode, or with hooks, goes to the compiled function."""
@@ -474,7 +473,6 @@ def test_parameters_that_are_none(device: torch.device, options: dict[str, Any])
     assert 1 <= bound.misfits.total() <= 3
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 def test_parameters_that_ask_for_gradients(device: torch.device, options: dict[str, Any]) -> None:
     """With gradients on, a parameter that asks for one by now does not fit (Dynamo of torch 2.11 does not look itself)."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(device).requires_grad_(False)
@@ -818,7 +816,6 @@ def test_what_cannot_be_bound(name: str, device: torch.device, options: dict[str
     assert re.search(text, raised.value.what)
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 def test_gradients_cannot_be_bound(device: torch.device, options: dict[str, Any]) -> None:
     """A graph that needs gradients is not captured, so it cannot be bound."""
     compiled, _ = compile_both(Scaled().to(device).eval(), options)

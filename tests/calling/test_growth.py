@@ -104,7 +104,6 @@ def census() -> int:
     )
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 @pytest.mark.parametrize("once", [marked, dropped, failing, needing_gradients, told_of, captured])
 def test_no_object_stays(once: Callable[..., None], device: torch.device, kind: str, tmp_path: Path) -> None:
     """After six rounds more there are no more objects of the package than before them."""

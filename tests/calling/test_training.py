@@ -18,16 +18,18 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import breakable_backend
-from breakable_backend import DivergenceError, ReplayError, eager_on_graph, eager_region
+from breakable_backend import DivergenceError, EagerOutputError, ReplayError, eager_on_graph, eager_region
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.training import MAX_SIZES, MAX_SLOTS, ForwardExecutor
-from checks import assert_same
+from breakable_backend.drivers.cuda import CudaDriver
+from breakable_backend.drivers.tape import TapeDriver
+from checks import assert_same, random_states
 
 
 @pytest.fixture
 def options(device: torch.device) -> dict[str, Any]:
     """The options of every compiled function here."""
-    return {"driver": "cuda" if device.type == "cuda" else "tape", "training": True}
+    return {"driver": "cuda" if device.type == "cuda" else "tape"}
 
 
 @pytest.fixture(autouse=True)
@@ -317,6 +319,21 @@ def test_accumulated_gradients(device: torch.device, options: dict[str, Any]) ->
     assert_replays(assert_trains(Mlp(), step, device, options, 6), 12)
 
 
+def test_gradients_are_fresh(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 4: with ``outputs="static"`` too a gradient is the caller's, and later steps leave it alone."""
+
+    def function(x: Tensor) -> Tensor:
+        return (x.sin() * 2).exp()
+
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = warmed_up(function, device, {**options, "outputs": "static"}, x)
+    found: dict[Any, list[Tensor]] = {compiled: [], function: []}
+    for number in range(3):
+        for called, gradients in found.items():
+            gradients += torch.autograd.grad(called(x).sum() * number, x)
+    assert_same(found[compiled], found[function])
+
+
 def test_a_retained_graph(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: a graph that is retained is run backward again after other forwards, and once more is an error."""
 
@@ -515,6 +532,36 @@ def test_a_marked_function_that_gives_no_gradient(device: torch.device, options:
             return self.second(first(self.first(x).relu(), self.unused.exp()))
 
     assert_trains(Unused(), mlp_step(device), device, options)
+
+
+def test_a_marked_function_that_gives_no_gradient_at_last(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: where that happens first in a later step it is an error, and steps after it are eager, and right."""
+    uses_both = True
+
+    @eager_on_graph
+    def chosen(x: Tensor, y: Tensor) -> Tensor:
+        return x * y if uses_both else x * 2
+
+    class Experts(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(chosen(self.first(x).relu(), self.expert.exp()))
+
+    torch.manual_seed(0)
+    mine = Experts().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options)
+    step = mlp_step(device)
+    assert_same(trained(compiled, mine, step, 8), trained(theirs, theirs, step, 8))
+    assert_replays(breakable_backend.explain(compiled).programs, 1)
+    uses_both = False
+    with pytest.raises(EagerOutputError, match="leave out one of its arguments"):
+        step(compiled, mine)
+    assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
+    assert "leave out one of its arguments" in str(breakable_backend.explain(compiled))
 
 
 def test_marked_ops_in_both_halves(device: torch.device, options: dict[str, Any]) -> None:
@@ -725,12 +772,18 @@ def run_backward(how: str, y: Tensor, x: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(y.sum(), x))
 
 
-HOW = pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
+@torch.library.custom_op("training::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    """An op of others: nobody can tell what else it does."""
+    return x * 2
 
 
-@HOW
+twice.register_fake(torch.empty_like)
+twice.register_autograd(lambda ctx, gradient: gradient * 2)
+
+
+@pytest.mark.parametrize("how", ["autocast", "batches"])
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "result"])
-@pytest.mark.usefixtures("order_of_gradients")
 def test_a_backward_of_a_second_forward(how: str, leaf: bool, device: torch.device, options: dict[str, Any]) -> None:
     """Lines 1 and 9: once captured, a backward that eager's autograd has to see is that of a second, eager forward, and is right."""
     weight, bias = (torch.rand(*size, device=device, requires_grad=True) for size in ((4, 4), (4,)))
@@ -753,23 +806,150 @@ def test_a_backward_of_a_second_forward(how: str, leaf: bool, device: torch.devi
     assert any("is run once more" in note for note in forward.notes)
 
 
-@HOW
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "result"])
 @pytest.mark.usefixtures("order_of_gradients")
-def test_a_backward_that_eager_alone_can_run(how: str, device: torch.device, options: dict[str, Any]) -> None:
-    """Line 9: what draws cannot run once more: such a backward is an error that says what to do; later calls are eager, and right."""
+def test_a_second_derivative_of_what_was_captured(leaf: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1, 9 and 10: it is right, for pending forwards too; later calls are eager, and what was recorded is freed."""
+    weight, bias = (torch.rand(*size, device=device, requires_grad=True) for size in ((4, 4), (4,)))
+
+    def function(x: Tensor) -> Tensor:
+        return (x @ weight + bias).sin() * x
+
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    compiled = warmed_up(function, device, options, x)
+    pending = [called(x * 3) for called in (compiled, function)]
+    before = breakable_backend.explain(compiled).programs[0].replays
+    for _ in range(3):
+        results = []
+        for called in (compiled, function):
+            found = run_backward("create_graph", called(x if leaf else x * 2), x)
+            results.append([*found, *torch.autograd.grad(called(x if leaf else x * 2).sum(), (x, weight, bias))])
+        assert_same(*results)
+    assert_same(*(torch.autograd.grad(y.sum(), (x, weight, bias)) for y in pending))
+    report = breakable_backend.explain(compiled)
+    assert report.programs[0].replays == before
+    assert "eager, because it needs gradients, and a backward was run with create_graph=True" in str(report)
+    pending.clear()
+    results.clear()
+    gc.collect()
+    breakable_cg.free()
+    assert all(executor.driver.live_blocks() == 0 for executor in executors_of(compiled))
+
+
+@pytest.mark.parametrize("how", ["create_graph", "autocast"])
+@pytest.mark.usefixtures("order_of_gradients")
+def test_a_second_forward_that_draws(how: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 6: it draws what the first one drew, whatever was drawn since, and nothing else moves."""
     x = torch.rand(3, 4, device=device, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:
         return F.dropout(x.sin(), 0.5) * x
 
     compiled = warmed_up(function, device, options, x)
+    results = []
+    for called in (compiled, function):
+        torch.manual_seed(0)
+        found = []
+        for _ in range(3):
+            y, between = called(x), torch.rand(3, device=device)
+            found += [y.detach(), between, *run_backward(how, y, x), torch.rand(3, device=device)]
+        results.append([*found, *random_states(device)])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [*itertools.product(("writes", "calls"), ("create_graph", "autocast", "batches")), ("draws", "batches")],
+)
+@pytest.mark.usefixtures("order_of_gradients")
+def test_a_backward_that_eager_alone_can_run(
+    what: str, how: str, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 9: what cannot run once more is an error that says what to do; later calls are eager, and right."""
+    x, written = torch.rand(3, 4, device=device, requires_grad=True), torch.zeros((), device=device)
+
+    def writes(x: Tensor) -> Tensor:
+        written.add_(1)
+        return x.sin() * x
+
+    def calls(x: Tensor) -> Tensor:
+        return twice(x).sin() * x
+
+    def draws(x: Tensor) -> Tensor:
+        return F.dropout(x.sin(), 0.5) * x
+
+    function = {"writes": writes, "calls": calls, "draws": draws}[what]
+    compiled = warmed_up(function, device, options, x)
     with pytest.raises(ReplayError, match="call it again"):
         run_backward(how, compiled(x), x)
     results = []
     for called in (compiled, function):
+        written.zero_()
         torch.manual_seed(0)
-        results.append(run_backward(how, called(x), x))
+        results.append([*run_backward(how, called(x), x), written.clone()])
     assert_same(*results)
+
+
+class Halved(nn.Module):
+    """Two parts that share nothing but the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x).tanh(), self.right(x).tanh()
+
+
+def in_parts(device: torch.device, parts: Callable[[], bool]) -> Step:
+    """A step that runs both results backward, one after the other if ``parts``."""
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        left, right = function(torch.rand(3, 4, device=device))
+        if parts():
+            left.sum().backward()
+            right.square().sum().backward()
+        else:
+            (left.sum() + right.square().sum()).backward()
+        descend(module)
+        return left.detach()
+
+    return step
+
+
+def test_results_that_are_run_backward_in_parts(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a graph whose results are run backward one after the other stays eager, and the report says why."""
+    torch.manual_seed(0)
+    mine = Halved().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options)
+    step = in_parts(device, lambda: True)
+    assert_same(trained(compiled, mine, step, 5), trained(theirs, theirs, step, 5))
+    report = breakable_backend.explain(compiled)
+    assert report.programs == ()
+    assert "its results are run backward one after the other" in str(report)
+
+
+def test_results_that_are_run_backward_in_parts_at_last(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: where it was captured by then that is an error that says what to do; later calls are eager, and right."""
+    torch.manual_seed(0)
+    mine = Halved().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options)
+    parts = False
+    step = in_parts(device, lambda: parts)
+    assert_same(trained(compiled, mine, step, 6), trained(theirs, theirs, step, 6))
+    parts = True
+    with pytest.raises(ReplayError, match="one after the other, without retain_graph=True") as raised:
+        step(compiled, mine)
+    assert "call it again" in raised.value.fix
+    theirs.load_state_dict(mine.state_dict())
+    assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
+    y, _ = compiled(torch.rand(3, 4, device=device))
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):  # as in eager
+        y.sum().backward()
 
 
 def test_a_second_forward_whose_argument_was_written(device: torch.device, options: dict[str, Any]) -> None:
@@ -1515,6 +1695,38 @@ def test_an_ensemble_and_a_pipeline(device: torch.device, options: dict[str, Any
             for parameter in model.parameters():
                 parameter.add_(0.01)
     assert_replays(breakable_backend.explain(compiled).programs, 6)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory(device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines 9 and 10: halves that would leave too little memory are plain and right, the report says so, and they are tried again."""
+    room = False
+    kind = CudaDriver if device.type == "cuda" else TapeDriver
+    monkeypatch.setattr(kind, "has_room", lambda *_: room)
+    mine = Mlp().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options)
+    step = mlp_step(device)
+    assert_same(trained(compiled, mine, step, 6), trained(theirs, theirs, step, 6))
+    report = breakable_backend.explain(compiled)
+    assert not any(program.captures for program in report.programs)
+    assert "could not be recorded: memory ran out" in str(report)
+    room = True
+    assert_same(trained(compiled, mine, step, 10), trained(theirs, theirs, step, 10))
+    assert_replays(breakable_backend.explain(compiled).programs, 1)
+
+
+@pytest.mark.gpu
+def test_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line 10: room is what is free, and what the allocator holds unused, without a share for the rest of the program."""
+    driver = CudaDriver(torch.device("cuda", 0))
+    free, total = torch.cuda.mem_get_info(0)
+    assert driver.has_room(0) is (free > 0.1 * total)
+    monkeypatch.setattr("breakable_backend.drivers.cuda.HEADROOM", 0.0)
+    assert driver.has_room(1024)
+    assert not driver.has_room(2 * total)
 
 
 # --- compare mode and the report --------------------------------------------------------------------------------------------

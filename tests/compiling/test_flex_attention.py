@@ -68,7 +68,6 @@ def test_between_segments(function: Function, device: torch.device, options: dic
     assert why == "copies numbers from the host while it runs uncompiled"
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients eagerly")
 @on_each_function
 def test_gradients(function: Function, device: torch.device, options: dict[str, Any]) -> None:
     """Lines 1 and 2: with gradients it runs as it was traced: results and gradients are eager's, or the refusal is."""

@@ -18,12 +18,17 @@ from breakable_backend import ReplayError, explain
 from checks import assert_same, random_states
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients eagerly"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo does
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),  # torch.func.jvp uses it
 ]
 
 Function = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture
+def options(kind: str) -> dict[str, Any]:
+    """Graphs that need gradients are not captured."""
+    return {"driver": kind, "training": False}
 
 
 @torch.library.custom_op("test_traced::counted", mutates_args=(), tags=silly.UNSAFE)

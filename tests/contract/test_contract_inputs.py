@@ -18,7 +18,6 @@ from checks import assert_same, check, compile_both, program_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
-    pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients eagerly"),
     # compiled autograd reads it
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),

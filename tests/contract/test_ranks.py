@@ -159,7 +159,9 @@ def compiled_inside(device: torch.device) -> None:
             assert_same(local(mine.grad), local(theirs.grad), f"{wrap.__name__}, {name}")
         report = explain(model)
         what = f"{wrap.__name__}: {report}"
-        assert (len(report.programs) >= 1, len(report.eager_graphs) >= 1) == (True, True), what
+        halves = [program for program in report.programs if program.name.startswith(HALVES)]
+        assert len(report.programs) > len(halves), what
+        assert halves or report.eager_graphs, what
         assert report.programs == explain().programs, what
         assert report.eager_graphs == explain().eager_graphs, what
         assert "is not compiled itself" not in str(report), what
@@ -167,11 +169,11 @@ def compiled_inside(device: torch.device) -> None:
 
 
 def with_gradients(device: torch.device) -> None:
-    """The same in training: gradients are eager's, and each graph, which runs eagerly, has its line."""
+    """The same without captured training: gradients are eager's, and each graph, which runs eagerly, has its line."""
     for wrap, (graphs, why) in WRAPPERS.items():
         torch.compiler.reset()
         reference, model = wrapped(wrap, device), wrapped(wrap, device)
-        compiled = torch.compile(model, backend="breakable_cg", options=options_on(device))
+        compiled = torch.compile(model, backend="breakable_cg", options={**options_on(device), "training": False})
         for _ in range(3):
             x = torch.randn(4, 8, device=device)
             for function in (compiled, reference):
@@ -192,7 +194,7 @@ def captured_training(device: torch.device) -> None:
     for wrap, (graphs, _) in WRAPPERS.items():
         torch.compiler.reset()
         reference, model = wrapped(wrap, device), wrapped(wrap, device)
-        compiled = torch.compile(model, backend="breakable_cg", options={**options_on(device), "training": True})
+        compiled = torch.compile(model, backend="breakable_cg", options=options_on(device))
         steps = 18 if wrap in MOVED else 8
         descend(((compiled, model), (reference, reference)), steps, device, wrap.__name__)
         report = explain(compiled)
@@ -327,7 +329,7 @@ def test_gradients_that_are_placed_otherwise(group: Any, device: torch.device, o
 
     mesh = init_device_mesh(device.type, (1,))
     models = [Spread(mesh, device) for _ in range(2)]
-    compiled = torch.compile(models[0], backend="breakable_cg", options={**options, "min_kernels": 1, "training": True})
+    compiled = torch.compile(models[0], backend="breakable_cg", options={**options, "min_kernels": 1})
     functions = compiled, models[1]
 
     def is_noticed() -> None:
@@ -505,7 +507,7 @@ def planned_training(device: torch.device) -> None:
     for block in (block for model in models for block in model.blocks):
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     torch.compiler.reset()
-    options = {**options_on(device), "training": True}
+    options = options_on(device)
     compiled = torch.compile(models[0], backend="breakable_cg", fullgraph=True, options=options)
     descend(((compiled, models[0]), (models[1], models[1])), 8, device, "planned")
     assert [p.grad.placements for p in models[0].parameters()] == [p.grad.placements for p in models[1].parameters()]  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from breakable_backend import (
     reset,
 )
 from breakable_backend.calling.registry import executors_of
-from breakable_backend.drivers.cuda import CudaDriver
+from breakable_backend.drivers.cuda import CudaDriver, _Leaving
 from gpu import compiled, settled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
@@ -151,6 +151,19 @@ def test_no_leak_over_rounds() -> None:
         assert driver.live_blocks() == 0 and driver.pool_bytes() == 0
         measured[round_] = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
     assert measured[10] == measured[50]
+
+
+def test_what_is_freed_may_free_more() -> None:
+    """What a recording owned may free another recording as it goes: all go, and nothing is raised."""
+    driver = CudaDriver(torch.device("cuda", 0))
+
+    class Frees:
+        def __del__(self) -> None:
+            driver.release(())
+
+    driver._leaving.extend([_Leaving((), [Frees()], False), _Leaving((), [object()], False)])
+    driver.release(())
+    assert not driver._leaving
 
 
 def test_dropping_a_model_frees_everything() -> None:

@@ -296,7 +296,6 @@ def test_view_of_an_argument_that_begins_elsewhere(
         assert close(tail, x[1:])
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 def test_one_tensor_given_twice(compile_with: Callable[..., Any], device: torch.device, grad: bool) -> None:
     """A result that is one of the arguments is that one in calls with other tensors, though they were one tensor at first."""

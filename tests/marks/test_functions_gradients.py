@@ -19,7 +19,6 @@ from breakable_backend import EagerOutputError, OptionsError, PartitionError, Re
 from breakable_backend.marks import saved_for_backward
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
-pytestmark = pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients")
 
 Function = Callable[..., Any]
 

@@ -264,7 +264,6 @@ def test_captured_code_reads_its_buffers(compile_ours: Compile, marked: Mark, de
     check(compile_ours(model), model, device)
 
 
-@pytest.mark.filterwarnings("ignore:breakable_cg runs graphs that need gradients eagerly")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("backend", ["breakable_cg", "aot_eager", "inductor", "eager"])
 def test_gradients(options: dict[str, Any], marked: Mark, device: torch.device, backend: str) -> None:

@@ -679,18 +679,18 @@ CASES: dict[str, Case] = {
         "    torch.autograd.grad(first.sum(), y)  # here"
     ),
     "only a call that ran eagerly supports that": Case(
-        "y = leaf()\nf = compile(lambda x: torch.dropout(x.sin() * 2, 0.5, True).exp(), training=True)  # here\n"
+        "y, n = leaf(), torch.zeros(1)\ndef f(x):\n    n.add_(1)\n    return (x.sin() * 2).exp()  # here\n\nf = compile(f)\n"
         "with torch.enable_grad():\n    for _ in range(3): f(y).sum().backward()\n"
         "    torch.autograd.grad(f(y).sum(), y, create_graph=True)"
     ),
     "leave out one of its arguments, and did not when they were captured": Case(
         "y = leaf()\nuses = [True]\n@eager_on_graph  # here\ndef add(a, b): return a + b if uses[0] else a * 1\n"
-        "f = compile(lambda x: (add(x.sin() * 2, x.cos() * 3) * 2).exp(), training=True)\n"
+        "f = compile(lambda x: (add(x.sin() * 2, x.cos() * 3) * 2).exp())\n"
         "with torch.enable_grad():\n    for _ in range(7): f(y).sum().backward()\n"
         "    uses[0] = False\n    f(y).sum().backward()"
     ),
     "got gradients that it was not traced for": Case(
-        "y = leaf()\nf = compile(lambda x: ((x.sin() * 2).exp(), x.cos() * 3), training=True)  # here\n"
+        "y = leaf()\nf = compile(lambda x: ((x.sin() * 2).exp(), x.cos() * 3))  # here\n"
         "with torch.enable_grad():\n    for _ in range(3): f(y)[0].sum().backward()\n"
         "    planted()\n    f(y)[1].sum().backward()",
         losing,
@@ -704,7 +704,7 @@ CASES: dict[str, Case] = {
     ),
     "is not what the forward saved": Case(
         "y = leaf()\ndef act(x):\n    return (x.sin() + 1).tanh()  # here\n\n"
-        "f = compile(act, training=True, debug='compare')\n"
+        "f = compile(act, debug='compare')\n"
         "with torch.enable_grad():\n    for _ in range(5): f(y).sum().backward()\n"
         "    z = f(y)\n    z.data.mul_(2)\n    z.sum().backward()"
     ),

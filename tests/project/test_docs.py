@@ -14,7 +14,6 @@ import pkgutil
 import re
 import sys
 import types
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import breakable_backend
 from breakable_backend import errors
 from breakable_backend.backend import EagerGraph
 from breakable_backend.calling import eviction, executor, retries, training
-from breakable_backend.drivers import pool_size
+from breakable_backend.drivers import cuda, pool_size
 from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
 from breakable_backend.marks.rules import RULES
@@ -77,8 +76,7 @@ def test_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # Under a name that is the same everywhere, so that the source lines in messages can be written down.
         file = file_of(code)
         linecache.cache[file] = (len(code), None, code.splitlines(True), file)
-        with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "breakable_cg runs graphs that need gradients")  # a page says so
+        with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(code, file, "exec"), vars(module))
         if expected is not None:
             assert printed(out.getvalue()) == printed(expected)
@@ -188,8 +186,9 @@ def test_limits_page() -> None:
         **vars(retries),
         **vars(pool_size),
         "KEPT_INPUT": copies.KEPT_INPUT,
+        "HEADROOM": cuda.HEADROOM,
     }
-    everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_SIZES")}
+    everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_SIZES", "UNUSED")}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits
 

@@ -563,13 +563,15 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakable_backend.breakable_cg, "_warned", set())
 
 
-def said(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
-    """What two first calls, of two compiled functions, warn of."""
+def said(function: Callable[..., Any], *args: Any, calls: int = 1, **options: Any) -> list[str]:
+    """What the first calls of two compiled functions warn of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             torch.compiler.reset()
-            torch.compile(function, backend="breakable_cg", options=options)(*args)
+            compiled = torch.compile(function, backend="breakable_cg", options=options)
+            for _ in range(calls):
+                compiled(*args)
     return [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
@@ -584,16 +586,18 @@ def test_tape_is_said_once(unsaid: None) -> None:
     assert said(from_file(PLAIN), torch.ones(3), driver="tape") == []
 
 
-def test_training_is_said_once(unsaid: None) -> None:
-    """That a graph needs gradients is said, once, with the way out."""
+def test_calls_without_a_backward_are_said_once(unsaid: None) -> None:
+    """That results need gradients, and go without a backward, is said, once, with the way out, unless it was asked for."""
     weight = torch.ones(3, requires_grad=True)
-    assert said(lambda x: x * weight, torch.ones(3), driver="tape") == [
+    assert said(lambda x: x * weight, torch.ones(3), driver="tape", calls=3) == []
+    assert said(lambda x: x * weight, torch.ones(3), driver="tape", calls=6) == [
         (
-            "breakable_cg runs graphs that need gradients eagerly, so nothing of them is captured. "
-            "For inference call the compiled function under torch.no_grad() or torch.inference_mode(); to capture "
-            "training as well, compile with options={'training': True}."
+            "breakable_cg captures a graph that needs gradients once one of its calls was run backward, and the results of "
+            "3 calls are gone without that: it runs eagerly. For inference call the compiled function under "
+            "torch.no_grad() or torch.inference_mode()."
         )
     ]
+    assert said(lambda x: x * weight, torch.ones(3), driver="tape", training=False, calls=6) == []
 
 
 # --- the second door ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,18 @@ def f(x):
     )
 
 
-def test_text_of_training() -> None:
+@pytest.mark.parametrize(
+    ("training", "why", "cure"),
+    [
+        (False, "it needs gradients; call it under torch.no_grad() to have it captured", ""),
+        (
+            True,
+            "it needs gradients, and no backward has been seen that tells how",
+            "\n  to have it captured: it is captured once one of its calls was run backward, and under torch.no_grad()",
+        ),
+    ],
+)
+def test_text_of_training(training: bool, why: str, cure: str) -> None:
     """A graph that needs gradients says so, with the line that returns from it, and what to do."""
     weight = torch.ones(3, requires_grad=True)
     f = from_file(
@@ -163,17 +173,10 @@ def f(x):
 """,
         weight=weight,
     )
-    compiled = torch.compile(f, backend="breakable_cg", options=TAPE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is given once, to whichever test comes first
-        compiled(torch.ones(3))
-    golden(
-        text(explain(compiled)),
-        """\
-graph 0: eager, because it needs gradients; call it under torch.no_grad() to have it captured
-  at model.py:4 in f: return y.cos()""",
-    )
-    assert "needs gradients" in str(explain())
+    compiled = torch.compile(f, backend="breakable_cg", options={**TAPE, "training": training})
+    compiled(torch.ones(3))
+    printed, _, _ = text(explain(compiled)).partition(";") if cure else (text(explain(compiled)), "", "")
+    golden(printed, f"graph 0: eager, because {why}\n  at model.py:4 in f: return y.cos(){cure}")
 
 
 def test_text_of_graph_breaks() -> None:
