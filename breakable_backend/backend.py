@@ -158,7 +158,7 @@ class Backend:
         if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None:
             try:
                 plain = PlainGraph.of(gm, example_inputs)
-                return plain.around(self._training(Halves.of(plain.module, eager_ops), make, number), as_eager(gm))
+                return plain.around(self._training(Halves.of(plain.module, eager_ops), make, number))
             except CannotLower as why:
                 refused = str(why)
         return flat.around(self._eagerly(number, flat.module, refused, chosen))

@@ -80,17 +80,17 @@ def _as_it_is(container: Any) -> Any:
     return container
 
 
-PART = "breakable_cg_part"
-"""Whether an input is a :class:`Part`; in the ``meta`` of its node."""
-
 # --- tensor subclasses ----------------------------------------------------------------------------------------------------
+
+PART = "breakable_cg_part"
+"""Whether an input is a part of a subclass; in the ``meta`` of its node."""
 
 
 @dataclass(frozen=True)
 class PlainGraph:
     """A graph that takes the inner tensors of subclasses (quantised weights, DTensors) in their place.
 
-    Device meshes and process groups are constants of it.
+    Device meshes and process groups are constants of it, since Dynamo guards on them (torch 2.11 to 2.15).
     """
 
     module: fx.GraphModule
@@ -99,7 +99,11 @@ class PlainGraph:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> PlainGraph:
-        """For Dynamo's graph and its arguments. It puts the subclasses together by itself."""
+        """For Dynamo's graph and its arguments. It puts the subclasses together by itself.
+
+        Raises:
+            CannotLower: the sizes of a subclass vary.
+        """
         arguments = tuple(map(_what, inputs))
         if not any(arguments):
             return cls(gm)
@@ -109,6 +113,10 @@ class PlainGraph:
             if what is None:
                 copies[node] = graph.node_copy(node)
                 continue
+            if isinstance(what, Wrapped) and any(
+                isinstance(size, torch.SymInt) for size in node.meta["example_value"].shape
+            ):
+                raise CannotLower(f"it needs gradients, and the sizes of a {what.kind.__name__} vary")
             parts = []
             for number, inner in enumerate(what.inner(node.meta["example_value"])):
                 parts.append(graph.placeholder(f"{node.name}_{number}"))
@@ -121,11 +129,8 @@ class PlainGraph:
         graph.output_node().meta.update(gm.graph.output_node().meta)
         return cls(fx.GraphModule(gm, graph), arguments)
 
-    def around(self, function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which takes inner tensors, as a function of Dynamo's arguments.
-
-        ``otherwise`` takes Dynamo's arguments, and is called where a constant is another object than it was.
-        """
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which takes inner tensors, as a function of Dynamo's arguments."""
         if self.arguments is None:
             return function
         arguments = self.arguments
@@ -133,8 +138,6 @@ class PlainGraph:
         wrapped = tuple(arguments[index] for index in differentiable)
 
         def taking_apart(*args: Any) -> Any:
-            if not all(map(_fits, arguments, args)):
-                return otherwise(*args)
             needing = iter(_torch.apply_plainly(_Apart, wrapped, *[args[index] for index in differentiable]))
             plain: list[Any] = []
             for argument, what in zip(args, arguments, strict=True):
@@ -171,9 +174,6 @@ class Constant:
         self.value = value
         self.__name__ = self.__qualname__ = type(value).__name__
 
-    def fits(self, value: Any) -> bool:
-        return value is self.value or bool(value == self.value)
-
     def inner(self, _value: Any) -> list[torch.Tensor]:
         return []
 
@@ -197,10 +197,6 @@ class Wrapped:
         self.gradient: Wrapped | None = None
         """How its gradients are put together: a DTensor's gradient may be placed otherwise. None until one was seen."""
         self.__name__ = self.__qualname__ = self.kind.__name__
-
-    def fits(self, tensor: Any) -> bool:
-        """Whether the parts of ``tensor`` that are no tensors are as they were."""
-        return all(part is None or part.fits(getattr(tensor, name)) for name, part in self.parts.items())
 
     def inner(self, tensor: Any) -> list[torch.Tensor]:
         """The plain tensors that ``tensor`` consists of."""
@@ -241,10 +237,6 @@ def _what(example: Any) -> Wrapped | Constant | None:
     if isinstance(example, torch.Tensor):
         return Wrapped(example) if _torch.is_traceable_wrapper_subclass(example) else None
     return Constant(example) if _torch.is_mesh_or_group(example) else None
-
-
-def _fits(what: Wrapped | Constant | None, value: Any) -> bool:
-    return what is None or what.fits(value)
 
 
 class _Apart(torch.autograd.Function):

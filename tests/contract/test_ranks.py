@@ -357,6 +357,38 @@ def test_gradients_that_are_placed_otherwise(group: Any, device: torch.device, o
     is_noticed()
 
 
+@pytest.mark.parametrize("kind", ["sizes", "output"])
+def test_distributed_tensors_that_stay_eager(
+    kind: str, group: Any, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 9: a DTensor whose sizes vary, or that is returned, keeps a graph eager, and the report says so."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    model = Spread(init_device_mesh(device.type, (1,)), device)
+
+    def called(x: Any) -> Any:
+        y = x @ model.weight
+        return y.relu() if kind == "output" else y.to_local().relu()
+
+    compiled = torch.compile(
+        called, backend="breakable_cg", options={**options, "training": True}, dynamic=kind == "sizes"
+    )
+    for rows in (3, 3, 5, 5, 5):
+        x = torch.randn(rows, 4, device=device)
+        found = []
+        for function in (compiled, called):
+            y = function(DTensor.from_local(x, model.mesh, [Shard(0)]))
+            y.square().sum().backward()
+            found.append((local(y.detach()), local(model.weight.grad)))
+            model.weight.grad = None
+        assert_same(*found)
+    report = explain(compiled)
+    assert not report.programs
+    why = "the sizes of a DTensor vary" if kind == "sizes" else "DTensor"
+    assert why in str(report), str(report)
+
+
 # --- collectives ----------------------------------------------------------------------------------------------------------
 
 SIZE = 1 << 16
