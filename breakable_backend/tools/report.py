@@ -470,16 +470,16 @@ def _lines(report: Report) -> Iterator[str | Table]:
         yield f"learning what {name} returns: its caller ran as plain Python, and is compiled at a later call"
         yield f"  at {short_line(source)}"
     for where, why in report.skipped.items():
-        yield f"Dynamo compiled nothing of {where}, which runs uncompiled: {_short(why)}"
+        yield f"Dynamo compiled nothing of {_short(where)}, which runs uncompiled: {_short(why)}"
         if helps := to_compile(why):
             yield f"  to have it compiled: {helps}"
     for where in report.at_recompile_limit:
-        yield f"Dynamo will not recompile {where} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
+        yield f"Dynamo will not recompile {_short(where)} again (torch._dynamo.config.recompile_limit): other calls run uncompiled"
 
 
 def _short(text: str) -> str:
     """A reason of Dynamo's with the names of files in place of their paths."""
-    return re.sub(r"(?<=, at )\S+(?=:\d+\b)", lambda path: os.path.basename(path[0]), text)
+    return re.sub(r"(?:(?<=, at )|(?<=\())\S+(?=:\d+\b)", lambda path: os.path.basename(path[0]), text)
 
 
 def _share(programs: Sequence[ProgramReport], calls: int) -> str:

@@ -417,6 +417,7 @@ def called(function: Callable[[Tensor], Any], x: Tensor) -> Any:
         return type(error), str(error), repr(error.__cause__)
 
 
+@pytest.mark.filterwarnings("ignore:.* is marked inside of a compiled function")  # one of the programs does that
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_each_call_is_eagers(name: str, options: dict[str, Any], device: torch.device) -> None:
     """From the first call on, through recording and replays: results, exceptions and what was written down."""
