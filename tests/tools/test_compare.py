@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import random
@@ -467,7 +468,7 @@ def test_nondeterministic_op(device: torch.device, compared: dict[str, Any]) -> 
 @torch.library.custom_op("comparing::beside", mutates_args=())
 def beside(x: Tensor) -> Tensor:
     y = x * 2
-    y.numpy()[:1] = x.numpy()[:1]
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), x.element_size())  # which no driver sees
     return y
 
 
