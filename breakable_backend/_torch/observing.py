@@ -143,7 +143,6 @@ def _ranks() -> dict[OpOverload, Callable[..., Any]]:
 def _as_without_modes(op: OpOverload, plain: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that runs ``plain`` under modes that only look on."""
     otherwise = torch.library.get_kernel(op.name(), _KEY)
-    autograd = torch._C.DispatchKey.AutogradFunctionality
     # Autocast comes first where it casts the arguments of this op; it calls the op again.
     casts = [
         getattr(torch._C.DispatchKey, key)
@@ -152,8 +151,7 @@ def _as_without_modes(op: OpOverload, plain: Callable[..., Any]) -> Callable[...
     ]
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        # Without autograd the mode comes next, and sees the op as a whole.
-        if keys.has(autograd) and not any(map(keys.has, casts)) and _only_observed(args) and not _is_seen(op, args):
+        if not any(map(keys.has, casts)) and _only_observed(args) and not _is_seen(op, args):
             return plain(*args, **kwargs)
         return otherwise.call_boxed(keys, *args, **kwargs)
 
