@@ -63,8 +63,8 @@ def _known(why: str, mark: str) -> str:
 
 
 _TO_CAPTURE = {
-    "no backward has been seen": "it is captured once one of its calls was run backward, and under torch.no_grad(); if it is "
-    "for a last, smaller batch, leave that batch out: DataLoader(..., drop_last=True)",
+    "no backward has been seen": "for inference call it under torch.no_grad(); in training it is captured once a call was run "
+    "backward; a smaller last batch has a graph of its own, and is left out by DataLoader(..., drop_last=True)",
     "a backward was run under autocast": "end the torch.autocast block before loss.backward(), then torch.compiler.reset()",
     "gives one of its arguments no gradient": "have its result depend on each argument that needs gradients, or pass that "
     "argument as x.detach()",
