@@ -2915,6 +2915,13 @@ FAULTS = (
         "test_capture_bits.py::test_marks_of_ops_that_ask[cpu-no_grad]",
     ),
     Fault(
+        "one-capture-at-a-time-sees-its-marked-ops",
+        "_torch.observing:_seen_by.kernel",
+        "tuple(asked)",
+        "asked[-1:]",
+        "test_capture_bits.py::test_marks_in_captures_of_two_threads",
+    ),
+    Fault(
         "autocast-comes-too-late",
         "_torch.observing:_as_without_modes.kernel",
         "any(map(keys.has, casts))",

@@ -61,28 +61,53 @@ def _exchange(active: int, modes: list[Any]) -> None:
         _push_mode(mode)
 
 
+See = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], tuple[Any] | None]
+
+
 @contextmanager
-def composites_seen(ops: Sequence[OpOverload], device_type: str, see: Callable[..., Any]) -> Iterator[None]:
+def composites_seen(ops: Sequence[OpOverload], device_type: str, see: See) -> Iterator[None]:
     """Have ``see(op, args, kwargs)`` called for each of these composite ops, from Python or C++, in the block.
 
     It is called in every thread, above autograd, which would decompose them. It returns None to have that done, or else
-    a tuple with the result. Under inference mode ops do not come to autograd: dispatch modes see them whole there.
-    (torch 2.11 to 2.15)
+    a tuple with the result. If blocks of several threads are open, each is asked until one has a result. Under inference
+    mode ops do not come to autograd: dispatch modes see them whole there. (torch 2.11 to 2.15)
     """
     with ExitStack() as stack:
-        for namespace in {op.namespace for op in ops}:
-            library = torch.library.Library(namespace, "IMPL")
-            stack.callback(library._destroy)
-            for op in ops:
-                if op.namespace == namespace:
-                    library.impl(op.name().partition("::")[2], _seen_by(see, op), f"Autograd{device_type.upper()}")
+        for op in dict.fromkeys(ops):
+            stack.enter_context(_seen(op, device_type, see))
         yield
 
 
-def _seen_by(see: Callable[..., Any], op: OpOverload) -> Callable[..., Any]:
+@contextmanager
+def _seen(op: OpOverload, device_type: str, see: See) -> Iterator[None]:
+    key = op, device_type
+    with _changing:
+        if key not in _kernels:  # one for all blocks: a second would take the place of the first
+            library, asked = torch.library.Library(op.namespace, "IMPL"), list[See]()
+            library.impl(op.name().partition("::")[2], _seen_by(asked, op), f"Autograd{device_type.upper()}")
+            _kernels[key] = library, asked
+        library, asked = _kernels[key]
+        asked.append(see)
+    try:
+        yield
+    finally:
+        with _changing:
+            asked.remove(see)
+            if not asked:
+                del _kernels[key]
+                library._destroy()
+
+
+_changing = threading.Lock()
+_kernels: dict[tuple[OpOverload, str], tuple[torch.library.Library, list[See]]] = {}
+"""By op and type of device: what keeps the kernel, and whom it asks. Empty unless a block is open."""
+
+
+def _seen_by(asked: Sequence[See], op: OpOverload) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if (seen := see(op, args, kwargs)) is not None:
-            return seen[0]
+        for see in tuple(asked):
+            if (seen := see(op, args, kwargs)) is not None:
+                return seen[0]
         if (plain := plain_kernel(op, args)) is not None:
             return plain(*args, **kwargs)
         return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)

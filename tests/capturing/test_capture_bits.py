@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +16,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import checks
-from breakable_backend import CaptureError, capture, eager_on_graph, explain, mark_eager, unmark_eager
+from breakable_backend import (
+    BreakableCUDAGraph,
+    CaptureError,
+    capture,
+    eager_on_graph,
+    explain,
+    mark_eager,
+    unmark_eager,
+)
 from breakable_backend.ir.running_ops import OpMode
 from doors import MakeGraph, shape_of
 
@@ -93,6 +102,43 @@ def test_marks_of_ops_that_ask(
     finally:
         unmark_eager("aten::matmul")
     assert shape_of(graph) == "GEG" and "marked by mark_eager" in str(explain(graph))
+
+
+def test_marks_in_captures_of_two_threads() -> None:
+    """Each of two captures that overlap sees the marked ops of its own body, whichever of them ends first."""
+    graphs = [BreakableCUDAGraph(driver="tape") for _ in range(2)]
+    inside, ended = (threading.Barrier(2) for _ in range(2))
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        x = torch.randn(3, 3, generator=torch.Generator().manual_seed(number))
+        try:
+            with torch.no_grad(), capture(graphs[number]):
+                inside.wait(30)
+                y = torch.matmul(x, x) + 1
+                if number == 1:
+                    ended.wait(30)
+                y = torch.matmul(y, x) + 1
+            if number == 0:
+                ended.wait(30)
+            x.mul_(2)
+            graphs[number].replay()
+            if not torch.equal(y, torch.matmul(torch.matmul(x, x) + 1, x) + 1):
+                wrong.append(number)
+        except Exception as error:  # noqa: BLE001 - the main thread asserts that there are none
+            wrong.append(error)
+
+    mark_eager("aten::matmul")
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        unmark_eager("aten::matmul")
+    assert wrong == []
+    assert [shape_of(graph) for graph in graphs] == ["GEGEG", "GEGEG"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
