@@ -2915,6 +2915,20 @@ FAULTS = (
         "test_capture_bits.py::test_marks_of_ops_that_ask[cpu-no_grad]",
     ),
     Fault(
+        "an-error-of-autograd-in-the-users-code-is-ours",
+        "capturing.gradients:Backward.gradients",
+        "_torch.gradients",
+        "torch.autograd.grad",
+        "test_capture_gradients.py::test_errors_of_autograd_in_the_users_code[cpu]",
+    ),
+    Fault(
+        "an-error-of-autograd-in-a-marked-function-is-ours",
+        "marks.saved_for_backward:SavedForBackward.backward",
+        "_torch.gradients",
+        "torch.autograd.grad",
+        "test_functions_gradients.py::test_errors_of_autograd_in_a_marked_function[cpu]",
+    ),
+    Fault(
         "one-capture-at-a-time-sees-its-marked-ops",
         "_torch.observing:_seen_by.kernel",
         "tuple(asked)",

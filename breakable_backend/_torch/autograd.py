@@ -151,6 +151,15 @@ def keeps_its_address(node: fx.Node) -> bool:
     return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
 
 
+def gradients(*args: Any, **kwargs: Any) -> Any:
+    """``torch.autograd.grad`` through what the user's code has recorded.
+
+    An error that autograd raises there by itself has no frame of the user's. It is the user's all the same, and this call
+    tells so: see :func:`breakable_backend.internal_errors.is_ours`.
+    """
+    return torch.autograd.grad(*args, **kwargs)
+
+
 def graph_is_kept() -> bool:
     """Whether the backward that is under way was called with ``retain_graph=True``; asked in a node of it."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())

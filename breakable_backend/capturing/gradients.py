@@ -161,7 +161,7 @@ class Backward:
         # In this thread: what autograd's own thread calls would wait for the lock that a replay holds.
         with torch.autograd.set_multithreading_enabled(False), _torch.without_hooks(leaves):
             found: list[torch.Tensor | None] = list(
-                torch.autograd.grad(
+                _torch.gradients(
                     [end for end, _ in pairs],
                     inputs,
                     [grad for _, grad in pairs],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from breakable_backend import _torch
 from breakable_backend.ir.layout import Strided
 
 Member = tuple[torch.Tensor, Strided | None]
@@ -51,7 +52,7 @@ class SavedForBackward(bytearray):
         firsts = {id(leaf): place for place, leaf in reversed(list(enumerate(self.leaves)))}
         leaves = [self.leaves[place] for place in firsts.values()]
         # Nothing tells whether the caller retains its graph. This object dies with the handle.
-        found = torch.autograd.grad(outputs, leaves, given, retain_graph=True, allow_unused=True)
+        found = _torch.gradients(outputs, leaves, given, retain_graph=True, allow_unused=True)
         gradients: list[torch.Tensor | None] = [None] * len(self.leaves)
         for place, gradient in zip(firsts.values(), found, strict=True):
             gradients[place] = gradient

@@ -690,3 +690,19 @@ def test_errors_of_the_users_own(make: MakeGraph, device: torch.device) -> None:
         bad(x * weight).sum().backward()
     assert not isinstance(caught.value, BreakableError)
     train(make, device, Model(marked_scaled), Model(scaled), replays=1)
+
+
+def test_errors_of_autograd_in_the_users_code(make: MakeGraph, device: torch.device) -> None:
+    """An error that autograd raises by itself in a marked function's backward is the user's, as in eager."""
+    marked = eager_on_graph(exp_that_is_written)
+    weight = torch.ones(4, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught, capture(make()):
+        marked(weight * 1).sum().backward()
+    assert not isinstance(caught.value, BreakableError)
+
+
+def exp_that_is_written(x: Tensor) -> Tensor:
+    """Reads in its backward what it has overwritten."""
+    y = x.exp()
+    z = y * 2
+    return z + y.add_(1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph
+from breakable_backend.errors import BreakableError
 from breakable_backend.marks import saved_for_backward
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
@@ -390,6 +391,27 @@ def test_second_derivatives_are_refused(options: dict[str, Any], device: torch.d
     (first, _) = torch.autograd.grad(compiled(*x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_errors_of_autograd_in_a_marked_function(options: dict[str, Any], device: torch.device) -> None:
+    """An error that autograd raises by itself in the function's backward is the user's, as in eager, captured or not."""
+
+    @eager_on_graph
+    def reads_what_it_has_written(x: Tensor) -> Tensor:
+        y = x.exp()
+        z = y * 2
+        return z + y.add_(1)
+
+    def function(x: Tensor) -> Tensor:
+        return reads_what_it_has_written(x * 1) * 2
+
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "training": True})
+    for _ in range(4):
+        result = compiled(torch.ones(4, device=device, requires_grad=True))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+            result.sum().backward()
+        assert not isinstance(caught.value, BreakableError)
+        del result, caught
 
 
 def test_recompute(compile_with: Function, device: torch.device) -> None:
