@@ -448,20 +448,21 @@ class Training:
             if (pattern, static) not in self.backwards:
                 if self._guess is not None and self._guess[0] == pattern:  # it has served plain forwards alone
                     del self.backwards[self._guess]
-                self._guess = guess
+                self._guess = None
                 try:
                     with self._modes.enter():
                         backward = self.halves.backward(pattern)
                 except CannotLower as why:
+                    self._leave(f"it needs gradients, and some came in that it was not traced for: {why}")
                     raise ReplayError(
                         f"the backward of {self.name} got gradients that it was not traced for: {why}",
                         where=self.source,
-                        fix=WAY_OUT,
+                        fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
                     ) from None
                 lowered = backward.lowered(self.halves.static, static)
                 executor = self.make(HalfExecutor, lowered, self._named(pattern, static))
                 executor.callers = self.callers
-                self.backwards[pattern, static] = backward, executor
+                self.backwards[pattern, static], self._guess = (backward, executor), guess
             return self.backwards[pattern, static]
 
     def _named(self, pattern: Pattern, static: frozenset[str]) -> str:

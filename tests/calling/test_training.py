@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -1455,6 +1457,34 @@ def test_frozen_weights_of_a_subclass(dynamic: bool, device: torch.device, optio
     assert_replays(programs, 2)
     forward = next(program for program in programs if program.name.startswith("forward"))
     assert [len(step.bridges) for step in forward.recordings[0].steps] == [1], "weights are copied in each call"
+
+
+def test_gradients_that_are_placed_otherwise_by_result(
+    device: torch.device, options: dict[str, Any], group: Any
+) -> None:
+    """If another result's backward places a DTensor's gradient otherwise, it is an error once, and later calls are eager."""
+    mesh = init_device_mesh(device.type, (1,))
+
+    def both(x: Tensor, weight: DTensor) -> tuple[Tensor, Tensor]:
+        rows, whole = DTensor.from_local(x, mesh, [Shard(0)]), DTensor.from_local(x, mesh, [Replicate()])
+        return (rows @ weight).to_local().sin(), (whole @ weight).to_local().cos()
+
+    compiled = torch.compile(both, backend="breakable_cg", options={**options, "training": True})
+    weight = distribute_tensor(torch.randn(4, 4, device=device), mesh, [Replicate()]).requires_grad_()
+
+    def grad(function: Callable[..., Any], number: int) -> DTensor:
+        (made,) = torch.autograd.grad(function(torch.ones(4, 4, device=device), weight)[number].sum(), weight)
+        return made
+
+    for _ in range(4):
+        assert grad(compiled, 0).placements == grad(both, 0).placements
+    with pytest.raises(ReplayError, match="not traced for: gradients of a DTensor") as caught:
+        grad(compiled, 1)
+    assert "it is eager from now on" in str(caught.value)
+    for number in (1, 0, 1):
+        mine, theirs = grad(compiled, number), grad(both, number)
+        assert mine.placements == theirs.placements
+        assert_same(mine.to_local(), theirs.to_local())
 
 
 def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:
