@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -242,6 +242,18 @@ class _WithSlot(KeyReader):
 
 
 _RandomStates = Sequence[tuple[torch.Generator, torch.Tensor]]
+
+
+class _Drawn(NamedTuple):
+    """The random states before and after a forward."""
+
+    before: _RandomStates
+    after: _RandomStates
+
+    @classmethod
+    def between(cls, before: _RandomStates | None, after: _RandomStates | None) -> _Drawn | None:
+        return None if before is None or after is None else cls(before, after)
+
 
 _Other = tuple[Any, int, int]
 """An input, or a weak reference to it, with its version and its address."""
@@ -549,7 +561,7 @@ class Training:
         assert forward is not None
         if others is None or ctx.random is None:
             self.refuse(why)
-        if ctx.random and why == BATCHED:  # autograd's vmap is active, under which nothing may draw
+        if ctx.random.before and why == BATCHED:  # autograd's vmap is active, under which nothing may draw
             self.refuse(f"{why}, and it draws random numbers")
         args = dict(zip(forward.inputs, inputs, strict=True))
         for index, (kept, version, pointer) in zip(self._others, others, strict=True):
@@ -558,7 +570,7 @@ class Training:
                 self.refuse(f"{why}, and an argument is gone or was written")
             if args[index].data_ptr() != pointer:
                 self.refuse(f"{why}, and an argument was given other memory since its forward")
-        with self._modes.enter(), self._drawing_again(ctx.random):
+        with self._modes.enter(), self._drawing_again(ctx.random, why):
             outputs = self.eager(*(args[index] for index in range(len(args))))
         pairs = [
             (outputs[index], grad)
@@ -576,14 +588,19 @@ class Training:
         return torch.autograd.grad(differentiated, wanted, given, create_graph=again, allow_unused=True)
 
     @contextmanager
-    def _drawing_again(self, states: _RandomStates) -> Iterator[None]:
-        """Draw what a forward drew that began in ``states``. Behind it the generators are where they were."""
+    def _drawing_again(self, drawn: _Drawn, why: str) -> Iterator[None]:
+        """Draw what a forward has ``drawn``. Behind it the generators are where they were.
+
+        If they end elsewhere than behind that forward, somebody else drew while it ran, and it drew something else.
+        """
         assert self.forward is not None
-        with self.forward.driver.drawing() if states else nullcontext():
-            now = [(generator, generator.get_state()) for generator, _ in states]
+        with self.forward.driver.drawing() if drawn.before else nullcontext():
+            now = [(generator, generator.get_state()) for generator, _ in drawn.before]
             try:
-                _set_random_states(states)
+                _set_random_states(drawn.before)
                 yield
+                if not all(torch.equal(generator.get_state(), state) for generator, state in drawn.after):
+                    self.refuse(f"{why}, and another thread drew random numbers during its forward")
             finally:
                 _set_random_states(now)
 
@@ -776,10 +793,12 @@ class _Captured(torch.autograd.Function):
         assert executor is not None
         assert forward is not None
         token = torch.empty(0)
-        # A second forward draws the same. For graphs that draw, 2 us for each generator.
-        ctx.random = _random_states(forward.drawing) if forward.drawing and forward.can_repeat else ()
+        # A second forward draws the same. For graphs that draw, 4 us for each generator.
+        drawing = forward.drawing if forward.can_repeat else ()
+        begun = _random_states(drawing)
         with _without_autocast():
             made = executor.run(list(args), token)
+        ctx.random = _Drawn.between(begun, _random_states(drawing))
         count = forward.num_outputs
         results = [_on_its_own(value) for value in made[:count]]
         if made.saved is not None:

@@ -954,6 +954,29 @@ def test_results_that_are_run_backward_in_parts_at_last(device: torch.device, op
         y.sum().backward()
 
 
+def test_a_second_forward_where_somebody_else_drew(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If another thread drew between the reading of the random state and the forward, no second forward draws the same."""
+    compiled = torch.compile(
+        lambda x: F.dropout(x.sin(), 0.5), backend="breakable_cg", options={**options, "training": True}
+    )
+    x = torch.randn(8, 8, device=device, requires_grad=True)
+    for _ in range(5):
+        compiled(x).sum().backward()
+    run = ForwardExecutor.run
+
+    def late(*args: Any) -> Any:
+        torch.rand(3, device=device)
+        return run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForwardExecutor, "run", late)
+        y = compiled(x)
+    with pytest.raises(ReplayError, match="another thread drew random numbers"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 def test_a_second_forward_whose_argument_was_written(device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: a backward that needs a second forward, one of whose arguments has been written since, is an error."""
     bias = torch.rand(4, device=device, requires_grad=True)
