@@ -466,7 +466,7 @@ FAULTS = (
     Fault(
         "a-second-forward-draws-anew",
         "calling.training:Training._drawing_again",
-        "_set_random_states(states)",
+        "_set_random_states(drawn.before)",
         "None",
         "test_training.py::test_a_second_forward_that_draws[cpu-autocast]",
     ),
@@ -1938,8 +1938,8 @@ FAULTS = (
     Fault(
         "tapes-freed-by-the-first-backward",
         "marks.saved_for_backward:SavedForBackward.backward",
-        "torch.autograd.grad(outputs, leaves, given, retain_graph=True, allow_unused=True)",
-        "torch.autograd.grad(outputs, leaves, given, retain_graph=False, allow_unused=True)",
+        "_torch.gradients(outputs, leaves, given, retain_graph=True, allow_unused=True)",
+        "_torch.gradients(outputs, leaves, given, retain_graph=False, allow_unused=True)",
         "test_functions_gradients.py::test_backward_twice[eager-cpu]",
     ),
     Fault(
