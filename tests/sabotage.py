@@ -356,6 +356,7 @@ FAULTS = (
         "self._leave(f'it needs gradients, and some came in that it was not traced for: {why}')",
         "pass",
         "test_training.py::test_gradients_that_are_placed_otherwise_by_result[cpu]",
+        since="2.13",
     ),
     Fault(
         "a-second-forward-draws-what-another-thread-left",

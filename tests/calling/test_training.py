@@ -1485,7 +1485,7 @@ def test_frozen_weights_of_a_subclass(dynamic: bool, device: torch.device, optio
 def test_gradients_that_are_placed_otherwise_by_result(
     device: torch.device, options: dict[str, Any], group: Any
 ) -> None:
-    """If another result's backward places a DTensor's gradient otherwise, it is an error once, and later calls are eager."""
+    """If another result's backward places a DTensor's gradient otherwise, it is an error at most once, and then eager."""
     mesh = init_device_mesh(device.type, (1,))
 
     def both(x: Tensor, weight: DTensor) -> tuple[Tensor, Tensor]:
@@ -1501,9 +1501,10 @@ def test_gradients_that_are_placed_otherwise_by_result(
 
     for _ in range(4):
         assert grad(compiled, 0).placements == grad(both, 0).placements
-    with pytest.raises(ReplayError, match="not traced for: gradients of a DTensor") as caught:
-        grad(compiled, 1)
-    assert "it is eager from now on" in str(caught.value)
+    if torch.__version__ >= "2.13":  # a TorchVersion. Older ones tell of the other placement when the graph is traced
+        with pytest.raises(ReplayError, match="not traced for: gradients of a DTensor") as caught:
+            grad(compiled, 1)
+        assert "it is eager from now on" in str(caught.value)
     for number in (1, 0, 1):
         mine, theirs = grad(compiled, number), grad(both, number)
         assert mine.placements == theirs.placements
