@@ -53,15 +53,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now is not garbage. Left out of each collection it saves a third of a second in each."""
-    gc.collect()
-    gc.freeze()
+    """What is imported by now is not garbage. Left out of each collection it saves a third of a second in each.
 
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen() -> Iterator[None]:
-    """Nor is what torch keeps of the tests of a file, such as the frames that it compiled: collections stay short."""
-    yield
+    Nothing is frozen later: what a test leaves alive, and drops afterwards, would never be collected, nor its recordings.
+    """
     gc.collect()
     gc.freeze()
 

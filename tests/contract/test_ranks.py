@@ -195,16 +195,16 @@ def captured_training(device: torch.device) -> None:
         torch.compiler.reset()
         reference, model = wrapped(wrap, device), wrapped(wrap, device)
         compiled = torch.compile(model, backend="breakable_cg", options=options_on(device))
-        steps = 18 if wrap in MOVED else 8
+        steps = 30 if wrap in MOVED else 8
         descend(((compiled, model), (reference, reference)), steps, device, wrap.__name__)
         report = explain(compiled)
         what = f"{wrap.__name__}: {report}"
         assert len(report.programs) + len(report.eager_graphs) >= graphs, what
         if wrap in CAPTURED:
             replays = {half: [p.replays for p in report.programs if p.name.startswith(half)] for half in HALVES}
-            late = (
-                4 if wrap not in MOVED else 14
-            )  # of 5 calls each half is moved, the backward once the forward is captured
+            # A half needs 5 other addresses before it copies weights in, the backward once the forward is captured; CUDA's
+            # allocator gives some addresses again.
+            late = 26 if wrap in MOVED else 4
             assert all(min(replays[half], default=0) >= steps - late for half in HALVES), what
         breakable_backend.reset(compiled)
 

@@ -432,6 +432,8 @@ def test_memory_of_both_goes() -> None:
     assert single.driver.live_graphs() == 1
     warm()
     assert program_of(ours).replays >= 4
+    for device in (ONE, TWO):
+        torch.cuda.synchronize(device)  # a weight's death waits for no launch: what still runs is freed by a later call
     replaced = nn.Parameter(model.second.up.weight.clone())
     model.second.up.weight = replaced
     gc.collect()
