@@ -1,7 +1,7 @@
 """The backend, ``torch.compile(model, backend="breakable_cg")``: from Dynamo's graph to an executor, on one screen.
 
 A graph of Dynamo's is lowered to ATen ops, cut into segments, and given to an executor, which records and replays it.
-To read the code, take this order: ``lowering``, ``partition``, ``program``, ``recording``, ``replay``, ``executor``.
+Section 5 of ``docs/design.md`` says in which order to read the code.
 """
 
 from __future__ import annotations

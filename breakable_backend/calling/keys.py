@@ -1,7 +1,8 @@
-"""What a key is, how it is read from the arguments of a call, and which keys there are.
+"""What a key is, how it is read from a call's arguments, and which keys there are; weights that moved are noticed.
 
 A key is everything that a recording depends on: the addresses of static inputs and of inputs that captured segments
-write, numbers, layouts that Dynamo left open, and host scalars. Keys with the same addresses form a set.
+write, numbers, layouts that Dynamo left open, and host scalars. Keys with the same addresses form a set. Each call
+compares addresses (:meth:`KeyReader.are_at`). Weights that moved make another key.
 """
 
 from __future__ import annotations

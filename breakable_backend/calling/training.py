@@ -1,7 +1,8 @@
-"""Calls of a graph that needs gradients: eager until a backward was seen, then a captured forward and a captured backward.
+"""Training: eager calls until a backward was observed, then a captured forward, which takes a slot, and its backward.
 
-The first calls run as Dynamo traced them. Once one of them was run backward, it is known which gradients come in and
-with which layouts, and the graph is traced (:mod:`breakable_backend.compiling.joint_graph`). From then on each forward
+The first calls of a graph that needs gradients run as Dynamo traced them. Hooks observe their backwards. Once one was
+run, it is known which gradients come in and with which layouts. Then the graph is traced
+(:mod:`breakable_backend.compiling.joint_graph`), and both halves are captured. From then on each forward
 takes a *slot*: a recording with its own memory for what it saves. The slot is taken until autograd drops what that
 forward saved: at its backward, or later if the graph is retained, or when nobody can run it backward any more. So
 forwards may be pending while others run. If all slots are taken, a forward is plain.

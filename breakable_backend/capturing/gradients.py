@@ -1,4 +1,7 @@
-"""Gradients through the eager steps of a capture.
+"""Gradients through the eager steps of ``with capture(graph)``.
+
+Compiled code has its own modules for gradients: :mod:`breakable_backend.calling.training` for graphs, and
+:mod:`breakable_backend.marks.saved_for_backward` for marked functions.
 
 A marked function that is called under grad mode becomes two eager steps: the function itself, at its place in the
 forward, and its gradients, at their place in the backward. It runs on detached tensors, so that it has a small autograd

@@ -1,4 +1,4 @@
-"""Arguments and results flattened to tensors, numbers and plain values, and put together again (unflattened).
+"""Nested arguments and results, flattened to tensors, numbers and plain values, and put together again (unflattened).
 
 A structure is a nest of tuples. A node is a kind of container with its children, or a leaf that says where its value
 is. Dynamo traces most of these functions, so that compiled code contains tensors and numbers, and no containers.

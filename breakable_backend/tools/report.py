@@ -60,7 +60,8 @@ class Report:
 
     programs: tuple[ProgramReport, ...]
     eager_graphs: tuple[EagerGraph, ...]
-    """Graphs that run as Dynamo traced them: those that need gradients, and those that AOTAutograd cannot trace."""
+    """Graphs that run as Dynamo traced them: those whose halves are not captured, or not yet, and those that AOTAutograd
+    cannot trace."""
     graph_breaks: Mapping[str, int]
     """Dynamo's graph breaks in this process, by reason."""
     at_recompile_limit: tuple[str, ...]
