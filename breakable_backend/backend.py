@@ -1,4 +1,4 @@
-"""The backend, ``torch.compile(model, backend="breakable_cg")``: from Dynamo's graph to an executor, on one screen.
+"""The backend, ``torch.compile(model, backend="breakable_cg")``: from Dynamo's graph to an executor.
 
 A graph of Dynamo's is lowered to ATen ops, cut into segments, and given to an executor, which records and replays it.
 Section 5 of ``docs/design.md`` says in which order to read the code.

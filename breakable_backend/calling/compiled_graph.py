@@ -48,7 +48,7 @@ MOVED = "moved to a larger pool"
 """Why recordings were freed that are made again at the next call of their key."""
 
 PUT_OFF: Mapping[Passing, str] = {
-    "memory": "memory ran out",
+    "memory": "too little memory is free",
     "busy": "another thread had what a capture needs",
     "disturbed": "something made the capture invalid, another thread most likely",
 }

@@ -5,7 +5,7 @@ run, it is known which gradients come in and with which layouts. Then the graph 
 (:mod:`breakable_backend.compiling.joint_graph`), and both halves are captured. From then on each forward
 takes a *slot*: a recording with its own memory for what it saves. The slot is taken until autograd drops what that
 forward saved: at its backward, or later if the graph is retained, or when nobody can run it backward any more. So
-forwards may be pending while others run. If all slots are taken, a forward is plain.
+forwards may be pending while others run. If all slots are taken, a forward runs as Dynamo traced it.
 
 The backward is a program with its own executor. What a slot saved is at fixed addresses, so for that executor it is a
 static input like a parameter, and each slot has its own recordings.

@@ -326,7 +326,7 @@ def test_reported(device: torch.device, options: dict[str, Any]) -> None:
         (recording,) = report.programs[0].recordings
         assert (recording.failures, recording.num_graphs, recording.refused) == (2, 0, "")
         assert "cos" in recording.last_failure and "CUDA out of memory" in recording.last_failure
-        assert report.programs[0].plain_calls == {"warm-up": 1, "could not be recorded: memory ran out": 2}
+        assert report.programs[0].plain_calls == {"warm-up": 1, "could not be recorded: too little memory is free": 2}
         assert "key 0: recording failed 2x for reasons that pass; aten::cos: could not be captured" in str(report)
         for _ in range(4):
             assert torch.equal(compiled(x), three(x))
