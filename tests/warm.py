@@ -135,7 +135,7 @@ class _Forks:
             pid = os.fork()
             if pid == 0:
                 self._answers.close()
-                os.setsid()  # the processes that tests start are killed with this one
+                os.setpgid(0, 0)  # the processes that tests start are killed with this one
                 file = os.open(output, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
@@ -143,6 +143,7 @@ class _Forks:
                 session.items[:] = [items[test] for test in tests]
                 session.testscollected = len(session.items)
                 return None  # pytest runs them, and ends
+            os.setpgid(pid, pid)  # here too, since the fork may not have begun when it is to be killed
             self._answers.send(pid)
             _, status = os.waitpid(pid, 0)
             self._answers.send(os.waitstatus_to_exitcode(status))

@@ -158,7 +158,7 @@ def f(x):
         (
             True,
             "it needs gradients, and no backward has been seen that tells how",
-            "\n  to have it captured: it is captured once one of its calls was run backward, and under torch.no_grad()",
+            "\n  to have it captured: for inference call it under torch.no_grad()",
         ),
     ],
 )
