@@ -101,4 +101,5 @@ def _program(code: str) -> None:
             raise
         status = ended.code or 0
     del main
+    gc.unfreeze()  # else what triton has left, where it is installed, is told as leaks
     ctypes.pythonapi.Py_Exit(status)  # threads, atexit, modules: multiprocessing would leave without them
