@@ -33,8 +33,8 @@ from breakable_backend.compiling.traced import as_eager
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
-from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.multi_device import DeviceGroup
+from breakable_backend.drivers.process_groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import OptionsError, PartitionError, warn_user
 from breakable_backend.internal_errors import internal

@@ -9,36 +9,36 @@ from collections.abc import Sequence
 from typing import Any
 
 from breakable_backend.recordings.checks import check_argument, perform
-from breakable_backend.recordings.recording import Copy, GraphStep, Recording, Slot
+from breakable_backend.recordings.recording import Copy, GraphStep, Recording, Variable
 from breakable_backend.recordings.replay import Tally
 
 
 def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tally | None = None) -> list[Any]:
     """Replay step by step."""
     tally = tally or Tally()
-    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
+    values = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, spec in recording.specs.items():
-        check_argument(name, spec, slots[name])
+        check_argument(name, spec, values[name])
     for call in recording.prologue:
-        slots[call.result] = perform(call, slots)
+        values[call.result] = perform(call, values)
     for step in recording.steps:
         if isinstance(step, GraphStep):
             held: list[Any] = []
-            tally.copies += sum(_loaded(copy, slots, held) for copy in step.loads)
+            tally.copies += sum(_loaded(copy, values, held) for copy in step.loads)
             step.graph.replay(stream)
-            tally.copies += sum(slots[copy.bridge.name].store(slots[copy.value.name]) for copy in step.stores)
+            tally.copies += sum(values[copy.bridge.name].store(values[copy.value.name]) for copy in step.stores)
         else:
             for call in step.calls:
-                slots[call.result] = perform(call, slots)
+                values[call.result] = perform(call, values)
     for call in recording.epilogue:
-        slots[call.result] = perform(call, slots)
-    return [slots[leaf.name] if isinstance(leaf, Slot) else leaf for leaf in recording.returned]
+        values[call.result] = perform(call, values)
+    return [values[leaf.name] if isinstance(leaf, Variable) else leaf for leaf in recording.returned]
 
 
-def _loaded(copy: Copy, slots: dict[str, Any], held: list[Any]) -> int:
+def _loaded(copy: Copy, values: dict[str, Any], held: list[Any]) -> int:
     """Copy a value to its bridge, or have the graph do so, which needs what is ``held``. Returns the number of copies."""
-    value = slots[copy.value.name]
+    value = values[copy.value.name]
     if copy.feed is None:
-        return int(slots[copy.bridge.name].load(value))
+        return int(values[copy.bridge.name].load(value))
     held.append(copy.feed.take(value))
     return copy.feed.copies

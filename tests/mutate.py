@@ -30,7 +30,7 @@ TARGETS = {
         "test_partition.py test_contract_order.py test_contract_ambient.py test_contract_hostile.py",
     ),
     "recorder": ("recordings/recorder.py", "test_replay.py test_lifetimes.py test_executor.py"),
-    "slots": ("recordings/slots.py", "test_lifetimes.py test_executor.py test_contract_stale.py"),
+    "locations": ("recordings/locations.py", "test_lifetimes.py test_executor.py test_contract_stale.py"),
     "epilogue": ("recordings/epilogue.py", "test_lifetimes.py test_executor.py test_contract_aliases.py"),
     "emit": ("recordings/replay.py", "test_replay.py test_bridges.py test_host_time.py test_contract_aliases.py"),
     "bridges": ("recordings/copies.py", "test_bridges.py test_replay.py test_contract_stale.py"),

@@ -23,7 +23,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.callers import found_by
-from breakable_backend.calling import resolved
+from breakable_backend.calling import fast_path
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.inputs import Inputs
 from breakable_backend.calling.keys import Entry
@@ -148,7 +148,7 @@ class BoundCall(Generic[T]):
         # Inside a function that is being compiled, the compiled function is traced in its place.
         if binding is None or torch.compiler.is_compiling():
             return self.__wrapped__(*args, **kwargs)
-        if binding.quick is not None and (result := binding.quick(args, kwargs)) is not resolved.NOT_NOW:
+        if binding.quick is not None and (result := binding.quick(args, kwargs)) is not fast_path.NOT_NOW:
             return result  # type: ignore[no-any-return]
         if binding.fits is not None and not binding.fits(args, kwargs):
             return self._misfit(binding, binding.why(args, kwargs), (args, kwargs))
@@ -206,7 +206,7 @@ class _Binding:
     function: Callable[..., Any] = operator.not_
     """Dynamo's code around the graph, with a check of what it passes to the graph."""
     quick: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
-    """The whole call as one function, without Dynamo's code; see :func:`breakable_backend.calling.resolved.resolve`."""
+    """The whole call as one function, without Dynamo's code; see :func:`breakable_backend.calling.fast_path.generate`."""
 
     def __post_init__(self) -> None:
         self.wanted = self.executor.observers.wanted  # looked up here, and not in each call
@@ -359,13 +359,13 @@ def _bound(
             cells = function.__closure__ or () if _torch.is_shared(function.__code__) else ()
             inlined = [cell.cell_contents for cell in cells]
             roots = [root for root in (*before, *inlined) if isinstance(root, torch.nn.Module)]
-            same = resolved.look(roots, [handed[at] for at in lean.static])
+            same = fast_path.look(roots, [handed[at] for at in lean.static])
         if check == "nothing" or (same is not None and not lean.numbers):
-            binding.quick = _resolved(replayed, lean, binding, function, handed, others, own, same)
+            binding.quick = _fast_path(replayed, lean, binding, function, handed, others, own, same)
     return binding, ""
 
 
-def _resolved(
+def _fast_path(
     replayed: _Replayed,
     lean: _Graph,
     binding: _Binding,
@@ -379,15 +379,15 @@ def _resolved(
     executor, entry = replayed.executor, replayed.entry
     written = written_inputs(executor.lowered.module)
     moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)
-    if (run := entry.function) is None or lean.tensors or moves or not resolved.is_pure(binding.code):
+    if (run := entry.function) is None or lean.tensors or moves or not fast_path.is_pure(binding.code):
         return None
-    leaves = {id(leaf): text for text, leaf in (*resolved.paths(own[0], "args"), *resolved.paths(own[1], "kwargs"))}
+    leaves = {id(leaf): text for text, leaf in (*fast_path.paths(own[0], "args"), *fast_path.paths(own[1], "kwargs"))}
     placed = {at: leaves.get(id(value), "") for at, value in enumerate(others) if isinstance(value, torch.Tensor)}
     placed = {at: text for at, text in placed.items() if at not in lean.static}
     outputs = [torch.empty(0) for _ in outputs_of(executor.program.epilogue.module)]
     leaves |= {id(output): f"outputs[{number}]" for number, output in enumerate(outputs)}
     made = _torch.unguarded(function, binding.code, lambda *_: outputs)(*binding.before, *own[0], **own[1])
-    result = resolved.source_of(made, leaves)
+    result = fast_path.source_of(made, leaves)
     if result is None or not all(placed.values()):
         return None
     names: dict[str, Any] = {"wanted": binding.wanted}
@@ -395,7 +395,7 @@ def _resolved(
     if binding.fits is not None:
         looks.append(f"if not ({binding.state.condition(names)}): return NOT_NOW")
         looks += binding.inputs.lines(names, "return NOT_NOW")
-    return resolved.resolve(executor, entry, run, handed, placed, lean.static, result, same, looks, names)
+    return fast_path.generate(executor, entry, run, handed, placed, lean.static, result, same, looks, names)
 
 
 def _handed(function: Any, code: CodeType, before: tuple[Any, ...], given: Given) -> tuple[Any, ...]:

@@ -31,7 +31,6 @@ from breakable_backend.ir.program import Input, Program, Reason
 from breakable_backend.ir.source_lines import short_line
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
-from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
@@ -40,6 +39,7 @@ from breakable_backend.recordings.recorder import Recorded, record
 from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay, emit
 from breakable_backend.recordings.returned_arguments import has_suspects
+from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 log = logging.getLogger("breakable_backend.calling.executor")
 """One log for all of an executor. Its name is in docs/tools.md."""
@@ -258,7 +258,7 @@ class CompiledGraph:
         if entry.trials.cause == "memory":
             driver.make_room()
         if driver.reuses_memory and not (plan.keep or plan.apart):
-            self._make_way(needed(program, Binding.of(program, values).symbols), driver)
+            self._make_way(needed(program, SpecialisedProgram.of(program, values).symbols), driver)
         try:
             with observers.span("record"):
                 recorded = record(program, driver, values, plan, stream)

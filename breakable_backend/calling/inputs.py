@@ -11,7 +11,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.recordings.code import defined
+from breakable_backend.recordings.generated_code import defined
 
 _ATOMS = (int, str, bytes, slice, range, torch.Size, torch.device, torch.dtype)
 """Types whose values are compared, and not their identities."""

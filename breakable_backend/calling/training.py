@@ -40,10 +40,10 @@ from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry, TensorSpec
 from breakable_backend.ir.running_ops import generators_of
-from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recording import Recording
+from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class HalfExecutor(Executor):
         return replace(super().plan(), fresh_outputs=True)
 
     def record(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
-        if self.driver.has_room(needed(self.program, Binding.of(self.program, args).symbols)):
+        if self.driver.has_room(needed(self.program, SpecialisedProgram.of(self.program, args).symbols)):
             return super().record(entry, args, stream)
         self._put_off(entry, "memory", NO_ROOM)
         return self._plain(args, f"could not be recorded: {PUT_OFF['memory']}", logging.WARNING)

@@ -61,7 +61,7 @@ from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
 from breakable_backend.recordings.recorder import MAX_FED
-from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Step, Variable
 
 REACHING = STRIDED | _torch.aten("as_strided_ resize_")
 """Ops that read memory beside the elements of their argument."""
@@ -649,24 +649,24 @@ class _OngoingCapture:
         for number, event in enumerate(self.session.events()):
             name_of_event = f"{base}_event_{number}"
             self.constants[name_of_event] = event
-            calls.append(Call(f"{name_of_event}_recorded", _record, (Slot(name_of_event),), {}, "event"))
+            calls.append(Call(f"{name_of_event}_recorded", _record, (Variable(name_of_event),), {}, "event"))
         leaves, spec = flat
         passed: dict[int, Any] = {}  # by identity: what is passed twice stays one object
         for number, leaf in enumerate(leaves):
             if id(leaf) not in passed:
                 passed[id(leaf)] = self._argument(leaf, f"{base}_argument_{number}", calls, reason.source)
-        slots = [passed[id(leaf)] for leaf in leaves]
-        given: tuple[Any, ...] = pytree.tree_unflatten(slots, spec)
+        places = [passed[id(leaf)] for leaf in leaves]
+        given: tuple[Any, ...] = pytree.tree_unflatten(places, spec)
         modes = Modes.current()
         ambient = modes if modes != self.modes else None
         if replayed is None and _is_plain(given) and all(map(_is_name, given[1])):
             calls.append(Call(base, function, tuple(given[0]), given[1], name, reason.source, ambient=ambient))
         else:
             packed = replayed or _Packed(function, spec)
-            calls.append(Call(base, packed, tuple(slots), {}, name, reason.source, ambient=ambient))
+            calls.append(Call(base, packed, tuple(places), {}, name, reason.source, ambient=ambient))
         fresh = parts.fresh(result)
         if not parts.is_trivial:
-            calls.append(Call(f"{base}_parts", parts.check, (Slot(base),), {}, "check"))
+            calls.append(Call(f"{base}_parts", parts.check, (Variable(base),), {}, "check"))
         bridges: list[torch.Tensor] = []
         loads: list[Copy] = []
         fed: list[tuple[Copy, torch.Tensor]] = []
@@ -674,9 +674,9 @@ class _OngoingCapture:
             bridge = self._bridge(source)
             bridges.append(bridge.tensor)
             value, place = f"{base}_{number}", f"{base}_bridge_{number}"
-            calls.append(Call(value, operator.getitem, (Slot(f"{base}_parts"), number), {}, "part"))
+            calls.append(Call(value, operator.getitem, (Variable(f"{base}_parts"), number), {}, "part"))
             self.constants[place] = bridge.on(self._place(bridge.tensor))
-            loads.append(Copy(Slot(place), Slot(value), source.device))
+            loads.append(Copy(Variable(place), Variable(value), source.device))
             if not self.keep and bridge.flat is None and self.driver.feeds(bridge.tensor, source):
                 fed.append((loads[-1], source))
         self.steps.append(EagerStep(tuple(calls), (reason,)))
@@ -735,7 +735,7 @@ class _OngoingCapture:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and (ours or not leaf.is_leaf):
                 leaf = leaf.detach()
             self.constants[name] = Geometry.of(leaf).on(self._place(leaf)) if ours else leaf
-        return Slot(name)
+        return Variable(name)
 
 
 def _back_on(stream: torch.cuda.Stream) -> None:

@@ -20,8 +20,8 @@ from breakable_backend import _torch, active
 from breakable_backend.calling.device_errors import blame
 from breakable_backend.drivers import CaptureDriver, SessionDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
-from breakable_backend.drivers.groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.ordering import replayed_inside
+from breakable_backend.drivers.process_groups import is_collective, leaves_with_groups
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.errors import BreakableError, CaptureError, OptionsError, ReplayError, user_line, warn_user
 from breakable_backend.internal_errors import raise_if_ours

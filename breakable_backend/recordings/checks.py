@@ -14,9 +14,9 @@ from breakable_backend.recordings.copies import Bridge, inside
 from breakable_backend.recordings.recording import Call, Recording, fill
 
 
-def perform(call: Call, slots: Mapping[str, Any]) -> Any:
-    """Make ``call`` with values from ``slots``, and check its result."""
-    args, kwargs = fill((call.args, call.kwargs), slots)
+def perform(call: Call, values: Mapping[str, Any]) -> Any:
+    """Make ``call`` with values from ``values``, and check its result."""
+    args, kwargs = fill((call.args, call.kwargs), values)
     if call.ambient is None:
         result = call.function(*args, **kwargs)
     else:
@@ -58,9 +58,9 @@ def places_of(constants: Mapping[str, Any]) -> dict[str, int]:
 
 def check_places(recording: Recording, args: Sequence[Any]) -> None:
     """Raise if a value that captured segments read is not at the address that it had when they were captured."""
-    slots = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
+    values = {**recording.constants, **dict(zip(recording.arguments, args, strict=True))}
     for name, address in recording.addresses.items():
-        value = slots[name]
+        value = values[name]
         if (now := inside(value).data_ptr()) != address:
             refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", now == 0)
 

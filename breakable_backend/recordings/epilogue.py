@@ -13,52 +13,52 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.ir.program import EagerSegment, unused
-from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.checks import perform
 from breakable_backend.recordings.copies import clone_exact
-from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Slot, Step
-from breakable_backend.recordings.slots import Slots
+from breakable_backend.recordings.locations import Locations
+from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Step, Variable
+from breakable_backend.recordings.specialised import SpecialisedProgram
 
 
 class Epilogue:
     """Runs the epilogue of a program, which makes the caller's results from the values of the segments.
 
     Args:
-        binding: has the program.
-        slots: the places of this call's values. Views that are made once become constants there.
+        specialised: has the program.
+        locations: the places of this call's values. Views that are made once become constants there.
         fresh: whether the caller gets copies of results in memory of the recording, which the next call overwrites.
     """
 
-    def __init__(self, binding: Binding, slots: Slots, fresh: bool) -> None:
-        self.binding, self.slots, self.fresh = binding, slots, fresh
-        self.module = binding.program.epilogue.module
-        self.values = dict(slots.values)
-        """All slots, with the values of this call."""
+    def __init__(self, specialised: SpecialisedProgram, locations: Locations, fresh: bool) -> None:
+        self.specialised, self.locations, self.fresh = specialised, locations, fresh
+        self.module = specialised.program.epilogue.module
+        self.values = dict(locations.values)
+        """All variables, with the values of this call."""
         self.calls: list[Call] = []
         """The calls that each replay repeats."""
         self._taken = {node.name for node in self.module.graph.nodes} | set(self.values)
-        self._copies: dict[str, Slot] = {}
+        self._copies: dict[str, Variable] = {}
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
-        """Make ``leaves``, which are outputs of the epilogue. Returns their slots, or numbers."""
-        inputs = self.binding.program.epilogue.inputs
+        """Make ``leaves``, which are outputs of the epilogue. Returns their variables, or numbers."""
+        inputs = self.specialised.program.epilogue.inputs
         places: dict[str, Any] = {}
         behind = _leaves_behind(self.module, leaves)
         for name in inputs:
-            place = self.slots.intact.get(name, self.slots.read_from[name])
+            place = self.locations.intact.get(name, self.locations.read_from[name])
             # If several outputs share a storage of ours, copy the storage once, and make the views on the copy.
             places[name] = self._copied(place) if behind[name] > 1 else place
-        for call in self.binding.calls(EagerSegment(self.module, inputs, (), (), (), ()), places, None):
+        for call in self.specialised.calls(EagerSegment(self.module, inputs, (), (), (), ()), places, None):
             places[call.result] = self._make(call)
         return [self._copied(places[leaf.name]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
-    def _make(self, call: Call) -> Slot:
+    def _make(self, call: Call) -> Variable:
         made = self.values[call.result] = perform(call, self.values)
-        if self.slots.is_constant_view(call, made):
-            self.slots.constants[call.result] = made
+        if self.locations.is_constant_view(call, made):
+            self.locations.constants[call.result] = made
         else:
             self.calls.append(call)
-        return Slot(call.result)
+        return Variable(call.result)
 
     def _copied(self, place: Any) -> Any:
         """A copy of the value, if the caller would get memory of this recording; otherwise ``place``."""
@@ -71,9 +71,9 @@ class Epilogue:
         return self._copies[place.name]
 
     def _is_to_copy(self, place: Any) -> bool:
-        if not (self.fresh and isinstance(place, Slot) and isinstance(self.values[place.name], torch.Tensor)):
+        if not (self.fresh and isinstance(place, Variable) and isinstance(self.values[place.name], torch.Tensor)):
             return False
-        return place.name not in self.slots.inputs and self.slots.is_ours(self.values[place.name])
+        return place.name not in self.locations.inputs and self.locations.is_ours(self.values[place.name])
 
 
 def _leaves_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, int]:
@@ -91,7 +91,7 @@ def _leaves_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, i
     return counts
 
 
-def settled(binding: Binding, slots: Slots, steps: Sequence[Step]) -> Iterator[Call]:
+def settled(specialised: SpecialisedProgram, locations: Locations, steps: Sequence[Step]) -> Iterator[Call]:
     """With static results: inputs that may be such results, copied before anything is launched.
 
     For captured segments that read such an input it is enough to load it early. An eager step may read it after a
@@ -102,12 +102,12 @@ def settled(binding: Binding, slots: Slots, steps: Sequence[Step]) -> Iterator[C
         return
     late = [step.segment for step in steps[launches[0] :] if isinstance(step, EagerStep) and step.segment]
     touched = {name for segment in late for name in segment.inputs}
-    touched |= {access.storage for segment in binding.program.segments for access in segment.writes}
-    owned = slots.owned_storages()
+    touched |= {access.storage for segment in specialised.program.segments for access in segment.writes}
+    owned = locations.owned_storages()
 
     def copied(value: torch.Tensor) -> torch.Tensor:
         return clone_exact(value) if _torch.storage_key(value) in owned else value
 
-    for value in binding.program.inputs:
-        if value.kind == "tensor" and value.name in touched & slots.outside:
-            yield Call(value.name, copied, (Slot(value.name),), {}, "settled")
+    for value in specialised.program.inputs:
+        if value.kind == "tensor" and value.name in touched & locations.outside:
+            yield Call(value.name, copied, (Variable(value.name),), {}, "settled")

@@ -29,12 +29,12 @@ from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, ou
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.call_sites import Mark
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.binding import Binding, must_fit
 from breakable_backend.recordings.checks import perform, reject
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
-from breakable_backend.recordings.recording import Call, EagerStep, Recording, Slot, State
+from breakable_backend.recordings.recording import Call, EagerStep, Recording, State, Variable
+from breakable_backend.recordings.specialised import SpecialisedProgram, must_fit
 
 if TYPE_CHECKING:
     import sympy
@@ -66,10 +66,10 @@ class _Graph:
         self.names = {node.name for node in self.module.graph.nodes}
         self.eager = {node.name for segment in program.eager_segments for node in segment.module.graph.nodes}
         self.sources = _symbol_sources(self.module.graph)
-        self.sizes: dict[sympy.Symbol, Slot] = {}
-        """The slots of the symbols that a check needs."""
-        self.layouts: dict[tuple[Any, ...], Slot] = {}
-        """The slots of expected layouts, by sizes and strides as text, dtype and device."""
+        self.sizes: dict[sympy.Symbol, Variable] = {}
+        """The variables of the symbols that a check needs."""
+        self.layouts: dict[tuple[Any, ...], Variable] = {}
+        """The variables of expected layouts, by sizes and strides as text, dtype and device."""
         self.reads: list[Call] = []
         """The calls that read the symbols, before everything else."""
 
@@ -77,7 +77,7 @@ class _Graph:
         environment: dict[fx.Node, Any] = {}
         calls: list[Call] = []
         for node in self.module.graph.nodes:
-            environment[node] = Slot(node.name)
+            environment[node] = Variable(node.name)
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
                 calls += self._calls(node, tuple(args), kwargs)
@@ -119,28 +119,28 @@ class _Graph:
             return
         yield call
         if self.sources.keys() >= set(symbols):  # otherwise its size is known only at run time
-            slots = (Slot(node.name), self._layout(fake, symbols))
-            yield Call(self._free(f"{node.name}_fits"), _Look(call), slots, {}, "fits")
+            variables = (Variable(node.name), self._layout(fake, symbols))
+            yield Call(self._free(f"{node.name}_fits"), _Look(call), variables, {}, "fits")
 
-    def _layout(self, fake: torch.Tensor, symbols: list[sympy.Symbol]) -> Slot:
+    def _layout(self, fake: torch.Tensor, symbols: list[sympy.Symbol]) -> Variable:
         """The layout of results like ``fake`` in this call."""
         numbers = numbers_in(fake)
         key = (*map(str, numbers), fake.dim(), fake.dtype, fake.device)
         if key not in self.layouts:
-            self.layouts[key] = Slot(self._free(f"layout_{len(self.layouts)}"))
+            self.layouts[key] = Variable(self._free(f"layout_{len(self.layouts)}"))
             layout = _Layout(_torch.numbers_of(numbers, symbols), fake)
             sizes = tuple(map(self._size, symbols))
             self.reads.append(Call(self.layouts[key].name, layout, sizes, {}, "layout"))
         return self.layouts[key]
 
-    def _size(self, symbol: sympy.Symbol) -> Slot:
+    def _size(self, symbol: sympy.Symbol) -> Variable:
         """The value of ``symbol`` in this call."""
         if symbol not in self.sizes:
             name, read, dimension = self.sources[symbol]
-            self.sizes[symbol] = Slot(name)
+            self.sizes[symbol] = Variable(name)
             if read is not None:
-                made = self.sizes[symbol] = Slot(self._free(str(symbol)))
-                self.reads.append(Call(made.name, read, (Slot(name), dimension), {}, read.__name__))
+                made = self.sizes[symbol] = Variable(self._free(str(symbol)))
+                self.reads.append(Call(made.name, read, (Variable(name), dimension), {}, read.__name__))
         return self.sizes[symbol]
 
     def _free(self, name: str) -> str:
@@ -235,25 +235,25 @@ def run_plain(
     Raises:
         EagerOutputError: the result of a marked op differs from its fake implementation.
     """
-    binding = Binding.of(program, args, observer)
-    slots = dict(binding.values)
+    specialised = SpecialisedProgram.of(program, args, observer)
+    values = dict(specialised.values)
     for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
         if isinstance(segment, GraphSegment):
             with drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
-                results = binding.captured(position, segment)(*(slots[name] for name in segment.inputs))
-            slots.update(zip(segment.outputs, results, strict=True))
+                results = specialised.captured(position, segment)(*(values[name] for name in segment.inputs))
+            values.update(zip(segment.outputs, results, strict=True))
         else:
-            calls = binding.calls(segment, {name: Slot(name) for name in segment.inputs}, None)
+            calls = specialised.calls(segment, {name: Variable(name) for name in segment.inputs}, None)
             if handler is None:
-                _run_calls(calls, slots, segment.outputs)
+                _run_calls(calls, values, segment.outputs)
             else:
-                first, inputs = segment.reasons[0], [slots[name] for name in segment.inputs]
+                first, inputs = segment.reasons[0], [values[name] for name in segment.inputs]
                 body = _SegmentBody(segment, tuple(calls))
                 results = handler.call(Mark(body, first.op, first.source), tuple(inputs), {})
-                slots.update(zip(segment.outputs, results, strict=True))
+                values.update(zip(segment.outputs, results, strict=True))
         for name in dead:
-            del slots[name]
-    return list(with_code(program.epilogue.module)(*(slots[name] for name in program.epilogue.inputs)))
+            del values[name]
+    return list(with_code(program.epilogue.module)(*(values[name] for name in program.epilogue.inputs)))
 
 
 @dataclass(frozen=True)
@@ -264,13 +264,13 @@ class _SegmentBody:
     calls: tuple[Call, ...]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        slots = dict(zip(self.segment.inputs, inputs, strict=True))
-        _run_calls(self.calls, slots, self.segment.outputs)
-        return tuple(slots[name] for name in self.segment.outputs)
+        values = dict(zip(self.segment.inputs, inputs, strict=True))
+        _run_calls(self.calls, values, self.segment.outputs)
+        return tuple(values[name] for name in self.segment.outputs)
 
 
-def _run_calls(calls: Sequence[Call], slots: dict[str, Any], outputs: Sequence[str]) -> None:
-    local = dict(slots)
+def _run_calls(calls: Sequence[Call], values: dict[str, Any], outputs: Sequence[str]) -> None:
+    local = dict(values)
     for call in calls:
         local[call.result] = perform(call, local)
-    slots.update((name, local[name]) for name in outputs)
+    values.update((name, local[name]) for name in outputs)

@@ -20,10 +20,10 @@ from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Reason, Segment, outputs_of
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.checks import perform, places_of
 from breakable_backend.recordings.copies import load_all
 from breakable_backend.recordings.epilogue import Epilogue, settled
+from breakable_backend.recordings.locations import Locations
 from breakable_backend.recordings.recording import (
     NOTHING,
     Call,
@@ -31,13 +31,13 @@ from breakable_backend.recordings.recording import (
     EagerStep,
     GraphStep,
     Recording,
-    Slot,
     Step,
+    Variable,
     bridge_name,
     fill,
 )
 from breakable_backend.recordings.repair import NodeByNode, Repair, suspects_among
-from breakable_backend.recordings.slots import Slots
+from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 MAX_FED = 4
 """How many copies a graph makes by itself. If a segment has more, all of them are launched together before it."""
@@ -84,7 +84,7 @@ def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: P
         CaptureError: a segment cannot be captured, and ``plan.auto_break`` is off.
         Exception: what an eager step raised, unchanged.
     """
-    recorder = _Recorder(Binding.of(program, args, plan.observer), driver, plan, stream)
+    recorder = _Recorder(SpecialisedProgram.of(program, args, plan.observer), driver, plan, stream)
     try:
         with driver.recording(apart=plan.apart):
             position = 0
@@ -95,7 +95,7 @@ def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: P
                         continue  # the program was cut anew, and has another segment at this position
                 else:
                     recorder.eager(segment)
-                recorder.slots.retire(position)
+                recorder.locations.retire(position)
                 position += 1
             try:
                 return recorder.finish()
@@ -112,11 +112,11 @@ def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: P
 
 
 class _Recorder:
-    def __init__(self, binding: Binding, driver: CaptureDriver, plan: Plan, stream: int) -> None:
-        self.binding, self.driver, self.plan, self.stream = binding, driver, plan, stream
+    def __init__(self, specialised: SpecialisedProgram, driver: CaptureDriver, plan: Plan, stream: int) -> None:
+        self.specialised, self.driver, self.plan, self.stream = specialised, driver, plan, stream
         self.repair = Repair(plan.recut)
-        self.slots = Slots(binding, driver, plan)
-        self.fixed = plan.keyed | {value.name for value in binding.program.inputs if value.kind == "static"}
+        self.locations = Locations(specialised, driver, plan)
+        self.fixed = plan.keyed | {value.name for value in specialised.program.inputs if value.kind == "static"}
         """Inputs that captured segments use at their addresses."""
         self.addresses: dict[str, int] = {}
         self.steps: list[Step] = []
@@ -125,7 +125,7 @@ class _Recorder:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        return self.binding.program.segments
+        return self.specialised.program.segments
 
     # captured segments
 
@@ -147,11 +147,11 @@ class _Recorder:
 
     def _cut_around(self, position: int) -> bool:
         """Cut the program anew around nodes that could not be captured. Returns whether the recording can continue so."""
-        program = self.repair.cut(self.binding.program, position)
+        program = self.repair.cut(self.specialised.program, position)
         if program is None:
             return False
-        self.binding = self.binding.recut(program)
-        self.slots.follow(self.binding)
+        self.specialised = self.specialised.recut(program)
+        self.locations.follow(self.specialised)
         return True
 
     def _capture(self, position: int, segment: GraphSegment) -> Reason | None:
@@ -160,10 +160,10 @@ class _Recorder:
         When this returns, the exception is gone, and with it what its frames held of the capture.
         """
         loads: list[Copy] = []
-        slots, values, driver = self.slots, self.slots.values, self.driver.on(segment.device)
+        locations, values, driver = self.locations, self.locations.values, self.driver.on(segment.device)
         try:
             for name in (*segment.inputs, *self._early()):
-                if (copy := slots.bridge(name, position)) is not None:
+                if (copy := locations.bridge(name, position)) is not None:
                     loads.append(copy)
             feeding = self._fed(loads, driver)
             before = [copy for copy in loads if copy not in feeding]
@@ -171,7 +171,7 @@ class _Recorder:
             self.copies += load_all([values[copy.bridge.name] for copy in before], sources)
         except (CaptureError, torch.OutOfMemoryError) as error:
             return self._capture_failed(position, segment, loads, error)
-        inputs = [slots.inside(name) for name in segment.inputs]
+        inputs = [locations.inside(name) for name in segment.inputs]
         observer = self.plan.observer
         body = NodeByNode(segment.module, driver.progress, self.repair.pauses(segment))
         captured = body if observer is None else observer.captured(position, body)
@@ -188,21 +188,21 @@ class _Recorder:
             if name in self.fixed and isinstance(value, torch.Tensor):
                 self.addresses[name] = value.data_ptr()
         written = [access.storage for access in segment.writes if access.storage not in segment.outputs]
-        copied_back = [name for name in written if name in slots.outside and name in slots.inputs]
-        stores = tuple(Copy(Slot(bridge_name(name)), Slot(name)) for name in copied_back)
+        copied_back = [name for name in written if name in locations.outside and name in locations.inputs]
+        stores = tuple(Copy(Variable(bridge_name(name)), Variable(name)) for name in copied_back)
         self.steps.append(GraphStep(graph, tuple(loads), stores, segment))
-        slots.captured(segment.outputs, results, inputs)
+        locations.captured(segment.outputs, results, inputs)
         try:
             graph.replay(self.stream)
         except ReplayError as error:
             if not error.passing:
                 raise
             return self._capture_failed(position, segment, loads, error)
-        slots.written(segment)
+        locations.written(segment)
         for copy in stores:
             self.copies += values[copy.bridge.name].store(values[copy.value.name])
         for copy in loads:
-            if copy.value.name not in slots.inputs and copy.value.name not in slots.lives.returned:
+            if copy.value.name not in locations.inputs and copy.value.name not in locations.lives.returned:
                 del values[copy.value.name]  # from here on the value lives in the bridge
         return None
 
@@ -212,7 +212,7 @@ class _Recorder:
             return []
         fed = []
         for copy in loads:
-            bridge, value = self.slots.values[copy.bridge.name], self.slots.values[copy.value.name]
+            bridge, value = self.locations.values[copy.bridge.name], self.locations.values[copy.value.name]
             plain = bridge.flat is None and copy.device == driver.device
             if plain and driver.feeds(bridge.tensor, value):
                 fed.append(copy)
@@ -224,7 +224,7 @@ class _Recorder:
         They may be such results, in memory that segments before their first reader use for themselves.
         """
         if not self.plan.fresh_outputs and not any(isinstance(step, GraphStep) for step in self.steps):
-            for names in self.slots.lives.unloaded.values():
+            for names in self.locations.lives.unloaded.values():
                 yield from names
 
     def _capture_failed(
@@ -237,8 +237,8 @@ class _Recorder:
     ) -> Reason:
         """Why a segment cannot be captured: for good, because of ``body``'s node; or only now, if the reason passes."""
         for copy in loads:
-            self.slots.unbridge(copy, position)
-        self.slots.uncaptured(segment.outputs)
+            self.locations.unbridge(copy, position)
+        self.locations.uncaptured(segment.outputs)
         nodes = [node for node in segment.module.graph.nodes if node.op == "call_function"]
         ours = error if isinstance(error, BreakableError) else None
         what = ours.what if ours is not None else first_line(error)
@@ -260,7 +260,7 @@ class _Recorder:
 
     def give_up(self, error: Exception) -> None:
         """All went well, but there is no memory for copies of the results. They get the memory of the graphs."""
-        behind = len(self.binding.program.segments)
+        behind = len(self.specialised.program.segments)
         reason = Reason("capture_failed", f"results could not be copied: {first_line(error)}", "")
         self.put_off = PutOff("memory", reason, {})
         self._give_back(behind, "memory")
@@ -269,7 +269,7 @@ class _Recorder:
         """Free what was captured before segment ``position``, since the rest of the program may need the memory."""
         graphs = self.graphs()
         self.steps.clear()
-        self.slots.keep_nothing(self.binding.program, position)
+        self.locations.keep_nothing(self.specialised.program, position)
         self.driver.release(graphs)
         if cause == "memory":
             self.driver.vacate()
@@ -281,63 +281,63 @@ class _Recorder:
     # eager segments
 
     def eager(self, segment: EagerSegment) -> None:
-        slots = self.slots
-        places = {name: slots.read_from[name] for name in segment.inputs}
-        calls = self.binding.calls(segment, places, self.driver.device.type)
-        local = dict(slots.values)
+        locations = self.locations
+        places = {name: locations.read_from[name] for name in segment.inputs}
+        calls = self.specialised.calls(segment, places, self.driver.device.type)
+        local = dict(locations.values)
         kept = []
         for call, dead in zip(calls, _dead_after(calls, segment.outputs), strict=True):
             local[call.result] = perform(call, local)
-            if slots.is_constant_view(call, local[call.result]):
-                slots.constants[call.result] = local[call.result]
+            if locations.is_constant_view(call, local[call.result]):
+                locations.constants[call.result] = local[call.result]
             else:
                 kept.append(call)
             for name in dead:
                 del local[name]
         self.steps.append(EagerStep(tuple(kept), segment.reasons, segment))
-        slots.written(segment, outside=True)
+        locations.written(segment, outside=True)
         for name in segment.outputs:
-            slots.returned(name, local[name])
+            locations.returned(name, local[name])
 
     def finish(self) -> Recorded:
-        program, slots = self.binding.program, self.slots
-        epilogue = Epilogue(self.binding, slots, self.plan.fresh_outputs)
+        program, locations = self.specialised.program, self.locations
+        epilogue = Epilogue(self.specialised, locations, self.plan.fresh_outputs)
         returned = epilogue.run(outputs_of(program.epilogue.module)[: self.plan.saved_from])
         outputs = [fill(place, epilogue.values) for place in returned]
-        held = [slots.holder(name) for name in slots.saved]
-        saved = [slots.read_from[name] for name in slots.saved]
+        held = [locations.holder(name) for name in locations.saved]
+        saved = [locations.read_from[name] for name in locations.saved]
         owned = zip(saved, held, strict=True)
-        outputs += [slots.values[place.name] if owner is None else owner for place, owner in owned]
+        outputs += [locations.values[place.name] if owner is None else owner for place, owner in owned]
         if self.put_off is not None:
             return Recorded(NOTHING, outputs, self.repair.eager, self.copies, program, self.put_off)
         recording = Recording(
             arguments=tuple(value.name for value in program.inputs if value.index >= 0),
             specs={
-                value.name: TensorSpec.of(slots.values[value.name])
+                value.name: TensorSpec.of(locations.values[value.name])
                 for value in program.inputs
                 if value.kind in ("tensor", "scalar") and value.name in program.read_by_graphs()
             },
             steps=tuple(self.steps),
             epilogue=tuple(epilogue.calls),
             returned=(*returned, *saved),
-            constants=slots.constants,
-            addresses=self.addresses | places_of(slots.constants),
-            most=slots.needed(),
-            prologue=() if self.plan.fresh_outputs else tuple(settled(self.binding, slots, self.steps)),
-            saved=(*(owner for owner in held if owner is not None), *slots.handed_back()),
+            constants=locations.constants,
+            addresses=self.addresses | places_of(locations.constants),
+            most=locations.needed(),
+            prologue=() if self.plan.fresh_outputs else tuple(settled(self.specialised, locations, self.steps)),
+            saved=(*(owner for owner in held if owner is not None), *locations.handed_back()),
         )
         return Recorded(recording, outputs, self.repair.eager, self.copies, program)
 
     def forget(self) -> None:
         """Drop what the pool owns."""
         self.steps.clear()
-        self.slots.forget()
+        self.locations.forget()
 
 
 def _dead_after(calls: Sequence[Call], outputs: Sequence[str]) -> list[tuple[str, ...]]:
     """For each call, results of these calls that no later call takes, and that do not leave the segment."""
     last = {call.result: position for position, call in enumerate(calls)}
     for position, call in enumerate(calls):
-        last.update((name, position) for name in call.slots if name in last)
+        last.update((name, position) for name in call.variables if name in last)
     dead = by_value({name: position for name, position in last.items() if name not in outputs})
     return [dead.get(position, ()) for position in range(len(calls))]

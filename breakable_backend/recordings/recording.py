@@ -1,6 +1,6 @@
-"""What a recording is: a list of steps over *slots*, which are graph launches and eager calls.
+"""What a recording is: a list of steps over *variables*, which are graph launches and eager calls.
 
-A slot is a name: of an argument, of an eager call's result in this call, or of a constant. A constant is a plain
+A variable is a name: of an argument, of an eager call's result in this call, or of a constant. A constant is a plain
 number, or a tensor with a fixed address (pool memory, a bridge).
 """
 
@@ -24,8 +24,8 @@ from breakable_backend.recordings.copies import Bridge, inside
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A place that a step reads or writes."""
+class Variable:
+    """What a step reads or writes, by name."""
 
     name: str
 
@@ -34,8 +34,8 @@ class Slot:
 class Copy:
     """A copy between a bridge (a constant) and the value outside."""
 
-    bridge: Slot
-    value: Slot
+    bridge: Variable
+    value: Variable
     device: torch.device | None = None
     """The value's device, the same in each call; None if it is not known."""
     feed: Feed | None = None
@@ -66,10 +66,10 @@ class Call:
     """Whether it only aliases its arguments."""
 
     @property
-    def slots(self) -> list[str]:
-        """The slots that it takes, by name."""
+    def variables(self) -> list[str]:
+        """The variables that it takes, by name."""
         leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return [leaf.name for leaf in leaves if isinstance(leaf, Slot)]
+        return [leaf.name for leaf in leaves if isinstance(leaf, Variable)]
 
     @property
     def takes_part(self) -> bool:
@@ -142,7 +142,7 @@ class Recording:
     """A recorded program for one key. Nothing is left to decide."""
 
     arguments: tuple[str, ...]
-    """Slots of the arguments, in order."""
+    """The variables of the arguments, in order."""
     specs: Mapping[str, TensorSpec]
     """What arguments that captured segments read have to look like."""
     steps: tuple[Step, ...]
@@ -150,14 +150,14 @@ class Recording:
     returned: tuple[Any, ...]
     constants: Mapping[str, Any] = field(repr=False)
     addresses: Mapping[str, int] = field(default_factory=dict, repr=False)
-    """The addresses that captured segments expect of static inputs, bridges and other values, by slot."""
+    """The addresses that captured segments expect of static inputs, bridges and other values, by variable."""
     most: Held | None = None
     """Memory that is needed at the same time, at most; None if everything is held as long as the recording lives."""
     prologue: tuple[Call, ...] = ()
     """Calls before the steps; see :func:`breakable_backend.recordings.epilogue.settled`."""
     saved: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     """The owners of memory that is saved for a backward; see
-    :attr:`breakable_backend.recordings.binding.Plan.saved_from`."""
+    :attr:`breakable_backend.recordings.specialised.Plan.saved_from`."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -198,11 +198,11 @@ NOTHING = Recording((), {}, (), (), (), {})
 """An empty recording."""
 
 
-def fill(tree: Any, slots: Mapping[str, Any]) -> Any:
-    """``tree`` with the value of each slot in its place."""
-    return pytree.tree_map_only(Slot, lambda slot: slots[slot.name], tree)
+def fill(tree: Any, values: Mapping[str, Any]) -> Any:
+    """``tree`` with the value of each variable in its place."""
+    return pytree.tree_map_only(Variable, lambda variable: values[variable.name], tree)
 
 
 def bridge_name(name: str) -> str:
-    """The slot of the bridge of ``name``."""
+    """The variable of the bridge of ``name``."""
     return f"{name}.bridge"  # the name of a node has no dot

@@ -25,9 +25,9 @@ from breakable_backend.drivers import CapturedGraph
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import unused
 from breakable_backend.recordings.checks import check_argument, reject
-from breakable_backend.recordings.code import defined, spelled
 from breakable_backend.recordings.copies import Bridge, clone_exact, clones_exactly, fused_as, load_all
-from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Slot
+from breakable_backend.recordings.generated_code import defined, spelled
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Variable
 
 FUSED_FROM = 4
 """From this number on, copies of results are made by one launch. Fewer copies are quicker one by one."""
@@ -107,7 +107,7 @@ class _Statement:
 
 
 class _Writer:
-    """Writes the function. Slots keep their names; helpers and constants get names that are still free."""
+    """Writes the function. Variables keep their names; helpers and constants get names that are still free."""
 
     def __init__(self, recording: Recording, mark: Mark | None, tally: Tally) -> None:
         self.recording, self.mark, self.tally = recording, mark, tally
@@ -117,11 +117,11 @@ class _Writer:
         self.quick: dict[TensorSpec, Callable[[Any], bool]] = {}
         """Quick tests of layouts, one for all values of a layout."""
         self.answers: dict[str, tuple[TensorSpec, str]] = {}
-        """Variables that say whether a slot fits a layout, for slots that no call has taken since."""
+        """For variables that no call has taken since: the name that says whether one fits a layout."""
         calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
-        self.slots = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
+        self.variables = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
         self.args, self.stream = self._free("args"), self._free("stream")
-        self.slots |= {self.args, self.stream}
+        self.variables |= {self.args, self.stream}
 
     def source(self, variants: Sequence[Variant] = ()) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The source, and the lines of each step."""
@@ -333,7 +333,7 @@ class _Writer:
     def _fits_first(self, name: str, spec: TensorSpec) -> str:
         """:meth:`_fits`, whose answer is kept in a variable for :meth:`_fits_still`."""
         answer = self._free(f"{name}_fits")
-        self.slots.add(answer)
+        self.variables.add(answer)
         self.answers[name] = spec, answer
         return f"({answer} := {self._fits(name, spec)})"
 
@@ -342,7 +342,7 @@ class _Writer:
         first, answer = self.answers.get(name, (None, ""))
         return answer if first == spec else self._fits(name, spec)
 
-    def _clones_exactly(self, place: Slot) -> torch.Tensor | None:
+    def _clones_exactly(self, place: Variable) -> torch.Tensor | None:
         value = self.recording.constants.get(place.name)
         return value if isinstance(value, torch.Tensor) and clones_exactly(value) else None
 
@@ -354,11 +354,11 @@ class _Writer:
         return self._bind(call.label or getattr(call.function, "__name__", "function"), call.function)
 
     def _text(self, value: Any) -> tuple[str, frozenset[str]]:
-        """``value`` as source, and the slots of this call that it uses."""
+        """``value`` as source, and the variables of this call that it uses."""
         uses: set[str] = set()
 
         def leaf(part: Any) -> str | None:
-            if isinstance(part, Slot):
+            if isinstance(part, Variable):
                 if part.name in self.recording.constants:
                     return self._constant(part)
                 uses.add(part.name)
@@ -368,13 +368,13 @@ class _Writer:
             # Exactly these types: an enum's member, or NumPy's float, does not print as source.
             if part is None or type(part) in (bool, int, str) or (type(part) is float and math.isfinite(part)):
                 return repr(part)
-            assert not any(isinstance(inside, Slot) for inside in pytree.tree_leaves(part)), part
+            assert not any(isinstance(inside, Variable) for inside in pytree.tree_leaves(part)), part
             return self._bind(str(part), part)
 
         return spelled(value, leaf), frozenset(uses)
 
-    def _constant(self, slot: Slot) -> str:
-        return self._bind(slot.name, self.recording.constants[slot.name])
+    def _constant(self, variable: Variable) -> str:
+        return self._bind(variable.name, self.recording.constants[variable.name])
 
     def _bind(self, name: str, value: Any) -> str:
         """A global name for ``value``."""
@@ -390,7 +390,7 @@ class _Writer:
         """``name`` as an identifier, with a number behind it if the name is taken."""
         base = re.sub(r"\W+", "_", name).strip("_") or "value"
         base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
-        return unused(base, lambda name: name in self.names or name in self.slots or name == "replay")
+        return unused(base, lambda name: name in self.names or name in self.variables or name == "replay")
 
 
 def _deletions(statements: Sequence[_Statement]) -> list[tuple[str, ...]]:

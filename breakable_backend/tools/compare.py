@@ -29,13 +29,13 @@ from breakable_backend.ir.running_ops import Undo, generators_of, has_memory
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.binding import Binding
 from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.copies import Bridge, clone_exact
 from breakable_backend.recordings.observer import Issue, Observer, Saved, Subject
 from breakable_backend.recordings.recording import Call, EagerStep, GraphStep, Recording, Step
 from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.recordings.replay import Function
+from breakable_backend.recordings.specialised import SpecialisedProgram
 from breakable_backend.tools.difference import Difference, Tolerance, difference
 from breakable_backend.tools.trace import Change, Issued, Trace, Watch, first_change, run_module
 from breakable_backend.tools.witness import KeptArgument, Witness
@@ -250,7 +250,7 @@ class Checker:
         check_places(self.recorded, args)
         if self.program is None:
             return
-        self.truth = dict(Binding.of(self.program, args).values)
+        self.truth = dict(SpecialisedProgram.of(self.program, args).values)
         written = {access.storage for segment in self.program.segments for access in segment.writes}
         made = self._made_storages()
         for value in self.program.inputs:

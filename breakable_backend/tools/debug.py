@@ -17,7 +17,7 @@ from torch import fx
 from breakable_backend._torch import pytree
 from breakable_backend.ir.program import describe
 from breakable_backend.ir.source_lines import short_line, source_line
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from breakable_backend.recordings.observer import Observer
 from breakable_backend.recordings.repair import NodeByNode
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx
 
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Segment
-from breakable_backend.recordings.code import printing, with_code
+from breakable_backend.recordings.generated_code import printing, with_code
 from breakable_backend.recordings.observer import Observer, Subject
 from breakable_backend.recordings.repair import NodeByNode
 

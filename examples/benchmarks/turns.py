@@ -40,7 +40,7 @@ from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers.cuda import CudaDriver
-from breakable_backend.recordings.recording import EagerStep, GraphStep, Slot
+from breakable_backend.recordings.recording import EagerStep, GraphStep, Variable
 
 TURNS = 60
 Call = Callable[[Tensor], object]
@@ -288,7 +288,7 @@ def floor_of(entry: Entry, bridge: Tensor) -> Call:
             pieces.append((executable, function, argument, target))
     (output,) = entry.recording.epilogue
     (place,) = output.args
-    assert isinstance(place, Slot)
+    assert isinstance(place, Variable)
     result, launch, stream = constants[place.name], runtime.cudaGraphLaunch, torch.cuda.current_stream().cuda_stream
     (first, *_), *rest = pieces
 

@@ -622,7 +622,7 @@ def test_the_model_goes(device: torch.device, options: dict[str, Any]) -> None:
 # --- without a look ---------------------------------------------------------------------------------------------------------
 
 
-def is_resolved(bound: Any) -> bool:
+def takes_fast_path(bound: Any) -> bool:
     """Whether no code of Dynamo's runs in a call."""
     return bound._binding.quick is not None
 
@@ -641,7 +641,7 @@ def test_nothing_is_looked_at(device: torch.device, options: dict[str, Any]) -> 
     compiled, _ = compile_both(f, options)
     args, kwargs = make()
     bound = bind(compiled, *args, **kwargs, check="nothing", misfit="raise")
-    assert is_resolved(bound)
+    assert takes_fast_path(bound)
     before = replays(compiled)
     for _ in range(4):
         args, kwargs = make()
@@ -657,7 +657,7 @@ def test_dynamos_code_is_left_out(check: Any, device: torch.device, options: dic
     for model in (Scaled().to(device).eval(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(device)):
         compiled, eager = compile_both(model, options)
         bound = bind(compiled, torch.rand(3, 4, device=device), check=check)
-        assert is_resolved(bound)
+        assert takes_fast_path(bound)
         x = torch.rand(3, 4, device=device)
         assert_same(bound(x), eager(x))
 
@@ -668,7 +668,7 @@ def test_what_is_bound_is_in_use(device: torch.device, options: dict[str, Any]) 
     memory = torch.rand(13, device=device)
     x, y = memory[:12], memory[1:]  # of another alignment, and so another key
     bound = bind(compiled, x, check="nothing")
-    assert is_resolved(bound)
+    assert takes_fast_path(bound)
     for _ in range(3):
         compiled(y)
     assert_same(bound(x), eager(x))
@@ -696,7 +696,7 @@ def test_what_needs_dynamos_code(device: torch.device, options: dict[str, Any]) 
     compiled, _ = compile_both(keeper.keep, options)
     x = torch.rand(4, device=device)
     bound = bind(compiled, x, check="nothing")
-    assert not is_resolved(bound)
+    assert not takes_fast_path(bound)
     keeper.last = x
     assert_same(bound(x), keeper.last * 2)
     assert_same(keeper.last, x.sin() + 1)
@@ -704,7 +704,7 @@ def test_what_needs_dynamos_code(device: torch.device, options: dict[str, Any]) 
     model = Weighted().to(device)
     compiled, eager = compile_both(model, options)
     bound = bind(compiled, x, check="nothing")
-    assert not is_resolved(bound)
+    assert not takes_fast_path(bound)
     compiled._orig_mod.weight.data = torch.rand(4, device=device)
     assert_same(bound(x), compiled._orig_mod(x))
     assert not torch.equal(bound(x), eager(x))
@@ -717,7 +717,7 @@ def test_memory_that_goes_is_noticed(move: Any, device: torch.device, options: d
     model = compiled._orig_mod
     x = torch.rand(3, 4, device=device)
     bound = bind(compiled, x, check="nothing")
-    assert is_resolved(bound)
+    assert takes_fast_path(bound)
     move(model)
     gc.collect()
     for _ in range(5):
@@ -727,7 +727,7 @@ def test_memory_that_goes_is_noticed(move: Any, device: torch.device, options: d
     before, count = bound.misfits.total(), replays(compiled)
     assert_same(bound(x), model(x))
     assert (bound.misfits.total(), replays(compiled)) == (before, count + 1)
-    assert is_resolved(bound)
+    assert takes_fast_path(bound)
 
 
 @pytest.mark.parametrize("what", ["reset", "eager step", "profile", "alignment", "dispatch mode", "capture"])
@@ -736,7 +736,7 @@ def test_no_plain_replay(what: str, device: torch.device, kind: str, options: di
     compiled, eager = compile_both(Scaled().to(device).eval(), options)
     x = torch.rand(3, 4, device=device)
     bound = bind(compiled, x, check="nothing")
-    assert is_resolved(bound)
+    assert takes_fast_path(bound)
     if what == "reset":
         breakable_backend.reset(compiled)
         assert_same([bound(x) for _ in range(4)], [eager(x) for _ in range(4)])

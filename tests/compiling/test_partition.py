@@ -15,7 +15,7 @@ from breakable_backend.compiling.lowering import Lowered
 from breakable_backend.compiling.partition import partition
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Reason, Segment
 from breakable_backend.marks.marking import EagerOps
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from graphs import CUDA, SCOPE, cuda, golden, host, part, part_symbolic, trace
 
 aten = torch.ops.aten

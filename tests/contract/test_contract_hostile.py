@@ -207,7 +207,7 @@ def test_inplace_views_of_an_eager_result(inplace: str, device: torch.device, op
 
 
 def test_ops_named_like_slots(device: torch.device, options: dict[str, Any]) -> None:
-    """Line 3: an op may be called as our own slots are."""
+    """Line 3: an op may be called as our own variables are."""
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         y = attn(x)

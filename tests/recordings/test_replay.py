@@ -24,7 +24,7 @@ from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import TensorSpec, extent
 from breakable_backend.ir.program import Reason
 from breakable_backend.recordings.copies import Bridge, clone_exact
-from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Slot, Step
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Step, Variable
 from breakable_backend.recordings.replay import Replay, Tally, emit
 from graphs import golden
 from interpreter import interpret
@@ -98,7 +98,7 @@ class Maker:
         self._graphs.clear()
 
     def _copy(self, name: str) -> Copy:
-        return Copy(Slot(f"{name}_bridge"), Slot(name), self.device)
+        return Copy(Variable(f"{name}_bridge"), Variable(name), self.device)
 
 
 @pytest.fixture
@@ -138,13 +138,13 @@ def one_of_each(maker: Maker) -> Recording:
     maker.callers.append(w)
     x = maker.bridge("x", like)
     maker.capture(lambda: {"y": x * w}, loads=["x"])
-    maker.eager(checked("z", like, triple, Slot("y"), source="model.py:12"))
+    maker.eager(checked("z", like, triple, Variable("y"), source="model.py:12"))
     z = maker.bridge("z", like)
     maker.capture(lambda: {"sum": z + x}, loads=["z"])
     return maker.recording(
         ["x", "w"],
-        [Slot("t"), None, 7],
-        [call("sum_fresh", clone_exact, Slot("sum")), call("t", torch.ops.aten.t.default, Slot("sum_fresh"))],
+        [Variable("t"), None, 7],
+        [call("sum_fresh", clone_exact, Variable("sum")), call("t", torch.ops.aten.t.default, Variable("sum_fresh"))],
         {"x": TensorSpec.of(like)},
     )
 
@@ -155,7 +155,7 @@ def several_bridges(maker: Maker) -> Recording:
     y = maker.bridge("y", torch.zeros(2, 1, device=maker.device).expand(2, 3))
     z = maker.bridge("z", torch.zeros(2, 3, device=maker.device, dtype=torch.int64))
     maker.capture(lambda: {"sum": x + y * z}, loads=["x", "y", "z"])
-    return maker.recording(["x", "y", "z"], [Slot("c")], [call("c", clone_exact, Slot("sum"))])
+    return maker.recording(["x", "y", "z"], [Variable("c")], [call("c", clone_exact, Variable("sum"))])
 
 
 def bridges_together(maker: Maker) -> Recording:
@@ -168,14 +168,14 @@ def bridges_together(maker: Maker) -> Recording:
         return {"sum": sum(inside[1:], inside[0]) + 1}
 
     maker.capture(total, loads=[*dtypes])
-    return maker.recording([*dtypes], [Slot("f")], [call("f", clone_exact, Slot("sum"))])
+    return maker.recording([*dtypes], [Variable("f")], [call("f", clone_exact, Variable("sum"))])
 
 
 def expanded_bridge(maker: Maker) -> Recording:
     """One bridge alone, of a value whose elements share memory."""
     x = maker.bridge("x", torch.zeros(2, 1, device=maker.device).expand(2, 3))
     maker.capture(lambda: {"y": x + 1}, loads=["x"])
-    return maker.recording(["x"], [Slot("c")], [call("c", clone_exact, Slot("y"))])
+    return maker.recording(["x"], [Variable("c")], [call("c", clone_exact, Variable("y"))])
 
 
 def written_input(maker: Maker) -> Recording:
@@ -187,8 +187,8 @@ def written_input(maker: Maker) -> Recording:
         return {}
 
     maker.capture(write, loads=["x"], stores=["x"])
-    maker.eager(call("z", triple, Slot("x")))
-    return maker.recording(["x"], [Slot("z"), Slot("x")])
+    maker.eager(call("z", triple, Variable("x")))
+    return maker.recording(["x"], [Variable("z"), Variable("x")])
 
 
 class Side(enum.IntEnum):
@@ -215,8 +215,8 @@ def all_kinds_of_arguments(maker: Maker) -> Recording:
         call(
             "pair",
             odd,
-            Slot("x"),
-            [Slot("x"), [1, (Slot("table"),)]],
+            Variable("x"),
+            [Variable("x"), [1, (Variable("table"),)]],
             (),
             None,
             True,
@@ -230,13 +230,13 @@ def all_kinds_of_arguments(maker: Maker) -> Recording:
             1j,
             Side.LEFT,
             Half(0.5),
-            by=Slot("table"),
+            by=Variable("table"),
             slices=[slice(None)],
         ),
-        call("first", operator.getitem, Slot("pair"), 0),
-        call("second", operator.getitem, Slot("pair"), 1),
+        call("first", operator.getitem, Variable("pair"), 0),
+        call("second", operator.getitem, Variable("pair"), 1),
     )
-    return maker.recording(["x"], [Slot("first"), Slot("second")])
+    return maker.recording(["x"], [Variable("first"), Variable("second")])
 
 
 def arguments_in_a_dict(maker: Maker) -> Recording:
@@ -245,8 +245,8 @@ def arguments_in_a_dict(maker: Maker) -> Recording:
     def launch(*, kwargs: dict[str, Any], grid: list[Any]) -> Tensor:
         return kwargs["x"] * kwargs["by"]
 
-    maker.eager(call("y", launch, kwargs={"x": Slot("x"), "by": 2, "c": None}, grid=[(1, 1, 1)]))
-    return maker.recording(["x"], [Slot("y")])
+    maker.eager(call("y", launch, kwargs={"x": Variable("x"), "by": 2, "c": None}, grid=[(1, 1, 1)]))
+    return maker.recording(["x"], [Variable("y")])
 
 
 def ambient_call(maker: Maker) -> Recording:
@@ -257,10 +257,10 @@ def ambient_call(maker: Maker) -> Recording:
         assert torch.is_grad_enabled()
         return x @ x.t()
 
-    step = call("y", product, Slot("x"))
+    step = call("y", product, Variable("x"))
     ambient = Modes(((kind, torch.bfloat16, True),), grad=True)
     maker.eager(Call(step.result, step.function, step.args, step.kwargs, step.label, ambient=ambient))
-    return maker.recording(["x"], [Slot("y")])
+    return maker.recording(["x"], [Variable("y")])
 
 
 def nothing(maker: Maker) -> Recording:
@@ -270,20 +270,22 @@ def nothing(maker: Maker) -> Recording:
 
 def input_itself(maker: Maker) -> Recording:
     """An input that is returned as it is, twice, and one that nobody uses."""
-    return maker.recording(["x", "unused"], [Slot("x"), Slot("x")])
+    return maker.recording(["x", "unused"], [Variable("x"), Variable("x")])
 
 
 def names_that_are_taken(maker: Maker) -> Recording:
-    """Slots, labels and helpers of the generated code that have one name."""
+    """Variables, labels and helpers of the generated code that have one name."""
     x = maker.bridge("x", torch.zeros(2, 3, device=maker.device))
     maker.capture(lambda: {"load_all": x + 1}, loads=["x"])
     maker.eager(
-        Call("graph_0", triple, (Slot("x"),), {}, "x"),
-        Call("lambda_1", triple, (Slot("graph_0"),), {}, "lambda"),
-        Call("x_shape", triple, (Slot("load_all"),), {}, "3rd op"),
+        Call("graph_0", triple, (Variable("x"),), {}, "x"),
+        Call("lambda_1", triple, (Variable("graph_0"),), {}, "lambda"),
+        Call("x_shape", triple, (Variable("load_all"),), {}, "3rd op"),
     )
     return maker.recording(
-        ["x"], [Slot("lambda_1"), Slot("x_shape")], specs={"x": TensorSpec.of(torch.zeros(2, 3, device=maker.device))}
+        ["x"],
+        [Variable("lambda_1"), Variable("x_shape")],
+        specs={"x": TensorSpec.of(torch.zeros(2, 3, device=maker.device))},
     )
 
 
@@ -295,10 +297,10 @@ def results_named_like_helpers(maker: Maker) -> Recording:
     names = ["args", "stream", "copied", "load_all", "clone_exact", "reject", "check_argument"]
     previous = "made"
     for name in names:
-        maker.eager(checked(name, x, triple, Slot(previous)))
+        maker.eager(checked(name, x, triple, Variable(previous)))
         previous = name
     maker.capture(lambda: {"more": x - y}, loads=["x", "y"])
-    return maker.recording(["x", "y"], [Slot(previous), Slot("c")], [call("c", clone_exact, Slot("more"))])
+    return maker.recording(["x", "y"], [Variable(previous), Variable("c")], [call("c", clone_exact, Variable("more"))])
 
 
 def many_results(maker: Maker) -> Recording:
@@ -312,9 +314,9 @@ def many_results(maker: Maker) -> Recording:
         },
         loads=["x"],
     )
-    copies = [call(f"{name}_copy", clone_exact, Slot(name)) for name in names]
-    turned = call("turned", torch.ops.aten.t.default, Slot("wide_0_copy"))
-    returned = [*(Slot(copy.result) for copy in copies), Slot("turned")]
+    copies = [call(f"{name}_copy", clone_exact, Variable(name)) for name in names]
+    turned = call("turned", torch.ops.aten.t.default, Variable("wide_0_copy"))
+    returned = [*(Variable(copy.result) for copy in copies), Variable("turned")]
     return maker.recording(["x"], returned, [*copies[:9], turned, *copies[9:]])
 
 
@@ -443,7 +445,7 @@ def test_bytes_of_what_is_not_plain(tape: Maker, copied_bytes: list[int]) -> Non
     like = torch.zeros(2, 3)
     x = tape.bridge("x", like)
     tape.capture(lambda: {"y": x + 1}, loads=["x"])
-    recording = tape.recording(["x"], [Slot("y")])
+    recording = tape.recording(["x"], [Variable("y")])
     replay = emit(recording)
     z = torch.rand(2, 3, dtype=torch.complex64)
     lazy = z.conj().imag
@@ -465,7 +467,7 @@ def test_fed_values(maker: Maker) -> None:
     like = torch.zeros(4, 3, device=maker.device)
     x, y = maker.bridge("x", like), maker.bridge("y", like)
     maker.capture(lambda: {"sum": x - y}, fed={"x": like, "y": like + 1})
-    recording = maker.recording(["x", "y"], [Slot("sum")])
+    recording = maker.recording(["x", "y"], [Variable("sum")])
     replay, tally = emit(recording), Tally()
     base = torch.rand(3, 4, device=maker.device)
     for call in range(6):
@@ -482,9 +484,9 @@ def test_a_fed_value_that_a_call_lays_out_anew(tape: Maker) -> None:
     like = torch.zeros(3, 3)
     x = tape.bridge("x", like)
     turns = [lambda x: x, Tensor.t_]
-    tape.eager(call("none", lambda x: turns.pop(0)(x), Slot("x")))
+    tape.eager(call("none", lambda x: turns.pop(0)(x), Variable("x")))
     tape.capture(lambda: {"y": x + 1}, fed={"x": like})
-    replay = emit(tape.recording(["x"], [Slot("y")], specs={"x": TensorSpec.of(like)}))
+    replay = emit(tape.recording(["x"], [Variable("y")], specs={"x": TensorSpec.of(like)}))
     value = torch.rand(3, 3)
     for want in (value + 1, value.t() + 1):  # at one address
         assert torch.equal(replay.function([value], 0)[0], want)
@@ -495,10 +497,10 @@ def test_a_fed_value_is_held_until_the_launch(tape: Maker) -> None:
     like = torch.zeros(2, 3)
     x, z = tape.bridge("x", like), tape.bridge("z", like)
     tape.capture(lambda: {"y": x + 1}, fed={"x": like})
-    tape.eager(checked("z", like, triple, Slot("y")))
+    tape.eager(checked("z", like, triple, Variable("y")))
     tape.capture(lambda: {"sum": z + x}, fed={"z": like + 1})
     golden(
-        emit(tape.recording(["x"], [Slot("sum")], specs={"x": TensorSpec.of(like)})).source,
+        emit(tape.recording(["x"], [Variable("sum")], specs={"x": TensorSpec.of(like)})).source,
         """\
 def replay(args, stream):
     x = args[0]
@@ -666,8 +668,8 @@ def failing(tape: Maker, error: Exception) -> Recording:
     def explode(x: Tensor) -> Tensor:
         raise error
 
-    tape.eager(call("y", triple, Slot("x")), call("z", explode, Slot("y")))
-    return tape.recording(["x"], [Slot("z")])
+    tape.eager(call("y", triple, Variable("x")), call("z", explode, Variable("y")))
+    return tape.recording(["x"], [Variable("z")])
 
 
 def test_linecache(tape: Maker) -> None:
@@ -715,13 +717,13 @@ def test_names_go_early(tape: Maker) -> None:
         return x
 
     tape.eager(
-        call("a", lambda x: watch("x", x), Slot("x")),
-        call("b", lambda a: watch("a", a), Slot("a")),
-        call("c", lambda b: watch("b", b), Slot("b")),
-        call("d", look, Slot("b")),
+        call("a", lambda x: watch("x", x), Variable("x")),
+        call("b", lambda a: watch("a", a), Variable("a")),
+        call("c", lambda b: watch("b", b), Variable("b")),
+        call("d", look, Variable("b")),
         call("unused", lambda: None),
     )
-    recording = tape.recording(["x", "unused_input"], [Slot("c"), Slot("d")])
+    recording = tape.recording(["x", "unused_input"], [Variable("c"), Variable("d")])
     replay = emit(recording)
     args = [torch.zeros(2, device=tape.device), torch.zeros(2, device=tape.device)]
     replay.function(args, 0)
@@ -733,8 +735,8 @@ def test_constants_go_with_the_replay(tape: Maker) -> None:
     """Recording and function gone, the constants go at once: nothing is a cycle that waits for the collector."""
     constant = torch.zeros(2, device=tape.device)
     tape.constants["constant"] = constant
-    tape.eager(call("y", torch.add, Slot("x"), Slot("constant")))
-    recording = tape.recording(["x"], [Slot("y")])
+    tape.eager(call("y", torch.add, Variable("x"), Variable("constant")))
+    recording = tape.recording(["x"], [Variable("y")])
     replay = emit(recording)
     replay.function([torch.ones(2, device=tape.device)], 0)
     seen = weakref.ref(constant)
@@ -787,7 +789,7 @@ def test_eager_result_is_checked(wrong: Any, tape: Maker) -> None:
     """A result that does not look as recorded is an error, from both ways to replay."""
     result: list[Any] = [torch.zeros(2)]
     tape.eager(checked("y", torch.zeros(2), lambda: result[0], source="model.py:12"))
-    recording = tape.recording([], [Slot("y")])
+    recording = tape.recording([], [Variable("y")])
     for run in runs(emit(recording), recording):
         result[0] = torch.zeros(2)
         run([])
@@ -800,7 +802,7 @@ def test_harmless_strides_pass(tape: Maker) -> None:
     """Strides that say nothing are let through, by both ways to replay."""
     result = torch.zeros(2, 1).as_strided((2, 1), (1, 5))
     tape.eager(checked("y", torch.zeros(2, 1), lambda: result))
-    recording = tape.recording([], [Slot("y")])
+    recording = tape.recording([], [Variable("y")])
     for run in runs(emit(recording), recording):
         assert run([])[0] is result
 
@@ -810,7 +812,7 @@ def test_argument_is_checked(wrong: Tensor, tape: Maker) -> None:
     """An argument that does not look as recorded is an error before anything runs."""
     ran: list[int] = []
     tape.eager(call("y", lambda: ran.append(1)))
-    recording = tape.recording(["x"], [Slot("x")], specs={"x": TensorSpec.of(torch.zeros(2))})
+    recording = tape.recording(["x"], [Variable("x")], specs={"x": TensorSpec.of(torch.zeros(2))})
     for run in runs(emit(recording), recording):
         with pytest.raises(ReplayError, match="argument x is"):
             run([wrong])

@@ -15,7 +15,7 @@ import silly
 from breakable_backend import explain
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers.eager import EagerDriver
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from silly import aliasing, mutating
 
 

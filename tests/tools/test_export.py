@@ -12,7 +12,7 @@ from torch import Tensor
 import silly
 from breakable_backend import BreakableCUDAGraph, BreakableError, OptionsError, capture, eager_on_graph, export, reset
 from breakable_backend.calling.registry import executors_of
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from graphs import golden
 
 

@@ -21,7 +21,7 @@ import silly
 from breakable_backend import BreakableCUDAGraph, capture
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import executors_of
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from breakable_backend.tools import sources
 from graphs import golden
 

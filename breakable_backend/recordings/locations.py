@@ -21,60 +21,60 @@ from breakable_backend.ir.last_uses import Lifetimes, last_uses
 from breakable_backend.ir.layout import Geometry, extent
 from breakable_backend.ir.program import Program, Segment, outputs_of
 from breakable_backend.recordings import copies
-from breakable_backend.recordings.binding import Binding, Plan
 from breakable_backend.recordings.copies import Bridge
-from breakable_backend.recordings.recording import Call, Copy, Held, Slot, bridge_name
+from breakable_backend.recordings.recording import Call, Copy, Held, Variable, bridge_name
+from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 
-class Slots:
-    """The slots of one recording, with the values of this call.
+class Locations:
+    """Where the variables of one recording are, and their values in this call.
 
     Args:
-        binding: the program, with the arguments of this call.
+        specialised: the program, with the arguments of this call.
         driver: has the pool.
         plan: which inputs have a bridge, and what is held as long as the recording lives.
     """
 
-    def __init__(self, binding: Binding, driver: CaptureDriver, plan: Plan) -> None:
-        program, self.driver = binding.program, driver
+    def __init__(self, specialised: SpecialisedProgram, driver: CaptureDriver, plan: Plan) -> None:
+        program, self.driver = specialised.program, driver
         leaves = outputs_of(program.epilogue.module)
         self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
         """The values among the outputs that a backward needs."""
         self.keep, self.static = plan.keep or not driver.reuses_memory, not plan.fresh_outputs
-        self.inputs = binding.values.keys()
-        self.values: dict[str, Any] = dict(binding.values)
-        """All slots, with the values of this call."""
+        self.inputs = specialised.values.keys()
+        self.values: dict[str, Any] = dict(specialised.values)
+        """All variables, with the values of this call."""
         self.constants: dict[str, Any] = {v.name: self.values[v.name] for v in program.inputs if v.kind == "constant"}
         numbers = {v.name for v in program.inputs if v.kind == "number" and v.name not in program.passed_on}
-        self.read_from: dict[str, Any] = {value.name: Slot(value.name) for value in program.inputs}
+        self.read_from: dict[str, Any] = {value.name: Variable(value.name) for value in program.inputs}
         self.read_from |= {name: self.values[name] for name in numbers}
-        """Where later readers find a value that segments exchange: a slot, or the number itself."""
+        """Where later readers find a value that segments exchange: a variable, or the number itself."""
         self.outside = {value.name for value in program.inputs if plan.has_bridge(value)}
         """Storages that captured segments reach only through a bridge: unkeyed inputs, and results of eager steps."""
         self.loaded: set[str] = set()
         """Inputs whose bridge holds their present version."""
-        self.intact: dict[str, Slot] = {}
-        """Bridged results of eager steps that nothing has written since, with the slot of the result itself."""
+        self.intact: dict[str, Variable] = {}
+        """Bridged results of eager steps that nothing has written since, with the variable of the result itself."""
         self.owners: dict[str, torch.Tensor | Bridge] = {}
-        """The owners of pool memory, by slot. Constants lie at the same addresses, and own nothing."""
+        """The owners of pool memory, by variable. Constants lie at the same addresses, and own nothing."""
         self.most = Held()
         """The most that was held at the same time, besides what is held for good."""
         self._lent: set[int] = set()
         """Keys of storages of constants that lie over an owner's memory."""
         self._pinned: set[str] = set()
-        """Slots of values of which an eager step has returned an alias, which may be read after the slots are not."""
+        """Variables of values of which an eager step has returned an alias, which may be read after the variables are not."""
         self._made_for: dict[str, int] = {}
-        """The segment that each bridge was made for, by slot."""
+        """The segment that each bridge was made for, by variable."""
         self._dead: list[tuple[str, ...]] = []
         """What nobody reads behind each segment; known once nothing is kept."""
-        self.follow(binding)
+        self.follow(specialised)
 
-    def follow(self, binding: Binding) -> None:
-        """The rest of the call belongs to ``binding``, whose program was cut anew."""
-        self.inputs = binding.values.keys()
-        self.lives = Lifetimes.of(binding.program)
-        for name in binding.program.sizes:
-            self.read_from[name] = self.values[name] = binding.values[name]
+    def follow(self, specialised: SpecialisedProgram) -> None:
+        """The rest of the call belongs to ``specialised``, whose program was cut anew."""
+        self.inputs = specialised.values.keys()
+        self.lives = Lifetimes.of(specialised.program)
+        for name in specialised.program.sizes:
+            self.read_from[name] = self.values[name] = specialised.values[name]
 
     # bridges
 
@@ -82,20 +82,20 @@ class Slots:
         """Make ``name`` reachable for segment ``position``. Returns the copy that each call needs for this, if any."""
         if name not in self.outside or name in self.loaded:
             return None
-        bridge = Slot(bridge_name(name))
+        bridge = Variable(bridge_name(name))
         if bridge.name not in self.values:
             self.values[bridge.name] = self.constants[bridge.name] = self._made_bridge(name, bridge.name)
             self._made_for[bridge.name] = position
         self.loaded.add(name)
         if name not in self.inputs:
             # From here on this value lives in the bridge, for eager steps too.
-            self.intact[name] = Slot(name)
-            inside = Slot(_inside_name(name))
+            self.intact[name] = Variable(name)
+            inside = Variable(_inside_name(name))
             self.values[inside.name] = self.constants[inside.name] = self.values[bridge.name].tensor
             self.read_from[name] = inside
-        return Copy(bridge, Slot(name), self.values[name].device)
+        return Copy(bridge, Variable(name), self.values[name].device)
 
-    def _made_bridge(self, name: str, slot: str) -> Bridge:
+    def _made_bridge(self, name: str, variable: str) -> Bridge:
         """A bridge for ``name`` in pool memory, which it holds until its last captured reader is recorded."""
         value = self.values[name]
         driver = self.driver.on(value.device)
@@ -106,7 +106,7 @@ class Slots:
             made = Bridge.like(value, driver.device)
         owner = made.on(driver.lend(made.tensor).untyped_storage())
         place = _torch.unowned_storage(owner.tensor.untyped_storage())
-        self._hold(slot, owner, place)
+        self._hold(variable, owner, place)
         return made.on(place)
 
     def unbridge(self, copy: Copy, position: int) -> None:
@@ -115,11 +115,11 @@ class Slots:
         self.loaded.discard(name)
         if name not in self.inputs:
             self.intact.pop(name)
-            self.read_from[name] = Slot(name)
+            self.read_from[name] = Variable(name)
             self.constants.pop(_inside_name(name))
         if self._made_for.get(copy.bridge.name) == position:  # no graph before it knows the bridge's address
-            for slots in (self.values, self.constants, self.owners):
-                slots.pop(copy.bridge.name, None)
+            for held in (self.values, self.constants, self.owners):
+                held.pop(copy.bridge.name, None)
 
     def inside(self, name: str) -> Any:
         """``name`` as a captured segment sees it."""
@@ -128,7 +128,7 @@ class Slots:
             return self.owners.get(bridge, self.values[bridge]).tensor
         place = self.read_from[name]
         # The tensor that owns the memory, since a segment's result may be an alias of it.
-        return self.owners.get(place.name, self.values[place.name]) if isinstance(place, Slot) else place
+        return self.owners.get(place.name, self.values[place.name]) if isinstance(place, Variable) else place
 
     # what steps make and change
 
@@ -138,7 +138,7 @@ class Slots:
         lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]]
         lent = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in with_memory}
         for name, result in zip(names, results, strict=True):
-            self.read_from[name] = Slot(name)
+            self.read_from[name] = Variable(name)
             self.values[name] = self.constants[name] = result
             if self._is_kept(name) or not self._is_memory(result):
                 continue
@@ -167,7 +167,7 @@ class Slots:
     def returned(self, name: str, value: Any) -> None:
         """An eager step's result, for later segments."""
         self.values[name] = value
-        self.read_from[name] = Slot(name)
+        self.read_from[name] = Variable(name)
         if isinstance(value, torch.Tensor):
             self.outside.add(name)
         self._pinned.update(self._behind(value))
@@ -190,9 +190,9 @@ class Slots:
         for owner in self.owners.values() if self.static else ():
             yield copies.inside(owner)
 
-    def _hold(self, slot: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
-        """Have ``owner`` hold the memory behind ``place``, on which the constants of ``slot`` lie."""
-        self.owners[slot] = owner
+    def _hold(self, variable: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
+        """Have ``owner`` hold the memory behind ``place``, on which the constants of ``variable`` lie."""
+        self.owners[variable] = owner
         self._lent.add(int(place._cdata))
 
     def retire(self, position: int) -> None:
@@ -218,9 +218,9 @@ class Slots:
         for before in range(position):
             self.retire(before)
 
-    def _give_up(self, slot: str) -> None:
-        if slot not in self._pinned:
-            self.owners.pop(slot, None)
+    def _give_up(self, variable: str) -> None:
+        if variable not in self._pinned:
+            self.owners.pop(variable, None)
 
     def forget(self) -> None:
         """Drop what the pool owns."""
@@ -241,10 +241,12 @@ class Slots:
         """
         if not call.takes_part:
             return False
-        slots = call.slots
-        if not slots or not all(slot in self.constants for slot in slots):
+        variables = call.variables
+        if not variables or not all(variable in self.constants for variable in variables):
             return False
-        memory = {_torch.storage_key(tensor) for slot in slots for tensor in tensors_of(self.constants[slot])}
+        memory = {
+            _torch.storage_key(tensor) for variable in variables for tensor in tensors_of(self.constants[variable])
+        }
         return all(_torch.storage_key(tensor) in memory for tensor in tensors_of(made))
 
     def holder(self, name: str) -> torch.Tensor | None:
@@ -266,14 +268,14 @@ class Slots:
         return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
 
     def _behind(self, value: Any) -> Iterator[str]:
-        """Slots with memory that tensors in ``value`` lie in, on whatever storage: DLPack makes several over one memory."""
+        """Variables with memory that tensors in ``value`` lie in, on whatever storage: DLPack makes several over one memory."""
         for tensor in tensors_of(value):
             if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()
-                for slot, owner in self.owners.items():
+                for variable, owner in self.owners.items():
                     memory = copies.inside(owner).untyped_storage()
                     if memory.data_ptr() <= address < memory.data_ptr() + memory.nbytes():
-                        yield slot
+                        yield variable
 
 
 def _inside_name(name: str) -> str:

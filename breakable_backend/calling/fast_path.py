@@ -19,7 +19,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import Entry
-from breakable_backend.recordings.code import defined, spelled
+from breakable_backend.recordings.generated_code import defined, spelled
 from breakable_backend.recordings.replay import Function
 
 _PURE = (
@@ -128,10 +128,10 @@ def look(roots: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> C
 
 
 NOT_NOW = object()
-"""The result of a resolved call that did nothing: the call has to take another path."""
+"""The result of a call that did nothing: the call has to take another path."""
 
 
-def resolve(
+def generate(
     executor: Executor,
     entry: Entry,
     run: Function,
@@ -160,7 +160,7 @@ def resolve(
         looks: source that returns ``NOT_NOW`` for a call that does not fit.
         names: the names that it uses.
     """
-    named = run.__code__.co_varnames  # the function's variables have the names of the slots
+    named = run.__code__.co_varnames  # the function's variables have the names of the variables
     names_at = {value.index: value.name for value in executor.program.inputs}
     if any(names_at[at] in named for at in static):
         return None
@@ -188,4 +188,4 @@ def resolve(
         f"return {result}",
     ]
     body = "\n    ".join(lines)
-    return defined(f"def resolved(args, kwargs):\n    {body}\n", "resolved", names)[0]
+    return defined(f"def fast_path(args, kwargs):\n    {body}\n", "fast_path", names)[0]

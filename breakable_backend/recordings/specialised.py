@@ -19,9 +19,9 @@ from breakable_backend.ir.source_lines import source_line
 from breakable_backend.ir.views import is_view
 from breakable_backend.marks.call_ops import direct, is_call
 from breakable_backend.marks.rules import label
-from breakable_backend.recordings.code import with_code
+from breakable_backend.recordings.generated_code import with_code
 from breakable_backend.recordings.observer import Observers
-from breakable_backend.recordings.recording import Call, Slot
+from breakable_backend.recordings.recording import Call, Variable
 from breakable_backend.recordings.repair import NodeByNode, Recut
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Binding:
+class SpecialisedProgram:
     """A program with the arguments of one call: every number is known."""
 
     program: Program
@@ -71,17 +71,19 @@ class Binding:
     observer: Observers | None = None
 
     @classmethod
-    def of(cls, program: Program, args: Sequence[Any], observer: Observers | None = None) -> Binding:
+    def of(cls, program: Program, args: Sequence[Any], observer: Observers | None = None) -> SpecialisedProgram:
         values = {value.name: value.value if value.index < 0 else args[value.index] for value in program.inputs}
         symbols: dict[sympy.Symbol, int] = {}
         for value in program.inputs:
             _bind(value, values[value.name], symbols)
         return cls(program, values | cls._sizes(program, values, symbols), symbols, observer)
 
-    def recut(self, program: Program) -> Binding:
+    def recut(self, program: Program) -> SpecialisedProgram:
         """The same arguments for ``program``, which was cut from the same graph."""
         values = {name: self.values[name] for name in self.values if name not in self.program.sizes}
-        return Binding(program, values | self._sizes(program, values, self.symbols), self.symbols, self.observer)
+        return SpecialisedProgram(
+            program, values | self._sizes(program, values, self.symbols), self.symbols, self.observer
+        )
 
     @staticmethod
     def _sizes(program: Program, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> dict[str, Any]:
@@ -96,18 +98,24 @@ class Binding:
             return with_code(segment.module)
         return self.observer.captured(position, NodeByNode(segment.module))
 
-    def calls(self, segment: EagerSegment, slots: Mapping[str, Any], device_type: str | None) -> list[Call]:
-        """The calls of an eager segment. ``slots`` maps its inputs; ``device_type`` asks for functions to call directly."""
+    def calls(self, segment: EagerSegment, inputs: Mapping[str, Any], device_type: str | None) -> list[Call]:
+        """The calls of an eager segment.
+
+        Args:
+            segment: the segment.
+            inputs: what the calls take for each input, by name.
+            device_type: asks for functions to call directly.
+        """
         environment: dict[fx.Node, Any] = {}
         calls: list[Call] = []
         for node in segment.module.graph.nodes:
             if node.op == "placeholder":
-                environment[node] = slots[node.name]
+                environment[node] = inputs[node.name]
             elif node.op == "get_attr":
                 environment[node] = getattr(segment.module, node.target)
             elif node.op == "call_function":
                 calls.append(self._call(node, environment, device_type))
-                environment[node] = Slot(node.name)
+                environment[node] = Variable(node.name)
         return calls
 
     def _call(self, node: fx.Node, environment: Mapping[fx.Node, Any], device_type: str | None) -> Call:
