@@ -361,7 +361,7 @@ FAULTS = (
     Fault(
         "a-second-forward-draws-what-another-thread-left",
         "calling.training:Training._drawing_again",
-        "not all(torch.equal(generator.get_state(), state) for generator, state in drawn.after)",
+        "not drawn.after.are_current()",
         "False",
         "test_training.py::test_a_second_forward_where_somebody_else_drew[cpu]",
     ),
@@ -467,14 +467,14 @@ FAULTS = (
     Fault(
         "a-second-forward-draws-anew",
         "calling.training:Training._drawing_again",
-        "_set_random_states(drawn.before)",
+        "drawn.before.restore()",
         "None",
         "test_training.py::test_a_second_forward_that_draws[cpu-autocast]",
     ),
     Fault(
         "a-second-forward-moves-the-generator",
         "calling.training:Training._drawing_again",
-        "_set_random_states(now)",
+        "now.restore()",
         "None",
         "test_training.py::test_a_second_forward_that_draws[cpu-autocast]",
     ),
@@ -1820,8 +1820,8 @@ FAULTS = (
     ),
     Fault(
         "comparison-draws-for-the-caller",
-        "tools.compare:Checker.set_random",
-        "generator.set_state(state)",
+        "tools.compare:ComparedSegment._run",
+        "_drawn_by(watch.trace, drawn_from).restore()",
         "pass",
         "test_compare.py::test_equals_eager[cpu-drawing]",
     ),
@@ -3407,7 +3407,7 @@ FAULTS = (
     Fault(
         "tape-keeps-draws-of-the-capture",
         "drivers.tape:TapeSession._undo",
-        "generator.set_state(state)",
+        "self._states.restore()",
         "pass",
         "test_driver_contract.py::test_capture_leaves_the_generator[tape-rand]",
     ),

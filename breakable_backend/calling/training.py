@@ -39,7 +39,7 @@ from breakable_backend.errors import EagerOutputError, ReplayError
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry, TensorSpec
-from breakable_backend.ir.running_ops import generators_of
+from breakable_backend.ir.running_ops import RandomStates, generators_of
 from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recording import Recording
@@ -242,17 +242,14 @@ class _WithSlot(KeyReader):
         return super().shapes(args)
 
 
-_RandomStates = Sequence[tuple[torch.Generator, torch.Tensor]]
-
-
 class _Drawn(NamedTuple):
     """The random states before and after a forward."""
 
-    before: _RandomStates
-    after: _RandomStates
+    before: RandomStates
+    after: RandomStates
 
     @classmethod
-    def between(cls, before: _RandomStates | None, after: _RandomStates | None) -> _Drawn | None:
+    def between(cls, before: RandomStates | None, after: RandomStates | None) -> _Drawn | None:
         return None if before is None or after is None else cls(before, after)
 
 
@@ -596,14 +593,14 @@ class Training:
         """
         assert self.forward is not None
         with self.forward.driver.drawing() if drawn.before else nullcontext():
-            now = [(generator, generator.get_state()) for generator, _ in drawn.before]
+            now = RandomStates.of(generator for generator, _ in drawn.before)
             try:
-                _set_random_states(drawn.before)
+                drawn.before.restore()
                 yield
-                if not all(torch.equal(generator.get_state(), state) for generator, state in drawn.after):
+                if not drawn.after.are_current():
                     self.refuse(f"{why}, and another thread drew random numbers during its forward")
             finally:
-                _set_random_states(now)
+                now.restore()
 
     def _leave(self, why: str) -> None:
         """Give up what was captured. Forwards that are pending keep what they saved."""
@@ -864,17 +861,11 @@ def _count_up(args: Sequence[Any], written: Sequence[int], needed: Sequence[int]
     return before == [args[index]._version for index in needed]
 
 
-def _random_states(devices: Sequence[torch.device]) -> _RandomStates | None:
+def _random_states(devices: Sequence[torch.device]) -> RandomStates | None:
     """The states of the default generators of some devices; None during somebody's capture, which reads none."""
     if any(device.type == "cuda" for device in devices) and _torch.is_stream_capturing():
         return None
-    generators = [generators_of(device)[-1] for device in devices]
-    return [(generator, generator.get_state()) for generator in generators]
-
-
-def _set_random_states(states: _RandomStates) -> None:
-    for generator, state in states:
-        generator.set_state(state)
+    return RandomStates.of(generators_of(device)[-1] for device in devices)
 
 
 def _on_its_own(value: Any) -> Any:

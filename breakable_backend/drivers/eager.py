@@ -21,7 +21,7 @@ from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import non_owning
-from breakable_backend.ir.running_ops import generators_of
+from breakable_backend.ir.running_ops import RandomStates, generators_of
 from breakable_backend.ir.views import is_view_op
 
 T = TypeVar("T")
@@ -100,16 +100,14 @@ class EagerDriver(OpByOpDriver):
         """Run ``body``, and keep it for replays. If it is a ``partial``, its arguments are kept by their addresses."""
         args = body.args if isinstance(body, functools.partial) else ()
         arguments = {_torch.storage_key(arg) for arg in args if isinstance(arg, torch.Tensor)}
-        generator = generators_of(self.device)[-1]
-        state = generator.get_state()
+        states = RandomStates.of(generators_of(self.device)[-1:])
         result = body()
         made: dict[int, torch.UntypedStorage] = {}
         for position, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, torch.Tensor) and (key := _torch.storage_key(leaf)) not in arguments:
                 arguments.add(key)
                 made[position] = leaf.untyped_storage()
-        drew = not torch.equal(state, generator.get_state())
-        graph = RerunGraph(self._by_address(body), made, drew, Modes.current())
+        graph = RerunGraph(self._by_address(body), made, not states.are_current(), Modes.current())
         self.adopt(graph)
         return graph, result
 

@@ -31,7 +31,16 @@ from breakable_backend.failure_kinds import as_passing
 from breakable_backend.interception import intercepted_by
 from breakable_backend.ir.effects import ALLOCATING, is_asynchronous, tensors_of, written_values
 from breakable_backend.ir.layout import Geometry, non_owning
-from breakable_backend.ir.running_ops import OpMode, Ran, Undo, generators_of, has_memory, kernel_of_ops, memory_on
+from breakable_backend.ir.running_ops import (
+    OpMode,
+    Ran,
+    RandomStates,
+    Undo,
+    generators_of,
+    has_memory,
+    kernel_of_ops,
+    memory_on,
+)
 from breakable_backend.marks.rules import INDEXING, MOVES_STORAGE, is_mask
 
 T = TypeVar("T")
@@ -498,7 +507,7 @@ class TapeSession:
         self.driver = driver
         self.taping = _Taping()
         self._generators = generators_of(driver.device)
-        self._states: list[torch.Tensor] = []
+        self._states = RandomStates()
         self._free: tuple[_Lent, ...] = ()
         self._fed: Pairs = ()
         self._tape: _Tape | None = None
@@ -512,7 +521,7 @@ class TapeSession:
         self._fed = fed
         self.driver.lock.acquire()
         self._token = _active.set(self.driver)
-        self._states = [generator.get_state() for generator in self._generators]
+        self._states = RandomStates.of(self._generators)
         self._free = self.driver.free()
         tape = _Tape(self.driver.device, self._generators[-1], self.driver._lent)
         self._tape = self.taping.tape = tape
@@ -532,7 +541,7 @@ class TapeSession:
             tape.check_generator()
             if tape.refusal is not None:
                 raise tape.refusal
-            drew = not torch.equal(self._states[-1], self._generators[-1].get_state())
+            drew = not RandomStates(self._states[-1:]).are_current()
             given = self.driver.taken()
             later = functools.partial(self.driver.held_behind, self.driver._captured + 1, self.driver.pool)
             graph = TapeGraph(tape, drew, self.driver._brought, self._free, given, later)
@@ -566,7 +575,6 @@ class TapeSession:
         _active.reset(token)
         try:
             tape.undo()
-            for generator, state in zip(self._generators, self._states, strict=True):
-                generator.set_state(state)
+            self._states.restore()
         finally:
             self.driver.lock.release()

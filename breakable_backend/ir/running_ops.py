@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,23 @@ def generators_of(device: torch.device) -> list[torch.Generator]:
     """What ops on ``device``, or on the host, draw from by default; that of ``device`` comes last."""
     others = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
     return [torch.default_generator, *others]
+
+
+class RandomStates(list[tuple[torch.Generator, torch.Tensor]]):
+    """Random generators, each with its state when this was made."""
+
+    @classmethod
+    def of(cls, generators: Iterable[torch.Generator]) -> RandomStates:
+        return cls((generator, generator.get_state()) for generator in generators)
+
+    def are_current(self) -> bool:
+        """Whether nobody has drawn from them since, or set their states."""
+        return all(torch.equal(generator.get_state(), state) for generator, state in self)
+
+    def restore(self) -> None:
+        """Set the generators to these states."""
+        for generator, state in self:
+            generator.set_state(state)
 
 
 def has_memory(leaf: Any) -> bool:

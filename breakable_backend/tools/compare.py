@@ -25,7 +25,7 @@ from breakable_backend.drivers.device import GraphAround
 from breakable_backend.errors import CAUSES, DivergenceError
 from breakable_backend.ir.effects import is_somebodys
 from breakable_backend.ir.program import GraphSegment, Program, outputs_of
-from breakable_backend.ir.running_ops import Undo, generators_of, has_memory
+from breakable_backend.ir.running_ops import RandomStates, Undo, generators_of, has_memory
 from breakable_backend.ir.source_lines import source_line
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.rules import label
@@ -92,9 +92,9 @@ class _Ran:
     undo: Undo
     outputs: list[Any]
     written: list[_Written]
-    drawn_from: list[torch.Tensor]
+    drawn_from: RandomStates
     """The states of the random generators before it ran."""
-    random: list[torch.Tensor]
+    random: RandomStates
     """The states that it left."""
 
 
@@ -418,24 +418,9 @@ class Checker:
 
     # random numbers
 
-    def _generators(self) -> list[torch.Generator]:
+    def random(self) -> RandomStates:
         host, *first = generators_of(self.device)
-        return [host, *first, *(generators_of(device)[-1] for device in self._devices()[1:])]
-
-    def random(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in self._generators()]
-
-    def of_generators(
-        self, states: Sequence[torch.Tensor], trace: Trace
-    ) -> Iterator[tuple[torch.Generator, torch.Tensor]]:
-        """Generators that ``trace`` may have drawn from, with their states. Other threads draw from the host's."""
-        for generator, state in zip(self._generators(), states, strict=True):
-            if trace.draws_random or generator.device.type == "cuda":
-                yield generator, state
-
-    def set_random(self, states: Sequence[torch.Tensor], trace: Trace) -> None:
-        for generator, state in self.of_generators(states, trace):
-            generator.set_state(state)
+        return RandomStates.of((host, *first, *(generators_of(device)[-1] for device in self._devices()[1:])))
 
 
 class ComparedSegment(GraphAround):
@@ -480,7 +465,7 @@ class ComparedSegment(GraphAround):
     def _take_back(self, ran: _Ran) -> None:
         """Undo the segment, as after an error of the user's."""
         ran.undo.restore()
-        self.checker.set_random(ran.drawn_from, ran.trace)
+        _drawn_by(ran.trace, ran.drawn_from).restore()
 
     def _run(self) -> _Ran:
         """Run the segment eagerly, note its results, and undo it."""
@@ -499,7 +484,7 @@ class ComparedSegment(GraphAround):
             return _Ran(watch.trace, undo, outputs, list(self._written(undo)), drawn_from, checker.random())
         finally:
             undo.restore()
-            checker.set_random(drawn_from, watch.trace)
+            _drawn_by(watch.trace, drawn_from).restore()
 
     def _written(self, undo: Undo) -> Iterator[_Written]:
         """The memory of others that was written, and where a launch of the segment leaves it."""
@@ -580,7 +565,7 @@ class ComparedSegment(GraphAround):
             apart = difference(value.tensor, value.snapshot, checker.tolerance)
             if apart is not None and _torch.address_of(value.tensor) not in written:
                 yield Wrong(f"{value.name} (which the segment does not write)", value.maker, apart, end)
-        for generator, want in checker.of_generators(ran.random, ran.trace):
+        for generator, want in _drawn_by(ran.trace, ran.random):
             if (apart := difference(generator.get_state(), want)) is not None:
                 yield Wrong("the state of the random generator", NOBODY, apart, end)
 
@@ -716,6 +701,11 @@ def _first_unlike(ran: _Ran, again: _Ran, wrong: Wrong) -> Verdict | None:
                 blamed,
             )
     return None
+
+
+def _drawn_by(trace: Trace, states: RandomStates) -> RandomStates:
+    """The states of generators that ``trace`` may have drawn from. Other threads draw from the host's."""
+    return RandomStates(pair for pair in states if trace.draws_random or pair[0].device.type == "cuda")
 
 
 def _stays(trace: Trace, position: int) -> bool:
