@@ -91,6 +91,19 @@ def random_states(device: torch.device) -> list[bytes]:
     return [bits(state) for state in states]
 
 
+def refill(tensor: Tensor, values: Tensor, others: list[Tensor]) -> None:
+    """Free the memory of a tensor and fill it with ``values`` at another address. ``others`` keeps the memory in between."""
+    storage, before = tensor.untyped_storage(), [tensor.data_ptr(), *[other.data_ptr() for other in others]]
+    storage.resize_(0)
+    storage.resize_(values.untyped_storage().nbytes())
+    while tensor.data_ptr() in before:
+        storage.resize_(0)
+        others.append(torch.full_like(values, torch.nan))
+        storage.resize_(values.untyped_storage().nbytes())
+    with torch.no_grad():
+        tensor.copy_(values)
+
+
 # --- what happened in a run -------------------------------------------------------------------------------------------------
 
 

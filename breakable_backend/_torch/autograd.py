@@ -170,6 +170,11 @@ def current_backward() -> int:
     return int(torch._C._current_graph_task_id())
 
 
+def after_backward(do: Callable[[], None]) -> None:
+    """Have ``do`` called at the end of the backward that is under way; asked in a node of it. Checked in 2.11 to 2.13."""
+    torch.autograd.Variable._execution_engine.queue_callback(do)
+
+
 def node_number(node: Any) -> int:
     """The number of a node of autograd's graph, but for leaves: nodes of one thread are numbered as they are made."""
     return int(node._sequence_nr())

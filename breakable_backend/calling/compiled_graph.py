@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from breakable_backend import _torch
 from breakable_backend.callers import Callers
 from breakable_backend.calling import eviction
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, Spectator, held, scalar_bytes
@@ -27,7 +28,7 @@ from breakable_backend.errors import Passing, first_line
 from breakable_backend.failure_kinds import passing
 from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.last_uses import needed
-from breakable_backend.ir.program import Input, Program, Reason
+from breakable_backend.ir.program import Program, Reason
 from breakable_backend.ir.source_lines import short_line
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
@@ -53,6 +54,8 @@ PUT_OFF: Mapping[Passing, str] = {
     "disturbed": "something made the capture invalid, another thread most likely",
 }
 """Why a recording is tried again later, as the report counts it."""
+
+REFILLED = "memory was freed and filled again between calls"
 
 READ_OTHERWISE = "keys are read otherwise since then"
 
@@ -146,38 +149,54 @@ class CompiledGraph:
                 self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {value.name})
                 many = f"host scalar {value.name} had more than {bound} values"
                 given_up.append(f"{many}: the ops that read it run eagerly")
-        if moving := self._moving(args):
-            self.lowered = replace(self.lowered, static=self.lowered.static - {value.index for value in moving})
-            names = ", ".join(value.name for value in moving[:3])
-            more = f" and {len(moving) - 3} more" if len(moving) > 3 else ""
-            given_up.append(
-                f"{names}{more}: read in place, and a tensor came at more than {eviction.MAX_ADDRESSES} addresses: copied in"
-            )
+        moving, why = self._moving(args)
+        if moving:
+            self.lowered = replace(self.lowered, static=self.lowered.static - moving)
+            self.note_copied_in(moving, why)
         for text in given_up:
-            with self.keys.changing:
-                self.notes.append(text)
-            self.observers.noted(text, logging.WARNING)
-        if given_up:
+            self._note(text)
+        if moving or given_up:
             self._drop_all(READ_OTHERWISE, wait=False)
             self.cut_program()
-        return bool(given_up)
+        return bool(moving or given_up)
 
-    def _moving(self, args: Sequence[Any]) -> list[Input]:
-        """Static inputs that came at other addresses, if one of them, as one tensor, came at too many.
+    def note_copied_in(self, moving: Collection[int], why: str) -> None:
+        """Note that inputs which are read in place elsewhere are copied in."""
+        names = [value.name for value in self.program.inputs if value.index in moving]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if names:
+            self._note(f"{', '.join(names[:3])}{more}: read in place, and {why}: copied in")
 
-        FSDP gathers weights anew for each call. Several instances of a module are several tensors.
+    def _note(self, text: str) -> None:
+        """Note a change of the program, for the report and the log."""
+        with self.keys.changing:
+            self.notes.append(text)
+        self.observers.noted(text, logging.WARNING)
+
+    def _moving(self, args: Sequence[Any]) -> tuple[set[int], str]:
+        """The indices of static inputs that came at other addresses and are to be copied in, and why.
+
+        FSDP frees weights and gathers them anew: the same storage is at another address. If that was so before a recording
+        was of use, it will be so again. Other tensors are counted. Several instances of a module are several tensors.
         """
-        if len(self.keys.sets) < eviction.MAX_ADDRESSES:
-            return []
         statics = [value for value in self.program.inputs if value.kind == "static"]
         places = {value.index: {args[value.index].data_ptr()} for value in statics}
+        refilled = set[int]()
         for known in self.keys.sets.values():
-            for value, guard in zip(statics, known.guards, strict=True):
-                if guard() is args[value.index]:
-                    places[value.index].add(known.pointers[value.index])
+            of_use = any(entry.replays for entry in known.entries.values())
+            for value, guard, storage in zip(statics, known.guards, known.storages, strict=True):
+                tensor, before = guard(), known.pointers[value.index]
+                if tensor is None or tensor is not args[value.index]:
+                    continue
+                places[value.index].add(before)
+                if not of_use and before != tensor.data_ptr() and storage.cdata == _torch.storage_key(tensor):
+                    refilled.add(value.index)
+        if refilled:
+            return refilled, REFILLED
         if max(map(len, places.values()), default=0) <= eviction.MAX_ADDRESSES:
-            return []
-        return [value for value in statics if len(places[value.index]) > 1]
+            return refilled, ""
+        moved = {index for index, known in places.items() if len(known) > 1}
+        return moved, f"a tensor came at more than {eviction.MAX_ADDRESSES} addresses"
 
     def run_eagerly(self, program: Program, failed: Mapping[str, Reason], level: int = logging.WARNING) -> None:
         """Keep nodes that could not be captured eager, for later keys too."""
@@ -212,7 +231,8 @@ class CompiledGraph:
             self.statistics.evictions += 1
         if addresses is None:
             pointers, fixed = self.reader.pointers(key), self.sharing.fixed(args)
-            addresses = AddressSet(pointers, guards=self._guards(key.addresses, args), fixed=fixed, last_call=now)
+            guards, storages = self._guards(key.addresses, args), list(map(_torch.retains, self._statics(args)))
+            addresses = AddressSet(pointers, guards=guards, storages=storages, fixed=fixed, last_call=now)
             self.keys.add_set(key, addresses)
         if admission.evicts_key:
             self._release([self.keys.take_oldest(addresses)], "it was evicted for other keys", wait=False)
@@ -232,7 +252,10 @@ class CompiledGraph:
                 graph._drop_set(addresses, "a static input had died", wait=False)
                 graph.driver.settle()
 
-        return watch((args[v.index] for v in self.program.inputs if v.kind == "static"), self.driver, drop)
+        return watch(self._statics(args), self.driver, drop)
+
+    def _statics(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        return [args[value.index] for value in self.program.inputs if value.kind == "static"]
 
     # their recordings
 

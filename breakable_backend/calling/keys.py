@@ -118,6 +118,8 @@ class AddressSet:
     entries: OrderedDict[ShapeKey, Entry] = field(default_factory=OrderedDict)
     guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     """Weak references to the static inputs, whose death drops the set."""
+    storages: list[_torch.StorageWeakRef] = field(default_factory=list)
+    """Their storages."""
     fixed: Fixed = field(default_factory=Fixed)
     """The memory regions of the static inputs."""
     apart: tuple[list[int], list[Any]] = ([], [])

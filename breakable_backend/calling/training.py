@@ -26,7 +26,7 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.active import handler, in_call
 from breakable_backend.callers import Callers
-from breakable_backend.calling.compiled_graph import PUT_OFF
+from breakable_backend.calling.compiled_graph import PUT_OFF, REFILLED
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey, scalar_bytes
 from breakable_backend.calling.registry import EagerGraph
@@ -272,13 +272,20 @@ class _Seen:
     calls: int = 0
     pending: weakref.WeakSet[_Looked] = field(default_factory=weakref.WeakSet)
     """Calls that may still be run backward."""
+    refilled: set[int] = field(default_factory=set)
+    """Static inputs whose memory is freed between calls."""
 
 
+@dataclass(eq=False)
 class _Looked:
     """A call whose backward is observed. Lives as long as somebody may run it."""
 
+    storages: dict[int, _torch.StorageWeakRef]
+    """Those of the static inputs that have memory."""
     backward: int | None = None
     """The backward that has freed what a part of the call had saved."""
+    last: int | None = None
+    """The last backward that has reached it."""
 
 
 class Training:
@@ -316,6 +323,8 @@ class Training:
         self._seen: _Seen | None = None
         self._storages: tuple[list[int], list[_torch.StorageWeakRef]] | None = None
         """The addresses of static inputs in the last call, and their storages."""
+        self._refilled: frozenset[int] = frozenset()
+        """Static inputs that are copied in, since their memory is freed between calls."""
         self._lock = locks.lock()
         self._modes = Modes.current()
 
@@ -378,7 +387,7 @@ class Training:
         if not seen.came:  # of all forwards until then, since a backward may come behind a later forward
             if seen.calls - len(seen.pending) >= UNUSED:
                 self.warn(CALLED_IN_VAIN)
-            looked = _Looked()
+            looked = _Looked({i: _torch.retains(args[i]) for i in self.halves.static if args[i].numel()})
             seen.pending.add(looked)
             seen.calls += 1
             for place, value in enumerate(differentiable):
@@ -403,7 +412,12 @@ class Training:
                 forward = self.halves.trace(args, tuple(seen.pattern))
                 if not _count_up(args, forward.written, forward.inputs):
                     raise CannotLower(SHARED)
-                self.forward = self.make(ForwardExecutor, forward.lowered, f"forward of {self.name}", forward)
+                self._refilled = frozenset(seen.refilled)
+                lowered = replace(forward.lowered, static=forward.lowered.static - self._refilled)
+                self.forward = self.make(
+                    ForwardExecutor, lowered, f"forward of {self.name}", replace(forward, lowered=lowered)
+                )
+                self.forward.note_copied_in(self._refilled, REFILLED)
                 self.forward.callers = self.callers
             except CannotLower as why:
                 self._give_up(f"it needs gradients, and is not captured: {why}")
@@ -469,8 +483,10 @@ class Training:
                         where=self.source,
                         fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
                     ) from None
-                lowered = backward.lowered(self.halves.static, static)
+                lowered = backward.lowered(self.halves.static - self._refilled, static)
                 executor = self.make(HalfExecutor, lowered, self._named(pattern, static))
+                places = enumerate(backward.inputs, len(backward.saved))
+                executor.note_copied_in([place for place, index in places if index in self._refilled], REFILLED)
                 executor.callers = self.callers
                 self.backwards[pattern, static], self._guess = (backward, executor), guess
             return self.backwards[pattern, static]
@@ -707,6 +723,9 @@ TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets 
 def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[Any, ...]) -> None:
     """A backward has reached an output of an eager call."""
     grad, backward = grads[number], _torch.current_backward()
+    if looked.last != backward:
+        looked.last = backward
+        _torch.after_backward(functools.partial(_look_behind, seen, looked))
     if looked.backward not in (None, backward):
         seen.refused = f"it needs gradients, and {IN_PARTS}"
     if not _torch.graph_is_kept():
@@ -715,6 +734,13 @@ def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[An
         seen.refused = f"it needs gradients, and {why}"
     elif grad is not None:
         seen.pattern[place], seen.came = TensorSpec.of(grad), True
+
+
+def _look_behind(seen: _Seen, looked: _Looked) -> None:
+    """A backward has ended. FSDP has freed the weights that it gathers anew for the next call."""
+    for index, ref in looked.storages.items():
+        if (storage := _torch.live_storage(ref)) is not None and not storage.nbytes():
+            seen.refilled.add(index)
 
 
 IN_PARTS = "its results are run backward one after the other, without retain_graph=True"

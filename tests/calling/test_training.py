@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 import breakable_backend
 from breakable_backend import DivergenceError, EagerOutputError, ReplayError, eager_on_graph, eager_region
 from breakable_backend.backend import breakable_cg, executors_of
+from breakable_backend.calling.compiled_graph import REFILLED
 from breakable_backend.calling.training import MAX_SIZES, MAX_SLOTS, ForwardExecutor
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
-from checks import assert_same, random_states
+from checks import assert_same, random_states, refill
 
 
 @pytest.fixture
@@ -1181,6 +1182,51 @@ def test_memory_that_is_freed_between_the_two(device: torch.device, options: dic
         return loss.detach(), found
 
     assert_trains(Mlp(), step, device, options)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_memory_that_is_freed_between_steps(within: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a weight that is freed between steps and filled again elsewhere is copied in, and others are not.
+
+    If it is freed within the backward, as FSDP does, both halves replay as early as those of weights that stay. If it is
+    freed later, each notices it when the weight has moved.
+    """
+    module = Mlp().to(device)
+    gathered = next(module.parameters())
+    kept, others = gathered.detach().clone(), list[Any]()
+    compiled = torch.compile(module, backend="breakable_cg", options=options)
+
+    def free(weight: Tensor) -> None:
+        weight.untyped_storage().resize_(0)
+
+    if within:
+        gathered.register_post_accumulate_grad_hook(free)
+
+    def step(function: Any) -> Any:
+        with torch.autograd._unsafe_preserve_version_counter(gathered):
+            refill(gathered, kept, others)
+        x = torch.rand(3, 4, device=device, requires_grad=True)
+        loss = function(x).square().sum()
+        loss.backward()
+        free(gathered)
+        found = loss.detach(), x.grad, [parameter.grad for parameter in module.parameters()]
+        module.zero_grad()
+        return found
+
+    for number in range(8):
+        torch.manual_seed(number)
+        got = step(compiled)
+        torch.manual_seed(number)
+        assert_same(got, step(module), f"step {number}")
+    programs = breakable_backend.explain(compiled).programs
+    assert [program.replays for program in programs] == ([5, 4] if within else [4, 2])
+    assert [len(program.recordings) for program in programs] == [1, 1]
+    weights = [p.shape for p in module.parameters()]
+    for executor in executors_of(compiled):
+        of_weights = [v for v in executor.program.inputs if v.name.startswith("arg") and v.value.shape in weights]
+        moving = [value.name for value in of_weights if value.kind != "static"]
+        assert executor.notes == [f"{moving[0]}: read in place, and {REFILLED}: copied in"], executor.notes
+        assert (len(moving), len(of_weights)) in [(1, 4), (1, 2)], of_weights
 
 
 @pytest.mark.parametrize("kind", ["input", "buffer"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import breakable_backend
 import silly
 from breakable_backend import eager_on_graph
-from checks import assert_same, compile_both, program_of
+from checks import assert_same, compile_both, program_of, refill
 
 
 def calls_of(program: Any) -> tuple[int, int, int]:
@@ -402,6 +402,28 @@ def test_static_inputs_at_many_addresses(moved: tuple[str, ...], device: torch.d
         for _ in range(3):
             mine.weight.data = theirs.weight.data = torch.rand(3, 3, device=device)
             assert_same(bound(x), theirs(x))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_static_inputs_that_are_freed_and_filled_again(
+    every: int, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 3: a parameter in the same storage at another address is copied in, unless its recording was of use first."""
+    mine = Weighed().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled, others = torch.compile(mine, backend="breakable_cg", options=options), list[Tensor]()
+    with torch.no_grad():
+        for call in range(12):
+            if call % every == 0:
+                refill(mine.weight, theirs.weight, others)
+            x = torch.rand(2, 3, device=device)
+            assert_same(compiled(x), theirs(x))
+            assert_same(mine.total, theirs.total)
+    program = program_of(compiled)
+    copied = ["read in place, and memory was freed and filled again between calls: copied in"]
+    # at once: two warm-ups, then a recording; at times: each address is warmed up and recorded, and replayed twice
+    assert program.replays == (12 - 3 if every == 1 else 3 * 2), str(program)
+    assert [note.partition(": ")[2] for note in program.notes] == copied[: every == 1]
 
 
 def test_many_instances(device: torch.device, options: dict[str, Any]) -> None:
