@@ -1169,8 +1169,8 @@ FAULTS = (
     ),
     Fault(
         "graphs-of-one-pool-are-nested",
-        "capturing.graph:refuse_others",
-        "driver.begin = refuse",
+        "capturing.graph:OnlyUser.__enter__",
+        "self._driver.begin = _refuse_others",
         "pass",
         "test_capture_lifetimes.py::test_graphs_of_one_pool_are_not_nested[cpu-replay]",
     ),
@@ -2229,10 +2229,10 @@ FAULTS = (
     ),
     Fault(
         "graph-captured-while-it-is-replayed",
-        "capturing.graph:BreakableCUDAGraph._begin_use",
+        "capturing.graph:BreakableCUDAGraph.being_captured",
         """
         if self._use:
-            self._refuse_use(error)
+            self._refuse_use(CaptureError)
         """,
         "pass",
         "test_capture_hostile.py::test_captured_while_in_use[cpu]",

@@ -177,7 +177,10 @@ class ForwardExecutor(HalfExecutor):
         return made if entry is None else self._leased(entry, made, known)
 
     def has_slot(self, args: Sequence[Any]) -> bool:
-        """Whether a slot is free for a call. Taken ones are counted first, which takes less than reading a key."""
+        """Whether a slot is free for a call. Taken ones are counted first, which takes less than reading a key.
+
+        Another thread may take it before this one has the pool's lock, so :meth:`_locked` looks once more.
+        """
         if len(self.taken) < MAX_SLOTS or self.pending() < MAX_SLOTS:
             return True
         reader = self.reader

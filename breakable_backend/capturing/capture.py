@@ -31,10 +31,9 @@ from breakable_backend.capturing.graph import (
     BreakableCUDAGraph,
     Captured,
     Gradient,
+    OnlyUser,
     Outside,
-    allow_others,
     log,
-    refuse_others,
 )
 from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
@@ -335,14 +334,13 @@ class _OngoingCapture:
             # A backward stays in this thread: CUDA ends a capture in the thread that began it, and eager steps end
             # segments.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            self.graph._begin_use("captured", CaptureError)
-            stack.callback(self.graph._end_use)
+            stack.enter_context(self.graph.being_captured())
             self.graph._free()
             self.graph.debug = self.options.debug
             self.modes = replace(Modes.current(), autocast=(), grad=False)
             self.stream = self.driver.begin()
             stack.callback(self.driver.end, self.stream)
-            stack.callback(allow_others, self.driver, refuse_others(self.driver))
+            stack.enter_context(OnlyUser(self.driver))
             if isinstance(self.driver, CudaDriver):
                 stack.enter_context(self.driver.capturing_on(self.capture_stream, self.error_mode))
             stack.enter_context(self.driver.recording(apart=self.graph.shares_pool))
