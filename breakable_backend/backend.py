@@ -126,6 +126,7 @@ class Backend:
         name = f"graph {number}"
 
         observers = observers_of(Subject(name, chosen, executor_log))
+        _torch.note_names(gm)
         observers.traced(gm, "dynamo")
         if again:
             log.info("%s: compiled again, because Dynamo says: %s", name, again)

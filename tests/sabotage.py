@@ -2860,6 +2860,20 @@ FAULTS = (
         "test_contract_aliases.py::test_results_that_are_parameters[cpu]",
     ),
     Fault(
+        "inputs-without-names",
+        "_torch.symbols:note_names",
+        "_as_written(source)",
+        "''",
+        "test_names.py::test_names_of_inputs",
+    ),
+    Fault(
+        "backward-without-names",
+        "compiling.joint_graph:Halves._traced",
+        "_torch.name_inputs(placeholders[:count], self.gm)",
+        "{}",
+        "test_names.py::test_both_halves_of_training",
+    ),
+    Fault(
         "outs-forgotten",
         "compiling.lowering:_traced.compiled_by_us",
         "lost_outs(module, outs)",

@@ -31,7 +31,46 @@ def name_of(number: Any) -> str:
     if not isinstance(number, torch.SymInt) or not number.node.expr.is_symbol:
         return ""
     sources = number.node.shape_env.var_to_sources.get(number.node.expr, ())
-    return re.sub(r"\bL\['(\w+)'\]", r"\1", str(sources[0].name)) if sources else ""
+    return _as_written(sources[0]) if sources else ""
+
+
+def _as_written(source: Any) -> str:
+    """Where Dynamo reads an input, as users write it: ``x``, ``batch['ids']``, ``self.layers[0].weight``."""
+    name = re.sub(r"\b[LG]\['(\w+)'\]", r"\1", str(source.name() if callable(source.name) else source.name))
+    return re.sub(
+        r"\._(?:modules|parameters|buffers)\['(\w+)'\]",
+        lambda found: f"[{found[1]}]" if found[1].isdigit() else f".{found[1]}",
+        name,
+    )
+
+
+NAME = "breakable_cg_name"
+
+
+def note_names(gm: fx.GraphModule) -> None:
+    """Note for each input of Dynamo's graph what users call it. Dynamo forgets it when the graph is compiled."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if (source := getattr(node.meta.get("grapharg"), "source", None)) is not None:
+            node.meta[NAME] = _as_written(source)
+
+
+def name_inputs(nodes: Sequence[fx.Node], gm: fx.GraphModule) -> dict[str, str]:
+    """Give ``nodes``, placeholders of a trace of ``gm``, the names that :func:`note_names` noted: ``self_layers_0_weight``.
+
+    Returns the new name of each node, by its old one.
+    """
+    given, renamed = gm.graph.find_nodes(op="placeholder"), dict[str, str]()
+    for place, node in enumerate(nodes):
+        kind, parts = node.meta.get("desc"), list[str]()
+        while (whole := getattr(kind, "base", None)) is not None:  # a part of a tensor subclass
+            parts.insert(0, getattr(kind, "attr", "size"))
+            kind = whole
+        place = place if kind is None else getattr(kind, "idx", len(given))
+        if place < len(given) and (name := given[place].meta.get(NAME)):
+            before = node.name
+            node._rename(re.sub(r"\W+", "_", ".".join((name, *parts))).strip("_"))
+            node.target = renamed[before] = node.name
+    return renamed
 
 
 def fresh_int(tensor: Any) -> Any:

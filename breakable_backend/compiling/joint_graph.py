@@ -333,13 +333,15 @@ class Halves:
             module = _torch.trace_joint(both, [*values, *tangents])
         returned: Any = module.graph.output_node().args[0]
         outputs, gradients = returned
+        placeholders = tuple(module.graph.find_nodes(op="placeholder"))
+        renamed = _torch.name_inputs(placeholders[:count], self.gm)
         joint = _Joint(
             module,
-            facts["forward"],
+            frozenset(renamed.get(name, name) for name in facts["forward"]),
             tuple(outputs),
             tuple(gradients),
             tuple(facts["differentiable"]),
-            tuple(module.graph.find_nodes(op="placeholder")),
+            placeholders,
             tuple(facts["given"]),
             tuple(facts["written"]),
         )

@@ -103,6 +103,7 @@ def _traced(
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         nonlocal written
         _torch.forget_effect_tokens()
+        _torch.name_inputs(module.graph.find_nodes(op="placeholder"), gm)
         written = None if autocast else _torch.written_without_wrappers(gm, module)
         out_of_place_views(module)
         if lost := lost_outs(module, outs):

@@ -446,7 +446,7 @@ def test_argument(unguarded: Callable[..., Any], wrong: Tensor, described: str) 
         unguarded(wrong)
     assert type(caught.value) is ReplayError
     assert text_of(caught.value) == (
-        f"argument arg0_1 is {described}, but was recorded as float32[3] with stride [1] on cpu\n"
+        f"argument x is {described}, but was recorded as float32[3] with stride [1] on cpu\n"
         "  at model.py:2 in f: def f(x):\n"
         "  Dynamo's guards recompile for such calls: do not filter them out (guard_filter_fn)"
     )

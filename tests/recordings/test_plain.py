@@ -119,10 +119,10 @@ def test_source(device: torch.device, options: dict[str, Any]) -> None:
         "\n".join(line.partition("  #")[0] for line in source.splitlines()),
         """\
 def replay(args, stream):
-    arg0_1 = args[0]
+    x = args[0]
     args.clear()
-    sin = aten_sin_default(arg0_1)
-    del arg0_1
+    sin = aten_sin_default(x)
+    del x
     view = aten_view_default(sin, [2, 2])
     del sin
     triple = silly_triple_default(view)

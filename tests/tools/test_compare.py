@@ -275,7 +275,7 @@ def test_stale_bridge(device: torch.device, compared: dict[str, Any], monkeypatc
     error = diverges(compiled, device, "stale bridge")
     assert (error.step, error.kind, error.op) == (0, "captured", "aten::sin")
     assert "in in_steps: y = x.sin() + 1" in error.where
-    assert error.value == "the bridge of arg0_1"
+    assert error.value == "the bridge of x"
     assert (error.difference.count, error.difference.total, error.difference.first) == (4, 4, (0,))
     assert (error.difference.max_abs, error.difference.got, error.difference.want) == (1.0, "1.0", "2.0")
 
@@ -879,7 +879,7 @@ def test_first_replay_looks_at_bridges(device: torch.device, options: dict[str, 
     run(compiled, device, 2)
     recording = entry_of(compiled).recording
     assert recording is not None
-    (bridge,) = (value for name, value in recording.constants.items() if name == "arg0_1.bridge")
+    (bridge,) = (value for name, value in recording.constants.items() if name == "x.bridge")
     if fault == "moved":
         bridge.tensor.set_(torch.zeros(4, device=device))
     else:
@@ -887,7 +887,7 @@ def test_first_replay_looks_at_bridges(device: torch.device, options: dict[str, 
     error = diverges(compiled, device, "address moved")
     fate = "was freed" if fault == "freed" else "is not where it was when they were captured"
     assert str(error) == (
-        f"captured segments read the bridge arg0_1.bridge at its address, but it {fate}: this looks like address moved\n"
+        f"captured segments read the bridge x.bridge at its address, but it {fate}: this looks like address moved\n"
         f"  at {error.where}\n"
         "  keep the tensor, and write new values into it in place (copy_), or pass it as an argument"
     )

@@ -270,7 +270,7 @@ def test_segment_runs_alone(device: torch.device, options: dict[str, Any]) -> No
     scope: dict[str, Any] = {}
     exec(compile(sources.segment_text(program, 2), "segment.py", "exec"), scope)
     triple, x = torch.randn(4, device=device), torch.randn(4, device=device)
-    assert program.segments[2].inputs == ("triple", "arg0_1")
+    assert program.segments[2].inputs == ("triple", "x")
     for mine, theirs in zip(scope["Segment"]()(triple, x), program.segments[2].module(triple, x), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -307,11 +307,11 @@ def test_whole_text() -> None:
         """\
 # graph 0
 # program on cpu: 2 captured, 1 eager
-#   input arg0_1: tensor float32[4] cpu
+#   input x: tensor float32[4] cpu
 #   input _tensor_constant0: constant float32[] cpu
 #   segment 0: captured
-#     reads arg0_1@0, _tensor_constant0@0
-#     sin = aten.sin.default(arg0_1)
+#     reads x@0, _tensor_constant0@0
+#     sin = aten.sin.default(x)
 #     lift_fresh_copy = aten.lift_fresh_copy.default(_tensor_constant0)
 #     add = aten.add.Tensor(sin, lift_fresh_copy)
 #     makes add
@@ -321,10 +321,10 @@ def test_whole_text() -> None:
 #     triple = silly.triple.default(add)
 #     makes triple
 #   segment 2: captured
-#     reads triple@0, arg0_1@0
+#     reads triple@0, x@0
 #     mul = aten.mul.Tensor(triple, 2)
 #     cos = aten.cos.default(mul)
-#     add_1 = aten.add.Tensor(cos, arg0_1)
+#     add_1 = aten.add.Tensor(cos, x)
 #     makes add_1
 #   view = aten.view.default(triple, [2, -1])
 #   returns add_1, view
@@ -333,20 +333,20 @@ from math import inf, nan
 import torch
 from torch import device
 class Program(torch.nn.Module):
-    def forward(self, arg0_1: "f32[4]"):
+    def forward(self, x: "f32[4]"):
         # No stacktrace found for following nodes
         _tensor_constant0 = self._tensor_constant0
-        segment_0_captured = self.segment_0_captured(arg0_1, _tensor_constant0);  _tensor_constant0 = None
+        segment_0_captured = self.segment_0_captured(x, _tensor_constant0);  _tensor_constant0 = None
         add = segment_0_captured[0];  segment_0_captured = None
         segment_1_eager = self.segment_1_eager(add);  add = None
         triple = segment_1_eager[0];  segment_1_eager = None
-        segment_2_captured = self.segment_2_captured(triple, arg0_1);  arg0_1 = None
+        segment_2_captured = self.segment_2_captured(triple, x);  x = None
         add_1 = segment_2_captured[0];  segment_2_captured = None
         outputs = self.outputs(add_1, triple);  add_1 = triple = None
         return outputs
     class segment_0_captured(torch.nn.Module):
-        def forward(self, arg0_1: "f32[4]", _tensor_constant0: "f32[]"):
-            sin: "f32[4]" = torch.ops.aten.sin.default(arg0_1);  arg0_1 = None
+        def forward(self, x: "f32[4]", _tensor_constant0: "f32[]"):
+            sin: "f32[4]" = torch.ops.aten.sin.default(x);  x = None
             lift_fresh_copy: "f32[]" = torch.ops.aten.lift_fresh_copy.default(_tensor_constant0);  _tensor_constant0 = None
             add: "f32[4]" = torch.ops.aten.add.Tensor(sin, lift_fresh_copy);  sin = lift_fresh_copy = None
             return (add,)
@@ -355,10 +355,10 @@ class Program(torch.nn.Module):
             triple: "f32[4]" = torch.ops.silly.triple.default(add);  add = None
             return (triple,)
     class segment_2_captured(torch.nn.Module):
-        def forward(self, triple: "f32[4]", arg0_1: "f32[4]"):
+        def forward(self, triple: "f32[4]", x: "f32[4]"):
             mul: "f32[4]" = torch.ops.aten.mul.Tensor(triple, 2);  triple = None
             cos: "f32[4]" = torch.ops.aten.cos.default(mul);  mul = None
-            add_1: "f32[4]" = torch.ops.aten.add.Tensor(cos, arg0_1);  cos = arg0_1 = None
+            add_1: "f32[4]" = torch.ops.aten.add.Tensor(cos, x);  cos = x = None
             return (add_1,)
     class outputs(torch.nn.Module):
         def forward(self, add_1: "f32[4]", triple: "f32[4]"):
