@@ -372,6 +372,13 @@ FAULTS = (
         "test_training.py::test_memory_that_is_freed_between_steps[cpu-True]",
     ),
     Fault(
+        "a-backward-is-kept-for-each-set-of-results",
+        "calling.training:Training._backward",
+        "self._leave(TOO_MANY_PATTERNS)",
+        "pass",
+        "test_training.py::test_too_many_patterns[cpu]",
+    ),
+    Fault(
         "gradients-placed-otherwise-are-an-error-each-time",
         "calling.training:Training._backward",
         "self._leave(f'it needs gradients, and some came in that it was not traced for: {why}')",

@@ -53,6 +53,9 @@ MAX_SLOTS = 4
 MAX_SIZES = 8
 """How many sets of sizes and floats of one graph are captured."""
 
+MAX_PATTERNS = 16
+"""For how many patterns of gradients a backward of one graph is traced."""
+
 LEARNING = "it needs gradients, and no backward has been seen that tells how"
 """Why the first calls are eager."""
 
@@ -476,6 +479,8 @@ class Training:
                 if self._guess is not None and self._guess[0] == pattern:  # it has served plain forwards alone
                     del self.backwards[self._guess]
                 self._guess = None
+                if len(self.halves.backwards) == MAX_PATTERNS and pattern not in self.halves.backwards:
+                    self._leave(TOO_MANY_PATTERNS)
                 try:
                     with self._modes.enter():
                         backward = self.halves.backward(pattern)
@@ -719,6 +724,8 @@ class Others:
     uncaptured: EagerGraph
     callers: Callers
 
+
+TOO_MANY_PATTERNS = f"it needs gradients, and more than {MAX_PATTERNS} sets of its results, or layouts, came with some"
 
 TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes and floats"
 

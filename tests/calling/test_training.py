@@ -23,7 +23,7 @@ import breakable_backend
 from breakable_backend import DivergenceError, EagerOutputError, ReplayError, eager_on_graph, eager_region
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.compiled_graph import REFILLED
-from breakable_backend.calling.training import MAX_SIZES, MAX_SLOTS, ForwardExecutor
+from breakable_backend.calling.training import MAX_PATTERNS, MAX_SIZES, MAX_SLOTS, ForwardExecutor
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
 from checks import assert_same, random_states, refill
@@ -1573,6 +1573,37 @@ def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:
     assert len([p for p in report.programs if p.replays and p.name.startswith("forward")]) == MAX_SIZES
     (graph,) = report.eager_graphs
     assert "more than 8 sets of sizes" in graph.why
+
+
+def test_too_many_patterns(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 9 and 10: no more backwards are kept than a bound allows, however many sets of results are run backward."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.heads = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 2) for _ in range(5))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            x = self.body(x).tanh()
+            return [head(x) for head in self.heads]
+
+    model = Heads().to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    sets = [[number for number in range(5) if kind >> number & 1] for kind in range(1, 32)]
+    for wanted in (sets[-1], sets[-1], *sets[: MAX_PATTERNS + 3]):
+        x = torch.rand(3, 4, device=device)
+        found = []
+        for function in (compiled, model):
+            model.zero_grad()
+            results, pending = function(x), function(x)
+            for each in (results, pending):
+                torch.stack([each[number] for number in wanted]).square().sum().backward()
+            found.append(state_of(model))
+        assert_same(*found)
+        assert len(executors_of(compiled)) <= 1 + MAX_PATTERNS + 1, "a forward, its backwards, and the one too many"
+    report = breakable_backend.explain(compiled)
+    assert "more than 16 sets of its results" in str(report)
+    assert not any(program.recordings for program in report.programs)
 
 
 def test_graphs_that_are_not_taken(device: torch.device, options: dict[str, Any]) -> None:

@@ -188,7 +188,7 @@ def test_limits_page() -> None:
         "KEPT_INPUT": copies.KEPT_INPUT,
         "HEADROOM": cuda.HEADROOM,
     }
-    everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_SIZES", "UNUSED")}
+    everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_PATTERNS", "MAX_SIZES", "UNUSED")}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits
 
