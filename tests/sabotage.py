@@ -379,12 +379,18 @@ FAULTS = (
         "test_training.py::test_too_many_patterns[cpu]",
     ),
     Fault(
-        "gradients-placed-otherwise-are-an-error-each-time",
+        "gradients-that-cannot-be-traced-are-an-error-each-time",
         "calling.training:Training._backward",
         "self._leave(f'it needs gradients, and some came in that it was not traced for: {why}')",
         "pass",
+        "test_training.py::test_gradients_that_cannot_be_traced[cpu]",
+    ),
+    Fault(
+        "a-gradient-is-placed-as-in-the-last-trace",
+        "calling.training:Training.gradients",
+        "zip(made, backward.wholes, strict=True)",
+        "zip(made, self.halves._wholes(), strict=True)",
         "test_training.py::test_gradients_that_are_placed_otherwise_by_result[cpu]",
-        since="2.13",
     ),
     Fault(
         "a-second-forward-draws-what-another-thread-left",
@@ -403,7 +409,7 @@ FAULTS = (
     Fault(
         "a-gradient-of-a-subclass-is-placed-like-its-weight",
         "compiling.flat_inputs:_Apart.backward",
-        "what.gradient.made(iter(plain))",
+        "plain[0].gradient_of.made(iter(plain))",
         "what.made(iter(plain))",
         "test_ranks.py::test_gradients_that_are_placed_otherwise[cpu]",
     ),

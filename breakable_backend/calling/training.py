@@ -461,7 +461,11 @@ class Training:
         except EagerOutputError as error:
             self._leave(f"it needs gradients, and {error.what}")
             raise
-        return [clone_exact(value) if place in backward.entangled else value for place, value in enumerate(made)]
+        made = [clone_exact(value) if place in backward.entangled else value for place, value in enumerate(made)]
+        for value, whole in zip(made, backward.wholes, strict=True):
+            if value is not None and whole is not None:
+                value.gradient_of = whole
+        return made
 
     def _backward(self, pattern: Pattern, static: frozenset[str] | None) -> tuple[Backward, Executor]:
         """The backward for ``pattern``, and its executor for a forward whose ``static`` values are fixed (None: plain)."""

@@ -195,7 +195,7 @@ class Wrapped:
         self.count: int = sum(1 if part is None else part.count for part in self.parts.values())
         """How many plain tensors it consists of."""
         self.gradient: Wrapped | None = None
-        """How its gradients are put together: a DTensor's gradient may be placed otherwise. None until one was seen."""
+        """How the gradient of the last trace is put together: that of a DTensor may be placed otherwise than itself."""
         self.__name__ = self.__qualname__ = self.kind.__name__
 
     def inner(self, tensor: Any) -> list[torch.Tensor]:
@@ -221,15 +221,12 @@ class Wrapped:
         """The plain tensors of a gradient.
 
         Raises:
-            CannotLower: it is put together otherwise than the last one, or is no such subclass.
+            CannotLower: it is no such subclass.
         """
         if type(gradient) is not self.kind:
             raise CannotLower(f"the gradient of a {self.kind.__name__} is a {type(gradient).__name__}")
-        how = Wrapped(gradient)
-        if self.gradient is not None and self.gradient.context != how.context:
-            raise CannotLower(f"gradients of a {self.kind.__name__} are put together in several ways")
-        self.gradient = how
-        return how.inner(gradient)
+        self.gradient = Wrapped(gradient)
+        return self.gradient.inner(gradient)
 
 
 def _what(example: Any) -> Wrapped | Constant | None:
@@ -240,7 +237,10 @@ def _what(example: Any) -> Wrapped | Constant | None:
 
 
 class _Apart(torch.autograd.Function):
-    """The inner tensors of subclasses that need gradients."""
+    """The inner tensors of subclasses that need gradients.
+
+    The attribute ``gradient_of`` of a gradient is the :class:`Wrapped` of which it is a part: each backward has its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, wrapped: Sequence[Wrapped], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -252,11 +252,11 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         left, made = iter(grads), list[Any]()
         for what in ctx.wrapped:
             plain = list(itertools.islice(left, what.count))
-            made.append(None if None in plain else what.gradient.made(iter(plain)))
+            made.append(None if None in plain else plain[0].gradient_of.made(iter(plain)))
         return None, *made
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.compiling.flat_inputs import PART
+from breakable_backend.compiling.flat_inputs import PART, Wrapped
 from breakable_backend.compiling.lowering import (
     CannotLower,
     Lowered,
@@ -93,6 +93,8 @@ class Backward:
     """Its last arguments: incoming gradients, by the places of their outputs among the differentiable ones."""
     entangled: frozenset[int]
     """Gradients that share memory with its arguments, or with gradients before them."""
+    wholes: tuple[Wrapped | None, ...]
+    """For each gradient: of what it is a part, if it is one."""
 
     def lowered(self, static_inputs: frozenset[int], static_saved: frozenset[str]) -> Lowered:
         """The graph from which a program is made: inputs and saved values with fixed addresses are static."""
@@ -117,6 +119,8 @@ class _Joint:
     """The places of the incoming gradients among the differentiable outputs."""
     written: tuple[int, ...]
     """Inputs whose version is counted up."""
+    wholes: tuple[Wrapped | None, ...]
+    """For each gradient: of what it is a part, if it is one."""
 
     def second(self) -> Iterator[fx.Node]:
         """The calls of the backward."""
@@ -276,6 +280,13 @@ class Halves:
             raise CannotLower("its backward takes what the forward did not keep for it")
         return _backward(joint, self.forward.saved)
 
+    def _wholes(self) -> tuple[Wrapped | None, ...]:
+        """For each gradient that was just traced: of what it is a part, if it is one."""
+        made = (node for node in self.gm.graph.nodes if isinstance(node.target, Wrapped))
+        wholes = {part.name: node.target.gradient for node in made for part in node.args}
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        return tuple(wholes.get(placeholders[index].name) for index in self.wanted)
+
     def _joint(self, pattern: Pattern | None) -> _Joint:
         """Trace both halves for the gradients of ``pattern``. None: a gradient for each output, of the output's layout."""
         try:
@@ -331,6 +342,7 @@ class Halves:
                 return tuple(outputs), gradients
 
             module = _torch.trace_joint(both, [*values, *tangents])
+            wholes = self._wholes()
         returned: Any = module.graph.output_node().args[0]
         outputs, gradients = returned
         placeholders = tuple(module.graph.find_nodes(op="placeholder"))
@@ -344,6 +356,7 @@ class Halves:
             placeholders,
             tuple(facts["given"]),
             tuple(facts["written"]),
+            wholes,
         )
         _check(joint, count)
         if _has_checkpoint(self.gm) and any(_may_draw(node.target) for node in joint.second()):
@@ -646,7 +659,7 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
     graph.output(tuple(gradients))
     module = fx.GraphModule(joint.module, graph)
     out_of_place_views(module)
-    return Backward(module, taken, indices, joint.given, _entangled(module))
+    return Backward(module, taken, indices, joint.given, _entangled(module), joint.wholes)
 
 
 def _maker(node: fx.Node) -> fx.Node:

@@ -24,6 +24,8 @@ from breakable_backend import DivergenceError, EagerOutputError, ReplayError, ea
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.compiled_graph import REFILLED
 from breakable_backend.calling.training import MAX_PATTERNS, MAX_SIZES, MAX_SLOTS, ForwardExecutor
+from breakable_backend.compiling.joint_graph import Halves
+from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
 from checks import assert_same, random_states, refill
@@ -1531,7 +1533,7 @@ def test_frozen_weights_of_a_subclass(dynamic: bool, device: torch.device, optio
 def test_gradients_that_are_placed_otherwise_by_result(
     device: torch.device, options: dict[str, Any], group: Any
 ) -> None:
-    """If another result's backward places a DTensor's gradient otherwise, it is an error at most once, and then eager."""
+    """Line 1: each backward places a DTensor's gradient as eager does, whichever results it is for, and is captured."""
     mesh = init_device_mesh(device.type, (1,))
 
     def both(x: Tensor, weight: DTensor) -> tuple[Tensor, Tensor]:
@@ -1541,20 +1543,47 @@ def test_gradients_that_are_placed_otherwise_by_result(
     compiled = torch.compile(both, backend="breakable_cg", options={**options, "training": True})
     weight = distribute_tensor(torch.randn(4, 4, device=device), mesh, [Replicate()]).requires_grad_()
 
-    def grad(function: Callable[..., Any], number: int) -> DTensor:
-        (made,) = torch.autograd.grad(function(torch.ones(4, 4, device=device), weight)[number].sum(), weight)
-        return made
+    def grads(function: Callable[..., Any], *numbers: int) -> list[DTensor]:
+        results = function(torch.ones(4, 4, device=device), weight)
+        return [torch.autograd.grad(results[n].sum(), weight, retain_graph=True)[0] for n in numbers]
 
-    for _ in range(4):
-        assert grad(compiled, 0).placements == grad(both, 0).placements
-    if torch.__version__ >= "2.13":  # a TorchVersion. Older ones tell of the other placement when the graph is traced
-        with pytest.raises(ReplayError, match="not traced for: gradients of a DTensor") as caught:
-            grad(compiled, 1)
-        assert "it is eager from now on" in str(caught.value)
+    placements = set()
+    for numbers in ((0, 1), (0,), (1,), (0,), (1,), (0, 1), (1, 0), (0,), (1,), (1, 0, 1)):
+        for mine, theirs in zip(grads(compiled, *numbers), grads(both, *numbers), strict=True):
+            assert mine.placements == theirs.placements
+            assert_same(mine.to_local(), theirs.to_local())
+            placements.add(mine.placements)
+    assert len(placements) == 2
+    programs = breakable_backend.explain(compiled).programs
+    assert [program.replays >= 3 for program in programs] == [True] * 3, programs
+
+
+def test_gradients_that_cannot_be_traced(
+    device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line 9: gradients for which no backward can be traced are an error once, and the graph is eager from then on."""
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x.sin() * 2).exp(), x.cos() * 3
+
+    compiled, x = torch.compile(both, backend="breakable_cg", options=options), torch.rand(4, device=device)
+    x.requires_grad_()
+
+    def grad(function: Callable[..., Any], number: int) -> Tensor:
+        return torch.autograd.grad(function(x)[number].sum(), x)[0]
+
+    for _ in range(3):
+        assert_same(grad(compiled, 0), grad(both, 0))
+
+    def refused(halves: Halves, joint: Any) -> Any:
+        raise CannotLower("no reason")
+
+    monkeypatch.setattr(Halves, "_backward", refused)
+    with pytest.raises(ReplayError, match="not traced for: no reason") as caught:
+        grad(compiled, 1)
+    assert "it is eager from now on" in str(caught.value)
     for number in (1, 0, 1):
-        mine, theirs = grad(compiled, number), grad(both, number)
-        assert mine.placements == theirs.placements
-        assert_same(mine.to_local(), theirs.to_local())
+        assert_same(grad(compiled, number), grad(both, number))
 
 
 def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:

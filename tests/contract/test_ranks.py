@@ -544,6 +544,38 @@ def planned_training(device: torch.device) -> None:
     assert [p.replays >= 4 for p in programs] == [True, True], programs
 
 
+def placed(device: torch.device) -> None:
+    """Results whose backwards place a weight's gradient otherwise: a part of a sum on each rank, or the same on all."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    torch.manual_seed(0)
+    weight = distribute_tensor(torch.randn(4, 4, device=device), mesh, [Replicate()]).requires_grad_()
+    same = torch.randn(4, 4, device=device)
+
+    def both(rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        first = DTensor.from_local(rows, mesh, [Shard(0)]) @ weight
+        second = DTensor.from_local(whole, mesh, [Replicate()]) @ weight
+        return first.to_local().sin(), second.to_local().cos()
+
+    compiled = torch.compile(both, backend="breakable_cg", options=options_on(device))
+    seen = []
+    for step in range(15):
+        rows = torch.randn(3, 4, device=device) + dist.get_rank()
+        taken, found = ((0,), (1,), (0, 1))[step % 3], []
+        for function in (compiled, both):
+            results = function(rows, same)
+            sum(results[number].square().sum() for number in taken).backward()
+            found.append((results[0].detach(), weight.grad.placements, local(weight.grad)))
+            weight.grad = None
+        assert_same(*found, f"step {step}")
+        seen.append(found[0][1])
+    assert len(set(seen)) == 2, seen
+    programs = explain(compiled).programs
+    assert [program.replays >= 2 for program in programs] == [True] * 4, programs
+
+
 def by_hand(device: torch.device) -> None:
     """Collectives under ``capture``, with an eager step between them."""
     group, x = world(), values(device)
@@ -588,6 +620,12 @@ def left_alone(device: torch.device) -> None:
 def test_plans_in_training(size: int, kind: str, tmp_path: Path) -> None:
     """Lines 1 and 3: a model of DTensors trains as in eager, with forward and backward captured, and notices writes."""
     spawn(planned_training, size, kind, tmp_path)
+
+
+@on_each_kind
+def test_gradients_that_are_placed_by_result(kind: str, tmp_path: Path) -> None:
+    """Line 1: a gradient of a DTensor is placed as in eager, whichever results of a graph a step runs backward."""
+    spawn(placed, 2, kind, tmp_path)
 
 
 @on_each_kind
