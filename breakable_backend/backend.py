@@ -159,19 +159,21 @@ class Backend:
         if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None:
             try:
                 plain = PlainGraph.of(gm, example_inputs)
-                return plain.around(self._training(Halves.of(plain.module, eager_ops), make, number))
+                return plain.around(self._training(Halves.of(plain.module, eager_ops), make, number, chosen.auto_break))
             except CannotLower as why:
                 refused = str(why)
         return flat.around(self._eagerly(number, flat.module, refused, chosen))
 
-    def _training(self, halves: Halves, make: Callable[..., Executor], number: int) -> Callable[..., Any]:
+    def _training(
+        self, halves: Halves, make: Callable[..., Executor], number: int, auto_break: bool
+    ) -> Callable[..., Any]:
         name, source = f"graph {number}", _last_line(halves.gm)
         training: Training | BySize
         if halves.varying:
             file = functools.partial(registry.as_traced.add, number=number)
-            training = BySize(halves, make, name, source, self._warn_once, file, as_eager)
+            training = BySize(halves, make, name, source, self._warn_once, auto_break, file, as_eager)
         else:
-            training = Training(halves, as_eager(halves.gm), make, name, source, self._warn_once)
+            training = Training(halves, as_eager(halves.gm), make, name, source, self._warn_once, auto_break)
             registry.as_traced.add(training, number)
 
         def train(*args: Any) -> Any:

@@ -2873,6 +2873,13 @@ FAULTS = (
         "test_contract_aliases.py::test_results_that_are_parameters[cpu]",
     ),
     Fault(
+        "stays-eager-in-silence",
+        "calling.training:Training.__call__",
+        "self.for_good and (not self.auto_break)",
+        "False",
+        "test_contract_reasons.py::test_auto_break_off_and_what_a_backward_shows[cpu-create_graph=True-4-None]",
+    ),
+    Fault(
         "inputs-without-names",
         "_torch.symbols:note_names",
         "_as_written(source)",

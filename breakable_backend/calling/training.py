@@ -35,7 +35,7 @@ from breakable_backend.compiling.flat_inputs import Whole
 from breakable_backend.compiling.joint_graph import Backward, Forward, Halves, Pattern
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.errors import EagerOutputError, ReplayError
+from breakable_backend.errors import EagerOutputError, PartitionError, ReplayError
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry, TensorSpec
@@ -304,6 +304,7 @@ class Training:
         name: the name of the graph.
         source: the user's last line in it.
         warn: warns the user, once for each text.
+        auto_break: whether it may stay eager. Otherwise each call is an error once it is known that it has to.
     """
 
     def __init__(
@@ -314,9 +315,10 @@ class Training:
         name: str,
         source: str,
         warn: Callable[[str], None],
+        auto_break: bool,
     ) -> None:
         self.halves, self.eager, self.make, self.name, self.source = halves, eager, make, name, source
-        self.warn = warn
+        self.warn, self.auto_break = warn, auto_break
         self.callers = Callers()
         self.parts = halves.parts
         self.why = LEARNING
@@ -354,6 +356,12 @@ class Training:
                 self.why = f"it needs gradients, and {why}"
             return self.eager(*args)
         if self.why and (self.for_good or not self._ready(args)):
+            if self.for_good and not self.auto_break:
+                raise PartitionError(
+                    f"{self.name} cannot be captured: {self.why}",
+                    where=self.source,
+                    fix=f"let it run eagerly: auto_break=True; or {WAY_OUT}",
+                )
             return self._learn(args)
         forward = self.halves.forward
         assert forward is not None
@@ -667,11 +675,12 @@ class BySize:
         name: str,
         source: str,
         warn: Callable[[str], None],
+        auto_break: bool,
         file: Callable[[Any], None],
         as_eager: Callable[..., Any],
     ) -> None:
         self.halves, self.make, self.name, self.source = halves, make, name, source
-        self.warn, self.file = warn, file
+        self.warn, self.auto_break, self.file = warn, auto_break, file
         self.as_eager = as_eager
         """Makes the function that runs a graph as Dynamo traced it."""
         self.eager = as_eager(halves.gm)
@@ -714,7 +723,7 @@ class BySize:
             if values
         ]
         name = f"{self.name} for {' and '.join(of)}" if of else self.name
-        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source, self.warn)
+        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source, self.warn, self.auto_break)
         training.callers, training._modes = self.callers, self._modes
         self.known[key] = training
         self.file(training)

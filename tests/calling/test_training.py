@@ -1225,7 +1225,7 @@ def test_memory_that_is_freed_between_steps(within: bool, device: torch.device, 
     assert [len(program.recordings) for program in programs] == [1, 1]
     weights = [p.shape for p in module.parameters()]
     for executor in executors_of(compiled):
-        of_weights = [v for v in executor.program.inputs if v.name.startswith("arg") and v.value.shape in weights]
+        of_weights = [v for v in executor.program.inputs if v.name.startswith("self_") and v.value.shape in weights]
         moving = [value.name for value in of_weights if value.kind != "static"]
         assert executor.notes == [f"{moving[0]}: read in place, and {REFILLED}: copied in"], executor.notes
         assert (len(moving), len(of_weights)) in [(1, 4), (1, 2)], of_weights

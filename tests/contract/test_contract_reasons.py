@@ -280,6 +280,58 @@ def test_auto_break_off_and_a_mark(device: torch.device, options: dict[str, Any]
     )
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("late", [0, 4])
+@pytest.mark.parametrize("why", ["another formula for ProdBackward0", "create_graph=True"])
+def test_auto_break_off_and_what_a_backward_shows(
+    why: str, late: int, dynamic: bool | None, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 9: with ``auto_break=False`` a training graph that has to stay eager is a PartitionError of each call from then on.
+
+    The backward that shows it is eager's, and right.
+    """
+
+    def f(x: Tensor, weight: Tensor) -> Tensor:
+        made = (x * weight).sin()
+        return made.prod() if "Prod" in why else made.cos() + 1
+
+    if late and "Prod" in why:
+        pytest.skip("the trace shows it at once")
+    compiled = torch.compile(f, backend="breakable_cg", options={**options, "auto_break": False}, dynamic=dynamic)
+    weights = [torch.rand(4, device=device, requires_grad=True) for _ in range(2)]
+    weights[1].data.copy_(weights[0])
+    weights[1] = weights[1].detach().requires_grad_()
+    for number in range(late + 1):
+        x, again = torch.rand(4, device=device), number == late and "create_graph" in why
+        for function, weight in zip((compiled, f), weights, strict=True):
+            (gradient,) = torch.autograd.grad(function(x, weight).sum(), weight, create_graph=again)
+            weight.data.sub_(gradient.detach())
+        assert torch.equal(*weights)
+    for _ in range(3):
+        with pytest.raises(PartitionError, match=f"cannot be captured: it needs gradients, .*{why}") as caught:
+            compiled(x, weights[0])
+        assert "in f: return made.prod()" in str(caught.value)
+        assert "options={'training': False}" in str(caught.value)
+
+
+def test_auto_break_off_and_no_backward(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: ``auto_break=False`` does not ask for a backward. Calls that cannot be captured as they are made are eager."""
+    compiled = torch.compile(f_of_weight, backend="breakable_cg", options={**options, "auto_break": False})
+    weight = torch.rand(4, device=device, requires_grad=True)
+    for number in range(6):
+        x = torch.rand(4, device=device)
+        made = compiled(x, weight)
+        assert_same(made, f_of_weight(x, weight))
+        if number > 2:
+            made.sum().backward()
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+                assert_same(compiled(x, weight), made)
+
+
+def f_of_weight(x: Tensor, weight: Tensor) -> Tensor:
+    return (x * weight).sin() + 1
+
+
 def test_auto_break_off_and_a_failure(device: torch.device, options: dict[str, Any]) -> None:
     """Lines 8 and 9: with ``auto_break=False`` a capture that fails is a CaptureError, and leaves the driver clean."""
     compiled = torch.compile(

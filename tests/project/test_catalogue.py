@@ -455,6 +455,11 @@ CASES: dict[str, Case] = {
         "def inferred(x):\n    with torch.inference_mode(): return x * 2  # here\n\n"
         "compile(inferred, auto_break=False)(x)"
     ),
+    "calling/training.py: cannot be captured": Case(
+        "torch.set_grad_enabled(True)\n"
+        "def product(x): return (x * 2).prod()  # here\n\n"
+        "f = compile(product, auto_break=False)\nf(leaf()).backward()\nf(leaf())"
+    ),
     "compiling/scope.py: cannot be captured": Case(
         "def masked(x):\n    y = x + 1\n    return y[y > 0]  # here\n\nwith MASKS: compile(masked, auto_break=False)(x)"
     ),
