@@ -227,7 +227,7 @@ FAULTS = (
     Fault(
         "what-a-replay-saved-is-kept",
         "capturing.gradients:Forward.__call__",
-        "self.seen(result, inputs) if self.kept.wanted else None",
+        "self.seen(result, inputs) if self.wanted else None",
         "self.seen(result, inputs)",
         "test_capture_gradients.py::test_nothing_is_kept_behind_the_backward[cpu]",
     ),
@@ -458,8 +458,8 @@ FAULTS = (
     ),
     Fault(
         "second-derivatives-of-marked-functions-are-lost",
-        "_torch.ops:once_differentiable",
-        "_leaves_behind(ctx)",
+        "_torch.autograd:once_differentiable",
+        "leaves_behind([ctx])",
         "()",
         "test_functions_gradients.py::test_second_derivatives_are_an_error[cpu-autograd]",
     ),
@@ -1318,9 +1318,9 @@ FAULTS = (
     ),
     Fault(
         "layouts-are-not-looked-at",
-        "_torch.tensors:layout_check",
-        "list(like.stride())",
-        "[None] * like.dim()",
+        "_torch.dynamo:tensors_like",
+        "[list(t.stride()) for t in tensors]",
+        "[[None] * t.dim() for t in tensors]",
         "test_bridges.py::test_quick_check[transposed-cpu]",
     ),
     Fault(

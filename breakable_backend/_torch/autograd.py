@@ -1,4 +1,4 @@
-"""Graphs that need gradients: traced together with their backward; and what autograd says about a call."""
+"""Graphs that need gradients: traced together with their backward; autograd functions, and what autograd says about a call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx import traceback as _fx_traceback
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from breakable_backend._torch.aot import Regions, traced_as_eager
+from breakable_backend._torch.as_python import hide_from_dynamo
 
 
 @contextmanager
@@ -112,19 +114,29 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
     all elements is scattered, and for a fake tensor multiplied with a mask, which gives ``-0.0``. Found by ``make sweep``
     on torch 2.13.
     """
-    left, visited = [output.grad_fn for output in outputs], set()
-    while left:
-        node = left.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        name = node.name()
+    for node in nodes_behind(output.grad_fn for output in outputs):
+        name: str = node.name()
         on_host = any(data.device.type == "cpu" for data in node._input_metadata)
         of_a_value = name == "MaskedFillBackward1" and node.next_functions[1][0] is not None
         if name in _OTHER_FOR_FAKES or (name in _OTHER_FOR_FAKES_OF_THE_HOST and on_host) or of_a_value:
             return name
-        left += [before for before, _ in node.next_functions]
     return ""
+
+
+def nodes_behind(starts: Iterable[Any], ends: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of autograd's graph that some nodes lead to, these included, each once; not ``ends``, nor what only they lead to."""
+    left, visited = list(starts), {None, *ends}
+    while left:
+        if (node := left.pop()) not in visited:
+            visited.add(node)
+            yield node
+            left += [before for before, _ in node.next_functions]
+
+
+def leaves_behind(starts: Iterable[Any], ends: Iterable[Any] = ()) -> Iterator[torch.Tensor]:
+    """The leaves among :func:`nodes_behind`."""
+    leaves = (getattr(node, "variable", None) for node in nodes_behind(starts, ends))
+    return (leaf for leaf in leaves if leaf is not None)
 
 
 def functorch_active() -> bool:
@@ -184,6 +196,64 @@ def next_node_number() -> int:
     """A number that no later node of this thread is below."""
     with torch.enable_grad():
         return node_number(torch.empty(0, requires_grad=True).view(0).grad_fn)
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which has no type annotations."""
+    return function.apply(*args)
+
+
+def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """:func:`apply_function` if no transform of ``torch.func`` is active, and no argument comes from one.
+
+    ``apply`` checks each argument for this, in Python (1 us for each, H200 host, torch 2.11). Read in torch 2.11 to
+    2.15.
+    """
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Have a second derivative through the gradients that ``backward`` returns be an error, whatever came in.
+
+    torch's decorator of this name does that only where a gradient that comes in needs gradients, and where all of a graph
+    is run backward. But those that go out depend on what the forward saved as well, and ``torch.autograd.grad`` asks for
+    some leaves: that part of a second derivative would be left out without a word. So these gradients depend on all
+    leaves behind the node.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        return refuse_second(gradients, (*grads, *leaves_behind([ctx])), lambda: RuntimeError(_TWICE))
+
+    hide_from_dynamo(cast(FunctionType, wrapper).__code__)  # a backward may run in a function that is compiled
+    return wrapper
+
+
+_TWICE = "trying to differentiate twice a function that was marked with @once_differentiable"
+"""torch's own text of this error."""
+
+
+def refuse_second(gradients: Sequence[Any], behind: Sequence[Any], error: Callable[[], Exception]) -> tuple[Any, ...]:
+    """``gradients``, with ``error`` raised where they are differentiated by anything that ``behind`` depends on."""
+    return cast(tuple[Any, ...], apply_function(_Refusal, error, len(gradients), *gradients, *behind))
+
+
+class _Refusal(torch.autograd.Function):
+    """Returns the first ``count`` of its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, error: Callable[[], Exception], count: int, *args: Any) -> Any:
+        ctx.error = error
+        return tuple(value.view_as(value) if isinstance(value, torch.Tensor) else value for value in args[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        error: Exception = ctx.error()
+        raise error
 
 
 @contextmanager

@@ -6,8 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -15,7 +14,6 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from breakable_backend._torch.as_python import hide_from_dynamo
 from breakable_backend._torch.modes import _HIDDEN_BY_MODES, _included_again
 from breakable_backend._torch.observing import plain_kernel
 from breakable_backend._torch.tensors import storage_key
@@ -73,77 +71,6 @@ def never_run_on_constants(op: OpOverload) -> None:
 def below_autograd(op: OpOverload, keys: Any, *args: Any) -> Any:
     """Call ``op`` as an autograd kernel does after its own work; ``keys`` are the dispatch keys that it got."""
     return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-
-def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, which has no type annotations."""
-    return function.apply(*args)
-
-
-def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """:func:`apply_function` if no transform of ``torch.func`` is active, and no argument comes from one.
-
-    ``apply`` checks each argument for this, in Python (1 us for each, H200 host, torch 2.11). Read in torch 2.11 to
-    2.15.
-    """
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Have a second derivative through the gradients that ``backward`` returns be an error, whatever came in.
-
-    torch's decorator of this name does that only where a gradient that comes in needs gradients, and where all of a graph
-    is run backward. But those that go out depend on what the forward saved as well, and ``torch.autograd.grad`` asks for
-    some leaves: that part of a second derivative would be left out without a word. So these gradients depend on all
-    leaves behind the node.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            gradients = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return gradients
-        return refuse_second(gradients, (*grads, *_leaves_behind(ctx)), lambda: RuntimeError(_TWICE))
-
-    hide_from_dynamo(cast(FunctionType, wrapper).__code__)  # a backward may run in a function that is compiled
-    return wrapper
-
-
-_TWICE = "trying to differentiate twice a function that was marked with @once_differentiable"
-"""torch's own text of this error."""
-
-
-def refuse_second(gradients: Sequence[Any], behind: Sequence[Any], error: Callable[[], Exception]) -> tuple[Any, ...]:
-    """``gradients``, with ``error`` raised where they are differentiated by anything that ``behind`` depends on."""
-    return cast(tuple[Any, ...], apply_function(_Refusal, error, len(gradients), *gradients, *behind))
-
-
-class _Refusal(torch.autograd.Function):
-    """Returns the first ``count`` of its arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, error: Callable[[], Exception], count: int, *args: Any) -> Any:
-        ctx.error = error
-        return tuple(value.view_as(value) if isinstance(value, torch.Tensor) else value for value in args[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Any) -> Any:
-        error: Exception = ctx.error()
-        raise error
-
-
-def _leaves_behind(node: Any) -> list[torch.Tensor]:
-    """The leaves that a node of autograd's graph leads to."""
-    left, known, found = [node], set(), []
-    while left:
-        for before, _ in left.pop().next_functions:
-            if before is not None and before not in known:
-                known.add(before)
-                left.append(before)
-                if (leaf := getattr(before, "variable", None)) is not None:
-                    found.append(leaf)
-    return found
 
 
 def overloads(target: Any) -> list[OpOverload]:

@@ -75,20 +75,6 @@ def extent(shape: Iterable[Any], stride: Iterable[Any]) -> Any:
     return length
 
 
-def layout_check(like: torch.Tensor) -> Callable[[Any], bool] | None:
-    """A check, by one C++ call, that a value is a plain tensor with the layout of ``like``: 0.14 us (0.7 in Python).
-
-    It may refuse a tensor that fits (a parameter, another mode, lazily conjugated), but accepts none that does not.
-    None if this torch has no such check. Checked on torch 2.11 to 2.15.
-    """
-    guards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
-    if guards is None:
-        return None
-    shape, stride = list(like.shape), list(like.stride())
-    check: Callable[[Any], bool] = guards(like, dynamic_dims_sizes=[shape], dynamic_dims_strides=[stride]).check
-    return check
-
-
 def _are_at(tensors: list[Any], pointers: list[int], indices: list[int]) -> bool:
     data_ptr = torch.Tensor.data_ptr
     return [data_ptr(tensors[index]) for index in indices] == [pointers[index] for index in indices]

@@ -622,7 +622,7 @@ class _OngoingCapture:
                 self.leaves |= {id(leaf): leaf for leaf in call.step.all_leaves()}
             if call is not None and call.takes_part:
                 replayed = call.step
-            returned = self._note(function, name, reason, given, parts, parts.without_gradients(result), replayed)
+            returned = self._note(function, name, reason, given, parts, result, replayed)
             self._begin()
             if call is not None and way_back is not None:
                 returned = call.through(self, way_back, result, returned, parts)
@@ -662,7 +662,7 @@ class _OngoingCapture:
         else:
             packed = replayed or _Packed(function, spec)
             calls.append(Call(base, packed, tuple(places), {}, name, reason.source, ambient=ambient))
-        fresh = parts.fresh(result)
+        fresh = [tensor.detach() if tensor.requires_grad else tensor for tensor in parts.fresh(result)]
         if not parts.is_trivial:
             calls.append(Call(f"{base}_parts", parts.check, (Variable(base),), {}, "check"))
         bridges: list[torch.Tensor] = []

@@ -14,7 +14,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol
 
@@ -45,15 +45,6 @@ class Run:
     """The detached tensors."""
 
 
-@dataclass
-class Kept:
-    """What the last replay's run has saved for its backward."""
-
-    run: Run | None = None
-    wanted: bool = False
-    """Whether the capture contains a backward through it."""
-
-
 Leaf = Callable[[], torch.Tensor]
 """Returns an autograd leaf that a marked function reads as it is. Parameters belong to the model and are not held."""
 
@@ -77,14 +68,17 @@ class Forward:
     """Those for which gradients are computed besides the detached tensors."""
     needing: tuple[bool, ...] = ()
     """Which leaves of the result need gradients."""
-    kept: Kept = field(default_factory=Kept)
+    run: Run | None = None
+    """The last replay's, with what it has saved for its backward."""
+    wanted: bool = False
+    """Whether the capture contains a backward through it."""
 
     def __call__(self, *given: Any) -> Any:
         """Run it in a replay."""
         leaves, inputs = self.cut(given)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         result = self.function(*args, **kwargs)
-        self.kept.run = self.seen(result, inputs) if self.kept.wanted else None
+        self.run = self.seen(result, inputs) if self.wanted else None
         return result
 
     def cut(self, given: Sequence[Any]) -> tuple[list[Any], tuple[torch.Tensor, ...]]:
@@ -139,10 +133,10 @@ class Backward:
     def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The gradients in a replay."""
         forward = self.forward
-        run = forward.kept.run
+        run = forward.run
         assert run is not None, "its forward is an earlier step"
         if self.last:
-            forward.kept.run = None
+            forward.run = None
         gradients = self.gradients(run, grads)
         came = tuple(gradient is not None for gradient in gradients)
         if came != self.wanted:
@@ -189,19 +183,12 @@ def leaves_behind(tensors: Sequence[torch.Tensor], since: int | None = None) -> 
     Raises:
         LookupError: they depend on something that was computed before the node number ``since`` was made.
     """
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
     yield from (tensor for tensor in tensors if tensor.grad_fn is None)
-    visited: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
+    for node in _torch.nodes_behind(tensor.grad_fn for tensor in tensors):
         if (leaf := getattr(node, "variable", None)) is not None:
             yield leaf
         elif since is not None and _torch.node_number(node) < since:
             raise LookupError
-        pending.extend(following for following, _ in node.next_functions)
 
 
 # --- while capturing ----------------------------------------------------------------------------------------------------
@@ -488,7 +475,7 @@ class _Node:
         last = not _torch.graph_is_kept()
         if last:
             self.run = None
-        self.step.kept.wanted = True
+        self.step.wanted = True
         return capture.backward(Backward(self.step, last), run, [came.get(number) for number in self.outputs])
 
 

@@ -57,11 +57,14 @@ class TensorSpec:
         steps = zip(shape, self.stride, value.stride(), strict=True)
         return 0 in shape or all(mine in (theirs, ANY) or size == 1 for size, mine, theirs in steps)
 
-    def quick_check(self) -> Callable[[Any], bool] | None:
-        """A quick check that only tensors of this spec pass, but not all of them; None if this torch has no such check."""
+    def quick_check(self) -> Callable[[Any], bool]:
+        """A quick check that only tensors of this spec pass, but not all of them: 0.14 us (:meth:`accepts` takes 0.7).
+
+        It refuses parameters, tensors of another mode, and those that are lazily conjugated.
+        """
         inference = torch.is_inference_mode_enabled()
         memory = _torch.storage_at(0, 1 << 60, self.device)  # nobody reads an element of this memory
-        return _torch.layout_check(Geometry(self, 0, inference=inference).on(memory))
+        return _torch.tensors_like([Geometry(self, 0, inference=inference).on(memory)])
 
     def empty(self) -> torch.Tensor:
         """A new tensor of this spec."""

@@ -379,16 +379,6 @@ class Parts:
             for group, span in zip(self.groups, self.spans, strict=True)
         ]
 
-    def without_gradients(self, result: Any) -> Any:
-        """``result`` with its fresh tensors detached from autograd."""
-        numbers = iter(self.leaves)
-
-        def change(value: Any) -> Any:
-            fresh = next(numbers).group >= 0
-            return value.detach() if fresh and value.requires_grad else value
-
-        return replaced(result, change)
-
     def on(self, result: Any, places: Sequence[torch.Tensor]) -> Any:
         """``result`` with its fresh tensors on ``places``, aliases kept."""
         numbers = iter(self.leaves)

@@ -71,15 +71,6 @@ def saved_behind(handle: torch.Tensor) -> SavedForBackward | None:
 def reaches_others(members: Sequence[Sequence[Member]], ends: Sequence[Any]) -> bool:
     """Whether results need gradients of tensors other than the ends, which are leaves and nodes of autograd's graph."""
     known = {id(end) for end in ends if isinstance(end, torch.Tensor)}
-    pending: list[Any] = [tensor.grad_fn for group in members for tensor, _ in group]
-    visited: set[Any] = {end for end in ends if not isinstance(end, torch.Tensor)}
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            return True
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+    nodes = (end for end in ends if not isinstance(end, torch.Tensor))
+    behind = _torch.leaves_behind((tensor.grad_fn for group in members for tensor, _ in group), nodes)
+    return any(id(leaf) not in known for leaf in behind)

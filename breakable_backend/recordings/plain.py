@@ -197,7 +197,7 @@ class _Layout:
             spec = TensorSpec(shape, stride, self.dtype, self.device)
             if len(self.known) >= self.MAX:
                 self.known.clear()
-            found = self.known[symbols] = spec.quick_check() or spec.accepts, spec
+            found = self.known[symbols] = spec.quick_check(), spec
         return found
 
 

@@ -327,7 +327,7 @@ class _Writer:
         """A quick test that only tensors of ``spec`` pass. It refuses some of them too, which a slower one then accepts."""
         quick = self.quick.get(spec)
         if quick is None:
-            quick = self.quick[spec] = spec.quick_check() or spec.accepts
+            quick = self.quick[spec] = spec.quick_check()
         return f"{self._bind('fits', quick)}({name})"
 
     def _fits_first(self, name: str, spec: TensorSpec) -> str:
