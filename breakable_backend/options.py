@@ -80,6 +80,11 @@ class Options:
         Raises:
             OptionsError: an unknown option, or a value that is not allowed. The text lists what is allowed.
         """
+        if not isinstance(given, Mapping | None):
+            raise OptionsError(
+                f"options takes a dictionary, got {given!r}",
+                fix="options={'driver': 'tape'}: names of options, with values",
+            )
         declared = _declared()
         values: dict[str, Any] = {}
         for key, text in (os.environ if environment is None else environment).items():
@@ -133,7 +138,7 @@ def _numbers(text: str) -> Any:
 def _checked(name: str, value: Any) -> Any:
     declared = _declared()
     if name not in declared:
-        near = difflib.get_close_matches(name, declared, 1)
+        near = difflib.get_close_matches(str(name), declared, 1)
         raise OptionsError(
             f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             fix=f"options are: {', '.join(declared)}",
@@ -151,7 +156,7 @@ def _checked(name: str, value: Any) -> Any:
         return value
     allowed = takes["choices"]
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        if value in takes["planned"]:
+        if isinstance(value, str) and value in takes["planned"]:
             raise OptionsError(f"option {name}={value!r} does not exist yet", fix=f"use {name}={allowed[0]!r}")
         raise OptionsError(
             f"option {name!r} does not take {value!r}", fix=f"allowed: {', '.join(repr(choice) for choice in allowed)}"

@@ -367,6 +367,9 @@ def returns(result: str, **said: str) -> str:
 
 CASES: dict[str, Case] = {
     # options, marks and machines
+    "options takes a dictionary, got": Case(
+        "torch.compile(plain, backend='breakable_cg', options=['static'])(x)  # here"
+    ),
     "unknown option": Case("compile(plain, output=1)(x)  # here"),
     "does not take": Case("compile(plain, outputs='mine')(x)  # here"),
     "option 'tolerance' does not take": Case("compile(plain, tolerance=0.1)(x)  # here"),

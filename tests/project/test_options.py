@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "inner": ("eager",),
 }
 
-REFUSED: list[tuple[str, Any]] = [
+REFUSED: list[tuple[Any, Any]] = [
     ("driver", "gpu"),
     ("driver", None),
     ("driver", 0),
@@ -49,6 +50,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("training", 1),
     ("training", "on"),
     ("inner", "nvfuser"),
+    ("inner", torch.ones(2)),
+    (1, 2),
     ("debug", True),
     ("tolerance", 1e-3),
     ("tolerance", (1e-3,)),
@@ -63,6 +66,13 @@ REFUSED: list[tuple[str, Any]] = [
 def test_defaults() -> None:
     """Nothing given gives the defaults, and those are what the class says."""
     assert Options.parse(None, {}) == Options.parse({}, {}) == Options()
+
+
+@pytest.mark.parametrize("given", [["static"], [("outputs", "static")], "static", 3])
+def test_no_dictionary(given: Any) -> None:
+    """Options that are no dictionary are an error that says so, and are not read as pairs."""
+    with pytest.raises(OptionsError, match=f"options takes a dictionary, got {re.escape(repr(given))}"):
+        Options.parse(given, {})
 
 
 def test_every_option_has_a_case() -> None:
