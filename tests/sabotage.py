@@ -527,6 +527,13 @@ FAULTS = (
         "test_training.py::test_a_second_forward_whose_argument_was_written[cpu]",
     ),
     Fault(
+        "a-second-forward-of-what-was-made-in-inference-mode",
+        "calling.training:Training.gradients_of_eager",
+        "version is None",
+        "False",
+        "test_training.py::test_an_argument_made_in_inference_mode[cpu]",
+    ),
+    Fault(
         "a-second-forward-of-other-memory",
         "calling.training:Training.gradients_of_eager",
         "args[index].data_ptr() != pointer",

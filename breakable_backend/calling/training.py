@@ -259,8 +259,8 @@ class _Drawn(NamedTuple):
         return None if before is None or after is None else cls(before, after)
 
 
-_Other = tuple[Any, int, int]
-"""An input, or a weak reference to it, with its version and its address."""
+_Other = tuple[Any, int | None, int]
+"""An input, or a weak reference to it, with its version, which a tensor made in inference mode lacks, and its address."""
 
 Make = Callable[..., Any]
 """Makes an executor of a class for a lowered graph, under a name; further arguments go to the class."""
@@ -575,10 +575,12 @@ class Training:
     def others(self, args: Sequence[Any]) -> list[_Other]:
         """The inputs that only a second forward would need. Those that move are held weakly."""
         static = self.halves.static
-        return [  # the address takes 0.04 us for each: a version does not tell that a tensor got other memory
-            (args[index] if index in static else weakref.ref(args[index]), args[index]._version, args[index].data_ptr())
-            for index in self._others
-        ]
+        found = []
+        for index in self._others:  # the address takes 0.04 us: a version does not tell that a tensor got other memory
+            value = args[index]
+            version = None if value.is_inference() else value._version
+            found.append((value if index in static else weakref.ref(value), version, value.data_ptr()))
+        return found
 
     @functools.cached_property
     def _others(self) -> tuple[int, ...]:
@@ -600,6 +602,8 @@ class Training:
         args = dict(zip(forward.inputs, inputs, strict=True))
         for index, (kept, version, pointer) in zip(self._others, others, strict=True):
             args[index] = kept() if isinstance(kept, weakref.ref) else kept
+            if version is None:
+                self.refuse(f"{why}, and an argument was made in inference mode, where nothing counts writes")
             if args[index] is None or args[index]._version != version:
                 self.refuse(f"{why}, and an argument is gone or was written")
             if args[index].data_ptr() != pointer:

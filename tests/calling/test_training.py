@@ -992,6 +992,27 @@ def test_a_second_forward_whose_argument_was_written(device: torch.device, optio
         run_backward("create_graph", y, x)
 
 
+def test_an_argument_made_in_inference_mode(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 9: a teacher's result may come in if no backward needs it; a second forward of it is an error."""
+    bias = torch.rand(4, device=device, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return (x + bias).sin()
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    for step in range(7):
+        with torch.inference_mode():
+            x = torch.rand(3, 4, device=device)
+        y = compiled(x)
+        if step < 6:
+            assert_same(torch.autograd.grad(y.sum(), bias), torch.autograd.grad(function(x).sum(), bias))
+    assert_replays(breakable_backend.explain(compiled).programs, 2)
+    with torch.inference_mode():
+        x.add_(1)
+    with pytest.raises(ReplayError, match="made in inference mode, where nothing counts writes"):
+        torch.autograd.grad(y.sum(), bias, create_graph=True)
+
+
 def test_a_second_forward_whose_argument_has_other_memory(device: torch.device, options: dict[str, Any]) -> None:
     """Lines 3 and 9: a backward that needs a second forward, one of whose arguments got other memory since, is an error."""
     bias = torch.rand(4, device=device, requires_grad=True)
