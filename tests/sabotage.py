@@ -181,6 +181,48 @@ FAULTS = (
     ),
     # --- training ---
     Fault(
+        "a-missing-gradient-is-zeros",
+        "compiling.joint_graph:Backward.gradients_in",
+        "None if terms and (not any((came[number] for number in terms))) else value",
+        "value",
+        "test_training.py::test_a_mixture_of_experts_trains[cpu-at last]",
+    ),
+    Fault(
+        "a-part-of-a-sum-is-missing-and-so-is-the-sum",
+        "compiling.joint_graph:Backward.gradients_in",
+        "not any((came[number] for number in terms))",
+        "not all((came[number] for number in terms))",
+        "test_training.py::test_a_mixture_of_experts_trains[cpu-at last]",
+    ),
+    Fault(
+        "hooks-are-called-without-a-gradient",
+        "_torch.autograd:_Spared.__call__",
+        "given is not None if self.came is None else self.came[0]",
+        "True",
+        "test_training.py::test_a_mixture_of_experts_trains[cpu-at first]",
+    ),
+    Fault(
+        "hooks-stay-wrapped",
+        "_torch.autograd:_spare",
+        "hooks[key] = hook",
+        "None",
+        "test_training.py::test_hooks_are_left_as_they_were[cpu]",
+    ),
+    Fault(
+        "a-sum-of-the-users-counts-as-autograds",
+        "_torch.autograd:adds_gradients",
+        "bool(node.meta.get('is_gradient_acc'))",
+        "True",
+        "test_training.py::test_a_gradient_of_two_functions_that_one_leaves_out[cpu]",
+    ),
+    Fault(
+        "what-stands-for-a-missing-gradient-changes-a-sign",
+        "marks.saved_for_backward:nothing_like",
+        "torch.full_like(leaf, -0.0)",
+        "torch.zeros_like(leaf)",
+        "test_training.py::test_nothing_changes_no_bit[cpu]",
+    ),
+    Fault(
         "what-is-saved-lies-in-the-shared-pool",
         "recordings.specialised:Plan.apart",
         "self.saved_from is not None or not self.fresh_outputs",
@@ -241,7 +283,7 @@ FAULTS = (
     Fault(
         "missing-gradients-change-a-sign",
         "capturing.gradients:Backward.gradients",
-        "torch.full_like(leaf, -0.0)",
+        "nothing_like(leaf)",
         "torch.zeros_like(leaf)",
         "test_capture_gradients.py::test_gradients_that_come_and_go[cpu]",
     ),

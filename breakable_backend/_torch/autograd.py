@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -99,6 +99,15 @@ def number_backward(outputs: Sequence[torch.Tensor]) -> None:
     from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
 
     setup_stacktrace_preservation_hooks([output.grad_fn for output in outputs if output.grad_fn is not None])
+
+
+def adds_gradients(node: fx.Node) -> bool:
+    """Whether a node of a traced backward is autograd's own sum of two real gradients of one value.
+
+    For complex ones ``add`` multiplies by ``alpha``, which may change the sign of a zero.
+    """
+    is_sum = node.target is torch.ops.aten.add.Tensor and bool(node.meta.get("is_gradient_acc"))
+    return is_sum and not node.meta["val"].is_complex()
 
 
 _OTHER_FOR_FAKES = {"ProdBackward0", "ProdBackward1", "CumprodBackward0", "OrmqrBackward0"}
@@ -265,3 +274,53 @@ def without_hooks(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
                 stack.callback(setattr, leaf, "_backward_hooks", hooks)
                 leaf._backward_hooks = None
         yield
+
+
+def spare_hooks(edges: Sequence[tuple[Any, int]], gradients: Sequence[Any]) -> None:
+    """Have hooks of a leaf not be called in the backward under way, if it gets no gradient. Asked in a node of that backward.
+
+    Autograd calls them with None. In eager there would be no edge to the leaf.
+
+    Args:
+        edges: from the node that asks.
+        gradients: what it gives along each. None may still become a gradient by what another node gives.
+    """
+    for (node, _), gradient in zip(edges, gradients, strict=True):
+        leaf = getattr(node, "variable", None) if gradient is None else None
+        if leaf is not None and (leaf._backward_hooks or leaf._post_accumulate_grad_hooks):
+            _spare(node, leaf)
+
+
+def _spare(node: Any, leaf: torch.Tensor) -> None:
+    before: dict[Any, Any] = leaf._backward_hooks or {}
+    after: dict[Any, Any] = leaf._post_accumulate_grad_hooks or {}
+    if any(isinstance(hook, _Spared) for hook in (*before.values(), *after.values())):
+        return  # another node of this backward gives nothing either
+    came: list[bool] = []
+
+    def look(grads: Sequence[Any]) -> None:
+        came[:] = [grads[0] is not None]
+
+    handle = node.register_prehook(look)
+    held = [(hooks, key, hook) for hooks in (before, after) for key, hook in hooks.items()]
+    for hooks, key, hook in held:
+        hooks[key] = _Spared(hook, came if hooks is after else None)
+
+    def restore() -> None:
+        handle.remove()
+        for hooks, key, hook in held:
+            if key in hooks:
+                hooks[key] = hook
+
+    torch.autograd.Variable._execution_engine.queue_callback(restore)
+
+
+class _Spared(NamedTuple):
+    """A hook, called only where there is a gradient."""
+
+    hook: Callable[[Any], Any]
+    came: list[bool] | None
+    """Behind the gradient's accumulation: whether it came. Before that None, as the hook is given the gradient."""
+
+    def __call__(self, given: Any) -> Any:
+        return self.hook(given) if (given is not None if self.came is None else self.came[0]) else None

@@ -465,11 +465,16 @@ class Training:
             *(grads[place] for place in backward.gradients),
         ]
         try:
-            made = executor(args) if ctx.captured else executor.plain(args, "its forward ran plainly")
+            made = backward.gradients_in(
+                executor(args) if ctx.captured else executor.plain(args, "its forward ran plainly")
+            )
         except EagerOutputError as error:
             self._leave(f"it needs gradients, and {error.what}")
             raise
-        made = [clone_exact(value) if place in backward.entangled else value for place, value in enumerate(made)]
+        made = [
+            clone_exact(value) if place in backward.entangled and value is not None else value
+            for place, value in enumerate(made)
+        ]
         for value, whole in zip(made, backward.wholes, strict=True):
             if value is not None and whole is not None:
                 value.gradient_of = whole
@@ -894,12 +899,17 @@ class _Captured(torch.autograd.Function):
             inputs, ctx
         ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
+        gradients: Sequence[Any]
         if why:
-            return None, *training.gradients_of_eager(why, ctx, inputs, grads)
-        if ctx.check is not None:
-            ctx.check()
-        with _without_autocast():
-            return None, *training.gradients(ctx, moving, inputs, grads)
+            gradients = training.gradients_of_eager(why, ctx, inputs, grads)
+        else:
+            if ctx.check is not None:
+                ctx.check()
+            with _without_autocast():
+                gradients = training.gradients(ctx, moving, inputs, grads)
+        if any(gradient is None for gradient in gradients):
+            _torch.spare_hooks(ctx.next_functions, gradients)
+        return None, *gradients
 
 
 # A function that runs the backward may be compiled itself. Dynamo would then compile what these two call.

@@ -30,6 +30,7 @@ from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
 from breakable_backend.marks.call_sites import Mark
 from breakable_backend.marks.results import Parts
+from breakable_backend.marks.saved_for_backward import nothing_like
 from breakable_backend.marks.structure import PLAIN, fields, replaced, view_leaf, view_of
 
 MOST_LOOKED_AT = 10_000
@@ -168,7 +169,7 @@ class Backward:
             )
         for number, (leaf, filled) in enumerate(zip(leaves, self.filled, strict=True), len(run.inputs)):
             if found[number] is None and filled:
-                found[number] = torch.full_like(leaf, -0.0)  # adding -0.0 changes no bit
+                found[number] = nothing_like(leaf)
         return found
 
 

@@ -11,6 +11,7 @@ have another layout than its output. So there is one backward for each pattern.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from breakable_backend.compiling.lowering import (
     out_of_place_views,
 )
 from breakable_backend.compiling.traced import checkpointed
-from breakable_backend.errors import first_line
+from breakable_backend.errors import EagerOutputError, first_line
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY
 from breakable_backend.ir.effects import (
     bodies,
@@ -46,7 +47,7 @@ from breakable_backend.ir.effects import (
 from breakable_backend.ir.layout import STRIDED, TensorSpec
 from breakable_backend.ir.views import alias_source, is_view, made_again
 from breakable_backend.marks.call_ops import is_backward, site_of
-from breakable_backend.marks.call_sites import Site, sites
+from breakable_backend.marks.call_sites import Mark, Site, sites
 from breakable_backend.marks.marking import EagerOps, Marks
 from breakable_backend.marks.rules import argument_of
 
@@ -91,6 +92,11 @@ class Backward:
     """Its next arguments: inputs of the forward."""
     gradients: tuple[int, ...]
     """Its last arguments: incoming gradients, by the places of their outputs among the differentiable ones."""
+    sums: tuple[frozenset[int], ...]
+    """For each gradient that it returns: the gradients of marked functions that it is the sum of, if it is one of these
+    alone. They are numbered in the order of the backward."""
+    needed: Mapping[int, Mark]
+    """The functions of those that other ops read."""
     entangled: frozenset[int]
     """Gradients that share memory with its arguments, or with gradients before them."""
     wholes: tuple[Wrapped | None, ...]
@@ -101,6 +107,29 @@ class Backward:
         places = [i for i, name in enumerate(self.saved) if name in static_saved]
         places += [len(self.saved) + i for i, index in enumerate(self.inputs) if index in static_inputs]
         return Lowered(self.module, frozenset(places))
+
+    def gradients_in(self, made: Sequence[Any]) -> list[Any]:
+        """The gradients among its results. None for one to which no marked function gave anything.
+
+        Raises:
+            EagerOutputError: eager would not have run ops that read what was not given.
+        """
+        count = len(self.sums)
+        came = [given for report in made[count:] for given in report.tolist()]
+        if all(came):
+            return list(made[:count])
+        for number, mark in self.needed.items():
+            if not came[number]:
+                raise EagerOutputError(
+                    f"the gradients of {mark.name} leave out one of its arguments, and did not when they were captured",
+                    where=mark.source,
+                    fix="have each result depend on each argument that compiled code computes, or compile with "
+                    "options={'training': False}",
+                )
+        return [
+            None if terms and not any(came[number] for number in terms) else value
+            for value, terms in zip(made[:count], self.sums, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -143,6 +172,35 @@ class _Joint:
 
     def _is_before(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or node.name in self.forward
+
+    def marked(self) -> dict[fx.Node, int]:
+        """The gradients that marked functions give, numbered as in the reports."""
+        given = (results[:-1] for results in self._results())
+        return {node: number for number, node in enumerate(itertools.chain(*given))}
+
+    def reports(self) -> list[fx.Node]:
+        """What tells which of them were there."""
+        return [results[-1] for results in self._results()]
+
+    def _results(self) -> Iterator[list[fx.Node]]:
+        for call in self.second():
+            if is_backward(call.target):
+                assert len(call.users) == len(call.meta["val"]), "a trace takes each result out"
+                yield list(call.users)
+
+    def sums(self) -> tuple[dict[fx.Node, frozenset[fx.Node]], set[fx.Node]]:
+        """Values that are gradients of marked functions or sums of these alone, and those of them that other ops read.
+
+        If one of several is not there, :func:`nothing_like` in its place changes no bit of their sum.
+        """
+        found = {node: frozenset((node,)) for node in self.marked()}
+        needed: set[fx.Node] = set()
+        for node in self.second():
+            if not _torch.adds_gradients(node):
+                needed.update(*(found.get(argument, ()) for argument in node.all_input_nodes))
+            elif all(argument in found for argument in node.all_input_nodes):
+                found[node] = frozenset().union(*(found[argument] for argument in node.all_input_nodes))
+        return found, needed
 
     def roots(self) -> dict[str, fx.Node]:
         """The values of the forward that have to be kept, since the backward is made from them."""
@@ -516,13 +574,13 @@ def _check(joint: _Joint, num_inputs: int) -> None:
             raise CannotLower(f"it calls {node.target.name()}")
         if node.target is torch.ops.aten._efficientzerotensor.default:
             raise CannotLower("one of its gradients is a zero that has no memory")
-        if is_backward(node.target):
-            site = sites[int(node.args[0])]
-            if site.gives_none:
-                raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient")
-            site.is_exact = True
         if node.name not in joint.forward and not before.isdisjoint(storages_of(*written_arguments(node))):
             raise CannotLower("its backward writes what it is given")
+    needed = joint.sums()[1]
+    for node in filter(needed.__contains__, joint.marked()):
+        site = _site(node)
+        if node.args[1] in site.left_out:
+            raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient")
 
 
 def _attribute_backward(joint: _Joint) -> None:
@@ -656,10 +714,26 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
         if node.op == "call_function" and node.name not in joint.forward:
             copies[node] = graph.node_copy(node, again)
     gradients = [again(leaf) if isinstance(leaf, fx.Node) else None for leaf in joint.gradients]
-    graph.output(tuple(gradients))
+    graph.output((*gradients, *(copies[report] for report in joint.reports())))
     module = fx.GraphModule(joint.module, graph)
     out_of_place_views(module)
-    return Backward(module, taken, indices, joint.given, _entangled(module), joint.wholes)
+    numbers, (sums, needed) = joint.marked(), joint.sums()
+    return Backward(
+        module,
+        taken,
+        indices,
+        joint.given,
+        tuple(frozenset(numbers[node] for node in sums.get(leaf, ())) for leaf in joint.gradients),
+        {number: _site(node).mark for node, number in numbers.items() if node in needed},
+        _entangled(module),
+        joint.wholes,
+    )
+
+
+def _site(gradient: fx.Node) -> Site:
+    """The call of a marked function that gives a gradient."""
+    number: Any = _maker(gradient).args[0]
+    return sites[number]
 
 
 def _maker(node: fx.Node) -> fx.Node:

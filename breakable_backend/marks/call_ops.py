@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.errors import EagerOutputError, ReplayError
+from breakable_backend.errors import ReplayError
 from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.learning import Given
-from breakable_backend.marks.saved_for_backward import SavedForBackward, saved_behind
+from breakable_backend.marks.saved_for_backward import SavedForBackward, nothing_like, saved_behind
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
 _library = torch.library.Library("breakable_cg", "FRAGMENT")
@@ -71,12 +71,15 @@ class _Node(torch.autograd.Function):
         made: Sequence[Any] = ()
         if any(grad is not None for grad in given):
             if _torch.is_traced(handle):
-                made = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
+                *made, _came = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
             else:
                 made = _saved(ctx.site, handle).backward(given)
-                sites[ctx.site].gives_none |= any(gradient is None for gradient in made)
-        gradients = iter(made or [None] * sum(ctx.needs))
-        return *(None,) * 6, *(next(gradients) if need else None for need in ctx.needs)
+                sites[ctx.site].left_out |= {place for place, gradient in enumerate(made) if gradient is None}
+        left = iter(made or [None] * sum(ctx.needs))
+        gradients = [next(left) if need else None for need in ctx.needs]
+        if not _torch.is_traced(handle):
+            _torch.spare_hooks(ctx.next_functions, gradients)
+        return *(None,) * 6, *gradients
 
 
 def _define(name: str, num_written: int, num_results: int | None) -> Any:
@@ -163,34 +166,29 @@ def _number_fake(site: int, numbers: torch.Tensor, position: int) -> Any:
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int]) -> list[torch.Tensor]:
+    """A gradient for each argument that needs one, and behind them which of these autograd gave."""
     saved = _saved(site, handle)
     with _torch.above_autograd():
         made = saved.backward(grads)
-    if sites[site].is_exact and any(gradient is None for gradient in made):
-        mark = sites[site].mark
-        raise EagerOutputError(
-            f"the gradients of {mark.name} leave out one of its arguments, and did not when they were captured",
-            where=mark.source,
-            fix="have each result depend on each argument, or compile with options={'training': False}",
-        )
     taken = {_torch.storage_key(grad) for grad in grads if grad is not None}
     results = []
     for gradient, leaf in zip(made, saved.leaves, strict=True):
-        dense = torch.contiguous_format
-        result = torch.zeros_like(leaf, memory_format=dense) if gradient is None else gradient.contiguous()
+        result = (nothing_like(leaf) if gradient is None else gradient).contiguous()
         if _torch.storage_key(result) in taken or _torch.owners_of_storage(result) > 1:
             # An op may not return memory that something else owns.
-            result = result.clone(memory_format=dense)
+            result = result.clone(memory_format=torch.contiguous_format)
         taken.add(_torch.storage_key(result))
         results.append(result)
-    return results
+    came = [gradient is not None for gradient in made]
+    return [*results, torch.tensor(came, dtype=torch.bool, device="cpu")]
 
 
 @torch.library.register_fake("breakable_cg::backward", lib=_library)  # type: ignore[untyped-decorator]
 def _backward_fake(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[Any]) -> list[torch.Tensor]:
     left = iter(sizes)
     shapes = [(tuple(itertools.islice(left, dim)), dtype, device) for dim, dtype, device in sites[site].gradients]
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
+    made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
+    return [*made, torch.empty(len(made), dtype=torch.bool, device="cpu")]
 
 
 def is_backward(op: Any) -> bool:

@@ -181,10 +181,8 @@ class Site:
     expected: Expected = field(default_factory=Expected)
     gradients: tuple[tuple[int, torch.dtype, torch.device], ...] = ()
     """Dimensions, dtype and device of the gradients that the backward computes."""
-    gives_none: bool = False
-    """Whether a backward that autograd ran gave an argument no gradient at all. Traced code would give zeros."""
-    is_exact: bool = False
-    """Whether such zeros would be wrong: a captured backward fixes which arguments get a gradient."""
+    left_out: frozenset[int] = frozenset()
+    """Those of them that a backward which autograd ran did not give."""
     error: PartitionError | None = None
     overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Tensors that are read and lie in the memory of a written one: which one, and how many elements behind it."""

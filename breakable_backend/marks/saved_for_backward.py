@@ -59,6 +59,11 @@ class SavedForBackward(bytearray):
         return gradients
 
 
+def nothing_like(leaf: torch.Tensor) -> torch.Tensor:
+    """What stands for a gradient that ``leaf`` does not get: adding ``-0.0`` changes no bit."""
+    return torch.full_like(leaf, -0.0)
+
+
 _numbers = itertools.count(1)
 _all_saved: weakref.WeakValueDictionary[int, SavedForBackward] = weakref.WeakValueDictionary()
 

@@ -66,8 +66,8 @@ _TO_CAPTURE = {
     "no backward has been seen": "for inference call it under torch.no_grad(); in training it is captured once a call was run "
     "backward; a smaller last batch has a graph of its own, and is left out by DataLoader(..., drop_last=True)",
     "a backward was run under autocast": "end the torch.autocast block before loss.backward(), then torch.compiler.reset()",
-    "gives one of its arguments no gradient": "have its result depend on each argument that needs gradients, or pass that "
-    "argument as x.detach()",
+    "gives one of its arguments no gradient": "have its result depend on each argument that compiled code computes, or pass "
+    "that argument as x.detach()",
     "gradients came in batches": "call torch.autograd.grad without is_grads_batched, then torch.compiler.reset()",
     "are run backward one after the other": "call backward once, for the sum of both, or the first time with "
     "retain_graph=True, then torch.compiler.reset()",

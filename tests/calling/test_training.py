@@ -28,6 +28,7 @@ from breakable_backend.compiling.joint_graph import Halves
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
+from breakable_backend.marks.saved_for_backward import nothing_like
 from checks import assert_same, random_states, refill
 
 
@@ -567,6 +568,204 @@ def test_a_marked_function_that_gives_no_gradient_at_last(device: torch.device, 
         step(compiled, mine)
     assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
     assert "leave out one of its arguments" in str(breakable_backend.explain(compiled))
+
+
+class Mixture(nn.Module):
+    """A mixture of experts whose routing is Python. Its experts are parameters; rows of :attr:`absent` ones keep their values."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.router, self.absent = nn.Linear(width, 4), frozenset[int]()
+        self.experts = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
+
+    @eager_on_graph
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(-1)
+        chosen, result = weights.argmax(-1), x * 1
+        for number, expert in enumerate(self.experts):
+            (rows,) = (chosen == number).nonzero(as_tuple=True)
+            if len(rows) and number not in self.absent:
+                result = result.index_add(0, rows, expert(x[rows]) * weights[rows, number, None])
+        return result
+
+
+class Mixtures(nn.Module):
+    """Two mixtures, of which one is called twice. A weight of the other is read by captured code, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.twice, self.once = Mixture(), Mixture()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for mixture in (self.twice, self.once, self.twice):
+            x = x + mixture(self.norm(x).relu())
+        return self.last(x + self.once.experts[2].bias)
+
+
+Absent = Callable[[int], tuple[set[int], set[int]]]
+
+ABSENT: dict[str, Absent] = {
+    "at first": lambda step: ({0}, {1, 2}) if step < 5 or step % 4 else (set(), set()),
+    "at last": lambda step: ({0, 3}, {2}) if step > 8 and step % 3 else (set(), set()),
+}
+"""Which experts of both mixtures get no rows in a step."""
+
+
+def train_mixtures(device: torch.device, absent: Absent) -> Step:
+    """Steps in which experts are absent. Each second one adds to the gradients of the last. Half the parameters have hooks."""
+    optimizers: dict[int, torch.optim.Optimizer] = {}
+    steps, called = dict.fromkeys((True, False), -1), list[Any]()
+
+    def step(function: Any, module: Any) -> Any:
+        if id(module) not in optimizers:
+            optimizers[id(module)] = torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0.1)
+            for name, parameter in module.twice.named_parameters():
+                parameter.register_hook(lambda grad, name=name: called.append(name) or grad * 2)
+                parameter.register_post_accumulate_grad_hook(lambda p, name=name: called.append((name, p.grad.clone())))
+        steps[function is module] += 1
+        number = steps[function is module]
+        module.twice.absent, module.once.absent = map(frozenset, absent(number))
+        if number % 2:
+            optimizers[id(module)].zero_grad()
+        called.clear()
+        loss = function(torch.randn(32, 4, device=device)).square().mean()
+        loss.backward()
+        grads = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+        optimizers[id(module)].step()
+        return loss.detach(), grads, sorted(called, key=str)
+
+    return step
+
+
+@pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
+def test_a_mixture_of_experts_trains(absent: Absent, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: an expert without rows has no gradient, its hooks are not called, and all others have eager's bits."""
+    programs = assert_trains(Mixtures(), train_mixtures(device, absent), device, options, 20)
+    assert_replays(programs, 13)
+
+
+@pytest.mark.parametrize("how", ["sizes", "compare", "checkpoint", "declared", "retained", "plain"])
+def test_missing_gradients_everywhere(how: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: the same with sizes that vary, in compare mode, in a checkpoint, for a backward of the user's own, and run twice."""
+
+    @eager_on_graph(backward=lambda context, grad: (grad * 2, None))
+    def declared(x: Tensor, _unused: Tensor) -> Tensor:
+        return x * 2
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mixture, self.last = nn.Linear(4, 8), Mixture(), nn.Linear(8, 4)
+            self.unused = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).tanh() * 2
+            if how == "declared":
+                x = declared(x, self.unused)
+            mixed = checkpoint(self.mixture, x, use_reentrant=False) if how == "checkpoint" else self.mixture(x)
+            return self.last((mixed * 2).sin())
+
+    counts = {True: itertools.count(), False: itertools.count()}
+
+    def step(function: Any, module: Any) -> Any:
+        number = next(counts[function is module])
+        module.mixture.absent = frozenset({number % 5})
+        module.zero_grad()
+        losses = []
+        for place in range(6 if how == "plain" else 1):  # more than there are slots
+            x = torch.randn(32 + (number % 2) * (how == "sizes"), 4, device=device)
+            losses.append(function(x).square().mean() * (place + 1))
+        for loss in losses:
+            loss.backward(retain_graph=how == "retained")
+            if how == "retained":
+                loss.backward()
+        descend(module)
+        return losses[0].detach()
+
+    if how == "compare":
+        options = {**options, "debug": "compare"}
+    programs = assert_trains(Skips(), step, device, options, 16, dynamic=how == "sizes" or None)
+    if how != "checkpoint":
+        assert_replays(programs, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo instantiates an autograd.Function
+def test_a_gradient_of_two_functions_that_one_leaves_out(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: where captured code reads a sum, a part of it may be missing; and no sum of the user's is taken for one."""
+    gives = [True, True]
+
+    class Halves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x * 3
+
+        @staticmethod
+        def backward(ctx: Any, one: Tensor, two: Tensor) -> Tensor:
+            return one + two
+
+    @eager_on_graph
+    def some(x: Tensor, y: Tensor, number: int) -> Tensor:
+        return x * y if gives[number] else x * 2
+
+    class Sums(Mlp):
+        def __init__(self, split: bool) -> None:
+            super().__init__()
+            self.weight, self.split = nn.Parameter(torch.rand(8)), split
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            one, two = Halves.apply(self.weight) if self.split else (weight := self.weight.exp(), weight)
+            return self.second(some(some(x, one, 0) + 1, two, 1) * (1 if self.split else two))
+
+    step = mlp_step(device)
+    for split in (False, True):
+        torch._dynamo.reset()
+        gives[:] = True, True
+        torch.manual_seed(0)
+        mine = Sums(split).to(device)
+        theirs = copy.deepcopy(mine)
+        compiled = torch.compile(mine, backend="breakable_cg", options=options)
+        assert_same(trained(compiled, mine, step, 7), trained(theirs, theirs, step, 7))
+        gives[0] = False
+        if split:
+            with pytest.raises(EagerOutputError, match="leave out one of its arguments"):
+                step(compiled, mine)
+        else:
+            for gives[:] in ([False, True], [True, False], [False, False]):
+                assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
+            assert_replays(breakable_backend.explain(compiled).programs, 10)
+
+
+def test_hooks_are_left_as_they_were(device: torch.device, options: dict[str, Any]) -> None:
+    """Hooks of a parameter that a marked function gives nothing see what others give, and are the user's own behind it."""
+    torch.manual_seed(0)
+    mixtures = Mixtures().to(device)
+    mixtures.twice.absent = frozenset({0})
+    compiled = torch.compile(mixtures, backend="breakable_cg", options=options)
+    weight, seen = mixtures.twice.experts[0].weight, list[Any]()
+    weight.register_hook(seen.append)
+    weight.register_post_accumulate_grad_hook(seen.append)
+    for number in range(9):
+        handle = weight.register_hook(seen.append)
+        loss = compiled(torch.randn(32, 4, device=device)).square().mean()
+        if elsewhere := number % 3 == 2:
+            loss = loss + weight.sum()
+        loss.backward()
+        handle.remove()
+        hooks = [*weight._backward_hooks.values(), *weight._post_accumulate_grad_hooks.values()]
+        assert hooks == [seen.append] * 2
+        assert len(seen) == 3 * elsewhere
+        seen.clear()
+    assert_replays(breakable_backend.explain(compiled).programs, 3)
+
+
+def test_nothing_changes_no_bit(device: torch.device) -> None:
+    """What stands for a missing gradient leaves both zeros as they are."""
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        zeros = torch.tensor([0.0, -0.0, 1.0], device=device).to(dtype)
+        assert_same([nothing_like(zeros) + zeros, zeros + nothing_like(zeros)], [zeros, zeros])
 
 
 def test_marked_ops_in_both_halves(device: torch.device, options: dict[str, Any]) -> None:
