@@ -269,10 +269,12 @@ def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recor
     if recording:
         return False
     holders = {id(tensor) for tensor in group}
-    bases = [base for tensor in group if (base := _torch.base_of_view(tensor)) is not None and id(base) not in holders]
-    for base in {id(base): base for base in bases}.values():
+    bases = [base for base in map(_torch.base_of_view, group) if base is not None and id(base) not in holders]
+    distinct = list({id(base): base for base in bases}.values())
+    of_bases = _references(distinct)  # counted by one piece of code: Python 3.14 counts no argument that it borrows
+    for base in distinct:
         holders.add(id(base))
-        if sys.getrefcount(base) > _ALONE + 1 + sum(other is base for other in bases):
+        if of_bases[id(base)] > _ALONE + 1 + sum(other is base for other in bases):
             return True
     return _torch.owners_of_storage(group[0]) > len(holders)
 
