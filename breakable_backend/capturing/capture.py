@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing import gradients
+from breakable_backend.capturing.eager_results import Parts, fields, tensors_on
 from breakable_backend.capturing.graph import (
     Alive,
     BreakableCUDAGraph,
@@ -52,9 +53,7 @@ from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions
-from breakable_backend.marks.results import Parts, tensors_on
 from breakable_backend.marks.rules import live_reason
-from breakable_backend.marks.structure import fields
 from breakable_backend.options import Options
 from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.copies import Bridge

@@ -24,14 +24,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
+from breakable_backend.capturing.eager_results import PLAIN, Parts, fields, replaced
 from breakable_backend.capturing.graph import Alive
 from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
 from breakable_backend.marks.call_sites import Mark
-from breakable_backend.marks.results import Parts
 from breakable_backend.marks.saved_for_backward import nothing_like
-from breakable_backend.marks.structure import PLAIN, fields, replaced, view_leaf, view_of
+from breakable_backend.marks.structure import view_leaf, view_of
 
 MOST_LOOKED_AT = 10_000
 """How many objects are searched for the leaves that a function closes over."""

@@ -1,51 +1,34 @@
-"""Results of marked functions, taken apart (flattened): aliases told from fresh memory, storage by storage.
+"""Results of marked functions in compiled code, taken apart (flattened): aliases told from fresh memory.
 
-In compiled code (:func:`take_result`) a result is put together again from constants, which Dynamo traces, and from one
-root for each fresh storage. Under ``capture`` (:class:`Parts`) a result may be any object. Each replay checks it, and
-copies it to memory with a fixed address.
+A result is put together again from constants, which Dynamo traces, and from one root for each fresh storage.
 """
 
 from __future__ import annotations
 
 import enum
-import gc
 import itertools
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.errors import CaptureError, EagerOutputError
-from breakable_backend.ir.layout import Geometry, Strided, TensorSpec, extent, strided
+from breakable_backend.ir.layout import Geometry, Strided, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
 from breakable_backend.marks.saved_for_backward import Member
 from breakable_backend.marks.structure import (
-    PLAIN,
     Structure,
-    fields,
     foreign,
-    holds_tensors,
     instances_in,
     leaves_of,
     reach,
-    replaced,
     taken_apart,
     view_leaf,
     with_leaves,
 )
-
-ALIGNMENT = 256
-"""In bytes. Views of one storage that are kept together keep the alignment that the allocator gave them."""
-
-
-def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
-    """The tensors in ``tree`` that have memory on ``device``."""
-    leaves = (leaf for _, leaf in fields(tree) if isinstance(leaf, torch.Tensor))
-    return [leaf for leaf in leaves if leaf.device == device and leaf.layout is torch.strided]
 
 
 def fresh_groups(tensors: Iterable[tuple[int, torch.Tensor]], known: Collection[int]) -> list[list[int]]:
@@ -55,9 +38,6 @@ def fresh_groups(tensors: Iterable[tuple[int, torch.Tensor]], known: Collection[
         if (key := _torch.storage_key(tensor)) not in known:
             groups.setdefault(key, []).append(position)
     return list(groups.values())
-
-
-# --- in compiled code -------------------------------------------------------------------------------------------------
 
 
 class Unholdable(Exception):
@@ -277,227 +257,3 @@ def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recor
         if of_bases[id(base)] > _ALONE + 1 + sum(other is base for other in bases):
             return True
     return _torch.owners_of_storage(group[0]) > len(holders)
-
-
-# --- under ``capture`` ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """What a leaf of the result has to be in a replay."""
-
-    path: str
-    spec: TensorSpec | None
-    value: Any
-    """The value of a plain leaf or of a tensor on the host; for a tensor that is not copied, its address."""
-    group: int
-    """The index of the fresh storage that the tensor lies in; -1 for a tensor that is not copied."""
-    offset: int = 0
-    """In bytes, from the first tensor of the group."""
-    bits: tuple[bool, bool] = (False, False)
-    """Whether a tensor is lazily conjugated, and whether it is lazily negated."""
-
-
-@dataclass(frozen=True)
-class _Span:
-    start: int
-    """The first byte in the storage, at the capture."""
-    size: int
-    first: int
-    """The position of the leaf from which the others are measured."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A result at the capture: what a replay has to return again, and what is copied where."""
-
-    name: str
-    source: str
-    leaves: tuple[_Leaf, ...]
-    groups: tuple[tuple[int, ...], ...]
-    """For each fresh storage, the positions of the leaves in it."""
-    spans: tuple[_Span | None, ...]
-    """If several leaves share a storage, the bytes that they lie in; None for a single leaf."""
-    host_only: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        result: Any,
-        known: Iterable[int],
-        device: torch.device,
-        name: str,
-        source: str,
-        host_only: bool,
-        apart: bool = False,
-    ) -> Parts:
-        """Take ``result`` apart. Tensors in storages with ``known`` keys are aliases, and are not copied.
-
-        ``apart``: each tensor is copied by itself, whatever memory it shares.
-
-        Raises:
-            CaptureError: a sparse tensor, a tensor subclass that wraps others, or a container of an unknown kind.
-        """
-        found = list(fields(result))
-        for path, leaf in found:
-            if why := _why_not_written(leaf):
-                raise CaptureError(
-                    f"{name}: {f'field {path} of its' if path else 'its'} result is {why}, which cannot be written back",
-                    where=source,
-                    fix="return dense tensors, in tuples, lists, dicts, dataclasses or attributes of objects",
-                )
-        tensors = ((position, leaf) for position, (_, leaf) in enumerate(found) if isinstance(leaf, torch.Tensor))
-        on_device = [(position, leaf) for position, leaf in tensors if leaf.device == device]
-        groups = [[position] for position, _ in on_device] if apart else fresh_groups(on_device, set(known))
-        group_of = {position: number for number, group in enumerate(groups) for position in group}
-        spans = tuple(_span_of_bytes([found[p][1] for p in group], group) for group in groups)
-        leaves = []
-        for position, (path, leaf) in enumerate(found):
-            if not isinstance(leaf, torch.Tensor):
-                leaves.append(_Leaf(path, None, leaf if isinstance(leaf, PLAIN) else type(leaf), -1))
-                continue
-            group = group_of.get(position, -1)
-            value: Any = leaf.data_ptr() if leaf.device == device else leaf.clone()
-            span = spans[group] if group >= 0 else None
-            offset = _byte_offset(leaf) - span.start if span is not None else 0
-            leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
-        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only)
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether there is nothing to check: the function returned None."""
-        return len(self.leaves) == 1 and self.leaves[0].spec is None and self.leaves[0].value is None
-
-    @property
-    def is_one_tensor(self) -> bool:
-        """Whether the result is one fresh tensor, as most are."""
-        return len(self.leaves) == len(self.groups) == 1 and not self.leaves[0].path
-
-    def fresh(self, result: Any) -> list[torch.Tensor]:
-        """One tensor for each fresh storage: its leaf, or the bytes that several leaves lie in."""
-        tensors = [leaf for _, leaf in fields(result)]
-        return [
-            tensors[group[0]] if span is None else _bytes(tensors[span.first], span, self.leaves[span.first].offset)
-            for group, span in zip(self.groups, self.spans, strict=True)
-        ]
-
-    def on(self, result: Any, places: Sequence[torch.Tensor]) -> Any:
-        """``result`` with its fresh tensors on ``places``, aliases kept."""
-        numbers = iter(self.leaves)
-
-        def change(value: Any) -> Any:
-            leaf = next(numbers)
-            if leaf.group < 0 or not isinstance(value, torch.Tensor):
-                return value
-            place = places[leaf.group]
-            if self.spans[leaf.group] is None:
-                return place if type(value) in (torch.Tensor, torch.nn.Parameter) else place.as_subclass(type(value))
-            view, offset = torch.empty(0, dtype=value.dtype, device=value.device), leaf.offset // value.element_size()
-            view.set_(place.untyped_storage(), offset, value.shape, value.stride())
-            return _torch.with_lazy_bits(view, leaf.bits)
-
-        return replaced(result, change)
-
-    def check(self, result: Any) -> tuple[torch.Tensor, ...]:
-        """The fresh tensors of a result in a replay.
-
-        Raises:
-            EagerOutputError: it cannot take the place of the result at the capture. The text names the field.
-        """
-        if self.is_one_tensor and self.leaves[0].spec.accepts(result):  # type: ignore[union-attr]
-            return (result,)
-        found = list(fields(result))
-        if [path for path, _ in found] != [leaf.path for leaf in self.leaves]:
-            got = ", ".join(path or "the result" for path, _ in found)
-            wanted = ", ".join(leaf.path or "the result" for leaf in self.leaves)
-            raise self._failure("", f"has the fields {got}", wanted)
-        for leaf, (path, value) in zip(self.leaves, found, strict=True):
-            self._check_leaf(leaf, path, value)
-        for group, span in zip(self.groups, self.spans, strict=True):
-            if span is not None:
-                self._check_group(group, span, found)
-        return tuple(self.fresh(result))
-
-    def _check_leaf(self, leaf: _Leaf, path: str, value: Any) -> None:
-        if leaf.spec is None:
-            if not (self.host_only or _is_same(value, leaf.value)):
-                raise self._failure(path, f"is {value!r}", repr(leaf.value))
-            return
-        if not leaf.spec.accepts(value):
-            got = TensorSpec.of(value) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise self._failure(path, f"is {got}", str(leaf.spec))
-        if isinstance(leaf.value, torch.Tensor):
-            if not (self.host_only or torch.equal(_octets(value), _octets(leaf.value))):
-                raise self._failure(path, "has other values on the host", "frozen there")
-            return
-        if leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
-            raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
-        is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # other tensors are copied by value
-        if is_view and _torch.lazy_bits(value) != leaf.bits:
-            raise self._failure(path, "is lazily conjugated or negated otherwise", "as a view of the same memory")
-
-    def _check_group(self, group: tuple[int, ...], span: _Span, found: Sequence[tuple[str, Any]]) -> None:
-        base = found[span.first][1]
-        for position in group:
-            path, value = found[position]
-            apart = self.leaves[position].offset - self.leaves[span.first].offset
-            is_together = _torch.storage_key(value) == _torch.storage_key(base)
-            if not is_together or _byte_offset(value) - _byte_offset(base) != apart:
-                raise self._failure(path, "lies elsewhere", f"a view of the same memory as {found[span.first][0]}")
-
-    def _failure(self, path: str, got: str, wanted: str) -> EagerOutputError:
-        where = f"field {path} of its result " if path else "its result "
-        return EagerOutputError(
-            f"{self.name}: {where}{got}, but was {wanted} when it was captured",
-            where=self.source,
-            fix="return the same structure at each call, or capture again; host_only=True allows other plain values",
-        )
-
-
-def _why_not_written(leaf: Any) -> str:
-    """What a leaf is if captured code could use it and no replay would renew it; otherwise empty."""
-    if isinstance(leaf, Iterator):
-        return f"a {type(leaf).__name__}"
-    if not isinstance(leaf, torch.Tensor):
-        inside = () if isinstance(leaf, (torch.nn.Module, type, *PLAIN)) else gc.get_referents(leaf)
-        holds = any(holds_tensors(item, 1) for item in inside)
-        return f"a {type(leaf).__name__} with tensors in it" if holds else ""
-    if leaf.layout is not torch.strided:
-        return "a sparse tensor"
-    if type(leaf).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"a tensor of the class {type(leaf).__name__}, which wraps others"
-    return ""
-
-
-def _is_same(value: Any, recorded: Any) -> bool:
-    """Whether a plain leaf has not changed. Of other objects only the type is compared."""
-    if not isinstance(value, PLAIN):
-        return type(value) is recorded
-    if isinstance(value, float | complex):
-        return type(value) is type(recorded) and repr(value) == repr(recorded)  # NaN equals NaN, and -0.0 is not 0.0
-    return type(value) is type(recorded) and bool(value == recorded)
-
-
-def _octets(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as bytes. In these a NaN equals itself, and -0.0 is not 0.0."""
-    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
-
-
-def _byte_offset(tensor: torch.Tensor) -> int:
-    return int(tensor.storage_offset()) * tensor.element_size()
-
-
-def _span_of_bytes(tensors: Sequence[torch.Tensor], positions: Sequence[int]) -> _Span | None:
-    """The bytes that several tensors of one storage lie in, measured from the first of them."""
-    if len(tensors) == 1:
-        return None
-    start = min(map(_byte_offset, tensors))
-    start -= start % ALIGNMENT
-    end = max(_byte_offset(t) + t.element_size() * extent(t) for t in tensors)
-    return _Span(start, end - start, positions[0])
-
-
-def _bytes(first: torch.Tensor, span: _Span, offset: int) -> torch.Tensor:
-    """The span in the storage of ``first``, which begins ``offset`` bytes into it."""
-    octets = torch.empty(0, dtype=torch.uint8, device=first.device)
-    return octets.set_(first.untyped_storage(), _byte_offset(first) - offset, (span.size,), (1,))

@@ -6,17 +6,15 @@ is. Dynamo traces most of these functions, so that compiled code contains tensor
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import enum
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend._torch import pytree
 from breakable_backend.ir.layout import Geometry, Strided
 
 T = TypeVar("T")
@@ -227,114 +225,6 @@ def in_words(structure: Structure) -> str:
     if kind == "dict":
         return f"{{{', '.join(f'{key!r}: {item}' for key, item in zip(structure[1], items, strict=True))}}}"
     return f"{structure[1].__name__}({', '.join(items)})"
-
-
-# --- containers of any kind ------------------------------------------------------------------------------------------
-# For code that Dynamo does not trace: dicts with any keys, and objects with tensors in their attributes.
-
-PLAIN = (
-    *(int, float, bool, str, type(None), complex, bytes, enum.Enum),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
-"""The types that are compared by value."""
-
-
-def fields(value: Any, path: str = "", met: dict[int, Any] | None = None) -> Iterator[tuple[str, Any]]:
-    """The leaves of a result, each with its path first (``[0].scores``)."""
-    met = {} if met is None else met
-    children = _children(value)
-    if children is None:
-        yield path, value
-    elif isinstance(value, tuple) or id(value) not in met:
-        met[id(value)] = value
-        for step, child in children.items():
-            yield from fields(child, path + step, met)
-
-
-def replaced(value: Any, change: Callable[[Any], Any], met: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """``value`` with other leaves, in the order of :func:`fields`. Containers that can be written are copied, once each."""
-    met = {} if met is None else met
-    children = _children(value)
-    if children is None:
-        return change(value)
-    if isinstance(value, tuple):
-        items = [replaced(child, change, met) for child in children.values()]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if id(value) not in met:
-        twin = copy.copy(value) if _is_written(value) else value
-        met[id(value)] = value, twin  # stored before the children, which may lead back here
-        met[id(value)] = value, _filled(twin, [replaced(child, change, met) for child in children.values()])
-    return met[id(value)][1]
-
-
-def _children(value: Any) -> Mapping[str, Any] | None:
-    """The parts of ``value``, each with the step that leads to it; None for a leaf."""
-    if isinstance(value, (torch.Tensor, type, *PLAIN)):
-        return None
-    if dataclasses.is_dataclass(value):
-        return {f".{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {f".{name}": item for name, item in zip(value._fields, value, strict=True)}
-    if isinstance(value, list | tuple):
-        return {f"[{number}]": item for number, item in enumerate(value)}
-    if isinstance(value, dict):
-        return {f"[{key!r}]": item for key, item in value.items()}
-    leaves, spec = pytree.tree_flatten(value)
-    if not spec.is_leaf():
-        return {f"<{number}>": leaf for number, leaf in enumerate(leaves)}
-    return {f".{name}": item for name, item in _parts(value).items()} or None
-
-
-def _parts(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object that matter to captured code: those with tensors or plain values in them."""
-    return {name: item for name, item in _attributes(value).items() if _is_plain(item) or holds_tensors(item)}
-
-
-def _is_plain(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-    return all(isinstance(item, PLAIN) for item in items)
-
-
-def _is_written(value: Any) -> bool:
-    """Whether captured code gets a copy with other tensors. It gets an object without tensors itself."""
-    return not _attributes(value) or holds_tensors(value) or dataclasses.is_dataclass(value)
-
-
-def _attributes(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object that are looked at."""
-    attributes = getattr(value, "__dict__", None)
-    skipped = isinstance(value, (torch.Tensor, torch.nn.Module, type, *PLAIN)) or callable(value)
-    return attributes if isinstance(attributes, dict) and not skipped else {}
-
-
-def holds_tensors(value: Any, depth: int = 4) -> bool:
-    """Whether ``value`` contains tensors, at most ``depth`` containers and objects deep."""
-    if isinstance(value, torch.Tensor):
-        return True
-    if depth == 0:
-        return False
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return any(holds_tensors(item, depth - 1) for item in (*inside, *_attributes(value).values()))
-
-
-def _filled(twin: Any, items: Sequence[Any]) -> Any:
-    """A copy with other children."""
-    if dataclasses.is_dataclass(twin):
-        for field, item in zip(dataclasses.fields(twin), items, strict=True):
-            object.__setattr__(twin, field.name, item)
-        return twin
-    if isinstance(twin, list):
-        twin[:] = items
-        return twin
-    if isinstance(twin, dict):
-        twin.update(zip(list(twin), items, strict=True))
-        return twin
-    spec = pytree.tree_structure(twin)
-    if not spec.is_leaf():
-        return pytree.tree_unflatten(list(items), spec)
-    if _is_written(twin):
-        twin.__dict__.update(zip(list(_parts(twin)), items, strict=True))
-    return twin
 
 
 # --- views --------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
+from breakable_backend.capturing.eager_results import fields, replaced
 from breakable_backend.ir.effects import is_of_torch, values_of
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.running_ops import has_memory
-from breakable_backend.marks.structure import fields, replaced
 from breakable_backend.recordings.observer import Issue
 from breakable_backend.recordings.repair import NodeByNode
 from breakable_backend.tools.difference import Difference, difference

@@ -37,7 +37,7 @@ from breakable_backend import (
     mark_eager,
     unmark_eager,
 )
-from breakable_backend.marks.results import Parts
+from breakable_backend.capturing.eager_results import Parts
 from breakable_backend.recordings.recording import EagerStep
 from doors import MakeGraph, bend, marked_bend, replays_equal, shape_of
 from gpu import settled
