@@ -2922,6 +2922,28 @@ FAULTS = (
         "test_contract_aliases.py::test_results_that_are_parameters[cpu]",
     ),
     Fault(
+        "classes-are-no-arguments",
+        "marks.structure",
+        "CONSTANTS = (enum.Enum, type, torch.dtype, torch.device)",
+        "CONSTANTS = (enum.Enum,)",
+        "test_callables.py::test_classes_and_dtypes_as_arguments[cpu]",
+        anew=True,
+    ),
+    Fault(
+        "changed-classes-are-not-seen",
+        "marks.changes:_State.__init__",
+        "vars(kind).items()",
+        "()",
+        "test_callables.py::test_a_class_method_that_changes_its_class[cpu]",
+    ),
+    Fault(
+        "caches-are-marked",
+        "marks.functions:_mark",
+        "hasattr(function, 'cache_info')",
+        "False",
+        "test_callables.py::test_a_cache_is_refused",
+    ),
+    Fault(
         "stays-eager-in-silence",
         "calling.training:Training.__call__",
         "self.for_good and (not self.auto_break)",

@@ -62,6 +62,9 @@ class _State:
         for module in instances_in(arguments, torch.nn.Module):
             for part in module.modules():
                 self._look(part, type(part).__name__, 1)
+        for kind in instances_in(arguments, type):
+            for key, held in vars(kind).items():
+                self._add((id(kind), key), (held,), f"{kind.__name__}.{key}")
         self._look(function, "", DEPTH)
 
     def _look(self, value: Any, name: str, depth: int) -> None:

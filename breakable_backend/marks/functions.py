@@ -175,6 +175,12 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
             f"eager_on_graph marks functions that return their result, and {function.__qualname__} is asynchronous",
             fix="mark a plain function, and await outside of it",
         )
+    if hasattr(function, "cache_info"):  # of functools.lru_cache
+        raise OptionsError(
+            f"eager_on_graph marks functions that run in each call, and {function.__qualname__} keeps its results by its "
+            "arguments, which are the same tensors in each replay",
+            fix="mark the function in the cache: functools.lru_cache(eager_on_graph(function))",
+        )
     _check_options(options)
     _check_names(function, options.get("mutates_args", ()))
     source = defined_at(function)

@@ -5,7 +5,6 @@ A result is put together again from constants, which Dynamo traces, and from one
 
 from __future__ import annotations
 
-import enum
 import itertools
 import math
 import sys
@@ -20,6 +19,7 @@ from breakable_backend.ir.layout import Geometry, Strided, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
 from breakable_backend.marks.saved_for_backward import Member
 from breakable_backend.marks.structure import (
+    CONSTANTS,
     Structure,
     foreign,
     instances_in,
@@ -77,8 +77,7 @@ def take_result(
         Unholdable: a part of the result that compiled code cannot hold.
     """
     result = holder[0]
-    # Dynamo's guards on enums fail.
-    refused = (*instances_in(result, torch.nn.Module), *instances_in(result, enum.Enum))
+    refused = instances_in(result, (torch.nn.Module, *CONSTANTS))
     if other := foreign(result) or next((type(value).__name__ for value in refused), ""):
         raise Unholdable(f"an object that compiled code cannot hold: {other}", _CONTAINERS)
     structure, tensors, ints, floats = taken_apart(result)

@@ -19,6 +19,9 @@ from breakable_backend.ir.layout import Geometry, Strided
 
 T = TypeVar("T")
 Structure = tuple[Any, ...]
+CONSTANTS = (enum.Enum, type, torch.dtype, torch.device)
+"""Objects that may be arguments, and on whose identity Dynamo guards. As results they cannot be guarded."""
+
 LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
 
 
@@ -43,7 +46,7 @@ def _is_data(value: Any) -> bool:
 def foreign(value: Any) -> str:
     """The type of an object in ``value`` that no structure can hold; empty if there is none."""
     if value is None or isinstance(
-        value, (torch.Tensor, bool, str, int, float, enum.Enum, torch.SymInt, torch.SymFloat, torch.nn.Module)
+        value, (torch.Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat, torch.nn.Module, *CONSTANTS)
     ):
         return ""
     items = children(value)
@@ -56,7 +59,7 @@ def foreign(value: Any) -> str:
     return ""
 
 
-def instances_in(value: Any, kind: type[T]) -> Iterator[T]:
+def instances_in(value: Any, kind: type[T] | tuple[type[T], ...]) -> Iterator[T]:
     """The instances of ``kind`` in ``value``."""
     if isinstance(value, kind):
         yield value

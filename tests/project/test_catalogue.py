@@ -407,6 +407,9 @@ CASES: dict[str, Case] = {
     "eager_on_graph marks functions that return their result, and": Case(
         "async def wait(x):\n    return x\neager_on_graph(wait)  # here"
     ),
+    "keeps its results by its arguments, which are the same tensors in each replay": Case(
+        "import functools\neager_on_graph(functools.lru_cache(plain))  # here"
+    ),
     "eager_region takes no argument, and was used without its parentheses": Case("eager_region(plain)  # here"),
     "eager takes a function without arguments, got": Case("explain(graph, measure=True, eager=3)  # here"),
     "reset takes what torch.compile returned, got": Case("reset(graph)  # here"),
