@@ -153,6 +153,12 @@ def functorch_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def outside_of_vmap() -> AbstractContextManager[None]:
+    """Random draws as outside of the vmap of ``is_grads_batched``, which refuses them. Checked in torch 2.11 and 2.13."""
+    mode: Any = torch._C._parse_dispatch_key("VmapMode")
+    return cast(AbstractContextManager[None], torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(mode)))
+
+
 def compiled_autograd_active() -> bool:
     """Whether a backward that begins now would be compiled, or is being compiled."""
     module: Any = sys.modules.get("torch._dynamo.compiled_autograd")

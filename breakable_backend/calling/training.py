@@ -600,20 +600,24 @@ class Training:
         """
         forward, others = self.halves.forward, ctx.others
         assert forward is not None
-        if others is None or ctx.random is None:
-            self.refuse(why)
-        if ctx.random.before and why == BATCHED:  # autograd's vmap is active, under which nothing may draw
-            self.refuse(f"{why}, and it draws random numbers")
+        if others is None:
+            self.refuse(f"{why}, and {forward.once or 'an argument is no plain tensor'}")
+        if ctx.random is None:
+            self.refuse(f"{why}, and somebody was capturing during its forward")
         args = dict(zip(forward.inputs, inputs, strict=True))
         for index, (kept, version, pointer) in zip(self._others, others, strict=True):
             args[index] = kept() if isinstance(kept, weakref.ref) else kept
             if version is None:
                 self.refuse(f"{why}, and an argument was made in inference mode, where nothing counts writes")
-            if args[index] is None or args[index]._version != version:
+            if args[index] is None or (args[index]._version != version and index not in forward.copied):
                 self.refuse(f"{why}, and an argument is gone or was written")
             if args[index].data_ptr() != pointer:
                 self.refuse(f"{why}, and an argument was given other memory since its forward")
-        with self._modes.enter(), self._drawing_again(ctx.random, why):
+        copied = {_torch.storage_key(args[index]) for index in forward.copied}
+        if copied and any(_torch.storage_key(args[index]) in copied for index in args.keys() - set(forward.copied)):
+            self.refuse(f"{why}, and an argument that it writes shares memory with another")
+        args.update({index: clone_exact(args[index]) for index in forward.copied})
+        with self._modes.enter(), _torch.outside_of_vmap(), self._drawing_again(ctx.random, why):
             outputs = self.eager(*(args[index] for index in range(len(args))))
         pairs = [
             (outputs[index], grad)
@@ -670,7 +674,7 @@ class Training:
         raise ReplayError(
             f"{self.name} was captured, and {why}: only a call that ran eagerly supports that",
             where=self.source,
-            fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
+            fix=f"call it again, since it is eager from now on; or run such a backward in its first step; or {WAY_OUT}",
         )
 
 
@@ -850,7 +854,7 @@ class _Captured(torch.autograd.Function):
         assert forward is not None
         token = torch.empty(0)
         # A second forward draws the same. For graphs that draw, 4 us for each generator.
-        drawing = forward.drawing if forward.can_repeat else ()
+        drawing = () if forward.once else forward.drawing
         begun = _random_states(drawing)
         with _without_autocast():
             made = executor.run(list(args), token)
@@ -872,7 +876,7 @@ class _Captured(torch.autograd.Function):
         # 0.04 us for each: autograd's check of versions does not notice that an input got other memory
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
-        ctx.others = training.others(args) if forward.can_repeat and not training.parts else None
+        ctx.others = None if forward.once or training.parts else training.others(args)
         ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked), *call.wholes)
         ctx.set_materialize_grads(False)
         ctx.given = [True] * len(forward.differentiable)

@@ -35,6 +35,7 @@ from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import EagerOutputError, first_line
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY
 from breakable_backend.ir.effects import (
+    BATCH_NORMS,
     bodies,
     draws,
     graphs_in,
@@ -73,8 +74,10 @@ class Forward:
     """Inputs whose version is counted up in a call, as in eager."""
     watched: tuple[int, ...]
     """Inputs that backwards need, and that may in some calls be views of written inputs."""
-    can_repeat: bool
-    """Whether it can run a second time unnoticed: it writes nothing and calls only PyTorch's own ops."""
+    once: str
+    """Why it cannot run a second time unnoticed; empty if it can."""
+    copied: tuple[int, ...]
+    """The inputs that it writes, and of which a second run is given copies. Their values do not matter for it."""
     drawing: tuple[torch.device, ...]
     """The devices whose default generators its own ops draw from."""
     checked: tuple[int, ...]
@@ -656,6 +659,7 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
     out_of_place_views(module)
     memory = {_torch.storage_key(by_name[name].meta["val"]) for name in saved if _is_tensor(by_name[name])}
     drawn = [node for node in module.graph.nodes if draws(node.target)]
+    once, copied = _second_run(module, [outputs[index] for index in joint.differentiable])
     return Forward(
         Lowered(module, static),
         len(outputs),
@@ -664,7 +668,8 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         inputs,
         joint.written,
         _watched(inputs, joint.written, static),
-        not joint.written and not any(_is_unknown(node.target) for node in module.graph.nodes),
+        once,
+        copied,
         tuple(dict.fromkeys(value.device for value in values_of(*drawn))),
         tuple(
             index
@@ -672,6 +677,37 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
             if isinstance(leaf, fx.Node) and _torch.storage_key(leaf.meta["val"]) in memory
         ),
     )
+
+
+def _second_run(module: fx.GraphModule, results: Sequence[Any]) -> tuple[str, tuple[int, ...]]:
+    """Why a forward cannot run a second time for the gradients of ``results``, and the inputs that it then needs copies of.
+
+    Counters and running statistics are written, and no result depends on what they were.
+    """
+    inputs = module.graph.find_nodes(op="placeholder")
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    if any(_is_unknown(node.target) for node in calls):
+        return "it calls marked functions, or ops that are not torch's own", ()
+    memory = storages_of(*(argument for node in calls for argument in _updated(node)))
+    copied = tuple(index for index, node in enumerate(inputs) if not memory.isdisjoint(storages_of(node)))
+    of_inputs = storages_of(*(inputs[index] for index in copied))
+    depending = {inputs[index] for index in copied}
+    for node in calls:
+        statistics = _updated(node) if schema_name(node) in BATCH_NORMS else ()
+        if not depending.isdisjoint(set(node.all_input_nodes).difference(statistics)):
+            depending.add(node)
+            if not storages_of(*_updated(node)) <= of_inputs:
+                return DEPENDS, ()
+    return (DEPENDS, ()) if not depending.isdisjoint(results) else ("", copied)
+
+
+DEPENDS = "its results may depend on what an argument was before it is written"
+
+
+def _updated(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes that a call writes, without the statistics of a batch norm that does not train."""
+    reads = schema_name(node) in BATCH_NORMS and not argument_of(node, "training")
+    return [] if reads else written_arguments(node)
 
 
 def _watched(inputs: tuple[int, ...], written: tuple[int, ...], static: frozenset[int]) -> tuple[int, ...]:

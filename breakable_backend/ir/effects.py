@@ -222,10 +222,11 @@ def _written_by_kernel(node: fx.Node) -> list[Any]:
     return [named[name] for name in node.meta[_KERNEL_KEY]]
 
 
+BATCH_NORMS = _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm")
+"""Ops that write their running statistics if they train, and read them if they do not."""
+
 _UNDECLARED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm"), ("running_mean", "running_var")
-    ),
+    **dict.fromkeys(BATCH_NORMS, ("running_mean", "running_var")),
     "_c10d_functional::irecv": ("tensor",),
     "_c10d_functional::batch_p2p_ops": ("tensors",),
 }

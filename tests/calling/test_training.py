@@ -1040,7 +1040,7 @@ def test_a_second_derivative_of_what_was_captured(leaf: bool, device: torch.devi
     assert all(executor.driver.live_blocks() == 0 for executor in executors_of(compiled))
 
 
-@pytest.mark.parametrize("how", ["create_graph", "autocast"])
+@pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
 @pytest.mark.usefixtures("order_of_gradients")
 def test_a_second_forward_that_draws(how: str, device: torch.device, options: dict[str, Any]) -> None:
     """Lines 1 and 6: it draws what the first one drew, whatever was drawn since, and nothing else moves."""
@@ -1061,36 +1061,87 @@ def test_a_second_forward_that_draws(how: str, device: torch.device, options: di
     assert_same(*results)
 
 
-@pytest.mark.parametrize(
-    ("what", "how"),
-    [*itertools.product(("writes", "calls"), ("create_graph", "autocast", "batches")), ("draws", "batches")],
-)
+@pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
+@pytest.mark.parametrize("kind", ["module", "function", "evaluated"])
+@pytest.mark.usefixtures("order_of_gradients")
+def test_a_second_forward_with_statistics(kind: str, how: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 4: a second forward writes no counter and no statistics of a batch norm again, and gives eager's gradients."""
+    x = torch.rand(6, 4, device=device, requires_grad=True)
+    norm = nn.BatchNorm1d(4).to(device)
+    norm.train(kind != "evaluated")
+
+    def function(x: Tensor) -> Tensor:
+        if kind != "function":
+            return norm(x.sin()) * x
+        return F.batch_norm(x.sin(), norm.running_mean, norm.running_var, norm.weight, norm.bias, True) * x
+
+    compiled, results = warmed_up(function, device, options, x), []
+    for called in (compiled, function):
+        norm.reset_running_stats()
+        found = []
+        for _ in range(2):
+            y, later = called(x), called(x * 2)  # behind which the statistics are others
+            found += [y.detach(), *run_backward(how, y, x), torch.autograd.grad(later.sum(), x)]
+            found += [buffer.clone() for buffer in norm.buffers()]
+        results.append(found)
+    assert_same(*results)
+    assert any("is run once more" in note for note in breakable_backend.explain(compiled).programs[0].notes)
+
+
+def test_a_second_forward_whose_statistics_are_read(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: if a call of a graph got its statistics through another argument too, it has no second forward."""
+    x, both = torch.rand(3, 4, device=device, requires_grad=True), torch.zeros(2, 4, device=device)
+    views = both[0], both[1]
+
+    def function(x: Tensor, seen: Tensor, read: Tensor) -> Tensor:
+        seen.add_(1)
+        return x.sin() * x + read
+
+    compiled = torch.compile(function, backend="breakable_cg", options={**options, "training": True})
+    for _ in range(4):
+        compiled(x, *views).sum().backward()
+    y = compiled(x, *views)
+    with pytest.raises(ReplayError, match="shares memory with another"):
+        run_backward("batches", y, x)
+
+
+@pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])
+@pytest.mark.parametrize("what", ["writes", "reads", "calls"])
 @pytest.mark.usefixtures("order_of_gradients")
 def test_a_backward_that_eager_alone_can_run(
     what: str, how: str, device: torch.device, options: dict[str, Any]
 ) -> None:
     """Line 9: what cannot run once more is an error that says what to do; later calls are eager, and right."""
     x, written = torch.rand(3, 4, device=device, requires_grad=True), torch.zeros((), device=device)
+    mean, variance = torch.zeros(4, device=device), torch.ones(4, device=device)
 
     def writes(x: Tensor) -> Tensor:
         written.add_(1)
-        return x.sin() * x
+        return x.sin() * x * written
 
     def calls(x: Tensor) -> Tensor:
         return twice(x).sin() * x
 
-    def draws(x: Tensor) -> Tensor:
-        return F.dropout(x.sin(), 0.5) * x
+    def reads(x: Tensor) -> Tensor:
+        y = F.batch_norm(x, mean, variance, training=True)
+        return F.batch_norm(y, mean, variance, training=False) * x
 
-    function = {"writes": writes, "calls": calls, "draws": draws}[what]
+    depends = "its results may depend on what an argument was before it is written"
+    function, why = {
+        "writes": (writes, depends),
+        "reads": (reads, depends),
+        "calls": (calls, "it calls marked functions, or ops that are not torch's own"),
+    }[what]
     compiled = warmed_up(function, device, options, x)
-    with pytest.raises(ReplayError, match="call it again"):
+    with pytest.raises(ReplayError, match=why) as caught:
         run_backward(how, compiled(x), x)
+    assert "call it again" in caught.value.fix
     results = []
     for called in (compiled, function):
         written.zero_()
-        torch.manual_seed(0)
-        results.append([*run_backward(how, called(x), x), written.clone()])
+        mean.zero_()
+        variance.fill_(1)
+        results.append([*run_backward(how, called(x), x), written.clone(), mean.clone(), variance.clone()])
     assert_same(*results)
 
 

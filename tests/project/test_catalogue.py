@@ -690,7 +690,7 @@ CASES: dict[str, Case] = {
         "    torch.autograd.grad(first.sum(), y)  # here"
     ),
     "only a call that ran eagerly supports that": Case(
-        "y, n = leaf(), torch.zeros(1)\ndef f(x):\n    n.add_(1)\n    return (x.sin() * 2).exp()  # here\n\nf = compile(f)\n"
+        "y, n = leaf(), torch.zeros(1)\ndef f(x):\n    n.add_(1)\n    return (x.sin() * n).exp()  # here\n\nf = compile(f)\n"
         "with torch.enable_grad():\n    for _ in range(3): f(y).sum().backward()\n"
         "    torch.autograd.grad(f(y).sum(), y, create_graph=True)"
     ),
