@@ -101,5 +101,6 @@ def _program(code: str) -> None:
             raise
         status = ended.code or 0
     del main
-    gc.unfreeze()  # else what triton has left, where it is installed, is told as leaks
+    if "triton" in sys.modules:
+        gc.unfreeze()  # else what it has left is told as leaks; without it, freeing all of torch would take a second
     ctypes.pythonapi.Py_Exit(status)  # threads, atexit, modules: multiprocessing would leave without them

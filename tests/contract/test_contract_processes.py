@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from multiprocessing import shared_memory
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing import get_context
 from torch.multiprocessing.reductions import shared_cache
 
+import fresh
 from breakable_backend import capture, explain
 from doors import MakeGraph
 
@@ -32,11 +34,13 @@ def send(device: str, tensors: Any, end: Any) -> None:
 
 
 @pytest.fixture
-def received(device: torch.device) -> Iterator[Callable[[], Tensor]]:
+def received(device: torch.device, tmp_path: Path) -> Iterator[Callable[[], Tensor]]:
     """Receives the next tensor of the other process, in a storage of its own."""
     context = get_context("spawn")
     tensors, end = context.Queue(), context.Event()
-    process = context.Process(target=send, args=(str(device), tensors, end), daemon=True)
+    arguments, on_cuda = (str(device), tensors, end), device.type == "cuda"
+    process = fresh.process(send, *arguments, output=tmp_path / "output.txt", forked=not on_cuda)
+    process.daemon = True
     process.start()
 
     def receive() -> Tensor:
