@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from breakable_backend._torch.dynamo import tracing
+
 
 # What has to be known about a call before Dynamo can trace it is learned by running the frame once as Python. torch has
 # no function for this: a frame that is skipped is skipped for good, even for other frames with the same code, and what
@@ -68,9 +70,7 @@ def run_as_python(reason: str) -> NoReturn:
 
 def options_of_backend() -> Mapping[str, Any]:
     """The options that ``torch.compile`` got for what Dynamo is tracing."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    transaction = InstructionTranslator.current_tx()
+    transaction = tracing()
     backend: Any = transaction.output.compiler_fn if transaction is not None else None
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend

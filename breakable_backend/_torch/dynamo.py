@@ -61,7 +61,7 @@ def code_under_compilation() -> tuple[CodeType, CodeType] | None:
 
     The wrapper around torch's own functions has one code for all of them; see :func:`is_shared`.
     """
-    if current_compile_id() is None or (transaction := _tracing()) is None:
+    if current_compile_id() is None or (transaction := tracing()) is None:
         return None
     from torch._dynamo.resume_execution import ContinueExecutionCache
 
@@ -71,7 +71,7 @@ def code_under_compilation() -> tuple[CodeType, CodeType] | None:
     return code, whole
 
 
-def _tracing() -> InstructionTranslator | None:
+def tracing() -> InstructionTranslator | None:
     """The object with which Dynamo traces in this thread; None if it does not."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -202,7 +202,7 @@ def keep_with_code(thing: object) -> bool:
     """Keep ``thing`` alive as long as the code that Dynamo is making; False if nobody keeps that code, as in an export."""
     from torch._dynamo import convert_frame
 
-    transaction = _tracing()
+    transaction = tracing()
     assert transaction is not None
     output = transaction.output
     frame: FrameType | None = sys._getframe(1)
@@ -228,7 +228,7 @@ def places_read() -> set[Place]:
     """
     from torch._dynamo.guards import _get_closure_vars
 
-    transaction = _tracing()
+    transaction = tracing()
     assert transaction is not None
     output, root = transaction.output, transaction.output.root_tx
     scope = {"L": output.local_scope, "G": output.global_scope}
@@ -282,7 +282,7 @@ def forget_code_of(thing: object, reason: str) -> None:
 
 def in_a_body() -> bool:
     """Whether Dynamo is tracing the body of a higher-order op, such as a branch of ``torch.cond``, which cannot break."""
-    transaction = _tracing()
+    transaction = tracing()
     return transaction is not None and not transaction.output.is_root_tracer()
 
 
@@ -306,7 +306,7 @@ def until_reset() -> dict[str, Any]:
 
 def refuses_graph_breaks() -> bool:
     """Whether Dynamo, which is tracing the caller, was called with ``fullgraph=True``."""
-    transaction = _tracing()
+    transaction = tracing()
     assert transaction is not None
     return bool(transaction.one_graph or transaction.error_on_graph_break)
 

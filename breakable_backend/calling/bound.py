@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -33,7 +33,6 @@ from breakable_backend.ir.effects import written_inputs
 from breakable_backend.ir.program import outputs_of
 from breakable_backend.marks.call_sites import learning
 
-P = ParamSpec("P")
 T = TypeVar("T")
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of a call."""

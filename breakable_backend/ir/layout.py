@@ -142,6 +142,23 @@ def non_owning(tensor: torch.Tensor) -> torch.Tensor:
     return Geometry.of(tensor).on(_torch.unowned_storage(tensor.untyped_storage()))
 
 
+def dense_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    """The dimensions from the outermost in memory to the innermost; None if there are gaps between elements."""
+    order = sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1, dim))
+    steps = dense_strides(shape, order)
+    fits = all(shape[dim] == 1 or steps[dim] == stride[dim] for dim in order)
+    return tuple(order) if fits or 0 in shape else None
+
+
+def dense_strides(shape: Sequence[Any], order: Sequence[int] | None = None) -> tuple[Any, ...]:
+    """The strides of a tensor without gaps, whose dimensions are in this order in memory; None: in their own."""
+    steps, step = [1] * len(shape), 1
+    for dim in reversed(range(len(shape)) if order is None else order):
+        steps[dim] = step
+        step = step * (1 if type(shape[dim]) is int and shape[dim] == 0 else shape[dim])
+    return tuple(steps)
+
+
 def overlaps(tensor: torch.Tensor) -> bool:
     """Whether two elements may share memory: the step of some dimension is too short for the dimensions inside it."""
     reach = 1

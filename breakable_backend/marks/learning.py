@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from breakable_backend import _torch, locks
-from breakable_backend.ir.layout import TensorSpec
+from breakable_backend.ir.layout import TensorSpec, dense_order, dense_strides
 from breakable_backend.marks.structure import Structure, in_words, leaves_of
 
 
@@ -122,23 +122,6 @@ def _order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
     shape, stride = list(map(_torch.hint_of, tensor.shape)), list(map(_torch.hint_of, tensor.stride()))
     order = dense_order(shape, stride)
     return None if order is None else tuple(dim for dim in order if shape[dim] != 1)
-
-
-def dense_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
-    """The dimensions from the outermost in memory to the innermost; None if there are gaps between elements."""
-    order = sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1, dim))
-    steps = dense_strides(shape, order)
-    fits = all(shape[dim] == 1 or steps[dim] == stride[dim] for dim in order)
-    return tuple(order) if fits or 0 in shape else None
-
-
-def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
-    """The strides of a tensor without gaps."""
-    steps, step = [1] * len(shape), 1
-    for dim in reversed(order):
-        steps[dim] = step
-        step = step * (1 if type(shape[dim]) is int and shape[dim] == 0 else shape[dim])
-    return tuple(steps)
 
 
 # --- what calls returned ------------------------------------------------------------------------------------------------

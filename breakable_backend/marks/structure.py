@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.ir.layout import Geometry, Strided
+from breakable_backend.ir.layout import Geometry, Strided, dense_strides
 
 T = TypeVar("T")
 Structure = tuple[Any, ...]
@@ -243,7 +242,7 @@ def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: b
     order = sorted(range(len(where[0])), key=lambda position: (-where[1][position], position))
     dense = tuple(where[0][position] for position in order)
     back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
-    plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == _steps(dense)
+    plain = _is_contiguous(base) and tuple(where[1][position] for position in order) == dense_strides(dense)
     start = where[2] - base[2]
     inside = start >= 0 and start + reach(where) <= reach(base)
     steps: Structure | None = ("flat", start, reach(where), dense, back) if plain else _slices(base, where)
@@ -281,13 +280,8 @@ def _slices(base: Strided, where: Strided) -> Structure | None:
     return ("cut", tuple(cuts.values()), order, tuple(dim for dim, size in enumerate(where[0]) if size == 1))
 
 
-def _steps(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = [max(size, 1) for size in shape]
-    return tuple(itertools.accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1] if sizes else ()
-
-
 def _is_contiguous(where: Strided) -> bool:
-    pairs = zip(where[0], where[1], _steps(where[0]), strict=True)
+    pairs = zip(where[0], where[1], dense_strides(where[0]), strict=True)
     return all(size == 1 or step == wanted for size, step, wanted in pairs) or 0 in where[0]
 
 

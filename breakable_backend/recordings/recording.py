@@ -183,16 +183,6 @@ class Recording:
         """Memory that it needs at the same time, at most: from the pool, and what it holds itself."""
         return self.most if self.most is not None else Held.by(self.constants.values())
 
-    @property
-    def bridge_bytes(self) -> int:
-        """Memory of the bridges that are needed at the same time, at most."""
-        return self.held.bridges
-
-    @property
-    def held_bytes(self) -> int:
-        """Memory of values passed between segments that is needed at the same time, at most, without bridges."""
-        return self.held.values
-
 
 NOTHING = Recording((), {}, (), (), (), {})
 """An empty recording."""

@@ -55,7 +55,7 @@ class Journal(Observer):
             "graphs": len(recording.graphs),
             "eager_steps": len(recording.steps) - len(recording.graphs),
             "copies_per_call": recording.num_copies,
-            "bridge_bytes": recording.bridge_bytes,
+            "bridge_bytes": recording.held.bridges,
             "milliseconds": round(seconds * 1e3, 1),
         }
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())

@@ -342,8 +342,8 @@ def _recorded(recording: Recording | None, replay: Replay | None, measured: Meas
     return {
         "num_graphs": made.num_segments,
         "copies_per_call": made.num_copies,
-        "bridge_bytes": made.bridge_bytes,
-        "held_bytes": made.held_bytes,
+        "bridge_bytes": made.held.bridges,
+        "held_bytes": made.held.values,
         "source": replay.source if replay else "",
         "steps": _timed(_steps(recording, replay), measured),
         "measured": measured,

@@ -103,7 +103,8 @@ def test_memory_does_not_grow_with_breaks(make: MakeGraph, device: torch.device)
         assert torch.equal(y, chain(x, breaks))
         assert graph.recording is not None
         assert graph.driver is not None
-        needed.append((graph.recording.bridge_bytes, graph.recording.held_bytes if device.type == "cuda" else 0))
+        held = graph.recording.held
+        needed.append((held.bridges, held.values if device.type == "cuda" else 0))
         reserved.append(graph.driver.pool_bytes())
         del y
     assert needed[0] == needed[1]

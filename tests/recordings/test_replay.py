@@ -842,4 +842,4 @@ def test_numbers_of_a_recording(tape: Maker) -> None:
     recording = several_bridges(tape)
     assert len(recording.graphs) == 1
     assert recording.num_copies == 3
-    assert recording.bridge_bytes == 6 * 4 + 2 * 4 + 6 * 8
+    assert recording.held.bridges == 6 * 4 + 2 * 4 + 6 * 8
