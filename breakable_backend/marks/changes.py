@@ -25,6 +25,10 @@ from breakable_backend._torch import Place
 from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.structure import instances_in, is_still
 
+ANYWHERE = 0
+"""In the place of the identity of a class: guards on its attributes do not tell in all releases of torch which code reads
+them, so any code may."""
+
 DEPTH = 3
 """How many functions and objects may lie between a function and a value that is looked at."""
 
@@ -64,7 +68,10 @@ class _State:
                 self._look(part, type(part).__name__, 1)
         for kind in instances_in(arguments, type):
             for key, held in vars(kind).items():
-                self._add((id(kind), key), (held,), f"{kind.__name__}.{key}")
+                holds = (
+                    (*held, *held.values()) if isinstance(held, dict) else held if isinstance(held, list | set) else ()
+                )
+                self._add((ANYWHERE, f"{kind.__name__}.{key}"), (held, *holds), f"{kind.__name__}.{key}")
         self._look(function, "", DEPTH)
 
     def _look(self, value: Any, name: str, depth: int) -> None:
@@ -148,7 +155,7 @@ def heed(gm: fx.GraphModule) -> None:
     read, last = _torch.places_read(), None
     for site in changing:
         learned = site.learned
-        names = dict.fromkeys(name for place, name in learned.changes.items() if place in read)
+        names = dict.fromkeys(name for place, name in learned.changes.items() if place in read or place[0] == ANYWHERE)
         if names:
             last = site
             if learned.changes_again:

@@ -18,7 +18,7 @@ from breakable_backend.ir.layout import Geometry, Strided, dense_strides
 
 T = TypeVar("T")
 Structure = tuple[Any, ...]
-CONSTANTS = (enum.Enum, type, torch.dtype, torch.device)
+CONSTANTS = (enum.Enum, type)
 """Objects that may be arguments, and on whose identity Dynamo guards. As results they cannot be guarded."""
 
 LEAVES = ("tensor", "argument", "view", "plain", "int", "float", "module")
