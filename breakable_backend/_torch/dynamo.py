@@ -75,7 +75,10 @@ def tracing() -> InstructionTranslator | None:
     """The object with which Dynamo traces in this thread; None if it does not."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    return cast("InstructionTranslator | None", InstructionTranslator.current_tx())
+    try:
+        return cast("InstructionTranslator | None", InstructionTranslator.current_tx())
+    except AttributeError:  # this thread has traced nothing yet: a backward that compiled autograd runs (torch 2.13)
+        return None
 
 
 def is_shared(code: CodeType) -> bool:

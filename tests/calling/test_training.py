@@ -935,6 +935,23 @@ def test_hooks(device: torch.device, options: dict[str, Any]) -> None:
     assert_trains(Mlp(), step, device, options, 8)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # compiled autograd reads it
+def test_backwards_that_are_compiled(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 3: backwards under compiled autograd, of forwards that were not, are right, and captured."""
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        loss = function(torch.rand(3, 4, device=device)).square().sum()
+        compiler = torch.compile(backend="eager") if function is not module else None
+        with torch._dynamo.compiled_autograd._enable(compiler) if compiler else contextlib.nullcontext():
+            loss.backward()
+        descend(module)
+        return loss.detach()
+
+    assert_replays(assert_trains(Mlp(), step, device, options, 7), 1)
+
+
 # --- what stays eager -----------------------------------------------------------------------------------------------------------
 
 
