@@ -47,8 +47,9 @@ from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 log = logging.getLogger(__name__)
 
-MAX_SLOTS = 4
-"""How many captured forwards of one graph, with the same parameters, may be pending."""
+MAX_SLOTS = 16
+"""How many captured forwards of one graph, with the same parameters, may be pending: the microbatches of a pipeline. Each
+is recorded only if the GPU has room, and only once so many are pending."""
 
 MAX_SIZES = 8
 """How many sets of sizes and floats of one graph are captured."""
