@@ -180,7 +180,7 @@ def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int
         taken.add(_torch.storage_key(result))
         results.append(result)
     came = [gradient is not None for gradient in made]
-    return [*results, torch.tensor(came, dtype=torch.bool, device="cpu")]
+    return [*results, torch.frombuffer(bytearray(came), dtype=torch.bool)]
 
 
 @torch.library.register_fake("breakable_cg::backward", lib=_library)  # type: ignore[untyped-decorator]
