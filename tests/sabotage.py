@@ -202,6 +202,20 @@ FAULTS = (
         "test_training.py::test_a_mixture_of_experts_trains[cpu-at first]",
     ),
     Fault(
+        "results-that-need-no-gradients-at-first-never-do",
+        "marks.call_sites:Site.traced_as",
+        "some or place in self.seen",
+        "some",
+        "test_training.py::test_results_that_need_gradients_in_some_calls_only[cpu]",
+    ),
+    Fault(
+        "gradients-that-were-not-expected-are-lost",
+        "marks.call_sites:Site.run",
+        "some and (not known)",
+        "False",
+        "test_training.py::test_results_that_need_gradients_in_some_calls_only[cpu]",
+    ),
+    Fault(
         "hooks-stay-wrapped",
         "_torch.autograd:_spare",
         "hooks[key] = hook",

@@ -579,6 +579,9 @@ def _check(joint: _Joint, num_inputs: int) -> None:
             raise CannotLower("one of its gradients is a zero that has no memory")
         if node.name not in joint.forward and not before.isdisjoint(storages_of(*written_arguments(node))):
             raise CannotLower("its backward writes what it is given")
+    for node in graph.nodes:
+        if (called := site_of(node.target, node.args)) is not None:
+            called.is_captured = True
     needed = joint.sums()[1]
     for node in filter(needed.__contains__, joint.marked()):
         site = _site(node)

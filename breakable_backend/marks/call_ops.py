@@ -53,7 +53,11 @@ class _Node(torch.autograd.Function):
         made = _torch.below_autograd(op, keys, number, needs, ctx.traced, *written, rest, ints, floats)
         *results, handle = [made] if isinstance(made, torch.Tensor) else made
         site = sites[number]
-        members = site.expected.differentiable if _torch.is_traced(handle) else _saved(number, handle).members
+        if _torch.is_traced(handle):
+            members: Sequence[Any] = site.traced_as()
+        else:
+            members = _saved(number, handle).members
+            site.saw(members)
         ctx.mark_non_differentiable(*(result for result, some in zip(results, members, strict=False) if not some))
         ctx.save_for_backward(handle)
         if _torch.saves_through_hooks() and not ctx.traced:

@@ -183,6 +183,12 @@ class Site:
     """Dimensions, dtype and device of the gradients that the backward computes."""
     left_out: frozenset[int] = frozenset()
     """Those of them that a backward which autograd ran did not give."""
+    seen: frozenset[int] = frozenset()
+    """Roots that needed gradients in calls outside of traced code."""
+    traced: tuple[bool, ...] = ()
+    """Which roots need gradients in traced code."""
+    is_captured: bool = False
+    """Whether both halves were traced. What is seen from then on does not change them."""
     error: PartitionError | None = None
     overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Tensors that are read and lie in the memory of a written one: which one, and how many elements behind it."""
@@ -191,6 +197,16 @@ class Site:
     def declared(self) -> bool:
         """Whether layouts or gradients come from ``fake`` or ``backward``: results then do not show who needs gradients."""
         return self.mark.fake is not None or self.mark.backward is not None
+
+    def saw(self, members: Sequence[Sequence[Any]]) -> None:
+        """Note which roots needed gradients in a call. Earlier ones may have needed none: they left out every expert."""
+        if not self.is_captured:
+            self.seen |= {place for place, some in enumerate(members) if some}
+
+    def traced_as(self) -> tuple[bool, ...]:
+        """Which roots need gradients in the code that is traced now."""
+        self.traced = tuple(some or place in self.seen for place, some in enumerate(self.expected.differentiable))
+        return self.traced
 
     def twin(self) -> Site:
         """Another site of the same call, for arguments of some sizes only. The caller owns it."""
@@ -325,6 +341,8 @@ class Site:
                 taken = self._take(holder, call.tensors, bool(call.needs), EagerOutputError)
         made = self._made(taken, traced, call)
         if call.needs:
+            if traced and any(some and not known for some, known in zip(taken.members, self.traced, strict=True)):
+                raise self._needs_gradients(call, taken)
             leaves = [tensor for tensor, need in zip(call.tensors, call.needs, strict=True) if need]
             made = [*made, SavedForBackward.handle(leaves, taken.members)]
         return made
@@ -502,6 +520,12 @@ class Site:
                 "layout wherever the layouts of the arguments are the same"
             )
         return self._failure(f"{got}, but was compiled for {wanted}", fix, EagerOutputError)
+
+    def _needs_gradients(self, call: Given, taken: Result) -> BreakableError:
+        self.learned.add(Asked.of(call), expected_of(taken, self.declared))
+        _torch.forget_code_of(self, f"{self.mark.name} returned a tensor that needs gradients")
+        what = "a tensor that needs gradients, and needed none in the calls before it was compiled"
+        return self._failure(what, "call again: the function around it is compiled anew", EagerOutputError)
 
     def _failure(self, what: str, fix: str, kind: type[BreakableError]) -> BreakableError:
         return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)

@@ -738,6 +738,43 @@ def test_a_gradient_of_two_functions_that_one_leaves_out(device: torch.device, o
             assert_replays(breakable_backend.explain(compiled).programs, 10)
 
 
+def test_results_that_need_gradients_in_some_calls_only(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: gradients of a result that needed none at first are eager's; an error, once, if it needed none until captured."""
+    silent = [True]
+
+    @eager_on_graph
+    def at_times(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.zeros_like(x) if silent[0] else x * weight
+
+    class AtTimes(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            return self.second(x + at_times(x, self.weight))
+
+    step = mlp_step(device)
+    for first in (1, 2, 8):
+        silent[0] = True
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        mine = AtTimes().to(device)
+        theirs = copy.deepcopy(mine)
+        compiled = torch.compile(mine, backend="breakable_cg", options=options)
+        assert_same(trained(compiled, mine, step, first), trained(theirs, theirs, step, first))
+        silent[0] = False
+        if first > 1:
+            with pytest.raises(
+                EagerOutputError, match="a tensor that needs gradients, and needed none in the calls before"
+            ):
+                step(compiled, mine)
+        for silent[0] in (False, True, False):
+            assert_same(trained(compiled, mine, step, 8), trained(theirs, theirs, step, 8))
+        assert_replays(breakable_backend.explain(compiled).programs, 10)
+
+
 def test_hooks_are_left_as_they_were(device: torch.device, options: dict[str, Any]) -> None:
     """Hooks of a parameter that a marked function gives nothing see what others give, and are the user's own behind it."""
     torch.manual_seed(0)
