@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from breakable_backend.recordings.checks import check_argument, perform
 from breakable_backend.recordings.recording import Copy, GraphStep, Recording, Variable
 from breakable_backend.recordings.replay import Tally
@@ -25,6 +27,9 @@ def interpret(recording: Recording, args: Sequence[Any], stream: int, tally: Tal
         if isinstance(step, GraphStep):
             held: list[Any] = []
             tally.copies += sum(_loaded(copy, values, held) for copy in step.loads)
+            for out in step.outs:
+                values[out.value.name] = torch.empty_like(out.like)
+                out.outlet.lead(values[out.value.name].data_ptr())
             step.graph.replay(stream)
             tally.copies += sum(values[copy.bridge.name].store(values[copy.value.name]) for copy in step.stores)
         else:

@@ -94,7 +94,7 @@ class Outputs(list[Any]):
     saved: list[torch.Tensor] | None = None
     """For a captured forward, everything that was saved: constants of the recording, and values that move. They do not
     own their memory."""
-    owners: tuple[torch.Tensor, ...] = ()
+    owners: tuple[Any, ...] = ()
     """The owners of that memory."""
     static: frozenset[str] = frozenset()
     """The names of the values that do not move."""
@@ -216,7 +216,7 @@ class ForwardExecutor(HalfExecutor):
             value if constant is None else constant
             for constant, value in zip(lease.constants, made[count:], strict=True)
         ]
-        outputs.owners, outputs.static = recording.saved, lease.static
+        outputs.owners, outputs.static = recording.kept, lease.static
         return outputs
 
     def cut_program(self) -> None:

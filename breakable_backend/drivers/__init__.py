@@ -46,6 +46,20 @@ class Feed(Protocol):
         """
 
 
+class Outlet(Protocol):
+    """A copy inside a captured segment, of a result to the caller's memory, wherever that lies in each call.
+
+    A launch copies to :attr:`target`. Memory of the caller's has to be there, and to be held until the launch is issued.
+    So whoever launches a graph updates its outlets first.
+    """
+
+    target: int
+    """The address that the next launch copies to."""
+
+    def lead(self, address: int) -> None:
+        """Have the next launch, and those behind it, copy to ``address``."""
+
+
 class CapturedGraph(Protocol):
     """One captured segment. It launches what ran under the capture, on the addresses that it had then.
 
@@ -139,6 +153,12 @@ class Capturing(Protocol):
                 and the next capture works.
         """
 
+    def let_out(self, value: torch.Tensor, target: torch.Tensor) -> Outlet | None:
+        """Within a body: copy the bytes of ``value`` from here to ``target``, which is dense and not in the pool.
+
+        None if the graph could not copy elsewhere later. Then nothing is copied.
+        """
+
     def progress(self) -> Hashable:
         """How far the current capture has come: another value once something was added. For use within a body.
 
@@ -199,12 +219,13 @@ class CaptureDriver(Protocol):
     def end(self, stream: int) -> None:
         """Mark on ``stream`` the end of this call's use of the pool. Called even if the call raised."""
 
-    def recording(self, apart: bool = False) -> AbstractContextManager[None]:
+    def recording(self, apart: bool = False) -> AbstractContextManager[Any]:
         """Held around one recording, with all its segments and the eager steps between them.
 
         Pool memory that a recording lends, and that somebody holds, may be memory that earlier graphs use for
         themselves while they run. So it keeps its values within one call only. With ``apart`` the recording gets memory
-        that no other recording gets, before or after, and held memory keeps its values from call to call.
+        that no other recording gets, before or after, and held memory keeps its values from call to call. It may yield an
+        object then. Behind the recording all memory of its own, held or not, keeps its values as long as that object lives.
         """
 
     def on(self, device: torch.device) -> Capturing:

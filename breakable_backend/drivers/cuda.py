@@ -25,7 +25,7 @@ from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.drivers.device import DeviceDriver, capture_body
 from breakable_backend.drivers.generator import Draws, end, hold_for_ever, registry
-from breakable_backend.drivers.graph_copies import Fed, can_be_fed
+from breakable_backend.drivers.graph_copies import Fed, LetOut, can_be_fed
 from breakable_backend.drivers.graph_nodes import GraphNode, dot, dot_of_names, first_copies, nodes
 from breakable_backend.drivers.ordering import REPLAY_OUTSIDE, Order, capture_end, relaxed
 from breakable_backend.drivers.pool_size import PoolSize
@@ -97,6 +97,22 @@ class CudaGraph:
                 Fed(bridge, value, self._pointer(cudart.cudaGraphNode_t(node), bridge))
                 for node, (bridge, value) in zip(copies, fed, strict=True)
             )
+
+    def let_out(self, made: _LetOut) -> None:
+        """Have the outlet of a captured copy change the address to which the graph copies."""
+        assert self._graph is not None
+        executable, node = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec()), cudart.cudaGraphNode_t(made.node)
+        source, size, kind = made.source, made.size, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+
+        def point(target: int) -> bool:
+            assert self._graph is not None, "led elsewhere after its release"
+            with nullcontext() if _torch.current_device() == self._index else torch.cuda.device(self._index):
+                (status,) = cudart.cudaGraphExecMemcpyNodeSetParams1D(executable, node, target, source, size, kind)
+            if status:
+                cudart.cudaGetLastError()
+            return not status
+
+        made.outlet.point = point
 
     def _pointer(self, node: Any, bridge: torch.Tensor) -> Callable[[int], bool]:
         """Makes launches from the next on copy from another address; False if CUDA does not accept it here."""
@@ -211,6 +227,16 @@ class CudaGraph:
             self.release()
 
 
+@dataclass(frozen=True)
+class _LetOut:
+    """A captured copy of a result, and the outlet that will change where it goes."""
+
+    node: int
+    source: int
+    size: int
+    outlet: LetOut
+
+
 class CudaGraphAmongGPUs(CudaGraph):
     """The same with several GPUs: a raw launch uses the current device, whose default stream is handle 0."""
 
@@ -256,6 +282,23 @@ class WaitingGraph(CudaGraph):
     def release(self) -> None:
         super().release()
         self._waits = ()
+
+
+class _Kept:
+    """Keeps the pools of a recording, in which nobody allocates any more: so all memory in them keeps its values."""
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+        self.graphs: list[tuple[Any, list[torch.cuda.CUDAGraph]]] = []
+        """Pools, each with an empty graph in it."""
+        _all_kept.add(self)
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        while self.graphs and not ending():
+            self._draws.leave(*self.graphs.pop())
+
+
+_all_kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
 
 class _GraphInMemPool(torch.cuda.CUDAGraph):
@@ -306,6 +349,8 @@ class CudaDriver(DeviceDriver):
         self._keeper: torch.cuda.CUDAGraph | None = None
         """A graph that keeps the pool alive between recordings. A pool dies with its last graph, and using its handle
         then fails an internal assertion of torch."""
+        self._kept: _Kept | None = None
+        """What keeps the pools of the current recording, if it is apart."""
         self._live: set[CudaGraph] = set()
         self._several = torch.cuda.device_count() > 1
         self._order = Order(self.device)
@@ -315,6 +360,8 @@ class CudaDriver(DeviceDriver):
         self._first = False
         """Whether the next capture is the first of a recording."""
         _drivers.add(self)
+        self._let_out: list[_LetOut] = []
+        """Copies of results in the capture in progress."""
         self._recordings = 0
         """How many recordings are in progress."""
 
@@ -355,10 +402,15 @@ class CudaDriver(DeviceDriver):
         return self._draws.at_rest()
 
     def has_room(self, size: int) -> bool:
-        """What torch's allocator holds unused counts as free, since it is returned before memory runs out."""
+        """What torch's allocator holds unused, outside of pools, counts as free: it is returned before memory runs out."""
         free, total = torch.cuda.mem_get_info(self._index)
-        unused = torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index)
-        return free + unused - size >= HEADROOM * total
+        ordinary = [
+            s
+            for s in torch.cuda.memory_snapshot()
+            if s["device"] == self._index and tuple(s["segment_pool_id"]) == (0, 0)
+        ]
+        unused = sum(segment["total_size"] - segment["active_size"] for segment in ordinary)
+        return bool(free + unused - size >= HEADROOM * total)
 
     def make_room(self) -> None:
         """Return the unused memory of torch's allocator to the device."""
@@ -408,7 +460,7 @@ class CudaDriver(DeviceDriver):
             self.stream, self.capture_error_mode = before
 
     @contextmanager
-    def recording(self, apart: bool = False) -> Iterator[None]:
+    def recording(self, apart: bool = False) -> Iterator[_Kept | None]:
         """Hold off Python's gc, which may free CUDA memory during a capture, and keep cuBLAS's workspaces in the pool.
 
         cuBLAS allocates a workspace for each pair of handle and stream at its first use. Handles have to exist before a
@@ -426,25 +478,27 @@ class CudaDriver(DeviceDriver):
             with torch.cuda.device(self.device), relaxed(), suppress(RuntimeError):
                 if not _torch.is_stream_capturing():
                     torch.cuda.current_blas_handle()
-            with held_off(), self._apart() if apart else nullcontext():
+            with held_off(), self._apart() if apart else nullcontext() as kept:
                 try:
-                    yield
+                    yield kept
                 finally:
                     _torch.clear_cublas_workspaces()
         finally:
             self._recordings -= 1
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Use another pool during a recording."""
+    def _apart(self) -> Iterator[_Kept]:
+        """Use another pool during a recording. What is yielded keeps it; after a failed capture there are several."""
         before = self._pool, self._keeper
         self._pool = self._keeper = None
+        self._kept = kept = _Kept(self._draws)
         try:
-            yield
+            yield kept
         finally:
             if self._pool is not None:
                 self._pools_apart.append(self._pool)
             self._drop_keeper()
+            self._kept = None
             self._pool, self._keeper = before
 
     def feeds(self, bridge: torch.Tensor, value: torch.Tensor) -> bool:
@@ -457,6 +511,17 @@ class CudaDriver(DeviceDriver):
     def progress(self) -> Hashable:
         """The nodes on which the next node of the capture stream will depend, as CUDA reports them."""
         return capture_end(self.stream.cuda_stream)
+
+    def let_out(self, value: torch.Tensor, target: torch.Tensor) -> LetOut | None:
+        if self.progress() is None:  # CUDA would not tell the node of the copy
+            return None
+        self.copy(target, value)
+        end = capture_end(self.stream.cuda_stream)
+        assert end is not None
+        (node,) = end
+        outlet = LetOut(target)
+        self._let_out.append(_LetOut(node, value.data_ptr(), target.numel() * target.element_size(), outlet))
+        return outlet
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy bytes on the capture stream, by a call that makes exactly one node."""
@@ -505,6 +570,7 @@ class CudaDriver(DeviceDriver):
         """
         assert self._recordings, "capture outside recording()"
         try:
+            self._let_out = []
             if self._first:
                 _torch.clear_cublas_workspaces()
                 self._first = False
@@ -560,6 +626,8 @@ class CudaDriver(DeviceDriver):
         try:
             graph.instantiate()
             captured.feed(fed)
+            for made in self._let_out:
+                captured.let_out(made)
         except Exception:
             captured.release()
             raise
@@ -621,7 +689,10 @@ class CudaDriver(DeviceDriver):
     def _drop_keeper(self) -> None:
         if self._keeper is not None:
             holder, self._keeper = [self._keeper], None
-            self._draws.leave(self._pool, holder)
+            if self._kept is not None:
+                self._kept.graphs.append((self._pool, holder))
+            else:
+                self._draws.leave(self._pool, holder)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if getattr(self, "_keeper", None) is not None and not ending():
@@ -743,6 +814,8 @@ def _leave() -> None:
     """
     until = time.monotonic() + 2.0
     hold_for_ever()
+    for kept in list(_all_kept):
+        _torch.keep_for_ever(kept)
     for driver in list(_drivers):
         driver.lock.acquire(timeout=max(0.0, until - time.monotonic()))
         for graph in [*driver._live, *(graph for leaving in driver._leaving for graph in leaving.graphs)]:

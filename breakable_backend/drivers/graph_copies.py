@@ -1,4 +1,4 @@
-"""Copies at the head of a captured segment, by which the graph itself loads its bridges from wherever the values lie.
+"""Copies that a captured graph makes by itself: into its bridges, at its head, and of large results to the caller.
 
 A copy in the graph takes no host time if the value lies where it lay in the call before, as results of eager steps
 mostly do. Otherwise it takes one call that changes the address in the graph. A copy before the launch would take a call
@@ -68,6 +68,32 @@ class Fed:
     def _at(self, address: int) -> torch.Tensor:
         """The bytes at an address."""
         spec = self._spec
-        size = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-        octets = torch.empty(0, dtype=torch.uint8, device=spec.device)
-        return octets.set_(_torch.storage_at(address, size, spec.device))
+        return _bytes_at(address, torch.Size(spec.shape).numel() * spec.dtype.itemsize, spec.device)
+
+
+class LetOut:
+    """A copy of a result to the caller's memory; see :class:`breakable_backend.drivers.Outlet`.
+
+    Args:
+        target: where the first launch copies to. It is not held.
+    """
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self.target, self._size = target.data_ptr(), target.numel() * target.element_size()
+        self.point: Callable[[int], bool] = lambda _: True
+        """Makes launches from the next on copy to an address; returns False if that is impossible."""
+
+    def lead(self, address: int) -> None:
+        self.target = 0  # if this fails half-way, the next address is set in any case
+        assert self.point(address), "a graph takes no memory of torch's own to copy to"
+        self.target = address
+
+    def __call__(self, value: torch.Tensor) -> None:
+        """Copy now, for drivers that run a graph op by op."""
+        octets = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+        _bytes_at(self.target, self._size, value.device).copy_(octets[: self._size])
+
+
+def _bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+    octets = torch.empty(0, dtype=torch.uint8, device=device)
+    return octets.set_(_torch.storage_at(address, size, device))

@@ -46,7 +46,7 @@ class _Elsewhere:
         self.stream = 0
         """The raw handle of the device's current stream in this call."""
         self._capture = capturing.capture
-        self.feeds, self.progress = capturing.feeds, capturing.progress
+        self.feeds, self.let_out, self.progress = capturing.feeds, capturing.let_out, capturing.progress
         self.allocating, self.lend = capturing.allocating, capturing.lend
 
     def begin(self) -> None:
@@ -232,11 +232,10 @@ class DeviceGroup:
     # captures
 
     @contextmanager
-    def recording(self, apart: bool = False) -> Iterator[None]:
+    def recording(self, apart: bool = False) -> Iterator[Any]:
         with ExitStack() as stack:
-            for driver in self._drivers:
-                stack.enter_context(driver.recording(apart))
-            yield
+            kept = [stack.enter_context(driver.recording(apart)) for driver in self._drivers]
+            yield kept if any(memory is not None for memory in kept) else None
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

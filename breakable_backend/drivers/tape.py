@@ -25,7 +25,7 @@ from breakable_backend import _torch, active
 from breakable_backend.drivers import CapturedGraph, Pairs
 from breakable_backend.drivers.collector import held_off
 from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph, capture_body
-from breakable_backend.drivers.graph_copies import Fed, can_be_fed
+from breakable_backend.drivers.graph_copies import Fed, LetOut, can_be_fed
 from breakable_backend.errors import CaptureError, ReplayError, first_line, user_line
 from breakable_backend.failure_kinds import as_passing
 from breakable_backend.interception import intercepted_by
@@ -204,14 +204,14 @@ class TapeGraph(OpByOpGraph):
         later: Callable[[], Sequence[_Lent]],
     ) -> None:
         super().__init__(draws_random, {key: storage for key, (storage, _) in tape.made.items()})
-        self.num_kernels = len(tape.ops)
         self._brought, self._free, self._given, self._later = brought, free, given, later
         self._device_type = tape.device.type
         self._ops, self._outside = tape.ops, list(tape.outside.values())
+        self.num_kernels = len(self.kernels())
 
     def kernels(self) -> tuple[str, ...]:
         """The taped ops."""
-        return tuple(str(op.func) for op in self._ops)
+        return tuple(str(op.func) for op in self._ops if not isinstance(op.func, LetOut))
 
     def feed(self, fed: Pairs) -> None:
         """Copy values into bridges at the beginning of each replay."""
@@ -341,6 +341,12 @@ class _Tape:
         if self._undo.any_moved():
             raise self.refuse(f"{func} {MOVES}")
 
+    def let_out(self, value: torch.Tensor, target: torch.Tensor) -> LetOut:
+        """Copy ``value`` to ``target`` in each replay, but not now."""
+        outlet = LetOut(target)
+        self.ops.append(_Op(outlet, (self._alias(outlet, value),), {}, (), grad_enabled=False))
+        return outlet
+
     def _alias(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         """What the tape holds for ``tensor``: memory made inside strongly, memory from outside by its address."""
         if tensor.device != self.device:
@@ -451,10 +457,17 @@ class TapeDriver(OpByOpDriver):
             stack.enter_context(session.taping)
             yield session
 
-    def progress(self) -> Hashable:
-        """How many calls are on the tape."""
+    def let_out(self, value: torch.Tensor, target: torch.Tensor) -> LetOut:
+        return self._tape().let_out(value, target)
+
+    def _tape(self) -> _Tape:
         tape = self._session._tape if self._session is not None else None
         assert tape is not None, "no capture is under way"
+        return tape
+
+    def progress(self) -> Hashable:
+        """How many calls are on the tape."""
+        tape = self._tape()
         if tape.refusal is not None:
             raise tape.refusal
         return len(tape.ops)

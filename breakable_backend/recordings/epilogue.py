@@ -48,8 +48,12 @@ class Epilogue:
             place = self.locations.intact.get(name, self.locations.read_from[name])
             # If several outputs share a storage of ours, copy the storage once, and make the views on the copy.
             places[name] = self._copied(place) if behind[name] > 1 else place
+        out = {name: places[name] for name in inputs if name in self.locations.let_out}
         for call in self.specialised.calls(EagerSegment(self.module, inputs, (), (), (), ()), places, None):
-            places[call.result] = self._make(call)
+            source = next((out[variable] for variable in call.variables if variable in out), None)
+            if source is not None:  # it has the layout of the output already
+                out[call.result] = source
+            places[call.result] = source or self._make(call)
         return [self._copied(places[leaf.name]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
     def _make(self, call: Call) -> Variable:
@@ -78,17 +82,23 @@ class Epilogue:
 
 def _leaves_behind(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, int]:
     """For each input of the epilogue, how many of the returned ``leaves`` depend on it."""
+    behind = inputs_behind(module)
+    counts = dict.fromkeys((node.name for node in module.graph.find_nodes(op="placeholder")), 0)
+    for leaf in leaves:
+        if isinstance(leaf, fx.Node):
+            counts[behind[leaf].name] += 1
+    return counts
+
+
+def inputs_behind(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """For each node of the epilogue, the input of which it is a view."""
     behind: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
             behind[node] = node
         elif node.op == "call_function":
             behind[node] = next(behind[argument] for argument in node.all_input_nodes if argument in behind)
-    counts = dict.fromkeys((node.name for node in module.graph.find_nodes(op="placeholder")), 0)
-    for leaf in leaves:
-        if isinstance(leaf, fx.Node):
-            counts[behind[leaf].name] += 1
-    return counts
+    return behind
 
 
 def settled(specialised: SpecialisedProgram, locations: Locations, steps: Sequence[Step]) -> Iterator[Call]:

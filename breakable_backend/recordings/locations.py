@@ -9,7 +9,7 @@ and are in no constant, not even as a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Locations:
         """The owners of pool memory, by variable. Constants lie at the same addresses, and own nothing."""
         self.most = Held()
         """The most that was held at the same time, besides what is held for good."""
+        self.let_out: set[str] = set()
+        """Values that a graph copies to the caller's memory by itself, in the layout of the output that they become."""
         self._lent: set[int] = set()
         """Keys of storages of constants that lie over an owner's memory."""
         self._pinned: set[str] = set()
@@ -132,13 +134,22 @@ class Locations:
 
     # what steps make and change
 
-    def captured(self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any]) -> None:
-        """A captured segment's result. It holds its memory until its last reader is recorded."""
+    def captured(
+        self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any], out: Mapping[str, torch.Tensor]
+    ) -> None:
+        """A captured segment's result. It holds its memory until its last reader is recorded.
+
+        What the graph has copied ``out`` by itself is the caller's.
+        """
         with_memory = [tensor for tensor in tensors_of(inputs) if tensor.layout is torch.strided]
         lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]]
         lent = {_torch.storage_key(tensor): (tensor.untyped_storage(), None) for tensor in with_memory}
         for name, result in zip(names, results, strict=True):
             self.read_from[name] = Variable(name)
+            if name in out:
+                self.values[name] = out[name]
+                self.let_out.add(name)
+                continue
             self.values[name] = self.constants[name] = result
             if self._is_kept(name) or not self._is_memory(result):
                 continue
@@ -155,6 +166,7 @@ class Locations:
 
     def uncaptured(self, names: Sequence[str]) -> None:
         """Undo :meth:`captured`: the graph could not be launched."""
+        self.let_out.difference_update(names)
         for name in names:
             self.owners.pop(name, None)
             self.constants.pop(name, None)
@@ -189,6 +201,15 @@ class Locations:
         """With static results, the owners of memory of which an eager step has returned an alias, which may be a result."""
         for owner in self.owners.values() if self.static else ():
             yield copies.inside(owner)
+
+    def kept(self, memory: Any) -> Iterator[Any]:
+        """The owners of the memory of saved values: ``memory``, which has what is lent by the pool, or tensors."""
+        lent = set(map(id, map(copies.inside, self.owners.values()))) if memory is not None else set()
+        if memory is not None and self.saved:
+            yield memory
+        for name in self.saved:
+            if (owner := self.holder(name)) is not None and id(owner) not in lent:
+                yield owner
 
     def _hold(self, variable: str, owner: torch.Tensor | Bridge, place: torch.UntypedStorage) -> None:
         """Have ``owner`` hold the memory behind ``place``, on which the constants of ``variable`` lie."""

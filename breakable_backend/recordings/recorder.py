@@ -24,6 +24,7 @@ from breakable_backend.recordings.checks import perform, places_of
 from breakable_backend.recordings.copies import load_all
 from breakable_backend.recordings.epilogue import Epilogue, settled
 from breakable_backend.recordings.locations import Locations
+from breakable_backend.recordings.outs import Outs
 from breakable_backend.recordings.recording import (
     NOTHING,
     Call,
@@ -86,7 +87,7 @@ def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: P
     """
     recorder = _Recorder(SpecialisedProgram.of(program, args, plan.observer), driver, plan, stream)
     try:
-        with driver.recording(apart=plan.apart):
+        with driver.recording(apart=plan.apart) as memory:
             position = 0
             while position < len(recorder.segments):
                 segment = recorder.segments[position]
@@ -98,12 +99,12 @@ def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: P
                 recorder.locations.retire(position)
                 position += 1
             try:
-                return recorder.finish()
+                return recorder.finish(memory)
             except torch.OutOfMemoryError as error:
                 if recorder.put_off is not None:
                     raise
                 recorder.give_up(error)
-            return recorder.finish()
+            return recorder.finish(memory)
     except BaseException:
         graphs = recorder.graphs()
         recorder.forget()
@@ -165,6 +166,7 @@ class _Recorder:
             for name in (*segment.inputs, *self._early()):
                 if (copy := locations.bridge(name, position)) is not None:
                     loads.append(copy)
+            outs = Outs(self.specialised, locations, self.plan, driver, position, segment)
             feeding = self._fed(loads, driver)
             before = [copy for copy in loads if copy not in feeding]
             sources = [values[copy.value.name] for copy in before]
@@ -173,7 +175,7 @@ class _Recorder:
             return self._capture_failed(position, segment, loads, error)
         inputs = [locations.inside(name) for name in segment.inputs]
         observer = self.plan.observer
-        body = NodeByNode(segment.module, driver.progress, self.repair.pauses(segment))
+        body = NodeByNode(segment.module, driver.progress, self.repair.pauses(segment), outs.take, outs.after)
         captured = body if observer is None else observer.captured(position, body)
         fed = [(values[copy.bridge.name].tensor, values[copy.value.name]) for copy in feeding]
         try:
@@ -190,8 +192,8 @@ class _Recorder:
         written = [access.storage for access in segment.writes if access.storage not in segment.outputs]
         copied_back = [name for name in written if name in locations.outside and name in locations.inputs]
         stores = tuple(Copy(Variable(bridge_name(name)), Variable(name)) for name in copied_back)
-        self.steps.append(GraphStep(graph, tuple(loads), stores, segment))
-        locations.captured(segment.outputs, results, inputs)
+        self.steps.append(GraphStep(graph, tuple(loads), stores, tuple(outs.made), segment))
+        locations.captured(segment.outputs, results, inputs, outs.targets())
         try:
             graph.replay(self.stream)
         except ReplayError as error:
@@ -299,14 +301,15 @@ class _Recorder:
         for name in segment.outputs:
             locations.returned(name, local[name])
 
-    def finish(self) -> Recorded:
+    def finish(self, memory: Any) -> Recorded:
+        """The recording. ``memory``: what keeps all of its memory; None if tensors have to do that."""
         program, locations = self.specialised.program, self.locations
         epilogue = Epilogue(self.specialised, locations, self.plan.fresh_outputs)
         returned = epilogue.run(outputs_of(program.epilogue.module)[: self.plan.saved_from])
         outputs = [fill(place, epilogue.values) for place in returned]
         held = [locations.holder(name) for name in locations.saved]
         saved = [locations.read_from[name] for name in locations.saved]
-        owned = zip(saved, held, strict=True)
+        owned = tuple(zip(saved, held, strict=True))
         outputs += [locations.values[place.name] if owner is None else owner for place, owner in owned]
         if self.put_off is not None:
             return Recorded(NOTHING, outputs, self.repair.eager, self.copies, program, self.put_off)
@@ -324,7 +327,8 @@ class _Recorder:
             addresses=self.addresses | places_of(locations.constants),
             most=locations.needed(),
             prologue=() if self.plan.fresh_outputs else tuple(settled(self.specialised, locations, self.steps)),
-            saved=(*(owner for owner in held if owner is not None), *locations.handed_back()),
+            saved=tuple(locations.values[place.name] for place, owner in owned if owner is not None),
+            kept=(*locations.handed_back(), *locations.kept(memory)),
         )
         return Recorded(recording, outputs, self.repair.eager, self.copies, program)
 

@@ -16,7 +16,7 @@ import torch
 
 from breakable_backend import _torch
 from breakable_backend._torch import pytree
-from breakable_backend.drivers import CapturedGraph, Feed
+from breakable_backend.drivers import CapturedGraph, Feed, Outlet
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Op, Reason
 from breakable_backend.ir.running_ops import has_memory
@@ -40,6 +40,16 @@ class Copy:
     """The value's device, the same in each call; None if it is not known."""
     feed: Feed | None = None
     """Makes the copy in each launch of the graph; None if it is made before the launch."""
+
+
+@dataclass(frozen=True)
+class Out:
+    """A result that a graph copies by itself to new memory, which each call allocates for the caller."""
+
+    value: Variable
+    like: torch.Tensor
+    """Has its layout, and no memory."""
+    outlet: Outlet
 
 
 class State(Protocol):
@@ -84,6 +94,7 @@ class GraphStep:
     graph: CapturedGraph
     loads: tuple[Copy, ...] = ()
     stores: tuple[Copy, ...] = ()
+    outs: tuple[Out, ...] = ()
     segment: GraphSegment | None = None
     """What was captured, for a compiled function. For a ``with`` block, the ops that it ran."""
     ops: tuple[Op, ...] = ()
@@ -156,8 +167,10 @@ class Recording:
     prologue: tuple[Call, ...] = ()
     """Calls before the steps; see :func:`breakable_backend.recordings.epilogue.settled`."""
     saved: tuple[torch.Tensor, ...] = field(default=(), repr=False)
-    """The owners of memory that is saved for a backward; see
+    """Values that are saved for a backward, in memory of the recording; see
     :attr:`breakable_backend.recordings.specialised.Plan.saved_from`."""
+    kept: tuple[Any, ...] = field(default=(), repr=False)
+    """What owns the memory of these, and of static results."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:

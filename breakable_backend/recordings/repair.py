@@ -44,6 +44,9 @@ class NodeByNode:
         module: the module of the segment.
         progress: the driver's ``CaptureDriver.progress``; None if nothing is captured.
         pauses: seconds to wait before some nodes, by name, with a check of the capture after that.
+        done: called with a node that makes an output, and its value, once the last node that touches it has run. If it
+            returns True, the value is dropped, and the output is None.
+        outputs: the nodes for which ``done`` is called, by the last node that touches them.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class NodeByNode:
         module: fx.GraphModule,
         progress: Callable[[], Hashable] | None = None,
         pauses: Mapping[str, float] | None = None,
+        done: Callable[[fx.Node, Any], bool] | None = None,
+        outputs: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     ) -> None:
         self.module, self._progress, self._pauses = module, progress, pauses or {}
+        self._done, self._outputs = done, outputs or {}
         self.node: fx.Node | None = None
         """The running node; after a failed call, the node that failed. None before the first node and behind the
         last."""
@@ -91,8 +97,17 @@ class NodeByNode:
                 self.ends(node, environment[node])
             for dead in last[node]:
                 del environment[dead]
+            for made in self._outputs.get(node, ()):
+                self._drop(made, environment)
         self.node = None
         return tuple(fx.node.map_arg(output.args[0], environment.__getitem__))
+
+    def _drop(self, made: fx.Node, environment: dict[fx.Node, Any]) -> None:
+        """Hand an output over that nothing touches any more."""
+        assert self._done is not None
+        if self._done(made, environment[made]):
+            environment[made] = None
+            self._before = self._progress and self._progress()
 
     def starts(self) -> None:
         """The nodes run from now on: by a call of this object, or by code that reports the beginning and end of each."""

@@ -27,7 +27,7 @@ from breakable_backend.ir.program import unused
 from breakable_backend.recordings.checks import check_argument, reject
 from breakable_backend.recordings.copies import Bridge, clone_exact, clones_exactly, fused_as, load_all
 from breakable_backend.recordings.generated_code import defined, spelled
-from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Variable
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Out, Recording, Variable
 
 FUSED_FROM = 4
 """From this number on, copies of results are made by one launch. Fewer copies are quicker one by one."""
@@ -120,6 +120,9 @@ class _Writer:
         """For variables that no call has taken since: the name that says whether one fits a layout."""
         calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
         self.variables = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
+        self.variables |= {
+            out.value.name for step in recording.steps if isinstance(step, GraphStep) for out in step.outs
+        }
         self.args, self.stream = self._free("args"), self._free("stream")
         self.variables |= {self.args, self.stream}
 
@@ -201,6 +204,8 @@ class _Writer:
 
     def _launch(self, step: GraphStep, number: int) -> Iterator[_Statement]:
         yield from self._loads(step)
+        for out in step.outs:
+            yield self._out(out)
         launch = f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})"
         fed = [copy for copy in step.loads if copy.feed is not None]
         copies = " + ".join(f"{self._bind(f'{copy.bridge.name}_feed', copy.feed)}.copies" for copy in fed)
@@ -271,6 +276,13 @@ class _Writer:
         held = self._free(f"{value}_held")
         lines = (f"if not {fits} or {value}.data_ptr() != {feed}.source:", f"    {held} = {feed}.take({value})")
         return _Statement(lines, frozenset((value,)))
+
+    def _out(self, out: Out) -> _Statement:
+        """New memory for a result, to which the graph copies by itself. Only another address has to be set."""
+        name, outlet = out.value.name, self._bind(f"{out.value.name}_outlet", out.outlet)
+        made = f"{name} = {self._bind('empty_like', torch.empty_like)}({self._bind(f'{name}_like', out.like)})"
+        lines = (f"if {name}.data_ptr() != {outlet}.target:", f"    {outlet}.lead({name}.data_ptr())")
+        return _Statement((made, *lines), defines=name)
 
     def _load_together(self, copies: Sequence[Copy]) -> _Statement:
         values = [copy.value.name for copy in copies]

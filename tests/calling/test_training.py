@@ -2023,6 +2023,42 @@ def test_everything_is_released(device: torch.device, options: dict[str, Any]) -
     assert driver.live_blocks() == 0
 
 
+def test_a_pending_forward_outlives_its_recording(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 10: what a forward saved stays until nobody can run it backward; then its memory is freed too."""
+    model = Mlp().to(device).eval()
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    for _ in range(6):
+        compiled(torch.rand(3, 4, device=device)).square().sum().backward()
+    (driver,) = {executor.driver for executor in executors_of(compiled)}
+    x, parameters = torch.rand(3, 4, device=device), list(model.parameters())
+    pending = compiled(x).square().sum()
+    breakable_backend.reset(compiled)
+    gc.collect()
+    breakable_cg.free()
+    taken = [torch.full((1 << 10,), torch.nan, device=device) for _ in range(256)]
+    mine = torch.autograd.grad(pending, parameters)
+    assert_same(mine, torch.autograd.grad(model(x).square().sum(), parameters))
+    del pending, taken, mine
+    gc.collect()
+    breakable_cg.free()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    assert (driver.live_graphs(), driver.live_blocks(), driver.pool_bytes()) == (0, 0, 0)
+
+
+@pytest.mark.gpu
+def test_what_was_saved_takes_no_block() -> None:
+    """What a forward saves is in the pool of its slot, of which nothing is allocated between calls, as by hand."""
+    device = torch.device("cuda")
+    compiled = torch.compile(Mlp().to(device), backend="breakable_cg", options={"driver": "cuda"})
+    for _ in range(8):
+        compiled(torch.rand(3, 4, device=device)).square().sum().backward()
+    (driver,) = {executor.driver for executor in executors_of(compiled)}
+    assert driver.live_graphs() == 2
+    assert driver.live_blocks() == 0
+    assert driver.pool_bytes() > 0
+
+
 # --- what loops do around it ------------------------------------------------------------------------------------------------
 
 
@@ -2212,6 +2248,22 @@ def test_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("breakable_backend.drivers.cuda.HEADROOM", 0.0)
     assert driver.has_room(1024)
     assert not driver.has_room(2 * total)
+
+
+@pytest.mark.gpu
+def test_free_memory_of_a_pool_is_no_room() -> None:
+    """Line 9: the rest of the program cannot get back what graphs have used for themselves."""
+    driver = CudaDriver(torch.device("cuda", 0))
+    with driver.lock:
+        stream = driver.begin()
+        with driver.recording():
+            graph, _ = driver.capture(lambda: torch.ones(1 << 28, device=driver.device).sum())
+        driver.end(stream)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(0)
+    assert driver.pool_bytes() >= 1 << 30
+    assert not driver.has_room(int(free - 0.1 * total) + (1 << 29))
+    driver.release([graph])
 
 
 # --- compare mode and the report --------------------------------------------------------------------------------------------

@@ -110,6 +110,75 @@ def session(driver: CaptureDriver) -> Iterator[Session]:
     driver.release(session.graphs)
 
 
+# --- copies out of a graph --------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_copies_a_result_out(session: Session) -> None:
+    """Each launch copies to where the outlet was led last, what is in the result at that place of the body."""
+    x, targets = session.normal(4, 3), [session.normal(4, 3) for _ in range(3)]
+    before, found = [target.clone() for target in targets], []
+
+    def body() -> Tensor:
+        made = x * 2
+        found.append(session.driver.on(x.device).let_out(made, targets[0]))
+        return made.add_(1)
+
+    graph, result = session.capture(body)
+    (outlet,) = found
+    assert outlet.target == targets[0].data_ptr()
+    for target, old in zip(targets, before, strict=True):
+        assert torch.equal(target, old)  # nothing has happened yet
+        outlet.lead(target.data_ptr())
+        session.replay(graph)
+        assert torch.equal(target, x * 2)
+        assert torch.equal(result, x * 2 + 1)
+        x.normal_()
+    first = targets[0].clone()
+    session.replay(graph)
+    assert torch.equal(targets[0], first)
+    assert torch.equal(targets[2], x * 2)
+
+
+def test_launches_under_way_copy_where_they_were_led(session: Session) -> None:
+    """To lead an outlet elsewhere changes no launch that was issued before."""
+    x, targets, found = session.normal(64), [session.normal(64) for _ in range(40)], []
+
+    def body() -> None:
+        found.append(session.driver.on(x.device).let_out(x * 2, targets[0]))
+
+    graph, _ = session.capture(body)
+    want = []
+    for number, target in enumerate(targets):
+        x.fill_(number)
+        found[0].lead(target.data_ptr())
+        session.replay(graph)
+        want.append(number * 2)
+    for target, number in zip(targets, want, strict=True):
+        assert torch.equal(target, torch.full_like(x, number))
+
+
+def test_no_copy_out_is_left_of_a_failed_capture(session: Session) -> None:
+    """The next capture's outlets are its own."""
+    x, target, found = session.normal(64), session.normal(64), []
+
+    def fails() -> None:
+        session.driver.on(x.device).let_out(x * 2, target)
+        raise ValueError("as asked")
+
+    def body() -> None:
+        found.append(session.driver.on(x.device).let_out(x * 3, target))
+
+    with pytest.raises(CaptureError, match="as asked"):
+        session.capture(fails)
+    graph, _ = session.capture(body)
+    other = torch.zeros_like(target)
+    found[0].lead(other.data_ptr())
+    before = target.clone()
+    session.replay(graph)
+    assert torch.equal(other, x * 3)
+    assert torch.equal(target, before)
+
+
 # --- copies at the head of a graph ------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def driver_on(gpu: Gpu) -> Any:
     driver: Any = cuda.CudaDriver.__new__(cuda.CudaDriver)
     driver.lock, driver.busy, driver._lost, driver._recordings = threading.RLock(), False, False, 0
     driver._leaving, driver._live, driver._order = deque(), set(), gpu
-    driver._pool, driver._keeper = (0, 1), object()
+    driver._pool, driver._keeper, driver._kept = (0, 1), object(), None
     driver._draws = SimpleNamespace(leave=lambda pool, holder: None)
     driver.is_capturing = lambda: False
     return driver
