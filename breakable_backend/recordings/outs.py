@@ -26,8 +26,9 @@ from breakable_backend.recordings.recording import Out, Variable
 from breakable_backend.recordings.repair import acts_outside
 from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
-LARGE = 1 << 20
-"""In bytes. Smaller results do not matter for the pool, and are copied together, by one launch."""
+LARGE = 4 << 20
+"""In bytes. Smaller results matter little for the pool, and are copied together, by one launch. With 1 MiB a GPT reserved
+as much, and its host took longer (H200)."""
 
 
 class Outs:

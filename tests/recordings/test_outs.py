@@ -201,7 +201,7 @@ def test_gradients_leave_by_themselves(device: torch.device, options: dict[str, 
 @pytest.mark.gpu
 def test_a_pool_without_gradients() -> None:
     """The pool of a backward has room for a few gradients, and not for all of them at once."""
-    width, layers = 1024, 16
+    width, layers = 2048, 24
     compiled = trained(torch.device("cuda"), {"driver": "cuda"}, width, layers, 8)
     (driver,) = {executor.driver for executor in executors_of(compiled)}
     assert driver.pool_bytes() < 4 * width * width * layers / 2
