@@ -376,6 +376,8 @@ class Training:
         results, call.results = call.results, []
         for index, output in zip(forward.differentiable, made, strict=True):
             results[index] = output
+        for alias in forward.aliases:
+            results[alias.output] = alias.made(args, results)
         return results
 
     def _as_traced(self, args: Sequence[Any], why: str, level: int = logging.INFO) -> Any:
@@ -394,6 +396,8 @@ class Training:
             return outputs
         differentiable = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
         if any(value.grad_fn is None for value in differentiable):
+            with self._lock:
+                self._give_up(f"it needs gradients, and {LEAF}")
             return outputs
         seen = self._seen
         if seen is None or len(seen.pattern) != len(differentiable):
@@ -779,6 +783,8 @@ def _look_behind(seen: _Seen, looked: _Looked) -> None:
         if (storage := _torch.live_storage(ref)) is not None and not storage.nbytes():
             seen.refilled.add(index)
 
+
+LEAF = "an output that needs some has no history: it is a leaf, or was made under no_grad"
 
 IN_PARTS = "its results are run backward one after the other, without retain_graph=True"
 

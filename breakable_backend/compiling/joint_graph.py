@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,22 @@ Pattern = tuple[TensorSpec | None, ...]
 
 
 @dataclass(frozen=True)
+class Alias:
+    """An output without a gradient that is an argument or another output, or views one. It is made from that again."""
+
+    output: int
+    source: int
+    """The position of the argument, or of the other output."""
+    of_argument: bool
+    views: Callable[[torch.Tensor], torch.Tensor]
+    """Makes the output. An argument that was written in place is returned itself."""
+
+    def made(self, args: Sequence[Any], results: Sequence[Any]) -> torch.Tensor:
+        """The output of a call with ``args`` that has the other ``results``."""
+        return self.views((args if self.of_argument else results)[self.source])
+
+
+@dataclass(frozen=True)
 class Forward:
     """The forward. It returns the outputs, and behind them values that backwards need and that are no inputs or views."""
 
@@ -82,6 +98,8 @@ class Forward:
     """The devices whose default generators its own ops draw from."""
     checked: tuple[int, ...]
     """The outputs whose memory a backward reads. A write to one invalidates the backward, in eager too."""
+    aliases: tuple[Alias, ...]
+    """Outputs in the place of which it returns None."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ class _Joint:
     """Inputs whose version is counted up."""
     wholes: tuple[Wrapped | None, ...]
     """For each gradient: of what it is a part, if it is one."""
+    aliases: tuple[Alias, ...] = ()
 
     def second(self) -> Iterator[fx.Node]:
         """The calls of the backward."""
@@ -419,6 +438,7 @@ class Halves:
             tuple(facts["written"]),
             wholes,
         )
+        joint = replace(joint, aliases=tuple(_aliases(joint, self.inputs, self.parts)))
         _check(joint, count)
         if _has_checkpoint(self.gm) and any(_may_draw(node.target) for node in joint.second()):
             raise CannotLower("what a checkpoint computes again draws random numbers, or may")
@@ -550,7 +570,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
     taken: dict[int, str] = {
         _torch.storage_key(node.meta["val"]): "an argument" for node in joint.placeholders[:num_inputs]
     }
-    for leaf in joint.outputs:
+    aliased = {alias.output for alias in joint.aliases}
+    for index, leaf in enumerate(joint.outputs):
         if isinstance(leaf, fx.Node) and isinstance(value := leaf.meta.get("val"), torch.Tensor):
             if (
                 type(value) is not _torch.FakeTensor
@@ -558,6 +579,8 @@ def _check(joint: _Joint, num_inputs: int) -> None:
                 or any(_torch.lazy_bits(value))
             ):
                 raise CannotLower("an output is no plain tensor")
+            if index in aliased:
+                continue
             if (of := taken.get(_torch.storage_key(value))) is not None:
                 raise CannotLower(f"an output is, or views, {of}")
             taken[_torch.storage_key(value)] = "another output"
@@ -648,7 +671,51 @@ def _source(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _again(graph: fx.Graph, copies: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    """A value of the forward in another ``graph``: what ``copies`` has, or a view of that."""
+    if node in copies:
+        return copies[node]
+    if node.op == "get_attr" or is_view(node) or (node.target is operator.getitem and is_view(_maker(node))):
+        copies[node] = graph.node_copy(node, lambda argument: _again(graph, copies, argument))
+    else:  # an in-place op: its argument has the result already
+        source = _source(node)
+        assert source is not None, node
+        if node.meta["val"].dtype is not source.meta["val"].dtype:
+            raise CannotLower("it writes through a view of another dtype what its backward reads")
+        copies[node] = made_again(graph, node, _again(graph, copies, source), source)
+    return copies[node]
+
+
+def _aliases(joint: _Joint, inputs: Sequence[tuple[TensorSpec, bool]], parts: Sequence[int]) -> Iterator[Alias]:
+    """Outputs without a gradient that are, or view, another output, or an argument that is not one of ``parts``."""
+    arguments = {node: index for index, node in enumerate(joint.placeholders[: len(inputs)]) if index not in parts}
+    outputs = {leaf: index for index, leaf in enumerate(joint.outputs) if isinstance(leaf, fx.Node)}
+    for index, leaf in enumerate(joint.outputs):
+        if index in joint.differentiable or not isinstance(leaf, fx.Node) or not _is_tensor(leaf):
+            continue
+        node: fx.Node | None = leaf
+        source = None
+        while node is not None:
+            if node in arguments or (node in outputs and outputs[node] != index):
+                source = node
+            node = _source(node)
+        if source is None:
+            continue
+        graph = fx.Graph()
+        graph.output(_again(graph, {source: graph.placeholder("source")}, leaf))
+        of_argument = source in arguments
+        place = arguments[source] if of_argument else outputs[source]
+        needs = inputs[place][1] if of_argument else place in joint.differentiable
+        called = {made.target for made in graph.nodes}
+        if torch.ops.aten.as_strided.default in called:
+            continue  # it counts from where a storage begins
+        if needs and torch.ops.aten.detach.default not in called:
+            continue
+        yield Alias(index, place, of_argument, fx.GraphModule(joint.module, graph).forward)
+
+
 def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inputs: tuple[int, ...]) -> Forward:
+    aliased = {alias.output for alias in joint.aliases}
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     count = len(joint.placeholders) - len(joint.given)
     tangents = set(joint.placeholders[count:])
@@ -656,7 +723,8 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         if node not in tangents and (node.op == "get_attr" or node.name in joint.forward):
             copies[node] = graph.node_copy(node, copies.__getitem__)
     by_name = {node.name: node for node in joint.module.graph.nodes}
-    outputs = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in joint.outputs]
+    leaves = [None if index in aliased else leaf for index, leaf in enumerate(joint.outputs)]
+    outputs = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     graph.output((*outputs, *(copies[by_name[name]] for name in saved)))
     module = fx.GraphModule(joint.module, graph)
     out_of_place_views(module)
@@ -676,9 +744,10 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         tuple(dict.fromkeys(value.device for value in values_of(*drawn))),
         tuple(
             index
-            for index, leaf in enumerate(joint.outputs)
+            for index, leaf in enumerate(leaves)
             if isinstance(leaf, fx.Node) and _torch.storage_key(leaf.meta["val"]) in memory
         ),
+        joint.aliases,
     )
 
 
@@ -736,18 +805,7 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
         copies[node].meta = dict(node.meta)
 
     def again(node: fx.Node) -> fx.Node:
-        """A value of the forward: what was kept, or a view of it."""
-        if node in copies:
-            return copies[node]
-        if node.op == "get_attr" or is_view(node) or (node.target is operator.getitem and is_view(_maker(node))):
-            copies[node] = graph.node_copy(node, again)
-        else:  # an in-place op: its argument has the result already
-            source = _source(node)
-            assert source is not None, node
-            if node.meta["val"].dtype is not source.meta["val"].dtype:
-                raise CannotLower("it writes through a view of another dtype what its backward reads")
-            copies[node] = made_again(graph, node, again(source), source)
-        return copies[node]
+        return _again(graph, copies, node)
 
     for node in joint.module.graph.nodes:
         if node.op == "call_function" and node.name not in joint.forward:

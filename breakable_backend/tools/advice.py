@@ -73,8 +73,10 @@ _TO_CAPTURE = {
     "retain_graph=True, then torch.compiler.reset()",
     "sets of sizes": "pad to a few sizes; leave a smaller last batch out: DataLoader(..., drop_last=True)",
     "it writes an argument that needs gradients": "return a new tensor in place of the write",
-    "an output is, or views, an argument": "return a clone() of that argument",
-    "an output is, or views, another output": "return a clone() of one of the two",
+    "sets of its results": "have each loss use the same results; a term that is multiplied by 0 will do",
+    "an output is, or views, an argument": "return a clone() of that argument, or detach() it",
+    "an output is, or views, another output": "return a clone() of one of the two, or detach() one",
+    "an output that needs some has no history": "return a detach() of it",
     "calls ops with out=": "use what the op returns, without out=",
     "inference mode": "enter torch.inference_mode() outside of the compiled function",
     "what a checkpoint computes again draws": "draw nothing inside of the checkpoint: take its dropout out, or use no "

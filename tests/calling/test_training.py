@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import breakable_backend
-from breakable_backend import DivergenceError, EagerOutputError, ReplayError, eager_on_graph, eager_region
+from breakable_backend import DivergenceError, EagerOutputError, ReplayError, _torch, eager_on_graph, eager_region
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.compiled_graph import REFILLED
 from breakable_backend.calling.training import MAX_PATTERNS, MAX_SIZES, MAX_SLOTS, ForwardExecutor
@@ -1927,6 +1927,69 @@ def test_too_many_sizes(device: torch.device, options: dict[str, Any]) -> None:
     assert len([p for p in report.programs if p.replays and p.name.startswith("forward")]) == MAX_SIZES
     (graph,) = report.eager_graphs
     assert "more than 8 sets of sizes" in graph.why
+
+
+class Noting(nn.Module):
+    """Counts in buffers, and returns what shares memory with arguments, parameters and other results, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.steps: Tensor
+        self.mean: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.steps += 1
+        y = self.layer(x)
+        self.mean *= 0.9
+        self.mean[:2] += 0.1 * y.detach().mean()
+        loss = (y.square() * self.mean.clone()).mean()
+        self.last = loss.detach()
+        views = {"row": x[0], "weight": self.layer.weight.detach(), "values": y.detach(), "part": y.detach()[1:].t()}
+        return {"loss": loss, "log": loss.detach(), "y": y, **views}
+
+
+def test_outputs_that_share_memory(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 3 and 5: written buffers stay what they are; detached results and views of arguments are eager's aliases."""
+    turns = iter([*range(9)] * 2)
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        turn, x, steps = next(turns), torch.rand(3, 4, device=device), module.steps
+        got = function(x)
+        assert module.steps is steps
+        assert got["row"]._base is x
+        for one, other in (("log", "loss"), ("values", "y"), ("part", "y")):
+            assert _torch.storage_key(got[one]) == _torch.storage_key(got[other])
+        assert _torch.storage_key(got["weight"]) == _torch.storage_key(module.layer.weight)
+        loss = got["loss"] + got["y"].sum()
+        if turn > 6:
+            got["values"].mul_(2)  # a backward reads these values
+        with pytest.raises(RuntimeError, match="by an inplace operation") if turn > 6 else contextlib.nullcontext():
+            loss.backward()
+        descend(module)
+        return {key: value.detach().clone() for key, value in got.items()}, module.last
+
+    assert_replays(assert_trains(Noting(), step, device, options, 9), 3)
+
+
+def test_an_output_without_history(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a view made under ``no_grad`` needs a gradient and has no history, so its graph is eager, with the reason."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin()
+        with torch.no_grad():
+            return y, y.view(-1)
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    for _ in range(3):
+        x = torch.rand(3, 4, device=device, requires_grad=True)
+        got, want = compiled(x), function(x)
+        assert_same(got, want)
+        assert_same(torch.autograd.grad(got[0].sum(), x), torch.autograd.grad(want[0].sum(), x))
+    assert "an output that needs some has no history" in str(breakable_backend.explain(compiled))
 
 
 def test_too_many_patterns(device: torch.device, options: dict[str, Any]) -> None:
