@@ -428,6 +428,13 @@ FAULTS = (
         "test_training.py::test_memory_that_is_freed_between_steps[cpu-True]",
     ),
     Fault(
+        "a-parameter-that-was-unfrozen-unnoticed-gets-no-gradient",
+        "calling.training:Training._changed",
+        "args[index].requires_grad is not inputs[index][1] or not inputs[index][0].accepts(args[index])",
+        "not inputs[index][0].accepts(args[index])",
+        "test_training.py::test_parameters_that_dynamo_does_not_look_at[cpu-unfrozen]",
+    ),
+    Fault(
         "a-graph-that-counts-in-a-buffer-is-eager",
         "compiling.joint_graph:_aliases",
         "node in arguments or (node in outputs and outputs[node] != index)",

@@ -300,6 +300,17 @@ def may_use_freed_guards() -> bool:
     return bool(recursive) and torch.__version__ < "2.13" and sys.version_info >= (3, 12)
 
 
+def may_keep_stale_graphs() -> bool:
+    """Whether Dynamo may not notice what is done to a parameter in place: ``requires_grad_``, ``to(memory_format=...)``.
+
+    Where no dictionary of a module has changed, it skips the guards of the tensors in it (pytorch/pytorch#139476, #163064).
+    2.13 has fixed it, and has the option off by default. Seen on 2.11.
+    """
+    return (
+        bool(getattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", False)) and torch.__version__ < "2.13"
+    )
+
+
 def until_reset() -> dict[str, Any]:
     """A dictionary that ``torch._dynamo.reset()`` drops."""
     from torch._dynamo.code_context import code_context

@@ -1992,6 +1992,34 @@ def test_an_output_without_history(device: torch.device, options: dict[str, Any]
     assert "an output that needs some has no history" in str(breakable_backend.explain(compiled))
 
 
+@pytest.mark.parametrize("change", ["frozen", "unfrozen", "transposed"])
+def test_parameters_that_dynamo_does_not_look_at(
+    change: str, device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line 3: on a torch whose Dynamo does not notice what is done to a parameter in place, a captured graph looks itself."""
+    monkeypatch.setattr(_torch, "may_keep_stale_graphs", lambda: True)
+    options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        turn = next(turns)
+        if turn in (0, 5):
+            module.first.requires_grad_((turn == 0) is (change != "unfrozen"))
+        if turn == 5 and change == "transposed":
+            module.first.requires_grad_()
+            module.first.weight.data = module.first.weight.detach().t().contiguous().t()
+        module.zero_grad()
+        loss = function(torch.rand(3, 4, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    turns = iter([*range(8)] * 2)
+    programs = assert_trains(Mlp(), step, device, options)
+    assert_replays(programs, 1)
+    (forward,) = (program for program in programs if program.name.startswith("forward"))
+    assert [why for why in forward.plain_calls if "Dynamo has not noticed" in why] and forward.replays < 5
+
+
 def test_too_many_patterns(device: torch.device, options: dict[str, Any]) -> None:
     """Lines 9 and 10: no more backwards are kept than a bound allows, however many sets of results are run backward."""
 
