@@ -279,6 +279,8 @@ class _Seen:
     """What was seen of backwards while the graph was eager."""
 
     pattern: list[TensorSpec | None]
+    storages: dict[int, _torch.StorageWeakRef]
+    """Those of the first call's static inputs that have memory."""
     came: bool = False
     refused: str = ""
     calls: int = 0
@@ -288,12 +290,9 @@ class _Seen:
     """Static inputs whose memory is freed between calls."""
 
 
-@dataclass(eq=False)
 class _Looked:
     """A call whose backward is observed. Lives as long as somebody may run it."""
 
-    storages: dict[int, _torch.StorageWeakRef]
-    """Those of the static inputs that have memory."""
     backward: int | None = None
     """The backward that has freed what a part of the call had saved."""
     last: int | None = None
@@ -416,12 +415,13 @@ class Training:
             return outputs
         seen = self._seen
         if seen is None or len(seen.pattern) != len(differentiable):
-            self._seen = seen = _Seen([None] * len(differentiable))
+            storages = {i: _torch.retains(args[i]) for i in self.halves.static if args[i].numel()}
+            self._seen = seen = _Seen([None] * len(differentiable), storages)
             self.why = LEARNING
         if not seen.came:  # of all forwards until then, since a backward may come behind a later forward
             if seen.calls - len(seen.pending) >= UNUSED:
                 self.warn(CALLED_IN_VAIN)
-            looked = _Looked({i: _torch.retains(args[i]) for i in self.halves.static if args[i].numel()})
+            looked = _Looked()
             seen.pending.add(looked)
             seen.calls += 1
             for place, value in enumerate(differentiable):
@@ -781,7 +781,7 @@ def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[An
     grad, backward = grads[number], _torch.current_backward()
     if looked.last != backward:
         looked.last = backward
-        _torch.after_backward(functools.partial(_look_behind, seen, looked))
+        _torch.after_backward(functools.partial(_look_behind, seen))
     if looked.backward not in (None, backward):
         seen.refused = f"it needs gradients, and {IN_PARTS}"
     if not _torch.graph_is_kept():
@@ -792,9 +792,9 @@ def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[An
         seen.pattern[place], seen.came = TensorSpec.of(grad), True
 
 
-def _look_behind(seen: _Seen, looked: _Looked) -> None:
+def _look_behind(seen: _Seen) -> None:
     """A backward has ended. FSDP has freed the weights that it gathers anew for the next call."""
-    for index, ref in looked.storages.items():
+    for index, ref in seen.storages.items():
         if (storage := _torch.live_storage(ref)) is not None and not storage.nbytes():
             seen.refilled.add(index)
 
