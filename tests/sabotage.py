@@ -1330,7 +1330,7 @@ FAULTS = (
     ),
     Fault(
         "a-body-does-not-hold-its-bridge",
-        "capturing.capture:_OngoingCapture._bridge",
+        "capturing.memory:CaptureMemory.bridge",
         "bridge.on(self.driver.lend(bridge.tensor).untyped_storage())",
         "bridge if self.driver.lend(bridge.tensor) is None else bridge",
         "test_capture_lifetimes.py::test_what_the_body_keeps_lives[cpu]",
@@ -1366,7 +1366,7 @@ FAULTS = (
     ),
     Fault(
         "a-graph-holds-what-the-body-has-dropped",
-        "capturing.capture:_OngoingCapture._place",
+        "capturing.memory:CaptureMemory.place",
         "self.keep or _torch.storage_key(tensor) not in self.made or storage.nbytes() == 0",
         "True",
         "test_capture_lifetimes.py::test_nothing_that_was_dropped_is_held",
@@ -2220,7 +2220,7 @@ FAULTS = (
     # --- the second door ---
     Fault(
         "capture-keeps-no-inputs",
-        "capturing.capture:_OngoingCapture._reads",
+        "capturing.memory:CaptureMemory.reads",
         "self.held[key] = tensor.untyped_storage()",
         "pass",
         "test_capture.py::test_inputs_are_kept[cpu]",
@@ -2383,7 +2383,7 @@ FAULTS = (
     ),
     Fault(
         "capture-owns-parameters",
-        "capturing.capture:_OngoingCapture._reads",
+        "capturing.memory:CaptureMemory.reads",
         "isinstance(tensor, nn.Parameter)",
         "False",
         "test_capture.py::test_dropped_model[cpu]",
@@ -2398,7 +2398,7 @@ FAULTS = (
     Fault(
         "failed-capture-keeps-its-graphs",
         "capturing.capture:_OngoingCapture.close",
-        "self.driver.release(graphs, [*self.steps, self.constants, self.held])",
+        "self.driver.release(graphs, [*self.steps, self.constants, self.memory.held])",
         "pass",
         "test_capture.py::test_error_in_an_eager_function[cuda]",
         gpu=True,
@@ -3234,15 +3234,15 @@ FAULTS = (
     ),
     Fault(
         "bridges-are-read-between-their-elements",
-        "capturing.capture:_OngoingCapture._bridge",
+        "capturing.memory:CaptureMemory.bridge",
         "has_gaps(source)",
         "False",
         "test_capture_bits.py::test_memory_beside_a_result[cpu]",
     ),
     Fault(
         "shapes-change-once",
-        "capturing.capture:_OngoingCapture._refuse_other_shapes",
-        "_Written.of(before.tensor).lies != before.lies",
+        "capturing.memory:CaptureMemory.refuse_other_shapes",
+        "Written.of(before.tensor).lies != before.lies",
         "False",
         "test_capture_bits.py::test_a_tensor_from_outside_keeps_its_shape[cpu]",
     ),
@@ -3262,7 +3262,7 @@ FAULTS = (
     ),
     Fault(
         "tensors-grow-behind-a-capture",
-        "capturing.capture:_OngoingCapture._refuse_other_place",
+        "capturing.memory:CaptureMemory.refuse_other_place",
         "now.memory != before.memory",
         "False",
         "test_capture_bits.py::test_a_tensor_that_gets_other_memory[cuda]",

@@ -12,9 +12,8 @@ import re
 import threading
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -31,11 +30,10 @@ from breakable_backend.capturing.graph import (
     Alive,
     BreakableCUDAGraph,
     Captured,
-    Gradient,
     OnlyUser,
-    Outside,
     log,
 )
+from breakable_backend.capturing.memory import FIX, CaptureMemory, op_label, resized
 from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.streams import explained
@@ -45,8 +43,7 @@ from breakable_backend.failure_kinds import as_passing
 from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
 from breakable_backend.ir.ambient_modes import Modes
-from breakable_backend.ir.effects import written_values
-from breakable_backend.ir.layout import STRIDED, Geometry, has_gaps
+from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.program import Op, Reason, described
 from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
 from breakable_backend.ir.views import is_view_op
@@ -59,10 +56,8 @@ from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.observer import Issue, Subject, observers_of
 from breakable_backend.recordings.recorder import MAX_FED
-from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Held, Recording, Step, Variable
+from breakable_backend.recordings.recording import Call, Copy, EagerStep, GraphStep, Recording, Step, Variable
 
-REACHING = STRIDED | _torch.aten("as_strided_ resize_")
-"""Ops that read memory beside the elements of their argument."""
 NOT_RESIZABLE = "resize storage that is not resizable"
 DURING_CAPTURE = "during CUDA graph capture"
 """Parts of PyTorch's own texts of errors."""
@@ -70,7 +65,6 @@ CAPTURABLE = (
     "give the optimizer capturable=True, as in Adam(..., capturable=True), so that it counts its steps on the device; if "
     "it has no such option, put opt.step() into a function marked with @eager_on_graph"
 )
-FIX = "let it run between two segments: put it into a function marked with @eager_on_graph"
 
 
 class capture:
@@ -218,7 +212,7 @@ class _Watcher(OpMode):
     def with_other_gradient(self, op: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.under_way.capturing:
             return NotImplemented
-        mark = Mark(op, _op_label(op), "")
+        mark = Mark(op, op_label(op), "")
         return self.under_way.call(
             mark, args, kwargs, why="a captured backward would have another formula for its gradient"
         )
@@ -240,31 +234,6 @@ class _MarkedFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A tensor that an op writes, and its place before or after that."""
-
-    tensor: torch.Tensor
-    key: int
-    memory: tuple[int, int]
-    """The address and the size of its storage."""
-    lies: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Written:
-        storage = tensor.untyped_storage()
-        lies = tensor.shape, tensor.stride(), tensor.storage_offset()
-        return cls(tensor, _torch.storage_key(tensor), (storage.data_ptr(), storage.nbytes()), lies)
-
-
-def _resized(where: str) -> CaptureError:
-    return CaptureError(
-        "the result of an eager step was resized, and its memory belongs to the graph",
-        where=where,
-        fix="resize a clone of it",
-    )
-
-
 @dataclass
 class _OngoingCapture:
     """A capture in progress. It implements :class:`active.BreakHandler`."""
@@ -282,33 +251,8 @@ class _OngoingCapture:
     fed: Sequence[tuple[Copy, torch.Tensor]] = ()
     """Those that its graph makes by itself, each with the tensor that it copies. The tensor is held until the graph
     exists and can copy from other addresses."""
-    made: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
-    """Storages in pool memory: made in segments, and bridges. The weak references keep the keys from being used again.
-
-    Whoever refers to a storage keeps its memory. Once nobody does, segments that are captured later may get it, since
-    each replay makes the value anew before it is read, in the same order.
-    """
-    bridges: set[int] = field(default_factory=set)
-    """Those among them that are bridges."""
-    in_parts: dict[int, bool] = field(default_factory=dict)
-    """Bridges of tensors that did not begin at the beginning of their storage, or that have memory between their
-    elements; and whether they have that."""
-    most: Held = field(default_factory=Held)
-    """The most of their memory that is needed at the same time."""
-    places: dict[int, torch.UntypedStorage] = field(default_factory=dict)
-    """What replays have in place of those storages, so that aliases are aliases there too."""
-    held: dict[int, Any] = field(default_factory=dict)
-    """Storages from outside, which are held as long as the graph lives."""
-    parameters: dict[int, Any] = field(default_factory=dict)
-    """Held while capturing. Afterwards they, and their memory, are watched."""
-    reshaped: dict[int, tuple[_Written, str, str]] = field(default_factory=dict)
-    """Tensors from outside with other shapes or strides, by identity: how they were, the first such op, and its line."""
-    written: dict[int, _torch.StorageWeakRef] = field(default_factory=dict)
-    """Storages from outside that segments write."""
     ops: list[Op] = field(default_factory=list)
     """The ops of the current segment so far."""
-    outside: dict[int, Outside] = field(default_factory=dict)
-    """Tensors whose memory is held or watched, by the key of their storage."""
     leaves: dict[int, torch.Tensor] = field(default_factory=dict)
     """Autograd leaves that marked functions take, by identity."""
     failed: BaseException | None = None
@@ -320,8 +264,8 @@ class _OngoingCapture:
         self.observers = observers_of(Subject(self.graph.name, self.options, log, compiled=False))
         self.issue: Issue | None = None
         """The function that issues ops of the current segment."""
-        self.keep = self.observers.reads_values or not self.driver.reuses_memory
-        """Whether all that is made is held."""
+        keep = self.observers.reads_values or not self.driver.reuses_memory
+        self.memory = CaptureMemory(self.driver, keep)
 
     def open(self) -> None:
         with ExitStack() as stack:
@@ -362,7 +306,7 @@ class _OngoingCapture:
             with self.stack:
                 if error is None and self.failed is None:
                     self._end()
-                    self._refuse_other_shapes()
+                    self.memory.refuse_other_shapes()
                     self._keep()
                     kept = True
                 elif self.capturing:
@@ -372,7 +316,7 @@ class _OngoingCapture:
                         error = _placed(error, user_line(error.__traceback__))
                         raise error
                     if isinstance(error, RuntimeError) and NOT_RESIZABLE in str(error):
-                        raise as_passing(_resized(user_line(error.__traceback__)), error) from error
+                        raise as_passing(resized(user_line(error.__traceback__)), error) from error
                     spoilt = spoilt or DURING_CAPTURE in str(error)
                     if spoilt and isinstance(error, Exception) and not isinstance(error, BreakableError):
                         where = user_line(error.__traceback__)
@@ -381,9 +325,10 @@ class _OngoingCapture:
         finally:
             if not kept:
                 graphs = [step.graph for step in self.steps if isinstance(step, GraphStep)]
-                self.driver.release(graphs, [*self.steps, self.constants, self.held])
+                self.driver.release(graphs, [*self.steps, self.constants, self.memory.held])
                 self.steps.clear()
-            self.constants, self.held, self.parameters, self.outside, self.leaves = {}, {}, {}, {}, {}
+            self.constants, self.leaves = {}, {}
+            self.memory.forget()
         if error is None and self.failed is not None:
             nothing = CaptureError(
                 f"nothing was captured, since the body caught an error: {first_line(self.failed)}",
@@ -394,36 +339,22 @@ class _OngoingCapture:
 
     def _keep(self) -> None:
         bridges = {name: value for name, value in self.constants.items() if isinstance(value, Bridge)}
-        most = None if self.keep else self.most
+        memory, most = self.memory, None if self.memory.keep else self.memory.most
         recording = Recording((), {}, tuple(self.steps), (), (), self.constants, places_of(bridges), most)
-        # Parameters to which the body gave other memory are not among them: the graph keeps the memory that it reads.
-        watched = {key: value for key, value in self.parameters.items() if _torch.storage_key(value) == key}
+        watched = memory.watched()
         captured = Captured(
             self.driver,
             recording,
-            held=[storage for key, storage in self.held.items() if key not in watched],
-            written=list(self.written.values()),
-            outside=tuple(self.outside.values()),
+            held=[storage for key, storage in memory.held.items() if key not in watched],
+            written=list(memory.written.values()),
+            outside=tuple(memory.outside.values()),
             modes=self.modes,
             name=self.graph.name,
             observers=self.observers,
-            gradients=tuple(self._gradients()),
+            gradients=tuple(memory.gradients(self.leaves)),
         )
         self.graph.record_seconds = time.perf_counter() - self.started
         self.graph._take(captured, list(watched.values()))
-
-    def _gradients(self) -> Iterator[Gradient]:
-        """Gradients that segments read or write."""
-        read = (tensor for outside in self.outside.values() if (tensor := outside.ref()) is not None)
-        leaves = {id(tensor): tensor for tensor in (*read, *self.parameters.values()) if tensor.is_leaf}
-        for leaf in (leaves | self.leaves).values():
-            if not leaf.requires_grad or (grad := leaf.grad) is None or grad.layout is not torch.strided:
-                continue
-            key = _torch.storage_key(grad)
-            if key in self.made:
-                yield Gradient(weakref.ref(leaf), grad, True, "")
-            elif key in self.outside:
-                yield Gradient(weakref.ref(leaf), grad, False, self.outside[key].source)
 
     # segments
 
@@ -464,7 +395,7 @@ class _OngoingCapture:
                 fix = CAPTURABLE if optimizer_runs() else FIX
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=fix)
             return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
-        self._refuse_reach(func, args, kwargs)
+        self.memory.refuse_reach(func, args, kwargs)
         if _torch.is_composite(func) and (kernel := kernel_of_ops(func, args, self.driver.device)):
             with self.watcher:
                 return kernel(*args, **kwargs)
@@ -472,85 +403,19 @@ class _OngoingCapture:
         if taken or getattr(kwargs.get("device"), "type", "") == self.driver.device.type:
             self.session.touch()
         for tensor in taken:
-            self._reads(tensor)
-        written: list[_Written] = []
-        if isinstance(func, _torch.OpOverload):
-            written = [_Written.of(t) for t in memory_on(self.driver.device, written_values(func, args, kwargs))]
-            for before in written:
-                if before.key not in self.made:
-                    self.written[before.key] = _torch.StorageWeakRef(before.tensor.untyped_storage())
+            self.memory.reads(tensor)
+        written = self.memory.writes(func, args, kwargs)
         if self.issue is None:
             result = func(*args, **kwargs)
         else:
-            result = self.issue(func, args, kwargs, _op_label(func), user_line())
+            result = self.issue(func, args, kwargs, op_label(func), user_line())
         for before in written:
-            self._refuse_other_place(func, before)
+            self.memory.refuse_other_place(func, before)
         for tensor in memory_on(self.driver.device, result):
-            self._makes(tensor)
+            self.memory.makes(tensor)
         if not is_view_op(func):
-            self.ops.append(Op(f"op_{len(self.ops)}", _op_label(func), described(result), "", user_line()))
+            self.ops.append(Op(f"op_{len(self.ops)}", op_label(func), described(result), "", user_line()))
         return result
-
-    def _refuse_reach(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise if ``as_strided`` may reach what the result of an eager step has beside its elements: a bridge has none."""
-        if not self.in_parts or _torch.schema_name(func) not in REACHING:
-            return
-        gaps = self.in_parts.get(_torch.storage_key(args[0]))
-        offset = args[-1] if isinstance(args[-1], int) else kwargs.get("storage_offset")
-        if gaps or (gaps is not None and offset not in (None, args[0].storage_offset())):
-            raise CaptureError(
-                f"{_op_label(func)} reaches into the memory around the result of an eager step, inside a capture",
-                where=user_line(),
-                fix="return a contiguous tensor from the eager step",
-            )
-
-    def _refuse_other_place(self, func: Any, before: _Written) -> None:
-        """Raise if an op has given other memory to a tensor that each replay takes as it was; note another shape."""
-        now = _Written.of(before.tensor)
-        if now.memory != before.memory:
-            if before.key in self.bridges:
-                resized = _resized(user_line())
-                raise resized
-            if before.key not in self.made:
-                raise CaptureError(
-                    f"{_op_label(func)} gives other memory to a tensor from outside, inside a capture",
-                    where=user_line(),
-                    fix=FIX,
-                )
-            self.places.pop(before.key, None)
-        if now.lies != before.lies and before.key not in self.made and not before.tensor._is_view():
-            self.reshaped.setdefault(id(before.tensor), (before, _op_label(func), user_line()))
-
-    def _refuse_other_shapes(self) -> None:
-        """Raise if the body has left a tensor from outside with another shape. In between it may have another one."""
-        for before, op, where in self.reshaped.values():
-            if _Written.of(before.tensor).lies != before.lies:
-                raise CaptureError(
-                    f"{op} changes the shape or the strides of a tensor from outside, which a replay would not",
-                    where=where,
-                    fix="change a view of it: x = x.view_as(x)",
-                )
-
-    def _reads(self, tensor: torch.Tensor) -> None:
-        key = _torch.storage_key(tensor)
-        if key not in self.made and key not in self.outside:
-            address = tensor.untyped_storage().data_ptr()
-            self.outside[key] = Outside(weakref.ref(tensor), address, user_line())
-        if self.keep or key not in self.made:
-            self.held[key] = tensor.untyped_storage()
-        if key not in self.made and isinstance(tensor, nn.Parameter):
-            self.parameters[key] = tensor
-
-    def _makes(self, tensor: torch.Tensor) -> None:
-        key = _torch.storage_key(tensor)
-        if key not in self.made and key not in self.held:
-            self.made[key] = _torch.StorageWeakRef(tensor.untyped_storage())
-
-    def _look(self) -> None:
-        """Note between two segments how much pool memory is in use."""
-        live = {key: storage for key, ref in self.made.items() if (storage := _torch.live_storage(ref)) is not None}
-        bridges = sum(storage.nbytes() for key, storage in live.items() if key in self.bridges)
-        self.most = self.most.or_more(Held(bridges, sum(storage.nbytes() for storage in live.values()) - bridges))
 
     # breaks
 
@@ -589,9 +454,11 @@ class _OngoingCapture:
         """
         # Before the call, since it may change the containers and objects that it gets.
         given = pytree.tree_flatten((args, dict(kwargs)))
-        reach = gradients.Reach.of(mark, given[0], self.made) if mark is not None and _records_gradients() else None
+        reach = (
+            gradients.Reach.of(mark, given[0], self.memory.made) if mark is not None and _records_gradients() else None
+        )
         self._end()
-        known = {key for key, ref in self.made.items() if _torch.live_storage(ref) is not None} | set(self.held)
+        known = self.memory.live().keys() | self.memory.held.keys()
         taken = tensors_on(self.driver.device, (args, kwargs))  # kept alive until their keys are compared
         known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
@@ -668,17 +535,17 @@ class _OngoingCapture:
         loads: list[Copy] = []
         fed: list[tuple[Copy, torch.Tensor]] = []
         for number, source in enumerate(fresh):
-            bridge = self._bridge(source)
+            bridge = self.memory.bridge(source)
             bridges.append(bridge.tensor)
             value, place = f"{base}_{number}", f"{base}_bridge_{number}"
             calls.append(Call(value, operator.getitem, (Variable(f"{base}_parts"), number), {}, "part"))
-            self.constants[place] = bridge.on(self._place(bridge.tensor))
+            self.constants[place] = bridge.on(self.memory.place(bridge.tensor))
             loads.append(Copy(Variable(place), Variable(value), source.device))
-            if not self.keep and bridge.flat is None and self.driver.feeds(bridge.tensor, source):
+            if not self.memory.keep and bridge.flat is None and self.driver.feeds(bridge.tensor, source):
                 fed.append((loads[-1], source))
         self.steps.append(EagerStep(tuple(calls), (reason,)))
         self.loads, self.fed = tuple(loads), fed if len(fed) <= MAX_FED else ()
-        self._look()
+        self.memory.look()
         return parts.on(result, bridges)
 
     def backward(
@@ -697,29 +564,6 @@ class _OngoingCapture:
         made: Sequence[Any] = self._break(first, name, reason, tuple(grads), {}, replayed=step)
         return made
 
-    def _bridge(self, source: torch.Tensor) -> Bridge:
-        """A bridge with the content of ``source``, in pool memory that lives as long as somebody refers to it."""
-        with torch.inference_mode(False), nullcontext() if self.keep else self.driver.allocating():
-            bridge = Bridge.like(source, self.driver.device)
-        if not self.keep and source.numel() > 0:
-            bridge = bridge.on(self.driver.lend(bridge.tensor).untyped_storage())
-        bridge.load(source)
-        key, storage = _torch.storage_key(bridge.tensor), bridge.tensor.untyped_storage()
-        self.made[key] = _torch.StorageWeakRef(storage)
-        self.bridges.add(key)
-        if (gaps := has_gaps(source)) or source.storage_offset():
-            self.in_parts[key] = gaps
-        if self.keep:
-            self.held[key] = storage
-        return bridge
-
-    def _place(self, tensor: torch.Tensor) -> torch.UntypedStorage:
-        """What a replay takes for the storage of ``tensor``. It does not hold pool memory."""
-        storage = tensor.untyped_storage()
-        if self.keep or _torch.storage_key(tensor) not in self.made or storage.nbytes() == 0:
-            return storage
-        return self.places.setdefault(_torch.storage_key(tensor), _torch.unowned_storage(storage))
-
     def _argument(self, leaf: Any, name: str, calls: list[Call], source: str) -> Any:
         """What stands for an argument in the recorded call: parameters and modules weakly, other objects themselves."""
         if leaf is None or type(leaf) in (int, float, bool, str):
@@ -728,10 +572,10 @@ class _OngoingCapture:
             calls.append(Call(name, Alive.of(leaf, source), (), {}, "alive"))
         else:
             strided = type(leaf) is torch.Tensor and leaf.layout is torch.strided
-            ours = strided and _torch.storage_key(leaf) in self.made
+            ours = strided and _torch.storage_key(leaf) in self.memory.made
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and (ours or not leaf.is_leaf):
                 leaf = leaf.detach()
-            self.constants[name] = Geometry.of(leaf).on(self._place(leaf)) if ours else leaf
+            self.constants[name] = Geometry.of(leaf).on(self.memory.place(leaf)) if ours else leaf
         return Variable(name)
 
 
@@ -790,7 +634,3 @@ def _other_context(where: str) -> CaptureError:
         where=where,
         fix="do not await inside of a capture",
     )
-
-
-def _op_label(func: Any) -> str:
-    return str(func._schema.name) if isinstance(func, _torch.OpOverload) else str(func.name())
