@@ -524,8 +524,11 @@ class Site:
     def _needs_gradients(self, call: Given, taken: Result) -> BreakableError:
         self.learned.add(Asked.of(call), expected_of(taken, self.declared))
         _torch.forget_code_of(self, f"{self.mark.name} returned a tensor that needs gradients")
-        what = "a tensor that needs gradients, and needed none in the calls before it was compiled"
-        return self._failure(what, "call again: the function around it is compiled anew", EagerOutputError)
+        return EagerOutputError(
+            f"{self.mark.name} returned a tensor that needs gradients, and needed none in the calls before it was compiled",
+            where=self.mark.source,
+            fix="call again: the function around it is compiled anew",
+        )
 
     def _failure(self, what: str, fix: str, kind: type[BreakableError]) -> BreakableError:
         return kind(f"{self.mark.name} returned {what}", where=self.mark.source, fix=fix)

@@ -694,7 +694,7 @@ CASES: dict[str, Case] = {
         "with torch.enable_grad():\n    for _ in range(3): f(y).sum().backward()\n"
         "    torch.autograd.grad(f(y).sum(), y, create_graph=True)"
     ),
-    "a tensor that needs gradients, and needed none in the calls before it was compiled": Case(
+    "returned a tensor that needs gradients, and needed none in the calls before it was compiled": Case(
         "y = leaf()\nuses = [False]\n@eager_on_graph  # here\ndef add(a): return a * 2 if uses[0] else torch.zeros_like(a)\n"
         "f = compile(lambda x: (add(x) + x.sin() * 2).exp())\n"
         "with torch.enable_grad():\n    for _ in range(7): f(y).sum().backward()\n"
