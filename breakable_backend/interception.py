@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ Interceptor = Callable[..., Any]
 class _Intercepted:
     """One method while somebody intercepts it."""
 
-    def __init__(self, owner: type, name: str) -> None:
+    def __init__(self, owner: type | ModuleType, name: str) -> None:
         self.interceptors: dict[int, list[Interceptor]] = defaultdict(list)
         """By thread; the innermost is the last."""
         self.method = method = getattr(owner, name)
@@ -42,13 +43,13 @@ class _Intercepted:
 
 
 _lock = locks.lock()
-_methods: dict[tuple[type, str], _Intercepted] = {}
+_methods: dict[tuple[type | ModuleType, str], _Intercepted] = {}
 """Empty unless a capture is running."""
 
 
 @contextmanager
-def intercepted_by(interceptor: Interceptor, owner: type, name: str) -> Iterator[None]:
-    """Have ``owner.name`` call ``interceptor`` in this thread, for a ``with`` statement."""
+def intercepted_by(interceptor: Interceptor, owner: type | ModuleType, name: str) -> Iterator[None]:
+    """Have ``owner.name``, of a class or a module, call ``interceptor`` in this thread, for a ``with`` statement."""
     key, thread = (owner, name), threading.get_ident()
     with _lock:
         if key not in _methods:

@@ -57,11 +57,15 @@ class StreamOrder:
         """Events that captured code recorded on streams outside of the capture."""
         self._waits: dict[int, Wait] = {}
         self._used: list[torch.cuda.Event] = []
+        self._states: dict[int, tuple[torch.Tensor, int | None]] = {}
+        """Random states that were read, held by id, and the segments that read them."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Observe this thread's events. Afterwards all of them can be waited for outside of the capture."""
+        """Observe this thread's events and random states. Afterwards the events can be waited for outside of the capture."""
         with ExitStack() as stack:
+            stack.enter_context(intercepted_by(self._read_state, torch.cuda, "get_rng_state"))
+            stack.enter_context(intercepted_by(self._set_state, torch.cuda, "set_rng_state"))
             stack.enter_context(intercepted_by(self._record, torch.cuda.Event, "record"))
             stack.enter_context(intercepted_by(self._wait, torch.cuda.Event, "wait"))
             yield
@@ -116,6 +120,25 @@ class StreamOrder:
         """
         used, self._used = tuple(self._used), []
         return used
+
+    def _read_state(self, read: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        state = read(*args, **kwargs)
+        self._states[id(state)] = state, self._place()
+        return state
+
+    def _set_state(self, put: Callable[..., None], new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """In a segment a state counts from where the segment begins, so it means nothing elsewhere, and no error tells."""
+        if self._states.get(id(new_state), (new_state, None))[1] != self._place():
+            raise CaptureError(
+                "the body set the state of the random generator to one that another segment, or other code, had read",
+                fix="checkpoint(..., preserve_rng_state=False), which may draw nothing; or set the state in a function "
+                "marked with @eager_on_graph that has read it",
+            )
+        put(new_state, *args, **kwargs)
+
+    def _place(self) -> int | None:
+        """The number of the segment; None between segments."""
+        return self._segment if self._capturing else None
 
     def _record(self, record: Callable[..., None], event: torch.cuda.Event, stream: Any = None) -> None:
         stream = self._meant(stream)

@@ -303,6 +303,13 @@ def unknown_stream(patch: pytest.MonkeyPatch) -> Any:
     return streams.StreamOrder(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
 
 
+def open_segment(patch: pytest.MonkeyPatch) -> Any:
+    """The streams of a capture, in a segment."""
+    order = unknown_stream(patch)
+    order._capturing = True
+    return order
+
+
 def growing_op(patch: pytest.MonkeyPatch) -> Any:
     """An op with a kernel that the tape does not look into, which makes more memory each time."""
     sizes = iter([2, 3])
@@ -639,6 +646,9 @@ CASES: dict[str, Case] = {
     "a CUDA graph capture is active already": Case("planted.begin()  # here", capturing_stream),
     "which is not a part of the capture, so no graph would contain the op": Case(
         "planted.touch()  # here", unknown_stream
+    ),
+    "the body set the state of the random generator to one that another segment, or other code, had read": Case(
+        "planted._set_state(print, None)  # here", open_segment
     ),
     "is the current stream": Case("planted.capture(lambda: None)  # here", cuda_driver),
     # replaying
