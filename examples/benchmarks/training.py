@@ -342,9 +342,9 @@ def by_hand_in_pieces(work: Work, model: nn.Module) -> Step:
 CONTENDERS: dict[str, Callable[[Work], Step]] = {"by hand": by_hand, "ours": ours, "eager": eager}
 STEP_CONTENDERS: dict[str, Callable[[Work], Step]] = {"step by hand": step_by_hand, "step captured": step_captured}
 RIVALS: dict[str, Callable[[Work], Step]] = {
-    "torch.compile": compiled,
-    "reduce-overhead": lambda work: compiled(work, mode="reduce-overhead"),
     "cudagraphs": lambda work: compiled(work, backend="cudagraphs"),
+    "reduce-overhead": lambda work: compiled(work, mode="reduce-overhead"),
+    "torch.compile": compiled,
 }
 
 
@@ -365,11 +365,14 @@ def measure(train: Step) -> tuple[float, float]:
     return (issued - start) / STEPS * 1e3, (time.perf_counter() - start) / STEPS * 1e3
 
 
-def run(part: str, rivals: bool, turns: int) -> None:
+def run(part: str, rivals: bool, turns: int, budget: float) -> None:
     torch.compiler.reset()
-    work, steps = Work(part), dict[str, Step]()
+    work, steps, end = Work(part), dict[str, Step](), time.monotonic() + budget
     for name, make in {**CONTENDERS, **STEP_CONTENDERS, **(RIVALS if rivals else {})}.items():
         if name in NOT_WITH.get(part, ()):
+            continue
+        if name in RIVALS and time.monotonic() > end:
+            print(f"{part}: {name:16} not run: {budget:g} s are over", flush=True)
             continue
         start = time.perf_counter()
         try:
@@ -438,6 +441,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("parts", nargs="*", default=[*PARTS, "memory"])
     parser.add_argument("--without-rivals", action="store_true", help="what compiles quickly alone")
     parser.add_argument("--turns", type=int, default=15, help="default: %(default)s")
+    parser.add_argument(
+        "--budget", type=float, default=600, help="seconds of a part after which no rival is begun (600)"
+    )
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("needs a GPU")
@@ -448,7 +454,7 @@ def main(arguments: Sequence[str]) -> int:
     torch._inductor.config.graph_partition = True
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     for part in chosen.parts:
-        memory() if part == "memory" else run(part, not chosen.without_rivals, chosen.turns)
+        memory() if part == "memory" else run(part, not chosen.without_rivals, chosen.turns, chosen.budget)
     return 0
 
 
