@@ -3069,7 +3069,7 @@ FAULTS = (
         "marks.functions:_mark",
         "hasattr(function, 'cache_info')",
         "False",
-        "test_callables.py::test_a_cache_is_refused",
+        "test_callables.py::test_a_cache_is_refused[lru_cache]",
     ),
     Fault(
         "stays-eager-in-silence",

@@ -2061,7 +2061,7 @@ def test_graphs_that_are_not_taken(device: torch.device, options: dict[str, Any]
     for function, why in ((views, "views, an argument"), (lambda x: (x * weight).view(2, 2)[0], "")):
         compiled = torch.compile(function, backend="breakable_cg", options=options)
         for _ in range(5):
-            x = torch.rand(4, device=device)
+            x = torch.rand(4, device=device, requires_grad=True)
             got, want = compiled(x), function(x)
             assert_same(got, want)
             first = got[0] if isinstance(got, tuple) else got

@@ -196,7 +196,11 @@ class Cached:
         return x * 2
 
 
-@pytest.mark.parametrize("cached", [functools.lru_cache(scaled), functools.cache(scaled), Cached().method])
+@pytest.mark.parametrize(
+    "cached",
+    [functools.lru_cache(scaled), functools.cache(scaled), Cached().method],
+    ids=["lru_cache", "cache", "method"],
+)
 def test_a_cache_is_refused(cached: Any) -> None:
     """A cache that asks which objects its arguments are would return an old result: they are the same in each replay."""
     with pytest.raises(OptionsError, match="keeps its results by its arguments") as caught:
