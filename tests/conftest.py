@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def options(device: torch.device) -> dict[str, Any]:
     """The options for :func:`torch.compile` on ``device``."""
     return {"driver": "cuda" if device.type == "cuda" else "tape"}
+
+
+@pytest.fixture
+def for_inductor(request: pytest.FixtureRequest, device: torch.device) -> dict[str, Any]:
+    """The options for ``backend="inductor"``: on the CPU it compiles C++ for tests marked ``kernels`` alone."""
+    if device.type == "cuda":
+        return {}
+    if request.node.get_closest_marker("kernels") or "fallback_by_default" not in torch._inductor.list_options():
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            pytest.skip("Inductor needs a C++ compiler for the CPU: neither $CXX nor g++ is there")
+        return {}
+    return {"fallback_by_default": True}
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import enum
 import functools
 import gc
 import math
-import os
-import shutil
 import timeit
 import weakref
 from collections.abc import Callable
@@ -43,10 +41,9 @@ BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
 @pytest.fixture(params=BACKENDS)
 def compile_with(request: pytest.FixtureRequest, device: torch.device, options: dict[str, Any]) -> Callable[..., Any]:
     """Compiles with each backend."""
-    if request.param == "inductor" and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("Inductor needs a C++ compiler for the CPU: neither $CXX nor g++ is there")
-    ours = {"options": options} if request.param == "breakable_cg" else {}
-    return lambda function, **kwargs: torch.compile(function, backend=request.param, **ours, **kwargs)
+    theirs = {"options": request.getfixturevalue("for_inductor")} if request.param == "inductor" else {}
+    given = {"options": options} if request.param == "breakable_cg" else theirs
+    return lambda function, **kwargs: torch.compile(function, backend=request.param, **given, **kwargs)
 
 
 @pytest.fixture
@@ -76,6 +73,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 # --- calls ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 def test_one_node(compile_with: Callable[..., Any], device: torch.device) -> None:
     """With fullgraph too: the body runs once a call, on real tensors, in order, its result used or not."""
 
@@ -242,6 +240,7 @@ def test_structures(compile_with: Callable[..., Any], device: torch.device) -> N
         assert runs[-1] == (3, True, "r")
 
 
+@pytest.mark.kernels
 def test_aliases_of_arguments(compile_with: Callable[..., Any], device: torch.device) -> None:
     """A result that is, or views, an argument is that argument's alias for the caller."""
 
@@ -601,6 +600,7 @@ def test_number_as_a_size(compile_ours: Callable[..., Any], device: torch.device
     assert {reason.op for reason in program.reasons} >= {"test_number_as_a_size.<locals>.count"}
 
 
+@pytest.mark.kernels
 def test_results_that_share_memory(compile_with: Callable[..., Any], device: torch.device) -> None:
     """Results that are views of each other, or the same tensor, are so for the caller."""
 
@@ -1032,6 +1032,7 @@ def test_buffer_with_two_names(compile_with: Callable[..., Any], device: torch.d
         assert torch.equal(compiled(x), reference(x))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["same", "overlap", "base", "module"])
 def test_written_memory_that_is_read_too(compile_with: Callable[..., Any], device: torch.device, name: str) -> None:
     """An argument in the memory of one that is written sees the write, also where a compiler passes copies."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import shutil
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,10 +25,9 @@ Function = Callable[..., Any]
 @pytest.fixture(params=BACKENDS)
 def compile_with(request: pytest.FixtureRequest, device: torch.device, options: dict[str, Any]) -> Function:
     """Compiles whole with each backend."""
-    if request.param == "inductor" and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("Inductor needs a C++ compiler for the CPU: neither $CXX nor g++ is there")
-    ours = {"options": options} if request.param == "breakable_cg" else {}
-    return lambda function: torch.compile(function, backend=request.param, fullgraph=True, **ours)
+    theirs = {"options": request.getfixturevalue("for_inductor")} if request.param == "inductor" else {}
+    given = {"options": options} if request.param == "breakable_cg" else theirs
+    return lambda function: torch.compile(function, backend=request.param, fullgraph=True, **given)
 
 
 def learned(compiled: Function) -> Function:
@@ -145,6 +142,7 @@ def test_nothing_is_left(compile_with: Function, device: torch.device) -> None:
         assert all(ref() is None for ref in kept)
 
 
+@pytest.mark.kernels
 def test_memory_that_compiled_code_uses_again(compile_with: Function, device: torch.device) -> None:
     """What a call saved is not overwritten by compiled code that takes the memory for free: arguments and results."""
 
@@ -211,6 +209,7 @@ def test_what_needs_none(compile_with: Function, device: torch.device) -> None:
     assert same_gradients([x], [y])
 
 
+@pytest.mark.kernels
 def test_shared_results(compile_with: Function, device: torch.device) -> None:
     """Gradients of results that share memory reach the function, each once."""
 
@@ -303,6 +302,7 @@ def test_hooks_run_once(compile_with: Function, device: torch.device) -> None:
     assert same_gradients([ours.linear.weight], [theirs.linear.weight])
 
 
+@pytest.mark.kernels
 def test_writes_beside_gradients(compile_with: Function, device: torch.device) -> None:
     """A function may write one argument and need gradients of another."""
 
