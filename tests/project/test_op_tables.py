@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 import breakable_backend
+import fresh
 from breakable_backend import _torch
 
 ROOT = Path(breakable_backend.__file__).parent
@@ -113,14 +112,7 @@ def test_tables_are_made_in_one_way(spelling: str) -> None:
 
 def test_a_torch_without_the_ops_of_the_tables() -> None:
     """Where the package finds none of the ops in its tables it imports, and compiles and captures without some of them."""
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_OPS, ",".join(sorted(names_in_tables() - attributes()))],
-        cwd=ROOT.parent,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    run = fresh.python(WITHOUT_OPS.replace("MISSING", repr(names_in_tables() - attributes())), 200)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "imported\n1 captured\n"
 
@@ -129,7 +121,7 @@ WITHOUT_OPS = """
 import importlib, pathlib, sys
 import torch
 
-missing = set(sys.argv[1].split(","))
+missing = MISSING
 
 def hide(look_up):
     def hidden(namespace, name):
