@@ -47,7 +47,7 @@ from breakable_backend.ir.effects import (
 )
 from breakable_backend.ir.layout import STRIDED, TensorSpec
 from breakable_backend.ir.views import alias_source, is_view, made_again
-from breakable_backend.marks.call_ops import is_backward, site_of
+from breakable_backend.marks.call_ops import is_backward, is_call, site_of
 from breakable_backend.marks.call_sites import Mark, Site, sites
 from breakable_backend.marks.marking import EagerOps, Marks
 from breakable_backend.marks.rules import argument_of
@@ -427,6 +427,10 @@ class Halves:
         outputs, gradients = returned
         placeholders = tuple(module.graph.find_nodes(op="placeholder"))
         renamed = _torch.name_inputs(placeholders[:count], self.gm)
+        # The fake of a marked function writes nothing, and so counts no version.
+        marked = [node for node in module.graph.nodes if is_call(node.target)]
+        written_there = storages_of(*(argument for node in marked for argument in written_arguments(node)))
+        written = [i for i, node in enumerate(placeholders[:count]) if not written_there.isdisjoint(storages_of(node))]
         joint = _Joint(
             module,
             frozenset(renamed.get(name, name) for name in facts["forward"]),
@@ -435,7 +439,7 @@ class Halves:
             tuple(facts["differentiable"]),
             placeholders,
             tuple(facts["given"]),
-            tuple(facts["written"]),
+            tuple(sorted({*facts["written"], *written})),
             wholes,
         )
         joint = replace(joint, aliases=tuple(_aliases(joint, self.inputs, self.parts)))

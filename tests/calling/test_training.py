@@ -1556,15 +1556,22 @@ def test_memory_that_is_freed_between_steps(within: bool, device: torch.device, 
         assert (len(moving), len(of_weights)) in [(1, 4), (1, 2)], of_weights
 
 
-@pytest.mark.parametrize("kind", ["input", "buffer"])
+@pytest.mark.parametrize("kind", ["input", "buffer", "marked"])
 def test_an_argument_written_through_another(kind: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: what the backward needs, and the forward writes through another argument, is eager's error."""
     weight = torch.rand(4, 4, device=device, requires_grad=True)
     count = torch.zeros(4, device=device)
 
+    @eager_on_graph(mutates_args=("seen",))
+    def count_up(seen: Tensor) -> None:
+        seen.add_(1)
+
     def function(x: Tensor, seen: Tensor) -> Tensor:
         y = (x @ weight) * x
-        seen.add_(1)
+        if kind == "marked":
+            count_up(seen)
+        else:
+            seen.add_(1)
         return y
 
     module = nn.Module()
@@ -1572,17 +1579,17 @@ def test_an_argument_written_through_another(kind: str, device: torch.device, op
     module.forward = lambda x: function(x, module.count)
     x = torch.rand(4, 4, device=device)
     options = {**options, "min_kernels": 1}
-    compiled = torch.compile(function if kind == "input" else module, backend="breakable_cg", options=options)
-    for _ in range(5):
-        y = compiled(x, count) if kind == "input" else compiled(x)
+    compiled = torch.compile(module if kind == "buffer" else function, backend="breakable_cg", options=options)
+    for _ in range(6):
+        y = compiled(x) if kind == "buffer" else compiled(x, count)
         y.sum().backward()
     programs = breakable_backend.explain(compiled).programs
-    y = compiled(x, x[0]) if kind == "input" else compiled(count.expand(4, 4))
+    y = compiled(count.expand(4, 4)) if kind == "buffer" else compiled(x, x[0])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     assert_replays(programs, 1)
     weight.grad = None
-    (compiled(x, count) if kind == "input" else compiled(x)).sum().backward()
+    (compiled(x) if kind == "buffer" else compiled(x, count)).sum().backward()
     got, weight.grad = weight.grad, None
     ((x @ weight) * x).sum().backward()
     assert_same(got, weight.grad)
