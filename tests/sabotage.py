@@ -3076,7 +3076,7 @@ FAULTS = (
         "marks.functions:_mark",
         "hasattr(function, 'cache_info')",
         "False",
-        "test_callables.py::test_a_cache_is_refused[lru_cache]",
+        "test_callables.py::test_a_cache_takes_no_tensors[lru_cache]",
     ),
     Fault(
         "stays-eager-in-silence",

@@ -42,6 +42,7 @@ from breakable_backend.marks.structure import (
     Structure,
     contents,
     foreign,
+    instances_in,
     is_changed,
     leaves_of,
     module_leaves,
@@ -176,11 +177,7 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
             fix="mark a plain function, and await outside of it",
         )
     if hasattr(function, "cache_info"):  # of functools.lru_cache
-        raise OptionsError(
-            f"eager_on_graph marks functions that run in each call, and {function.__qualname__} keeps its results by its "
-            "arguments, which are the same tensors in each replay",
-            fix="mark the function in the cache: functools.lru_cache(eager_on_graph(function))",
-        )
+        function = _asked_for_no_tensor(function)
     _check_options(options)
     _check_names(function, options.get("mutates_args", ()))
     source = defined_at(function)
@@ -308,6 +305,22 @@ def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise OptionsError(f"mutates_args: there is no parameter {name!r}", fix=f"parameters: {', '.join(known)}")
+
+
+def _asked_for_no_tensor(cached: Callable[..., Any]) -> Callable[..., Any]:
+    """``cached``, a function under a cache, which would return an old result for a tensor with new values."""
+
+    @functools.wraps(cached)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        if next(instances_in((args, kwargs), torch.Tensor), None) is not None:
+            raise OptionsError(
+                f"{cached.__qualname__} keeps its results by its arguments, which are the same tensors in each replay",
+                where=defined_at(cached),
+                fix="mark the function in the cache: functools.lru_cache(eager_on_graph(function))",
+            )
+        return cached(*args, **kwargs)
+
+    return asked
 
 
 SiteNumber = Callable[[Structure, str], tuple[int, str]]

@@ -415,7 +415,7 @@ CASES: dict[str, Case] = {
         "async def wait(x):\n    return x\neager_on_graph(wait)  # here"
     ),
     "keeps its results by its arguments, which are the same tensors in each replay": Case(
-        "import functools\neager_on_graph(functools.lru_cache(plain))  # here"
+        "import functools\n@eager_on_graph  # here\n@functools.lru_cache\ndef cached(x): return x * 2\n\ncached(x)"
     ),
     "eager_region takes no argument, and was used without its parentheses": Case("eager_region(plain)  # here"),
     "eager takes a function without arguments, got": Case("explain(graph, measure=True, eager=3)  # here"),
