@@ -334,8 +334,8 @@ class Training:
         self._guess: tuple[Pattern, frozenset[str]] | None = None
         """A key of :attr:`backwards` that was made before any forward was captured, as if nothing that it saves moves."""
         self._seen: _Seen | None = None
-        self._storages: tuple[list[int], list[_torch.StorageWeakRef]] | None = None
-        """The addresses of static inputs in the last call, and their storages."""
+        self._storages: tuple[list[int], list[weakref.ref[torch.Tensor]], list[_torch.StorageWeakRef]] | None = None
+        """The addresses of static inputs in the last call, these inputs, and their storages."""
         self._refilled: frozenset[int] = frozenset()
         """Static inputs that are copied in, since their memory is freed between calls."""
         self._lock = locks.lock()
@@ -568,13 +568,20 @@ class Training:
     # the memory of what it reads
 
     def storages(self, inputs: Sequence[torch.Tensor], pointers: Sequence[int]) -> list[_torch.StorageWeakRef]:
-        """The storages of static inputs that a backward needs, read again only if an address has changed."""
-        places = self._static_places
-        there = [pointers[place] for place in places]
+        """The storages of static inputs that a backward needs, read again only if an address or an input is another one.
+
+        FSDP may gather the weights of one block where those of another were.
+        """
+        there = [pointers[place] for place in self._static_places]
+        static = [inputs[place] for place in self._static_places]
         known = self._storages
-        if known is None or known[0] != there:
-            known = self._storages = there, [_torch.retains(inputs[place]) for place in places]
-        return known[1]
+        if (
+            known is None
+            or known[0] != there
+            or any(ref() is not one for ref, one in zip(known[1], static, strict=True))
+        ):
+            known = self._storages = there, list(map(weakref.ref, static)), list(map(_torch.retains, static))
+        return known[2]
 
     def have_other_storages(self, inputs: Sequence[torch.Tensor], ctx: Any) -> bool:
         """Whether an input that moved has another storage than in its forward.

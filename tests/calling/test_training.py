@@ -1556,6 +1556,49 @@ def test_memory_that_is_freed_between_steps(within: bool, device: torch.device, 
         assert (len(moving), len(of_weights)) in [(1, 4), (1, 2)], of_weights
 
 
+def test_memory_that_goes_from_one_weight_to_another(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: blocks that share a graph may have their weights at the same address in turn, as FSDP gathers them."""
+    blocks = [nn.Linear(64, 64, bias=False, device=device) for _ in range(2)]
+    kept, others = [block.weight.detach().clone() for block in blocks], list[Tensor]()
+    compiled = torch.compile(nn.Linear.forward, backend="breakable_cg", options=options)
+    places: list[int] = []
+
+    def fill(number: int, elsewhere: bool) -> None:
+        weight = blocks[number].weight
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+            if elsewhere:
+                refill(weight, kept[number], others)
+            else:
+                weight.untyped_storage().resize_(kept[number].untyped_storage().nbytes())
+                weight.copy_(kept[number])
+        places.append(weight.data_ptr())
+
+    def step(function: Any) -> Any:
+        xs = [torch.rand(3, 64, device=device, requires_grad=True) for _ in blocks]
+        results = []
+        for block in blocks:
+            block.weight.untyped_storage().resize_(0)
+        for number, (block, x) in enumerate(zip(blocks, xs, strict=True)):
+            fill(number, False)
+            results.append(function(block, x).square().sum())
+            block.weight.untyped_storage().resize_(0)
+        for number in (1, 0):
+            fill(number, True)
+            results[number].backward()
+        found = [result.detach() for result in results], [x.grad for x in xs], [block.weight.grad for block in blocks]
+        for block in blocks:
+            block.weight.grad = None
+        return found
+
+    for number in range(8):
+        torch.manual_seed(number)
+        got = step(compiled)
+        torch.manual_seed(number)
+        assert_same(got, step(nn.Linear.forward), f"step {number}")
+        others.clear()
+    assert any(places[turn] == places[turn + 1] for turn in range(0, len(places), 4))
+
+
 @pytest.mark.parametrize("kind", ["input", "buffer", "marked"])
 def test_an_argument_written_through_another(kind: str, device: torch.device, options: dict[str, Any]) -> None:
     """Line 9: what the backward needs, and the forward writes through another argument, is eager's error."""
