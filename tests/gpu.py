@@ -17,9 +17,14 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
     return torch.compile(function, backend=breakable_cg, options={"driver": "cuda", **options})
 
 
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether something holds, at once or within ten seconds: autograd's thread lets go of a backward a little later."""
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
 def settled(driver: CaptureDriver) -> bool:
     """Whether a driver has nothing left, at once or soon."""
-    until = time.monotonic() + 10
-    while time.monotonic() < until and (driver.live_blocks() or driver.pool_bytes()):
-        time.sleep(0.01)
-    return driver.live_blocks() == driver.pool_bytes() == 0
+    return soon(lambda: driver.live_blocks() == driver.pool_bytes() == 0)

@@ -57,7 +57,11 @@ class Outlet(Protocol):
     """The address that the next launch copies to."""
 
     def lead(self, address: int) -> None:
-        """Have the next launch, and those behind it, copy to ``address``."""
+        """Have the next launch, and those behind it, copy to ``address``.
+
+        Raises:
+            ReplayError: the memory there is of another kind than the first target's.
+        """
 
 
 class CapturedGraph(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.errors import ReplayError
 from breakable_backend.ir.layout import TensorSpec
 
 
@@ -31,6 +32,16 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
+def other_kind() -> ReplayError:
+    """The error where torch's allocator gives no memory any more from which, or to which, a graph can copy."""
+    return ReplayError(
+        "a captured graph cannot copy from or to memory of another kind than when it was recorded: the settings of torch's "
+        "allocator have changed since (expandable_segments)",
+        fix="call breakable_backend.reset(compiled), after which it is recorded anew; or change the settings before the "
+        "first call",
+    )
+
+
 class Fed:
     """One such copy; see :class:`breakable_backend.drivers.Feed`. It holds neither the bridge nor a value.
 
@@ -38,6 +49,9 @@ class Fed:
         bridge: the target.
         value: the source of the first launch.
         point: makes launches from the next on copy from an address; returns False if that is impossible.
+
+    Raises:
+        ReplayError: when a value is taken, and CUDA accepts no memory that torch's allocator gives now.
     """
 
     def __init__(self, bridge: torch.Tensor, value: torch.Tensor, point: Callable[[int], bool]) -> None:
@@ -51,7 +65,8 @@ class Fed:
             held = value = self._laid_out(value)
         if not self._point(value.data_ptr()):  # the memory is of another kind than that of the first value
             held = value = self._laid_out(value)
-            assert self._point(value.data_ptr()), "a graph takes no memory of torch's own to copy from"
+            if not self._point(value.data_ptr()):
+                raise other_kind()
         self.source = value.data_ptr()
         self.copies = int(self.source != self._target)
         return held
@@ -85,7 +100,8 @@ class LetOut:
 
     def lead(self, address: int) -> None:
         self.target = 0  # if this fails half-way, the next address is set in any case
-        assert self.point(address), "a graph takes no memory of torch's own to copy to"
+        if not self.point(address):
+            raise other_kind()
         self.target = address
 
     def __call__(self, value: torch.Tensor) -> None:

@@ -30,6 +30,7 @@ from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
 from breakable_backend.marks.saved_for_backward import nothing_like
 from checks import assert_same, random_states, refill
+from gpu import soon
 
 
 @pytest.fixture
@@ -1091,7 +1092,7 @@ def test_a_second_derivative_of_what_was_captured(leaf: bool, device: torch.devi
     results.clear()
     gc.collect()
     breakable_cg.free()
-    assert all(executor.driver.live_blocks() == 0 for executor in executors_of(compiled))
+    assert soon(lambda: all(executor.driver.live_blocks() == 0 for executor in executors_of(compiled)))
 
 
 @pytest.mark.parametrize("how", ["create_graph", "autocast", "batches"])

@@ -211,7 +211,7 @@ TORCH_LIBRARY_IMPL(hostile_cpp, CUDA, m) {
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a process can register them once
 def in_cpp(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The ops of :data:`SOURCE`, built."""
     from torch.utils import cpp_extension

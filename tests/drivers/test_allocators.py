@@ -135,3 +135,47 @@ print("right")
 """
     done = process(code, setting)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+
+
+TRAINING = """
+import gc
+from breakable_backend.recordings import outs
+outs.LARGE = 1  # results of any size leave their graph by themselves
+model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512)).cuda()
+compiled, parameters, kept = torch.compile(model, backend="breakable_cg"), list(model.parameters()), []
+def same(x, loss):
+    mine, theirs = torch.autograd.grad(loss, parameters), torch.autograd.grad(model(x).square().sum(), parameters)
+    kept[:] = [*kept[-2:], (mine, theirs)]
+    assert all(torch.equal(one, other) for pair in kept for one, other in zip(*pair))
+errors = []
+for step in range(16):
+    if step == 9 and switch:
+        torch.cuda.empty_cache()
+        torch.cuda.memory._set_allocator_settings(switch)
+    x = torch.randn(64, 512, device="cuda")
+    try:
+        same(x, compiled(x).square().sum())
+    except bb.ReplayError as error:
+        errors.append(str(error))
+        bb.reset(compiled)
+assert len(errors) <= bool(switch) and all("expandable_segments" in error for error in errors), errors
+backward = bb.explain(compiled).programs[1]
+assert backward.replays >= 8, backward
+pending = compiled(x).square().sum()
+bb.reset(compiled)
+gc.collect()
+torch.cuda.empty_cache()
+junk = [torch.full((1 << 18,), torch.nan, device="cuda") for _ in range(64)]
+same(x, pending)
+print("right")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("setting", "switch"), [("", ""), ("expandable_segments:True", ""), ("", "expandable_segments:True")]
+)
+def test_training(setting: str, switch: str) -> None:
+    """Lines 3, 4 and 9: what leaves a graph is right, and stays; where the settings change, a copy may be a typed error."""
+    done = process(f"switch = {switch!r}\n{TRAINING}", setting)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from breakable_backend.drivers import cuda
-from breakable_backend.drivers.graph_copies import Fed
+from breakable_backend.drivers.graph_copies import Fed, LetOut
 from breakable_backend.errors import CaptureError, ReplayError
 from breakable_backend.internal_errors import raise_if_ours
 
@@ -87,6 +87,17 @@ def test_a_copy_that_could_not_be_patched() -> None:
     fed.take(first)
     assert asked == [second.data_ptr(), first.data_ptr()]
     assert fed.source == first.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [Fed, LetOut])
+def test_memory_of_another_kind(kind: type) -> None:
+    """Where CUDA takes no memory that torch's allocator gives since its settings have changed, that is a typed error."""
+    first = torch.ones(3)
+    made = Fed(torch.empty(3), first, lambda address: False) if kind is Fed else LetOut(first)
+    if isinstance(made, LetOut):
+        made.point = lambda address: False
+    with pytest.raises(ReplayError, match="expandable_segments"):
+        made.take(torch.zeros(3)) if isinstance(made, Fed) else made.lead(torch.zeros(3).data_ptr())
 
 
 def test_what_cuda_says_of_a_copy_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
