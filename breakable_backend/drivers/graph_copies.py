@@ -37,8 +37,7 @@ def other_kind() -> ReplayError:
     return ReplayError(
         "a captured graph cannot copy from or to memory of another kind than when it was recorded: the settings of torch's "
         "allocator have changed since (expandable_segments)",
-        fix="call breakable_backend.reset(compiled), after which it is recorded anew; or change the settings before the "
-        "first call",
+        fix="change the settings before the first call, or compile in a process that keeps them",
     )
 
 
