@@ -38,13 +38,13 @@ demo: $(READY)
 
 test: check
 
-# Three workers with one thread each, for two cores: the models are too small to share out, and some tests wait. The types are checked while they
+# Two workers with one thread each: the models of the tests are too small to share out. The types are checked while they
 # start; what is wrong is said at the end again.
 check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mdformat --check $(MARKDOWN)
-	$(RUN) -m mypy & OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 && { wait $$! || $(RUN) -m mypy; }
+	$(RUN) -m mypy & OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 && { wait $$! || $(RUN) -m mypy; }
 
 # What a change breaks first, by the second: the parts by themselves, the drivers, and the heart of the contract.
 QUICK := ir $(addprefix marks/test_,marking.py structure.py) $(addprefix compiling/test_,partition.py lowering.py) \

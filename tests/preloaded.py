@@ -20,7 +20,8 @@ def _compile() -> None:
     with torch.no_grad():
         for dynamic in (False, True):
             torch.compile(function, backend="aot_eager", dynamic=dynamic)(torch.ones(3, 3))
-    torch.compile(function, backend="aot_eager")(torch.ones(3, 3, requires_grad=True)).sum().backward()
+    if torch.version.cuda is None:  # in other builds the first backward starts threads, and then forks can run none
+        torch.compile(function, backend="aot_eager")(torch.ones(3, 3, requires_grad=True)).sum().backward()
     torch.compiler.reset()
 
 
