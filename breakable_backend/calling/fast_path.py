@@ -160,7 +160,7 @@ def generate(
         looks: source that returns ``NOT_NOW`` for a call that does not fit.
         names: the names that it uses.
     """
-    named = run.__code__.co_varnames  # the function's variables have the names of the variables
+    named = run.__code__.co_varnames  # the generated function's variables have the names of the recording's
     names_at = {value.index: value.name for value in executor.program.inputs}
     if any(names_at[at] in named for at in static):
         return None
