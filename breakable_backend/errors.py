@@ -135,7 +135,7 @@ def _is_users(file: str) -> bool:
 
 
 def defined_at(function: Any) -> str:
-    """The line on which a Python function begins, beneath its decorators, in the same form; empty for other callables."""
+    """The line on which a Python function, behind its wrappers, begins, in the same form; empty for other callables."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return _line(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 

@@ -4093,6 +4093,13 @@ FAULTS = (
         "test_page.py::test_data_cannot_break_out",
     ),
     Fault(
+        "a marked function that is a graph by itself has no place in the report",
+        "marks.rules:user_line_of",
+        "source_line(node) or call_ops.definition_of(op_of(node), node.args)",
+        "source_line(node)",
+        "test_report.py::test_text_of_a_marked_function_by_itself",
+    ),
+    Fault(
         "loads-count-to-the-break-before-them",
         "recordings.replay:_Writer.source",
         "start, _ = spans.get(statement.step, (len(lines), 0))",

@@ -412,7 +412,7 @@ def classify(node: fx.Node, scope: Scope) -> Reason | None:
         return scope.forced[node.name]
     for rule in RULES:
         if text := rule(node, scope):
-            return Reason(rule.__name__, text, label(node), source_line(node), rule in WHOLE_PROGRAM)
+            return Reason(rule.__name__, text, label(node), user_line_of(node), rule in WHOLE_PROGRAM)
     return None
 
 
@@ -420,6 +420,11 @@ def label(node: fx.Node) -> str:
     """The name of what a node calls, as reports show it."""
     op = op_of(node)
     return call_ops.name_of(op, node.args) or _torch.schema_name(op) or getattr(op, "__name__", str(op))
+
+
+def user_line_of(node: fx.Node) -> str:
+    """The user's line that made ``node``. Where Dynamo compiled nothing that calls a marked function, its definition."""
+    return source_line(node) or call_ops.definition_of(op_of(node), node.args)
 
 
 @dataclass(frozen=True)

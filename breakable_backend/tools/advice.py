@@ -49,7 +49,8 @@ def advice(graph_break: str) -> str:
         return next((cure for what, cure in _OF_MARKED.items() if what in first), "")
     _, found, place = first.rpartition(", at ")
     _, _, code = place.partition(": ") if found else ("", "", "")
-    mark = f"put `{code}` into a function of its own under @eager_on_graph" if code else MARK_THE_MODULE
+    block = "the block that begins with " if code.endswith(":") else ""
+    mark = f"put {block}`{code}` into a function of its own under @eager_on_graph" if code else MARK_THE_MODULE
     return _known(first, mark) or mark
 
 

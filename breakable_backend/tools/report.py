@@ -29,12 +29,12 @@ from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
-from breakable_backend.ir.source_lines import module_path, short_line, source_line
+from breakable_backend.ir.source_lines import module_path, short_line
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.call_sites import learning
 from breakable_backend.marks.functions import MARKED_ANEW
 from breakable_backend.marks.marking import marked_names
-from breakable_backend.marks.rules import label
+from breakable_backend.marks.rules import label, user_line_of
 from breakable_backend.recordings.copies import Bridge
 from breakable_backend.recordings.recording import NOTHING, Copy, EagerStep, Recording, Step
 from breakable_backend.recordings.replay import Replay
@@ -437,7 +437,7 @@ def _segment(position: int, segment: Segment) -> StepReport:
 def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
     """What a segment's module does, in order, without views and parts of results."""
     return tuple(
-        Op(node.name, label(node), described(node.meta.get("val")), module_path(node), source_line(node))
+        Op(node.name, label(node), described(node.meta.get("val")), module_path(node), user_line_of(node))
         for node in module.graph.nodes
         if node.op == "call_function" and node.target is not operator.getitem and not is_view_op(node.target)
     )
@@ -488,9 +488,8 @@ def _share(programs: Sequence[ProgramReport], calls: int) -> str:
     replays = sum(program.replays for program in programs)
     recorded = sum(sum(program.recorded.values()) for program in programs)
     plain = sum(sum(program.plain_calls.values()) for program in programs)
-    return (
-        f"replayed {replays:,} of {calls:,} calls ({replays / calls:.0%}), recorded {recorded:,}, ran plainly {plain:,}"
-    )
+    graphs = f" of {len(programs)} graphs" if len(programs) > 1 else ""
+    return f"replayed {replays:,} of {calls:,} calls{graphs} ({replays / calls:.0%}), recorded {recorded:,}, ran plainly {plain:,}"
 
 
 FIRST_CALL = "it compiles at the first call of a function that was compiled with backend='breakable_cg'"

@@ -84,7 +84,7 @@ class Measured:
             return f"measured: {times}; nothing to compare with"
         ratio = self.eager_us / self.total_us
         if self.note:
-            return f"measured: {times}; {self.eager_how} takes {self.eager_us:,.0f} us ({self.note})"
+            return f"measured: {times}; {self.eager_us:,.0f} us for {self.eager_how} ({self.note})"
         says = "pays" if ratio >= PAYS else "does not pay" if ratio < LOSES else "about even"
         return f"{says}: {ratio:.2f} times as fast as {self.eager_how} ({self.eager_us:,.0f} us); {times}"
 

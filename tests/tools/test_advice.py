@@ -35,6 +35,13 @@ def branch(x: Tensor) -> Tensor:
     return y.cos() + 1
 
 
+def block(x: Tensor) -> Tensor:
+    y = x.sin() * 2
+    if y.sum() > 0:
+        y = y + 1
+    return y.cos() + 1
+
+
 def listed(x: Tensor) -> Tensor:
     y = x.sin() * 2
     n = max(y.tolist())
@@ -97,6 +104,11 @@ CASES = {
     "branch": Case(
         branch,
         "put `y = y + 1 if y.sum() > 0 else y` into a function of its own under @eager_on_graph; where both",
+        lambda x: chosen(x.sin() * 2).cos() + 1,
+    ),
+    "block": Case(
+        block,
+        "put the block that begins with `if y.sum() > 0:` into a function of its own",
         lambda x: chosen(x.sin() * 2).cos() + 1,
     ),
     "where": Case(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import silly
-from breakable_backend import BreakableCUDAGraph, OptionsError, Report, capture, explain, reset
+from breakable_backend import BreakableCUDAGraph, OptionsError, Report, capture, eager_on_graph, explain, reset
 from graphs import golden
 from reports import called, from_file
 
@@ -190,6 +190,7 @@ def f(x):
     )
     printed = text(explain(called(f, 3, torch.ones(3))))
     assert re.findall(r"^graph \d+", printed, re.MULTILINE) == ["graph 0", "graph 1"]
+    assert printed.startswith("replayed 2 of 6 calls of 2 graphs (33%), ")
     where = "model.py:4 in f: torch._dynamo.graph_break()"
     assert f"Dynamo broke the graph 1x: Call to `torch._dynamo.graph_break()`, at {where}" in printed
 
@@ -216,6 +217,29 @@ def f(x):
         "Dynamo broke the graph 2x: Data-dependent branching, at model.py:3 in double: if y.sum() > 0:",
         "Dynamo broke the graph 1x: Data-dependent branching, at model.py:9 in torch_dynamo_resume_in_f_at_8: if y.sum() < 0:",
     ]
+
+
+def test_text_of_a_marked_function_by_itself() -> None:
+    """Where Dynamo compiles nothing of what calls a marked function, the place is the function's definition."""
+    f = from_file(
+        """
+@eager_on_graph
+def doubled(y):
+    return y * 2
+
+def f(x):
+    for size in range(2):
+        if x.sum() > size:
+            x = doubled(x)
+    return x
+""",
+        eager_on_graph=eager_on_graph,
+    )
+    printed = text(explain(called(f, 3, torch.ones(3))))
+    lines = [line.split() for line in printed.splitlines()]
+    where = "model.py:2 in doubled"
+    assert f"doubled 1 marked by eager_on_graph {where}: @eager_on_graph".split() in lines, printed
+    assert f"0 eager 1 doubled {where}".split() in lines, printed
 
 
 def test_text_of_brackets() -> None:
