@@ -2,6 +2,7 @@
 
 A structure is a nest of tuples. A node is a kind of container with its children, or a leaf that says where its value
 is. Dynamo traces most of these functions, so that compiled code contains tensors and numbers, and no containers.
+:mod:`breakable_backend.marks.results` tells which tensors of a result are aliases.
 """
 
 from __future__ import annotations

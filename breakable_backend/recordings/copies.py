@@ -1,4 +1,4 @@
-"""Copies into and out of bridges, which are storages with a fixed address: a written input is copied back from one.
+"""Copies into bridges, which are storages with a fixed address, and back to inputs that a captured segment has written.
 
 :mod:`breakable_backend.recordings.recorder` says which inputs have a bridge.
 """
@@ -16,13 +16,13 @@ from breakable_backend import _torch
 from breakable_backend.ir.layout import Geometry, TensorSpec, extent, flattened, overlaps
 
 KEPT_INPUT = 1 << 16
-"""In bytes. The bridge of an input up to this size keeps its memory between calls, and so the input of the last call,
-with which measurements replay."""
+"""In bytes. The bridge of an input up to this size keeps its memory between calls. So it holds the input of the last
+call, with which measurements replay."""
 
 
 ALIGNMENT = 16
-"""In bytes. Libraries choose kernels by whether an address is a multiple of this, and their sums differ in the last
-bit, for example cuDNN's convolutions of a slice. The allocator's own addresses are multiples of more."""
+"""In bytes. Libraries choose kernels by whether an address is a multiple of this, as cuDNN does for convolutions of a
+slice. The sums of these kernels differ in the last bits. Addresses from the allocator are multiples of more."""
 
 
 @dataclass(frozen=True)

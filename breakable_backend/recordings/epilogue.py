@@ -24,9 +24,9 @@ class Epilogue:
     """Runs the epilogue of a program, which makes the caller's results from the values of the segments.
 
     Args:
-        specialised: has the program.
+        specialised: the program, with the arguments of this call.
         locations: the places of this call's values. Views that are made once become constants there.
-        fresh: whether the caller gets copies of results in memory of the recording, which the next call overwrites.
+        fresh: whether results in memory of the recording, which the next call overwrites, are copied for the caller.
     """
 
     def __init__(self, specialised: SpecialisedProgram, locations: Locations, fresh: bool) -> None:
@@ -102,10 +102,11 @@ def inputs_behind(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
 
 
 def settled(specialised: SpecialisedProgram, locations: Locations, steps: Sequence[Step]) -> Iterator[Call]:
-    """With static results: inputs that may be such results, copied before anything is launched.
+    """With static results, the calls that copy inputs before anything is launched.
 
-    For captured segments that read such an input it is enough to load it early. An eager step may read it after a
-    launch, and a write to it would be a write to a result of this call.
+    Such an input may be a result of the last call, in memory that this call overwrites. If only captured segments read
+    it, its bridge is loaded early, which is enough. But an eager step may read it after a launch, and a write to it
+    would change a result of this call.
     """
     launches = [at for at, step in enumerate(steps) if isinstance(step, GraphStep)]
     if not launches:

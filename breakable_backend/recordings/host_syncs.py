@@ -26,7 +26,7 @@ from breakable_backend.recordings.returned_arguments import ReturnedArguments
 
 
 def has_unknown_ops(program: Program) -> bool:
-    """Whether captured segments contain custom ops, about which only their own code knows what they do."""
+    """Whether captured segments contain custom ops, of which only their own code tells what they do."""
     return any(is_somebodys(node) for segment in program.graph_segments for node in segment.module.graph.nodes)
 
 

@@ -2,9 +2,9 @@
 
 Memory that captured segments read or make belongs to the pool. While a recording is made, each value and each bridge
 holds its part of the pool until its last reader was recorded. Then later segments, and later recordings, may get that
-memory, since replays and calls keep this order. The finished recording knows addresses only. It holds static results,
-bridges of small inputs, and everything if a tool asks for that. Arguments, static inputs included, belong to the caller
-and are in no constant, not even as a view.
+memory, since replays and calls keep this order. The finished recording knows addresses only. It holds what a backward
+needs, static results, bridges of small inputs, and everything if a tool asks for that. Arguments, static inputs
+included, belong to the caller and are in no constant, not even as a view.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Locations:
         self.let_out: set[str] = set()
         """Values that a graph copies to the caller's memory by itself, in the layout of the output that they become."""
         self._lent: set[int] = set()
-        """Keys of storages of constants that lie over an owner's memory."""
+        """Constants lie on storages over the memory of their owners: the keys of these storages."""
         self._pinned: set[str] = set()
-        """Variables of values of which an eager step has returned an alias, which may be read after the variables are not."""
+        """Variables whose memory an eager step has also returned. It is held: the result may be read after the variable."""
         self._made_for: dict[str, int] = {}
         """The segment that each bridge was made for, by variable."""
         self._dead: list[tuple[str, ...]] = []
-        """What nobody reads behind each segment; known once nothing is kept."""
+        """For each segment, the names that nobody reads behind it; empty until :meth:`keep_nothing`."""
         self.follow(specialised)
 
     def follow(self, specialised: SpecialisedProgram) -> None:
@@ -137,9 +137,9 @@ class Locations:
     def captured(
         self, names: Sequence[str], results: Sequence[Any], inputs: Sequence[Any], out: Mapping[str, torch.Tensor]
     ) -> None:
-        """A captured segment's result. It holds its memory until its last reader is recorded.
+        """Note the ``results`` of a captured segment. Each holds its memory until its last reader is recorded.
 
-        What the graph has copied ``out`` by itself is the caller's.
+        The graph has copied those in ``out`` there by itself, and they are the caller's.
         """
         with_memory = [tensor for tensor in tensors_of(inputs) if tensor.layout is torch.strided]
         lent: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage | None]]
@@ -177,7 +177,7 @@ class Locations:
         return is_plain and value.device in self.driver.devices and value.untyped_storage().nbytes() > 0
 
     def returned(self, name: str, value: Any) -> None:
-        """An eager step's result, for later segments."""
+        """Note an eager step's result, for later segments."""
         self.values[name] = value
         self.read_from[name] = Variable(name)
         if isinstance(value, torch.Tensor):
@@ -185,7 +185,7 @@ class Locations:
         self._pinned.update(self._behind(value))
 
     def written(self, segment: Segment, *, outside: bool = False) -> None:
-        """A segment has written these values; ``outside``: the bridges of inputs do not have the new values."""
+        """Note what a segment has written; ``outside``: the bridges of inputs do not have the new values."""
         for access in segment.writes:
             self.intact.pop(access.storage, None)
             if outside and access.storage in self.inputs:
@@ -198,12 +198,12 @@ class Locations:
         return self.keep or (self.static and name in self.lives.returned)
 
     def handed_back(self) -> Iterator[torch.Tensor]:
-        """With static results, the owners of memory of which an eager step has returned an alias, which may be a result."""
+        """With static results, the owners of pool memory: a result may be an alias that an eager step has returned."""
         for owner in self.owners.values() if self.static else ():
             yield copies.inside(owner)
 
     def kept(self, memory: Any) -> Iterator[Any]:
-        """The owners of the memory of saved values: ``memory``, which has what is lent by the pool, or tensors."""
+        """The owners of saved values' memory: ``memory`` for what the pool has lent, and tensors for the rest."""
         lent = set(map(id, map(copies.inside, self.owners.values()))) if memory is not None else set()
         if memory is not None and self.saved:
             yield memory
@@ -289,7 +289,7 @@ class Locations:
         return frozenset(_torch.storage_key(value) for value in tensors if isinstance(value, torch.Tensor))
 
     def _behind(self, value: Any) -> Iterator[str]:
-        """Variables with memory that tensors in ``value`` lie in, on whatever storage: DLPack makes several over one memory."""
+        """The variables in whose memory ``value`` lies, by address: DLPack makes several storages over one memory."""
         for tensor in tensors_of(value):
             if tensor.layout is torch.strided and tensor.device in self.driver.devices:
                 address = tensor.untyped_storage().data_ptr()

@@ -4,7 +4,7 @@ It runs AOTAutograd's own graph, call by call, in its order and with its names. 
 for each program. It adds what the contract requires of a call: the modes under which an op was traced, the turn of a
 random draw, and the check of a marked op's result. :func:`run_plain` does the same with the program's segments. It is
 the specification against which tests compare this function. It also runs if each step has to be observed (debug mode),
-or has to become a step of somebody else's capture.
+or has to become a step of a ``with capture(graph)``.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class _Graph:
 
 
 def _symbol_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[str, Callable[..., int] | None, int]]:
-    """For each symbol, where arguments have its value: a number itself; or a tensor, with a function and a dimension."""
+    """The argument that has each symbol's value: a number; or a tensor, whose size or stride in a dimension it is."""
     found: dict[sympy.Symbol, tuple[str, Callable[..., int] | None, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")

@@ -1,4 +1,4 @@
-"""Run a program once under a driver, and keep what a replay needs: also which inputs are copied in, and back."""
+"""Runs a program once under a driver, and keeps what a replay needs: steps, bridges, and the copies in and back."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from breakable_backend.marks.rules import label
 from breakable_backend.recordings.checks import perform, places_of
 from breakable_backend.recordings.copies import load_all
 from breakable_backend.recordings.epilogue import Epilogue, settled
+from breakable_backend.recordings.large_results import LargeResults
 from breakable_backend.recordings.locations import Locations
-from breakable_backend.recordings.outs import Outs
 from breakable_backend.recordings.recording import (
     NOTHING,
     Call,
@@ -67,7 +67,7 @@ class PutOff:
     cause: Passing
     reason: Reason
     suspects: Mapping[str, Reason]
-    """The nodes that did it, unless somebody else did; all nodes of the segment if the node is not known."""
+    """The nodes that are to blame, unless another thread is; all nodes of the segment if the node is not known."""
 
 
 def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: Plan, stream: int) -> Recorded:
@@ -131,7 +131,7 @@ class _Recorder:
     # captured segments
 
     def capture(self, position: int, segment: GraphSegment) -> bool:
-        """Capture a segment, or run it. False if nothing of it has happened, and the program changes from there on."""
+        """Capture a segment, or run it. False if none of it has run, and the program was cut anew from there on."""
         if self.put_off is None:
             failed = self._capture(position, segment)
             if failed is None:
@@ -166,7 +166,7 @@ class _Recorder:
             for name in (*segment.inputs, *self._early()):
                 if (copy := locations.bridge(name, position)) is not None:
                     loads.append(copy)
-            outs = Outs(self.specialised, locations, self.plan, driver, position, segment)
+            outs = LargeResults(self.specialised, locations, self.plan, driver, position, segment)
             feeding = self._fed(loads, driver)
             before = [copy for copy in loads if copy not in feeding]
             sources = [values[copy.value.name] for copy in before]
@@ -221,9 +221,9 @@ class _Recorder:
         return fed if len(fed) <= MAX_FED else []
 
     def _early(self) -> Iterator[str]:
-        """Inputs that are loaded before anything is launched, with static results.
+        """With static results, the inputs that are loaded before anything is launched.
 
-        They may be such results, in memory that segments before their first reader use for themselves.
+        Such an input may be a result of the last call, in memory that a segment before its first reader writes.
         """
         if not self.plan.fresh_outputs and not any(isinstance(step, GraphStep) for step in self.steps):
             for names in self.locations.lives.unloaded.values():
@@ -261,7 +261,7 @@ class _Recorder:
         return reason
 
     def give_up(self, error: Exception) -> None:
-        """All went well, but there is no memory for copies of the results. They get the memory of the graphs."""
+        """All segments have run, but no memory is free for copies of the results: free the graphs, and record later."""
         behind = len(self.specialised.program.segments)
         reason = Reason("capture_failed", f"results could not be copied: {first_line(error)}", "")
         self.put_off = PutOff("memory", reason, {})

@@ -1,4 +1,4 @@
-"""What a recording is: a list of steps over *variables*, which are graph launches and eager calls.
+"""What a recording is: a list of steps, which are graph launches and eager calls, over *variables*.
 
 A variable is a name: of an argument, of an eager call's result in this call, or of a constant. A constant is a plain
 number, or a tensor with a fixed address (pool memory, a bridge).
@@ -170,7 +170,7 @@ class Recording:
     """Values that are saved for a backward, in memory of the recording; see
     :attr:`breakable_backend.recordings.specialised.Plan.saved_from`."""
     kept: tuple[Any, ...] = field(default=(), repr=False)
-    """What owns the memory of these, and of static results."""
+    """The owners of the memory of :attr:`saved`, and of static results."""
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:

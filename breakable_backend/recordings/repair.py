@@ -29,7 +29,7 @@ segments that fail are eager as a whole."""
 PAUSE = 20
 """To tell an op from another thread, the capture is watched for this many times the time that the op took."""
 MIN_PAUSE, MAX_PAUSE = 0.02, 1.0
-"""Seconds of that."""
+"""The shortest and the longest such pause, in seconds."""
 
 Recut = Callable[[Mapping[str, Reason], Collection[str]], Program]
 """Cuts the program anew, with more eager nodes, and with segments that begin at certain nodes; see ``partition``."""

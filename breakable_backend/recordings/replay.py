@@ -63,7 +63,7 @@ class Replay:
     steps: tuple[tuple[int, int], ...]
     """For each step its lines in the source, from 0: the first, and the one behind the last."""
     variants: Sequence[Variant] = ()
-    """Functions that run in place of this one while they are wanted; the first that is."""
+    """Functions that run in place of this one: the first that is wanted."""
 
 
 File = Callable[[str, str], str | None]
@@ -117,7 +117,7 @@ class _Writer:
         self.quick: dict[TensorSpec, Callable[[Any], bool]] = {}
         """Quick tests of layouts, one for all values of a layout."""
         self.answers: dict[str, tuple[TensorSpec, str]] = {}
-        """For variables that no call has taken since: the name that says whether one fits a layout."""
+        """For a variable, a layout and the name of the flag that says whether it fits; until a call takes the variable."""
         calls = [call for step in recording.steps if isinstance(step, EagerStep) for call in step.calls]
         self.variables = {*recording.arguments, *(call.result for call in (*calls, *recording.epilogue))}
         self.variables |= {
@@ -209,7 +209,7 @@ class _Writer:
         launch = f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})"
         fed = [copy for copy in step.loads if copy.feed is not None]
         copies = " + ".join(f"{self._bind(f'{copy.bridge.name}_feed', copy.feed)}.copies" for copy in fed)
-        # It reads what it is fed, which is deleted behind it.
+        # The graph reads the values that it is fed, so they are deleted behind the launch.
         yield _Statement((launch, *([self._counted(copies)] if fed else ())), frozenset(c.value.name for c in fed))
         for copy in step.stores:
             line = self._counted(f"{self._constant(copy.bridge)}.store({copy.value.name})")
@@ -270,7 +270,7 @@ class _Writer:
         return _Statement((*lines, f"    {self._counted(1)}"), frozenset((value,)))
 
     def _feed(self, copy: Copy) -> _Statement:
-        """The graph copies by itself from the value's last address. Only another address has to be set."""
+        """The graph copies by itself from the value's last address. If the value lies elsewhere, the address is set."""
         feed, value = self._bind(f"{copy.bridge.name}_feed", copy.feed), copy.value.name
         fits = self._fits_still(value, TensorSpec.of(self.recording.constants[copy.bridge.name].tensor))
         held = self._free(f"{value}_held")
@@ -278,7 +278,7 @@ class _Writer:
         return _Statement(lines, frozenset((value,)))
 
     def _out(self, out: Out) -> _Statement:
-        """New memory for a result, to which the graph copies by itself. Only another address has to be set."""
+        """New memory for a result, to which the graph copies by itself. If it lies elsewhere, the address is set."""
         name, outlet = out.value.name, self._bind(f"{out.value.name}_outlet", out.outlet)
         made = f"{name} = {self._bind('empty_like', torch.empty_like)}({self._bind(f'{name}_like', out.like)})"
         lines = (f"if {name}.data_ptr() != {outlet}.target:", f"    {outlet}.lead({name}.data_ptr())")

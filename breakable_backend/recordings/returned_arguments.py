@@ -38,7 +38,7 @@ class ReturnedArguments:
 
     def __init__(self) -> None:
         self._found: dict[fx.Node, list[tuple[int, int]]] = {}
-        """Pairs of storages, by their fakes, that an op has returned as the same storage."""
+        """For each op, pairs of storages that are two in the trace, by key, and were the same memory in the call."""
 
     def look(self, node: fx.Node, arguments: Any, result: Any) -> None:
         """A custom op, called for ``node`` with ``arguments``, has returned ``result``."""

@@ -1,4 +1,4 @@
-"""A program with the arguments of one call, how it is recorded, and the calls that its eager segments consist of."""
+"""A program with the arguments of one call, to which its sizes are bound, and the plan by which it is recorded."""
 
 from __future__ import annotations
 

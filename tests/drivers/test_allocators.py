@@ -139,8 +139,8 @@ print("right")
 
 TRAINING = """
 import gc
-from breakable_backend.recordings import outs
-outs.LARGE = 1  # results of any size leave their graph by themselves
+from breakable_backend.recordings import large_results
+large_results.LARGE = 1  # results of any size leave their graph by themselves
 model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512)).cuda()
 compiled, parameters, kept = torch.compile(model, backend="breakable_cg"), list(model.parameters()), []
 def same(x, loss):

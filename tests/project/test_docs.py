@@ -29,7 +29,7 @@ from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
 from breakable_backend.marks.rules import RULES
 from breakable_backend.options import Options
-from breakable_backend.recordings import copies, outs
+from breakable_backend.recordings import copies, large_results
 from breakable_backend.tools import report, timing, verdict
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -186,7 +186,7 @@ def test_limits_page() -> None:
         **vars(retries),
         **vars(pool_size),
         "KEPT_INPUT": copies.KEPT_INPUT,
-        "LARGE": outs.LARGE,
+        "LARGE": large_results.LARGE,
         "HEADROOM": cuda.HEADROOM,
     }
     everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_PATTERNS", "MAX_SIZES", "UNUSED")}

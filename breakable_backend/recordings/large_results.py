@@ -27,11 +27,11 @@ from breakable_backend.recordings.repair import acts_outside
 from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 LARGE = 4 << 20
-"""In bytes. Smaller results matter little for the pool, and are copied together, by one launch. A GPT whose gradients have
-2 MiB and more reserves as much with 1 MiB, and takes the same time (H200)."""
+"""In bytes. Smaller results matter little for the pool, and are copied together, by one launch. With 1 MiB a GPT whose
+gradients have 2 MiB and more reserves as much memory, and takes the same time (H200)."""
 
 
-class Outs:
+class LargeResults:
     """The results that one segment copies out by itself.
 
     Args:
@@ -81,7 +81,7 @@ class Outs:
                 self._targets[node] = target
 
     def take(self, node: fx.Node, value: Any) -> bool:
-        """Have the graph copy a result out, if the output is all of it, and it lies as its fake promised."""
+        """Have the graph copy ``value`` out; False if the output is a part of it, or its layout is not that of its fake."""
         target = self._targets[node]
         is_whole = value.untyped_storage().nbytes() == target.untyped_storage().nbytes()
         if not is_whole or not TensorSpec.of(node.meta["val"], self._symbols).accepts(value):

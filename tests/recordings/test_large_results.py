@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import breakable_backend
 import silly
 from breakable_backend.calling.registry import executors_of
-from breakable_backend.recordings import outs
+from breakable_backend.recordings import large_results
 from breakable_backend.recordings.recording import GraphStep
 from checks import assert_same, compile_both, entries_of
 
@@ -22,7 +22,7 @@ SIDE = 8
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results of any size leave by themselves."""
-    monkeypatch.setattr(outs, "LARGE", 1)
+    monkeypatch.setattr(large_results, "LARGE", 1)
 
 
 def left(compiled: Any) -> list[int]:
