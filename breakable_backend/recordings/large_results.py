@@ -81,7 +81,7 @@ class LargeResults:
                 self._targets[node] = target
 
     def take(self, node: fx.Node, value: Any) -> bool:
-        """Have the graph copy ``value`` out; False if the output is a part of it, or its layout is not that of its fake."""
+        """Have the graph copy ``value`` out; False if the output is a part of it, or it is not laid out as its fake."""
         target = self._targets[node]
         is_whole = value.untyped_storage().nbytes() == target.untyped_storage().nbytes()
         if not is_whole or not TensorSpec.of(node.meta["val"], self._symbols).accepts(value):

@@ -64,7 +64,7 @@ class Locations:
         self._lent: set[int] = set()
         """Constants lie on storages over the memory of their owners: the keys of these storages."""
         self._pinned: set[str] = set()
-        """Variables whose memory an eager step has also returned. It is held: the result may be read after the variable."""
+        """Variables whose memory an eager step has also returned. It is held, since that result may be read later."""
         self._made_for: dict[str, int] = {}
         """The segment that each bridge was made for, by variable."""
         self._dead: list[tuple[str, ...]] = []
