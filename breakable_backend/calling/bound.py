@@ -374,7 +374,7 @@ def _fast_path(
     own: Given,
     same: Callable[[], bool] | None,
 ) -> Callable[..., Any] | None:
-    """The call without Dynamo's code, if that code can be written down. ``own`` arrives at the graph as ``others``."""
+    """The call without Dynamo's code, if that can be written down: for the arguments ``own`` it passes ``others``."""
     executor, entry = replayed.executor, replayed.entry
     written = written_inputs(executor.lowered.module)
     moves = any(value.kind == "tensor" and value.name in written for value in executor.program.inputs)

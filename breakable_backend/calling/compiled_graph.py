@@ -82,9 +82,9 @@ class CompiledGraph:
         self.variety = eviction.Variety()
         """Counts the values of host scalars, and the addresses of written inputs."""
         self.notes: list[str] = []
-        """What was changed about the program since, for the report."""
+        """Changes of the program since it was first cut, for the report."""
         self.moves, self.most_moved = 0, 0
-        """How often a key of this program outgrew the pool; and the bytes that it had then, at most."""
+        """How often a key of this program outgrew the pool; and the bytes of the largest pool that was outgrown."""
         self.callers = Callers()
         self.hands_back = has_suspects(lowered.module.graph)
         """Whether it is worth checking what ops return; see ``recordings.returned_arguments``."""
@@ -161,7 +161,7 @@ class CompiledGraph:
         return bool(moving or given_up)
 
     def note_copied_in(self, moving: Collection[int], why: str) -> None:
-        """Note that inputs which are read in place elsewhere are copied in."""
+        """Note that static inputs, which are read in place by default, are copied in."""
         names = [value.name for value in self.program.inputs if value.index in moving]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
@@ -176,8 +176,9 @@ class CompiledGraph:
     def _moving(self, args: Sequence[Any]) -> tuple[set[int], str]:
         """The indices of static inputs that came at other addresses and are to be copied in, and why.
 
-        FSDP frees weights and gathers them anew: the same storage is at another address. If that was so before a recording
-        was of use, it will be so again. Other tensors are counted. Several instances of a module are several tensors.
+        FSDP frees weights and gathers them anew: the same storage is at another address. A weight that has moved so before
+        a recording was replayed is copied in at once. Of any other tensor the addresses are counted. Several instances
+        of a module are several tensors.
         """
         statics = [value for value in self.program.inputs if value.kind == "static"]
         places = {value.index: {args[value.index].data_ptr()} for value in statics}

@@ -13,7 +13,7 @@ MAX_ADDRESS_SETS = 256
 """How many sets of static addresses have recordings: instances of a module, caches of requests."""
 MAX_ADDRESSES = 4
 """How many addresses of an input that captured segments write are keyed, before it gets a bridge and is copied back.
-Also how many of a static input, as one tensor, before it gets a bridge."""
+Also how many addresses of one static tensor are keyed, before its input gets a bridge."""
 MAX_SCALAR_VALUES = 4
 """How many values of a host scalar are keyed, before the ops that read it run eagerly."""
 IDLE_FACTOR = 4
@@ -24,11 +24,11 @@ MAX_DROPPED = 1024
 
 
 class Held(NamedTuple):
-    """Things of which only a number is kept."""
+    """How many keys, or sets of keys, there are. Their number is bounded."""
 
     number: int
     oldest_call: int = 0
-    """The last call of the one that would be evicted first."""
+    """The last call that used the one that would be evicted first."""
 
 
 @dataclass(frozen=True)

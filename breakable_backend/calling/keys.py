@@ -129,7 +129,7 @@ class AddressSet:
 
 @dataclass(eq=False)
 class KeyReader:
-    """Reads a key from the arguments, as quickly as Python can: the positions of those that are in it."""
+    """Reads a key from the arguments, as quickly as Python can. It holds the positions of those that are in the key."""
 
     addressed: list[int]
     numbers: Sequence[int]
@@ -207,7 +207,7 @@ class Keys:
         return [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
 
     def latest(self) -> list[Recording]:
-        """The last two entries that were replayed: the GPU may be that far behind."""
+        """The recordings of the last two entries that were used: the GPU may be that far behind."""
         entries = sorted(self.entries(), key=lambda entry: -entry.last_call)
         return [entry.recording for entry in entries if entry.recording is not None][:2]
 

@@ -24,7 +24,7 @@ def lose_patience(driver: CaptureDriver) -> None:
 
 
 def when_idle(driver: CaptureDriver, do: Callable[[], None]) -> None:
-    """Do something once no call is running: wait for another thread's call; the end of a call of this thread does it."""
+    """Call ``do`` once no call is running: after another thread's call, or at the end of this thread's."""
     driver.deferred.append(do)
     if not in_call() and driver.lock.acquire(timeout=LOCK_TIMEOUT):
         driver.lock.release()

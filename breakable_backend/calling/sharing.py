@@ -34,7 +34,7 @@ class SharedMemory:
         self._lengths = [] if self._open else [Region.of(value.value, start=0).end for value in moving]
 
     def fixed(self, args: Sequence[Any], places: Mapping[int, int] = NOWHERE) -> Fixed:
-        """The memory regions of the static inputs. ``places`` has other numbers for the addresses of some."""
+        """The memory regions of the static inputs. ``places`` replaces addresses of memory that is mapped twice."""
         return Fixed(_region(args[index], written, places) for index, written in self._static)
 
     def is_written(self, args: Sequence[Any], addresses: AddressSet | None) -> bool:
@@ -55,9 +55,9 @@ class SharedMemory:
         return False
 
     def _places_in_files(self, args: Sequence[Any]) -> Mapping[int, int]:
-        """Where arguments on the host lie in files that may be mapped twice; only foreign memory, which is rare, can be.
+        """For arguments on the host in memory that may be mapped twice, their places in its file, by address.
 
-        PyTorch can resize its own memory, and no other.
+        PyTorch's own memory, which it can resize, is mapped once. Other memory is rare.
         """
         inputs = (args[index] for index in (*self.moving, *(index for index, _ in self._static)))
         on_host = (tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu")

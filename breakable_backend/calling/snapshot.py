@@ -96,7 +96,7 @@ class Slots:
     pending: int
     """Forwards that may still be run backward."""
     saved_bytes: int
-    """Their memory, in bytes."""
+    """What the slots save, in bytes."""
 
 
 @dataclass(frozen=True)

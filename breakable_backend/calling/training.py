@@ -280,7 +280,7 @@ class _Seen:
 
     pattern: list[TensorSpec | None]
     storages: dict[int, _torch.StorageWeakRef]
-    """Those of the first call's static inputs that have memory."""
+    """The storages of the first call's static inputs, if they have memory, by index."""
     came: bool = False
     refused: str = ""
     calls: int = 0
@@ -586,8 +586,8 @@ class Training:
     def have_other_storages(self, inputs: Sequence[torch.Tensor], ctx: Any) -> bool:
         """Whether an input that moved has another storage than in its forward.
 
-        One whose storage was freed and filled again (FSDP does that) is read at its new place, as eager does, through views
-        too. Of an input with another storage eager reads the old memory through views.
+        A storage that was freed and filled again (FSDP does that) is read at its new place, by views too, as in eager.
+        Eager's views of an input that got another storage still read the old one.
         """
         before = dict(zip(self._static_places, ctx.storages, strict=True))
         return any(

@@ -212,7 +212,7 @@ class Wrapped:
         return self.kind.__tensor_unflatten__(inner, self.context, self.size, self.stride)  # type: ignore[attr-defined]
 
     def __call__(self, *plain: torch.Tensor) -> Any:
-        """As a node of a graph: the tensor that a call was given; in a trace one of its parts, which gradients pass."""
+        """What a node of the graph calls. Returns the subclass that was given; in a trace, one made of ``plain``."""
         if (whole := getattr(plain[0], "whole", None)) is not None:
             return whole.outer
         return _torch.apply_function(_Together, self, *plain) if self.needs else self.made(iter(plain))

@@ -114,14 +114,14 @@ class Backward:
     gradients: tuple[int, ...]
     """Its last arguments: incoming gradients, by the places of their outputs among the differentiable ones."""
     sums: tuple[frozenset[int], ...]
-    """For each gradient that it returns: the gradients of marked functions that it is the sum of, if it is one of these
-    alone. They are numbered in the order of the backward."""
+    """For each gradient that it returns: the gradients of marked functions whose sum it is, if it is nothing else. They
+    are numbered in the order of the backward."""
     needed: Mapping[int, Mark]
-    """The functions of those that other ops read."""
+    """The marked functions of those of these gradients that other ops read, by number."""
     entangled: frozenset[int]
     """Gradients that share memory with its arguments, or with gradients before them."""
     wholes: tuple[Wrapped | None, ...]
-    """For each gradient: of what it is a part, if it is one."""
+    """For each gradient: the subclass of which it is a part, if it is one."""
 
     def lowered(self, static_inputs: frozenset[int], static_saved: frozenset[str]) -> Lowered:
         """The graph from which a program is made: inputs and saved values with fixed addresses are static."""
@@ -170,7 +170,7 @@ class _Joint:
     written: tuple[int, ...]
     """Inputs whose version is counted up."""
     wholes: tuple[Wrapped | None, ...]
-    """For each gradient: of what it is a part, if it is one."""
+    """For each gradient: the subclass of which it is a part, if it is one."""
     aliases: tuple[Alias, ...] = ()
 
     def second(self) -> Iterator[fx.Node]:
@@ -201,7 +201,7 @@ class _Joint:
         return {node: number for number, node in enumerate(itertools.chain(*given))}
 
     def reports(self) -> list[fx.Node]:
-        """What tells which of them were there."""
+        """The results that tell which of these gradients there were."""
         return [results[-1] for results in self._results()]
 
     def _results(self) -> Iterator[list[fx.Node]]:
@@ -361,7 +361,7 @@ class Halves:
         return _backward(joint, self.forward.saved)
 
     def _wholes(self) -> tuple[Wrapped | None, ...]:
-        """For each gradient that was just traced: of what it is a part, if it is one."""
+        """For each gradient that was just traced: the subclass of which it is a part, if it is one."""
         made = (node for node in self.gm.graph.nodes if isinstance(node.target, Wrapped))
         wholes = {part.name: node.target.gradient for node in made for part in node.args}
         placeholders = self.gm.graph.find_nodes(op="placeholder")

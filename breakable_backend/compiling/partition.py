@@ -243,7 +243,7 @@ class _Flow:
     """For an action with several results, the ``getitem`` nodes that stay with it."""
     sizes: frozenset[fx.Node]
     floats: Mapping[fx.Node, fx.Node]
-    """Those of them that are Python floats, each with its input."""
+    """Those of the sizes that are Python floats, each with its input."""
     all_nodes: tuple[fx.Node, ...] = field(repr=False)
 
     @classmethod

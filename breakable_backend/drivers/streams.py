@@ -127,7 +127,7 @@ class StreamOrder:
         return state
 
     def _set_state(self, put: Callable[..., None], new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """In a segment a state counts from where the segment begins, so it means nothing elsewhere, and no error tells."""
+        """A state that a segment has read counts from the segment's beginning. Elsewhere it is wrong, without an error."""
         if self._states.get(id(new_state), (new_state, None))[1] != self._place():
             raise CaptureError(
                 "the body set the state of the random generator to one that another segment, or other code, had read",
