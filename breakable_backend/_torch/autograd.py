@@ -72,12 +72,13 @@ def _without_sharding_rules() -> Iterator[None]:
 def trace_joint(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
     """The ATen graph of a function that computes gradients, which stand behind the nodes that they are gradients of.
 
-    Mutations stay in program order. Read in torch 2.11 and 2.13.
+    Mutations stay in program order. Read in torch 2.11, 2.13 and 2.15.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    # Without a table of decompositions torch 2.15 writes detach as an alias, which does not cut gradients off.
     with torch.enable_grad():
-        return make_fx(function, record_module_stack=True)(*arguments)
+        return make_fx(function, decomposition_table={}, record_module_stack=True)(*arguments)
 
 
 def traced_so_far() -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,20 @@ def aten(names: str) -> frozenset[str]:
     return frozenset(f"aten::{name}" for name in names.split())
 
 
-def _aten_overloads() -> Iterator[OpOverload]:
+def _aten_overloads() -> tuple[OpOverload, ...]:
     """The overloads of aten that were asked for so far. Only those can have kernels in Python."""
-    for packet in list(vars(torch.ops.aten).values()):
-        if isinstance(packet, OpOverloadPacket):
-            for overload in list(vars(packet).values()):
-                if isinstance(overload, OpOverload):
-                    yield overload
+    return _listed(sum(len(vars(packet)) for packet in _aten_packets()))
+
+
+def _aten_packets() -> list[OpOverloadPacket]:
+    return [packet for packet in list(vars(torch.ops.aten).values()) if isinstance(packet, OpOverloadPacket)]
+
+
+@functools.lru_cache(maxsize=1)
+def _listed(count: int) -> tuple[OpOverload, ...]:
+    """The overloads, listed again when a packet holds more than before: ``count`` attributes in all."""
+    found = (value for packet in _aten_packets() for value in list(vars(packet).values()))
+    return tuple(value for value in found if isinstance(value, OpOverload))
 
 
 def is_composite(op: Any) -> bool:

@@ -136,6 +136,31 @@ def test_kernels_are_put_back() -> None:
     assert dict(op.py_kernels) == before
 
 
+def test_kernels_of_ops_that_were_asked_for_later() -> None:
+    """No op of aten has a decomposition while something is traced, whenever Python registered it."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    keys = (torch._C.DispatchKey.Autograd, composite)
+
+    def decomposed() -> set[Any]:
+        overloads = [getattr(packet, name) for packet in aten_packets() for name in packet.overloads()]
+        return {op for op in overloads for key in op.py_kernels if key in keys}
+
+    def aten_packets() -> list[Any]:
+        return [value for value in vars(torch.ops.aten).values() if isinstance(value, torch._ops.OpOverloadPacket)]
+
+    with _torch.tracing_both_halves((), {}):
+        replaced = decomposed()
+    assert not {op for op in replaced if "linalg" not in op.name() and "matmul" not in op.name()}
+    with torch.library._scoped_library("aten", "FRAGMENT") as library:
+        library.define("asked_for_later(Tensor x) -> Tensor")
+        op = torch.ops.aten.asked_for_later.default
+        op.py_impl(composite)(torch.neg)
+        assert op in decomposed()
+        with _torch.tracing_both_halves((), {}):
+            assert decomposed() == replaced
+        assert op in decomposed()
+
+
 MATMULS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     torch.matmul,
     lambda left, right: torch.matmul(left, right, out=left.new_empty(4, 3, 3)),
