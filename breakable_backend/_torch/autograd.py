@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple, cast
@@ -301,7 +301,9 @@ def spare_hooks(edges: Sequence[tuple[Any, int]], gradients: Sequence[Any]) -> N
 def _spare(node: Any, leaf: torch.Tensor) -> None:
     before: dict[Any, Any] = leaf._backward_hooks or {}
     after: dict[Any, Any] = leaf._post_accumulate_grad_hooks or {}
-    if any(isinstance(hook, _Spared) for hook in (*before.values(), *after.values())):
+    backward = current_backward()
+    held = [(hooks, key, hook) for hooks in (before, after) for key, hook in hooks.items()]
+    if any(isinstance(hook, _Spared) and hook.backward == backward for _, _, hook in held):
         return  # another node of this backward gives nothing either
     came: list[bool] = []
 
@@ -309,17 +311,38 @@ def _spare(node: Any, leaf: torch.Tensor) -> None:
         came[:] = [grads[0] is not None]
 
     handle = node.register_prehook(look)
-    held = [(hooks, key, hook) for hooks in (before, after) for key, hook in hooks.items()]
     for hooks, key, hook in held:
-        hooks[key] = _Spared(hook, came if hooks is after else None)
+        hooks[key] = _Spared(hook, came if hooks is after else None, backward)
 
     def restore() -> None:
         handle.remove()
-        for hooks, key, hook in held:
+        originals = [(hooks, key, _original(hook)) for hooks, key, hook in held]
+        for hooks, key, hook in originals:
             if key in hooks:
                 hooks[key] = hook
+        for hooks, key, hook in originals:
+            if came == [False] and hooks is before and key in hooks and backward in _counts_of(hook):
+                hook(None)
 
-    torch.autograd.Variable._execution_engine.queue_callback(restore)
+    after_backward(restore)
+
+
+def _original(hook: Any) -> Any:
+    """What was wrapped. Nothing is called behind a backward that raises, so a hook may still be wrapped for that one."""
+    return _original(hook.hook) if isinstance(hook, _Spared) else hook
+
+
+def _counts_of(hook: Any) -> Collection[int]:
+    """The backwards in which a hook of ``register_multi_grad_hook`` still waits for some of its tensors.
+
+    It counts those that have a gradient until it has counted every one that a node of the backward leads to. So it is told
+    of the others too, unless none of them has one. Empty for other hooks. Read in torch 2.13 and 2.15.
+    """
+    code = getattr(hook, "__code__", None)
+    if code is None or code.co_filename != torch.autograd.graph.__file__ or "count" not in code.co_freevars:
+        return ()
+    counts: Mapping[int, int] = hook.__closure__[code.co_freevars.index("count")].cell_contents
+    return counts
 
 
 class _Spared(NamedTuple):
@@ -328,6 +351,9 @@ class _Spared(NamedTuple):
     hook: Callable[[Any], Any]
     came: list[bool] | None
     """Behind the gradient's accumulation: whether it came. Before that None, as the hook is given the gradient."""
+    backward: int
+    """The number of the backward in which it is asked for. Others call the hook as ever."""
 
     def __call__(self, given: Any) -> Any:
-        return self.hook(given) if (given is not None if self.came is None else self.came[0]) else None
+        here = current_backward() == self.backward
+        return self.hook(given) if not here or (given is not None if self.came is None else self.came[0]) else None

@@ -265,6 +265,31 @@ class _Drawn(NamedTuple):
         return None if before is None or after is None else cls(before, after)
 
 
+class _Held(NamedTuple):
+    """What a forward of several outputs saves, a second time: autograd gives all of it, or nothing if a part was written."""
+
+    moving: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor]
+    written: Callable[[Sequence[int], Sequence[int]], bool]
+    """Whether an input, or a result that is checked, was written since the forward. They are given by their places."""
+
+    @classmethod
+    def of(
+        cls, moving: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], checked: Sequence[torch.Tensor]
+    ) -> _Held:
+        results = [value.detach() for value in checked]  # a result has this node, and would be kept by it
+        versions = [[value._version for value in values] for values in (inputs, results)]
+
+        def written(*places: Sequence[int]) -> bool:
+            return any(
+                values[place]._version != version[place]
+                for values, version, some in zip((inputs, results), versions, places, strict=True)
+                for place in some
+            )
+
+        return cls(moving, inputs, written)
+
+
 _Other = tuple[Any, int | None, int]
 """An input, or a weak reference to it, with its version, which a tensor made in inference mode lacks, and its address."""
 
@@ -468,8 +493,8 @@ class Training:
 
     def gradients(self, ctx: Any, moving: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
         """The gradients of one forward for the inputs that need some."""
-        pattern = tuple(None if grad is None else TensorSpec.of(grad) for grad in grads)
-        if all(spec is None for spec in pattern):
+        pattern = _pattern_of(grads)
+        if not any(pattern):
             return [None] * len(self.halves.wanted)
         backward, executor = self._backward(pattern, ctx.static if ctx.captured else None)
         forward = self.halves.forward
@@ -499,6 +524,16 @@ class Training:
             if value is not None and whole is not None:
                 value.gradient_of = whole
         return made
+
+    def read_by(self, ctx: Any, grads: Sequence[Any]) -> tuple[Sequence[int], Sequence[int]]:
+        """Which inputs and which checked results the backward for ``grads`` reads, by their places among what is saved."""
+        pattern = _pattern_of(grads)
+        forward = self.halves.forward
+        assert forward is not None
+        if not any(pattern):
+            return (), ()
+        backward, _ = self._backward(pattern, ctx.static if ctx.captured else None)
+        return tuple(map(forward.inputs.index, backward.inputs)), backward.checked
 
     def _backward(self, pattern: Pattern, static: frozenset[str] | None) -> tuple[Backward, Executor]:
         """The backward for ``pattern``, and its executor for a forward whose ``static`` values are fixed (None: plain)."""
@@ -583,17 +618,17 @@ class Training:
             known = self._storages = there, list(map(weakref.ref, static)), list(map(_torch.retains, static))
         return known[2]
 
-    def have_other_storages(self, inputs: Sequence[torch.Tensor], ctx: Any) -> bool:
-        """Whether an input that moved has another storage than in its forward.
+    def have_other_storages(self, inputs: Sequence[torch.Tensor], ctx: Any, read: Sequence[int]) -> bool:
+        """Whether an input that moved, of those that the backward ``read``s, has another storage than in its forward.
 
         A storage that was freed and filled again (FSDP does that) is read at its new place, by views too, as in eager.
         Eager's views of an input that got another storage still read the old one.
         """
         before = dict(zip(self._static_places, ctx.storages, strict=True))
         return any(
-            place not in before or before[place].cdata != _torch.storage_key(value)
-            for place, (value, pointer) in enumerate(zip(inputs, ctx.pointers, strict=True))
-            if value.data_ptr() != pointer
+            place not in before or before[place].cdata != _torch.storage_key(inputs[place])
+            for place in read
+            if inputs[place].data_ptr() != ctx.pointers[place]
         )
 
     @functools.cached_property
@@ -906,7 +941,10 @@ class _Captured(torch.autograd.Function):
         ctx.pointers = [value.data_ptr() for value in inputs]
         ctx.storages = training.storages(inputs, ctx.pointers)
         ctx.others = None if forward.once or training.parts else training.others(args)
-        ctx.save_for_backward(token, *moving, *inputs, *(results[index] for index in forward.checked), *call.wholes)
+        checked = [results[index] for index in forward.checked]
+        several = len(forward.differentiable) > 1 and not training.parts
+        ctx.held = _Held.of(moving, inputs, checked) if several else None
+        ctx.save_for_backward(token, *moving, *inputs, *checked, *call.wholes)
         ctx.set_materialize_grads(False)
         ctx.given = [True] * len(forward.differentiable)
         call.results, call.args = results, ()
@@ -915,21 +953,26 @@ class _Captured(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         training: Training = ctx.training
-        try:
-            saved = ctx.saved_tensors  # raises if it was freed or written
-        except RuntimeError:
-            if any(now is not None and not before for now, before in zip(grads, ctx.given, strict=True)):
-                training.refuse(IN_PARTS)  # in eager the results may share nothing
-            raise
-        if not _torch.graph_is_kept():
-            ctx.given = [grad is not None for grad in grads]
+        held: _Held | None = ctx.held
         why = _refusal(grads)
         forward = training.halves.forward
         assert forward is not None
-        moving = saved[1 : 1 + ctx.num_moving]
-        inputs = saved[1 + ctx.num_moving : 1 + ctx.num_moving + len(forward.inputs)]
-        if not _torch.are_at(list(inputs), ctx.pointers, list(range(len(inputs)))) and training.have_other_storages(
-            inputs, ctx
+        moving: Sequence[torch.Tensor]
+        inputs: Sequence[torch.Tensor]
+        try:
+            _, *saved = ctx.saved_tensors  # raises if it was freed or written
+            moving, inputs = saved[: ctx.num_moving], saved[ctx.num_moving :][: len(forward.inputs)]
+        except RuntimeError:
+            if any(now is not None and not before for now, before in zip(grads, ctx.given, strict=True)):
+                training.refuse(IN_PARTS)  # in eager the results may share nothing
+            if held is None or why or held.written(*training.read_by(ctx, grads)):
+                raise
+            moving, inputs = held.moving, held.inputs  # in eager nodes for other results have saved what was written
+        if not _torch.graph_is_kept():
+            ctx.given, ctx.held = [grad is not None for grad in grads], None
+        everything = list(range(len(inputs)))
+        if not _torch.are_at(list(inputs), ctx.pointers, everything) and training.have_other_storages(
+            inputs, ctx, everything if why else training.read_by(ctx, grads)[0]
         ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
         gradients: Sequence[Any]
@@ -948,6 +991,10 @@ class _Captured(torch.autograd.Function):
 # A function that runs the backward may be compiled itself. Dynamo would then compile what these two call.
 _torch.hide_from_dynamo(_Captured.backward.__code__)
 _torch.hide_from_dynamo(_look.__code__)
+
+
+def _pattern_of(grads: Sequence[Any]) -> Pattern:
+    return tuple(None if grad is None else TensorSpec.of(grad) for grad in grads)
 
 
 def _count_up(args: Sequence[Any], written: Sequence[int], needed: Sequence[int]) -> bool:

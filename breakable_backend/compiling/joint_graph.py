@@ -113,6 +113,8 @@ class Backward:
     """Its next arguments: inputs of the forward."""
     gradients: tuple[int, ...]
     """Its last arguments: incoming gradients, by the places of their outputs among the differentiable ones."""
+    checked: tuple[int, ...]
+    """The outputs that it reads, by their places among those that the forward has checked."""
     sums: tuple[frozenset[int], ...]
     """For each gradient that it returns: the gradients of marked functions whose sum it is, if it is nothing else. They
     are numbered in the order of the backward."""
@@ -358,7 +360,7 @@ class Halves:
         missing = joint.roots().keys() - set(self.forward.saved)
         if missing or not set(joint.inputs()) <= set(self.forward.inputs):
             raise CannotLower("its backward takes what the forward did not keep for it")
-        return _backward(joint, self.forward.saved)
+        return _backward(joint, self.forward)
 
     def _wholes(self) -> tuple[Wrapped | None, ...]:
         """For each gradient that was just traced: the subclass of which it is a part, if it is one."""
@@ -797,12 +799,12 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
+def _backward(joint: _Joint, forward: Forward) -> Backward:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     count = len(joint.placeholders) - len(joint.given)
     inputs, tangents = joint.placeholders[:count], joint.placeholders[count:]
     roots = joint.roots()
-    taken = tuple(name for name in saved if name in roots)
+    taken = tuple(name for name in forward.saved if name in roots)
     indices = joint.inputs()
     for node in (*(roots[name] for name in taken), *(inputs[index] for index in indices), *tangents):
         copies[node] = graph.placeholder(node.name)
@@ -819,11 +821,14 @@ def _backward(joint: _Joint, saved: tuple[str, ...]) -> Backward:
     module = fx.GraphModule(joint.module, graph)
     out_of_place_views(module)
     numbers, (sums, needed) = joint.marked(), joint.sums()
+    checked: list[Any] = [joint.outputs[index] for index in forward.checked]
+    read = storages_of(*(roots[name] for name in taken))
     return Backward(
         module,
         taken,
         indices,
         joint.given,
+        tuple(place for place, leaf in enumerate(checked) if not read.isdisjoint(storages_of(leaf))),
         tuple(frozenset(numbers[node] for node in sums.get(leaf, ())) for leaf in joint.gradients),
         {number: _site(node).mark for node, number in numbers.items() if node in needed},
         _entangled(module),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import threading
@@ -470,6 +471,53 @@ def _bump(tensor: Tensor) -> None:
         tensor.mul_(1)
 
 
+def test_what_was_written_for_another_result(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: what this backward does not read may be written, and weights get other memory; what it reads is eager's error."""
+
+    def written(module: nn.Module, what: str, y: Tensor) -> None:
+        if what == "memory":
+            module.right.weight.data = module.right.weight.detach().clone()
+        elif what == "result":
+            y.detach().mul_(2)
+        elif what:
+            _bump(getattr(module, what).weight)
+
+    def step_of(before: str, between: str, kept: bool) -> Step:
+        def step(function: Any, module: nn.Module) -> Any:
+            module.zero_grad()
+            x = torch.rand(3, 4, device=device, requires_grad=True)
+            left, right = function(x)
+            written(module, before, right)
+            left.sum().backward(retain_graph=kept)
+            if kept:
+                descend(module)  # the weights of the other part have no gradient
+                written(module, between, left)
+                right.square().sum().backward()
+            return left.detach(), x.grad
+
+        return step
+
+    for before, between, kept in (
+        ("", "left", True),
+        ("", "result", True),
+        ("right", "", False),
+        ("memory", "", False),
+        ("result", "", False),
+    ):
+        programs = assert_trains(Halved(), step_of(before, between, kept), device, options)
+        assert sum(program.replays for program in programs if "for result 1" in program.name) >= 2 * kept, programs
+        if before != "memory":  # else it never has an address twice
+            assert_replays(programs, 2)
+    module = Halved().to(device)
+    compiled = torch.compile(module, backend="breakable_cg", options=options)
+    for _ in range(4):
+        step_of("", "left", True)(compiled, module)
+    for before, between in (("", "right"), ("left", ""), ("", "memory")):
+        error = (ReplayError, "given other memory") if between == "memory" else (RuntimeError, "inplace operation")
+        with pytest.raises(error[0], match=error[1]):
+            step_of(before, between, True)(compiled, module)
+
+
 def test_results_may_be_written(device: torch.device, options: dict[str, Any]) -> None:
     """Line 4: a result that no backward needs is written in place, and differentiated, as in eager."""
     weight = torch.rand(4, 4, device=device, requires_grad=True)
@@ -798,6 +846,63 @@ def test_hooks_are_left_as_they_were(device: torch.device, options: dict[str, An
         assert len(seen) == 3 * elsewhere
         seen.clear()
     assert_replays(breakable_backend.explain(compiled).programs, 3)
+
+
+def test_hooks_behind_a_backward_that_raises(device: torch.device, options: dict[str, Any]) -> None:
+    """Hooks of parameters that get nothing in a backward that another hook ends are called in later ones, as in eager."""
+    raising: set[int] = set()
+    seen: list[Any] = []
+
+    def refuse(grad: Tensor) -> None:
+        if raising:
+            raise ValueError("refused")
+
+    def step(function: Any, module: nn.Module) -> Any:
+        if not module.left.weight._backward_hooks:
+            module.left.weight.register_hook(refuse)
+            module.right.weight.register_hook(lambda grad: seen.append(grad.clone()))
+            module.right.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+        for number in range(6):
+            module.zero_grad()
+            raising.update({number} if number == 3 else ())
+            left, right = function(torch.rand(3, 4, device=device))
+            loss = (left if number % 2 else right).sum()
+            with pytest.raises(ValueError, match="refused") if raising else contextlib.nullcontext():
+                loss.backward()
+            raising.clear()
+            del left, right, loss
+            gc.collect()
+        result, seen[:] = list(seen), []
+        return result
+
+    assert_replays(assert_trains(Halved(), step, device, options, 3), 4)
+
+
+def test_hooks_for_several_gradients(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: ``register_multi_grad_hook`` waits for no parameter that gets no gradient, and sees all that get one."""
+    seen: dict[str, Any] = {}
+    hooked: set[int] = set()
+
+    def step(function: Any, module: nn.Module) -> Any:
+        if id(module) not in hooked:
+            hooked.add(id(module))
+            every = list(module.parameters())
+            for name, some in (("all", every), ("right", list(module.right.parameters())), ("two", every[1:3])):
+                torch.autograd.graph.register_multi_grad_hook(some, functools.partial(seen.__setitem__, name))
+            torch.autograd.graph.register_multi_grad_hook(
+                every[:1], functools.partial(seen.__setitem__, "any"), mode="any"
+            )
+        results = []
+        for which in ("left", "right", "both", "some"):
+            module.zero_grad()
+            left, right = function(torch.rand(3, 4, device=device))
+            y = {"left": left, "right": right}.get(which, left + right)
+            y.sum().backward(inputs=[module.left.weight] if which == "some" else None)
+            results.append(sorted(seen.items()))
+            seen.clear()
+        return results
+
+    assert_replays(assert_trains(Halved(), step, device, options, 5), 2)
 
 
 def test_nothing_changes_no_bit(device: torch.device) -> None:
