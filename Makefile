@@ -13,12 +13,13 @@ TORCHES := 2.11.0 2.14.1 $(NEWEST)
 PYTHONS := 3.11 3.12 3.13 3.14
 PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 
-.PHONY: help docs release demo test quick check newest matrix fix gpu bench sweep zoo soak mutate clean
+.PHONY: help docs release demo test quick check faults newest matrix fix gpu bench sweep zoo soak mutate clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    decode with a Llama, eagerly and compiled, and compare bit for bit"
 	@echo "make test    all checks: format, lint, types, tests (make check is the same)"
+	@echo "make faults  plant 500 faults in the package, one after the other: does a test notice each?"
 	@echo "make quick   the inner loop, less than a minute: format, lint, and the tests that compile little"
 	@echo "make newest  the core of the tests on the newest torch, $(NEWEST), in an environment of its own"
 	@echo "make matrix  the tests on the torches $(TORCHES), with each of the Pythons $(PYTHONS) that is here"
@@ -44,7 +45,11 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mdformat --check $(MARKDOWN)
-	$(RUN) -m mypy & OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 && { wait $$! || $(RUN) -m mypy; }
+	$(RUN) -m mypy & OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not faults" && { wait $$! || $(RUN) -m mypy; }
+
+# Takes half as long as the tests. Continuous integration runs it behind them.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q -m "faults and not gpu"
 
 # What a change breaks first, by the second: the parts by themselves, the drivers, and the heart of the contract.
 QUICK := ir $(addprefix marks/test_,marking.py structure.py) $(addprefix compiling/test_,partition.py lowering.py) \

@@ -35,6 +35,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
         yield warm
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "fault", [pytest.param(f, marks=[pytest.mark.gpu] if f.gpu else [], id=f.name) for f in FAULTS]
 )
@@ -58,6 +59,7 @@ def test_fault_is_noticed(fault: Fault, request: pytest.FixtureRequest) -> None:
     assert not BROKEN.search(output), output
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("part", range(PARTS))
 def test_green_without_a_fault(part: int, warm: Warm) -> None:
     """Where faults change functions, all the named tests pass without a fault: red means the fault."""
@@ -67,6 +69,7 @@ def test_green_without_a_fault(part: int, warm: Warm) -> None:
     assert re.search(rf"^{len(tests)} passed(, \d+ skipped)? in", output, re.M), output  # files count as skipped
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
 def test_a_copy_is_green_without_a_fault(gpu: bool, tmp_path: Path) -> None:
     """So do they in a copy, laid out as faults leave modules."""
