@@ -395,14 +395,14 @@ FAULTS = (
     Fault(
         "a-weight-with-another-storage-is-read",
         "calling.training:Training.have_other_storages",
-        "place not in before or before[place].cdata != _torch.storage_key(value)",
+        "place not in before or before[place].cdata != _torch.storage_key(inputs[place])",
         "False",
         "test_training.py::test_other_memory_between_the_two[cpu]",
     ),
     Fault(
         "a-storage-that-was-filled-again-counts-as-another",
         "calling.training:Training.have_other_storages",
-        "place not in before or before[place].cdata != _torch.storage_key(value)",
+        "place not in before or before[place].cdata != _torch.storage_key(inputs[place])",
         "True",
         "test_training.py::test_memory_that_is_freed_between_the_two[cpu]",
     ),
