@@ -152,7 +152,10 @@ def _checked(name: str, value: Any) -> Any:
     takes = declared[name]
     if "smallest" in takes:
         if isinstance(value, bool) or not isinstance(value, int) or value < takes["smallest"]:
-            raise OptionsError(f"option {name!r} takes an integer of at least {takes['smallest']}, got {value!r}")
+            raise OptionsError(
+                f"option {name!r} takes an integer of at least {takes['smallest']}, got {value!r}",
+                fix=f"for example options={{{name!r}: {takes['smallest']}}}",
+            )
         return value
     allowed = takes["choices"]
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):

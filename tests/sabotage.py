@@ -4136,6 +4136,13 @@ FAULTS = (
         "test_page.py::test_data_cannot_break_out",
     ),
     Fault(
+        "advice-about-inputs-behind-a-break-of-dynamos",
+        "tools.verdict:_in_place_inputs",
+        "f' in {RESUMED}' in source_line(node)",
+        "False",
+        "test_measure.py::test_no_advice_about_inputs_behind_a_break_of_dynamos",
+    ),
+    Fault(
         "a-marked-function-that-is-a-graph-has-no-place",
         "marks.rules:user_line_of",
         "source_line(node) or call_ops.definition_of(op_of(node), node.args)",

@@ -129,7 +129,9 @@ class capture:
                 f"stream takes a torch.cuda.Stream, got {type(stream).__name__}", fix="stream=torch.cuda.Stream()"
             )
         if barrier is not None and not callable(barrier):
-            raise OptionsError(f"barrier takes a function, got {barrier!r}")
+            raise OptionsError(
+                f"barrier takes a function, got {barrier!r}", fix="for example barrier=torch.distributed.barrier"
+            )
         self.graph, self.stream, self.mode, self.barrier = graph, stream, capture_error_mode, barrier
         given = {"debug": debug, "tolerance": tolerance}
         self.options = Options.parse({name: value for name, value in given.items() if value is not None})
@@ -191,7 +193,7 @@ def break_graph() -> None:
     ...     break_graph()
     ...     z = y * 2
     >>> graph
-    BreakableCUDAGraph(2 segments, 1 eager steps, 0 replays)
+    BreakableCUDAGraph(segments=2, eager_steps=1, replays=0)
     """
     handler = active.handler.get()
     if handler is not None:

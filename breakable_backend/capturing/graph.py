@@ -452,8 +452,8 @@ class BreakableCUDAGraph:
         captured = self._captured
         if captured is None:
             return "BreakableCUDAGraph(nothing captured)"
-        recording = captured.recording
-        return f"BreakableCUDAGraph({recording.num_segments} segments, {captured.breaks} eager steps, {self.replays} replays)"
+        segments, eager_steps = captured.recording.num_segments, captured.breaks
+        return f"BreakableCUDAGraph({segments=}, {eager_steps=}, replays={self.replays})"
 
     def _made_driver(self) -> SessionDriver:
         if self._driver is None:

@@ -148,7 +148,7 @@ def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D41
         function, options = None, {**options, "enable": function}
     enable = options.pop("enable", True)
     if not isinstance(enable, bool):
-        raise OptionsError(f"enable takes True or False, got {enable!r}")
+        raise OptionsError(f"enable takes True or False, got {enable!r}", fix="pass a bool")
     if function is None:
         return functools.partial(_mark, enable=enable, options=options)
     return _mark(function, enable=enable, options=options)
@@ -295,12 +295,12 @@ def _check_options(options: Mapping[str, Any]) -> None:
             fix = f"it takes: enable, {', '.join(_OPTIONS)}"
             raise OptionsError(f"eager_on_graph takes no {name!r}{nearest}", fix=fix)
         if name in _CALLED and value is not None and not callable(value):
-            raise OptionsError(f"{name} takes a function, got {value!r}")
+            raise OptionsError(f"{name} takes a function, got {value!r}", fix=f"pass a function as {name}, or None")
 
 
 def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:
     if isinstance(names, str):
-        raise OptionsError(f"mutates_args takes a tuple of names, got {names!r}")
+        raise OptionsError(f"mutates_args takes a tuple of names, got {names!r}", fix=f"mutates_args=({names!r},)")
     known = list(inspect.signature(function).parameters) if names else []  # builtins have no signature
     for name in names:
         if name not in known:

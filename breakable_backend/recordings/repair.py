@@ -138,7 +138,10 @@ class NodeByNode:
         results = tensors_of(result)
         if before == after and is_somebodys(node) and (not results or any(tensor.numel() for tensor in results)):
             name = _torch.schema_name(op_of(node))
-            raise CaptureError(f"{name} adds nothing to the captured graph, so a replay would leave out its work")
+            raise CaptureError(
+                f"{name} adds nothing to the captured graph, so a replay would leave out its work",
+                fix=f"mark it: mark_eager({name!r})",
+            )
         return after
 
 

@@ -81,10 +81,8 @@ def _compiled(snapshot: Snapshot) -> Iterator[_File]:
         module_text(snapshot.lowered.module, f"{name}: what AOTAutograd made of it"),
         f"{name}, lowered to ATen",
     )
-    counts = f"{len(program.graph_segments)} captured segments, {len(program.eager_segments)} eager"
-    yield _File(
-        file_name(name, "program"), whole_text(program, name), f"{name}, cut into segments ({counts}), one text"
-    )
+    counts = f"{len(program.graph_segments)} captured, {len(program.eager_segments)} eager"
+    yield _File(file_name(name, "program"), whole_text(program, name), f"{name}, cut into segments: {counts}")
     for position, segment in enumerate(program.segments):
         title = segment_name(position, segment)
         yield _File(file_name(name, title), segment_text(program, position), f"{name}, {title.replace('_', ' ')}")
@@ -102,7 +100,7 @@ def _captured(graph: GraphSnapshot) -> Iterator[_File]:
 def _recorded(name: str, recording: Recording, source: str) -> Iterator[_File]:
     steps = step_names(recording)
     comments = "".join(f"# {step}\n" for step in steps)
-    yield _File(file_name(name), comments + source, f"{name}: what a replay does, {len(recording.steps)} steps")
+    yield _File(file_name(name), comments + source, f"{name}: what a replay does, step by step")
     for step, title, position in zip(recording.steps, steps, range(len(steps)), strict=False):
         if isinstance(step, GraphStep):
             about = f"{name}, {title}: the graph in the DOT language"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.ir.source_lines import short_line
+from breakable_backend.ir.source_lines import short_line, source_line
 from breakable_backend.recordings.copies import Bridge, clone_exact
 from breakable_backend.recordings.recording import EagerStep, GraphStep
 from breakable_backend.tools.timing import Bench, StepTime, Timed
@@ -22,6 +22,8 @@ DEAR = 0.25
 """If an eager op takes this share of a call's host time or more, the report mentions it."""
 SMALL = 8
 """In ops. Longer segments are not small."""
+RESUMED = "torch_dynamo_resume_in_"
+"""The beginning of the names that Dynamo gives to code behind its breaks."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,9 @@ def _given_buffers(timed: Timed) -> Iterator[Advice]:
 
 
 def _in_place_inputs(timed: Timed) -> Iterator[Advice]:
+    nodes = (n for step, _ in timed.of_kind(GraphStep) if step.segment for n in step.segment.module.graph.nodes)
+    if any(f" in {RESUMED}" in source_line(node) for node in nodes):
+        return  # behind a break of Dynamo's inputs are mostly values that the code before it made
     names = set(timed.recording.arguments)
     for name, bridge in {name: bridge for name, bridge in timed.loads() if name in names}.items():
         size, us = bridge.tensor.untyped_storage().nbytes(), _copy_us(timed.driver, bridge)

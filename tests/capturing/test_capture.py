@@ -56,7 +56,7 @@ def test_no_break(make: MakeGraph, device: torch.device) -> None:
     assert torch.equal(y, x.sin() + 1)
     assert shape_of(graph) == "G"
     replays_equal(graph, lambda x: x.sin() + 1, x, y)
-    assert repr(graph) == "BreakableCUDAGraph(1 segments, 0 eager steps, 3 replays)"
+    assert repr(graph) == "BreakableCUDAGraph(segments=1, eager_steps=0, replays=3)"
     break_graph()  # outside of a capture it does nothing
 
 
@@ -831,7 +831,7 @@ def test_empty_segments(body: Any, segments: int, shown: list[str], make: MakeGr
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, body(x))
-    assert repr(graph).startswith(f"BreakableCUDAGraph({segments} segments, ")
+    assert repr(graph).startswith(f"BreakableCUDAGraph({segments=}, ")
     (program,) = explain(graph).programs
     assert (program.num_graph_segments, program.captures, program.recordings[0].num_graphs) == (segments,) * 3
     rows = [line.split() for line in str(explain(graph)).splitlines()]

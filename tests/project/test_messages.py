@@ -99,8 +99,14 @@ ALL_OPTIONS = ", ".join(option.name for option in dataclasses.fields(Options))
         ),
         ({"inner": "nothing"}, "option 'inner' does not take 'nothing'\n  allowed: 'eager'"),
         ({"inner": "inductor"}, "option inner='inductor' does not exist yet\n  use inner='eager'"),
-        ({"min_kernels": 0}, "option 'min_kernels' takes an integer of at least 1, got 0"),
-        ({"max_recordings": "8"}, "option 'max_recordings' takes an integer of at least 1, got '8'"),
+        (
+            {"min_kernels": 0},
+            "option 'min_kernels' takes an integer of at least 1, got 0\n  for example options={'min_kernels': 1}",
+        ),
+        (
+            {"max_recordings": "8"},
+            "option 'max_recordings' takes an integer of at least 1, got '8'\n  for example options={'max_recordings': 1}",
+        ),
         (
             {"eager_ops": "aten::sin"},
             "option 'eager_ops' takes a list of ops, got 'aten::sin'\n  eager_ops=['aten::sin']",
@@ -193,9 +199,9 @@ def test_marks(mark: Callable[[Any], Any]) -> None:
                 "  it takes: enable, mutates_args, host_only, recompute, fake, capture_stub, barrier, backward"
             ),
         ),
-        ({"fake": 3}, "fake takes a function, got 3"),
-        ({"barrier": "all"}, "barrier takes a function, got 'all'"),
-        ({"mutates_args": "x"}, "mutates_args takes a tuple of names, got 'x'"),
+        ({"fake": 3}, "fake takes a function, got 3\n  pass a function as fake, or None"),
+        ({"barrier": "all"}, "barrier takes a function, got 'all'\n  pass a function as barrier, or None"),
+        ({"mutates_args": "x"}, "mutates_args takes a tuple of names, got 'x'\n  mutates_args=('x',)"),
         ({"mutates_args": ("y",)}, "mutates_args: there is no parameter 'y'\n  parameters: x"),
     ],
 )

@@ -352,6 +352,21 @@ def test_no_verdict_without_a_gpu() -> None:
     assert not any("merge" in advice.what for advice in measured.advice)
 
 
+@torch.no_grad()
+def test_no_advice_about_inputs_behind_a_break_of_dynamos() -> None:
+    """What Dynamo passes to the code behind its break is no tensor of the caller's, so it cannot be kept in place."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin() + 1
+        torch._dynamo.graph_break()
+        return y.cos() * 2
+
+    compiled = compiled_and_called(f, {"driver": "tape"}, torch.ones(3))
+    before, behind = (program.recordings[0].measured for program in explain(compiled, measure=True).programs)
+    assert before is not None and any("one address" in advice.what for advice in before.advice)
+    assert behind is not None and not any("one address" in advice.what for advice in behind.advice)
+
+
 # --- advice -----------------------------------------------------------------------------------------------------------------
 
 
