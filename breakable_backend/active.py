@@ -99,7 +99,7 @@ class BreakHandler(Protocol):
     def call(self, mark: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a marked function as an eager step between two segments.
 
-        Returns the result as the captured code behind it may use it.
+        Returns the result as the captured code after it may use it.
         """
 
 

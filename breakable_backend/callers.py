@@ -1,6 +1,6 @@
 """Which compiled functions a graph belongs to: those that ran when it was compiled, or first called with a key.
 
-Dynamo may compile a frame separately, for example behind a graph break. No code object of the caller leads to such a
+Dynamo may compile a frame separately, for example after a graph break. No code object of the caller leads to such a
 frame. But it is compiled while the caller runs, when the wrapper of ``torch.compile`` around the caller is on the
 stack.
 """

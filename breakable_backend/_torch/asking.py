@@ -67,7 +67,7 @@ def _is_large_matrix(batch: torch.Tensor) -> bool:
     """Whether eager takes ``batch`` for one matrix, though the strides of the fake say no.
 
     The kernel of ``view`` gives a dimension of size 1 the stride that it has in contiguous memory. The fake of ``view``
-    gives it another, so that a product behind the attention of one token would be a ``bmm`` in the graph. (torch 2.11 to
+    gives it another, so that a product after the attention of one token would be a ``bmm`` in the graph. (torch 2.11 to
     2.15)
     """
     shape, strides = batch.shape, list(batch.stride())

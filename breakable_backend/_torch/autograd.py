@@ -70,7 +70,7 @@ def _without_sharding_rules() -> Iterator[None]:
 
 
 def trace_joint(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
-    """The ATen graph of a function that computes gradients, which stand behind the nodes that they are gradients of.
+    """The ATen graph of a function that computes gradients, which stand after the nodes that they are gradients of.
 
     Mutations stay in program order. Read in torch 2.11, 2.13 and 2.15.
     """
@@ -328,7 +328,7 @@ def _spare(node: Any, leaf: torch.Tensor) -> None:
 
 
 def _original(hook: Any) -> Any:
-    """What was wrapped. Nothing is called behind a backward that raises, so a hook may still be wrapped for that one."""
+    """What was wrapped. Nothing is called after a backward that raises, so a hook may still be wrapped for that one."""
     return _original(hook.hook) if isinstance(hook, _Spared) else hook
 
 
@@ -350,7 +350,7 @@ class _Spared(NamedTuple):
 
     hook: Callable[[Any], Any]
     came: list[bool] | None
-    """Behind the gradient's accumulation: whether it came. Before that None, as the hook is given the gradient."""
+    """After the gradient's accumulation: whether it came. Before that None, as the hook is given the gradient."""
     backward: int
     """The number of the backward in which it is asked for. Others call the hook as ever."""
 

@@ -57,7 +57,7 @@ def _inlined() -> CodeType:
 
 
 def code_under_compilation() -> tuple[CodeType, CodeType] | None:
-    """What Dynamo is compiling; and the code of the function, if this is a continuation behind a graph break. None: nothing.
+    """What Dynamo is compiling; and the code of the function, if this is a continuation after a graph break. None: nothing.
 
     The wrapper around torch's own functions has one code for all of them; see :func:`is_shared`.
     """
@@ -131,7 +131,7 @@ def _failure(code: CodeType) -> str | None:
 
 
 def _told(reason: str, file: str | None, line: int | None) -> str:
-    """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on behind it."""
+    """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on after it."""
     first, *rest = (text.strip() for text in reason.splitlines() if text.strip())
     told = first + (f", at {file}:{line}" if file else "")
     behind = itertools.dropwhile(lambda text: "another graph break occurred" not in text, rest)

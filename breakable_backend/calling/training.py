@@ -94,7 +94,7 @@ class Number(int):
 
 
 class Outputs(list[Any]):
-    """The results of a forward: its outputs, and behind them what it saved."""
+    """The results of a forward: its outputs, and after them what it saved."""
 
     saved: list[torch.Tensor] | None = None
     """For a captured forward, everything that was saved: constants of the recording, and values that move. They do not
@@ -316,7 +316,7 @@ class _Seen:
 
 
 class _Looked:
-    """A call whose backward is observed. Lives as long as somebody may run it."""
+    """A call whose backward is observed. It lives as long as somebody may run that backward."""
 
     backward: int | None = None
     """The backward that has freed what a part of the call had saved."""
@@ -443,7 +443,7 @@ class Training:
             storages = {i: _torch.retains(args[i]) for i in self.halves.static if args[i].numel()}
             self._seen = seen = _Seen([None] * len(differentiable), storages)
             self.why = LEARNING
-        if not seen.came:  # of all forwards until then, since a backward may come behind a later forward
+        if not seen.came:  # of all forwards until then, since a backward may come after a later forward
             if seen.calls - len(seen.pending) >= UNUSED:
                 self.warn(CALLED_IN_VAIN)
             looked = _Looked()
@@ -698,9 +698,9 @@ class Training:
 
     @contextmanager
     def _drawing_again(self, drawn: _Drawn, why: str) -> Iterator[None]:
-        """Draw what a forward has ``drawn``. Behind it the generators are where they were.
+        """Draw what a forward has ``drawn``. Afterwards the generators are where they were.
 
-        If they end elsewhere than behind that forward, somebody else drew while it ran, and it drew something else.
+        If they end elsewhere than after that forward, somebody else drew while it ran, and it drew something else.
         """
         assert self.forward is not None
         with self.forward.driver.drawing() if drawn.before else nullcontext():

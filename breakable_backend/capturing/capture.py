@@ -183,7 +183,7 @@ def is_capturing() -> bool:
 # Dynamo of torch 2.15 would trace this function, and freeze its answer. Older versions cannot.
 @_torch.break_of_dynamo("break_graph() ends a segment of the capture that it is called in")
 def break_graph() -> None:
-    """End the segment here, and begin another one: the code behind is launched as a separate graph.
+    """End the segment here, and begin another one: the code after it is launched as a separate graph.
 
     Outside of a capture it does nothing, except that in compiled code it breaks Dynamo's graph.
 

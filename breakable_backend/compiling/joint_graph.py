@@ -1,7 +1,7 @@
 """From a graph that needs gradients to two ATen graphs: a forward, which saves what is needed, and a backward.
 
 Both halves are traced at once, as eager runs them: the graph runs on fake tensors, and autograd computes the gradients
-of its outputs. The part of the trace behind that point is the backward. Nothing is moved, merged or computed a second
+of its outputs. The part of the trace after that point is the backward. Nothing is moved, merged or computed a second
 time, and mutations stay at their places, so the forward saves what eager's autograd saves. Only views are made again in
 each half, from the value that made the storage, and they launch nothing.
 
@@ -76,14 +76,14 @@ class Alias:
 
 @dataclass(frozen=True)
 class Forward:
-    """The forward. It returns the outputs, and behind them values that backwards need and that are no inputs or views."""
+    """The forward. It returns the outputs, and after them values that backwards need and that are no inputs or views."""
 
     lowered: Lowered
     num_outputs: int
     differentiable: tuple[int, ...]
     """The outputs that need gradients."""
     saved: tuple[str, ...]
-    """The names of the values behind the outputs."""
+    """The names of the values after the outputs."""
     inputs: tuple[int, ...]
     """The inputs that backwards need."""
     written: tuple[int, ...]
@@ -166,7 +166,7 @@ class _Joint:
     gradients: tuple[Any, ...]
     differentiable: tuple[int, ...]
     placeholders: tuple[fx.Node, ...]
-    """The inputs, and behind them the incoming gradients."""
+    """The inputs, and after them the incoming gradients."""
     given: tuple[int, ...]
     """The places of the incoming gradients among the differentiable outputs."""
     written: tuple[int, ...]

@@ -91,7 +91,7 @@ def _traced(
     written: tuple[int, ...] | None = None
     """If none of AOTAutograd's wrappers has to run around a call: the inputs whose versions are counted up."""
     ours: list[Exception] = []
-    """Exceptions of this package's code behind AOTAutograd."""
+    """Exceptions of this package's code that AOTAutograd calls."""
 
     def inference(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         try:

@@ -74,7 +74,7 @@ def partition(lowered: Lowered, scope: Scope, *, min_kernels: int, apart: Collec
         lowered: the graph; not changed.
         scope: device, marks, and nodes that must run eagerly.
         min_kernels: captured segments with fewer launching ops become eager.
-        apart: nodes that begin a new segment, even behind one of the same kind, since everything before them has run.
+        apart: nodes that begin a new segment, even after one of the same kind, since everything before them has run.
     """
     graph = lowered.module.graph
     known = symbols_of_inputs(graph)
@@ -316,7 +316,7 @@ class _Builder:
         self.names = {node.name for node in lowered.module.graph.nodes if node not in flow.views}
 
     def unique(self, name: str) -> str:
-        """``name``, with a number behind it if a segment has that name already."""
+        """``name``, with a number appended if a segment has that name already."""
         chosen = unused(name, self.names.__contains__)
         self.names.add(chosen)
         return chosen

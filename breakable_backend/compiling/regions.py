@@ -98,7 +98,7 @@ def _together(*values: Any) -> tuple[Any, ...]:
 
 
 def _adopted(owner: fx.GraphModule, name: str, value: Any) -> str:
-    """The name of an attribute of ``owner`` that is ``value``: ``name``, or ``name`` with underscores behind it."""
+    """The name of an attribute of ``owner`` that is ``value``: ``name``, or ``name`` with underscores appended."""
     while getattr(owner, name, value) is not value:
         name += "_"
     setattr(owner, name, value)

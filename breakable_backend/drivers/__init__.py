@@ -57,7 +57,7 @@ class Outlet(Protocol):
     """The address that the next launch copies to."""
 
     def lead(self, address: int) -> None:
-        """Have the next launch, and those behind it, copy to ``address``.
+        """Have the next launch, and those after it, copy to ``address``.
 
         Raises:
             ReplayError: the memory there is of another kind than the first target's.
@@ -181,7 +181,7 @@ class Capturing(Protocol):
         """``made``, from the last capture or from :meth:`allocating`, as the tensor that holds its memory.
 
         Once nothing refers to the storage of the result, later captures may get the memory. What was captured before
-        goes on using its address. Only if memory is reused.
+        goes on using its address. Called only if :attr:`~CaptureDriver.reuses_memory`.
         """
 
 
@@ -211,7 +211,7 @@ class CaptureDriver(Protocol):
     """Whether later captures may get pool memory to which nothing refers any more."""
 
     def begin(self) -> int:
-        """Order this call behind the last one that used the pool; returns the raw handle of the current stream.
+        """Order this call after the last one that used the pool; returns the raw handle of the current stream.
 
         Raises:
             ReplayError: the device is lost; see :meth:`give_up`.
@@ -226,10 +226,10 @@ class CaptureDriver(Protocol):
     def recording(self, apart: bool = False) -> AbstractContextManager[Any]:
         """Held around one recording, with all its segments and the eager steps between them.
 
-        Pool memory that a recording lends, and that somebody holds, may be memory that earlier graphs use for
-        themselves while they run. So it keeps its values within one call only. With ``apart`` the recording gets memory
-        that no other recording gets, before or after, and held memory keeps its values from call to call. It may yield an
-        object then. Behind the recording all memory of its own, held or not, keeps its values as long as that object lives.
+        While they run, graphs that were captured earlier may use pool memory that a recording lends. So this memory keeps
+        its values within one call only, even if it is held. With ``apart`` the recording gets memory that no other
+        recording gets, before or after. Held memory then keeps its values from call to call. If an object is yielded,
+        all memory of the recording, held or not, keeps its values as long as that object lives.
         """
 
     def on(self, device: torch.device) -> Capturing:

@@ -375,7 +375,7 @@ class CudaDriver(DeviceDriver):
     # ordering
 
     def begin(self) -> int:
-        """Order this call behind the last one that used the pool; returns the raw handle of the current stream."""
+        """Order this call after the last one that used the pool; returns the raw handle of the current stream."""
         stream = _torch.current_raw_stream(self._index)
         if stream != self._order.last:
             self._order.follow(stream)
@@ -505,7 +505,7 @@ class CudaDriver(DeviceDriver):
         return can_be_fed(bridge, value)
 
     def capture(self, body: Callable[[], T], fed: Pairs = ()) -> tuple[CapturedGraph, T]:
-        """Run ``body`` under a capture on the driver's own stream, behind the copies of what is ``fed``."""
+        """Run ``body`` under a capture on the driver's own stream, after the copies of what is ``fed``."""
         return capture_body(self, body, fed, _failure)
 
     def progress(self) -> Hashable:
@@ -564,7 +564,7 @@ class CudaDriver(DeviceDriver):
             yield session
 
     def begin_capture(self, fed: Pairs = ()) -> torch.cuda.CUDAGraph:
-        """Begin to capture the current stream into the pool, in :meth:`turn`, behind the copies of what is ``fed``.
+        """Begin to capture the current stream into the pool, in :meth:`turn`, after the copies of what is ``fed``.
 
         It raises and repairs like :meth:`capture`.
         """
@@ -700,7 +700,7 @@ class CudaDriver(DeviceDriver):
 
     @contextmanager
     def on_capture_stream(self) -> Iterator[None]:
-        """Make the capture stream current, ordered on the GPU behind the caller's stream, and the caller's behind it.
+        """Make the capture stream current, ordered on the GPU after the caller's stream, and the caller's after it.
 
         ``capture_begin`` resets the random offset, which all graphs of a generator share, by a kernel on the capture
         stream. It has to run after the replays that still read the offset, and before the next replay sets it.
@@ -835,7 +835,7 @@ class _Leaving:
     wait: bool
     """Whether the host waits for the launches."""
     done: torch.cuda.Event | None = None
-    """An event behind the last launches; made when no call is running any more."""
+    """An event after the last launches; made when no call is running any more."""
 
 
 class CudaSession:

@@ -151,7 +151,7 @@ def _move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
     if source.nbytes() != target.nbytes():
         raise ReplayError(
             f"a segment made {source.nbytes()} bytes where it made {target.nbytes()} when it was recorded",
-            fix="mark the op whose result varies in size: the ops behind it have memory for the first size only",
+            fix="mark the op whose result varies in size: the ops after it have memory for the first size only",
         )
     if source.data_ptr() != target.data_ptr():
         target.copy_(source)

@@ -66,7 +66,7 @@ def relaxed() -> Iterator[None]:
 
 
 class Order:
-    """Orders each piece of work behind the one before it, on the GPU; the host never waits.
+    """Orders each piece of work after the one before it, on the GPU; the host never waits.
 
     While all work is on one stream there are no events. From the second stream on each piece of work ends with an
     event, until one stream has had the last ``IDLE`` pieces to itself. The user of this object holds a lock.
@@ -87,7 +87,7 @@ class Order:
         """How many pieces of work in a row were on the last stream."""
 
     def follow(self, stream: int) -> None:
-        """Order ``stream``, which is current and not the last one, behind the last one.
+        """Order ``stream``, which is current and not the last one, after the last one.
 
         Raises:
             ReplayError: somebody else captures ``stream``, or has captured the last one for ``WAIT`` seconds.
@@ -118,7 +118,7 @@ class Order:
             self.several = self._alone < IDLE
 
     def is_open(self) -> bool:
-        """Whether an event can be recorded behind the last piece of work: its stream is not being captured."""
+        """Whether an event can be recorded after the last piece of work: its stream is not being captured."""
         return self.last is None or not is_captured(self.last)
 
     def is_idle(self) -> bool:

@@ -170,7 +170,7 @@ class StreamOrder:
             self._fork(stream, event if segment == self._segment else None, wait)
 
     def _fork(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None, wait: Callable[..., None]) -> None:
-        """Make ``stream`` part of the capture, behind ``event``, or behind everything that the segment did so far."""
+        """Make ``stream`` part of the capture, after ``event``, or after everything that the segment did so far."""
         before = torch.cuda.Event()
         before.record(stream)
         wait(before, self._caller)  # the launch waits for what the stream did before

@@ -163,7 +163,7 @@ class _Lent:
     dtype: torch.dtype
     pool: object
     made_by: float
-    """The number of the graph in which, or behind which, it was made."""
+    """The number of the graph in which, or after which, it was made."""
 
     @property
     def is_held(self) -> bool:

@@ -23,7 +23,7 @@ class Region:
 
     start: int
     end: int
-    """The address behind the last byte; equal to ``start`` if there are no elements."""
+    """The address after the last byte; equal to ``start`` if there are no elements."""
     width: int
     """The number of bytes in one contiguous piece."""
     period: int

@@ -130,7 +130,7 @@ class EagerSegment(_Nodes):
     """Nodes that run one by one in every call."""
 
     reasons: tuple[Reason, ...]
-    """The causes of the break; behind them those of ops that are only too few to be captured beside it."""
+    """The causes of the break; after them those of ops that are only too few to be captured beside it."""
 
 
 Segment = GraphSegment | EagerSegment
@@ -241,7 +241,7 @@ def causes_first(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
 
 
 def unused(name: str, taken: Callable[[str], bool]) -> str:
-    """``name``, or that with the first number behind it that nothing has yet."""
+    """``name``, or ``name`` with the first number appended that makes it free."""
     candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
     return next(candidate for candidate in candidates if not taken(candidate))
 
@@ -275,7 +275,7 @@ def format_program(program: Program) -> str:
 
 
 def lines_of_segments(program: Program) -> list[tuple[int, int]]:
-    """For each segment its lines in the printed form, from 0: the first, and the one behind the last."""
+    """For each segment its lines in the printed form, from 0: the first, and the one after the last."""
     end, found = _count(_head(program)), []
     for position in range(len(program.segments)):
         start, end = end, end + _count(_segment(program, position))

@@ -36,5 +36,5 @@ def module_path(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""
-    _, _, path = str(stack[-1][0]).partition("]")  # behind L['self'], the module that was compiled
+    _, _, path = str(stack[-1][0]).partition("]")  # after L['self'], the module that was compiled
     return _SUBSCRIPT.sub(r".\1", path).replace("._modules.", ".").lstrip(".")

@@ -170,7 +170,7 @@ def _number_fake(site: int, numbers: torch.Tensor, position: int) -> Any:
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward(site: int, handle: torch.Tensor, grads: list[Any], sizes: list[int]) -> list[torch.Tensor]:
-    """A gradient for each argument that needs one, and behind them which of these autograd gave."""
+    """A gradient for each argument that needs one, and after them which of these autograd gave."""
     saved = _saved(site, handle)
     with _torch.above_autograd():
         made = saved.backward(grads)

@@ -191,7 +191,7 @@ class Site:
     """Whether both halves were traced. What is seen from then on does not change them."""
     error: PartitionError | None = None
     overlaps: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Tensors that are read and lie in the memory of a written one: which one, and how many elements behind it."""
+    """Tensors that are read and lie in the memory of a written one: which one, and how many elements after it."""
 
     @property
     def declared(self) -> bool:
@@ -365,7 +365,7 @@ class Site:
         return fast_call(self.mark.function, self.arguments, expected.result, expected.specs, capture, run, take, look)
 
     def _made(self, taken: Result, traced: bool, call: Given) -> list[torch.Tensor]:
-        """What the op returns for the result of a call: its roots, and behind them its ints."""
+        """What the op returns for the result of a call: its roots, and after them its ints."""
         self._check(taken, call)
         made = [copy_of(root) for root in taken.roots] if traced else taken.roots
         if taken.ints:

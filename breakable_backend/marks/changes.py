@@ -1,8 +1,8 @@
 """Python values that a marked function changes and that the code around its call may read.
 
 Compiled code reads Python values when it begins: attributes, globals, closed-over values, and the contents of
-containers. Eager code behind a call would see what the call has changed. So a call that changes a value which the code
-around it reads is a graph break, behind which the value is read again. Values that no code around it reads, such as a
+containers. Eager code after a call would see what the call has changed. So a call that changes a value which the code
+around it reads is a graph break, after which the value is read again. Values that no code around it reads, such as a
 counter, may change.
 
 Changes are looked for while a call runs as Python to be learned from: in the modules among its arguments, in the cells

@@ -1,6 +1,6 @@
 """The outputs of a recorded call, and the clones of those results that have to outlive the next call.
 
-Written inputs are copied back elsewhere: by :mod:`breakable_backend.recordings.copies`, behind the segment that wrote them.
+Written inputs are copied back elsewhere: by :mod:`breakable_backend.recordings.copies`, after the segment that wrote them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Large results that leave the pool inside of the graph that makes them.
 
-A result is the caller's, so it is copied to new memory. If that is done behind the graph, each result exists twice until
+A result is the caller's, so it is copied to new memory. If that is done after the graph, each result exists twice until
 then, and the pool has room for all of them: the gradients of a backward take as much as the parameters. So a graph
-copies a large result by itself, right behind the last op that touches it, and ops behind it may get its memory.
+copies a large result by itself, right after the last op that touches it, and ops after it may get its memory.
 """
 
 from __future__ import annotations

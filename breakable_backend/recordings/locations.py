@@ -68,7 +68,7 @@ class Locations:
         self._made_for: dict[str, int] = {}
         """The segment that each bridge was made for, by variable."""
         self._dead: list[tuple[str, ...]] = []
-        """For each segment, the names that nobody reads behind it; empty until :meth:`keep_nothing`."""
+        """For each segment, the names that nobody reads after it; empty until :meth:`keep_nothing`."""
         self.follow(specialised)
 
     def follow(self, specialised: SpecialisedProgram) -> None:
@@ -217,7 +217,7 @@ class Locations:
         self._lent.add(int(place._cdata))
 
     def retire(self, position: int) -> None:
-        """Drop the memory of values that no step behind ``position`` reads."""
+        """Drop the memory of values that no step after ``position`` reads."""
         for name in self.lives.ends.get(position, ()):
             if name not in self.lives.returned:
                 self._give_up(name)

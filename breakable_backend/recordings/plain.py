@@ -97,7 +97,7 @@ class _Graph:
         return {name: runnable(v) if isinstance(v, fx.GraphModule) else v for name, v in values.items()}
 
     def _calls(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Call]:
-        """The call of a node, and behind it the check of its result, if sizes vary."""
+        """The call of a node, and after it the check of its result, if sizes vary."""
         state: State | None = ambient_of(node)
         # A custom op that is eager gets no turn: it may wait for a thread that waits for one.
         if draws(node.target) and not (is_opaque(node.target) and node.name in self.eager):

@@ -62,7 +62,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class PutOff:
-    """A capture failed for a passing reason. The segment, and what came behind it, ran plainly."""
+    """A capture failed for a passing reason. The segment, and what came after it, ran plainly."""
 
     cause: Passing
     reason: Reason

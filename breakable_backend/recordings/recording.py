@@ -101,7 +101,7 @@ class GraphStep:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it holds no work: a ``with`` block has such a segment where nothing runs before or behind a break."""
+        """Whether it holds no work: a ``with`` block has such a segment where nothing runs before or after a break."""
         return self.segment is None and not self.ops and self.graph.num_kernels == 0
 
 

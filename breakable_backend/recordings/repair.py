@@ -2,7 +2,7 @@
 
 A failed capture has had no effect on the device. So the program is cut anew with the guilty node as an eager step, and
 the recording continues at the beginning of the segment that failed: the part before the node is captured again, the
-node runs, and the part behind it is captured next. Several guilty nodes are found one after the other, in the same
+node runs, and the part after it is captured next. Several guilty nodes are found one after the other, in the same
 call.
 """
 
@@ -60,7 +60,7 @@ class NodeByNode:
         self.module, self._progress, self._pauses = module, progress, pauses or {}
         self._done, self._outputs = done, outputs or {}
         self.node: fx.Node | None = None
-        """The running node; after a failed call, the node that failed. None before the first node and behind the
+        """The running node; after a failed call, the node that failed. None before the first node and after the
         last."""
         self._since = 0.0
         self._before: Hashable = None

@@ -61,7 +61,7 @@ class Replay:
     tally: Tally
     file: str
     steps: tuple[tuple[int, int], ...]
-    """For each step its lines in the source, from 0: the first, and the one behind the last."""
+    """For each step its lines in the source, from 0: the first, and the one after the last."""
     variants: Sequence[Variant] = ()
     """Functions that run in place of this one: the first that is wanted."""
 
@@ -209,7 +209,7 @@ class _Writer:
         launch = f"{self._bind(f'graph_{number}', step.graph.replay)}({self.stream})"
         fed = [copy for copy in step.loads if copy.feed is not None]
         copies = " + ".join(f"{self._bind(f'{copy.bridge.name}_feed', copy.feed)}.copies" for copy in fed)
-        # The graph reads the values that it is fed, so they are deleted behind the launch.
+        # The graph reads the values that it is fed, so they are deleted after the launch.
         yield _Statement((launch, *([self._counted(copies)] if fed else ())), frozenset(c.value.name for c in fed))
         for copy in step.stores:
             line = self._counted(f"{self._constant(copy.bridge)}.store({copy.value.name})")
@@ -399,14 +399,14 @@ class _Writer:
         return chosen
 
     def _free(self, name: str) -> str:
-        """``name`` as an identifier, with a number behind it if the name is taken."""
+        """``name`` as an identifier, with a number appended if the name is taken."""
         base = re.sub(r"\W+", "_", name).strip("_") or "value"
         base = base if base.isidentifier() and not keyword.iskeyword(base) else f"value_{base}"
         return unused(base, lambda name: name in self.names or name in self.variables or name == "replay")
 
 
 def _deletions(statements: Sequence[_Statement]) -> list[tuple[str, ...]]:
-    """Statements that delete each name behind its last use, so that memory is freed as early as in eager."""
+    """Statements that delete each name after its last use, so that memory is freed as early as in eager."""
     names = [{*statement.uses, statement.defines} - {""} for statement in statements]
     last = {name: position for position, used in enumerate(names) for name in used}
     dead = [sorted(name for name in used if last[name] == position) for position, used in enumerate(names)]

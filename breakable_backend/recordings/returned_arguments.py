@@ -52,7 +52,7 @@ class ReturnedArguments:
             self._found[node] = found
 
     def reasons(self, graph: fx.Graph) -> Mapping[str, Reason]:
-        """Why the program runs eagerly, by the name of the op: something behind it writes what it returned."""
+        """Why the program runs eagerly, by the name of the op: something after it writes what it returned."""
         groups: list[frozenset[int]] = []
         for pair in (frozenset(pair) for pairs in self._found.values() for pair in pairs):
             groups = [*(group for group in groups if not group & pair), pair.union(*(g for g in groups if g & pair))]

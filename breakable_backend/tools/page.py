@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Lines = list[tuple[int, int]]
-"""For each step its lines in a text: the first, and the one behind the last."""
+"""For each step its lines in a text: the first, and the one after the last."""
 
 TEMPLATE = Path(__file__).with_name("page.html")
 REPORT, LINES = "/*report*/null", "/*lines*/null"

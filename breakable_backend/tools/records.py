@@ -38,7 +38,7 @@ class StepReport:
     first_line: int = -1
     """Its first line in the text or source that contains it, from 0; -1 if it has none there."""
     end_line: int = -1
-    """The line behind its last one."""
+    """The line after its last one."""
     host_us: float | None = None
     """Measured host time; None if it was not measured."""
     gpu_us: float | None = None

@@ -259,7 +259,7 @@ def _is_plain(function: Any) -> bool:
 
 
 def _codes(compiled: Any) -> list[CodeType]:
-    """The code objects that Dynamo compiles for ``compiled``: functions, and their continuations behind graph breaks."""
+    """The code objects that Dynamo compiles for ``compiled``: functions, and their continuations after graph breaks."""
     found = (executor.callers.code for executor in executors_of(compiled))
     return [*_torch.codes_of(compiled), *(code for code in found if code is not None)]
 

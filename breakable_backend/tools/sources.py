@@ -102,7 +102,7 @@ def segment_text(program: Program, position: int) -> str:
 def whole(program: Program) -> fx.GraphModule:
     """The program as one module that calls its segments in order, each a module in it.
 
-    It takes the inputs of the program, and behind them its sizes, which are functions of the inputs.
+    It takes the inputs of the program, and after them its sizes, which are functions of the inputs.
     """
     graph, root = fx.Graph(), fx.GraphModule({}, fx.Graph())
     values: dict[str, fx.Node] = {}

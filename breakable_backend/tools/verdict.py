@@ -23,7 +23,7 @@ DEAR = 0.25
 SMALL = 8
 """In ops. Longer segments are not small."""
 RESUMED = "torch_dynamo_resume_in_"
-"""The beginning of the names that Dynamo gives to code behind its breaks."""
+"""The beginning of the names that Dynamo gives to code after its breaks."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _given_buffers(timed: Timed) -> Iterator[Advice]:
 def _in_place_inputs(timed: Timed) -> Iterator[Advice]:
     nodes = (n for step, _ in timed.of_kind(GraphStep) if step.segment for n in step.segment.module.graph.nodes)
     if any(f" in {RESUMED}" in source_line(node) for node in nodes):
-        return  # behind a break of Dynamo's inputs are mostly values that the code before it made
+        return  # after a break of Dynamo's inputs are mostly values that the code before it made
     names = set(timed.recording.arguments)
     for name, bridge in {name: bridge for name, bridge in timed.loads() if name in names}.items():
         size, us = bridge.tensor.untyped_storage().nbytes(), _copy_us(timed.driver, bridge)
