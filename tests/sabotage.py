@@ -491,6 +491,13 @@ FAULTS = (
         "test_training.py::test_outputs_that_share_memory[cpu]",
     ),
     Fault(
+        "a-break-that-was-put-off-has-no-reason",
+        "_torch.dynamo:graph_breaks",
+        "first = delayed[1]",
+        "pass",
+        "test_advice.py::test_a_break_that_was_put_off",
+    ),
+    Fault(
         "a-detach-is-traced-as-an-alias",
         "_torch.autograd:trace_joint",
         "make_fx(function, decomposition_table={}, record_module_stack=True)",

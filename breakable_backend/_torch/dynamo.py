@@ -37,6 +37,8 @@ def graph_breaks() -> dict[str, int]:
         first, _, rest = broken.reason.strip().partition("\n")
         if first.startswith("generic_jump"):
             first = "Data-dependent branching"  # Dynamo's words for this in a function that it inlines
+        if first.endswith("(delayed)") and (delayed := re.search(r"Reason: (.*?)(?:\. |$)", rest, re.MULTILINE)):
+            first = delayed[1]
         frames = [frame for frame in broken.user_stack or () if not frame.filename.startswith((_PACKAGE, _TORCH))]
         if frames:
             frame = frames[-1]

@@ -1,6 +1,6 @@
 """How to avoid a graph break of Dynamo's, and how to have a graph captured that is not, by the reason in the report.
 
-The texts of Dynamo's reasons are the same in torch 2.11 to 2.15.
+The texts of Dynamo's reasons are the same in torch 2.11 to 2.15, but for recurrent modules.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _BY_BEGINNING = {
     "Data-dependent branching": "{mark}; where both branches may be computed, torch.where needs no mark",
     "Skip calling `torch.compiler.disable()`d function": "put @eager_on_graph in the place of torch.compiler.disable",
     "Attempted to wrap RNN, GRU, or LSTM": "set torch._dynamo.config.allow_rnn = True",
+    "Dynamo does not support RNN, GRU, or LSTM": "set torch._dynamo.config.allow_rnn = True",
     "Call to `torch._dynamo.graph_break()`": "take the call of torch._dynamo.graph_break() out",
 }
 """What helps, by the beginning of a reason."""

@@ -167,7 +167,7 @@ class Recurrent(nn.Module):
 
 
 def test_a_recurrent_module() -> None:
-    """Dynamo compiles nothing of what calls a recurrent module; the report has the setting that helps.
+    """Dynamo compiles nothing of what calls a recurrent module, or breaks there; the report has the setting that helps.
 
     On the CPU: on a GPU (torch 2.11) nothing was compiled with the setting either.
     """
@@ -176,8 +176,9 @@ def test_a_recurrent_module() -> None:
     compiled = torch.compile(model, backend="breakable_cg", options=options)
     compiled(x)
     lines = str(explain(compiled)).splitlines()
-    assert lines[0].startswith("Dynamo compiled nothing of forward") and "Attempted to wrap RNN" in lines[0]
-    assert lines[1] == "  to have it compiled: set torch._dynamo.config.allow_rnn = True"
+    (place,) = (number for number, line in enumerate(lines) if "RNN, GRU, or LSTM, at test_advice.py" in line)
+    assert lines[place].startswith(("Dynamo compiled nothing of forward", "Dynamo broke the graph 1x: Dynamo does not"))
+    assert lines[place + 1].endswith(": set torch._dynamo.config.allow_rnn = True")
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
@@ -185,6 +186,20 @@ def test_a_recurrent_module() -> None:
         for _ in range(4):
             assert_same(compiled(x), model(x))
     assert explain(compiled).programs[0].replays >= 2
+
+
+def test_a_break_that_was_put_off() -> None:
+    """A break that Dynamo puts off until the call has the reason that it was put off for."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        x.t_()
+        return y + x
+
+    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "tape"})
+    compiled(torch.rand(3, 3))
+    (why,) = explain(compiled).graph_breaks
+    assert why.startswith("Getting an inplace view on a graph input is not supported, at "), why
 
 
 def test_a_break_in_code_of_torch() -> None:
