@@ -1,6 +1,6 @@
 """Attention over packed sequences with metadata from the host: flash or flex attention between captured segments.
 
-Requests of all lengths lie one behind the other in one row of tokens, as inference servers pack them. Before each step the
+Requests of all lengths lie one after the other in one row of tokens, as inference servers pack them. Before each step the
 host works out where each begins and how long the longest is, once for all layers. The attention reads that as Python
 numbers, which no CUDA graph can hold, so it is marked; all around it is captured. It needs nothing but this package.
 """

@@ -453,12 +453,12 @@ class _Graph:
     static: list[int]
     """The positions of static inputs among what is passed."""
     addresses: list[int]
-    """Their addresses, each at its position."""
+    """The addresses of the static inputs, each at its position."""
     tensors: tuple[int, ...]
     """The positions of tensors that the code reads by itself. Arguments were checked before; static inputs are included
     with gradients on."""
     like: Callable[..., bool]
-    """Checks whether these tensors are like the former ones."""
+    """Checks whether the tensors at these positions are like those of the call that was bound."""
     numbers: tuple[tuple[int, Any], ...]
 
     @classmethod

@@ -124,7 +124,7 @@ class CompiledGraph:
         return self._plain_function
 
     def watched_function(self, finder: Finder | None) -> Replay:
-        """The same function, with ``finder`` watching its ops."""
+        """:meth:`plain_function`, with ``finder`` watching its ops."""
         recording = plain_recording(self.lowered, self.program, self.driver.drawing, finder)
         return emit(recording, name=f"{self.name} plain", file=self.observers.file)
 

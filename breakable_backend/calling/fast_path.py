@@ -29,7 +29,7 @@ _PURE = (
 ).split()
 """Instructions that code may consist of, besides ``LOAD_...`` and ``BUILD_...``: it changes no existing object."""
 _GATES = "POP_JUMP_FORWARD_IF_FALSE POP_JUMP_FORWARD_IF_TRUE POP_JUMP_IF_FALSE POP_JUMP_IF_TRUE JUMP_FORWARD IS_OP TO_BOOL".split()
-"""And, on torch 2.15, the jumps around a range in a profile."""
+"""Instructions that code may also consist of on torch 2.15: the jumps around a range in a profile."""
 _CALLS = 3
 """Calls of the graph, and of the two functions that open and close a range in a profile."""
 

@@ -159,7 +159,7 @@ def _source(like: _Like, name: str, names: dict[str, Any], places: dict[int, str
 
 
 def _source_of_kwargs(like: _Like, name: str, names: dict[str, Any], places: dict[int, str]) -> Iterator[str]:
-    """The same for keyword arguments, whose order does not matter."""
+    """:func:`_source` for keyword arguments, whose order does not matter."""
     assert like.parts is not None
     assert like.keys is not None
     yield f"if len({name}) != {len(like.keys)}: return False"

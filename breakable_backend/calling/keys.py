@@ -119,7 +119,7 @@ class AddressSet:
     guards: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     """Weak references to the static inputs, whose death drops the set."""
     storages: list[_torch.StorageWeakRef] = field(default_factory=list)
-    """Their storages."""
+    """The storages of the static inputs."""
     fixed: Fixed = field(default_factory=Fixed)
     """The memory regions of the static inputs."""
     apart: tuple[list[int], list[Any]] = ([], [])

@@ -100,7 +100,7 @@ class Outputs(list[Any]):
     """For a captured forward, everything that was saved: constants of the recording, and values that move. They do not
     own their memory."""
     owners: tuple[Any, ...] = ()
-    """The owners of that memory."""
+    """The owners of the memory of :attr:`saved`."""
     static: frozenset[str] = frozenset()
     """The names of the values that do not move."""
 

@@ -95,7 +95,7 @@ class PlainGraph:
 
     module: fx.GraphModule
     arguments: tuple[Wrapped | Constant | None, ...] | None = None
-    """For each argument of Dynamo's graph: what becomes of it; None if it is plain. None if all are plain."""
+    """For each argument of Dynamo's graph what becomes of it, or None if it is plain. None for all if all are plain."""
 
     @classmethod
     def of(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> PlainGraph:
@@ -159,7 +159,7 @@ class Whole:
     """What a plain tensor is a part of. It is at the attribute ``whole`` of the tensor, which lives as long as a call."""
 
     inner: torch.Tensor
-    """The same memory, as the subclass holds it: it lives as long as that does."""
+    """The tensor that the subclass holds, over the same memory. It lives as long as the subclass."""
     outer: torch.Tensor
     """The subclass, whose version counts writes."""
 
@@ -207,7 +207,7 @@ class Wrapped:
         return found
 
     def made(self, plain: Iterator[torch.Tensor]) -> Any:
-        """One that is made of the next of these tensors."""
+        """A subclass that is made of the next tensors of ``plain``."""
         inner = {name: next(plain) if part is None else part.made(plain) for name, part in self.parts.items()}
         return self.kind.__tensor_unflatten__(inner, self.context, self.size, self.stride)  # type: ignore[attr-defined]
 

@@ -303,7 +303,7 @@ class _Flow:
         )
 
     def with_all_nodes_as_actions(self) -> _Flow:
-        """The same with nothing to be made again: every node is an action at its own place."""
+        """This flow with every node as an action at its own place, so that nothing is made again."""
         own = {node: node for node in self.root}
         return _Flow(self.all_nodes, own, {}, frozenset(), {}, frozenset(), {}, self.all_nodes)
 

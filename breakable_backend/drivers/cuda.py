@@ -238,7 +238,7 @@ class _LetOut:
 
 
 class CudaGraphAmongGPUs(CudaGraph):
-    """The same with several GPUs: a raw launch uses the current device, whose default stream is handle 0."""
+    """A captured segment where there are several GPUs: a raw launch uses the current device, whose default stream is 0."""
 
     def replay(self, stream: int) -> None:
         # All in one method, since asking for the current device takes 0.05 us, and calling another method twice that.

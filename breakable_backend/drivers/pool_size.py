@@ -8,7 +8,7 @@ SPARE = 16 << 20
 """Bytes of a pool that its largest recording may leave unused. If it would leave more, all are recorded again in a new
 pool."""
 WASTE = 0.1
-"""The same, as a share of what the largest recording needs."""
+""":data:`SPARE`, as a share of what the largest recording needs. The greater of the two counts."""
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,5 @@ class PoolSize:
         return need <= self.largest or self.outgrown + self.largest <= max(SPARE, int(WASTE * need))
 
     def having(self, need: int) -> PoolSize:
-        """The same with one more recording."""
+        """The size with one more recording."""
         return self if need <= self.largest else PoolSize(need, self.outgrown + self.largest)

@@ -409,7 +409,7 @@ class TapeDriver(OpByOpDriver):
         super().__init__(device)
         self._brought: dict[int, int] = {}
         self._lent: dict[int, _Lent] = {}
-        """By the key of the twin, which the weak reference keeps from being used again."""
+        """What is lent, by the key of its twin. The weak reference keeps that key from being used again."""
         self._given: list[torch.UntypedStorage] = []
         """Memory that was allocated between captures, for the next graph to own."""
         self._last: weakref.ref[OpByOpGraph] | None = None

@@ -83,7 +83,7 @@ class _Look:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.found: tuple[LiveReason, str] | None = None
-        """Why no capture can hold it, and the user's line."""
+        """Why no capture can hold the op, and the user's line."""
         self._inside = False
 
     def watching(self) -> OpMode:

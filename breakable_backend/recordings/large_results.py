@@ -62,7 +62,7 @@ class LargeResults:
                 if name in ended and name in returned:
                     self._may_leave(node, returned[name])
         self.after: Mapping[fx.Node, list[fx.Node]] = _by_last_toucher(segment.module.graph, self._targets)
-        """The nodes of these results, by the last node that touches them."""
+        """The nodes of results that leave, by the last node that touches them."""
 
     def _may_leave(self, node: fx.Node, leaf: fx.Node) -> None:
         """Allocate memory for the output ``leaf``, which is made from ``node``, if it is large and can be copied as bytes."""

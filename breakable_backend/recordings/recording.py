@@ -48,7 +48,7 @@ class Out:
 
     value: Variable
     like: torch.Tensor
-    """Has its layout, and no memory."""
+    """A tensor of the result's layout, without memory."""
     outlet: Outlet
 
 

@@ -64,7 +64,7 @@ class NodeByNode:
         last."""
         self._since = 0.0
         self._before: Hashable = None
-        """How far the capture was before that node."""
+        """How far the capture was before :attr:`node`."""
 
     @property
     def seconds(self) -> float:

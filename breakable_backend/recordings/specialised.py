@@ -46,7 +46,7 @@ class Plan:
     auto_break: bool = True
     """Whether a node that cannot be captured becomes eager. Otherwise it is an error."""
     recut: Recut | None = None
-    """Cuts the program anew around such nodes. Without it the whole segment becomes eager."""
+    """Cuts the program anew around nodes that cannot be captured. Without it the whole segment becomes eager."""
 
     def has_bridge(self, value: Input) -> bool:
         """Whether captured segments reach an input only through a bridge."""

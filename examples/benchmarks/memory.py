@@ -65,7 +65,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Layers behind each other; returns the last token's hidden state of each sequence."""
+    """Layers one after the other; returns the last token's hidden state of each sequence."""
 
     def __init__(self, layers: int, width: int, heads: int, inner: int) -> None:
         super().__init__()
