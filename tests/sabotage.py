@@ -365,6 +365,20 @@ FAULTS = (
         "test_training.py::test_what_was_written_for_another_result[cpu]",
     ),
     Fault(
+        "a-graph-that-is-instantiated-anew-forgets-its-other-copies",
+        "drivers.cuda:CudaGraph._renew",
+        "(status,) = set_addresses(copy.node, copy.target, copy.source, copy.size, kind)",
+        "status = 0",
+        "test_refused_copies.py::test_memory_of_another_kind",
+    ),
+    Fault(
+        "a-graph-that-is-instantiated-anew-makes-each-copy",
+        "drivers.cuda:CudaGraph._renew",
+        "self._enable(copy, False)",
+        "pass",
+        "test_refused_copies.py::test_memory_of_another_kind",
+    ),
+    Fault(
         "nobody-looks-whether-weights-moved",
         "calling.training:_Captured.backward",
         "not _torch.are_at(list(inputs), ctx.pointers, everything)",
@@ -3748,11 +3762,11 @@ FAULTS = (
         "drivers.cuda:CudaGraph._replay_through_torch",
         """
         if not self.draws_random:
-            self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
+            self._executable = self._handle
         """,
         """
         if True:
-            self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
+            self._executable = self._handle
         """,
         "test_cuda.py::test_hidden_synchronisation_runs_eagerly",
         gpu=True,

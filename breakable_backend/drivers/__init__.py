@@ -57,11 +57,7 @@ class Outlet(Protocol):
     """The address that the next launch copies to."""
 
     def lead(self, address: int) -> None:
-        """Have the next launch, and those after it, copy to ``address``.
-
-        Raises:
-            ReplayError: the memory there is of another kind than the first target's.
-        """
+        """Have the next launch, and those after it, copy to ``address``."""
 
 
 class CapturedGraph(Protocol):

@@ -81,6 +81,13 @@ class CudaGraph:
         graphs."""
         self._draws = draws
         self._executable: Any = None
+        """What is launched directly; None if launches go through torch."""
+        self._handle: Any = None
+        """The executable graph."""
+        self._copies: list[_Copy] = []
+        """Those whose addresses change between launches."""
+        self._outdated = False
+        """Whether CUDA has refused an address in the executable graph."""
         self._nodes: tuple[GraphNode, ...] | None = None
         self._hooks = _torch.launch_hooks(graph)
         self._replayed = False
@@ -88,58 +95,77 @@ class CudaGraph:
         self._index = draws.index
         self.feeds: tuple[Fed, ...] = ()
 
+    def instantiate(self) -> None:
+        assert self._graph is not None
+        self._graph.instantiate()
+        self._handle = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
+
     def feed(self, fed: Pairs) -> None:
         """Note the copies at its head, which were captured first, one for each pair of bridge and value."""
         if fed:
             assert self._graph is not None
             copies = first_copies(self._graph.raw_cuda_graph(), len(fed))
             self.feeds = tuple(
-                Fed(bridge, value, self._pointer(cudart.cudaGraphNode_t(node), bridge))
+                Fed(bridge, value, self._pointer(_Copy.of(node, bridge, value)))
                 for node, (bridge, value) in zip(copies, fed, strict=True)
             )
 
-    def let_out(self, made: _LetOut) -> None:
+    def _pointer(self, copy: _Copy) -> Callable[[int], None]:
+        """Makes launches from the next on copy from another address."""
+        self._copies.append(copy)
+        return lambda source: self._move(copy, copy.target, source)
+
+    def let_out(self, outlet: LetOut, copy: _Copy) -> None:
         """Have the outlet of a captured copy change the address to which the graph copies."""
-        assert self._graph is not None
-        executable, node = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec()), cudart.cudaGraphNode_t(made.node)
-        source, size, kind = made.source, made.size, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._copies.append(copy)
+        outlet.point = lambda target: self._move(copy, target, copy.source)
 
-        def point(target: int) -> bool:
-            assert self._graph is not None, "led elsewhere after its release"
-            with nullcontext() if _torch.current_device() == self._index else torch.cuda.device(self._index):
-                (status,) = cudart.cudaGraphExecMemcpyNodeSetParams1D(executable, node, target, source, size, kind)
+    def _move(self, copy: _Copy, target: int, source: int) -> None:
+        """Have launches from the next on copy from ``source`` to ``target``, and not at all if these are the same."""
+        assert self._graph is not None, "a copy was moved after its graph's release"
+        if _torch.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self._move(copy, target, source)
+        copy.target, copy.source = target, source
+        if (source != target) is not copy.enabled:
+            self._enable(copy, not copy.enabled)
+            copy.enabled = not copy.enabled
+        if copy.enabled:
+            executable, kind = self._handle, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            set_addresses = cudart.cudaGraphExecMemcpyNodeSetParams1D
+            (status,) = set_addresses(executable, copy.node, target, source, copy.size, kind)
             if status:
-                cudart.cudaGetLastError()
-            return not status
+                cudart.cudaGetLastError()  # otherwise the next launch, whoever makes it, would report this error
+                self._outdated, self._executable = True, None
+        return None
 
-        made.outlet.point = point
+    def _enable(self, copy: _Copy, enabled: bool) -> None:
+        (status,) = cudart.cudaGraphNodeSetEnabled(self._handle, copy.node, int(enabled))
+        if status:
+            self._refuse(cudart.cudaGetErrorString(status)[1].decode())
 
-    def _pointer(self, node: Any, bridge: torch.Tensor) -> Callable[[int], bool]:
-        """Makes launches from the next on copy from another address; False if CUDA does not accept it here."""
-        assert self._graph is not None
-        executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
-        target, size = bridge.data_ptr(), bridge.numel() * bridge.element_size()
-        kind, index, enabled = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self._index, True
+    def _renew(self) -> None:
+        """Instantiate the graph anew. Its copies may go from and to memory of any kind then.
 
-        def point(source: int) -> bool:
-            nonlocal enabled
-            assert self._graph is not None, "fed after its release"
-            if _torch.current_device() != index:
-                with torch.cuda.device(index):
-                    return point(source)
-            if (source != target) is not enabled:
-                (status,) = cudart.cudaGraphNodeSetEnabled(executable, node, int(not enabled))
-                if status:
-                    self._refuse(cudart.cudaGetErrorString(status)[1].decode())
-                enabled = not enabled
-            if enabled:
-                (status,) = cudart.cudaGraphExecMemcpyNodeSetParams1D(executable, node, target, source, size, kind)
-                if status:
-                    cudart.cudaGetLastError()  # otherwise the next launch, whoever makes it, would report this error
-                    return False
-            return True
-
-        return point
+        CUDA refuses a copy in an executable graph memory of another kind than it had before. torch's allocator gives both
+        kinds once its settings have changed (``expandable_segments``).
+        """
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        for copy in self._copies:  # all of them, since the memory of earlier launches may be gone
+            set_addresses = cudart.cudaGraphMemcpyNodeSetParams1D
+            (status,) = set_addresses(copy.node, copy.target, copy.source, copy.size, kind)
+            if status:
+                self._refuse(cudart.cudaGetErrorString(status)[1].decode())
+        try:
+            self.instantiate()
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            self._refuse(first_line(error), passing(error))
+        for copy in self._copies:
+            if not copy.enabled:
+                self._enable(copy, False)
+        self._outdated = False
+        if self._replayed and not self.draws_random:
+            self._executable = self._handle
 
     @property
     def num_kernels(self) -> int:
@@ -194,6 +220,8 @@ class CudaGraph:
 
     def _replay_through_torch(self, stream: int) -> None:
         assert self._graph is not None, "replayed after its release"
+        if self._outdated:
+            self._renew()
         if self._replayed and not self.draws_random:
             self._graph.replay()  # this calls the hooks, which are code of others
             return
@@ -209,7 +237,7 @@ class CudaGraph:
             self._draws.end_replay(stream)
         self._replayed = True
         if not self.draws_random:
-            self._executable = cudart.cudaGraphExec_t(self._graph.raw_cuda_graph_exec())
+            self._executable = self._handle
 
     def release(self) -> None:
         """Destroy the executable graph. Its memory goes back to the pool."""
@@ -227,14 +255,20 @@ class CudaGraph:
             self.release()
 
 
-@dataclass(frozen=True)
-class _LetOut:
-    """A captured copy of a result, and the outlet that will change where it goes."""
+@dataclass
+class _Copy:
+    """A copy in a graph, from where, and to where, the next launch makes it."""
 
-    node: int
+    node: Any
+    target: int
     source: int
     size: int
-    outlet: LetOut
+    enabled: bool = True
+
+    @classmethod
+    def of(cls, node: int, target: torch.Tensor, source: torch.Tensor) -> _Copy:
+        size = target.numel() * target.element_size()
+        return cls(cudart.cudaGraphNode_t(node), target.data_ptr(), source.data_ptr(), size)
 
 
 class CudaGraphAmongGPUs(CudaGraph):
@@ -360,7 +394,7 @@ class CudaDriver(DeviceDriver):
         self._first = False
         """Whether the next capture is the first of a recording."""
         _drivers.add(self)
-        self._let_out: list[_LetOut] = []
+        self._let_out: list[tuple[LetOut, _Copy]] = []
         """Copies of results in the capture in progress."""
         self._recordings = 0
         """How many recordings are in progress."""
@@ -520,7 +554,7 @@ class CudaDriver(DeviceDriver):
         assert end is not None
         (node,) = end
         outlet = LetOut(target)
-        self._let_out.append(_LetOut(node, value.data_ptr(), target.numel() * target.element_size(), outlet))
+        self._let_out.append((outlet, _Copy.of(node, target, value)))
         return outlet
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -624,10 +658,10 @@ class CudaDriver(DeviceDriver):
         captured = WaitingGraph(graph, self._draws, waits) if waits else kind(graph, self._draws)
         free, _ = torch.cuda.mem_get_info(self._index)
         try:
-            graph.instantiate()
             captured.feed(fed)
-            for made in self._let_out:
-                captured.let_out(made)
+            for outlet, copy in self._let_out:
+                captured.let_out(outlet, copy)
+            captured.instantiate()
         except Exception:
             captured.release()
             raise

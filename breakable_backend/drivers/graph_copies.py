@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.errors import ReplayError
 from breakable_backend.ir.layout import TensorSpec
 
 
@@ -32,28 +31,16 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
-def other_kind() -> ReplayError:
-    """The error where torch's allocator gives no memory any more from which, or to which, a graph can copy."""
-    return ReplayError(
-        "a captured graph cannot copy from or to memory of another kind than when it was recorded: the settings of torch's "
-        "allocator have changed since (expandable_segments)",
-        fix="change the settings before the first call, or compile in a process that keeps them",
-    )
-
-
 class Fed:
     """One such copy; see :class:`breakable_backend.drivers.Feed`. It holds neither the bridge nor a value.
 
     Args:
         bridge: the target.
         value: the source of the first launch.
-        point: makes launches from the next on copy from an address; returns False if that is impossible.
-
-    Raises:
-        ReplayError: when a value is taken, and CUDA accepts no memory that torch's allocator gives now.
+        point: makes launches from the next on copy from an address.
     """
 
-    def __init__(self, bridge: torch.Tensor, value: torch.Tensor, point: Callable[[int], bool]) -> None:
+    def __init__(self, bridge: torch.Tensor, value: torch.Tensor, point: Callable[[int], None]) -> None:
         self._spec, self._target, self._point = TensorSpec.of(bridge), bridge.data_ptr(), point
         self.source, self.copies = value.data_ptr(), 1
 
@@ -61,18 +48,11 @@ class Fed:
         held = None
         self.source = 0  # if this fails half-way, the next value is taken in any case
         if _is_lazy(value) or not self._spec.accepts(value):
-            held = value = self._laid_out(value)
-        if not self._point(value.data_ptr()):  # the memory is of another kind than that of the first value
-            held = value = self._laid_out(value)
-            if not self._point(value.data_ptr()):
-                raise other_kind()
+            held = value = self._spec.empty().copy_(value)  # in the bridge's layout
+        self._point(value.data_ptr())
         self.source = value.data_ptr()
         self.copies = int(self.source != self._target)
         return held
-
-    def _laid_out(self, value: torch.Tensor) -> torch.Tensor:
-        """A copy of ``value`` in the bridge's layout."""
-        return self._spec.empty().copy_(value)
 
     def copy(self) -> None:
         """Copy now, for drivers that run a graph op by op."""
@@ -94,13 +74,12 @@ class LetOut:
 
     def __init__(self, target: torch.Tensor) -> None:
         self.target, self._size = target.data_ptr(), target.numel() * target.element_size()
-        self.point: Callable[[int], bool] = lambda _: True
-        """Makes launches from the next on copy to an address; returns False if that is impossible."""
+        self.point: Callable[[int], None] = lambda _: None
+        """Makes launches from the next on copy to an address."""
 
     def lead(self, address: int) -> None:
         self.target = 0  # if this fails half-way, the next address is set in any case
-        if not self.point(address):
-            raise other_kind()
+        self.point(address)
         self.target = address
 
     def __call__(self, value: torch.Tensor) -> None:

@@ -215,7 +215,7 @@ class TapeGraph(OpByOpGraph):
 
     def feed(self, fed: Pairs) -> None:
         """Copy values into bridges at the beginning of each replay."""
-        self.feeds = tuple(Fed(bridge, value, lambda _: True) for bridge, value in fed)
+        self.feeds = tuple(Fed(bridge, value, lambda _: None) for bridge, value in fed)
 
     def run(self) -> None:
         for memory in self._outside:

@@ -71,11 +71,10 @@ def test_a_copy_that_could_not_be_patched() -> None:
     """Whatever comes after a value that could not be taken is taken anew, be it at the address of one before."""
     asked, refusing = [], [False]
 
-    def point(address: int) -> bool:
+    def point(address: int) -> None:
         asked.append(address)
         if refusing[0]:
             raise ReplayError("cudaGraphLaunch failed: planted")
-        return True
 
     bridge, first, second = torch.empty(3), torch.ones(3), torch.zeros(3)
     fed = Fed(bridge, first, point)
@@ -89,15 +88,101 @@ def test_a_copy_that_could_not_be_patched() -> None:
     assert fed.source == first.data_ptr()
 
 
-@pytest.mark.parametrize("kind", [Fed, LetOut])
-def test_memory_of_another_kind(kind: type) -> None:
-    """Where CUDA takes no memory that torch's allocator gives since its settings have changed, that is a typed error."""
-    first = torch.ones(3)
-    made = Fed(torch.empty(3), first, lambda address: False) if kind is Fed else LetOut(first)
-    if isinstance(made, LetOut):
-        made.point = lambda address: False
-    with pytest.raises(ReplayError, match="expandable_segments"):
-        made.take(torch.zeros(3)) if isinstance(made, Fed) else made.lead(torch.zeros(3).data_ptr())
+class Executables:
+    """Stands for CUDA, whose executable graphs refuse a copy memory of another kind than it had in the graph."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDeviceToDevice=3)
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, tuple[int, int]] = {}
+        """The source and the target of each copy in the graph. Memory from 1000 on is of another kind."""
+        self.executable: dict[str, tuple[int, int]] = {}
+        self.off: set[str] = set()
+        self.launched: list[dict[str, tuple[int, int]]] = []
+        self.instantiated = 0
+
+    def instantiate(self) -> None:
+        self.executable, self.off = dict(self.nodes), set()
+        self.instantiated += 1
+
+    def reset(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        self.launched.append({node: pair for node, pair in self.executable.items() if node not in self.off})
+
+    def raw_cuda_graph_exec(self) -> int:
+        return self.instantiated
+
+    def cudaGraphExec_t(self, handle: int) -> int:
+        return handle
+
+    def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
+        assert executable == self.instantiated, "this one is gone"
+        self.replay()
+        return (0,)
+
+    def cudaGraphNodeSetEnabled(self, executable: int, node: str, on: int) -> tuple[int]:
+        assert executable == self.instantiated, "this one is gone"
+        (self.off.discard if on else self.off.add)(node)
+        return (0,)
+
+    def cudaGraphMemcpyNodeSetParams1D(self, node: str, target: int, source: int, *_: int) -> tuple[int]:
+        self.nodes[node] = source, target
+        return (0,)
+
+    def cudaGraphExecMemcpyNodeSetParams1D(
+        self, executable: int, node: str, target: int, source: int, *_: int
+    ) -> tuple[int]:
+        assert executable == self.instantiated, "this one is gone"
+        before = self.nodes[node]
+        if (source < 1000, target < 1000) != (before[0] < 1000, before[1] < 1000):
+            return (1,)
+        self.executable[node] = source, target
+        return (0,)
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (0,)
+
+
+def test_memory_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line 4: where CUDA refuses a copy an address, the next launch instantiates the graph anew, with all of its copies."""
+    cuda_now = Executables()
+    monkeypatch.setattr(cuda, "cudart", cuda_now)
+    monkeypatch.setattr(cuda._torch, "launch_hooks", lambda graph: ())
+    monkeypatch.setattr(cuda._torch, "current_device", lambda: 0)
+    draws: Any = SimpleNamespace(
+        index=0,
+        begin_replay=lambda stream: None,
+        end_replay=lambda stream: None,
+        generator=SimpleNamespace(get_offset=lambda: 0),
+    )
+    graph: Any = cuda.CudaGraph(cuda_now, draws)  # type: ignore[arg-type]
+    cuda_now.nodes = {"in": (1, 10), "same": (2, 20), "out": (30, 3), "other": (40, 4)}
+    graph.instantiate()
+    pointers = [graph._pointer(cuda._Copy(node, cuda_now.nodes[node][1], 0, 8)) for node in ("in", "same")]
+    outlets = [LetOut(torch.ones(3)), LetOut(torch.ones(3))]
+    for outlet, node in zip(outlets, ("out", "other"), strict=True):
+        graph.let_out(outlet, cuda._Copy(node, 0, cuda_now.nodes[node][0], 8))
+
+    def launch(into: int, same: int, out: int, other: int) -> dict[str, tuple[int, int]]:
+        pointers[0](into)
+        outlets[0].lead(out)
+        pointers[1](same)
+        outlets[1].lead(other)
+        graph.replay(0)
+        return cuda_now.launched[-1]
+
+    assert launch(1, 2, 3, 4) == {"in": (1, 10), "same": (2, 20), "out": (30, 3), "other": (40, 4)}
+    assert launch(5, 20, 6, 4) == {"in": (5, 10), "out": (30, 6), "other": (40, 4)}
+    assert cuda_now.instantiated == 1
+    assert launch(5, 20, 1006, 7) == {"in": (5, 10), "out": (30, 1006), "other": (40, 7)}
+    assert cuda_now.instantiated == 2
+    assert launch(5, 2, 1007, 7) == {"in": (5, 10), "same": (2, 20), "out": (30, 1007), "other": (40, 7)}
+    assert cuda_now.instantiated == 2
+    assert launch(1001, 2, 3, 4) == {"in": (1001, 10), "same": (2, 20), "out": (30, 3), "other": (40, 4)}
+    assert cuda_now.instantiated == 3
+    assert graph._executable == 3, "the next launch is direct"
 
 
 def test_what_cuda_says_of_a_copy_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:

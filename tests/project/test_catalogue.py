@@ -27,7 +27,7 @@ from breakable_backend import BreakableError, ReplayError, _torch, backend, erro
 from breakable_backend.calling import device_errors
 from breakable_backend.compiling import joint_graph
 from breakable_backend.compiling.lowering import CannotLower
-from breakable_backend.drivers import cuda, generator, graph_copies, graph_nodes, ordering, streams, tape
+from breakable_backend.drivers import cuda, generator, graph_nodes, ordering, streams, tape
 from breakable_backend.drivers.cuda_api import Bindings
 from breakable_backend.drivers.eager import EagerDriver
 from breakable_backend.drivers.tape import TapeDriver
@@ -172,13 +172,6 @@ def refused_launch(patch: pytest.MonkeyPatch) -> cuda.CudaGraph:
     graph = cuda.CudaGraph.__new__(cuda.CudaGraph)
     graph._executable, graph._hooks = object(), ()
     return graph
-
-
-def no_more_memory(patch: pytest.MonkeyPatch) -> graph_copies.LetOut:
-    """A copy to memory that CUDA does not accept."""
-    outlet = graph_copies.LetOut(torch.ones(3))
-    outlet.point = lambda address: False
-    return outlet
 
 
 def lost_device(patch: pytest.MonkeyPatch) -> Callable[[], None]:
@@ -767,8 +760,6 @@ CASES: dict[str, Case] = {
     "the GPU is lost to this process": Case("planted()  # here", lost_device),
     "drivers/cuda.py: refuse": Case("planted.begin()  # here", given_up),
     "cudaGraphLaunch failed": Case("planted.replay(0)  # here", refused_launch),
-    "a captured graph cannot copy from or to memory of another kind than when it was recorded: the settings of torch's "
-    "allocator have changed since (expandable_segments)": Case("planted.lead(0)  # here", no_more_memory),
     "CUDA does not work in a process that was forked from one that uses it": Case(
         "planted._forked()\nplanted.begin()  # here", cuda_driver
     ),
