@@ -187,6 +187,34 @@ def test_bit_for_bit(options: dict[str, Any], device: torch.device) -> None:
             assert a.grad is None or torch.equal(a.grad, b.grad)
 
 
+@eager_on_graph
+def thrice(x: Tensor) -> Tensor:
+    return x.sin() + x.exp() * 3 + x.cos() / 7
+
+
+def test_arguments_in_use_elsewhere(options: dict[str, Any], device: torch.device) -> None:
+    """Where an op stands before a function that uses its argument several times, gradients have eager's bits.
+
+    Without that op the sum of four gradients is the same but for its order.
+    """
+
+    def between(x: Tensor) -> Tensor:
+        y = x.tanh()
+        return y + thrice(y * 1)
+
+    def without(x: Tensor) -> Tensor:
+        y = x.tanh()
+        return y + thrice(y)
+
+    for function, equal in ((between, torch.equal), (without, close)):
+        compiled = torch.compile(function, backend="breakable_cg", options=options)
+        for _ in range(6):
+            (ours,), (theirs,) = leaves(device, (64,))
+            compiled(ours).sum().backward()
+            function(theirs).sum().backward()
+            assert equal(ours.grad, theirs.grad)
+
+
 def test_what_needs_none(compile_with: Function, device: torch.device) -> None:
     """Results need gradients where eager's do: not a mask, an index, a detached one, nor one made under no_grad."""
 
