@@ -80,6 +80,8 @@ _TO_CAPTURE = {
     "an output is, or views, another output": "return a clone() of one of the two, or detach() one",
     "an output that needs some has no history": "return a detach() of it",
     "calls ops with out=": "use what the op returns, without out=",
+    "known only at run time": "keep the number in a tensor (x.max() in place of x.max().item()), or read it in a function "
+    "under @eager_on_graph that returns a tensor",
     "inference mode": "enter torch.inference_mode() outside of the compiled function",
     "what a checkpoint computes again draws": "draw nothing inside of the checkpoint: take its dropout out, or use no "
     "checkpoint",

@@ -252,18 +252,40 @@ def trained(case: str, model: Any, device: torch.device, options: dict[str, Any]
             "an output is, or views, an argument",
             "clone()",
         ),
+        (
+            "number",
+            lambda x: x.sin() * x.detach().abs().max().item(),
+            "known only at run time",
+            "keep the number in a tensor",
+        ),
     ],
-    ids=["autocast", "no backward", "no gradient", "alias"],
+    ids=["autocast", "no backward", "no gradient", "alias", "number"],
 )
 def test_graphs_with_gradients(
     case: str, model: Any, why: str, cure: str, device: torch.device, options: dict[str, Any]
 ) -> None:
     """Where a graph that needs gradients is not captured, the report says why, and what would have it captured."""
-    compiled = trained(case, model, device, options)
+    with torch._dynamo.config.patch(capture_scalar_outputs=case == "number"):
+        compiled = trained(case, model, device, options)
     lines = str(explain(compiled)).splitlines()
     (at,) = (number for number, line in enumerate(lines) if why in line and "eager, because" in line)
     assert any(line.startswith("  to have it captured: ") and cure in line for line in lines[at + 1 : at + 3])
     assert [cure in text for told, text in explain(compiled).to_dict()["advice"].items() if why in told] == [True]
+
+
+@pytest.mark.parametrize("model", [lambda x: x.sin() * x.detach().abs().max(), lambda x: one_of_two(x.sin(), x) * 2])
+@torch.enable_grad()
+def test_numbers_in_tensors_train(model: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Both cures of a graph with a number that is read on the host: a tensor, and a marked function that reads it."""
+    compiled = torch.compile(model, backend="breakable_cg", options={**options, "min_kernels": 1})
+    for _ in range(7):
+        ours = torch.randn(3, device=device).requires_grad_()
+        theirs = ours.detach().clone().requires_grad_()
+        compiled(ours).sum().backward()
+        model(theirs).sum().backward()
+        assert ours.grad is not None and theirs.grad is not None
+        assert_same(ours.grad, theirs.grad)
+    assert all(program.replays for program in explain(compiled).programs)
 
 
 def test_the_gradients_of_a_marked_function_have_its_name(device: torch.device, options: dict[str, Any]) -> None:
