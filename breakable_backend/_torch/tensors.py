@@ -45,6 +45,16 @@ def has_hooks(tensor: torch.Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
+def num_watching(tensor: torch.Tensor) -> int:
+    """How many hooks see gradients of ``tensor``; one more if it keeps its gradient though it is no leaf."""
+    return len(tensor._backward_hooks or ()) + len(tensor._post_accumulate_grad_hooks or ()) + tensor.retains_grad
+
+
+def watch_accumulation(leaf: torch.Tensor, hooks: dict[int, Callable[[torch.Tensor], None]]) -> None:
+    """Have ``hooks`` called when a gradient of ``leaf``, which has none of these yet, is accumulated. Not if it is asked for."""
+    leaf._post_accumulate_grad_hooks = hooks
+
+
 def owners_of_storage(tensor: torch.Tensor) -> int:
     """How many tensors own the storage of ``tensor``, with views and detached tensors that C++ keeps."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1  # minus one for the object asked here

@@ -338,6 +338,8 @@ class Site:
         else:
             with self.modes.enter(), self._modules(call, traced, own) as (call, modules), _torch.above_autograd():
                 holder = [self._call(self._function, call, modules)]
+                if call.needs:
+                    self._look_at_leaves(call)
                 taken = self._take(holder, call.tensors, bool(call.needs), EagerOutputError)
         made = self._made(taken, traced, call)
         if call.needs:
@@ -409,10 +411,14 @@ class Site:
                     ) from None
         tensors = list(given)
         if needs:
-            parts = {place for leaf in module_leaves(self.arguments) for place in leaf[3]}
             copies: dict[int, torch.Tensor] = {}
             for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
-                if traced and place >= self.num_written and place not in parts and place not in self.overlaps:
+                if (
+                    traced
+                    and place >= self.num_written
+                    and place not in self._of_modules
+                    and place not in self.overlaps
+                ):
                     if id(tensor) not in copies:  # a tensor that is passed twice stays one tensor
                         copies[id(tensor)] = copy_of(tensor)
                     tensor = copies[id(tensor)]
@@ -439,6 +445,34 @@ class Site:
         if other:
             stack.enter_context(_swapping)
             stack.enter_context(_torch.swapped(module, other))
+
+    def _look_at_leaves(self, call: Given) -> None:
+        """Raise if the function had gradients of an argument seen, or have it raised later: a leaf is not what eager has."""
+        for place, (leaf, need) in enumerate(zip(call.tensors, call.needs, strict=True)):
+            if place in self._of_modules:
+                if need and _torch.has_hooks(leaf):
+                    raise self._no_node(WATCHED_AN_ARGUMENT, HOOK_A_COPY)
+            elif need:
+                if _torch.num_watching(leaf):
+                    raise self._no_node(WATCHED_AN_ARGUMENT, HOOK_A_COPY)
+                if leaf.grad is not None:
+                    raise self._no_node(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
+                _torch.watch_accumulation(leaf, self._watching)
+
+    @functools.cached_property
+    def _of_modules(self) -> frozenset[int]:
+        """The places of tensors that modules hold."""
+        return frozenset(place for leaf in module_leaves(self.arguments) for place in leaf[3])
+
+    @functools.cached_property
+    def _watching(self) -> dict[int, Callable[[torch.Tensor], None]]:
+        site = weakref.ref(self)
+
+        def refuse(_: torch.Tensor) -> None:
+            if (alive := site()) is not None:
+                raise alive._no_node(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
+
+        return {0: refuse}
 
     # either
 
@@ -479,6 +513,9 @@ class Site:
             if self._loses_gradients(taken, leaves, recording):
                 raise _closed_over()
         except Unholdable as error:
+            if self.mark.fake is None:
+                self.learned.why_not, self.learned.cure = f"it returned {error.what}", error.fix
+                _torch.forget_code_of(self, f"{self.mark.name} returned what compiled code cannot hold")
             raise self._failure(error.what, error.fix, kind) from None
         return taken
 
@@ -498,6 +535,16 @@ class Site:
             f"{self.mark.name}: {CHANGED_A_CONTAINER}, and in compiled code that is a copy",
             where=self.mark.source,
             fix="return the new element, and store it outside of the function",
+        )
+
+    def _no_node(self, why: str, cure: str) -> EagerOutputError:
+        """The error for a call whose arguments have to be eager's. From the next one on such calls are graph breaks."""
+        self.learned.why_not, self.learned.cure = why, cure
+        _torch.forget_code_of(self, f"{self.mark.name}: {why}")
+        return EagerOutputError(
+            f"{self.mark.name}: {why}, and in compiled code arguments have no history",
+            where=self.mark.source,
+            fix=f"{cure}; or call again: from now on such calls are graph breaks",
         )
 
     def _failed_on_fakes(self, error: Exception) -> PartitionError:
@@ -557,6 +604,14 @@ def _closed_over() -> Unholdable:
 
 
 CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
+
+WATCHED_AN_ARGUMENT = "it registered a hook on an argument, or had an argument retain its gradient"
+
+HOOK_A_COPY = "do so with a copy that the function returns, as in y = x.clone()"
+
+DIFFERENTIATED_AN_ARGUMENT = "a gradient came to an argument otherwise than through what it returned"
+
+RETURN_IT = "return what is differentiated later"
 
 GIVE_FAKE = "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
 

@@ -27,6 +27,8 @@ from breakable_backend.marks.call_ops import writing_op
 from breakable_backend.marks.call_sites import (
     CHANGED_A_CONTAINER,
     GIVE_FAKE,
+    HOOK_A_COPY,
+    WATCHED_AN_ARGUMENT,
     Site,
     learned_of,
     numbers,
@@ -437,6 +439,8 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return mark.function(*args, **kwargs)
     before = contents((args, kwargs))
     written = _writes_to(_not_declared(structure, given, _written(mark, structure)))
+    passed = _passed(structure, given)
+    watching = [*map(_torch.num_watching, passed)]
     changes = looking_at(mark.body, (args, kwargs))
     try:
         holder = [mark.function(*args, **kwargs)]
@@ -451,6 +455,9 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.why_not = WROTE_AN_ARGUMENT
         learned.cure = NAME_THEM if mark.by == BY_FUNCTION else NAME_WHAT_IT_WRITES
         return holder[0]
+    if watching != [*map(_torch.num_watching, passed)]:
+        learned.why_not, learned.cure = WATCHED_AN_ARGUMENT, HOOK_A_COPY
+        return holder[0]
     see_result(mark, learned, call, asked, holder)
     return holder[0]
 
@@ -458,8 +465,13 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _not_declared(structure: Structure, given: Sequence[torch.Tensor], written: Sequence[int]) -> list[torch.Tensor]:
     """The tensors among the arguments that are not declared as written, without those that modules hold."""
     declared = {_torch.storage_key(given[place]) for place in written}
-    passed = [given[leaf[1]] for leaf in leaves_of(structure) if leaf[0] == "tensor"]
+    passed = _passed(structure, given)
     return [tensor for tensor in passed if not has_memory(tensor) or _torch.storage_key(tensor) not in declared]
+
+
+def _passed(structure: Structure, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors among the arguments, without those that modules hold."""
+    return [given[leaf[1]] for leaf in leaves_of(structure) if leaf[0] == "tensor"]
 
 
 def _writes_to(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:

@@ -143,6 +143,12 @@ class _Taker:
 
     def _alias(self, tensor: torch.Tensor) -> Structure:
         """The leaf for a result that lies in the memory of an argument."""
+        if (
+            self.recording
+            and _torch.num_watching(tensor)
+            and not any(tensor is argument for argument in self.arguments)
+        ):
+            raise Unholdable("a view of an argument with a hook, or with its gradient retained", "return a clone")
         mine = Geometry.of(tensor)
         key = _torch.storage_key(tensor)
         bases = [(number, base) for number, base in enumerate(self.arguments) if _torch.storage_key(base) == key]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from breakable_backend import EagerOutputError, OptionsError, PartitionError, ReplayError, eager_on_graph
 from breakable_backend.errors import BreakableError
 from breakable_backend.marks import saved_for_backward
+from checks import assert_same
 from gpu import soon
 
 BACKENDS = ["breakable_cg", "eager", "aot_eager", "inductor"]
@@ -789,3 +790,136 @@ def test_closures_without_fake_are_a_break(options: dict[str, Any], device: torc
         assert weight.grad is not None
         assert torch.equal(weight.grad, x.detach().sin() * 2)
         weight.grad = None
+
+
+def _clamp(grad: Tensor) -> Tensor:
+    return grad.clamp(max=0.5)
+
+
+def hooked(x: Tensor, seen: list[Any]) -> Tensor:
+    """``x`` itself, whose gradient is changed."""
+    x.register_hook(_clamp)
+    return x
+
+
+def hooked_in_part(x: Tensor, seen: list[Any]) -> Tensor:
+    """Twice ``x``, whose whole gradient is changed."""
+    x.register_hook(_clamp)
+    return x * 2
+
+
+def hooked_view(x: Tensor, seen: list[Any]) -> Tensor:
+    """A view, whose gradient is changed."""
+    y = x.view_as(x)
+    y.register_hook(_clamp)
+    return y
+
+
+def retained(x: Tensor, seen: list[Any]) -> Tensor:
+    """Twice ``x``, which retains its gradient."""
+    x.retain_grad()
+    seen.append(x)
+    return x * 2
+
+
+NOT_LEAVES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+"""Behind a graph break Dynamo asks each argument for it."""
+
+WATCHING = [hooked, hooked_in_part, hooked_view, retained]
+
+
+def kept(x: Tensor, seen: list[Any]) -> Tensor:
+    """Twice ``x``, which is kept."""
+    seen.append(x)
+    return x * 2
+
+
+def kept_result(x: Tensor, seen: list[Any]) -> Tensor:
+    """A sum, of which one term is kept."""
+    seen.append(x * 2)
+    return seen[-1] + 1
+
+
+def own_backward(x: Tensor, seen: list[Any]) -> Tensor:
+    """Twice ``x``, to which a gradient came already."""
+    (x * x).sum().backward(retain_graph=True)
+    return x * 2
+
+
+def watched(
+    body: Callable[[Tensor, list[Any]], Tensor],
+    since: int,
+    device: torch.device,
+    options: dict[str, Any],
+    **kwargs: Any,
+) -> tuple[int, list[str]]:
+    """How many steps through a marked ``body``, which is one from call ``since`` on, are eager's; and the errors of others."""
+    calls: list[int] = []
+    seen: list[Any] = []
+
+    def watch(x: Tensor) -> Tensor:
+        calls.append(1)
+        return body(x, seen) if len(calls) > since else x * 2
+
+    def model(function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+        y = x * weight
+        return function(y).sin() + y
+
+    def step(function: Callable[[Tensor, Tensor], Tensor], number: int) -> list[Any]:
+        seen.clear()
+        torch.manual_seed(number)
+        x, weight = torch.rand(2, 3, device=device).unbind()
+        weight.requires_grad_()
+        y = function(x, weight)
+        of_kept = [2 * one.sum() for one in seen if body in (kept, kept_result)]
+        torch.stack([3 * y.sum(), *of_kept]).sum().backward()
+        return [y.detach(), weight.grad, *(one.grad for one in seen if body is retained)]
+
+    marked = eager_on_graph(watch)
+    compiled = torch.compile(
+        lambda x, weight: model(marked, x, weight), options=options, backend="breakable_cg", **kwargs
+    )
+    right, told = 0, []
+    for number in range(since + 6):
+        before = len(calls)
+        try:
+            got = step(compiled, number)
+        except EagerOutputError as error:
+            told.append(str(error))
+            continue
+        del calls[before:]
+        assert_same(got, step(lambda x, weight: model(watch, x, weight), number), f"step {number}")
+        right += 1
+    return right, told
+
+
+@NOT_LEAVES
+@pytest.mark.parametrize("body", WATCHING)
+def test_arguments_whose_gradients_are_watched(body: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """A hook on an argument sees, and changes, its whole gradient, as in eager: such a call is a graph break."""
+    assert watched(body, 0, device, options) == (6, [])
+    torch.compiler.reset()
+    with pytest.raises(PartitionError, match=r"cannot be one node: it .*(hook|gradient)"):
+        watched(body, 0, device, options, fullgraph=True)
+
+
+@NOT_LEAVES
+@pytest.mark.parametrize("body", [hooked, hooked_in_part, hooked_view])
+def test_arguments_that_a_later_call_watches(body: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """A function that registers a hook for the first time in any call is told in that call, and a break from then on."""
+    right, told = watched(body, 4, device, options)
+    assert (right, len(told)) == (9, 1)
+    assert "hook" in told[0]
+
+
+@NOT_LEAVES
+@pytest.mark.parametrize("body", [kept, kept_result, own_backward])
+@pytest.mark.parametrize("since", [0, 4])
+def test_arguments_that_are_differentiated_elsewhere(
+    since: int, body: Any, device: torch.device, options: dict[str, Any]
+) -> None:
+    """A gradient that reaches an argument by another way than the result is never lost: it is an error once, then right."""
+    right, told = watched(body, since, device, options)
+    assert right == since + 5
+    (error,) = told
+    assert "a gradient came to an argument otherwise than through what it returned" in error

@@ -498,6 +498,14 @@ CASES: dict[str, Case] = {
         "def keep(x, kept):\n    kept.append(x)\n    return x * 2\n\n"
         "compile(lambda x: keep(x + 1, []))(x)"
     ),
+    "and in compiled code arguments have no history": Case(
+        "torch.set_grad_enabled(True)\n@eager_on_graph(fake=torch.empty_like)  # here\n"
+        "def watch(x):\n    x.register_hook(print)\n    return x * 2\n\n"
+        "compile(lambda x: watch(x.sin()) + 1)(leaf())"
+    ),
+    "a view of an argument with a hook, or with its gradient retained": Case(
+        "with torch.enable_grad():\n    x = leaf()\n    " + returns("(y := x.view_as(x), y.register_hook(print))[0]")
+    ),
     "cannot run on fake tensors, which have no values": Case(
         returns("x * 2", fake="lambda x: x * 2 if x.sum() > 0 else x")
     ),
