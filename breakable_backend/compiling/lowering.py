@@ -14,7 +14,7 @@ from breakable_backend._torch import pytree
 from breakable_backend.compiling.regions import CutsRegion, inline_regions, may_be_cut
 from breakable_backend.errors import first_line, message
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY, Cast, Modes
-from breakable_backend.ir.effects import bodies, graphs_in, tensors_of, written_arguments
+from breakable_backend.ir.effects import WRITES_UNDECLARED, bodies, graphs_in, tensors_of, written_arguments
 from breakable_backend.marks.marking import EagerOps, Marks, is_marked, marked_names
 
 OUT_KEY = "breakable_cg_out"
@@ -256,9 +256,11 @@ def kept_ops(gm: fx.GraphModule, eager_ops: EagerOps) -> set[Any]:
     """The ops that any graph in ``gm`` calls for more than their result.
 
     These are marked ops, ops that return nothing, and higher-order ops, whose bodies may write. AOT does not look into
-    bodies, and would drop a user's Triton kernel.
+    bodies, and would drop a user's Triton kernel. An op may also write what its schema does not tell of, such as the
+    statistics of a batch norm.
     """
     found = {op for op in called_ops(gm) if is_marked(op, eager_ops) or not op._schema.returns}
+    found.update(op for name in WRITES_UNDECLARED for op in _torch.find_overloads(name))
     return found.union(target for target in _targets(gm) if isinstance(target, _torch.HigherOrderOperator))
 
 

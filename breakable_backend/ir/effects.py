@@ -225,7 +225,7 @@ def _written_by_kernel(node: fx.Node) -> list[Any]:
 BATCH_NORMS = _torch.aten("native_batch_norm cudnn_batch_norm miopen_batch_norm")
 """Ops that write their running statistics if they train, and read them if they do not."""
 
-_UNDECLARED: Mapping[str, tuple[str, ...]] = {
+WRITES_UNDECLARED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(BATCH_NORMS, ("running_mean", "running_var")),
     "_c10d_functional::irecv": ("tensor",),
     "_c10d_functional::batch_p2p_ops": ("tensors",),
@@ -240,7 +240,7 @@ def written_values(op: _torch.Op, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     if isinstance(op, _torch.HigherOrderOperator):
         return [args, kwargs]
-    undeclared = _UNDECLARED.get(op._schema.name, ())
+    undeclared = WRITES_UNDECLARED.get(op._schema.name, ())
     return [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(op._schema.arguments)

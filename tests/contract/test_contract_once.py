@@ -94,6 +94,22 @@ def test_unused_random_draw(draw: Any, device: torch.device, options: dict[str, 
     check(f, lambda _: (torch.rand(4, device=device),), device=device, options=options, captured=1, eager=0, copies=1)
 
 
+def test_unused_batch_norm(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 5: a batch norm writes its statistics although nobody uses its result."""
+    mine, theirs = ((torch.zeros(3, device=device), torch.ones(3, device=device)) for _ in range(2))
+
+    def f(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        torch.nn.functional.batch_norm(x, mean, variance, training=True)
+        return x + 1
+
+    compiled = torch.compile(f, backend="breakable_cg", options=options)
+    for number in range(4):
+        x = torch.rand(5, 3, device=device) + number
+        assert torch.equal(compiled(x, *mine), f(x, *theirs))
+        assert all(map(torch.equal, mine, theirs))
+    assert program_of(compiled).replays == 2
+
+
 def test_two_equal_draws(device: torch.device, options: dict[str, Any]) -> None:
     """Line 1: two equal random draws are two draws."""
 
