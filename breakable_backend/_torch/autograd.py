@@ -90,6 +90,18 @@ def traced_so_far() -> frozenset[str]:
     return frozenset(node.name for node in mode.tracer.graph.nodes)
 
 
+def leaf_in_place_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf that :func:`trace_joint` takes for ``tensor``, so that no gradient gets to what made that. Read in torch 2.11 to 2.15."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+
+    mode = get_proxy_mode()
+    assert mode is not None
+    with disable_proxy_modes_tracing():
+        leaf = tensor.detach().requires_grad_()
+    mode.tracer.tensor_tracker[leaf] = mode.tracer.tensor_tracker[tensor]
+    return leaf
+
+
 def autocast_off() -> AbstractContextManager[None]:
     """No autocast during a ``with`` statement. A backward runs outside of autocast, and so does its trace."""
     return cast(AbstractContextManager[None], torch._C._DisableAutocast())
@@ -292,8 +304,9 @@ def spare_hooks(edges: Sequence[tuple[Any, int]], gradients: Sequence[Any]) -> N
         edges: from the node that asks.
         gradients: what it gives along each. None may still become a gradient by what another node gives.
     """
-    for (node, _), gradient in zip(edges, gradients, strict=True):
-        leaf = getattr(node, "variable", None) if gradient is None else None
+    without = [node for (node, _), gradient in zip(edges, gradients, strict=True) if gradient is None]
+    for node in nodes_behind(without):
+        leaf = getattr(node, "variable", None)
         if leaf is not None and (leaf._backward_hooks or leaf._post_accumulate_grad_hooks):
             _spare(node, leaf)
 

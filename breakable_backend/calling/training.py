@@ -40,6 +40,7 @@ from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry, TensorSpec
 from breakable_backend.ir.running_ops import RandomStates, generators_of
+from breakable_backend.marks.call_ops import Absent
 from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.observer import Saved
 from breakable_backend.recordings.recording import Recording
@@ -303,9 +304,10 @@ Make = Callable[..., Any]
 class _Seen:
     """What was seen of backwards while the graph was eager."""
 
-    pattern: list[TensorSpec | None]
     storages: dict[int, _torch.StorageWeakRef]
     """The storages of the first call's static inputs, if they have memory, by index."""
+    layouts: dict[int, TensorSpec] = field(default_factory=dict)
+    """The layouts of the gradients that came in, by output. In some calls fewer outputs may need gradients than in others."""
     came: bool = False
     refused: str = ""
     calls: int = 0
@@ -355,8 +357,8 @@ class Training:
         """Why it is eager; empty once it is not."""
         self.for_good = False
         self.forward: ForwardExecutor | None = None
-        self.backwards: dict[tuple[Pattern, frozenset[str]], tuple[Backward, Executor]] = {}
-        self._guess: tuple[Pattern, frozenset[str]] | None = None
+        self.backwards: dict[tuple[Pattern, Absent, frozenset[str]], Executor] = {}
+        self._guess: tuple[Pattern, Absent, frozenset[str]] | None = None
         """A key of :attr:`backwards` that was made before any forward was captured, as if nothing that it saves moves."""
         self._seen: _Seen | None = None
         self._storages: tuple[list[int], list[weakref.ref[torch.Tensor]], list[_torch.StorageWeakRef]] | None = None
@@ -375,7 +377,7 @@ class Training:
     def executors(self) -> list[Executor]:
         """The executors of both halves."""
         forward = [self.forward] if self.forward is not None else []
-        return [*forward, *(executor for _, executor in list(self.backwards.values()))]
+        return [*forward, *list(self.backwards.values())]
 
     def __call__(self, *args: Any) -> Any:
         """Run the forward once, and give autograd the node that runs the backward."""
@@ -433,15 +435,19 @@ class Training:
         outputs = self.eager(*args)
         if self.for_good:
             return outputs
-        differentiable = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
-        if any(value.grad_fn is None for value in differentiable):
+        differentiable = {
+            index: value
+            for index, value in enumerate(outputs)
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        }
+        if any(value.grad_fn is None for value in differentiable.values()):
             with self._lock:
                 self._give_up(f"it needs gradients, and {LEAF}")
             return outputs
         seen = self._seen
-        if seen is None or len(seen.pattern) != len(differentiable):
+        if seen is None:
             storages = {i: _torch.retains(args[i]) for i in self.halves.static if args[i].numel()}
-            self._seen = seen = _Seen([None] * len(differentiable), storages)
+            self._seen = seen = _Seen(storages)
             self.why = LEARNING
         if not seen.came:  # of all forwards until then, since a backward may come after a later forward
             if seen.calls - len(seen.pending) >= UNUSED:
@@ -449,9 +455,9 @@ class Training:
             looked = _Looked()
             seen.pending.add(looked)
             seen.calls += 1
-            for place, value in enumerate(differentiable):
+            for index, value in differentiable.items():
                 assert value.grad_fn is not None
-                value.grad_fn.register_prehook(functools.partial(_look, seen, looked, place, value.output_nr))
+                value.grad_fn.register_prehook(functools.partial(_look, seen, looked, index, value.output_nr))
         return outputs
 
     def _ready(self, args: Sequence[Any]) -> bool:
@@ -468,7 +474,7 @@ class Training:
                 self._give_up(seen.refused)
                 return False
             try:
-                forward = self.halves.trace(args, tuple(seen.pattern))
+                forward = self.halves.trace(args, seen.layouts)
                 if not _count_up(args, forward.written, forward.inputs):
                     raise CannotLower(SHARED)
                 self._refilled = frozenset(seen.refilled)
@@ -496,13 +502,10 @@ class Training:
         pattern = _pattern_of(grads)
         if not any(pattern):
             return [None] * len(self.halves.wanted)
-        backward, executor = self._backward(pattern, ctx.static if ctx.captured else None)
         forward = self.halves.forward
         assert forward is not None
-        left = iter(moving)
-        saved = {
-            name: next(left) if value is None else value for name, value in zip(forward.saved, ctx.saved, strict=True)
-        }
+        backward, absent, saved = self._chosen(pattern, ctx, moving)
+        executor = self._executor(backward, pattern, absent, ctx.static if ctx.captured else None)
         given = dict(zip(forward.inputs, inputs, strict=True))
         args = [
             *(saved[name] for name in backward.saved),
@@ -525,58 +528,82 @@ class Training:
                 value.gradient_of = whole
         return made
 
-    def read_by(self, ctx: Any, grads: Sequence[Any]) -> tuple[Sequence[int], Sequence[int]]:
+    def read_by(self, ctx: Any, moving: Sequence[Any], grads: Sequence[Any]) -> tuple[Sequence[int], Sequence[int]]:
         """Which inputs and which checked results the backward for ``grads`` reads, by their places among what is saved."""
         pattern = _pattern_of(grads)
         forward = self.halves.forward
         assert forward is not None
         if not any(pattern):
             return (), ()
-        backward, _ = self._backward(pattern, ctx.static if ctx.captured else None)
+        backward, *_ = self._chosen(pattern, ctx, moving)
         return tuple(map(forward.inputs.index, backward.inputs)), backward.checked
 
-    def _backward(self, pattern: Pattern, static: frozenset[str] | None) -> tuple[Backward, Executor]:
-        """The backward for ``pattern``, and its executor for a forward whose ``static`` values are fixed (None: plain)."""
-        guess = None
-        if static is None:
-            known = (key for key in list(self.backwards) if key[0] == pattern)
-            assert self.halves.forward is not None
-            guess = pattern, frozenset(self.halves.forward.saved)
-            static = next(known, guess)[1]
-        found = self.backwards.get((pattern, static))
+    def _chosen(
+        self, pattern: Pattern, ctx: Any, moving: Sequence[Any]
+    ) -> tuple[Backward, Absent, dict[str, torch.Tensor]]:
+        """The backward for ``pattern``, the gradients that marked functions will not give, and what was saved, by name."""
+        forward = self.halves.forward
+        assert forward is not None
+        left = iter(moving)
+        saved = {
+            name: next(left) if value is None else value for name, value in zip(forward.saved, ctx.saved, strict=True)
+        }
+        backward, absent = self._traced(pattern), frozenset[tuple[int, int]]()
+        while more := backward.absent_from(saved) - absent:  # then later calls may give nothing either
+            absent |= more
+            backward = self._traced(pattern, absent)
+        return backward, absent, saved
+
+    def _traced(self, pattern: Pattern, absent: Absent = frozenset()) -> Backward:
+        """The backward for ``pattern`` in which marked functions do not give the ``absent`` gradients."""
+        known = self.halves.backwards
+        found = known.get((pattern, absent))
         if found is not None:
             return found
         with self._lock:
-            if (pattern, static) not in self.backwards:
-                if self._guess is not None and self._guess[0] == pattern:  # it has served plain forwards alone
-                    del self.backwards[self._guess]
+            if len(known) == MAX_PATTERNS and (pattern, absent) not in known:
+                self._leave(TOO_MANY_ABSENT if absent else TOO_MANY_PATTERNS)
+            try:
+                with self._modes.enter():
+                    return self.halves.backward(pattern, absent)
+            except CannotLower as why:
+                self._leave(f"it needs gradients, and some came in that it was not traced for: {why}")
+                raise ReplayError(
+                    f"the backward of {self.name} got gradients that it was not traced for: {why}",
+                    where=self.source,
+                    fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
+                ) from None
+
+    def _executor(
+        self, backward: Backward, pattern: Pattern, absent: Absent, static: frozenset[str] | None
+    ) -> Executor:
+        """The executor of a backward for a forward whose ``static`` values are fixed (None: plain)."""
+        guess = None
+        if static is None:
+            known = (key for key in list(self.backwards) if key[:2] == (pattern, absent))
+            assert self.halves.forward is not None
+            guess = pattern, absent, frozenset(self.halves.forward.saved)
+            static = next(known, guess)[2]
+        found = self.backwards.get((pattern, absent, static))
+        if found is not None:
+            return found
+        with self._lock:
+            if (pattern, absent, static) not in self.backwards:
+                if self._guess is not None and self._guess[:2] == (pattern, absent):
+                    del self.backwards[self._guess]  # it has served plain forwards alone
                 self._guess = None
-                if len(self.halves.backwards) == MAX_PATTERNS and pattern not in self.halves.backwards:
-                    self._leave(TOO_MANY_PATTERNS)
-                try:
-                    with self._modes.enter():
-                        backward = self.halves.backward(pattern)
-                except CannotLower as why:
-                    self._leave(f"it needs gradients, and some came in that it was not traced for: {why}")
-                    raise ReplayError(
-                        f"the backward of {self.name} got gradients that it was not traced for: {why}",
-                        where=self.source,
-                        fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
-                    ) from None
                 lowered = backward.lowered(self.halves.static - self._refilled, static)
-                executor = self.make(HalfExecutor, lowered, self._named(pattern, static))
+                executor = self.make(HalfExecutor, lowered, self._named(pattern, absent, static))
                 places = enumerate(backward.inputs, len(backward.saved))
                 executor.note_copied_in([place for place, index in places if index in self._refilled], REFILLED)
                 executor.callers = self.callers
-                self.backwards[pattern, static], self._guess = (backward, executor), guess
-            return self.backwards[pattern, static]
+                self.backwards[pattern, absent, static], self._guess = executor, guess
+            return self.backwards[pattern, absent, static]
 
-    def _named(self, pattern: Pattern, static: frozenset[str]) -> str:
+    def _named(self, pattern: Pattern, absent: Absent, static: frozenset[str]) -> str:
         """A name that no other backward of this graph has, and that tells how this one differs from the first."""
         name = f"backward of {self.name}"
-        if not self.backwards:
-            return name
-        first, fixed = next(iter(self.backwards))
+        first, _, fixed = next(iter(self.backwards), (pattern, absent, static))
         given = [place for place, spec in enumerate(pattern) if spec is not None]
         if given != [place for place, spec in enumerate(first) if spec is not None]:
             forward = self.halves.forward
@@ -586,7 +613,9 @@ class Training:
             name += " for gradients with another layout"
         if moving := len(fixed - static):
             name += f", with {moving} saved value{'s' * (moving > 1)} that move{'s' * (moving == 1)}"
-        taken = [executor.name for _, executor in self.backwards.values()]
+        if absent:
+            name += f", without {len(absent)} gradient{'s' * (len(absent) > 1)} of marked functions"
+        taken = [executor.name for executor in self.backwards.values()]
         return name if name not in taken else f"{name} ({1 + len(taken)})"
 
     def saved(self, made: Outputs, results: Sequence[Any]) -> list[Saved]:
@@ -815,10 +844,14 @@ class Others:
 
 TOO_MANY_PATTERNS = f"it needs gradients, and more than {MAX_PATTERNS} sets of its results, or layouts, came with some"
 
+TOO_MANY_ABSENT = (
+    f"it needs gradients, and more than {MAX_PATTERNS} sets of them were missing where marked functions gave none"
+)
+
 TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes and floats"
 
 
-def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[Any, ...]) -> None:
+def _look(seen: _Seen, looked: _Looked, index: int, number: int, grads: tuple[Any, ...]) -> None:
     """A backward has reached an output of an eager call."""
     grad, backward = grads[number], _torch.current_backward()
     if looked.last != backward:
@@ -831,7 +864,7 @@ def _look(seen: _Seen, looked: _Looked, place: int, number: int, grads: tuple[An
     if why := _refusal(grads):
         seen.refused = f"it needs gradients, and {why}"
     elif grad is not None:
-        seen.pattern[place], seen.came = TensorSpec.of(grad), True
+        seen.layouts[index], seen.came = TensorSpec.of(grad), True
 
 
 def _look_behind(seen: _Seen) -> None:
@@ -965,14 +998,14 @@ class _Captured(torch.autograd.Function):
         except RuntimeError:
             if any(now is not None and not before for now, before in zip(grads, ctx.given, strict=True)):
                 training.refuse(IN_PARTS)  # in eager the results may share nothing
-            if held is None or why or held.written(*training.read_by(ctx, grads)):
+            if held is None or why or held.written(*training.read_by(ctx, held.moving, grads)):
                 raise
             moving, inputs = held.moving, held.inputs  # in eager nodes for other results have saved what was written
         if not _torch.graph_is_kept():
             ctx.given, ctx.held = [grad is not None for grad in grads], None
         everything = list(range(len(inputs)))
         if not _torch.are_at(list(inputs), ctx.pointers, everything) and training.have_other_storages(
-            inputs, ctx, everything if why else training.read_by(ctx, grads)[0]
+            inputs, ctx, everything if why else training.read_by(ctx, moving, grads)[0]
         ):
             training.refuse("an argument or a parameter was given other memory between a forward and its backward")
         gradients: Sequence[Any]

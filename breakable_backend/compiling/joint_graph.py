@@ -47,7 +47,7 @@ from breakable_backend.ir.effects import (
 )
 from breakable_backend.ir.layout import STRIDED, TensorSpec
 from breakable_backend.ir.views import alias_source, is_view, made_again
-from breakable_backend.marks.call_ops import is_backward, is_call, site_of
+from breakable_backend.marks.call_ops import Absent, is_backward, is_call, site_of, unreached, without
 from breakable_backend.marks.call_sites import Mark, Site, sites
 from breakable_backend.marks.marking import EagerOps, Marks
 from breakable_backend.marks.rules import argument_of
@@ -103,6 +103,19 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Call:
+    """The backward of a call of a marked function."""
+
+    site: int
+    handle: str
+    """The name of the saved value that tells what the call has kept."""
+    given: tuple[bool, ...]
+    """Which results of the call are given gradients."""
+    read: frozenset[int]
+    """The places of the gradients that other ops read."""
+
+
+@dataclass(frozen=True)
 class Backward:
     """The backward for one pattern."""
 
@@ -120,6 +133,10 @@ class Backward:
     are numbered in the order of the backward."""
     needed: Mapping[int, Mark]
     """The marked functions of those of these gradients that other ops read, by number."""
+    foreseen: tuple[Call, ...]
+    """The calls that give these, where it can be told before whether they will."""
+    absent: tuple[int, ...]
+    """Those that it was traced without."""
     entangled: frozenset[int]
     """Gradients that share memory with its arguments, or with gradients before them."""
     wholes: tuple[Wrapped | None, ...]
@@ -131,6 +148,14 @@ class Backward:
         places += [len(self.saved) + i for i, index in enumerate(self.inputs) if index in static_inputs]
         return Lowered(self.module, frozenset(places))
 
+    def absent_from(self, saved: Mapping[str, torch.Tensor]) -> Absent:
+        """Gradients that other ops read, and that marked functions will not give in the backward of what was ``saved``."""
+        return frozenset(
+            (call.site, place)
+            for call in self.foreseen
+            for place in call.read & unreached(call.site, saved[call.handle], call.given)
+        )
+
     def gradients_in(self, made: Sequence[Any]) -> list[Any]:
         """The gradients among its results. None for one to which no marked function gave anything.
 
@@ -140,14 +165,15 @@ class Backward:
         count = len(self.sums)
         came = [given for report in made[count:] for given in report.tolist()]
         if all(came):
+            assert not self.absent
             return list(made[:count])
+        assert not any(came[number] for number in self.absent)
         for number, mark in self.needed.items():
             if not came[number]:
                 raise EagerOutputError(
                     f"the gradients of {mark.name} leave out one of its arguments, and did not when they were captured",
                     where=mark.source,
-                    fix="have each result depend on each argument that compiled code computes, or compile with "
-                    "options={'training': False}",
+                    fix="have its backward return zeros in place of None, or compile with options={'training': False}",
                 )
         return [
             None if terms and not any(came[number] for number in terms) else value
@@ -173,6 +199,8 @@ class _Joint:
     """Inputs whose version is counted up."""
     wholes: tuple[Wrapped | None, ...]
     """For each gradient: the subclass of which it is a part, if it is one."""
+    absent: Absent = frozenset()
+    """Gradients that it was traced without."""
     aliases: tuple[Alias, ...] = ()
 
     def second(self) -> Iterator[fx.Node]:
@@ -211,6 +239,17 @@ class _Joint:
             if is_backward(call.target):
                 assert len(call.users) == len(call.meta["val"]), "a trace takes each result out"
                 yield list(call.users)
+
+    def foreseen(self) -> Iterator[Call]:
+        """Backwards of marked functions that give what other ops read. Of each the forward has kept what it saved."""
+        read: list[Any] = [result.args for result in self.sums()[1]]
+        calls: list[Any] = [call for call in self.second() if is_backward(call.target)]
+        numbers = [call.args[0] for call in calls]
+        for call in calls:
+            number, handle, grads, _ = call.args
+            places = frozenset(place for maker, place in read if maker is call)
+            if places and numbers.count(number) == 1 and handle.name in self.forward:
+                yield Call(number, handle.name, tuple(grad is not None for grad in grads), places)
 
     def sums(self) -> tuple[dict[fx.Node, frozenset[fx.Node]], set[fx.Node]]:
         """Values that are gradients of marked functions or sums of these alone, and those of them that other ops read.
@@ -259,7 +298,7 @@ class Halves:
     sites: tuple[Site, ...] = ()
     """Calls of marked functions that it owns."""
     forward: Forward | None = None
-    backwards: dict[Pattern, Backward] = field(default_factory=dict)
+    backwards: dict[tuple[Pattern, Absent], Backward] = field(default_factory=dict)
     _calls: tuple[tuple[str, Any], ...] = ()
     """The calls of the forward, as its trace has them."""
 
@@ -332,10 +371,11 @@ class Halves:
         """The inputs that get gradients."""
         return tuple(index for index, (_, needs) in enumerate(self.inputs) if needs)
 
-    def trace(self, args: Sequence[torch.Tensor], pattern: Pattern) -> Forward:
-        """Make the forward, for arguments like ``args``, and the backward for ``pattern``."""
+    def trace(self, args: Sequence[torch.Tensor], layouts: Mapping[int, TensorSpec]) -> Forward:
+        """Make the forward, for arguments like ``args``, and the backward for gradients of outputs with these ``layouts``."""
         self.inputs = tuple((TensorSpec.of(value), value.requires_grad) for value in args)
         joint = self._joint(None)
+        pattern = tuple(map(layouts.get, joint.differentiable))
         wanted = joint if len(joint.given) == len(pattern) and _pattern(joint) == pattern else self._joint(pattern)
         self._calls = joint.calls()
         known = {node.name: node for node in joint.module.graph.nodes}
@@ -344,14 +384,14 @@ class Halves:
         if not set(joint.written).isdisjoint(self.parts):
             raise CannotLower("it writes an argument that is no plain tensor")
         self.forward = _forward(joint, self.static, tuple(name for name in known if name in roots), inputs)
-        self.backwards[pattern] = self._backward(wanted)
+        self.backwards[pattern, frozenset()] = self._backward(wanted)
         return self.forward
 
-    def backward(self, pattern: Pattern) -> Backward:
-        """The backward for ``pattern``, which is traced if it is new."""
-        if pattern not in self.backwards:
-            self.backwards[pattern] = self._backward(self._joint(pattern))
-        return self.backwards[pattern]
+    def backward(self, pattern: Pattern, absent: Absent) -> Backward:
+        """The backward for ``pattern`` without the ``absent`` gradients, which is traced if it is new."""
+        if (pattern, absent) not in self.backwards:
+            self.backwards[pattern, absent] = self._backward(self._joint(pattern, absent))
+        return self.backwards[pattern, absent]
 
     def _backward(self, joint: _Joint) -> Backward:
         assert self.forward is not None
@@ -369,16 +409,16 @@ class Halves:
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         return tuple(wholes.get(placeholders[index].name) for index in self.wanted)
 
-    def _joint(self, pattern: Pattern | None) -> _Joint:
+    def _joint(self, pattern: Pattern | None, absent: Absent = frozenset()) -> _Joint:
         """Trace both halves for the gradients of ``pattern``. None: a gradient for each output, of the output's layout."""
         try:
-            return self._traced(pattern)
+            return self._traced(pattern, absent)
         except (CannotLower, _torch.dynamo_error()):
             raise
         except Exception as error:  # any exception of an op on fake tensors
             raise CannotLower(AT_RUN_TIME if _torch.is_about_numbers(error) else first_line(error)) from error
 
-    def _traced(self, pattern: Pattern | None) -> _Joint:
+    def _traced(self, pattern: Pattern | None, absent: Absent) -> _Joint:
         for node in (node for module in graphs_in(self.gm) for node in module.graph.nodes):
             if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in KEPT:
                 raise CannotLower(f"it calls {node.target.name()}")
@@ -399,7 +439,8 @@ class Halves:
             def both(*flat: Any) -> Any:
                 primals, came = flat[:count], flat[count:]
                 before = [(value.requires_grad, value._version) for value in primals]
-                outputs = _Run(self.gm).run(*primals)
+                with without(absent):
+                    outputs = _Run(self.gm).run(*primals)
                 if any(map(_torch.is_traceable_wrapper_subclass, outputs)):
                     raise CannotLower("an output is no plain tensor")
                 facts["forward"] = _torch.traced_so_far()
@@ -443,6 +484,7 @@ class Halves:
             tuple(facts["given"]),
             tuple(sorted({*facts["written"], *written})),
             wholes,
+            absent,
         )
         joint = replace(joint, aliases=tuple(_aliases(joint, self.inputs, self.parts)))
         _check(joint, count)
@@ -611,10 +653,10 @@ def _check(joint: _Joint, num_inputs: int) -> None:
     for node in graph.nodes:
         if (called := site_of(node.target, node.args)) is not None:
             called.is_captured = True
-    needed = joint.sums()[1]
+    needed, foreseen = joint.sums()[1], {call.site for call in joint.foreseen()}
     for node in filter(needed.__contains__, joint.marked()):
         site = _site(node)
-        if node.args[1] in site.left_out:
+        if node.args[1] in (site.unforeseen if site.number in foreseen else site.left_out):
             raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient")
 
 
@@ -831,6 +873,8 @@ def _backward(joint: _Joint, forward: Forward) -> Backward:
         tuple(place for place, leaf in enumerate(checked) if not read.isdisjoint(storages_of(leaf))),
         tuple(frozenset(numbers[node] for node in sums.get(leaf, ())) for leaf in joint.gradients),
         {number: _site(node).mark for node, number in numbers.items() if node in needed},
+        tuple(joint.foreseen()),
+        tuple(number for node, number in numbers.items() if (_site(node).number, node.args[1]) in joint.absent),
         _entangled(module),
         joint.wholes,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +30,27 @@ _calls: set[Any] = set()
 """The ops that run marked functions."""
 
 
+Absent = frozenset[tuple[int, int]]
+"""Gradients that calls of marked functions do not give: the number of the site, and the place among those of the call."""
+
+_absent: ContextVar[Absent] = ContextVar("absent", default=frozenset())
+
+
+@contextmanager
+def without(absent: Absent) -> Iterator[None]:
+    """Calls that are traced in a ``with`` statement have no edge in autograd's graph along which ``absent`` gradients would go."""
+    token = _absent.set(absent)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
+
+
+def unreached(number: int, handle: torch.Tensor, given: Sequence[bool]) -> set[int]:
+    """The places of gradients that a call will not give, if its results are ``given`` gradients."""
+    return _saved(number, handle).unreached(given)
+
+
 def _saved(number: int, handle: torch.Tensor) -> SavedForBackward:
     saved = saved_behind(handle)
     if saved is None:
@@ -44,15 +68,9 @@ class _Node(torch.autograd.Function):
     """The autograd node of a call. What it saves lies behind a handle, a tensor that autograd saves like any other."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: Any, keys: Any, number: int, num_written: int, ints: Any, floats: Any, *tensors: torch.Tensor
-    ) -> Any:
-        needs = [tensor.requires_grad for tensor in tensors]
-        ctx.traced = any(map(_torch.is_traced, tensors))
-        written, rest = tensors[:num_written], list(tensors[num_written:])
-        made = _torch.below_autograd(op, keys, number, needs, ctx.traced, *written, rest, ints, floats)
-        *results, handle = [made] if isinstance(made, torch.Tensor) else made
-        site = sites[number]
+    def forward(ctx: Any, run: Callable[[], Any], number: int, needs: list[bool], *tensors: torch.Tensor) -> Any:
+        *results, handle = run()
+        ctx.traced, site = any(map(_torch.is_traced, tensors)), sites[number]
         if _torch.is_traced(handle):
             members: Sequence[Any] = site.traced_as()
         else:
@@ -77,13 +95,16 @@ class _Node(torch.autograd.Function):
             if _torch.is_traced(handle):
                 *made, _came = torch.ops.breakable_cg.backward(ctx.site, handle, given, ctx.sizes)
             else:
-                made = _saved(ctx.site, handle).backward(given)
-                sites[ctx.site].left_out |= {place for place, gradient in enumerate(made) if gradient is None}
+                saved = _saved(ctx.site, handle)
+                made = saved.backward(given)
+                if missing := {place for place, gradient in enumerate(made) if gradient is None}:
+                    sites[ctx.site].left_out |= missing
+                    sites[ctx.site].unforeseen |= missing - saved.unreached([grad is not None for grad in given])
         left = iter(made or [None] * sum(ctx.needs))
         gradients = [next(left) if need else None for need in ctx.needs]
         if not _torch.is_traced(handle):
             _torch.spare_hooks(ctx.next_functions, gradients)
-        return *(None,) * 6, *gradients
+        return *(None,) * 3, *gradients
 
 
 def _define(name: str, num_written: int, num_results: int | None) -> Any:
@@ -116,8 +137,24 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
         if needs or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return _torch.below_autograd(op, keys, site, needs, traced, *rest)
         taping = op if num_results is None else _overload(writing_op(num_written, num_results + 1))
-        numbers = rest[num_written + 1 :]
-        return packed(list(_torch.apply_function(_Node, taping, keys, site, num_written, *numbers, *tensors)))
+        needs, traced = [tensor.requires_grad for tensor in tensors], any(map(_torch.is_traced, tensors))
+        needing = [place for place, need in enumerate(needs) if need]
+
+        def run_below() -> list[torch.Tensor]:
+            made = _torch.below_autograd(taping, keys, site, needs, traced, *rest)
+            return [made] if isinstance(made, torch.Tensor) else list(made)
+
+        run = run_below
+        if traced:  # in the node, since ops of a trace have the number of the node that was made last
+            for place in (needing[place] for number, place in _absent.get() if number == site):
+                tensors[place] = _torch.leaf_in_place_of(tensors[place])
+        else:
+            made = run_below()
+            saved = _saved(site, made[-1])
+            for place in saved.unreached([True] * len(saved.members)):
+                tensors[needing[place]] = tensors[needing[place]].detach()
+            run = functools.partial(list, made)
+        return packed(list(_torch.apply_function(_Node, run, site, needs, *tensors)))
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)

@@ -183,6 +183,8 @@ class Site:
     """Dimensions, dtype and device of the gradients that the backward computes."""
     left_out: frozenset[int] = frozenset()
     """Those of them that a backward which autograd ran did not give."""
+    unforeseen: frozenset[int] = frozenset()
+    """Those of :attr:`left_out` that had a way to a result: a backward of the user's returned None."""
     seen: frozenset[int] = frozenset()
     """Roots that needed gradients in calls outside of traced code."""
     traced: tuple[bool, ...] = ()

@@ -58,6 +58,12 @@ class SavedForBackward(bytearray):
             gradients[place] = gradient
         return gradients
 
+    def unreached(self, given: Sequence[bool]) -> set[int]:
+        """The leaves without a way to them from the results that are ``given`` gradients. In eager no edge leads to them."""
+        groups = (members for members, is_given in zip(self.members, given, strict=True) if is_given)
+        behind = {id(leaf) for leaf in _torch.leaves_behind(tensor.grad_fn for group in groups for tensor, _ in group)}
+        return {place for place, leaf in enumerate(self.leaves) if id(leaf) not in behind}
+
 
 def nothing_like(leaf: torch.Tensor) -> torch.Tensor:
     """What stands for a gradient that ``leaf`` does not get: adding ``-0.0`` changes no bit."""

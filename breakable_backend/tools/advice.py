@@ -68,13 +68,15 @@ _TO_CAPTURE = {
     "no backward has been seen": "for inference call it under torch.no_grad(); in training it is captured once a call was run "
     "backward; a smaller last batch has a graph of its own, and is left out by DataLoader(..., drop_last=True)",
     "a backward was run under autocast": "end the torch.autocast block before loss.backward(), then torch.compiler.reset()",
-    "gives one of its arguments no gradient": "have its result depend on each argument that compiled code computes, or pass "
-    "that argument as x.detach()",
+    "gives one of its arguments no gradient": "have its backward return zeros in place of None, or pass that argument as "
+    "x.detach()",
     "gradients came in batches": "call torch.autograd.grad without is_grads_batched, then torch.compiler.reset()",
     "are run backward one after the other": "call backward once, for the sum of both, or the first time with "
     "retain_graph=True, then torch.compiler.reset()",
     "sets of sizes": "pad to a few sizes; leave a smaller last batch out: DataLoader(..., drop_last=True)",
     "it writes an argument that needs gradients": "return a new tensor in place of the write",
+    "sets of them were missing": "have the results of marked functions depend on the same arguments in each step; a term "
+    "that is multiplied by 0 will do",
     "sets of its results": "have each loss use the same results; a term that is multiplied by 0 will do",
     "an output is, or views, an argument": "return a clone() of that argument, or detach() it",
     "an output is, or views, another output": "return a clone() of one of the two, or detach() one",

@@ -590,13 +590,90 @@ def test_a_marked_function_that_gives_no_gradient(device: torch.device, options:
     assert_trains(Unused(), mlp_step(device), device, options)
 
 
-def test_a_marked_function_that_gives_no_gradient_at_last(device: torch.device, options: dict[str, Any]) -> None:
-    """Line 9: where that happens first in a later step it is an error, and steps after it are eager, and right."""
-    uses_both = True
+TAKEN: dict[str, Callable[[int], tuple[bool, bool, bool]]] = {
+    "at first": lambda step: (step > 3, step > 3, step % 2 == 0),
+    "at last": lambda step: (step < 6 or step % 4 > 1, step < 9 or step % 3 == 0, step < 5),
+    "none or all": lambda step: (step % 2 == 0,) * 3,
+}
+"""On which of their arguments the marked functions depend in a step."""
+
+
+@pytest.mark.parametrize(
+    ("how", "taken"),
+    [*(("once", when) for when in TAKEN), *((how, "at last") for how in ("sizes", "compare", "retained", "pending"))],
+)
+def test_layers_without_a_gradient(how: str, taken: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 3: where a marked function takes no notice of an argument, nothing before it has a gradient or runs backward.
+
+    That is captured. Captured code computes the arguments, one of them from another marked function.
+    """
+    now, ran = [True, True, True], list[str]()
+
+    @eager_on_graph(backward=lambda context, grad: (ran.append("scaled"), grad * context.args[0].cos())[1])
+    def scaled(x: Tensor) -> Tensor:
+        return x.sin()
 
     @eager_on_graph
+    def chosen(x: Tensor, y: Tensor, always: Tensor) -> Tensor:
+        result = (x if now[0] else x.detach()) * always
+        return result * y if now[1] else result
+
+    @eager_on_graph
+    def split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 3, y * 2 if now[2] else torch.ones_like(y)
+
+    class Layers(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.other = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+            self.always, self.between = nn.Parameter(torch.rand(8)), nn.Linear(8, 8)
+            self.outside = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.between(scaled(self.first(x).relu()).exp())
+            x, other = split(chosen(x + 1, self.expert.exp(), self.always) * 2, self.other.exp() * 3)
+            return self.second(x + self.second.bias.sum()), other.exp()
+
+    counts = {True: itertools.count(), False: itertools.count()}
+
+    def step(function: Any, module: Any) -> Any:
+        if not module.expert._backward_hooks:
+            for name in ("expert", "other", "outside"):
+                parameter = getattr(module, name)
+                parameter.register_hook(lambda grad, name=name: ran.append(name) or grad * 2)
+                parameter.register_post_accumulate_grad_hook(lambda p: ran.append(str(p.shape)))
+        number = next(counts[function is module])
+        ran.clear()
+        module.zero_grad()
+        losses = []
+        for place in range(2 if how == "pending" else 1):
+            now[:] = TAKEN[taken](number + place)
+            x, other = function(
+                module.outside.exp() * torch.rand(3 + (number % 2) * (how == "sizes"), 4, device=device)
+            )
+            losses.append(x.square().mean() * (place + 1) + (other.sum() if how != "once" or number % 5 else 0))
+        for loss in losses:
+            loss.backward(retain_graph=how == "retained")
+            if how == "retained":
+                loss.backward()
+        descend(module)
+        return [loss.detach() for loss in losses], sorted(ran)
+
+    if how == "compare":
+        options = {**options, "debug": "compare"}
+    programs = assert_trains(Layers(), step, device, options, 32, dynamic=how == "sizes" or None)
+    replays = {program.name: program.replays for program in programs}
+    assert sum(replays[name] for name in replays if name.startswith("forward")) >= 20, replays
+    assert sum(replays[name] for name in replays if "of marked functions" in name) >= 4, replays
+
+
+def test_a_backward_that_gives_no_gradient_at_last(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a backward of the user's that returns None first in a later step is an error, and steps after it are eager, and right."""
+    gives_both = True
+
+    @eager_on_graph(backward=lambda _, grad: (grad * 2, grad.sum(0) if gives_both else None))
     def chosen(x: Tensor, y: Tensor) -> Tensor:
-        return x * y if uses_both else x * 2
+        return x * 2 + y
 
     class Experts(Mlp):
         def __init__(self) -> None:
@@ -613,7 +690,7 @@ def test_a_marked_function_that_gives_no_gradient_at_last(device: torch.device, 
     step = mlp_step(device)
     assert_same(trained(compiled, mine, step, 8), trained(theirs, theirs, step, 8))
     assert_replays(breakable_backend.explain(compiled).programs, 1)
-    uses_both = False
+    gives_both = False
     with pytest.raises(EagerOutputError, match="leave out one of its arguments"):
         step(compiled, mine)
     assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
@@ -772,20 +849,16 @@ def test_a_gradient_of_two_functions_that_one_leaves_out(device: torch.device, o
     step = mlp_step(device)
     for split in (False, True):
         torch._dynamo.reset()
-        gives[:] = True, True
         torch.manual_seed(0)
         mine = Sums(split).to(device)
         theirs = copy.deepcopy(mine)
         compiled = torch.compile(mine, backend="breakable_cg", options=options)
-        assert_same(trained(compiled, mine, step, 7), trained(theirs, theirs, step, 7))
-        gives[0] = False
-        if split:
-            with pytest.raises(EagerOutputError, match="leave out one of its arguments"):
-                step(compiled, mine)
-        else:
-            for gives[:] in ([False, True], [True, False], [False, False]):
-                assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
-            assert_replays(breakable_backend.explain(compiled).programs, 10)
+        for gives[:] in ([False, False], [True, True], [True, True], [False, True], [True, False], [False, False]):
+            assert_same(trained(compiled, mine, step, 3), trained(theirs, theirs, step, 3))
+        programs = breakable_backend.explain(compiled).programs
+        assert_replays(programs, 1 if split else 10)
+        # Captured code reads both gradients, or a sum that has a further term.
+        assert any("of marked functions" in program.name for program in programs) is split
 
 
 def test_results_that_need_gradients_in_some_calls_only(device: torch.device, options: dict[str, Any]) -> None:
@@ -2227,6 +2300,40 @@ def test_too_many_patterns(device: torch.device, options: dict[str, Any]) -> Non
     report = breakable_backend.explain(compiled)
     assert "more than 16 sets of its results" in str(report)
     assert not any(program.recordings for program in report.programs)
+
+
+def test_too_many_sets_of_missing_gradients(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 9 and 10: the same for sets of arguments on which no result of a marked function depends."""
+    taken: list[int] = [*range(5)]
+
+    @eager_on_graph
+    def some(x: Tensor, *others: Tensor) -> Tensor:
+        return x * sum(others[number] for number in taken)
+
+    class Gated(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = nn.ParameterList(torch.rand(8) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(some(self.first(x).relu(), *(gate.exp() for gate in self.gates)))
+
+    counts = {True: itertools.count(), False: itertools.count()}
+
+    def step(function: Any, module: Any) -> Any:
+        number = max(0, next(counts[function is module]) - 6)
+        taken[:] = [place for place in range(5) if 31 - number >> place & 1]
+        return mlp(function, module)
+
+    torch.manual_seed(0)
+    mlp, mine = mlp_step(device), Gated().to(device)
+    theirs = copy.deepcopy(mine)
+    compiled = torch.compile(mine, backend="breakable_cg", options=options)
+    assert_same(trained(compiled, mine, step, 20), trained(theirs, theirs, step, 20))
+    assert_replays(breakable_backend.explain(compiled).programs, 0)
+    assert_same(trained(compiled, mine, step, 6), trained(theirs, theirs, step, 6))
+    assert len(executors_of(compiled)) <= 1 + MAX_PATTERNS + 1, "a forward, its backwards, and the one too many"
+    assert "more than 16 sets of them were missing" in str(breakable_backend.explain(compiled))
 
 
 def test_graphs_that_are_not_taken(device: torch.device, options: dict[str, Any]) -> None:
