@@ -598,6 +598,7 @@ TAKEN: dict[str, Callable[[int], tuple[bool, bool, bool]]] = {
 """On which of their arguments the marked functions depend in a step."""
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 @pytest.mark.parametrize(
     ("how", "taken"),
     [*(("once", when) for when in TAKEN), *((how, "at last") for how in ("sizes", "compare", "retained", "pending"))],
