@@ -251,6 +251,76 @@ FAULTS = (
         "test_training.py::test_a_mixture_of_experts_trains[cpu-at first]",
     ),
     Fault(
+        "expanded-views-lie-where-they-lay",
+        "marks.structure:view_leaf",
+        "size > 1 and where[1][dim] == 0",
+        "False",
+        "test_functions.py::test_expanded_view_of_an_argument_that_begins_elsewhere[cpu-learned-dense]",
+    ),
+    Fault(
+        "results-over-an-arguments-memory-are-fresh",
+        "marks.results:_Taker.take",
+        "[in_memory_of(self.arguments, tensor) for tensor in self.tensors]",
+        "list(self.tensors)",
+        "test_functions.py::test_results_over_the_memory_of_an_argument[cpu-learned]",
+    ),
+    Fault(
+        "memory-of-other-libraries-is-the-callers",
+        "marks.results:_is_kept",
+        "not group[0].untyped_storage().resizable()",
+        "False",
+        "test_functions.py::test_kept_memory_of_another_library[cpu]",
+    ),
+    Fault(
+        "memory-of-other-libraries-is-the-callers-by-the-short-way",
+        "_torch.tensors:is_sole_owner",
+        "storage.resizable()",
+        "True",
+        "test_functions.py::test_kept_memory_of_another_library[cpu]",
+    ),
+    Fault(
+        "what-is-detached-needs-gradients-without-grad-mode",
+        "marks.results:_Taker._is_detached",
+        "base_needs",
+        "self.recording and base_needs",
+        "test_functions.py::test_what_is_detached_without_grad_mode[cpu-False-detach]",
+    ),
+    Fault(
+        "fake-functions-see-no-gradients-without-grad-mode",
+        "marks.call_sites:Site._ask",
+        "call.needs or _needing(call.tensors)",
+        "call.needs or [False] * len(given)",
+        "test_functions.py::test_what_is_detached_without_grad_mode[cpu-True-detach]",
+    ),
+    Fault(
+        "lazy-results-lie-otherwise",
+        "marks.results:_Taker._take_group",
+        "TensorSpec.of(root).empty() if _torch.is_traced(root) else copy_of(root)",
+        "root.resolve_conj().resolve_neg()",
+        "test_functions.py::test_layout_of_lazy_results[cpu-False]",
+    ),
+    Fault(
+        "results-over-an-arguments-memory-are-fresh-in-a-capture",
+        "capturing.capture:_OngoingCapture._break",
+        "on_known_memory(result, taken)",
+        "result",
+        "test_capture_hostile.py::test_results_over_the_memory_of_an_argument[cpu]",
+    ),
+    Fault(
+        "a-result-that-is-an-argument-later-is-copied",
+        "capturing.eager_results:Parts._is_given",
+        "self.given.touches(start, start + 1)",
+        "False",
+        "test_capture_hostile.py::test_results_that_share_memory_later[cpu-an argument]",
+    ),
+    Fault(
+        "results-that-are-one-later-are-copied-apart",
+        "capturing.eager_results:Parts.check",
+        "not self.apart",
+        "False",
+        "test_capture_hostile.py::test_results_that_share_memory_later[cpu-one tensor twice]",
+    ),
+    Fault(
         "results-that-need-no-gradients-at-first-never-do",
         "marks.call_sites:Site.traced_as",
         "some or place in self.seen",
@@ -1544,7 +1614,7 @@ FAULTS = (
     Fault(
         "memory-of-others-is-handed-out",
         "marks.fast_calls:fast_call.check",
-        "_torch.owners_of_storage(made[place]) != 1",
+        "not _torch.is_sole_owner(made[place])",
         "False",
         "test_host_time.py::test_a_result_that_its_function_keeps_is_the_callers[cpu-keeps_a_view]",
     ),
@@ -1896,8 +1966,8 @@ FAULTS = (
     Fault(
         "marked-functions-lose-aliases",
         "marks.results:_Taker.take",
-        "{_torch.storage_key(argument) for argument in self.arguments}",
-        "set[int]()",
+        "{_torch.storage_key(argument): type(argument) for argument in self.arguments}",
+        "dict[int, type]()",
         "test_functions.py::test_aliases_of_arguments[eager-cpu]",
     ),
     Fault(
@@ -2600,11 +2670,11 @@ FAULTS = (
         "arguments-read-after-the-call",
         "capturing.capture:_OngoingCapture._break",
         """
-        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, kept)
         """,
         """
         known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
-        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, kept)
         """,
         "test_capture_hostile.py::test_object_that_a_function_changes[cpu]",
     ),

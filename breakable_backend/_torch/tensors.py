@@ -60,6 +60,12 @@ def owners_of_storage(tensor: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1  # minus one for the object asked here
 
 
+def is_sole_owner(tensor: torch.Tensor) -> bool:
+    """Whether nobody else owns the memory of ``tensor``. Who owns memory of NumPy, or from DLPack, nobody knows."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) == 2 and storage.resizable()  # the tensor, and the object here
+
+
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor of which ``tensor`` is a view, for autograd."""
     return tensor._base

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing import gradients
-from breakable_backend.capturing.eager_results import Parts, fields, tensors_on
+from breakable_backend.capturing.eager_results import Parts, fields, on_known_memory, tensors_on
 from breakable_backend.capturing.graph import (
     Alive,
     BreakableCUDAGraph,
@@ -50,6 +50,7 @@ from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions
+from breakable_backend.marks.results import Unholdable
 from breakable_backend.marks.rules import live_reason
 from breakable_backend.options import Options
 from breakable_backend.recordings.checks import places_of
@@ -483,7 +484,13 @@ class _OngoingCapture:
             active.handler.reset(token)
         try:
             host_only, apart = mark is not None and mark.host_only, isinstance(replayed, gradients.Backward)
-            parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart)
+            try:
+                result = on_known_memory(result, taken)
+            except Unholdable as error:
+                raise CaptureError(f"{name}: its result is {error.what}", where=reason.source, fix=error.fix) from None
+            # What else an argument holds may be gone, and its memory used again. The graph keeps these themselves.
+            kept = [leaf for leaf in memory_on(self.driver.device, given[0]) if not isinstance(leaf, nn.Parameter)]
+            parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, kept)
             del taken
             way_back = call.take(result, self.driver.device) if call is not None else None
             if call is not None:

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from breakable_backend import _torch
 from breakable_backend._torch import pytree
 from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import TensorSpec, extent
-from breakable_backend.marks.results import fresh_groups
+from breakable_backend.ir.overlap import Fixed, Region
+from breakable_backend.ir.running_ops import has_memory, no_strided_memory
+from breakable_backend.marks.results import fresh_groups, in_memory_of
 
 ALIGNMENT = 256
 """In bytes. Views of one storage that are kept together keep the alignment that the allocator gave them."""
@@ -141,6 +143,19 @@ def tensors_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf.device == device and leaf.layout is torch.strided]
 
 
+def on_known_memory(result: Any, given: Sequence[torch.Tensor]) -> Any:
+    """``result`` with the tensors that lie in the memory of an argument in that argument's storage.
+
+    Raises:
+        Unholdable: one lies around the memory of an argument.
+    """
+    tensors = [leaf for _, leaf in fields(result) if has_memory(leaf)]
+    placed = {id(tensor): in_memory_of(given, tensor) for tensor in tensors}
+    if all(placed[id(tensor)] is tensor for tensor in tensors):
+        return result
+    return replaced(result, lambda leaf: placed.get(id(leaf), leaf))
+
+
 # --- a result at the capture, and in replays -----------------------------------------------------------------------------
 
 
@@ -181,6 +196,9 @@ class Parts:
     spans: tuple[_Span | None, ...]
     """If several leaves share a storage, the bytes that they lie in; None for a single leaf."""
     host_only: bool = False
+    apart: bool = False
+    given: Fixed = field(default_factory=Fixed)
+    """Where the arguments lie. A fresh result lies elsewhere, unless each is copied by itself."""
 
     @classmethod
     def of(
@@ -192,8 +210,11 @@ class Parts:
         source: str,
         host_only: bool,
         apart: bool = False,
+        given: Sequence[torch.Tensor] = (),
     ) -> Parts:
         """Take ``result`` apart. Tensors in storages with ``known`` keys are aliases, and are not copied.
+
+        ``given``: tensors that the function is called with in each replay.
 
         ``apart``: each tensor is copied by itself, whatever memory it shares.
 
@@ -223,7 +244,8 @@ class Parts:
             span = spans[group] if group >= 0 else None
             offset = _byte_offset(leaf) - span.start if span is not None else 0
             leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
-        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only)
+        regions = Fixed(() if apart else map(Region.of, given))
+        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only, apart, regions)
 
     @property
     def is_trivial(self) -> bool:
@@ -266,7 +288,7 @@ class Parts:
         Raises:
             EagerOutputError: it cannot take the place of the result at the capture. The text names the field.
         """
-        if self.is_one_tensor and self.leaves[0].spec.accepts(result):  # type: ignore[union-attr]
+        if self.is_one_tensor and self.leaves[0].spec.accepts(result) and not self._is_given(result):  # type: ignore[union-attr]
             return (result,)
         found = list(fields(result))
         if [path for path, _ in found] != [leaf.path for leaf in self.leaves]:
@@ -278,7 +300,15 @@ class Parts:
         for group, span in zip(self.groups, self.spans, strict=True):
             if span is not None:
                 self._check_group(group, span, found)
-        return tuple(self.fresh(result))
+        fresh = tuple(self.fresh(result))
+        if not self.apart and len(set(map(_torch.storage_key, fresh))) < len(fresh):
+            raise self._failure("", "is tensors that share memory", "tensors that did not")
+        return fresh
+
+    def _is_given(self, value: torch.Tensor) -> bool:
+        """Whether a result lies in the memory of an argument."""
+        start = value.data_ptr()
+        return self.given.touches(start, start + 1)
 
     def _check_leaf(self, leaf: _Leaf, path: str, value: Any) -> None:
         if leaf.spec is None:
@@ -289,11 +319,13 @@ class Parts:
             got = TensorSpec.of(value) if isinstance(value, torch.Tensor) else type(value).__name__
             raise self._failure(path, f"is {got}", str(leaf.spec))
         if isinstance(leaf.value, torch.Tensor):
-            if not (self.host_only or torch.equal(_octets(value), _octets(leaf.value))):
+            if not (self.host_only or value.is_meta or torch.equal(_octets(value), _octets(leaf.value))):
                 raise self._failure(path, "has other values on the host", "frozen there")
             return
         if leaf.group < 0 and value.data_ptr() != leaf.value and value.numel():
             raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
+        if leaf.group >= 0 and self._is_given(value):
+            raise self._failure(path, "is memory that it was given", "new memory")
         is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # other tensors are copied by value
         if is_view and _torch.lazy_bits(value) != leaf.bits:
             raise self._failure(path, "is lazily conjugated or negated otherwise", "as a view of the same memory")
@@ -324,8 +356,8 @@ def _why_not_written(leaf: Any) -> str:
         inside = () if isinstance(leaf, (torch.nn.Module, type, *PLAIN)) else gc.get_referents(leaf)
         holds = any(holds_tensors(item, 1) for item in inside)
         return f"a {type(leaf).__name__} with tensors in it" if holds else ""
-    if leaf.layout is not torch.strided:
-        return "a sparse tensor"
+    if what := no_strided_memory(leaf):
+        return what
     if type(leaf).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"a tensor of the class {type(leaf).__name__}, which wraps others"
     return ""

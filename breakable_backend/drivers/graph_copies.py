@@ -28,7 +28,8 @@ def can_be_fed(bridge: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
-    return tensor.is_conj() or tensor.is_neg()
+    """Whether the elements are not what lies in memory."""
+    return tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor()
 
 
 class Fed:

@@ -424,7 +424,7 @@ class TapeDriver(OpByOpDriver):
         return 0
 
     def note_arguments(self, args: Sequence[Any]) -> None:
-        storages = [arg.untyped_storage() for arg in args if isinstance(arg, torch.Tensor)]
+        storages = [arg.untyped_storage() for arg in args if has_memory(arg)]
         self._brought.update((storage.data_ptr(), storage.nbytes()) for storage in storages)
 
     def end(self, stream: int) -> None:

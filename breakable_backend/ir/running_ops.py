@@ -84,6 +84,17 @@ def has_memory(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf._is_zerotensor()
 
 
+def no_strided_memory(tensor: torch.Tensor) -> str:
+    """What a tensor is whose elements cannot be read by address and strides; empty if they can."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.layout is not torch.strided:
+        return "a sparse tensor" if "sparse" in str(tensor.layout) else f"a tensor of the layout {tensor.layout}"
+    return "" if has_memory(tensor) else "a tensor of zeros for which autograd has no memory"
+
+
 def memory_on(device: torch.device, tree: Any) -> list[torch.Tensor]:
     """The tensors among the arguments or results of an op that have memory on ``device``."""
     return [leaf for leaf in pytree.tree_leaves(tree) if has_memory(leaf) and leaf.device == device]

@@ -300,7 +300,7 @@ class Site:
         given = [tensor.detach() for tensor in call.tensors]
         modules = {}
         with _torch.above_autograd():
-            for tensor, need in zip(given, call.needs, strict=False):
+            for tensor, need in zip(given, call.needs or _needing(call.tensors), strict=True):
                 tensor.requires_grad_(need)
             for leaf in module_leaves(self.arguments):
                 own = dict(zip(leaf[2], (given[place] for place in leaf[3]), strict=True))
@@ -378,10 +378,13 @@ class Site:
 
     def _check(self, taken: Result, call: Given) -> None:
         wanted = self.expected
-        if taken.structure != wanted.result and not is_the_same(taken.structure, wanted.result, call.tensors):
+        if taken.structure != wanted.result and not is_the_same(
+            taken.structure, wanted.result, call.tensors, bool(call.needs)
+        ):
             got, expected = in_words(taken.structure), in_words(wanted.result)
             if got == expected:  # other tensors in it are one tensor, or share memory
-                got, expected = f"{got} with other aliases", f"the aliases of {wanted.result}"
+                told = "earlier calls had" if self.mark.fake is None else "fake= tells"
+                got, expected = f"{got} with other aliases", f"those that {told}"
             raise self._mismatch(call, taken, got, expected)
         specs = wanted.specs if wanted.rule is None else wanted.rule.specs_of(wanted.specs, call)
         for root, want in zip(taken.roots, specs, strict=True):
@@ -642,6 +645,10 @@ def _twin(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
     return copied(module)
 
 
+def _needing(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    return [tensor.requires_grad for tensor in tensors]
+
+
 def _layouts(call: Given) -> Any:
     """The key by which results are looked up; None if a size or number is symbolic."""
     needs, tensors, ints, floats = call
@@ -649,7 +656,7 @@ def _layouts(call: Given) -> Any:
     numbers = [*ints, *floats, *(size for spec in specs for size in (*spec.shape, *spec.stride))]
     if not all(type(number) in (int, float) for number in numbers):
         return None
-    return (tuple(needs), specs, *ints, *(value.hex() for value in floats))  # -0.0 is not 0.0
+    return (tuple(needs or _needing(tensors)), specs, *ints, *(value.hex() for value in floats))  # -0.0 is not 0.0
 
 
 numbers = itertools.count(int.from_bytes(os.urandom(4), "little") << 24)

@@ -66,11 +66,7 @@ def fast_call(
         if len(made) != len(checks):
             return False
         for place, fits in enumerate(checks):  # each expression as in ``_references``
-            if (
-                not fits(made[place])
-                or sys.getrefcount(made[place]) != _ALONE
-                or _torch.owners_of_storage(made[place]) != 1
-            ):
+            if not fits(made[place]) or sys.getrefcount(made[place]) != _ALONE or not _torch.is_sole_owner(made[place]):
                 return False
         return True
 

@@ -75,7 +75,9 @@ class Asked:
     def of(cls, given: Given) -> Asked:
         needs, tensors, ints, floats = given
         orders = tuple(_order_in_memory(tensor) for tensor in tensors)
-        kind = tuple((t.dtype, t.device, t.dim(), order) for t, order in zip(tensors, orders, strict=True))
+        kind = tuple(
+            (t.dtype, t.device, t.dim(), t.requires_grad, order) for t, order in zip(tensors, orders, strict=True)
+        )
         numbers = _numbers(tensors, orders)
         given_as = tuple(next(at for at, other in enumerate(tensors) if other is tensor) for tensor in tensors)
         return cls((tuple(needs), kind, given_as), (*numbers, *ints), tuple(floats), len(numbers))

@@ -9,14 +9,15 @@ import itertools
 import math
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.ir.layout import Geometry, Strided, strided
-from breakable_backend.ir.running_ops import is_view_to_autograd
+from breakable_backend.ir.layout import Geometry, Strided, TensorSpec, strided
+from breakable_backend.ir.overlap import Region
+from breakable_backend.ir.running_ops import has_memory, is_view_to_autograd, no_strided_memory
 from breakable_backend.marks.saved_for_backward import Member
 from breakable_backend.marks.structure import (
     CONSTANTS,
@@ -38,6 +39,25 @@ def fresh_groups(tensors: Iterable[tuple[int, torch.Tensor]], known: Collection[
         if (key := _torch.storage_key(tensor)) not in known:
             groups.setdefault(key, []).append(position)
     return list(groups.values())
+
+
+def in_memory_of(arguments: Sequence[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """A result in the storage of the argument in whose memory it lies. NumPy and DLPack make a storage of their own.
+
+    Raises:
+        Unholdable: it lies around the memory of an argument.
+    """
+    if _torch.is_traced(tensor) or tensor.untyped_storage().resizable():
+        return tensor
+    around = [other for other in arguments if has_memory(other) and other.device == tensor.device]
+    around = [other for other in around if Region.of(other).may_share(Region.of(tensor))]
+    if not around or any(_torch.storage_key(other) == _torch.storage_key(tensor) for other in around):
+        return tensor
+    storage, mine = around[0].untyped_storage(), Geometry.of(tensor)
+    offset, rest = divmod(tensor.data_ptr() - storage.data_ptr(), tensor.itemsize)
+    if rest or offset < 0 or (offset + reach(strided(tensor))) * tensor.itemsize > storage.nbytes():
+        raise Unholdable("memory around that of an argument", "return a view of the argument, or a clone")
+    return replace(mine, offset=offset).on(storage)
 
 
 class Unholdable(Exception):
@@ -92,8 +112,11 @@ def take_result(
         raise Unholdable("an int of more than 64 bits", "return it as a string, or in parts")
     if not all(isinstance(value, float) for value in floats):
         raise Unholdable("a float that depends on values", "return it as a tensor, or as an int if it is whole")
-    if any(tensor.layout is not torch.strided for tensor in tensors):
-        raise Unholdable("a sparse tensor, which compiled code cannot hold", "return its parts (indices, values)")
+    # References to the tensors are counted below, so no name may be bound to one here.
+    if what := next(filter(None, map(_why_not_held, tensors)), ""):
+        raise Unholdable(
+            f"{what}, which compiled code cannot hold", "return its parts (indices, values) as dense tensors"
+        )
     del result
     taker = _Taker(tensors, arguments, _references(tensors), recording, exact, copies)
     taker.take()
@@ -110,6 +133,10 @@ def take_result(
         return structure
 
     return Result(with_leaves(structure, leaf), taker.roots, taker.members, ints)
+
+
+def _why_not_held(tensor: torch.Tensor) -> str:
+    return "a tensor on the device meta" if tensor.is_meta else no_strided_memory(tensor)
 
 
 @dataclass(eq=False)
@@ -130,7 +157,13 @@ class _Taker:
         self.members: list[list[Member]] = []
 
     def take(self) -> None:
-        given = {_torch.storage_key(argument) for argument in self.arguments}
+        self.tensors = [in_memory_of(self.arguments, tensor) for tensor in self.tensors]
+        given = {_torch.storage_key(argument): type(argument) for argument in self.arguments}
+        for tensor in self.tensors:
+            kind = type(tensor)
+            plain = kind in (torch.Tensor, torch.nn.Parameter) or _torch.is_traced(tensor)
+            if not plain and given.get(_torch.storage_key(tensor)) is not kind:
+                raise Unholdable(f"a tensor of the class {kind.__name__}", "return a plain tensor")
         for group in fresh_groups(enumerate(self.tensors), given):
             self._take_group(group, copied=False)
         for number, tensor in enumerate(self.tensors):
@@ -165,7 +198,7 @@ class _Taker:
         return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
 
     def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
-        return self.recording and base_needs and not tensor.requires_grad
+        return base_needs and not tensor.requires_grad
 
     def _take_group(self, group: list[int], copied: bool) -> None:
         """Find a tensor that owns the memory of several results, and how each is made again from it."""
@@ -185,7 +218,7 @@ class _Taker:
             root = first.detach().as_strided(*where)
             members = _shares([(tensor, _apart(strided(tensor), where[2])) for tensor in wanting], where[0][0])
         if root.is_conj() or root.is_neg():
-            root = root.resolve_conj().resolve_neg()
+            root = TensorSpec.of(root).empty() if _torch.is_traced(root) else copy_of(root)
         elif self.copies and (copied or self._has_other_holders(tensors)):
             root = copy_of(root)
         self.roots.append(root)
@@ -248,6 +281,8 @@ def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recor
 
     A false alarm costs a copy. Autograd holds memory too, so while it records only Python references are counted.
     """
+    if not group[0].untyped_storage().resizable():  # memory of NumPy, or from DLPack: nobody counts who holds it
+        return True
     for tensor in group:
         if references[id(tensor)] > _ALONE + 2 * sum(other is tensor for other in group) - 1:
             return True

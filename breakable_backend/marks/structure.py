@@ -240,6 +240,10 @@ def reach(where: Strided) -> int:
 
 def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: bool) -> Structure:
     """The leaf for a tensor at ``where`` as a view of the one at ``base``, without ``as_strided`` if possible."""
+    whole, spread = where, tuple(dim for dim, size in enumerate(where[0]) if size > 1 and where[1][dim] == 0)
+    if spread:  # dimensions that ``expand`` makes
+        shape, stride = (tuple(n for dim, n in enumerate(of) if dim not in spread) for of in where[:2])
+        where = shape, stride, where[2]
     order = sorted(range(len(where[0])), key=lambda position: (-where[1][position], position))
     dense = tuple(where[0][position] for position in order)
     back = tuple(order.index(position) for position in range(len(order))) if order != sorted(order) else None
@@ -248,9 +252,9 @@ def view_leaf(kind: str, number: int, base: Strided, where: Strided, detached: b
     inside = start >= 0 and start + reach(where) <= reach(base)
     steps: Structure | None = ("flat", start, reach(where), dense, back) if plain else _slices(base, where)
     if steps is None or not inside:
-        return ("view", kind, number, detached, None, where)
+        return ("view", kind, number, detached, None, whole, ())
     # The leaf does not say where the base lies: an argument may lie elsewhere in its storage in another call.
-    return ("view", kind, number, detached, steps, (where[0], where[1], start))
+    return ("view", kind, number, detached, steps, (whole[0], whole[1], start), spread)
 
 
 def _slices(base: Strided, where: Strided) -> Structure | None:
@@ -288,7 +292,7 @@ def _is_contiguous(where: Strided) -> bool:
 
 def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
     """The view that a leaf of :func:`view_leaf` stands for. Dynamo traces this."""
-    _, _, _, detached, steps, where = leaf
+    _, _, _, detached, steps, where, spread = leaf
     if steps is None:
         made = base.as_strided(where[0], where[1], where[2])
     elif steps[0] == "flat":
@@ -301,18 +305,26 @@ def view_of(base: torch.Tensor, leaf: Structure) -> torch.Tensor:
         made = base[tuple([slice(begin, end, by) if by else begin for begin, end, by in cuts])].permute(order)
         for dim in new:
             made = made.unsqueeze(dim)
+    if spread:
+        for dim in spread:
+            made = made.unsqueeze(dim)
+        made = made.expand(where[0])
     return made.detach() if detached else made
 
 
-def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tensor]) -> bool:
-    """Whether two structures give the same for these arguments, some of which may be equal or share memory."""
+def is_the_same(one: Structure, other: Structure, arguments: Sequence[torch.Tensor], recording: bool) -> bool:
+    """Whether two structures give the same for these arguments, some of which may be equal or share memory.
+
+    ``recording``: whether it counts what is detached.
+    """
 
     def place(leaf: Structure) -> Structure:
         if leaf[0] != "argument" and leaf[:2] != ("view", "argument"):
             return leaf
         whole = leaf[0] == "argument"
         tensor = arguments[leaf[1]] if whole else view_of(arguments[leaf[2]], leaf)
-        return ("argument", (_torch.storage_key(tensor), *Geometry.of(tensor).in_memory), leaf[2 if whole else 3])
+        detached = recording and leaf[2 if whole else 3]
+        return ("argument", (_torch.storage_key(tensor), *Geometry.of(tensor).in_memory), detached)
 
     try:
         return bool(with_leaves(one, place) == with_leaves(other, place))

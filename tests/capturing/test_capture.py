@@ -556,6 +556,31 @@ def test_sparse_result(make: MakeGraph, device: torch.device) -> None:
     assert "eager_on_graph(lambda x: [x.to_sparse()])(x + 1)" in caught.value.where
 
 
+def test_result_without_values(make: MakeGraph, device: torch.device) -> None:
+    """A result on the device meta has no values that could differ in a replay."""
+    graph, x = make(), torch.randn(4, device=device)
+    with capture(graph):
+        _, y = eager_on_graph(lambda x: (x.to("meta"), x * 2))(x + 1)
+    replays_equal(graph, lambda x: (x + 1) * 2, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda x: torch.nested.nested_tensor([x, x[1:]], layout=torch.jagged), "a nested tensor"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "a quantised tensor"),
+        (lambda x: torch._efficientzerotensor(x.shape, device=x.device), "a tensor of zeros for which autograd has no"),
+    ],
+)
+def test_results_without_strides_or_memory(
+    function: Callable[[Tensor], Tensor], what: str, make: MakeGraph, device: torch.device
+) -> None:
+    """A result that no copy by address and strides could renew is an error that says what it is."""
+    with pytest.raises(CaptureError, match=f"its result is {what}"), capture(make()):
+        eager_on_graph(function)(torch.randn(4, device=device) + 1)
+
+
 def test_builtin(make: MakeGraph, device: torch.device) -> None:
     """A function of torch itself, which has no Python signature, can be marked."""
     graph, x = make(), torch.randn(4, device=device)

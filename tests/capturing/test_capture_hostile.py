@@ -562,6 +562,59 @@ def test_lazy_views(make: MakeGraph, device: torch.device) -> None:
         graph.replay()
 
 
+def test_results_over_the_memory_of_an_argument(make: MakeGraph, device: torch.device) -> None:
+    """A result that another library made over an argument's memory is a view of the argument."""
+    graph, x = make(), torch.randn(4, device=device)
+
+    def body(x: Tensor) -> Tensor:
+        y = x + 1
+        part = eager_on_graph(lambda y: torch.from_dlpack(y)[1:])(y)
+        y.mul_(2)
+        return part + 0
+
+    with capture(graph):
+        y = body(x)
+    assert torch.equal(y, body(x))
+    replays_equal(graph, body, x, y)
+
+
+def test_a_result_around_an_argument(make: MakeGraph, device: torch.device) -> None:
+    """One that reaches beyond the argument, in a storage of its own, is an error."""
+    whole = torch.randn(6, device=device)
+    with pytest.raises(CaptureError, match="its result is memory around that of an argument"), capture(make()):
+        eager_on_graph(lambda x: torch.from_dlpack(whole))(torch.from_dlpack(whole[2:]))
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "what"),
+    [
+        (lambda x: x * 2, lambda x: x, "is memory that it was given, but was new memory"),
+        (lambda x: (x * 2, 1), lambda x: (x[:], 1), r"\[0\] of its result is memory that it was given, but was new"),
+        (
+            lambda x: (x * 2, x * 3),
+            lambda x: (y := x * 2, y),
+            "is tensors that share memory, but was tensors that did not",
+        ),
+    ],
+    ids=["an argument", "a view in a tuple", "one tensor twice"],
+)
+def test_results_that_share_memory_later(
+    first: Callable[[Tensor], Any],
+    later: Callable[[Tensor], Any],
+    what: str,
+    make: MakeGraph,
+    device: torch.device,
+) -> None:
+    """Results that share no memory at the capture, and do in a replay, are an error: no write to one would be in the other."""
+    graph, x, function = make(), torch.randn(4, device=device), first
+    with capture(graph):
+        eager_on_graph(lambda x: function(x))(x + 1)
+    graph.replay()
+    function = later
+    with pytest.raises(EagerOutputError, match=what):
+        graph.replay()
+
+
 def test_containers_are_as_they_were(make: MakeGraph, device: torch.device) -> None:
     """A list or dict that a function is given is made anew at each replay, of what was in it before the call at capture."""
     graph, x, log = make(), torch.randn(4, device=device), ["first"]

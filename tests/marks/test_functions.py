@@ -295,6 +295,24 @@ def test_view_of_an_argument_that_begins_elsewhere(
         assert close(tail, x[1:])
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("told", [True, False], ids=["fake", "learned"])
+def test_expanded_view_of_an_argument_that_begins_elsewhere(
+    compile_ours: Callable[..., Any], device: torch.device, told: bool, part: str
+) -> None:
+    """So is a view with dimensions that ``expand`` makes."""
+
+    def repeat(x: Tensor) -> Tensor:
+        return x[1:].unsqueeze(1).expand(x.shape[0] - 1, 3, *x.shape[1:])
+
+    marked = eager_on_graph(repeat, fake=repeat) if told else eager_on_graph(repeat)
+    compiled = compile_ours(lambda x: (marked(x), x.sin() + 1), fullgraph=True)
+    for offset in (4, 4, 4, 0, 0, 8, 4):
+        x = PARTS[part](torch.randn(16, 6, device=device), offset)
+        result, want = compiled(x)[0], repeat(x)
+        assert (result.data_ptr(), result.stride(), result.shape) == (want.data_ptr(), want.stride(), want.shape)
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 def test_one_tensor_given_twice(compile_with: Callable[..., Any], device: torch.device, grad: bool) -> None:
     """A result that is one of the arguments is that one in calls with other tensors, though they were one tensor at first."""
@@ -691,6 +709,110 @@ def test_fresh_results_are_not_copied(compile_ours: Callable[..., Any], device: 
     for _ in range(4):
         y, z = compiled(torch.randn(4, 4, device=device))
         assert made == [y.data_ptr(), z.data_ptr()]
+
+
+def writes_over_dlpack(x: Tensor) -> Tensor:
+    x.add_(1)
+    return torch.from_dlpack(x)[1:]
+
+
+@pytest.mark.parametrize("fake", [None, lambda x: x[1:]], ids=["learned", "fake"])
+def test_results_over_the_memory_of_an_argument(
+    fake: Callable[[Tensor], Tensor] | None, compile_ours: Callable[..., Any], device: torch.device
+) -> None:
+    """A result that another library made over an argument's memory, in a storage of its own, is a view of the argument."""
+    marked = eager_on_graph(mutates_args=("x",), fake=fake)(writes_over_dlpack)
+
+    def f(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin() + 1
+        part = call(y)
+        part.mul_(3)
+        z = y.cos() + 1
+        y.add_(1)
+        return z, part + 0
+
+    compiled = compile_ours(functools.partial(f, marked))
+    for _ in range(5):
+        x = torch.randn(4, device=device)
+        for mine, theirs in zip(compiled(x), f(writes_over_dlpack, x), strict=True):
+            assert torch.equal(mine, theirs)
+    assert explain(compiled).programs[0].replays
+
+
+def test_a_result_around_an_argument(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A result in a storage of its own that reaches beyond an argument is an error: it is no view of the argument."""
+    whole = torch.randn(6, device=device)
+
+    @eager_on_graph(fake=lambda x: x.new_empty(6))
+    def around(x: Tensor) -> Tensor:
+        return torch.from_dlpack(whole)
+
+    compiled = compile_ours(lambda x: around(x) + 1)
+    with pytest.raises(EagerOutputError, match="around returned memory around that of an argument"):
+        compiled(torch.from_dlpack(whole[2:]))
+
+
+def test_kept_memory_of_another_library(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A result in memory that another library gave is copied: who else holds that memory, nobody can tell."""
+    kept = torch.zeros(4, device=device)
+
+    @eager_on_graph
+    def count() -> Tensor:
+        return torch.from_dlpack(kept.add_(1))
+
+    compiled, x = compile_ours(lambda x: (count(), count(), x.sin() + 1)), torch.ones(4, device=device)
+    compiled(x)  # learns
+    results = [compiled(x) for _ in range(4)]
+    assert [[tensor[0].item() for tensor in result[:2]] for result in results] == [[3, 4], [5, 6], [7, 8], [9, 10]]
+    assert explain(compiled).programs[0].replays == 2
+
+
+@pytest.mark.parametrize("part", [Tensor.detach, lambda x: x.data, lambda x: x.detach().t(), Tensor.t])
+@pytest.mark.parametrize("told", [False, True])
+def test_what_is_detached_without_grad_mode(
+    part: Callable[[Tensor], Tensor], told: bool, compile_ours: Callable[..., Any], device: torch.device
+) -> None:
+    """An alias of a tensor that needs gradients needs some where it does in eager, also where grad mode is off."""
+    marked = eager_on_graph(fake=part)(part) if told else eager_on_graph(lambda x: part(x))
+    compiled = compile_ours(lambda x: (marked(x), x.sin() + 1))
+    for call in range(7):
+        x = torch.randn(3, 3, device=device, requires_grad=call < 5)
+        result, want = compiled(x)[0], part(x)
+        assert (result.requires_grad, result.stride(), result.data_ptr()) == (
+            want.requires_grad,
+            want.stride(),
+            want.data_ptr(),
+        )
+    assert explain(compiled).programs[0].replays
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_layout_of_lazy_results(told: bool, compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A result that is lazily negated or conjugated is no more, and has the strides that it has in eager."""
+
+    def lazy(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.complex(x, x + 1).conj().imag, torch.complex(x, x * 2).t().conj()
+
+    marked = eager_on_graph(fake=lazy if told else None)(lazy)
+    compiled = compile_ours(lambda x: marked(x.sin() + 1))
+    for _ in range(5):
+        x = torch.randn(3, 3, device=device)
+        for mine, theirs in zip(compiled(x), lazy(x.sin() + 1), strict=True):
+            assert torch.equal(mine, theirs)
+            assert mine.stride() == theirs.stride()
+
+
+class Tagged(Tensor):
+    """A class of tensors that wraps no others."""
+
+
+def test_a_class_of_tensors_as_result(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A result of a class of the user's keeps its class: the call is a graph break, with that reason."""
+    marked = eager_on_graph(lambda x: (x * 2).as_subclass(Tagged))
+    compiled = compile_ours(lambda x: marked(x.sin() + 1))
+    for _ in range(4):
+        assert type(compiled(torch.randn(3, device=device))) is Tagged
+    assert "it returned a tensor of the class Tagged" in str(explain(compiled))
 
 
 class Box:

@@ -68,6 +68,7 @@ def views(base: Tensor) -> list[Tensor]:
         base[1:],
     ]
     found += [base.reshape(-1)[3:7], base[0, 1], base[:0], base.unsqueeze(1), base[:1].expand(3, *base.shape[1:])]
+    found += [base[1:].unsqueeze(1).expand(-1, 3, *base.shape[1:]), base.reshape(-1)[3:7].expand(2, 4)]
     found += [view.transpose(0, -1) for view in list(found) if view.dim() > 1]
     return found
 
@@ -85,13 +86,18 @@ def test_views(shape: tuple[int, ...]) -> None:
         )
         assert torch.equal(made, view)
         assert made.untyped_storage()._cdata == base.untyped_storage()._cdata
-    assert view_leaf("argument", 0, strided(base), strided(base[1:].transpose(0, 1)), detached=False)[4] is not None
+    for view in (base[1:].transpose(0, 1), base[1:].unsqueeze(1).expand(-1, 3, *base.shape[1:])):
+        assert view_leaf("argument", 0, strided(base), strided(view), detached=False)[4] is not None
 
 
 @pytest.mark.parametrize(
     ("value", "what"),
     [
         (torch.eye(2).to_sparse(), "a sparse tensor"),
+        (torch.eye(2).to_mkldnn(), "a tensor of the layout torch._mkldnn"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(1)], layout=torch.jagged), "a nested tensor"),
+        (torch.ones(2, device="meta"), "a tensor on the device meta"),
+        (torch._efficientzerotensor((2,)), "a tensor of zeros for which autograd has no memory"),
         (torch.nn.Identity(), "Identity"),
         ([(y := torch.ones(2)), y.view(torch.int32)], "several dtypes"),
         ({"a": {1}}, "set"),

@@ -522,7 +522,13 @@ CASES: dict[str, Case] = {
     "a float that depends on values": Case(
         "call_as_one_node(eager_on_graph(fake=lambda x: x.shape[0] / 3)(lambda x: x.shape[0] / 3), dynamic=True)  # here"
     ),
-    "a sparse tensor, which compiled code cannot hold": Case(returns("x.to_sparse()")),
+    "which compiled code cannot hold": Case(returns("x.to_sparse()")),
+    "a tensor of the class": Case("class Mine(torch.Tensor): pass\n" + returns("(x * 2).as_subclass(Mine)")),
+    "memory around that of an argument": Case(
+        "whole = torch.ones(4)\nx = torch.from_dlpack(whole[1:])\n"
+        "mark = eager_on_graph(fake=lambda x: x.new_empty(4))\n"
+        "compile(mark(lambda x: torch.from_dlpack(whole)))(x)  # here"
+    ),
     "a view of an argument with another dtype": Case(returns("x.view(torch.int32)")),
     "tensors of several dtypes that share memory": Case(returns("(y := x * 2, y.view(torch.int32))")),
     "tensors that partly overlap and need gradients": Case(
@@ -636,6 +642,10 @@ CASES: dict[str, Case] = {
         in_body("try: x.tolist()\n    except CaptureError: pass\n    raise KeyError('mine')  # here")
     ),
     "capturing/capture.py: _placed": Case(in_body("x.tolist()  # here")),
+    "its result is": Case(
+        "whole = x; x = torch.from_dlpack(x[1:])\n"
+        + in_body("eager_on_graph(lambda x: torch.from_dlpack(whole))(x)  # here")
+    ),
     "which cannot be written back": Case(in_body("eager_on_graph(lambda x: {x + 1})(x)  # here")),
     "which no captured graph can do": Case(in_body("x.tolist()  # here")),
     "the captured code raised": Case(
