@@ -349,6 +349,20 @@ FAULTS = (
         "test_functions_gradients.py::test_arguments_that_a_later_call_watches[cpu-hooked_in_part]",
     ),
     Fault(
+        "captures-lose-hooks-on-arguments",
+        "capturing.gradients:Forward.look_at",
+        "_torch.num_watching(tensor)",
+        "False",
+        "test_capture_gradients.py::test_gradients_of_arguments_that_go_elsewhere[cpu]",
+    ),
+    Fault(
+        "captures-lose-gradients-of-kept-arguments",
+        "capturing.gradients:Forward.look_at",
+        "_torch.watch_accumulation(tensor, {0: later})",
+        "None",
+        "test_capture_gradients.py::test_gradients_of_arguments_that_go_elsewhere[cpu]",
+    ),
+    Fault(
         "hooks-on-views-of-arguments-are-lost",
         "marks.results:_Taker._alias",
         "_torch.num_watching(tensor)",

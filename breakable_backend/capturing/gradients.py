@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -26,10 +26,16 @@ from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.eager_results import PLAIN, Parts, fields, replaced
 from breakable_backend.capturing.graph import Alive
-from breakable_backend.errors import CaptureError, EagerOutputError
+from breakable_backend.errors import BreakableError, CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
-from breakable_backend.marks.call_sites import Mark
+from breakable_backend.marks.call_sites import (
+    DIFFERENTIATED_AN_ARGUMENT,
+    HOOK_A_COPY,
+    RETURN_IT,
+    WATCHED_AN_ARGUMENT,
+    Mark,
+)
 from breakable_backend.marks.saved_for_backward import nothing_like
 from breakable_backend.marks.structure import view_leaf, view_of
 
@@ -79,6 +85,7 @@ class Forward:
         leaves, inputs = self.cut(given)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         result = self.function(*args, **kwargs)
+        self.look_at(inputs, EagerOutputError)
         self.run = self.seen(result, inputs) if self.wanted else None
         return result
 
@@ -87,6 +94,23 @@ class Forward:
         cut = {place: given[place].detach().requires_grad_() for place in dict.fromkeys(self.first.values())}
         return [cut[self.first[place]] if place in self.first else value for place, value in enumerate(given)], tuple(
             cut.values()
+        )
+
+    def look_at(self, inputs: Sequence[torch.Tensor], kind: type[BreakableError]) -> None:
+        """Raise if gradients of the detached tensors were seen, or, later, if they are needed by another way than results."""
+        for tensor in inputs:
+            if _torch.num_watching(tensor):
+                self._refuse(WATCHED_AN_ARGUMENT, HOOK_A_COPY, kind)
+            if tensor.grad is not None:
+                self._refuse(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT, EagerOutputError)
+            later = functools.partial(self._refuse, DIFFERENTIATED_AN_ARGUMENT, RETURN_IT, EagerOutputError)
+            _torch.watch_accumulation(tensor, {0: later})
+
+    def _refuse(self, why: str, fix: str, kind: type[BreakableError], *_: Any) -> NoReturn:
+        raise kind(
+            f"{self.name}: {why}, and in captured code arguments have no history",
+            where=self.source,
+            fix=fix,
         )
 
     def seen(self, result: Any, inputs: tuple[torch.Tensor, ...]) -> Run:
@@ -363,6 +387,7 @@ class Call:
     def take(self, result: Any, device: torch.device) -> Run:
         """Look at the result of the function."""
         step, self.step.needing = self.step, needs(result)
+        step.look_at(self.inputs, CaptureError)
         self._refuse_taken_gradients()
         needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         other = next((tensor.device for tensor in needing if tensor.device != device), None)
@@ -416,7 +441,7 @@ class Call:
         cut = dict(zip(map(id, self.inputs), dict.fromkeys(self.step.first.values()), strict=True))
         if result.is_leaf:
             return self.given[cut[id(result)]] if id(result) in cut else result
-        for base in self.inputs:
+        for base in self.inputs if not _torch.num_watching(result) else ():
             same_memory = _torch.storage_key(base) == _torch.storage_key(result)
             read_alike = Geometry.of(base).read_as == Geometry.of(result).read_as
             if same_memory and read_alike and is_view_to_autograd(result, [base]):

@@ -668,6 +668,51 @@ def test_refused_while_capturing(make: MakeGraph, device: torch.device) -> None:
         assert caught.value.fix, text
 
 
+def test_gradients_of_arguments_that_go_elsewhere(make: MakeGraph, device: torch.device) -> None:
+    """A hook on an argument, and a gradient that comes to one otherwise than through the result, are errors: in a replay too."""
+    weight, kept = torch.ones(4, device=device, requires_grad=True), list[Tensor]()
+
+    def hooked(x: Tensor) -> Tensor:
+        x.register_hook(torch.neg)
+        return x * 2
+
+    def hooked_view(x: Tensor) -> Tensor:
+        y = x.view_as(x)
+        y.register_hook(torch.neg)
+        return y
+
+    def keeps(x: Tensor) -> Tensor:
+        kept[:] = [x]
+        return x * 2
+
+    def differentiates(x: Tensor) -> Tensor:
+        x.sum().backward()
+        return x * 2
+
+    cases: list[tuple[Callable[[Tensor], Tensor], str, type[BreakableError]]] = [
+        (hooked, "registered a hook on an argument", CaptureError),
+        (hooked_view, "with a gradient of its own", CaptureError),
+        (keeps, "otherwise than through what it returned", EagerOutputError),
+        (differentiates, "otherwise than through what it returned", EagerOutputError),
+    ]
+    for function, text, kind in cases:
+        kept.clear()
+        marked = eager_on_graph(function)
+        with pytest.raises(kind, match=text) as caught, capture(make()):
+            made = marked(weight * 2).sum()
+            (made + sum(one.sum() for one in kept)).backward()
+        assert "test_capture_gradients.py" in caught.value.where
+        if function is hooked or function is differentiates:
+            x, graph, later = torch.ones(4, device=device), make(), function
+            marked = eager_on_graph(lambda x, y, later=later: later(y) if x.sum() < 0 else y * 2)
+            with capture(graph):
+                marked(x, weight * 2).sum().backward()
+            graph.replay()
+            x.fill_(-1)
+            with pytest.raises(EagerOutputError, match=text):
+                graph.replay()
+
+
 def test_refused_behind_the_capture(make: MakeGraph, device: torch.device) -> None:
     """A backward that comes when the capture is over would use what another replay has left: an error."""
     x, weight = torch.ones(4, device=device), torch.ones(4, device=device, requires_grad=True)

@@ -598,6 +598,10 @@ CASES: dict[str, Case] = {
     "returned a tensor with gradients of a tensor that is not an argument": Case(
         with_gradients("z = y * 1; eager_on_graph(lambda: z * 2)()  # here")
     ),
+    "and in captured code arguments have no history": Case(
+        "def watch(x):\n    x.register_hook(print)\n    return x * 2\n\n"
+        + with_gradients("eager_on_graph(watch)(y * 1)  # here")
+    ),
     "returned existing memory with a gradient of its own": Case(
         "class Same(torch.autograd.Function):\n"
         "    @staticmethod\n    def forward(ctx, x): return x.view_as(x)\n"
