@@ -26,7 +26,7 @@ from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing.eager_results import PLAIN, Parts, fields, replaced
 from breakable_backend.capturing.graph import Alive
-from breakable_backend.errors import BreakableError, CaptureError, EagerOutputError
+from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
 from breakable_backend.marks.call_sites import (
@@ -85,7 +85,7 @@ class Forward:
         leaves, inputs = self.cut(given)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         result = self.function(*args, **kwargs)
-        self.look_at(inputs, EagerOutputError)
+        self.look_at(inputs)
         self.run = self.seen(result, inputs) if self.wanted else None
         return result
 
@@ -96,18 +96,18 @@ class Forward:
             cut.values()
         )
 
-    def look_at(self, inputs: Sequence[torch.Tensor], kind: type[BreakableError]) -> None:
+    def look_at(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise if gradients of the detached tensors were seen, or, later, if they are needed by another way than results."""
         for tensor in inputs:
             if _torch.num_watching(tensor):
-                self._refuse(WATCHED_AN_ARGUMENT, HOOK_A_COPY, kind)
+                self._refuse(WATCHED_AN_ARGUMENT, HOOK_A_COPY)
             if tensor.grad is not None:
-                self._refuse(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT, EagerOutputError)
-            later = functools.partial(self._refuse, DIFFERENTIATED_AN_ARGUMENT, RETURN_IT, EagerOutputError)
+                self._refuse(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
+            later = functools.partial(self._refuse, DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
             _torch.watch_accumulation(tensor, {0: later})
 
-    def _refuse(self, why: str, fix: str, kind: type[BreakableError], *_: Any) -> NoReturn:
-        raise kind(
+    def _refuse(self, why: str, fix: str, *_: Any) -> NoReturn:
+        raise EagerOutputError(
             f"{self.name}: {why}, and in captured code arguments have no history",
             where=self.source,
             fix=fix,
@@ -387,7 +387,7 @@ class Call:
     def take(self, result: Any, device: torch.device) -> Run:
         """Look at the result of the function."""
         step, self.step.needing = self.step, needs(result)
-        step.look_at(self.inputs, CaptureError)
+        step.look_at(self.inputs)
         self._refuse_taken_gradients()
         needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         other = next((tensor.device for tensor in needing if tensor.device != device), None)
