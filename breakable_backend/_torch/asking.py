@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 
 @functools.cache
@@ -46,9 +46,13 @@ def as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
 
 def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> Any:
     """``matmul`` by the op that eager calls: ``bmm``, or ``mm`` of one large matrix."""
-    if left.dim() > 2 and right.dim() == 2 and not out and _is_large_matrix(left):
-        product = torch.mm(left.reshape(-1, left.shape[-1]), right)
-        return torch.ops.aten._unsafe_view(product, [*left.shape[:-1], right.shape[-1]])
+    if left.dim() > 2 and right.dim() == 2 and not out and (strides := _strides_in_eager(left)) is not None:
+        shape = [*left.shape[:-1], right.shape[-1]]
+        if _is_large_matrix(left.shape, strides):
+            return torch.ops.aten._unsafe_view(torch.mm(left.reshape(-1, left.shape[-1]), right), shape)
+        if not _keeps_whole(right):
+            batch = left.reshape(-1, *left.shape[-2:])
+            return torch.ops.aten._unsafe_view(torch.bmm(batch, right.expand(batch.shape[0], -1, -1)), shape)
     if left.dim() == right.dim() == 3 and left.shape[0] != right.shape[0]:
         if left.shape[0] == 1:
             left = _repeated(left, right)
@@ -63,20 +67,34 @@ def run_composite(op: OpOverload, first: torch.Tensor, *args: Any, **kwargs: Any
     return op.redispatch(keys, first, *args, **kwargs)
 
 
-def _is_large_matrix(batch: torch.Tensor) -> bool:
-    """Whether eager takes ``batch`` for one matrix, though the strides of the fake say no.
+def _strides_in_eager(batch: torch.Tensor) -> list[int] | None:
+    """The strides that a view has in eager, where those of the fake may differ; None elsewhere.
 
     The kernel of ``view`` gives a dimension of size 1 the stride that it has in contiguous memory. The fake of ``view``
-    gives it another, so that a product after the attention of one token would be a ``bmm`` in the graph. (torch 2.11 to
-    2.15)
+    gives it another, so that a product after the attention of one token would be a ``bmm`` in the graph, and others
+    would be an ``mm``. (torch 2.11 to 2.15)
     """
     shape, strides = batch.shape, list(batch.stride())
     if not _is_view(batch) or not all(isinstance(number, int) for number in (*shape[1:], *strides)):
-        return False
+        return None
     for at in range(batch.dim() - 2, -1, -1):
         if isinstance(shape[at], int) and shape[at] == 1:
             strides[at] = strides[at + 1] * shape[at + 1]
-    return all(strides[at] == strides[at + 1] * shape[at + 1] for at in range(batch.dim() - 2))
+    return strides
+
+
+def _is_large_matrix(shape: Sequence[Any], strides: Sequence[int]) -> bool:
+    """Whether eager takes a batch for one matrix: its kernel is asked, since the rule is another one from torch to torch."""
+    rows = [number if isinstance(number, int) else 2 for number in shape]
+    with (
+        _disable_current_modes(),
+        torch._C._DisablePythonDispatcher(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        batch = torch.empty_strided(rows, strides, device="meta", requires_grad=True)
+        product: Any = torch.matmul(batch, torch.empty(rows[-1], 1, device="meta"))
+    return bool(product.grad_fn.next_functions[0][0].name() == "MmBackward0")
 
 
 def _is_view(tensor: torch.Tensor) -> bool:
@@ -89,10 +107,13 @@ def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
 
     It does if ``one`` needs a gradient, in whatever grad mode, or is a subclass.
     """
-    needs_gradient = one.requires_grad and (torch.is_grad_enabled() or not _computed(one))
-    if needs_gradient or is_traceable_wrapper_subclass(one):
-        return one
-    return one.expand(many.shape[0], -1, -1)
+    return one if _keeps_whole(one) else one.expand(many.shape[0], -1, -1)
+
+
+def _keeps_whole(matrix: torch.Tensor) -> bool:
+    """Whether eager repeats ``matrix`` for no batch."""
+    needs_gradient = matrix.requires_grad and (torch.is_grad_enabled() or not _computed(matrix))
+    return needs_gradient or is_traceable_wrapper_subclass(matrix)
 
 
 def _computed(tensor: torch.Tensor) -> bool:

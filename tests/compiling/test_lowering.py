@@ -214,6 +214,24 @@ def test_products_of_one_row(function: Callable[[Tensor, Tensor], Tensor], shape
     assert products.intersection(found) == products.intersection(event.name for event in profile.events())
 
 
+@pytest.mark.parametrize("needs", [False, True], ids=["plain", "needs a gradient"])
+@pytest.mark.parametrize("shape", [(6, 1, 4), (2, 3, 1, 4), (3, 2, 4), (1, 6, 4)], ids=str)
+def test_products_of_views_with_a_matrix(shape: tuple[int, ...], needs: bool) -> None:
+    """Whether a view is one matrix to eager, or is a batch for which the other matrix is repeated, it is so in the graph."""
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.transpose(0, 1) if len(shape) == 4 else x.view(4, 6, 1).permute(1, 2, 0)
+        return torch.matmul(rows.view(shape), weight)
+
+    x, weight = torch.randn(3, 2, 4), nn.Parameter(torch.randn(4, 5), requires_grad=needs)
+    products = {"aten::mm", "aten::bmm"}
+    with torch.no_grad():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            function(x, weight)
+        found = ops(lowered(function, x, weight))
+    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+
+
 def test_product_with_a_part_of_a_parameter() -> None:
     """With gradients off what is computed from a parameter needs none: a batch of one of them is no large matrix."""
     weight = nn.Parameter(torch.randn(1, 5, 3))
