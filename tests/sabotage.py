@@ -426,6 +426,13 @@ FAULTS = (
         "test_training.py::test_inference_between_forward_and_backward[cpu]",
     ),
     Fault(
+        "each-slot-warms-up-its-backward",
+        "calling.training:BackwardExecutor.new_entry",
+        "entry.warmed_up or warm",
+        "entry.warmed_up",
+        "test_training.py::test_the_first_slot_warms_up_for_all[cpu]",
+    ),
+    Fault(
         "a-slot-is-free-while-its-forward-is-pending",
         "calling.training:ForwardExecutor._free",
         "ref is None or ref.expired()",

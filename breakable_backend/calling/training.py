@@ -242,6 +242,16 @@ class ForwardExecutor(HalfExecutor):
         return f"{int(slot)} more forward{'s' * (slot != 1)} pending" if slot and "new" in why else why
 
 
+class BackwardExecutor(HalfExecutor):
+    """The executor of a backward. Each slot of the forward has a set of addresses here."""
+
+    def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
+        warm = any(entry.warmed_up and entry.key.shapes == key.shapes for entry in self.keys.entries())
+        entry = super().new_entry(key, args)
+        entry.warmed_up = entry.warmed_up or warm  # the same kernels, on what another slot saved
+        return entry
+
+
 class _WithSlot(KeyReader):
     """Reads keys that end with the number of a slot."""
 
@@ -593,7 +603,7 @@ class Training:
                     del self.backwards[self._guess]  # it has served plain forwards alone
                 self._guess = None
                 lowered = backward.lowered(self.halves.static - self._refilled, static)
-                executor = self.make(HalfExecutor, lowered, self._named(pattern, absent, static))
+                executor = self.make(BackwardExecutor, lowered, self._named(pattern, absent, static))
                 places = enumerate(backward.inputs, len(backward.saved))
                 executor.note_copied_in([place for place, index in places if index in self._refilled], REFILLED)
                 executor.callers = self.callers
