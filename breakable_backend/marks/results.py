@@ -185,6 +185,8 @@ class _Taker:
         mine = Geometry.of(tensor)
         key = _torch.storage_key(tensor)
         bases = [(number, base) for number, base in enumerate(self.arguments) if _torch.storage_key(base) == key]
+        # Of arguments in one memory the one that the function has returned: in another call they may lie apart.
+        bases.sort(key=lambda place: place[1] is not tensor)
         leaves = []
         for number, base in bases:
             lies, detached = Geometry.of(base), self._is_detached(tensor, base.requires_grad)

@@ -313,6 +313,23 @@ def test_expanded_view_of_an_argument_that_begins_elsewhere(
         assert (result.data_ptr(), result.stride(), result.shape) == (want.data_ptr(), want.stride(), want.shape)
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["fake", "learned"])
+def test_two_arguments_in_one_memory(compile_ours: Callable[..., Any], device: torch.device, told: bool) -> None:
+    """A result that is one of two arguments in one memory is that one in calls where they lie apart."""
+
+    def parts(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y, x * 2
+
+    marked = eager_on_graph(parts, fake=parts if told else None)
+    compiled = compile_ours(lambda x, y: (*marked(x, y), x.sin() + 1), fullgraph=True)
+    for call in range(8):
+        x, other = (torch.randn(4, device=device) for _ in range(2))
+        y = x[:] if call in (0, 1, 2, 6) else other
+        result = compiled(x, y)
+        assert result[0].data_ptr() == y.data_ptr()
+        assert torch.equal(result[1], x * 2)
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 def test_one_tensor_given_twice(compile_with: Callable[..., Any], device: torch.device, grad: bool) -> None:
     """A result that is one of the arguments is that one in calls with other tensors, though they were one tensor at first."""
