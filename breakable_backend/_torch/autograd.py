@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
@@ -340,6 +341,41 @@ def _spare(node: Any, leaf: torch.Tensor) -> None:
     after_backward(restore)
 
 
+def inner_results(results: Sequence[torch.Tensor]) -> list[int]:
+    """The places of ``results`` from which others of them are computed: their gradients come from these too."""
+    edges = {edge for node in nodes_behind(result.grad_fn for result in results) for edge in node.next_functions}
+    return [place for place, result in enumerate(results) if (result.grad_fn, result.output_nr) in edges]
+
+
+def hear_of_hooks(result: torch.Tensor, hear: Callable[[], None] | None) -> None:
+    """Have ``hear`` called before a hook is registered on ``result``. None: have no hook be called without a gradient.
+
+    The result is no leaf. Read in torch 2.11 to 2.15.
+    """
+    if result._backward_hooks is None:
+        result._backward_hooks = _Hooks(hear)
+        result.grad_fn._register_hook_dict(result)  # type: ignore[union-attr] # as register_hook does
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """The hooks of a result. Autograd calls them with None if another result of the same node has a gradient, and this none."""
+
+    def __init__(self, hear: Callable[[], None] | None) -> None:
+        super().__init__()
+        self.hear = hear
+
+    def __setitem__(self, key: int, hook: Callable[[Any], Any]) -> None:
+        if self.hear is not None:
+            self.hear()
+        elif not _counts_its_calls(hook):
+            hook = functools.partial(_call_with_gradient, hook)
+        super().__setitem__(key, hook)
+
+
+def _call_with_gradient(hook: Callable[[Any], Any], grad: Any) -> Any:
+    return None if grad is None else hook(grad)
+
+
 def _original(hook: Any) -> Any:
     """What was wrapped. Nothing is called after a backward that raises, so a hook may still be wrapped for that one."""
     return _original(hook.hook) if isinstance(hook, _Spared) else hook
@@ -349,13 +385,17 @@ def _counts_of(hook: Any) -> Collection[int]:
     """The backwards in which a hook of ``register_multi_grad_hook`` still waits for some of its tensors.
 
     It counts those that have a gradient until it has counted every one that a node of the backward leads to. So it is told
-    of the others too, unless none of them has one. Empty for other hooks. Read in torch 2.13 and 2.15.
+    of the others too, unless none of them has one. Empty for other hooks. Read in torch 2.11 to 2.15.
     """
-    code = getattr(hook, "__code__", None)
-    if code is None or code.co_filename != torch.autograd.graph.__file__ or "count" not in code.co_freevars:
+    if not _counts_its_calls(hook):
         return ()
-    counts: Mapping[int, int] = hook.__closure__[code.co_freevars.index("count")].cell_contents
+    counts: Mapping[int, int] = hook.__closure__[hook.__code__.co_freevars.index("count")].cell_contents
     return counts
+
+
+def _counts_its_calls(hook: Any) -> bool:
+    code = getattr(hook, "__code__", None)
+    return code is not None and code.co_filename == torch.autograd.graph.__file__ and "count" in code.co_freevars
 
 
 class _Spared(NamedTuple):

@@ -335,6 +335,10 @@ class _Looked:
     last: int | None = None
     """The last backward that has reached it."""
 
+    def __init__(self) -> None:
+        self.inner: list[weakref.ref[torch.Tensor]] = []
+        """Its results from which others are computed."""
+
 
 class Training:
     """A graph that needs gradients, as Dynamo calls it. Several threads may call it.
@@ -419,6 +423,12 @@ class Training:
         results, call.results = call.results, []
         for index, output in zip(forward.differentiable, made, strict=True):
             results[index] = output
+        for place, output in enumerate(made if len(made) > 1 else ()):
+            if place in forward.inner:
+                call.inner.append(weakref.ref(output))
+                _torch.hear_of_hooks(output, functools.partial(self.refuse, WATCHED))
+            else:
+                _torch.hear_of_hooks(output, None)
         for alias in forward.aliases:
             results[alias.output] = alias.made(args, results)
         return results
@@ -463,6 +473,9 @@ class Training:
             if seen.calls - len(seen.pending) >= UNUSED:
                 self.warn(CALLED_IN_VAIN)
             looked = _Looked()
+            for place in _torch.inner_results(results := [*differentiable.values()]):
+                looked.inner.append(weakref.ref(results[place]))
+                _torch.hear_of_hooks(results[place], functools.partial(_refuse, seen, WATCHED))
             seen.pending.add(looked)
             seen.calls += 1
             for index, value in differentiable.items():
@@ -868,13 +881,19 @@ def _look(seen: _Seen, looked: _Looked, index: int, number: int, grads: tuple[An
         looked.last = backward
         _torch.after_backward(functools.partial(_look_behind, seen))
     if looked.backward not in (None, backward):
-        seen.refused = f"it needs gradients, and {IN_PARTS}"
+        _refuse(seen, IN_PARTS)
     if not _torch.graph_is_kept():
         looked.backward = backward
+    if any(result is not None and result.retains_grad for result in _alive(looked.inner)):
+        _refuse(seen, WATCHED)
     if why := _refusal(grads):
-        seen.refused = f"it needs gradients, and {why}"
+        _refuse(seen, why)
     elif grad is not None:
         seen.layouts[index], seen.came = TensorSpec.of(grad), True
+
+
+def _refuse(seen: _Seen, why: str) -> None:
+    seen.refused = f"it needs gradients, and {why}"
 
 
 def _look_behind(seen: _Seen) -> None:
@@ -885,6 +904,8 @@ def _look_behind(seen: _Seen) -> None:
 
 
 LEAF = "an output that needs some has no history: it is a leaf, or was made under no_grad"
+
+WATCHED = "a result from which another one is computed has a hook, or retains its gradient"
 
 IN_PARTS = "its results are run backward one after the other, without retain_graph=True"
 
@@ -938,6 +959,8 @@ class _Call:
         if training.parts:
             self._take_inner(training)
         self.results: list[Any] = []
+        self.inner: list[weakref.ref[torch.Tensor]] = []
+        """Results from which others are computed."""
 
     def _take_inner(self, training: Training) -> None:
         """Have the arguments be tensors that live as long as the subclasses that they are parts of."""
@@ -990,13 +1013,15 @@ class _Captured(torch.autograd.Function):
         ctx.save_for_backward(token, *moving, *inputs, *checked, *call.wholes)
         ctx.set_materialize_grads(False)
         ctx.given = [True] * len(forward.differentiable)
-        call.results, call.args = results, ()
+        call.results, call.args, ctx.inner = results, (), call.inner
         return tuple(results[index] for index in forward.differentiable)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         training: Training = ctx.training
         held: _Held | None = ctx.held
+        if any(result is not None and result.retains_grad and result.grad_fn is ctx for result in _alive(ctx.inner)):
+            training.refuse(WATCHED)
         why = _refusal(grads)
         forward = training.halves.forward
         assert forward is not None
@@ -1034,6 +1059,10 @@ class _Captured(torch.autograd.Function):
 # A function that runs the backward may be compiled itself. Dynamo would then compile what these two call.
 _torch.hide_from_dynamo(_Captured.backward.__code__)
 _torch.hide_from_dynamo(_look.__code__)
+
+
+def _alive(results: Sequence[weakref.ref[torch.Tensor]]) -> Iterator[torch.Tensor | None]:
+    return (ref() for ref in results)
 
 
 def _pattern_of(grads: Sequence[Any]) -> Pattern:

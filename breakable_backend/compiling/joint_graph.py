@@ -82,6 +82,8 @@ class Forward:
     num_outputs: int
     differentiable: tuple[int, ...]
     """The outputs that need gradients."""
+    inner: tuple[int, ...]
+    """Those from which others of them are computed, by their places among them."""
     saved: tuple[str, ...]
     """The names of the values after the outputs."""
     inputs: tuple[int, ...]
@@ -191,6 +193,7 @@ class _Joint:
     outputs: tuple[Any, ...]
     gradients: tuple[Any, ...]
     differentiable: tuple[int, ...]
+    inner: tuple[int, ...]
     placeholders: tuple[fx.Node, ...]
     """The inputs, and after them the incoming gradients."""
     given: tuple[int, ...]
@@ -457,6 +460,7 @@ class Halves:
                 ]
                 if name := _torch.traced_otherwise(differentiable):
                     raise CannotLower(f"autograd traces another formula for {name} than it runs")
+                facts["inner"] = _torch.inner_results(differentiable)
                 taken = [differentiable[place] for place in facts["given"]]
                 _torch.number_backward(taken)
                 wanted = [value for value in primals if value.requires_grad]
@@ -480,6 +484,7 @@ class Halves:
             tuple(outputs),
             tuple(gradients),
             tuple(facts["differentiable"]),
+            tuple(facts["inner"]),
             placeholders,
             tuple(facts["given"]),
             tuple(sorted({*facts["written"], *written})),
@@ -783,6 +788,7 @@ def _forward(joint: _Joint, static: frozenset[int], saved: tuple[str, ...], inpu
         Lowered(module, static),
         len(outputs),
         joint.differentiable,
+        joint.inner,
         saved,
         inputs,
         joint.written,

@@ -1000,6 +1000,77 @@ def test_hooks_for_several_gradients(device: torch.device, options: dict[str, An
     assert_replays(assert_trains(Halved(), step, device, options, 5), 2)
 
 
+class Features(nn.Module):
+    """Features, and scores that are computed from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.first(x).tanh()
+        return features, self.second(features)
+
+
+@pytest.mark.parametrize("how", ["retained", "hooked"])
+def test_gradients_of_results_that_others_are_computed_from(
+    how: str, device: torch.device, options: dict[str, Any]
+) -> None:
+    """Lines 3 and 9: whoever looks at such a gradient sees the whole of it: in eager steps, and after an error once."""
+
+    def watch(features: Tensor) -> None:
+        if how == "retained":
+            features.retain_grad()
+        else:
+            features.register_hook(lambda grad: grad.clamp(max=0.1))
+
+    watched = True
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        features, scores = function(torch.rand(3, 4, device=device))
+        if watched:
+            watch(features)
+        kept = features if how == "retained" else None
+        del features
+        scores.square().sum().backward()
+        descend(module)
+        return kept.grad if watched and kept is not None else scores.detach()
+
+    assert assert_trains(Features(), step, device, options, 4) == []
+    torch.compiler.reset()
+    watched = False
+    assert_replays(assert_trains(Features(), step, device, options, 6), 2)
+    torch.compiler.reset()
+    model = Features().to(device)
+    compiled = torch.compile(model, backend="breakable_cg", options=options)
+    trained(compiled, model, step, 5)
+    watched = True
+    with pytest.raises(ReplayError, match="a result from which another one is computed"):
+        step(compiled, model)
+    other = copy.deepcopy(model)
+    assert_same(trained(compiled, model, step, 3), trained(other, other, step, 3))
+
+
+def test_hooks_of_results_without_a_gradient(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a hook of a result that gets no gradient is not called, and one for several results sees those that get some."""
+    seen: list[Any] = []
+
+    def step(function: Any, module: nn.Module) -> Any:
+        for which in ("left", "right", "both"):
+            module.zero_grad()
+            left, right = function(torch.rand(3, 4, device=device))
+            left.register_hook(lambda grad: grad * 2)
+            right.register_hook(lambda grad: grad.clamp(max=0.5))
+            right.register_hook(torch.neg).remove()
+            torch.autograd.graph.register_multi_grad_hook([left, right], seen.append)
+            {"left": left, "right": right}.get(which, left + right).square().sum().backward()
+        result, seen[:] = list(seen), []
+        return result
+
+    assert_replays(assert_trains(Halved(), step, device, options, 5), 2)
+
+
 def test_nothing_changes_no_bit(device: torch.device) -> None:
     """What stands for a missing gradient leaves both zeros as they are."""
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
