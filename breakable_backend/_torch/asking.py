@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+from breakable_backend._torch.symbols import has_hint, hint_of
 
 
 @functools.cache
@@ -46,13 +49,13 @@ def as_for_plain_tensors() -> dict[OpOverload, Callable[..., Any]]:
 
 def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torch.Tensor) -> Any:
     """``matmul`` by the op that eager calls: ``bmm``, or ``mm`` of one large matrix."""
-    if left.dim() > 2 and right.dim() == 2 and not out and (strides := _strides_in_eager(left)) is not None:
+    if left.dim() > 2 and right.dim() == 2 and not out and (batch := _in_eager(left)) is not None:
         shape = [*left.shape[:-1], right.shape[-1]]
-        if _is_large_matrix(left.shape, strides):
+        if _is_large_matrix(batch):
             return torch.ops.aten._unsafe_view(torch.mm(left.reshape(-1, left.shape[-1]), right), shape)
         if not _keeps_whole(right):
-            batch = left.reshape(-1, *left.shape[-2:])
-            return torch.ops.aten._unsafe_view(torch.bmm(batch, right.expand(batch.shape[0], -1, -1)), shape)
+            many = left.reshape(-1, *left.shape[-2:])
+            return torch.ops.aten._unsafe_view(torch.bmm(many, right.expand(many.shape[0], -1, -1)), shape)
     if left.dim() == right.dim() == 3 and left.shape[0] != right.shape[0]:
         if left.shape[0] == 1:
             left = _repeated(left, right)
@@ -67,39 +70,57 @@ def run_composite(op: OpOverload, first: torch.Tensor, *args: Any, **kwargs: Any
     return op.redispatch(keys, first, *args, **kwargs)
 
 
-def _strides_in_eager(batch: torch.Tensor) -> list[int] | None:
-    """The strides that a view has in eager, where those of the fake may differ; None elsewhere.
+@contextmanager
+def _outside_of_the_trace() -> Iterator[None]:
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.inference_mode(False):
+        yield
+
+
+def _in_eager(view: torch.Tensor) -> torch.Tensor | None:
+    """A tensor without memory that lies as ``view`` does in eager; None where the fake lies so too.
 
     The kernel of ``view`` gives a dimension of size 1 the stride that it has in contiguous memory. The fake of ``view``
     gives it another, so that a product after the attention of one token would be a ``bmm`` in the graph, and others
     would be an ``mm``. (torch 2.11 to 2.15)
     """
-    shape, strides = batch.shape, list(batch.stride())
-    if not _is_view(batch) or not all(isinstance(number, int) for number in (*shape[1:], *strides)):
+    node = _node_of(view)
+    if node is None or not _has_hints(node):
         return None
-    for at in range(batch.dim() - 2, -1, -1):
-        if isinstance(shape[at], int) and shape[at] == 1:
-            strides[at] = strides[at + 1] * shape[at + 1]
-    return strides
+    if not all(isinstance(number, int) for number in (*view.shape[1:], *view.stride())):
+        return None
+    with _outside_of_the_trace():
+        made = _made_again(node)
+    return None if made.stride() == view.stride() else made
 
 
-def _is_large_matrix(shape: Sequence[Any], strides: Sequence[int]) -> bool:
+def _made_again(node: fx.Node) -> torch.Tensor:
+    """What ``node`` makes, without memory: views are made by their kernels."""
+
+    def again(argument: fx.Node) -> Any:
+        value = argument.meta["val"]
+        return _made_again(argument) if isinstance(value, torch.Tensor) else hint_of(value)
+
+    if isinstance(node.target, OpOverload) and node.target.is_view and all(map(_has_hints, node.all_input_nodes)):
+        made: torch.Tensor = node.target(*fx.node.map_arg(node.args, again), **fx.node.map_arg(node.kwargs, again))
+        return made
+    value = node.meta["val"]
+    shape, strides = map(hint_of, value.shape), map(hint_of, value.stride())
+    return torch.empty_strided([*shape], [*strides], dtype=value.dtype, device="meta")
+
+
+def _has_hints(node: fx.Node) -> bool:
+    """Whether ``node`` is a number or a tensor whose size is known at the first call."""
+    value = node.meta.get("val")
+    numbers = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    return all(isinstance(number, int | torch.SymInt) and has_hint(number) for number in numbers)
+
+
+def _is_large_matrix(batch: torch.Tensor) -> bool:
     """Whether eager takes a batch for one matrix: its kernel is asked, since the rule is another one from torch to torch."""
-    rows = [number if isinstance(number, int) else 2 for number in shape]
-    with (
-        _disable_current_modes(),
-        torch._C._DisablePythonDispatcher(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        batch = torch.empty_strided(rows, strides, device="meta", requires_grad=True)
-        product: Any = torch.matmul(batch, torch.empty(rows[-1], 1, device="meta"))
+    with _outside_of_the_trace(), torch.enable_grad():
+        asked = torch.empty_strided(batch.shape, batch.stride(), device="meta", requires_grad=True)
+        product: Any = torch.matmul(asked, torch.empty(batch.shape[-1], 1, device="meta"))
     return bool(product.grad_fn.next_functions[0][0].name() == "MmBackward0")
-
-
-def _is_view(tensor: torch.Tensor) -> bool:
-    """Whether a ``view`` made ``tensor`` in the traced graph."""
-    return (node := _node_of(tensor)) is not None and node.target is torch.ops.aten.view.default
 
 
 def _repeated(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:

@@ -215,15 +215,19 @@ def test_products_of_one_row(function: Callable[[Tensor, Tensor], Tensor], shape
 
 
 @pytest.mark.parametrize("needs", [False, True], ids=["plain", "needs a gradient"])
-@pytest.mark.parametrize("shape", [(6, 1, 4), (2, 3, 1, 4), (3, 2, 4), (1, 6, 4)], ids=str)
-def test_products_of_views_with_a_matrix(shape: tuple[int, ...], needs: bool) -> None:
+@pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
+@pytest.mark.parametrize("shape", [(6, 1, 4), (2, 3, 1, 4), (3, 2, 4), (1, 6, 4), (1, 1, 24)], ids=str)
+def test_products_of_views_with_a_matrix(shape: tuple[int, ...], turned: bool, needs: bool) -> None:
     """Whether a view is one matrix to eager, or is a batch for which the other matrix is repeated, it is so in the graph."""
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.transpose(0, 1) if len(shape) == 4 else x.view(4, 6, 1).permute(1, 2, 0)
-        return torch.matmul(rows.view(shape), weight)
+        rows = x[..., None].permute(1, 0, 3, 2) if len(shape) == 4 else x.view(4, 6, 1).permute(1, 2, 0)
+        if shape[-1] == 24:
+            rows = x.view(24, 1).t()
+        view = rows.view(shape)
+        return torch.matmul(view.transpose(0, 1) if turned else view, weight)
 
-    x, weight = torch.randn(3, 2, 4), nn.Parameter(torch.randn(4, 5), requires_grad=needs)
+    x, weight = torch.randn(3, 2, 4), nn.Parameter(torch.randn(shape[-1], 5), requires_grad=needs)
     products = {"aten::mm", "aten::bmm"}
     with torch.no_grad():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
