@@ -861,7 +861,7 @@ FAULTS = (
         "calling.training:Training.gradients",
         "self._leave(f'it needs gradients, and {error.what}')",
         "None",
-        "test_training.py::test_a_marked_function_that_gives_no_gradient_at_last[cpu]",
+        "test_training.py::test_a_backward_that_gives_no_gradient_at_last[cpu]",
     ),
     Fault(
         "gradients-are-static",
