@@ -23,7 +23,9 @@ from breakable_backend.calling.compiled_graph import log as executor_log
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import EagerGraph, executors_of
 from breakable_backend.calling.release import when_idle
-from breakable_backend.calling.training import BySize, ForwardExecutor, Training
+from breakable_backend.calling.slots import ForwardExecutor
+from breakable_backend.calling.training import Training
+from breakable_backend.calling.training_by_size import BySize
 from breakable_backend.compiling.flat_inputs import FlatGraph, PlainGraph
 from breakable_backend.compiling.joint_graph import Halves
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower

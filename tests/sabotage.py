@@ -455,14 +455,14 @@ FAULTS = (
     ),
     Fault(
         "each-slot-warms-up-its-backward",
-        "calling.training:BackwardExecutor.new_entry",
+        "calling.slots:BackwardExecutor.new_entry",
         "entry.warmed_up or warm",
         "entry.warmed_up",
         "test_training.py::test_the_first_slot_warms_up_for_all[cpu]",
     ),
     Fault(
         "a-slot-is-free-while-its-forward-is-pending",
-        "calling.training:ForwardExecutor._free",
+        "calling.slots:ForwardExecutor._free",
         "ref is None or ref.expired()",
         "True",
         "test_training.py::test_two_forwards_pending[cpu-order0]",
@@ -604,7 +604,7 @@ FAULTS = (
     ),
     Fault(
         "a-second-derivative-goes-on",
-        "calling.training:_refusal",
+        "calling.first_backwards:refusal",
         "torch.is_grad_enabled()",
         "False",
         "test_training.py::test_second_derivatives[cpu]",
@@ -625,7 +625,7 @@ FAULTS = (
     ),
     Fault(
         "one-trace-for-all-sizes",
-        "calling.training:BySize.__call__",
+        "calling.training_by_size:BySize.__call__",
         "[value if type(value) is int else (value.shape, value.stride()) for value in values]",
         "[]",
         "test_training.py::test_sizes_that_vary[cpu-dynamic]",
@@ -674,7 +674,7 @@ FAULTS = (
     ),
     Fault(
         "nobody-looks-behind-a-backward",
-        "calling.training:_look_behind",
+        "calling.first_backwards:_look_behind",
         "not storage.nbytes()",
         "False",
         "test_training.py::test_memory_that_is_freed_between_steps[cpu-True]",
@@ -766,7 +766,7 @@ FAULTS = (
     ),
     Fault(
         "one-trace-for-all-floats",
-        "calling.training:BySize.__call__",
+        "calling.training_by_size:BySize.__call__",
         "[scalar_bytes(args[index]) for index in self._floats]",
         "[args[index].item() for index in self._floats]",  # -0.0 is 0.0
         "test_training.py::test_floats_that_vary[cpu]",
@@ -865,21 +865,21 @@ FAULTS = (
     ),
     Fault(
         "gradients-are-static",
-        "calling.training:HalfExecutor.plan",
+        "calling.slots:HalfExecutor.plan",
         "replace(super().plan(), fresh_outputs=True)",
         "super().plan()",
         "test_training.py::test_gradients_are_fresh[cpu]",
     ),
     Fault(
         "too-little-memory-is-not-noticed",
-        "calling.training:HalfExecutor.record",
+        "calling.slots:HalfExecutor.record",
         "self.driver.has_room(needed(self.program, SpecialisedProgram.of(self.program, args).symbols))",
         "True",
         "test_training.py::test_too_little_memory[cpu]",
     ),
     Fault(
         "backwards-in-parts-are-not-noticed",
-        "calling.training:_look",
+        "calling.first_backwards:_look",
         "looked.backward not in (None, backward)",
         "False",
         "test_training.py::test_results_that_are_run_backward_in_parts[cpu]",
@@ -935,7 +935,7 @@ FAULTS = (
     ),
     Fault(
         "an-empty-value-tells-a-plain-forward",
-        "calling.training:Lease.of",
+        "calling.slots:Lease.of",
         "constant.numel()",
         "True",
         "test_training.py::test_a_plain_forward_behind_captured_ones[cpu]",

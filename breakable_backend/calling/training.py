@@ -18,7 +18,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,53 +26,29 @@ import torch
 from breakable_backend import _torch, locks
 from breakable_backend.active import handler, in_call
 from breakable_backend.callers import Callers
-from breakable_backend.calling.compiled_graph import PUT_OFF, REFILLED
+from breakable_backend.calling.compiled_graph import REFILLED
 from breakable_backend.calling.executor import Executor
-from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey, scalar_bytes
+from breakable_backend.calling.first_backwards import IN_PARTS, WATCHED, FirstBackwards, alive, refusal
 from breakable_backend.calling.registry import EagerGraph
-from breakable_backend.calling.snapshot import Slots, Snapshot
+from breakable_backend.calling.slots import ALL_TAKEN, BackwardExecutor, ForwardExecutor, Outputs
 from breakable_backend.compiling.flat_inputs import Whole
-from breakable_backend.compiling.joint_graph import Backward, Forward, Halves, Pattern
+from breakable_backend.compiling.joint_graph import Backward, Halves, Pattern
 from breakable_backend.compiling.lowering import CannotLower
-from breakable_backend.drivers import CaptureDriver
 from breakable_backend.errors import EagerOutputError, PartitionError, ReplayError
 from breakable_backend.ir.ambient_modes import Modes
-from breakable_backend.ir.last_uses import needed
 from breakable_backend.ir.layout import Geometry, TensorSpec
 from breakable_backend.ir.running_ops import RandomStates, generators_of
 from breakable_backend.marks.call_ops import Absent
 from breakable_backend.recordings.copies import clone_exact
 from breakable_backend.recordings.observer import Saved
-from breakable_backend.recordings.recording import Recording
-from breakable_backend.recordings.specialised import Plan, SpecialisedProgram
 
 log = logging.getLogger(__name__)
-
-MAX_SLOTS = 16
-"""How many captured forwards of one graph, with the same parameters, may be pending: the microbatches of a pipeline. Each
-is recorded only if the GPU has room, and only once so many are pending."""
-
-MAX_SIZES = 8
-"""How many sets of sizes and floats of one graph are captured."""
 
 MAX_PATTERNS = 16
 """For how many patterns of gradients a backward of one graph is traced."""
 
 LEARNING = "it needs gradients, and no backward has been seen that tells how"
 """Why the first calls are eager."""
-
-UNUSED = 3
-"""How many forwards may go by without a backward until a warning says so."""
-
-CALLED_IN_VAIN = (
-    "breakable_cg captures a graph that needs gradients once one of its calls was run backward, and the results of "
-    f"{UNUSED} calls are gone without that: it runs eagerly. For inference call the compiled function under "
-    "torch.no_grad() or torch.inference_mode()."
-)
-
-ALL_TAKEN = f"{MAX_SLOTS} forwards are pending, one in each slot"
-
-NO_ROOM = "it would leave too little of the GPU's memory for the rest of the program"
 
 CHANGED = (
     "a parameter was frozen, unfrozen, or given another layout, and Dynamo has not noticed: "
@@ -82,187 +58,6 @@ CHANGED = (
 SHARED = "its backward reads an argument that it writes through another one"
 
 WAY_OUT = "compile it with options={'training': False}"
-
-
-# --- the forward --------------------------------------------------------------------------------------------------------
-
-
-class Number(int):
-    """The number of a slot, in a key."""
-
-    def __repr__(self) -> str:
-        return f"slot {int(self)}"
-
-
-class Outputs(list[Any]):
-    """The results of a forward: its outputs, and after them what it saved."""
-
-    saved: list[torch.Tensor] | None = None
-    """For a captured forward, everything that was saved: constants of the recording, and values that move. They do not
-    own their memory."""
-    owners: tuple[Any, ...] = ()
-    """The owners of the memory of :attr:`saved`."""
-    static: frozenset[str] = frozenset()
-    """The names of the values that do not move."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The saved values that lie in memory of a recording, the same in each of its calls."""
-
-    recording: weakref.ref[Recording]
-    constants: tuple[torch.Tensor | None, ...]
-    """None for a value that moves. These tensors own no memory."""
-    static: frozenset[str]
-    """The names of the values that do not move."""
-    first: tuple[int, int] | None
-    """The position of the first of these that is not empty, and its address. All empty tensors are at address 0."""
-
-    @classmethod
-    def of(cls, recording: Recording, forward: Forward) -> Lease:
-        leaves = recording.returned[forward.num_outputs :]
-        constants = tuple(recording.constants.get(leaf.name) for leaf in leaves)
-        there = [(place, constant) for place, constant in enumerate(constants) if constant is not None]
-        static = frozenset(forward.saved[place] for place, _ in there)
-        first = next(((place, constant.data_ptr()) for place, constant in there if constant.numel()), None)
-        return cls(weakref.ref(recording), constants, static, first)
-
-
-class HalfExecutor(Executor):
-    """The executor of a half. It records only where enough memory is left for the rest of the program.
-
-    What a half needs is held between its calls too, where eager would give it back. Results and gradients are fresh
-    under ``outputs="static"`` too: autograd keeps them beyond the next call.
-    """
-
-    def plan(self) -> Plan:
-        return replace(super().plan(), fresh_outputs=True)
-
-    def record(self, entry: Entry, args: list[Any], stream: int) -> list[Any]:
-        if self.driver.has_room(needed(self.program, SpecialisedProgram.of(self.program, args).symbols)):
-            return super().record(entry, args, stream)
-        self._put_off(entry, "memory", NO_ROOM)
-        return self._plain(args, f"could not be recorded: {PUT_OFF['memory']}", logging.WARNING)
-
-
-class ForwardExecutor(HalfExecutor):
-    """The executor of the forward. Each call takes a slot, whose number is part of its key."""
-
-    def __init__(self, forward: Forward, *args: Any) -> None:
-        self.forward = forward
-        self.taken: weakref.WeakKeyDictionary[Entry, _torch.StorageWeakRef] = weakref.WeakKeyDictionary()
-        """For each key, an object that lives as long as what its last call saved."""
-        self.leases: weakref.WeakKeyDictionary[Entry, Lease] = weakref.WeakKeyDictionary()
-        super().__init__(forward.lowered, *args)
-
-    def pending(self) -> int:
-        """Forwards that may still be run backward."""
-        return sum(not ref.expired() for ref in list(self.taken.values()))
-
-    def snapshot(self) -> Snapshot:
-        made = super().snapshot()
-        recorded = [key.recording for key in made.keys if key.recording is not None]
-        owners = {_torch.storage_key(owner): owner for recording in recorded for owner in recording.saved}
-        size = sum(owner.untyped_storage().nbytes() for owner in owners.values())
-        return replace(made, slots=Slots(len(recorded), self.pending(), size))
-
-    def run(self, args: list[Any], token: torch.Tensor) -> Outputs:
-        """Run once. The slot is taken as long as ``token`` lives."""
-        made = self(args, token)  # type: ignore[arg-type]
-        return made if isinstance(made, Outputs) else Outputs(made)
-
-    def _locked(self, args: list[Any], stream: int, driver: CaptureDriver, known: Any = None, *_: Any) -> Any:
-        reader, keys = self.reader, self.keys
-        assert isinstance(reader, _WithSlot)
-        addresses = keys.last if keys.last is not None and reader.are_at(keys.last.pointers, args) else None
-        if addresses is None:
-            addresses = keys.sets.get(reader.read(args).addresses)
-        slot = self._free(reader.without_slot(args), addresses)
-        if slot is None:
-            return self._plain(args, ALL_TAKEN, logging.WARNING)
-        reader.slot = slot
-        shapes = reader.shapes(args)
-        made = super()._locked(args, stream, driver)
-        entry = addresses.entries.get(shapes) if addresses is not None else None
-        return made if entry is None else self._leased(entry, made, known)
-
-    def has_slot(self, args: Sequence[Any]) -> bool:
-        """Whether a slot is free for a call. Taken ones are counted first, which takes less than reading a key.
-
-        Another thread may take it before this one has the pool's lock, so :meth:`_locked` looks once more.
-        """
-        if len(self.taken) < MAX_SLOTS or self.pending() < MAX_SLOTS:
-            return True
-        reader = self.reader
-        assert isinstance(reader, _WithSlot)
-        return self._free(reader.without_slot(args), self.keys.sets.get(reader.read(args).addresses)) is not None
-
-    def _free(self, shapes: ShapeKey, addresses: AddressSet | None) -> Number | None:
-        """The first free slot."""
-        for number in map(Number, range(MAX_SLOTS)):
-            entry = addresses.entries.get((*shapes, number)) if addresses is not None else None
-            ref = self.taken.get(entry) if entry is not None else None
-            if ref is None or ref.expired():
-                return number
-        return None
-
-    def _leased(self, entry: Entry, made: list[Any], token: torch.Tensor) -> list[Any]:
-        """The results of a call of ``entry``. The slot is taken if they lie in memory of its recording."""
-        recording, count = entry.recording, self.forward.num_outputs
-        if recording is None:
-            return made
-        lease = self.leases.get(entry)
-        if lease is None or lease.recording() is not recording:
-            lease = self.leases[entry] = Lease.of(recording, self.forward)
-        if lease.first is not None and made[count + lease.first[0]].data_ptr() != lease.first[1]:
-            return made  # this call was plain
-        self.taken[entry] = _torch.retains(token)
-        outputs = Outputs(made[:count])
-        outputs.saved = [
-            value if constant is None else constant
-            for constant, value in zip(lease.constants, made[count:], strict=True)
-        ]
-        outputs.owners, outputs.static = recording.kept, lease.static
-        return outputs
-
-    def cut_program(self) -> None:
-        super().cut_program()
-        self.reader = _WithSlot.of(self.program, self.keyed(), self.options.scalars == "key")
-
-    def plan(self) -> Plan:
-        return replace(super().plan(), saved_from=self.forward.num_outputs)
-
-    def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
-        entry = super().new_entry(key, args)
-        entry.warmed_up = entry.warmed_up or bool(entry.key.shapes[-1])  # the first slot's warm-up counts for all
-        return entry
-
-    def why_new(self, key: Key) -> str:
-        why, slot = super().why_new(key), key.shapes[-1]
-        return f"{int(slot)} more forward{'s' * (slot != 1)} pending" if slot and "new" in why else why
-
-
-class BackwardExecutor(HalfExecutor):
-    """The executor of a backward. Each slot of the forward has a set of addresses here."""
-
-    def new_entry(self, key: Key, args: Sequence[Any]) -> Entry:
-        warm = any(entry.warmed_up and entry.key.shapes == key.shapes for entry in self.keys.entries())
-        entry = super().new_entry(key, args)
-        entry.warmed_up = entry.warmed_up or warm  # the same kernels, on what another slot saved
-        return entry
-
-
-class _WithSlot(KeyReader):
-    """Reads keys that end with the number of a slot."""
-
-    slot = Number(0)
-    """The slot of the current call."""
-
-    def shapes(self, args: Sequence[Any]) -> ShapeKey:
-        return (*super().shapes(args), self.slot)
-
-    def without_slot(self, args: Sequence[Any]) -> ShapeKey:
-        return super().shapes(args)
 
 
 class _Drawn(NamedTuple):
@@ -307,38 +102,6 @@ _Other = tuple[Any, int | None, int]
 Make = Callable[..., Any]
 """Makes an executor of a class for a lowered graph, under a name; further arguments go to the class."""
 
-# --- both halves --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Seen:
-    """What was seen of backwards while the graph was eager."""
-
-    storages: dict[int, _torch.StorageWeakRef]
-    """The storages of the first call's static inputs, if they have memory, by index."""
-    layouts: dict[int, TensorSpec] = field(default_factory=dict)
-    """The layouts of the gradients that came in, by output. In some calls fewer outputs may need gradients than in others."""
-    came: bool = False
-    refused: str = ""
-    calls: int = 0
-    pending: weakref.WeakSet[_Looked] = field(default_factory=weakref.WeakSet)
-    """Calls that may still be run backward."""
-    refilled: set[int] = field(default_factory=set)
-    """Static inputs whose memory is freed between calls."""
-
-
-class _Looked:
-    """A call whose backward is observed. It lives as long as somebody may run that backward."""
-
-    backward: int | None = None
-    """The backward that has freed what a part of the call had saved."""
-    last: int | None = None
-    """The last backward that has reached it."""
-
-    def __init__(self) -> None:
-        self.inner: list[weakref.ref[torch.Tensor]] = []
-        """Its results from which others are computed."""
-
 
 class Training:
     """A graph that needs gradients, as Dynamo calls it. Several threads may call it.
@@ -374,7 +137,7 @@ class Training:
         self.backwards: dict[tuple[Pattern, Absent, frozenset[str]], Executor] = {}
         self._guess: tuple[Pattern, Absent, frozenset[str]] | None = None
         """A key of :attr:`backwards` that was made before any forward was captured, as if nothing that it saves moves."""
-        self._seen: _Seen | None = None
+        self._seen: FirstBackwards | None = None
         self._storages: tuple[list[int], list[weakref.ref[torch.Tensor]], list[_torch.StorageWeakRef]] | None = None
         """The addresses of static inputs in the last call, these inputs, and their storages."""
         self._refilled: frozenset[int] = frozenset()
@@ -467,20 +230,10 @@ class Training:
         seen = self._seen
         if seen is None:
             storages = {i: _torch.retains(args[i]) for i in self.halves.static if args[i].numel()}
-            self._seen = seen = _Seen(storages)
+            self._seen = seen = FirstBackwards(storages)
             self.why = LEARNING
         if not seen.came:  # of all forwards until then, since a backward may come after a later forward
-            if seen.calls - len(seen.pending) >= UNUSED:
-                self.warn(CALLED_IN_VAIN)
-            looked = _Looked()
-            for place in _torch.inner_results(results := [*differentiable.values()]):
-                looked.inner.append(weakref.ref(results[place]))
-                _torch.hear_of_hooks(results[place], functools.partial(_refuse, seen, WATCHED))
-            seen.pending.add(looked)
-            seen.calls += 1
-            for index, value in differentiable.items():
-                assert value.grad_fn is not None
-                value.grad_fn.register_prehook(functools.partial(_look, seen, looked, index, value.output_nr))
+            seen.observe(differentiable, self.warn)
         return outputs
 
     def _ready(self, args: Sequence[Any]) -> bool:
@@ -792,142 +545,13 @@ class Training:
         )
 
 
-class BySize:
-    """A graph that needs gradients, with sizes and floats that vary, as Dynamo calls it: a :class:`Training` for each set."""
-
-    def __init__(
-        self,
-        halves: Halves,
-        make: Make,
-        name: str,
-        source: str,
-        warn: Callable[[str], None],
-        auto_break: bool,
-        file: Callable[[Any], None],
-        as_eager: Callable[..., Any],
-    ) -> None:
-        self.halves, self.make, self.name, self.source = halves, make, name, source
-        self.warn, self.auto_break, self.file = warn, auto_break, file
-        self.as_eager = as_eager
-        """Makes the function that runs a graph as Dynamo traced it."""
-        self.eager = as_eager(halves.gm)
-        self.callers, self._modes = Callers(), Modes.current()
-        self.known: dict[tuple[Any, ...], Training] = {}
-        self.others: Others | None = None
-        """What the report says about further sizes."""
-        self._floats = halves.floats
-        self._sizes = tuple(index for index in halves.varying if index not in self._floats)
-        self._lock = locks.lock()
-
-    def __call__(self, *args: Any) -> Any:
-        values = [args[index] for index in self._sizes]
-        sizes = [value if type(value) is int else (value.shape, value.stride()) for value in values]
-        key = (*sizes, *[scalar_bytes(args[index]) for index in self._floats])
-        training = self.known.get(key)
-        if training is None:
-            numbers = {index: args[index] for index in self._sizes if isinstance(args[index], int)}
-            floats = {index: args[index].item() for index in self._floats}
-            with self._lock:
-                training = self.known.get(key) or self._made(key, numbers, floats)
-            if training is None:
-                return self.eager(*args)
-        constant = self._floats
-        return training(
-            *[value for index, value in enumerate(args) if type(value) is not int and index not in constant]
-        )
-
-    def _made(self, key: tuple[Any, ...], numbers: dict[int, int], floats: dict[int, float]) -> Training | None:
-        if len(self.known) >= MAX_SIZES:
-            if self.others is None:
-                self.others = Others(EagerGraph(f"{self.name}, other sizes", TOO_MANY_SIZES, self.source), self.callers)
-                self.file(self.others)
-                log.warning("%s: %s", self.name, TOO_MANY_SIZES)
-            return None
-        halves = self.halves.at({**numbers, **floats})
-        of = [
-            f"{what} {', '.join(map(str, dict.fromkeys(values.values())))}"
-            for what, values in (("sizes", numbers), ("floats", floats))
-            if values
-        ]
-        name = f"{self.name} for {' and '.join(of)}" if of else self.name
-        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source, self.warn, self.auto_break)
-        training.callers, training._modes = self.callers, self._modes
-        self.known[key] = training
-        self.file(training)
-        return training
-
-
-@dataclass(frozen=True, eq=False)
-class Others:
-    """Calls of a graph that are not captured."""
-
-    uncaptured: EagerGraph
-    callers: Callers
-
+LEAF = "an output that needs some has no history: it is a leaf, or was made under no_grad"
 
 TOO_MANY_PATTERNS = f"it needs gradients, and more than {MAX_PATTERNS} sets of its results, or layouts, came with some"
 
 TOO_MANY_ABSENT = (
     f"it needs gradients, and more than {MAX_PATTERNS} sets of them were missing where marked functions gave none"
 )
-
-TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets of sizes and floats"
-
-
-def _look(seen: _Seen, looked: _Looked, index: int, number: int, grads: tuple[Any, ...]) -> None:
-    """A backward has reached an output of an eager call."""
-    grad, backward = grads[number], _torch.current_backward()
-    if looked.last != backward:
-        looked.last = backward
-        _torch.after_backward(functools.partial(_look_behind, seen))
-    if looked.backward not in (None, backward):
-        _refuse(seen, IN_PARTS)
-    if not _torch.graph_is_kept():
-        looked.backward = backward
-    if any(result is not None and result.retains_grad for result in _alive(looked.inner)):
-        _refuse(seen, WATCHED)
-    if why := _refusal(grads):
-        _refuse(seen, why)
-    elif grad is not None:
-        seen.layouts[index], seen.came = TensorSpec.of(grad), True
-
-
-def _refuse(seen: _Seen, why: str) -> None:
-    seen.refused = f"it needs gradients, and {why}"
-
-
-def _look_behind(seen: _Seen) -> None:
-    """A backward has ended. FSDP has freed the weights that it gathers anew for the next call."""
-    for index, ref in seen.storages.items():
-        if (storage := _torch.live_storage(ref)) is not None and not storage.nbytes():
-            seen.refilled.add(index)
-
-
-LEAF = "an output that needs some has no history: it is a leaf, or was made under no_grad"
-
-WATCHED = "a result from which another one is computed has a hook, or retains its gradient"
-
-IN_PARTS = "its results are run backward one after the other, without retain_graph=True"
-
-BATCHED = "gradients came in batches"
-
-
-def _refusal(grads: Sequence[Any]) -> str:
-    """Why only eager can run a backward that begins now."""
-    if torch.is_grad_enabled():
-        return "a backward was run with create_graph=True"
-    if _torch.any_autocast_enabled():
-        return "a backward was run under autocast"
-    for grad in grads:
-        if grad is None:
-            continue
-        if _torch.is_transformed(grad):
-            return BATCHED
-        if type(grad) not in (torch.Tensor, torch.nn.Parameter) or grad.layout is not torch.strided:
-            return f"a gradient that came in is a {type(grad).__name__} of layout {grad.layout}"
-        if any(_torch.lazy_bits(grad)):
-            return "a gradient that came in is conjugated lazily"
-    return ""
 
 
 def _not_now() -> str:
@@ -1020,9 +644,9 @@ class _Captured(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         training: Training = ctx.training
         held: _Held | None = ctx.held
-        if any(result is not None and result.retains_grad and result.grad_fn is ctx for result in _alive(ctx.inner)):
+        if any(result is not None and result.retains_grad and result.grad_fn is ctx for result in alive(ctx.inner)):
             training.refuse(WATCHED)
-        why = _refusal(grads)
+        why = refusal(grads)
         forward = training.halves.forward
         assert forward is not None
         moving: Sequence[torch.Tensor]
@@ -1056,13 +680,8 @@ class _Captured(torch.autograd.Function):
         return None, *gradients
 
 
-# A function that runs the backward may be compiled itself. Dynamo would then compile what these two call.
+# A function that runs the backward may be compiled itself. Dynamo would then compile what this calls.
 _torch.hide_from_dynamo(_Captured.backward.__code__)
-_torch.hide_from_dynamo(_look.__code__)
-
-
-def _alive(results: Sequence[weakref.ref[torch.Tensor]]) -> Iterator[torch.Tensor | None]:
-    return (ref() for ref in results)
 
 
 def _pattern_of(grads: Sequence[Any]) -> Pattern:

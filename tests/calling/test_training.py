@@ -25,7 +25,9 @@ import fresh
 from breakable_backend import DivergenceError, EagerOutputError, ReplayError, _torch, eager_on_graph, eager_region
 from breakable_backend.backend import breakable_cg, executors_of
 from breakable_backend.calling.compiled_graph import REFILLED
-from breakable_backend.calling.training import MAX_PATTERNS, MAX_SIZES, MAX_SLOTS, ForwardExecutor
+from breakable_backend.calling.slots import MAX_SLOTS, ForwardExecutor
+from breakable_backend.calling.training import MAX_PATTERNS
+from breakable_backend.calling.training_by_size import MAX_SIZES
 from breakable_backend.compiling.joint_graph import Halves
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers.cuda import CudaDriver

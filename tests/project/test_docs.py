@@ -23,7 +23,7 @@ import torch
 import breakable_backend
 from breakable_backend import errors
 from breakable_backend.backend import EagerGraph
-from breakable_backend.calling import eviction, executor, retries, training
+from breakable_backend.calling import eviction, executor, first_backwards, retries, slots, training, training_by_size
 from breakable_backend.drivers import cuda, pool_size
 from breakable_backend.errors import BreakableError
 from breakable_backend.ir import program
@@ -188,8 +188,11 @@ def test_limits_page() -> None:
         "KEPT_INPUT": copies.KEPT_INPUT,
         "LARGE": large_results.LARGE,
         "HEADROOM": cuda.HEADROOM,
+        "MAX_SLOTS": slots.MAX_SLOTS,
+        "MAX_PATTERNS": training.MAX_PATTERNS,
+        "MAX_SIZES": training_by_size.MAX_SIZES,
+        "UNUSED": first_backwards.UNUSED,
     }
-    everything |= {name: getattr(training, name) for name in ("MAX_SLOTS", "MAX_PATTERNS", "MAX_SIZES", "UNUSED")}
     limits = {name: value for name, value in everything.items() if name.isupper() and isinstance(value, int | float)}
     assert {name: float(value) for name, value in rows.items()} == limits
 
