@@ -27,7 +27,7 @@ from breakable_backend.calling.slots import ForwardExecutor
 from breakable_backend.calling.training import Training
 from breakable_backend.calling.training_by_size import BySize
 from breakable_backend.compiling.flat_inputs import FlatGraph, PlainGraph
-from breakable_backend.compiling.joint_graph import Halves
+from breakable_backend.compiling.halves import Halves
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
 from breakable_backend.compiling.scope import scope_for

@@ -182,21 +182,21 @@ FAULTS = (
     # --- training ---
     Fault(
         "a-missing-gradient-is-zeros",
-        "compiling.joint_graph:Backward.gradients_in",
+        "compiling.forward_and_backward:Backward.gradients_in",
         "None if terms and (not any((came[number] for number in terms))) else value",
         "value",
         "test_training.py::test_a_mixture_of_experts_trains[cpu-at last]",
     ),
     Fault(
         "a-part-of-a-sum-is-missing-and-so-is-the-sum",
-        "compiling.joint_graph:Backward.gradients_in",
+        "compiling.forward_and_backward:Backward.gradients_in",
         "not any((came[number] for number in terms))",
         "not all((came[number] for number in terms))",
         "test_training.py::test_a_mixture_of_experts_trains[cpu-at last]",
     ),
     Fault(
         "gradients-behind-a-missing-one-are-computed",
-        "compiling.joint_graph:Backward.absent_from",
+        "compiling.forward_and_backward:Backward.absent_from",
         "unreached(call.site, saved[call.handle], call.given)",
         "frozenset()",
         "test_training.py::test_layers_without_a_gradient[cpu-once-at last]",
@@ -231,7 +231,7 @@ FAULTS = (
     ),
     Fault(
         "layouts-by-the-order-of-outputs-that-needed-gradients",
-        "compiling.joint_graph:Halves.trace",
+        "compiling.halves:Halves.trace",
         "tuple(map(layouts.get, joint.differentiable))",
         "tuple(layouts.values())",
         "test_training.py::test_layers_without_a_gradient[cpu-once-none or all]",
@@ -597,7 +597,7 @@ FAULTS = (
     ),
     Fault(
         "formulas-are-captured-as-traced",
-        "compiling.joint_graph:Halves._traced",
+        "compiling.halves:Halves._traced",
         "_torch.traced_otherwise(differentiable)",
         "''",
         "test_training.py::test_formulas_that_are_traced_otherwise[cpu-prod]",
@@ -681,7 +681,7 @@ FAULTS = (
     ),
     Fault(
         "what-a-marked-function-writes-through-another-argument-is-not-noticed",
-        "compiling.joint_graph:Halves._traced",
+        "compiling.halves:Halves._traced",
         "tuple(sorted({*facts['written'], *written}))",
         "tuple(facts['written'])",
         "test_training.py::test_an_argument_written_through_another[cpu-marked]",
@@ -695,7 +695,7 @@ FAULTS = (
     ),
     Fault(
         "a-graph-that-counts-in-a-buffer-is-eager",
-        "compiling.joint_graph:_aliases",
+        "compiling.joint_graph:aliases_in",
         "node in arguments or (node in outputs and outputs[node] != index)",
         "node in outputs and outputs[node] != index",
         "test_training.py::test_outputs_that_share_memory[cpu]",
@@ -773,7 +773,7 @@ FAULTS = (
     ),
     Fault(
         "one-site-for-all-sizes",
-        "compiling.joint_graph:Halves.at",
+        "compiling.halves:Halves.at",
         "twins.get(site) or site.twin()",
         "site",
         "test_training.py::test_sizes_that_vary[cpu-dynamic]",
@@ -787,8 +787,8 @@ FAULTS = (
     ),
     Fault(
         "what-may-draw-is-computed-again",
-        "compiling.joint_graph:_may_draw",
-        "_is_unknown(op)",
+        "compiling.halves:_may_draw",
+        "is_unknown(op)",
         "False",
         "test_training.py::test_graphs_inside[cpu-may draw]",
     ),
@@ -816,14 +816,14 @@ FAULTS = (
     ),
     Fault(
         "a-second-forward-calls-ops-of-others",
-        "compiling.joint_graph:_second_run",
-        "any((_is_unknown(node.target) for node in calls))",
+        "compiling.forward_and_backward:_second_run",
+        "any((is_unknown(node.target) for node in calls))",
         "False",
         "test_training.py::test_a_backward_that_eager_alone_can_run[cpu-calls-batches]",
     ),
     Fault(
         "a-second-forward-reads-what-the-first-has-written",
-        "compiling.joint_graph:_second_run",
+        "compiling.forward_and_backward:_second_run",
         "not depending.isdisjoint(results)",
         "False",
         "test_training.py::test_a_backward_that_eager_alone_can_run[cpu-writes-batches]",
@@ -837,14 +837,14 @@ FAULTS = (
     ),
     Fault(
         "a-second-forward-takes-statistics-for-values",
-        "compiling.joint_graph:_second_run",
+        "compiling.forward_and_backward:_second_run",
         "_updated(node) if schema_name(node) in BATCH_NORMS else ()",
         "()",
         "test_training.py::test_a_second_forward_with_statistics[cpu-module-batches]",
     ),
     Fault(
         "a-batch-norm-that-does-not-train-writes",
-        "compiling.joint_graph:_updated",
+        "compiling.forward_and_backward:_updated",
         "[] if reads else written_arguments(node)",
         "written_arguments(node)",
         "test_training.py::test_a_backward_that_eager_alone_can_run[cpu-reads-batches]",
@@ -942,7 +942,7 @@ FAULTS = (
     ),
     Fault(
         "graphs-inside-lose-their-marks",
-        "compiling.joint_graph:_Run.get_attr",
+        "compiling.halves:_Run.get_attr",
         "_Body(value)",
         "value",
         "test_training.py::test_graphs_inside[cpu-marked inside]",
@@ -3361,7 +3361,7 @@ FAULTS = (
     ),
     Fault(
         "backward-without-names",
-        "compiling.joint_graph:Halves._traced",
+        "compiling.halves:Halves._traced",
         "_torch.name_inputs(placeholders[:count], self.gm)",
         "{}",
         "test_names.py::test_both_halves_of_training",

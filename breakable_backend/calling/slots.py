@@ -19,7 +19,7 @@ from breakable_backend.calling.compiled_graph import PUT_OFF
 from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, ShapeKey
 from breakable_backend.calling.snapshot import Slots, Snapshot
-from breakable_backend.compiling.joint_graph import Forward
+from breakable_backend.compiling.forward_and_backward import Forward
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.ir.last_uses import needed
 from breakable_backend.recordings.recording import Recording

@@ -2,7 +2,7 @@
 
 The first calls of a graph that needs gradients run as Dynamo traced them. Hooks observe their backwards. Once one was
 run, it is known which gradients come in and with which layouts. Then the graph is traced
-(:mod:`breakable_backend.compiling.joint_graph`), and both halves are captured. From then on each forward
+(:mod:`breakable_backend.compiling.halves`), and both halves are captured. From then on each forward
 takes a *slot*: a recording with its own memory for what it saves. The slot is taken until autograd drops what that
 forward saved: at its backward, or later if the graph is retained, or when nobody can run it backward any more. So
 forwards may be pending while others run. If all slots are taken, a forward runs as Dynamo traced it.
@@ -32,7 +32,9 @@ from breakable_backend.calling.first_backwards import IN_PARTS, WATCHED, FirstBa
 from breakable_backend.calling.registry import EagerGraph
 from breakable_backend.calling.slots import ALL_TAKEN, BackwardExecutor, ForwardExecutor, Outputs
 from breakable_backend.compiling.flat_inputs import Whole
-from breakable_backend.compiling.joint_graph import Backward, Halves, Pattern
+from breakable_backend.compiling.forward_and_backward import Backward
+from breakable_backend.compiling.halves import Halves
+from breakable_backend.compiling.joint_graph import Pattern
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.errors import EagerOutputError, PartitionError, ReplayError
 from breakable_backend.ir.ambient_modes import Modes

@@ -12,7 +12,7 @@ from breakable_backend.callers import Callers
 from breakable_backend.calling.keys import scalar_bytes
 from breakable_backend.calling.registry import EagerGraph
 from breakable_backend.calling.training import Make, Training
-from breakable_backend.compiling.joint_graph import Halves
+from breakable_backend.compiling.halves import Halves
 from breakable_backend.ir.ambient_modes import Modes
 
 log = logging.getLogger(__name__)

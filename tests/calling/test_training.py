@@ -28,7 +28,7 @@ from breakable_backend.calling.compiled_graph import REFILLED
 from breakable_backend.calling.slots import MAX_SLOTS, ForwardExecutor
 from breakable_backend.calling.training import MAX_PATTERNS
 from breakable_backend.calling.training_by_size import MAX_SIZES
-from breakable_backend.compiling.joint_graph import Halves
+from breakable_backend.compiling.halves import Halves
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.tape import TapeDriver
@@ -1814,7 +1814,7 @@ def test_memory_that_is_freed_between_steps(within: bool, device: torch.device, 
     """
     module = Mlp().to(device)
     gathered = next(module.parameters())
-    kept, others = gathered.detach().clone(), list[Any]()
+    kept, others, places = gathered.detach().clone(), list[Any](), set[int]()
     compiled = torch.compile(module, backend="breakable_cg", options=options)
 
     def free(weight: Tensor) -> None:
@@ -1826,6 +1826,9 @@ def test_memory_that_is_freed_between_steps(within: bool, device: torch.device, 
     def step(function: Any) -> Any:
         with torch.autograd._unsafe_preserve_version_counter(gathered):
             refill(gathered, kept, others)
+            while gathered.data_ptr() in places:
+                refill(gathered, kept, others)
+        places.add(gathered.data_ptr())
         x = torch.rand(3, 4, device=device, requires_grad=True)
         loss = function(x).square().sum()
         loss.backward()

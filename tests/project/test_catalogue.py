@@ -25,7 +25,7 @@ import breakable_backend
 import silly
 from breakable_backend import BreakableError, ReplayError, _torch, backend, errors
 from breakable_backend.calling import device_errors
-from breakable_backend.compiling import joint_graph
+from breakable_backend.compiling import halves
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.drivers import cuda, generator, graph_nodes, ordering, streams, tape
 from breakable_backend.drivers.cuda_api import Bindings
@@ -327,7 +327,7 @@ def losing(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     def backward(halves: Any, *_: Any) -> Any:
         raise CannotLower("planted")
 
-    return lambda: patch.setattr(joint_graph.Halves, "backward", backward)
+    return lambda: patch.setattr(halves.Halves, "backward", backward)
 
 
 def parting(patch: pytest.MonkeyPatch) -> None:
