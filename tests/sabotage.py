@@ -582,6 +582,13 @@ FAULTS = (
         "test_refused_copies.py::test_memory_of_another_kind",
     ),
     Fault(
+        "a-trace-casts-a-weight-at-each-use",
+        "_torch.autograd:autocast_cache",
+        "torch.set_autocast_cache_enabled(enabled)",
+        "pass",
+        "test_training.py::test_autocast_of_a_weight_that_is_used_twice[cpu-around]",
+    ),
+    Fault(
         "nobody-looks-whether-weights-moved",
         "calling.training:_Captured.backward",
         "not _torch.are_at(list(inputs), ctx.pointers, everything)",

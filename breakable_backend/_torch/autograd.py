@@ -103,6 +103,22 @@ def leaf_in_place_of(tensor: torch.Tensor) -> torch.Tensor:
     return leaf
 
 
+@contextmanager
+def autocast_cache(enabled: bool) -> Iterator[None]:
+    """Whether autocast caches the casts of weights in a ``with`` statement. ``make_fx`` switches that off.
+
+    With the cache a weight that is used twice is cast once, so its gradients are added up in the lower precision. After
+    the statement the cache is empty, since a trace has put fakes into it.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
+
+
 def autocast_off() -> AbstractContextManager[None]:
     """No autocast during a ``with`` statement. A backward runs outside of autocast, and so does its trace."""
     return cast(AbstractContextManager[None], torch._C._DisableAutocast())

@@ -183,10 +183,12 @@ class Halves:
         kept, around = kept_ops(self.gm, self.eager_ops), marks.taken_apart(called_ops(self.gm))
         count = len(self.inputs)
         facts: dict[str, Any] = {}
+        cached = torch.is_autocast_cache_enabled()
         with _torch.tracing_both_halves(kept, around):
             values = [spec.empty().requires_grad_(needs) for spec, needs in self.inputs]
             if pattern is None:
-                outputs = _Run(self.gm).run(*values)
+                with _torch.autocast_cache(cached):
+                    outputs = _Run(self.gm).run(*values)
                 tangents: list[Any] = [TensorSpec.of(o).empty() for o in outputs if _needs(o)]
                 values = [spec.empty().requires_grad_(needs) for spec, needs in self.inputs]
             else:
@@ -195,7 +197,7 @@ class Halves:
             def both(*flat: Any) -> Any:
                 primals, came = flat[:count], flat[count:]
                 before = [(value.requires_grad, value._version) for value in primals]
-                with without(absent):
+                with without(absent), _torch.autocast_cache(cached):
                     outputs = _Run(self.gm).run(*primals)
                 if any(map(_torch.is_traceable_wrapper_subclass, outputs)):
                     raise CannotLower("an output is no plain tensor")
@@ -217,7 +219,7 @@ class Halves:
                 taken = [differentiable[place] for place in facts["given"]]
                 _torch.number_backward(taken)
                 wanted = [value for value in primals if value.requires_grad]
-                with _torch.autocast_off():
+                with _torch.autocast_off(), _torch.autocast_cache(False):  # checkpoints enter regions of their own
                     gradients = torch.autograd.grad(taken, wanted, list(came), allow_unused=True)
                 return tuple(outputs), gradients
 

@@ -1171,6 +1171,39 @@ def test_autocast(around: bool, device: torch.device, options: dict[str, Any]) -
     assert_replays(assert_trains(Cast(), step, device, options, 10), 4)
 
 
+@pytest.mark.parametrize("where", ["around", "inside", "cache off", "checkpoints"])
+def test_autocast_of_a_weight_that_is_used_twice(where: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 7: autocast casts such a weight once for each region, so its gradients add up in the lower precision."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def both(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu())
+
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "inside":
+                with torch.autocast(device.type, torch.bfloat16):
+                    return self.both(x)
+            if where == "checkpoints":
+                x = checkpoint(self.both, x, use_reentrant=False, preserve_rng_state=False)
+                return checkpoint(self.both, x, use_reentrant=False, preserve_rng_state=False)
+            return self.both(x)
+
+    def step(function: Any, module: nn.Module) -> Any:
+        module.zero_grad()
+        x = torch.rand(16, 4, device=device, requires_grad=True)
+        cache = where != "cache off"
+        with torch.autocast(device.type, torch.bfloat16, enabled=where != "inside", cache_enabled=cache):
+            loss = function(x).float().square().mean()
+        loss.backward()
+        return loss.detach(), x.grad, [parameter.grad for parameter in module.parameters()]
+
+    assert_replays(assert_trains(Twice(), step, device, options, 8), 4)
+
+
 def test_a_scaled_loss(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: a GradScaler's scale comes in with the gradient, and its steps are eager's."""
     scalers: dict[int, Any] = {}
