@@ -161,6 +161,16 @@ def test_kernels_of_ops_that_were_asked_for_later() -> None:
         assert op in decomposed()
 
 
+def assert_the_products_of_eager(function: Callable[..., Tensor], *args: Tensor) -> None:
+    """Without gradients ``function`` calls the same kinds of products in its graph as in eager."""
+    products = {"aten::mm", "aten::bmm"}
+    with torch.no_grad():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            function(*args)
+        found = ops(lowered(function, *args))
+    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+
+
 MATMULS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     torch.matmul,
     lambda left, right: torch.matmul(left, right, out=left.new_empty(4, 3, 3)),
@@ -175,12 +185,7 @@ def test_products_of_batches(
 ) -> None:
     """A product of batches calls the op that eager calls, so it rounds alike: one of batches, or one large product."""
     left, right = (torch.randn(batch, 3, 3, requires_grad=grad) for batch, grad in zip(batches, grads, strict=True))
-    products = {"aten::mm", "aten::bmm"}
-    with torch.no_grad():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-            matmul(left, right)
-        found = ops(lowered(matmul, left, right))
-    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+    assert_the_products_of_eager(matmul, left, right)
 
 
 def one_token(x: Tensor, weight: Tensor) -> Tensor:
@@ -206,12 +211,7 @@ def one_token(x: Tensor, weight: Tensor) -> Tensor:
 def test_products_of_one_row(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> None:
     """A product whose rows have a dimension of size 1 calls the op that eager calls, whatever strides a fake has there."""
     x, weight = torch.randn(shape), torch.randn(32, 32)
-    products = {"aten::mm", "aten::bmm"}
-    with torch.no_grad():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-            function(x, weight)
-        found = ops(lowered(function, x, weight))
-    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+    assert_the_products_of_eager(function, x, weight)
 
 
 @pytest.mark.parametrize("needs", [False, True], ids=["plain", "needs a gradient"])
@@ -228,12 +228,7 @@ def test_products_of_views_with_a_matrix(shape: tuple[int, ...], turned: bool, n
         return torch.matmul(view.transpose(0, 1) if turned else view, weight)
 
     x, weight = torch.randn(3, 2, 4), nn.Parameter(torch.randn(shape[-1], 5), requires_grad=needs)
-    products = {"aten::mm", "aten::bmm"}
-    with torch.no_grad():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-            function(x, weight)
-        found = ops(lowered(function, x, weight))
-    assert products.intersection(found) == products.intersection(event.name for event in profile.events())
+    assert_the_products_of_eager(function, x, weight)
 
 
 def test_product_with_a_part_of_a_parameter() -> None:
