@@ -25,7 +25,13 @@ from checks import assert_same, program_of
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
 Wrap = Callable[[nn.Module, torch.device], nn.Module]
 
-on_each_kind = pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+def on_ranks(*sizes: int) -> pytest.MarkDecorator:
+    """Groups of so many ranks on the CPU and on GPUs; four ranks on GPUs alone, since a CPU would be long at it."""
+    on_gpus = [pytest.param(size, "cuda", marks=pytest.mark.gpu, id=f"{size}-cuda") for size in (*sizes, 4)]
+    return pytest.mark.parametrize(
+        ("size", "kind"), [*(pytest.param(size, "cpu", id=f"{size}-cpu") for size in sizes), *on_gpus]
+    )
 
 
 def spawn(body: ranks.Body, size: int, kind: str, folder: Path) -> None:
@@ -243,31 +249,28 @@ def told(report: breakable_backend.Report, wrap: Wrap, why: str) -> None:
         assert all(f"Dynamo compiled nothing of {name}" in str(report) for name in names)
 
 
-@on_each_kind
-@pytest.mark.parametrize("size", [1, 2])
+@on_ranks(1, 2)
 def test_wrappers(size: int, kind: str, tmp_path: Path) -> None:
     """Line 9: DDP and FSDP around a model: right, each graph has its line, and what Dynamo skips is told as that."""
     spawn(without_gradients, size, kind, tmp_path)
 
 
-@on_each_kind
-@pytest.mark.parametrize("size", [1, 2])
+@on_ranks(1, 2)
 def test_wrappers_in_training(size: int, kind: str, tmp_path: Path) -> None:
     """Line 9: the same where gradients are needed."""
     spawn(with_gradients, size, kind, tmp_path)
 
 
-@on_each_kind
-@pytest.mark.parametrize("size", [1, 2])
+@on_ranks(1, 2)
 def test_wrappers_with_captured_training(size: int, kind: str, tmp_path: Path) -> None:
     """Lines 1 and 3: the same where forward and backward are captured, over several steps; hooks' collectives keep their order."""
     spawn(captured_training, size, kind, tmp_path)
 
 
-@on_each_kind
-def test_wrappers_around_compiled_modules(kind: str, tmp_path: Path) -> None:
+@on_ranks(2)
+def test_wrappers_around_compiled_modules(size: int, kind: str, tmp_path: Path) -> None:
     """Line 9: a wrapper around a module that was compiled in place, without gradients and with them."""
-    spawn(compiled_inside, 2, kind, tmp_path)
+    spawn(compiled_inside, size, kind, tmp_path)
 
 
 @pytest.mark.gpu
@@ -615,23 +618,22 @@ def left_alone(device: torch.device) -> None:
     assert program_of(compiled).replays == 2
 
 
-@on_each_kind
-@pytest.mark.parametrize("size", [1, 2])
+@on_ranks(1, 2)
 def test_plans_in_training(size: int, kind: str, tmp_path: Path) -> None:
     """Lines 1 and 3: a model of DTensors trains as in eager, with forward and backward captured, and notices writes."""
     spawn(planned_training, size, kind, tmp_path)
 
 
-@on_each_kind
-def test_gradients_that_are_placed_by_result(kind: str, tmp_path: Path) -> None:
+@on_ranks(2)
+def test_gradients_that_are_placed_by_result(size: int, kind: str, tmp_path: Path) -> None:
     """Line 1: a gradient of a DTensor is placed as in eager, whichever results of a graph a step runs backward."""
-    spawn(placed, 2, kind, tmp_path)
+    spawn(placed, size, kind, tmp_path)
 
 
-@on_each_kind
+@on_ranks(2)
 @pytest.mark.parametrize(
     "body", [replayed, apart, delayed, planned, by_hand, left_alone], ids=lambda body: body.__name__
 )
-def test_collectives(body: ranks.Body, kind: str, tmp_path: Path) -> None:
-    """Lines 1 and 3: two ranks' collectives in captured segments: eager's results, and no rank waits for ever."""
-    spawn(body, 2, kind, tmp_path)
+def test_collectives(body: ranks.Body, size: int, kind: str, tmp_path: Path) -> None:
+    """Lines 1 and 3: the ranks' collectives in captured segments: eager's results, and no rank waits for ever."""
+    spawn(body, size, kind, tmp_path)
