@@ -484,6 +484,14 @@ FAULTS = (
         gpu=True,
     ),
     Fault(
+        "detached-arguments-are-first-used-in-an-eager-step",
+        "capturing.gradients:Call.of",
+        "tuple(map(get_gradient_edge, inputs))",
+        "()",
+        "test_capture_gradients.py::test_gradients_of_arguments_that_go_elsewhere[cuda]",
+        gpu=True,
+    ),
+    Fault(
         "gradients-that-are-gone-stay-gone",
         "capturing.graph:Gradient.put_back",
         "leaf.grad = self.grad",
@@ -4062,7 +4070,7 @@ FAULTS = (
         with self.state.enter() if self.state is not None else nullcontext():
             yield
         """,
-        "test_cuda_threads.py::test_a_crowd_that_captures_replays_and_drops",
+        "test_cuda_threads.py::test_a_plain_call_that_draws_waits_for_a_capture_that_draws",
         gpu=True,
     ),
     Fault(

@@ -457,9 +457,11 @@ class _OngoingCapture:
         """
         # Before the call, since it may change the containers and objects that it gets.
         given = pytree.tree_flatten((args, dict(kwargs)))
-        reach = (
-            gradients.Reach.of(mark, given[0], self.memory.made) if mark is not None and _records_gradients() else None
-        )
+        function = self.observers.eager(function, name, reason.source)
+        call = None
+        if mark is not None and _records_gradients():
+            reach = gradients.Reach.of(mark, given[0], self.memory.made)
+            call = gradients.Call.of(mark, reach, function, *given, reason.source)
         self._end()
         known = self.memory.live().keys() | self.memory.held.keys()
         taken = tensors_on(self.driver.device, (args, kwargs))  # kept alive until their keys are compared
@@ -469,11 +471,9 @@ class _OngoingCapture:
             for barrier in (self.barrier, mark.barrier if mark is not None else None):
                 if barrier is not None:
                     barrier()
-            function = self.observers.eager(function, name, reason.source)
             run = (mark.capture_stub if mark is not None else None) or function
-            call = None
-            if mark is not None and reach is not None:
-                call = gradients.Call.of(mark, reach, function, *given, reason.source)
+            if call is not None:
+                call.check()
                 args, kwargs = call.arguments()
             with _torch.without_observers():
                 result = run(*args, **kwargs)

@@ -324,12 +324,14 @@ class Call:
     since: int
     grads: Sequence[torch.Tensor | None]
     """The ``.grad`` of its autograd leaves before it runs."""
+    nodes: tuple[GradientEdge, ...]
+    """Keeps the nodes of the detached tensors alive, which are made for the stream of the capture as those of a reach are."""
 
     @classmethod
     def of(
         cls, mark: Mark, reach: Reach, function: Callable[..., Any], given: Sequence[Any], spec: Any, source: str
     ) -> Call:
-        """Detach the arguments, except autograd leaves from outside of the capture.
+        """Detach the arguments, except autograd leaves from outside of the capture. It is made while a segment is captured.
 
         Args:
             mark: of the function.
@@ -346,12 +348,16 @@ class Call:
             if isinstance(value, torch.Tensor) and value.requires_grad and not any(value is leaf for leaf in reach.own)
         }
         step = Forward(function, spec, mark.name, source, first, tuple(leaf_of(leaf, source) for leaf in reach.own))
-        leaves, inputs = step.cut(given)
+        with _torch.without_modes():
+            leaves, inputs = step.cut(given)
+            nodes = tuple(map(get_gradient_edge, inputs))
         grads = [leaf.grad for leaf in reach.all()]
-        call = cls(mark, reach, step, given, leaves, inputs, _torch.next_node_number(), grads)
-        call._refuse_writes()
-        call._refuse_stub()
-        return call
+        return cls(mark, reach, step, given, leaves, inputs, _torch.next_node_number(), grads, nodes)
+
+    def check(self) -> None:
+        """Raise if the gradients would not be those of eager."""
+        self._refuse_writes()
+        self._refuse_stub()
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the function."""

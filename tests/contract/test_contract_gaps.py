@@ -125,7 +125,7 @@ def test_streams_wait_for_each_other() -> None:
     with torch.no_grad():
         for _ in range(3):
             compiled(first)
-        silly.hooks["visit"] = lambda y: (torch.cuda._sleep(100_000_000), y + 1)[1]  # some 50 ms
+        silly.hooks["visit"] = lambda y: (torch.cuda._sleep(1_000_000_000), y + 1)[1]  # half a second, for a busy host
         torch.cuda.synchronize()
         results = []
         try:
