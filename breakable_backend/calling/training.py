@@ -175,7 +175,6 @@ class Training:
                 )
             return self._learn(args)
         forward = self.halves.forward
-        assert forward is not None
         assert self.forward is not None
         if _torch.may_keep_stale_graphs() and self._changed(args):
             return self._as_traced(args, CHANGED, logging.WARNING)
@@ -280,11 +279,9 @@ class Training:
         pattern = _pattern_of(grads)
         if not any(pattern):
             return [None] * len(self.halves.wanted)
-        forward = self.halves.forward
-        assert forward is not None
         backward, absent, saved = self._chosen(pattern, ctx, moving)
         executor = self._executor(backward, pattern, absent, ctx.static if ctx.captured else None)
-        given = dict(zip(forward.inputs, inputs, strict=True))
+        given = dict(zip(self.halves.forward.inputs, inputs, strict=True))
         args = [
             *(saved[name] for name in backward.saved),
             *(given[index] for index in backward.inputs),
@@ -309,19 +306,16 @@ class Training:
     def read_by(self, ctx: Any, moving: Sequence[Any], grads: Sequence[Any]) -> tuple[Sequence[int], Sequence[int]]:
         """Which inputs and which checked results the backward for ``grads`` reads, by their places among what is saved."""
         pattern = _pattern_of(grads)
-        forward = self.halves.forward
-        assert forward is not None
         if not any(pattern):
             return (), ()
         backward, *_ = self._chosen(pattern, ctx, moving)
-        return tuple(map(forward.inputs.index, backward.inputs)), backward.checked
+        return tuple(map(self.halves.forward.inputs.index, backward.inputs)), backward.checked
 
     def _chosen(
         self, pattern: Pattern, ctx: Any, moving: Sequence[Any]
     ) -> tuple[Backward, Absent, dict[str, torch.Tensor]]:
         """The backward for ``pattern``, the gradients that marked functions will not give, and what was saved, by name."""
         forward = self.halves.forward
-        assert forward is not None
         left = iter(moving)
         saved = {
             name: next(left) if value is None else value for name, value in zip(forward.saved, ctx.saved, strict=True)
@@ -359,7 +353,6 @@ class Training:
         guess = None
         if static is None:
             known = (key for key in list(self.backwards) if key[:2] == (pattern, absent))
-            assert self.halves.forward is not None
             guess = pattern, absent, frozenset(self.halves.forward.saved)
             static = next(known, guess)[2]
         found = self.backwards.get((pattern, absent, static))
@@ -384,9 +377,8 @@ class Training:
         first, _, fixed = next(iter(self.backwards), (pattern, absent, static))
         given = [place for place, spec in enumerate(pattern) if spec is not None]
         if given != [place for place, spec in enumerate(first) if spec is not None]:
-            forward = self.halves.forward
-            assert forward is not None
-            name += f" for result{'s' * (len(given) > 1)} {', '.join(str(forward.differentiable[place]) for place in given)}"
+            results = ", ".join(str(self.halves.forward.differentiable[place]) for place in given)
+            name += f" for result{'s' * (len(given) > 1)} {results}"
         elif pattern != first:
             name += " for gradients with another layout"
         if moving := len(fixed - static):
@@ -399,7 +391,6 @@ class Training:
     def saved(self, made: Outputs, results: Sequence[Any]) -> list[Saved]:
         """The values that a captured forward keeps at fixed addresses for a backward, for observers."""
         forward = self.halves.forward
-        assert forward is not None
         assert made.saved is not None
         leaves: Any = forward.lowered.module.graph.output_node().args[0]
         makers = dict(zip(forward.saved, leaves[forward.num_outputs :], strict=True))
@@ -441,7 +432,6 @@ class Training:
     @functools.cached_property
     def _static_places(self) -> tuple[int, ...]:
         """The positions of static inputs that backwards need."""
-        assert self.halves.forward is not None
         return tuple(place for place, index in enumerate(self.halves.forward.inputs) if index in self.halves.static)
 
     # what only eager can run backward
@@ -458,7 +448,6 @@ class Training:
 
     @functools.cached_property
     def _others(self) -> tuple[int, ...]:
-        assert self.halves.forward is not None
         return tuple(sorted(set(range(len(self.halves.inputs))) - set(self.halves.forward.inputs)))
 
     def gradients_of_eager(self, why: str, ctx: Any, inputs: Sequence[Any], grads: Sequence[Any]) -> Sequence[Any]:
@@ -468,7 +457,6 @@ class Training:
         add up in another order than eager's.
         """
         forward, others = self.halves.forward, ctx.others
-        assert forward is not None
         if others is None:
             self.refuse(f"{why}, and {forward.once or 'an argument is no plain tensor'}")
         if ctx.random is None:
@@ -591,7 +579,6 @@ class _Call:
     def _take_inner(self, training: Training) -> None:
         """Have the arguments be tensors that live as long as the subclasses that they are parts of."""
         self.args, forward = list(self.args), training.halves.forward
-        assert forward is not None
         for index in training.parts:
             whole: Whole = self.args[index].whole
             self.args[index] = whole.inner
@@ -607,7 +594,6 @@ class _Captured(torch.autograd.Function):
         training, args = call.training, call.args
         executor, forward = training.forward, training.halves.forward
         assert executor is not None
-        assert forward is not None
         token = torch.empty(0)
         # A second forward draws the same. For graphs that draw, 4 us for each generator.
         drawing = () if forward.once else forward.drawing
@@ -649,13 +635,11 @@ class _Captured(torch.autograd.Function):
         if any(result is not None and result.retains_grad and result.grad_fn is ctx for result in alive(ctx.inner)):
             training.refuse(WATCHED)
         why = refusal(grads)
-        forward = training.halves.forward
-        assert forward is not None
         moving: Sequence[torch.Tensor]
         inputs: Sequence[torch.Tensor]
         try:
             _, *saved = ctx.saved_tensors  # raises if it was freed or written
-            moving, inputs = saved[: ctx.num_moving], saved[ctx.num_moving :][: len(forward.inputs)]
+            moving, inputs = saved[: ctx.num_moving], saved[ctx.num_moving :][: len(training.halves.forward.inputs)]
         except RuntimeError:
             if any(now is not None and not before for now, before in zip(grads, ctx.given, strict=True)):
                 training.refuse(IN_PARTS)  # in eager the results may share nothing

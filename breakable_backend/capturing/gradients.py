@@ -29,13 +29,7 @@ from breakable_backend.capturing.graph import Alive
 from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
-from breakable_backend.marks.call_sites import (
-    DIFFERENTIATED_AN_ARGUMENT,
-    HOOK_A_COPY,
-    RETURN_IT,
-    WATCHED_AN_ARGUMENT,
-    Mark,
-)
+from breakable_backend.marks.call_sites import DIFFERENTIATED_AN_ARGUMENT, Mark, history_used
 from breakable_backend.marks.saved_for_backward import nothing_like
 from breakable_backend.marks.structure import view_leaf, view_of
 
@@ -98,13 +92,8 @@ class Forward:
 
     def look_at(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise if gradients of the detached tensors were seen, or, later, if they are needed by another way than results."""
-        for tensor in inputs:
-            if _torch.num_watching(tensor):
-                self._refuse(WATCHED_AN_ARGUMENT, HOOK_A_COPY)
-            if tensor.grad is not None:
-                self._refuse(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
-            later = functools.partial(self._refuse, DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
-            _torch.watch_accumulation(tensor, {0: later})
+        if used := history_used(inputs, {0: functools.partial(self._refuse, *DIFFERENTIATED_AN_ARGUMENT)}):
+            self._refuse(*used)
 
     def _refuse(self, why: str, fix: str, *_: Any) -> NoReturn:
         raise EagerOutputError(

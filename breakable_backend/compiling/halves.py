@@ -53,7 +53,8 @@ class Halves:
     """The layouts of the inputs, and whether they need gradients."""
     sites: tuple[Site, ...] = ()
     """Calls of marked functions that it owns."""
-    forward: Forward | None = None
+    forward: Forward = field(init=False, repr=False)
+    """Made by :meth:`trace`."""
     backwards: dict[tuple[Pattern, Absent], Backward] = field(default_factory=dict)
     _calls: tuple[tuple[str, Any], ...] = ()
     """The calls of the forward, as its trace has them."""
@@ -150,7 +151,6 @@ class Halves:
         return self.backwards[pattern, absent]
 
     def _backward(self, joint: Joint) -> Backward:
-        assert self.forward is not None
         if joint.calls() != self._calls:
             raise CannotLower("two traces of it are not the same")
         missing = joint.roots().keys() - set(self.forward.saved)

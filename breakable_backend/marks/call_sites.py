@@ -453,16 +453,14 @@ class Site:
 
     def _look_at_leaves(self, call: Given) -> None:
         """Raise if the function had gradients of an argument seen, or have it raised later: a leaf is not what eager has."""
+        leaves = []
         for place, (leaf, need) in enumerate(zip(call.tensors, call.needs, strict=True)):
-            if place in self._of_modules:
-                if need and _torch.has_hooks(leaf):
-                    raise self._no_node(WATCHED_AN_ARGUMENT, HOOK_A_COPY)
-            elif need:
-                if _torch.num_watching(leaf):
-                    raise self._no_node(WATCHED_AN_ARGUMENT, HOOK_A_COPY)
-                if leaf.grad is not None:
-                    raise self._no_node(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
-                _torch.watch_accumulation(leaf, self._watching)
+            if need and place not in self._of_modules:
+                leaves.append(leaf)
+            elif need and _torch.has_hooks(leaf):
+                raise self._no_node(*WATCHED_AN_ARGUMENT)
+        if used := history_used(leaves, self._watching):
+            raise self._no_node(*used)
 
     @functools.cached_property
     def _of_modules(self) -> frozenset[int]:
@@ -475,7 +473,7 @@ class Site:
 
         def refuse(_: torch.Tensor) -> None:
             if (alive := site()) is not None:
-                raise alive._no_node(DIFFERENTIATED_AN_ARGUMENT, RETURN_IT)
+                raise alive._no_node(*DIFFERENTIATED_AN_ARGUMENT)
 
         return {0: refuse}
 
@@ -610,13 +608,32 @@ def _closed_over() -> Unholdable:
 
 CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
 
-WATCHED_AN_ARGUMENT = "it registered a hook on an argument, or had an argument retain its gradient"
+WATCHED_AN_ARGUMENT = (
+    "it registered a hook on an argument, or had an argument retain its gradient",
+    "do so with a copy that the function returns, as in y = x.clone()",
+)
+"""Why an argument that needs gradients has to be eager's, and what to do about it."""
 
-HOOK_A_COPY = "do so with a copy that the function returns, as in y = x.clone()"
+DIFFERENTIATED_AN_ARGUMENT = (
+    "a gradient came to an argument otherwise than through what it returned",
+    "return what is differentiated later",
+)
+"""The same for an argument from which something that is no result was computed."""
 
-DIFFERENTIATED_AN_ARGUMENT = "a gradient came to an argument otherwise than through what it returned"
 
-RETURN_IT = "return what is differentiated later"
+def history_used(leaves: Iterable[torch.Tensor], later: dict[int, Callable[[torch.Tensor], None]]) -> tuple[str, ...]:
+    """Why arguments, which a marked function got as autograd ``leaves``, have to be eager's, and what to do; empty if not.
+
+    ``later``: what is called (by 0) if a backward comes to one of them by another way than the results.
+    """
+    for leaf in leaves:
+        if _torch.num_watching(leaf):
+            return WATCHED_AN_ARGUMENT
+        if leaf.grad is not None:
+            return DIFFERENTIATED_AN_ARGUMENT
+        _torch.watch_accumulation(leaf, later)
+    return ()
+
 
 GIVE_FAKE = "give its layout: @eager_on_graph(fake=...), with the same signature, such as lambda x: torch.empty_like(x)"
 

@@ -27,7 +27,6 @@ from breakable_backend.marks.call_ops import writing_op
 from breakable_backend.marks.call_sites import (
     CHANGED_A_CONTAINER,
     GIVE_FAKE,
-    HOOK_A_COPY,
     WATCHED_AN_ARGUMENT,
     Site,
     learned_of,
@@ -456,7 +455,7 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.cure = NAME_THEM if mark.by == BY_FUNCTION else NAME_WHAT_IT_WRITES
         return holder[0]
     if watching != [*map(_torch.num_watching, passed)]:
-        learned.why_not, learned.cure = WATCHED_AN_ARGUMENT, HOOK_A_COPY
+        learned.why_not, learned.cure = WATCHED_AN_ARGUMENT
         return holder[0]
     see_result(mark, learned, call, asked, holder)
     return holder[0]

@@ -74,9 +74,7 @@ class LiveOp:
 
     def argument(self, name: str) -> Any:
         """The value of an argument of the op's schema; None for the default."""
-        names = [argument.name for argument in self.op._schema.arguments]
-        position = names.index(name) if name in names else len(self.args)
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+        return _argument(self.op, self.args, self.kwargs, name)
 
     @property
     def goes_to_device(self) -> bool:
@@ -175,13 +173,8 @@ _OWN_GENERATOR = "draws from a generator of its own, which a graph would have to
 
 @Rule
 def explicit_generator(node: fx.Node, scope: Scope) -> str:
-    if not isinstance(node.target, _torch.OpOverload):
-        return ""
-    for position, argument in enumerate(node.target._schema.arguments):
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if argument.name == "generator" and given is not None:
-            return _OWN_GENERATOR
-    return ""
+    given = isinstance(node.target, _torch.OpOverload) and argument_of(node, "generator") is not None
+    return _OWN_GENERATOR if given else ""
 
 
 @explicit_generator.live
@@ -369,10 +362,13 @@ def _(call: LiveOp) -> str:
 
 def argument_of(node: fx.Node, name: str) -> Any:
     """The value that a node passes for an argument of its op's schema; None for the default."""
-    assert isinstance(node.target, _torch.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    position = names.index(name) if name in names else len(node.args)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    return _argument(node.target, node.args, node.kwargs, name)
+
+
+def _argument(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    names = [argument.name for argument in op._schema.arguments]
+    position = names.index(name) if name in names else len(args)
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 MOVES_STORAGE = _torch.aten("resize_ resize_as_ set_") | {"inductor::resize_storage_bytes_"}
