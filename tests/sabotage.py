@@ -3370,9 +3370,23 @@ FAULTS = (
     Fault(
         "inputs-without-names",
         "_torch.symbols:note_names",
-        "_as_written(source)",
+        "_as_written(source, called)",
         "''",
         "test_names.py::test_names_of_inputs",
+    ),
+    Fault(
+        "wrappers-hide-names",
+        "_torch.symbols:note_names",
+        "names_of_callers(root)",
+        "{}",
+        "test_names.py::test_names_behind_a_decorator",
+    ),
+    Fault(
+        "wrong-size-padded",
+        "tools.varies:_numbers",
+        "last - int(size[2])",
+        "0",
+        "test_varies.py::test_a_size_before_the_last",
     ),
     Fault(
         "backward-without-names",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -81,6 +83,35 @@ def tracing() -> InstructionTranslator | None:
         return cast("InstructionTranslator | None", InstructionTranslator.current_tx())
     except AttributeError:  # this thread has traced nothing yet: a backward that compiled autograd runs (torch 2.13)
         return None
+
+
+def names_of_callers(root: InstructionTranslator) -> dict[str, str]:
+    """What callers call the arguments that the code under compilation takes as ``*args`` and ``**kwargs``.
+
+    For example ``{"args[0]": "input_ids", "kwargs['position_ids']": "position_ids"}``. Names of ``args`` are known in
+    the ``forward`` of a module and in torch's own functions.
+    """
+    code, scope = root.f_code, root.f_locals
+    named = code.co_argcount + code.co_kwonlyargcount
+    rest = list(code.co_varnames[named:])
+    args = rest.pop(0) if code.co_flags & inspect.CO_VARARGS else ""
+    kwargs = rest.pop(0) if code.co_flags & inspect.CO_VARKEYWORDS else ""
+    found = {f"{kwargs}[{name!r}]": name for name in scope.get(kwargs, ())}
+    first = next(
+        iter([*(scope.get(name) for name in code.co_varnames[: code.co_argcount]), *scope.get(args, ())]), None
+    )
+    function = getattr(type(first), "forward", None)
+    if is_shared(code):
+        function = scope["fn"]
+        if isinstance(function, torch.nn.Module):
+            function, found["fn"] = function.forward, "self"
+    elif getattr(function, "__code__", None) is not code:
+        return found
+    with suppress(ValueError):  # a function in C has no signature
+        parameters = list(inspect.signature(cast("Callable[..., Any]", function)).parameters.values())
+        names = [parameter.name for parameter in parameters if parameter.kind <= parameter.POSITIONAL_OR_KEYWORD]
+        found |= {f"{args}[{place}]": name for place, name in enumerate(names[code.co_argcount :])}
+    return found
 
 
 def is_shared(code: CodeType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+
+from breakable_backend._torch.dynamo import names_of_callers, tracing
 
 if TYPE_CHECKING:
     import sympy
@@ -30,28 +33,40 @@ def name_of(number: Any) -> str:
     """Where Dynamo reads a symbolic number, as ``x.size()[1]`` or ``n``; empty if it computes it, or for no symbol."""
     if not isinstance(number, torch.SymInt) or not number.node.expr.is_symbol:
         return ""
-    sources = number.node.shape_env.var_to_sources.get(number.node.expr, ())
-    return _as_written(sources[0]) if sources else ""
+    shape_env = number.node.shape_env
+    sources = shape_env.var_to_sources.get(number.node.expr, ())
+    return _as_written(sources[0], _called.get(shape_env, {})) if sources else ""
 
 
-def _as_written(source: Any) -> str:
+def _as_written(source: Any, called: Mapping[str, str]) -> str:
     """Where Dynamo reads an input, as users write it: ``x``, ``batch['ids']``, ``self.layers[0].weight``."""
     name = re.sub(r"\b[LG]\['(\w+)'\]", r"\1", str(source.name() if callable(source.name) else source.name))
-    return re.sub(
+    name = re.sub(
         r"\._(?:modules|parameters|buffers)\['(\w+)'\]",
         lambda found: f"[{found[1]}]" if found[1].isdigit() else f".{found[1]}",
         name,
     )
+    argument = re.match(r"\w+(\['?\w+'?\])?", name)
+    for taken in dict.fromkeys((argument[0], argument[0].partition("[")[0])) if argument else ():
+        if taken in called:
+            return called[taken] + name[len(taken) :]
+    return name
 
 
 NAME = "breakable_cg_name"
 
+_called: weakref.WeakKeyDictionary[Any, Mapping[str, str]] = weakref.WeakKeyDictionary()
+"""By the symbols of a compilation: what callers call the arguments that the code takes as ``*args`` and ``**kwargs``."""
+
 
 def note_names(gm: fx.GraphModule) -> None:
     """Note for each input of Dynamo's graph what users call it. Dynamo forgets it when the graph is compiled."""
+    called: Mapping[str, str] = {}
+    if (root := tracing()) is not None:
+        called = _called[root.output.shape_env] = names_of_callers(root)
     for node in gm.graph.find_nodes(op="placeholder"):
         if (source := getattr(node.meta.get("grapharg"), "source", None)) is not None:
-            node.meta[NAME] = _as_written(source)
+            node.meta[NAME] = _as_written(source, called)
 
 
 def name_inputs(nodes: Sequence[fx.Node], gm: fx.GraphModule) -> dict[str, str]:
@@ -68,9 +83,14 @@ def name_inputs(nodes: Sequence[fx.Node], gm: fx.GraphModule) -> dict[str, str]:
         place = place if kind is None else getattr(kind, "idx", len(given))
         if place < len(given) and (name := given[place].meta.get(NAME)):
             before = node.name
-            node._rename(re.sub(r"\W+", "_", ".".join((name, *parts))).strip("_"))
+            node._rename(as_identifier(".".join((name, *parts))))
             node.target = renamed[before] = node.name
     return renamed
+
+
+def as_identifier(written: str) -> str:
+    """The name of an input by what users write: ``self_layers_0_weight`` for ``self.layers[0].weight``."""
+    return re.sub(r"\W+", "_", written).strip("_")
 
 
 def fresh_int(tensor: Any) -> Any:

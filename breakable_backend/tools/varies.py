@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from types import CodeType
 
@@ -62,11 +63,13 @@ def _numbers(snapshot: Snapshot) -> Iterator[str]:
             continue
         name = _torch.name_of(value.value) or value.name
         had = f"{name} has had {_listed(found)}, and each is recorded for itself"
-        if ".size()" in name:
-            tensor = name.partition(".")[0]
+        if (size := re.fullmatch(r"(.*)\.size\(\)\[(\d+)\]", name)) is not None:
+            tensor, padded = size[1], _torch.as_identifier(size[1])
+            last = next((value.value.dim() - 1 for value in program.inputs if value.name == padded), int(size[2]))
+            behind = "0, 0, " * (last - int(size[2]))  # pad takes the last dimension first
             yield (
                 f"{had}: pad {tensor} to a few sizes, for example "
-                f"to multiples of 64: torch.nn.functional.pad({tensor}, (0, -{name} % 64))"
+                f"to multiples of 64: torch.nn.functional.pad({tensor}, ({behind}0, -{name} % 64))"
             )
         elif _is_only_computed_with(value, program):
             yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,45 @@ def test_names_of_inputs() -> None:
         "self_layers_1_weight",
         "x",
     ]
+
+
+def passing_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    @passing_on
+    def forward(self, ids: Tensor, positions: Tensor, *, mask: Tensor, **more: Tensor) -> Tensor:
+        return (ids + positions).sin() * mask + more["scale"]
+
+
+def test_names_behind_a_decorator() -> None:
+    """A wrapper that takes *args and **kwargs hides no names: inputs have those that a caller knows, as in transformers."""
+    compiled = torch.compile(Decorated(), backend="breakable_cg", options=TAPE)
+    ids, positions, mask, scale = (torch.rand(4) for _ in range(4))
+    compiled(ids, positions=positions, mask=mask, scale=scale)
+    assert sorted(names(compiled)[0]) == ["ids", "mask", "positions", "scale"]
+    compiled(ids, positions, mask=mask, scale=scale)
+    assert sorted(names(compiled)[1]) == ["ids", "mask", "positions", "scale"]
+
+
+def test_names_of_torchs_own_modules() -> None:
+    """Dynamo wraps what torch itself defines, and its wrapper hides no names either."""
+    compiled = torch.compile(nn.Linear(4, 4), backend="breakable_cg", options=TAPE)
+    with torch.no_grad():
+        compiled(torch.rand(2, 4))
+    assert sorted(names(compiled)[0]) == ["input_1", "self_bias", "self_weight"]  # fx keeps the names of builtins
+
+
+def test_a_dict_called_kwargs() -> None:
+    """An argument that only has such a name is named as it is."""
+    compiled = torch.compile(lambda kwargs: kwargs["x"].sin(), backend="breakable_cg", options=TAPE)
+    compiled({"x": torch.rand(4)})
+    assert names(compiled) == [["kwargs_x"]]
 
 
 def test_numbers() -> None:

@@ -28,6 +28,23 @@ def test_a_size_that_varies() -> None:
     assert "torch.nn.functional.pad(x, (0, -x.size()[1] % 64))" in found
 
 
+def test_a_size_before_the_last() -> None:
+    """The remedy pads the dimension that varies, and names the tensor as the user writes it."""
+    calls = [({"ids": torch.ones(n, 2, 3)},) for n in range(3, 15)]
+    found = told(lambda batch: batch["ids"].sin() * 2 + batch["ids"].shape[0], calls)
+    assert "torch.nn.functional.pad(batch['ids'], (0, 0, 0, 0, 0, -batch['ids'].size()[0] % 64))" in found
+
+
+def test_a_size_of_a_keyword() -> None:
+    """A tensor that code takes in ``**kwargs`` has the name that its callers gave it."""
+    options = {"driver": "tape"}
+    compiled = torch.compile(lambda **kw: kw["ids"].sin() * 2, backend="breakable_cg", dynamic=True, options=options)
+    for n in range(3, 15):
+        compiled(ids=torch.ones(n, 2))
+    (found,) = explain(compiled).programs[0].findings
+    assert found.startswith("ids.size()[0] has had 3, 4, 5")
+
+
 def test_a_number_that_varies() -> None:
     """A Python number is named, with its values, and a tensor as the remedy."""
     found = told(lambda x, n: (x + n).sin() * 2, [(torch.ones(4), n) for n in range(2, 10)])
