@@ -316,9 +316,16 @@ FAULTS = (
     Fault(
         "a-result-that-is-an-argument-later-is-copied",
         "capturing.eager_results:Parts._is_given",
-        "self.given.touches(start, start + 1)",
+        "self.places.touches(start, start + 1)",
         "False",
         "test_capture_hostile.py::test_results_that_share_memory_later[cpu-an argument]",
+    ),
+    Fault(
+        "an-argument-stays-where-it-was-captured",
+        "capturing.eager_results:Parts._is_given",
+        "_places(self.given).touches(start, start + 1)",
+        "True",
+        "test_capture_hostile.py::test_a_result_in_the_old_memory_of_an_argument[cpu]",
     ),
     Fault(
         "results-that-are-one-later-are-copied-apart",
@@ -2734,11 +2741,11 @@ FAULTS = (
         "arguments-read-after-the-call",
         "capturing.capture:_OngoingCapture._break",
         """
-        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, kept)
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, places)
         """,
         """
         known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
-        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, kept)
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, places)
         """,
         "test_capture_hostile.py::test_object_that_a_function_changes[cpu]",
     ),

@@ -44,6 +44,7 @@ from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import Geometry
+from breakable_backend.ir.overlap import Region
 from breakable_backend.ir.program import Op, Reason, described
 from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
 from breakable_backend.ir.views import is_view_op
@@ -490,8 +491,10 @@ class _OngoingCapture:
                 raise CaptureError(f"{name}: its result is {error.what}", where=reason.source, fix=error.fix) from None
             # What else an argument holds may be gone, and its memory used again. The graph keeps these themselves.
             kept = [leaf for leaf in memory_on(self.driver.device, given[0]) if not isinstance(leaf, nn.Parameter)]
-            parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, kept)
-            del taken
+            moves = [leaf.is_leaf and _torch.storage_key(leaf) not in self.memory.made for leaf in kept]
+            places = [leaf if move else Region.of(leaf) for leaf, move in zip(kept, moves, strict=True)]
+            parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, places)
+            del taken, kept
             way_back = call.take(result, self.driver.device) if call is not None else None
             if call is not None:
                 self.leaves |= {id(leaf): leaf for leaf in call.step.all_leaves()}

@@ -197,8 +197,10 @@ class Parts:
     """If several leaves share a storage, the bytes that they lie in; None for a single leaf."""
     host_only: bool = False
     apart: bool = False
-    given: Fixed = field(default_factory=Fixed)
-    """Where the arguments lie. A fresh result lies elsewhere, unless each is copied by itself."""
+    given: tuple[torch.Tensor | Region, ...] = ()
+    """The arguments, or where they lie. A fresh result lies elsewhere than these, unless each is copied by itself."""
+    places: Fixed = field(default_factory=Fixed)
+    """Where the arguments lay at the capture."""
 
     @classmethod
     def of(
@@ -210,11 +212,11 @@ class Parts:
         source: str,
         host_only: bool,
         apart: bool = False,
-        given: Sequence[torch.Tensor] = (),
+        given: Sequence[torch.Tensor | Region] = (),
     ) -> Parts:
         """Take ``result`` apart. Tensors in storages with ``known`` keys are aliases, and are not copied.
 
-        ``given``: tensors that the function is called with in each replay.
+        ``given``: what the function is called with in each replay. Of a tensor whose memory does not move, its region.
 
         ``apart``: each tensor is copied by itself, whatever memory it shares.
 
@@ -244,8 +246,8 @@ class Parts:
             span = spans[group] if group >= 0 else None
             offset = _byte_offset(leaf) - span.start if span is not None else 0
             leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
-        regions = Fixed(() if apart else map(Region.of, given))
-        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only, apart, regions)
+        given, places = ((), Fixed()) if apart else (tuple(given), _places(given))
+        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only, apart, given, places)
 
     @property
     def is_trivial(self) -> bool:
@@ -308,7 +310,8 @@ class Parts:
     def _is_given(self, value: torch.Tensor) -> bool:
         """Whether a result lies in the memory of an argument."""
         start = value.data_ptr()
-        return self.given.touches(start, start + 1)
+        # An argument may have got other memory since the capture (x.data = ...), and the result the old memory.
+        return self.places.touches(start, start + 1) and _places(self.given).touches(start, start + 1)
 
     def _check_leaf(self, leaf: _Leaf, path: str, value: Any) -> None:
         if leaf.spec is None:
@@ -346,6 +349,11 @@ class Parts:
             where=self.source,
             fix="return the same structure at each call, or capture again; host_only=True allows other plain values",
         )
+
+
+def _places(given: Iterable[torch.Tensor | Region]) -> Fixed:
+    """Where the arguments lie now."""
+    return Fixed(Region.of(one) if isinstance(one, torch.Tensor) else one for one in given)
 
 
 def _why_not_written(leaf: Any) -> str:

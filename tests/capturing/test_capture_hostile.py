@@ -615,6 +615,18 @@ def test_results_that_share_memory_later(
         graph.replay()
 
 
+def test_a_result_in_the_old_memory_of_an_argument(make: MakeGraph, device: torch.device) -> None:
+    """Where an argument has got other memory since the capture, an allocator may give its old memory to a new result."""
+    graph, x, free = make(), torch.randn(4, device=device), list[Tensor]()
+    with capture(graph):
+        y = eager_on_graph(lambda x: torch.mul(x, 2, out=free.pop()) if free else x * 2)(x) + 1
+    for number in range(3):
+        free.append(x.data)
+        x.data = torch.full((4,), float(number), device=device)
+        graph.replay()
+        assert torch.equal(y, x * 2 + 1) and not free
+
+
 def test_containers_are_as_they_were(make: MakeGraph, device: torch.device) -> None:
     """A list or dict that a function is given is made anew at each replay, of what was in it before the call at capture."""
     graph, x, log = make(), torch.randn(4, device=device), ["first"]
