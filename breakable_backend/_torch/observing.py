@@ -16,12 +16,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from breakable_backend._torch.asking import as_for_plain_tensors, run_composite
 from breakable_backend._torch.modes import forward_ad_active, number_of_dispatch_modes

@@ -64,13 +64,7 @@ class CompiledGraph:
     """One lowered graph. Changes need the driver's lock, which :meth:`reset` and :meth:`leave` take themselves."""
 
     def __init__(
-        self,
-        lowered: Lowered,
-        scope: Scope,
-        options: Options,
-        driver: CaptureDriver,
-        name: str,
-        observers: Observers,
+        self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str, observers: Observers
     ) -> None:
         self.lowered, self.options, self.driver, self.name = lowered, options, driver, name
         self.observers = observers

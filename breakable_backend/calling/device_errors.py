@@ -50,8 +50,7 @@ def segments(recording: Recording) -> Iterator[str]:
     """The captured segments of a recording: their ops, and the user's first line in each."""
     for position, step in enumerate(recording.steps):
         if isinstance(step, GraphStep):
-            nodes = () if step.segment is None else tuple(step.segment.module.graph.nodes)
-            calls = [node for node in nodes if node.op == "call_function"]
+            calls = [] if step.segment is None else step.segment.calls
             ops = [*map(label, calls), *(op.op for op in step.ops)]
             sources = [*map(source_line, calls), *(op.source for op in step.ops)]
             text = ", ".join(ops[:MAX_SHOWN]) + (f" and {len(ops) - MAX_SHOWN} more" if len(ops) > MAX_SHOWN else "")

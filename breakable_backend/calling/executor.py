@@ -32,11 +32,7 @@ class Executor(CompiledGraph):
     """
 
     def __call__(
-        self,
-        args: list[Any],
-        known: AddressSet | None = None,
-        entry: Entry | None = None,
-        run: Function | None = None,
+        self, args: list[Any], known: AddressSet | None = None, entry: Entry | None = None, run: Function | None = None
     ) -> Any:
         """Run once.
 

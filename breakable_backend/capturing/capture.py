@@ -26,13 +26,7 @@ from breakable_backend import _torch, active
 from breakable_backend._torch import pytree
 from breakable_backend.capturing import gradients
 from breakable_backend.capturing.eager_results import Parts, fields, on_known_memory, tensors_on
-from breakable_backend.capturing.graph import (
-    Alive,
-    BreakableCUDAGraph,
-    Captured,
-    OnlyUser,
-    log,
-)
+from breakable_backend.capturing.graph import Alive, BreakableCUDAGraph, Captured, OnlyUser, log
 from breakable_backend.capturing.memory import FIX, CaptureMemory, op_label, resized
 from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver

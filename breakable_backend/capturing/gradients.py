@@ -97,9 +97,7 @@ class Forward:
 
     def _refuse(self, why: str, fix: str, *_: Any) -> NoReturn:
         raise EagerOutputError(
-            f"{self.name}: {why}, and in captured code arguments have no history",
-            where=self.source,
-            fix=fix,
+            f"{self.name}: {why}, and in captured code arguments have no history", where=self.source, fix=fix
         )
 
     def seen(self, result: Any, inputs: tuple[torch.Tensor, ...]) -> Run:

@@ -133,8 +133,7 @@ class Backward:
 def forward_of(joint: Joint, static: frozenset[int], saved: tuple[str, ...], inputs: tuple[int, ...]) -> Forward:
     aliased = {alias.output for alias in joint.aliases}
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    count = len(joint.placeholders) - len(joint.given)
-    tangents = set(joint.placeholders[count:])
+    tangents = set(joint.placeholders[joint.num_inputs :])
     for node in joint.module.graph.nodes:
         if node not in tangents and (node.op == "get_attr" or node.name in joint.forward):
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -208,8 +207,7 @@ def _watched(inputs: tuple[int, ...], written: tuple[int, ...], static: frozense
 
 def backward_of(joint: Joint, forward: Forward) -> Backward:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    count = len(joint.placeholders) - len(joint.given)
-    inputs, tangents = joint.placeholders[:count], joint.placeholders[count:]
+    inputs, tangents = joint.placeholders[: joint.num_inputs], joint.placeholders[joint.num_inputs :]
     roots = joint.roots()
     taken = tuple(name for name in forward.saved if name in roots)
     indices = joint.inputs()
@@ -220,9 +218,8 @@ def backward_of(joint: Joint, forward: Forward) -> Backward:
     def again(node: fx.Node) -> fx.Node:
         return again_in(graph, copies, node)
 
-    for node in joint.module.graph.nodes:
-        if node.op == "call_function" and node.name not in joint.forward:
-            copies[node] = graph.node_copy(node, again)
+    for node in joint.second():
+        copies[node] = graph.node_copy(node, again)
     gradients = [again(leaf) if isinstance(leaf, fx.Node) else None for leaf in joint.gradients]
     graph.output((*gradients, *(copies[report] for report in joint.reports())))
     module = fx.GraphModule(joint.module, graph)

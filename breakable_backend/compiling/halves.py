@@ -247,7 +247,7 @@ class Halves:
             absent,
         )
         joint = replace(joint, aliases=tuple(aliases_in(joint, self.inputs, self.parts)))
-        check(joint, count)
+        check(joint)
         if _has_checkpoint(self.gm) and any(_may_draw(node.target) for node in joint.second()):
             raise CannotLower("what a checkpoint computes again draws random numbers, or may")
         attribute_backward(joint)

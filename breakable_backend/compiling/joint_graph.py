@@ -20,7 +20,7 @@ from breakable_backend import _torch
 from breakable_backend.compiling.flat_inputs import Wrapped
 from breakable_backend.compiling.lowering import CannotLower
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY
-from breakable_backend.ir.effects import is_opaque, schema_name, storages_of, values_of, written_arguments
+from breakable_backend.ir.effects import calls_in, is_opaque, schema_name, storages_of, values_of, written_arguments
 from breakable_backend.ir.layout import STRIDED, TensorSpec
 from breakable_backend.ir.views import alias_source, is_view, made_again
 from breakable_backend.marks.call_ops import Absent, is_backward, site_of
@@ -85,11 +85,14 @@ class Joint:
     """Gradients that it was traced without."""
     aliases: tuple[Alias, ...] = ()
 
+    @property
+    def num_inputs(self) -> int:
+        """How many of :attr:`placeholders` are inputs."""
+        return len(self.placeholders) - len(self.given)
+
     def second(self) -> Iterator[fx.Node]:
         """The calls of the backward."""
-        for node in self.module.graph.nodes:
-            if node.op == "call_function" and node.name not in self.forward:
-                yield node
+        return (node for node in calls_in(self.module) if node.name not in self.forward)
 
     def used(self) -> Iterator[fx.Node]:
         """What the backward takes from the forward and from the inputs, with repetitions."""
@@ -99,10 +102,7 @@ class Joint:
 
     def calls(self) -> tuple[tuple[str, Any], ...]:
         """The calls of the forward. Values have the names that they have in another trace if these are the same there."""
-        nodes = self.module.graph.nodes
-        return tuple(
-            (node.name, node.target) for node in nodes if node.op == "call_function" and node.name in self.forward
-        )
+        return tuple((node.name, node.target) for node in calls_in(self.module) if node.name in self.forward)
 
     def _is_before(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or node.name in self.forward
@@ -159,8 +159,7 @@ class Joint:
     def inputs(self) -> tuple[int, ...]:
         """The inputs that the backward is made from."""
         roots = {root for node in self.used() for root in _roots(node)}
-        count = len(self.placeholders) - len(self.given)
-        return tuple(index for index, node in enumerate(self.placeholders[:count]) if node in roots)
+        return tuple(index for index, node in enumerate(self.placeholders[: self.num_inputs]) if node in roots)
 
 
 KEPT = ("cond",)
@@ -174,14 +173,13 @@ def is_unknown(op: Any) -> bool:
 
 def pattern_of(joint: Joint) -> Pattern:
     """The pattern of ``joint``, which was traced with a gradient for each output."""
-    count = len(joint.placeholders) - len(joint.given)
-    return tuple(TensorSpec.of(node.meta["val"]) for node in joint.placeholders[count:])
+    return tuple(TensorSpec.of(node.meta["val"]) for node in joint.placeholders[joint.num_inputs :])
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check(joint: Joint, num_inputs: int) -> None:
+def check(joint: Joint) -> None:
     """Refuse a graph that the two halves would not keep right."""
     if not joint.differentiable:
         raise CannotLower("none of its outputs needs gradients")
@@ -197,16 +195,13 @@ def check(joint: Joint, num_inputs: int) -> None:
     if any(_reaches_absolutely(node) for node in graph.nodes if node.name in joint.forward):
         raise CannotLower("it reaches into the memory of an argument by an absolute offset")
     taken: dict[int, str] = {
-        _torch.storage_key(node.meta["val"]): "an argument" for node in joint.placeholders[:num_inputs]
+        _torch.storage_key(node.meta["val"]): "an argument" for node in joint.placeholders[: joint.num_inputs]
     }
     aliased = {alias.output for alias in joint.aliases}
     for index, leaf in enumerate(joint.outputs):
         if isinstance(leaf, fx.Node) and isinstance(value := leaf.meta.get("val"), torch.Tensor):
-            if (
-                type(value) is not _torch.FakeTensor
-                or value.layout is not torch.strided
-                or any(_torch.lazy_bits(value))
-            ):
+            plain = type(value) is _torch.FakeTensor and value.layout is torch.strided
+            if not plain or any(_torch.lazy_bits(value)):
                 raise CannotLower("an output is no plain tensor")
             if index in aliased:
                 continue
@@ -219,11 +214,8 @@ def check(joint: Joint, num_inputs: int) -> None:
         if not isinstance(joint.outputs[index], fx.Node):
             raise CannotLower("an output is a constant that needs gradients")
     before = storages_of(*(node for node in graph.nodes if node.op == "placeholder" or node.name in joint.forward))
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        value = node.meta.get("val")
-        if any(isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) for number in (value,)):
+    for node in calls_in(joint.module):
+        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
             raise CannotLower(AT_RUN_TIME)
         if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in KEPT:
             raise CannotLower(f"it calls {node.target.name()}")
@@ -244,10 +236,8 @@ def check(joint: Joint, num_inputs: int) -> None:
 def attribute_backward(joint: Joint) -> None:
     """Give nodes of the backward the user's line and the marks of the op whose gradient they compute."""
     first: dict[int, fx.Node] = {}
-    for node in joint.module.graph.nodes:
+    for node in calls_in(joint.module):
         number = node.meta.get("seq_nr", -1)
-        if node.op != "call_function":
-            continue
         if node.name in joint.forward:
             first.setdefault(number, node)
             continue

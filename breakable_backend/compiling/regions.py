@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from breakable_backend import _torch
-from breakable_backend.ir.effects import bodies, graphs_in, is_getitem, is_opaque, symbols_of_inputs
+from breakable_backend.ir.effects import bodies, calls_in, graphs_in, is_getitem, is_opaque, symbols_of_inputs
 from breakable_backend.marks.marking import REGION_KEY
 from breakable_backend.marks.rules import Scope, classify
 
@@ -62,8 +62,8 @@ def require_whole_regions(module: fx.GraphModule, scope: Scope) -> None:
 def _require_whole(module: fx.GraphModule, scope: Scope) -> None:
     for node in module.graph.nodes:
         for body in bodies(node) if _is_call(node) else ():
-            for inner in body.graph.nodes:
-                if inner.op == "call_function" and not _is_call(inner) and classify(inner, scope) is not None:
+            for inner in calls_in(body):
+                if not _is_call(inner) and classify(inner, scope) is not None:
                     raise CutsRegion(str(classify(inner, scope)))
             _require_whole(body, scope)
 

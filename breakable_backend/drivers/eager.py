@@ -20,6 +20,7 @@ from breakable_backend.drivers import CapturedGraph, Pairs
 from breakable_backend.drivers.device import OpByOpDriver, OpByOpGraph
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.ambient_modes import Modes
+from breakable_backend.ir.effects import calls_in
 from breakable_backend.ir.layout import non_owning
 from breakable_backend.ir.running_ops import RandomStates, generators_of
 from breakable_backend.ir.views import is_view_op
@@ -143,7 +144,7 @@ class EagerDriver(OpByOpDriver):
 
 
 def _launching(module: fx.GraphModule) -> tuple[str, ...]:
-    targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    targets = [node.target for node in calls_in(module)]
     return tuple(str(op) for op in targets if isinstance(op, _torch.Op) and not is_view_op(op))
 
 

@@ -86,6 +86,11 @@ def graphs_in(module: fx.GraphModule) -> list[fx.GraphModule]:
     return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
 
 
+def calls_in(module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph that call functions."""
+    return [node for node in module.graph.nodes if node.op == "call_function"]
+
+
 def bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order op is called with."""
     attributes = [a for a in node.all_input_nodes if a.op == "get_attr" and node.op == "call_function"]
@@ -96,10 +101,9 @@ def bodies(node: fx.Node) -> list[fx.GraphModule]:
 def nodes_in(node: fx.Node) -> Iterator[fx.Node]:
     """The calls in the bodies of a higher-order op, at any depth."""
     for body in bodies(node):
-        for inner in body.graph.nodes:
-            if inner.op == "call_function":
-                yield inner
-                yield from nodes_in(inner)
+        for inner in calls_in(body):
+            yield inner
+            yield from nodes_in(inner)
 
 
 def effective_ops(node: fx.Node) -> Iterator[Any]:
@@ -111,9 +115,8 @@ def effective_ops(node: fx.Node) -> Iterator[Any]:
         if isinstance(argument, _torch.OpOverload | _torch.HigherOrderOperator):
             yield argument
     for body in bodies(node):
-        for inner in body.graph.nodes:
-            if inner.op == "call_function":
-                yield from effective_ops(inner)
+        for inner in calls_in(body):
+            yield from effective_ops(inner)
 
 
 # --- what it writes -------------------------------------------------------------------------------------------------------
@@ -194,8 +197,7 @@ def _written(body: fx.GraphModule) -> list[bool]:
 
 def _written_nodes(module: fx.GraphModule) -> list[fx.Node]:
     """What the calls in a graph write."""
-    calls = (node for node in module.graph.nodes if node.op == "call_function")
-    return [argument for node in calls for argument in written_arguments(node)]
+    return [argument for node in calls_in(module) for argument in written_arguments(node)]
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:

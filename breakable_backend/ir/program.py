@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
+from breakable_backend.ir.effects import calls_in, draws
 
 InputKind = Literal["static", "tensor", "number", "ragged", "scalar", "constant"]
 """``ragged`` stands for the lengths of a jagged nested tensor. Each tensor has a new one, so it is not a number and in
@@ -109,6 +110,16 @@ class _Nodes:
     outputs: tuple[str, ...]
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        """The nodes that call functions."""
+        return calls_in(self.module)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(draws(node.target) for node in self.calls)
 
 
 @dataclass(frozen=True)

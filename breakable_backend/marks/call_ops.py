@@ -23,8 +23,7 @@ _library.define(f"shapes(int site, bool[] needs, {_REST}) -> ()")
 _torch.never_run_on_constants(torch.ops.breakable_cg.shapes.default)
 _library.define("number(int site, Tensor numbers, int position) -> SymInt")
 _library.define(
-    "backward(int site, Tensor handle, Tensor?[] grads, SymInt[] sizes) -> Tensor[]",
-    tags=(torch.Tag.cudagraph_unsafe,),
+    "backward(int site, Tensor handle, Tensor?[] grads, SymInt[] sizes) -> Tensor[]", tags=(torch.Tag.cudagraph_unsafe,)
 )
 _calls: set[Any] = set()
 """The ops that run marked functions."""

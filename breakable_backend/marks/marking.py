@@ -19,7 +19,7 @@ from torch.fx.traceback import annotate
 
 from breakable_backend import _torch
 from breakable_backend.errors import OptionsError
-from breakable_backend.ir.effects import effective_ops, graphs_in
+from breakable_backend.ir.effects import calls_in, effective_ops, graphs_in
 from breakable_backend.marks import call_ops, modules
 
 OpT = TypeVar("OpT")
@@ -238,8 +238,7 @@ class Marks:
 
     def unmet(self, module: fx.GraphModule) -> frozenset[str]:
         """The marks, each with its kind, that neither Dynamo's graph nor the lowered graph contains a call of."""
-        calls = (node for node in module.graph.nodes if node.op == "call_function")
-        ops = self._ops.union(*map(effective_ops, calls))
+        ops = self._ops.union(*map(effective_ops, calls_in(module)))
         overloads = [op for op in ops if isinstance(op, _torch.OpOverload)]
         met = {name for op in overloads for name in (op.name(), op_name(op), str(op._schema.name))}
         called = modules.called_in(module)

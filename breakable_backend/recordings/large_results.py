@@ -16,7 +16,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.drivers import Capturing
-from breakable_backend.ir.effects import is_opaque, producer_of, storages_of
+from breakable_backend.ir.effects import calls_in, is_opaque, producer_of, storages_of
 from breakable_backend.ir.layout import TensorSpec, has_gaps, non_owning
 from breakable_backend.ir.program import GraphSegment, outputs_of
 from breakable_backend.recordings.copies import clones_exactly
@@ -61,7 +61,7 @@ class LargeResults:
             for name, node in zip(segment.outputs, outputs_of(segment.module), strict=True):
                 if name in ended and name in returned:
                     self._may_leave(node, returned[name])
-        self.after: Mapping[fx.Node, list[fx.Node]] = _by_last_toucher(segment.module.graph, self._targets)
+        self.after: Mapping[fx.Node, list[fx.Node]] = _by_last_toucher(segment.module, self._targets)
         """The nodes of results that leave, by the last node that touches them."""
 
     def _may_leave(self, node: fx.Node, leaf: fx.Node) -> None:
@@ -108,15 +108,14 @@ def _returned(specialised: SpecialisedProgram, until: int | None) -> Iterator[tu
     yield from ((name, leaves[0]) for name, leaves in outputs.items() if len(leaves) == 1)
 
 
-def _by_last_toucher(graph: fx.Graph, wanted: Mapping[fx.Node, Any]) -> dict[fx.Node, list[fx.Node]]:
+def _by_last_toucher(module: fx.GraphModule, wanted: Mapping[fx.Node, Any]) -> dict[fx.Node, list[fx.Node]]:
     """For each node after which nothing touches the memory of some of the ``wanted`` nodes any more, these nodes."""
     last = {node: node for node in wanted}
     makers = {storage: node for node in wanted for storage in storages_of(node)}
     if wanted:
-        for node in graph.nodes:
-            if node.op == "call_function":
-                for storage in storages_of(node, *node.all_input_nodes) & makers.keys():
-                    last[makers[storage]] = node
+        for node in calls_in(module):
+            for storage in storages_of(node, *node.all_input_nodes) & makers.keys():
+                last[makers[storage]] = node
     after: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for made, node in last.items():
         after[node].append(made)

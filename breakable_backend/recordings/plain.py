@@ -239,7 +239,7 @@ def run_plain(
     values = dict(specialised.values)
     for position, (segment, dead) in enumerate(zip(program.segments, last_uses(program), strict=True)):
         if isinstance(segment, GraphSegment):
-            with drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
+            with drawing() if segment.draws else nullcontext():
                 results = specialised.captured(position, segment)(*(values[name] for name in segment.inputs))
             values.update(zip(segment.outputs, results, strict=True))
         else:

@@ -14,7 +14,6 @@ from breakable_backend.drivers import CapturedGraph, CaptureDriver, Capturing
 from breakable_backend.errors import BreakableError, CaptureError, Passing, ReplayError, first_line
 from breakable_backend.failure_kinds import passing
 from breakable_backend.interception import without_autocast_cache
-from breakable_backend.ir.effects import draws
 from breakable_backend.ir.last_uses import by_value
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Reason, Segment, outputs_of
@@ -142,7 +141,7 @@ class _Recorder:
                 return False
         else:
             failed = self.put_off.reason
-        with self.driver.drawing() if any(draws(node.target) for node in segment.module.graph.nodes) else nullcontext():
+        with self.driver.drawing() if segment.draws else nullcontext():
             self.eager(segment.as_eager(failed))
         return True
 
@@ -241,7 +240,7 @@ class _Recorder:
         for copy in loads:
             self.locations.unbridge(copy, position)
         self.locations.uncaptured(segment.outputs)
-        nodes = [node for node in segment.module.graph.nodes if node.op == "call_function"]
+        nodes = segment.calls
         ours = error if isinstance(error, BreakableError) else None
         what = ours.what if ours is not None else first_line(error)
         line = ours.blamed if ours is not None else ""

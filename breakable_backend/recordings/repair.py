@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -177,7 +177,7 @@ class Repair:
 
     def pauses(self, segment: GraphSegment) -> dict[str, float]:
         """How long to wait before which node of a segment while it is captured; see :meth:`judge`."""
-        name, seconds = self._suspects.get(next(_calls(segment)).name, ("", 0.0))
+        name, seconds = self._suspects.get(segment.calls[0].name, ("", 0.0))
         return {name: min(max(PAUSE * seconds, MIN_PAUSE), MAX_PAUSE)} if name else {}
 
     def judge(self, cause: Passing, body: NodeByNode | None, nodes: Sequence[fx.Node]) -> Passing:
@@ -215,14 +215,14 @@ class Repair:
                 for node in _calls_behind(blamed, program, position):
                     if op_of(node) == op_of(blamed):
                         self.eager.setdefault(node.name, self.eager[blamed.name])
-        self._apart.add(next(node.name for node in _calls(program.segments[position]) if _is_action(node)))
+        self._apart.add(next(node.name for node in program.segments[position].calls if _is_action(node)))
         cut = self._recut(self.eager, self._apart)
         if not _same_start(program, cut, position):
             return None
         if _names(cut.segments[position]) == _names(program.segments[position]):
             # The guilty node was added by the partition, such as a wait for a collective, and is no node of the graph.
             reason = self.eager[self._blamed[0].name]
-            self.eager.update(dict.fromkeys((node.name for node in _calls(program.segments[position])), reason))
+            self.eager.update(dict.fromkeys((node.name for node in program.segments[position].calls), reason))
             return None
         return cut
 
@@ -238,14 +238,10 @@ def suspects_among(nodes: Sequence[fx.Node], body: NodeByNode | None) -> list[fx
     return [body.node] if body.node is not None else [node for node in nodes if is_somebodys(node)]
 
 
-def _calls(segment: Segment) -> Iterator[fx.Node]:
-    return (node for node in segment.module.graph.nodes if node.op == "call_function")
-
-
 def _calls_behind(node: fx.Node, program: Program, position: int) -> Iterable[fx.Node]:
     found = False
     for segment in program.segments[position:]:
-        for other in _calls(segment):
+        for other in segment.calls:
             found = found or other is node
             if found and isinstance(segment, GraphSegment):
                 yield other

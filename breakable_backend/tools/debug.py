@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from breakable_backend._torch import pytree
+from breakable_backend.ir.effects import calls_in
 from breakable_backend.ir.program import describe
 from breakable_backend.ir.source_lines import short_line, source_line
 from breakable_backend.recordings.generated_code import with_code
@@ -53,7 +54,7 @@ def watched(function: Callable[..., Any], name: str, source: str) -> Callable[..
 
 def watched_segment(module: fx.GraphModule, name: str) -> Callable[..., Any]:
     """The module of a captured segment as such a step. An exception in it is traced back to the node."""
-    sources = {node.name: source_line(node) for node in module.graph.nodes if node.op == "call_function"}
+    sources = {node.name: source_line(node) for node in calls_in(module)}
     first = next(filter(None, sources.values()), "")
 
     def call(*inputs: Any) -> Any:

@@ -35,10 +35,7 @@ Place = tuple[str, Key]
 
 
 def measure_compiled(
-    compiled: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    eager: Callable[[], Any] | None,
+    compiled: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], eager: Callable[[], Any] | None
 ) -> dict[Place, Measured]:
     """Measure the recordings of a compiled function; with arguments, those that a call with them replays.
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import fx
 
+from breakable_backend.ir.effects import calls_in
 from breakable_backend.ir.program import EagerSegment, GraphSegment, Program, Segment
 from breakable_backend.recordings.generated_code import printing, with_code
 from breakable_backend.recordings.observer import Observer, Subject
@@ -210,7 +211,7 @@ class _Stepped:
     @classmethod
     def of(cls, module: fx.GraphModule, text: str, file: Path) -> _Stepped | None:
         """None if the text has no statement for some node."""
-        nodes = {node.name for node in module.graph.nodes if node.op == "call_function"}
+        nodes = {node.name for node in calls_in(module)}
         tree = _parsed(text)
         if tree is None:
             return None

@@ -151,7 +151,7 @@ def judged(
 def _num_ops(step: GraphStep | EagerStep) -> int:
     if step.segment is None:
         return len(step.calls) if isinstance(step, EagerStep) else len(step.ops)
-    return sum(node.op == "call_function" for node in step.segment.module.graph.nodes)
+    return len(step.segment.calls)
 
 
 def _breaks(timed: Timed) -> tuple[BreakCost, ...]:
