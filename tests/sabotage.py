@@ -2741,11 +2741,11 @@ FAULTS = (
         "arguments-read-after-the-call",
         "capturing.capture:_OngoingCapture._break",
         """
-        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, places)
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, mark.host_only, apart, places)
         """,
         """
         known |= set(map(_torch.storage_key, tensors_on(self.driver.device, (args, kwargs))))
-        parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, places)
+        parts = Parts.of(result, known, self.driver.device, name, reason.source, mark.host_only, apart, places)
         """,
         "test_capture_hostile.py::test_object_that_a_function_changes[cpu]",
     ),

@@ -392,7 +392,8 @@ class _OngoingCapture:
             if found.refused:
                 fix = CAPTURABLE if optimizer_runs() else FIX
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=fix)
-            return self._break(func, found.op, Reason(found.rule, found.text, found.op, user_line()), args, kwargs)
+            reason = Reason(found.rule, found.text, found.op, user_line())
+            return self._break(Mark(func, found.op, ""), reason, args, kwargs)
         self.memory.refuse_reach(func, args, kwargs)
         if _torch.is_composite(func) and (kernel := kernel_of_ops(func, args, self.driver.device)):
             with self.watcher:
@@ -428,7 +429,7 @@ class _OngoingCapture:
                 fix="call it outside of vmap and its like, on tensors",
             )
         reason = Reason("marked", why or mark.why, mark.name, user_line())
-        return self._break(mark.function, mark.name, reason, args, kwargs, mark)
+        return self._break(mark, reason, args, kwargs, differentiable=_records_gradients())
 
     def _composite(self, op: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Run a marked op that autograd would decompose as an eager step. None: it is no call of the body."""
@@ -438,23 +439,24 @@ class _OngoingCapture:
 
     def _break(
         self,
-        function: Callable[..., Any],
-        name: str,
+        mark: Mark,
         reason: Reason,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        mark: Mark | None = None,
+        *,
+        differentiable: bool = False,
         replayed: Callable[..., Any] | None = None,
     ) -> Any:
-        """Run ``function`` as an eager step.
+        """Run the function of ``mark`` as an eager step; ``differentiable``: gradients may flow through it.
 
         A replay calls ``replayed`` in its place, with the leaves of the arguments.
         """
+        name = mark.name
         # Before the call, since it may change the containers and objects that it gets.
         given = pytree.tree_flatten((args, dict(kwargs)))
-        function = self.observers.eager(function, name, reason.source)
+        function = self.observers.eager(mark.function, name, reason.source)
         call = None
-        if mark is not None and _records_gradients():
+        if differentiable:
             reach = gradients.Reach.of(mark, given[0], self.memory.made)
             call = gradients.Call.of(mark, reach, function, *given, reason.source)
         self._end()
@@ -463,10 +465,10 @@ class _OngoingCapture:
         known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
         try:
-            for barrier in (self.barrier, mark.barrier if mark is not None else None):
+            for barrier in (self.barrier, mark.barrier):
                 if barrier is not None:
                     barrier()
-            run = (mark.capture_stub if mark is not None else None) or function
+            run = mark.capture_stub or function
             if call is not None:
                 call.check()
                 args, kwargs = call.arguments()
@@ -478,7 +480,7 @@ class _OngoingCapture:
         finally:
             active.handler.reset(token)
         try:
-            host_only, apart = mark is not None and mark.host_only, isinstance(replayed, gradients.Backward)
+            apart = isinstance(replayed, gradients.Backward)
             try:
                 result = on_known_memory(result, taken)
             except Unholdable as error:
@@ -487,13 +489,13 @@ class _OngoingCapture:
             kept = [leaf for leaf in memory_on(self.driver.device, given[0]) if not isinstance(leaf, nn.Parameter)]
             moves = [leaf.is_leaf and _torch.storage_key(leaf) not in self.memory.made for leaf in kept]
             places = [leaf if move else Region.of(leaf) for leaf, move in zip(kept, moves, strict=True)]
-            parts = Parts.of(result, known, self.driver.device, name, reason.source, host_only, apart, places)
+            parts = Parts.of(result, known, self.driver.device, name, reason.source, mark.host_only, apart, places)
             del taken, kept
-            way_back = call.take(result, self.driver.device) if call is not None else None
+            way_back = None
             if call is not None:
+                way_back = call.take(result, self.driver.device)
                 self.leaves |= {id(leaf): leaf for leaf in call.step.all_leaves()}
-            if call is not None and call.takes_part:
-                replayed = call.step
+                replayed = call.step if call.takes_part else None
             returned = self._note(function, name, reason, given, parts, result, replayed)
             self._begin()
             if call is not None and way_back is not None:
@@ -567,7 +569,7 @@ class _OngoingCapture:
 
         name, source = f"backward of {step.forward.name}", step.forward.source
         reason = Reason("marked", "the gradients of an eager step", name, source)
-        made: Sequence[Any] = self._break(first, name, reason, tuple(grads), {}, replayed=step)
+        made: Sequence[Any] = self._break(Mark(first, name, source), reason, tuple(grads), {}, replayed=step)
         return made
 
     def _argument(self, leaf: Any, name: str, calls: list[Call], source: str) -> Any:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from breakable_backend.errors import CaptureError, EagerOutputError
 from breakable_backend.ir.layout import Geometry, strided
 from breakable_backend.ir.running_ops import is_view_to_autograd
 from breakable_backend.marks.call_sites import DIFFERENTIATED_AN_ARGUMENT, Mark, history_used
+from breakable_backend.marks.changes import names_in
 from breakable_backend.marks.saved_for_backward import nothing_like
 from breakable_backend.marks.structure import view_leaf, view_of
 
@@ -102,8 +104,8 @@ class Forward:
 
     def seen(self, result: Any, inputs: tuple[torch.Tensor, ...]) -> Run:
         """The run of a replay, if its autograd graph is that of the capture."""
-        needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if needs(result) != self.needing:
+        needing, needs = differentiable(result)
+        if needs != self.needing:
             raise EagerOutputError(
                 f"{self.name} returned other tensors that need gradients than when it was captured",
                 where=self.source,
@@ -184,9 +186,11 @@ class Backward:
         return found
 
 
-def needs(result: Any) -> tuple[bool, ...]:
-    """Which leaves of a result need gradients."""
-    return tuple(isinstance(leaf, torch.Tensor) and leaf.requires_grad for _, leaf in fields(result))
+def differentiable(result: Any) -> tuple[list[torch.Tensor], tuple[bool, ...]]:
+    """The leaves of a result that need gradients; and which of all leaves these are."""
+    leaves = [leaf for _, leaf in fields(result)]
+    needs = tuple(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+    return list(itertools.compress(leaves, needs)), needs
 
 
 def leaves_behind(tensors: Sequence[torch.Tensor], since: int | None = None) -> Iterator[torch.Tensor]:
@@ -279,17 +283,9 @@ def _inside(value: Any) -> list[Any]:
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        names = [name for code in _codes(value.__code__) for name in code.co_names]
-        read = [value.__globals__[name] for name in names if name in value.__globals__]
+        read = [value.__globals__[name] for name in names_in(value.__code__) if name in value.__globals__]
         return [*cells, *read, value.__defaults__, value.__kwdefaults__, vars(value)]
     return list(getattr(value, "__dict__", {}).values())
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -379,10 +375,10 @@ class Call:
 
     def take(self, result: Any, device: torch.device) -> Run:
         """Look at the result of the function."""
-        step, self.step.needing = self.step, needs(result)
+        step = self.step
+        needing, step.needing = differentiable(result)
         step.look_at(self.inputs)
         self._refuse_taken_gradients()
-        needing = [leaf for _, leaf in fields(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         other = next((tensor.device for tensor in needing if tensor.device != device), None)
         if other is not None:
             raise CaptureError(

@@ -10,9 +10,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import fx
 
 from breakable_backend import _torch, locks
 from breakable_backend.errors import ReplayError
+from breakable_backend.ir.effects import calls_in, graphs_in
 from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.learning import Given
 from breakable_backend.marks.saved_for_backward import SavedForBackward, nothing_like, saved_behind
@@ -271,6 +273,12 @@ def site_of(op: Any, args: Sequence[Any]) -> Site | None:
     """The call of a marked function that a node belongs to; None if it belongs to none."""
     name = op._qualified_op_name if isinstance(op, _torch.OpOverloadPacket) else getattr(op, "namespace", "")
     return sites.get(args[0]) if name.startswith("breakable_cg") and args and isinstance(args[0], int) else None
+
+
+def sites_in(module: fx.GraphModule) -> Iterator[Site]:
+    """The calls of marked functions in a graph, and in the graphs in it. One with several nodes comes several times."""
+    found = (site_of(node.target, node.args) for part in graphs_in(module) for node in calls_in(part))
+    return (site for site in found if site is not None)
 
 
 def name_of(op: Any, args: Sequence[Any]) -> str:

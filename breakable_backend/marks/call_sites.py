@@ -304,7 +304,7 @@ class Site:
                 tensor.requires_grad_(need)
             for leaf in module_leaves(self.arguments):
                 own = dict(zip(leaf[2], (given[place] for place in leaf[3]), strict=True))
-                modules[leaf[1]] = _twin(self._module(leaf[1]), own)
+                modules[leaf[1]] = _twin(self.module(leaf[1]), own)
             holder = [self._call(self.mark.fake, call._replace(tensors=given), modules)]  # type: ignore[arg-type]
             taken = self._take(holder, given, bool(call.needs), PartitionError)
         return expected_of(taken, self.declared)
@@ -334,7 +334,7 @@ class Site:
             EagerOutputError: the result differs from what ``fake`` or earlier calls returned.
         """
         if own and not call.needs:
-            modules = {address: self._module(address) for address in self.modules}
+            modules = {address: self.module(address) for address in self.modules}
             holder = [self._call(self._function, call, modules)]
             taken = self._take(holder, call.tensors, False, EagerOutputError)
         else:
@@ -394,7 +394,8 @@ class Site:
     def _function(self, *args: Any, **kwargs: Any) -> Any:
         return run_inline(self.mark.function, *args, **kwargs)
 
-    def _module(self, address: int) -> torch.nn.Module:
+    def module(self, address: int) -> torch.nn.Module:
+        """The module at ``address`` among the arguments."""
         module = self.modules[address]()
         assert module is not None, "Dynamo guards on the module"
         return module
@@ -428,7 +429,7 @@ class Site:
                         copies[id(tensor)] = copy_of(tensor)
                     tensor = copies[id(tensor)]
                 given[place] = tensor.detach().requires_grad_(need)
-        modules = {address: self._module(address) for address in self.modules}
+        modules = {address: self.module(address) for address in self.modules}
         with ExitStack() as stack:
             if needs or not own:
                 for leaf in module_leaves(self.arguments):

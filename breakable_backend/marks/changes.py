@@ -22,7 +22,7 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend._torch import Place
-from breakable_backend.marks.call_sites import Site, sites
+from breakable_backend.marks.call_ops import sites_in
 from breakable_backend.marks.structure import instances_in, is_still
 
 ANYWHERE = 0
@@ -107,7 +107,7 @@ class _State:
                 continue
             self._add((id(cell), "cell_contents"), (held,), name)
             self._look(held, name, depth)
-        for name in _names_in(function.__code__):
+        for name in names_in(function.__code__):
             if name in function.__globals__:
                 held = function.__globals__[name]
                 self._add((id(function.__globals__), name), (held,), name)
@@ -135,12 +135,12 @@ _OF_MODULES = ("_modules", "_parameters", "_buffers")
 _OF_OTHERS = ("torch", "numpy", "builtins", "functools", "breakable_backend")
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
     """The names of globals and attributes that code, and functions in it, use."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)
 
 
 def heed(gm: fx.GraphModule) -> None:
@@ -149,7 +149,7 @@ def heed(gm: fx.GraphModule) -> None:
     A function that changes such a value again in that call is a graph break from then on. One that has set a value once
     is not. ``gm`` is Dynamo's graph of the frame, which Dynamo is still tracing.
     """
-    changing = [site for site in _sites_in(gm) if site.learned.changes]
+    changing = [site for site in sites_in(gm) if site.learned.changes]
     if not changing or not _torch.can_run_as_python():
         return
     read, last = _torch.places_read(), None
@@ -167,11 +167,3 @@ def heed(gm: fx.GraphModule) -> None:
             learned.changes.clear()
     if last is not None:
         last.run_as_python("has changed what the code around it reads")
-
-
-def _sites_in(gm: fx.GraphModule) -> Iterator[Site]:
-    for part in gm.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            site = sites.get(node.args[0]) if node.args and type(node.args[0]) is int else None
-            if site is not None:
-                yield site

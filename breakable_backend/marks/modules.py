@@ -21,9 +21,7 @@ from torch import fx, nn
 
 from breakable_backend import _torch, locks
 from breakable_backend.interception import intercepted_by
-from breakable_backend.ir.effects import graphs_in
-from breakable_backend.marks import call_ops
-from breakable_backend.marks.call_sites import Site, sites
+from breakable_backend.marks.call_ops import sites_in
 from breakable_backend.marks.functions import marked_as
 
 MARK_EAGER, EAGER_OPS = "mark_eager", "eager_ops"
@@ -222,17 +220,5 @@ def _called(named: Modules, plain: Callable[..., Any], self: nn.Module, *args: A
 
 def called_in(graph: fx.GraphModule) -> list[tuple[str, nn.Module]]:
     """The modules that marked functions in a graph call, each with how it is marked."""
-    found = []
-    for part in graphs_in(graph):
-        for node in part.graph.nodes:
-            site = sites.get(node.args[0]) if call_ops.is_call(node.target) else None
-            if site is not None and site.mark.by in (MARK_EAGER, EAGER_OPS):
-                found.append((site.mark.by, _self_of(site)))
-    return found
-
-
-def _self_of(site: Site) -> nn.Module:
-    positional, _ = site.arguments[-1]
-    module = site.modules[positional[-1][0][1]]()
-    assert module is not None, "Dynamo guards on the module"
-    return module
+    found = (site for site in sites_in(graph) if site.mark.by in (MARK_EAGER, EAGER_OPS))
+    return [(site.mark.by, site.module(site.arguments[-1][0][-1][0][1])) for site in found]
