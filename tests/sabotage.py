@@ -809,8 +809,8 @@ FAULTS = (
     ),
     Fault(
         "what-may-draw-is-computed-again",
-        "compiling.halves:_may_draw",
-        "is_unknown(op)",
+        "compiling.halves:Halves._traced",
+        "is_unknown(node.target)",
         "False",
         "test_training.py::test_graphs_inside[cpu-may draw]",
     ),

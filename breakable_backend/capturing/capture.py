@@ -193,11 +193,7 @@ def break_graph() -> None:
     """
     handler = active.handler.get()
     if handler is not None:
-        handler.call(Mark(_nothing, "break_graph", ""), (), {})
-
-
-def _nothing() -> None:
-    pass
+        handler.call(Mark(lambda: None, "break_graph", ""), (), {})
 
 
 class _Watcher(OpMode):
@@ -429,7 +425,8 @@ class _OngoingCapture:
                 fix="call it outside of vmap and its like, on tensors",
             )
         reason = Reason("marked", why or mark.why, mark.name, user_line())
-        return self._break(mark, reason, args, kwargs, differentiable=_records_gradients())
+        differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return self._break(mark, reason, args, kwargs, differentiable=differentiable)
 
     def _composite(self, op: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Run a marked op that autograd would decompose as an eager step. None: it is no call of the body."""
@@ -595,10 +592,6 @@ def _back_on(stream: torch.cuda.Stream) -> None:
     if torch.cuda.current_stream(stream.device) != stream:
         with torch.cuda.device(stream.device):
             torch.cuda.set_stream(stream)
-
-
-def _records_gradients() -> bool:
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _record(event: torch.cuda.Event) -> None:

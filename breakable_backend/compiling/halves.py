@@ -248,7 +248,9 @@ class Halves:
         )
         joint = replace(joint, aliases=tuple(aliases_in(joint, self.inputs, self.parts)))
         check(joint)
-        if _has_checkpoint(self.gm) and any(_may_draw(node.target) for node in joint.second()):
+        # What may draw, as custom ops and branches may, would need the random state of its first run.
+        called = (node.target for part in graphs_in(self.gm) for node in part.graph.nodes)
+        if checkpointed in called and any(draws(node.target) or is_unknown(node.target) for node in joint.second()):
             raise CannotLower("what a checkpoint computes again draws random numbers, or may")
         attribute_backward(joint)
         return joint
@@ -325,15 +327,6 @@ class _Body:
         return _Run(self.module).run(*args)
 
     forward = __call__
-
-
-def _may_draw(op: Any) -> bool:
-    """Whether an op may draw random numbers, and so would need the random state of its first run. Custom ops may, and branches."""
-    return draws(op) or is_unknown(op)
-
-
-def _has_checkpoint(gm: fx.GraphModule) -> bool:
-    return any(node.target is checkpointed for module in graphs_in(gm) for node in module.graph.nodes)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, _torch.FakeTensor)

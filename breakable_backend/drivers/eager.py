@@ -108,14 +108,11 @@ class EagerDriver(OpByOpDriver):
             if isinstance(leaf, torch.Tensor) and (key := _torch.storage_key(leaf)) not in arguments:
                 arguments.add(key)
                 made[position] = leaf.untyped_storage()
-        graph = RerunGraph(self._by_address(body), made, not states.are_current(), Modes.current())
+        if isinstance(body, functools.partial):
+            body = functools.partial(body.func, *map(self._unowned, args))
+        graph = RerunGraph(body, made, not states.are_current(), Modes.current())
         self.adopt(graph)
         return graph, result
-
-    def _by_address(self, body: Callable[[], T]) -> Callable[[], T]:
-        if not isinstance(body, functools.partial):
-            return body
-        return functools.partial(body.func, *(self._unowned(arg) for arg in body.args))
 
     def _unowned(self, argument: Any) -> Any:
         if not isinstance(argument, torch.Tensor):

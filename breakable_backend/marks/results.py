@@ -221,7 +221,7 @@ class _Taker:
             members = _shares([(tensor, _apart(strided(tensor), where[2])) for tensor in wanting], where[0][0])
         if root.is_conj() or root.is_neg():
             root = TensorSpec.of(root).empty() if _torch.is_traced(root) else copy_of(root)
-        elif self.copies and (copied or self._has_other_holders(tensors)):
+        elif self.copies and (copied or _is_kept(tensors, self.references, self.recording)):
             root = copy_of(root)
         self.roots.append(root)
         self.members.append(members)
@@ -229,9 +229,6 @@ class _Taker:
             detached = self._is_detached(tensor, self.exact and bool(wanting))
             view = None if where is None else view_leaf("root", number, where, strided(tensor), detached)
             self.places[place] = view or ("tensor", number, detached)
-
-    def _has_other_holders(self, group: Sequence[torch.Tensor]) -> bool:
-        return not _torch.is_traced(group[0]) and _is_kept(group, self.references, self.recording)
 
 
 def _span(tensors: Sequence[torch.Tensor]) -> Strided:
@@ -283,6 +280,8 @@ def _is_kept(group: Sequence[torch.Tensor], references: Mapping[int, int], recor
 
     A false alarm costs a copy. Autograd holds memory too, so while it records only Python references are counted.
     """
+    if _torch.is_traced(group[0]):
+        return False
     if not group[0].untyped_storage().resizable():  # memory of NumPy, or from DLPack: nobody counts who holds it
         return True
     for tensor in group:

@@ -57,7 +57,8 @@ class Finder:
                 result = op(*args, **kwargs)
             if look.found is not None:
                 inner, line = look.found
-                self._found.setdefault(op, _reason(inner, label(node), line))
+                what = f"calls {inner.op}, which {'is ' * (inner.rule == 'marked')}{inner.text}"
+                self._found.setdefault(op, Reason("calls_such_an_op", what, label(node), line))
             self._returned.look(node, (args, kwargs), result)
             return result
 
@@ -103,8 +104,3 @@ class _Look:
                 return kernel(*args, **kwargs)
         finally:
             self._inside = outer
-
-
-def _reason(inner: LiveReason, op: str, line: str) -> Reason:
-    what = f"is {inner.text}" if inner.rule == "marked" else inner.text
-    return Reason("calls_such_an_op", f"calls {inner.op}, which {what}", op, line)

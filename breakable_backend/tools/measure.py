@@ -61,8 +61,9 @@ def measure_compiled(
     elif given:
         reference = None  # a call is more than any one of them
     executors = executors_of(compiled)
+    recorded = sum(key.recording is not None for executor in executors for key in executor.snapshot().keys)
     measured: dict[Place, Measured] = {}
-    with Progress("measuring", STAGES * (len(replayed) or sum(map(_num_recordings, executors)))) as progress:
+    with Progress("measuring", STAGES * (len(replayed) or recorded)) as progress:
         for executor in executors:
             with executor.driver.lock:  # the recordings stay as they are
                 snapshot = executor.snapshot()
@@ -102,10 +103,6 @@ def _replayed(compiled: Any, call: Callable[[], Any]) -> dict[Place, list[Any]]:
         if found and _num_calls(executors) - calls == len(found):
             break
     return found
-
-
-def _num_recordings(executor: Executor) -> int:
-    return sum(key.recording is not None for key in executor.snapshot().keys)
 
 
 def _num_calls(executors: Sequence[Executor]) -> int:

@@ -10,7 +10,7 @@ from types import CodeType
 import torch
 
 from breakable_backend import _torch
-from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
+from breakable_backend.calling.snapshot import Snapshot
 from breakable_backend.ir.program import Input, Program
 
 FEW = 0.5
@@ -58,7 +58,7 @@ def _numbers(snapshot: Snapshot) -> Iterator[str]:
     program = snapshot.program
     numbers = [v for v in program.inputs if v.kind == "number" and v.index >= 0 and v.name not in program.passed_on]
     for place, value in enumerate(numbers):
-        found = _distinct(snapshot.keys, place)
+        found = sorted({key.key.shapes[place] for key in snapshot.keys})
         if len(found) < MANY:
             continue
         name = _torch.name_of(value.value) or value.name
@@ -113,10 +113,6 @@ def _addresses(snapshot: Snapshot) -> Iterator[str]:
 
 def _described(value: Input) -> str:
     return f"{value.name}, {list(value.value.shape)}" if isinstance(value.value, torch.Tensor) else value.name
-
-
-def _distinct(keys: Sequence[KeySnapshot], place: int) -> list[int]:
-    return sorted({key.key.shapes[place] for key in keys})
 
 
 def _listed(values: Sequence[int]) -> str:
