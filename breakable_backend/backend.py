@@ -170,13 +170,16 @@ class Backend:
         self, halves: Halves, make: Callable[..., Executor], number: int, auto_break: bool
     ) -> Callable[..., Any]:
         name, source = f"graph {number}", _last_line(halves.gm)
+        file = functools.partial(registry.as_traced.add, number=number)
+
+        def made(halves: Halves, name: str) -> Training:
+            return Training(halves, as_eager(halves.gm), make, name, source, self._warn_once, auto_break)
+
         training: Training | BySize
         if halves.varying:
-            file = functools.partial(registry.as_traced.add, number=number)
-            training = BySize(halves, make, name, source, self._warn_once, auto_break, file, as_eager)
+            training = BySize(halves, as_eager(halves.gm), made, name, source, file)
         else:
-            training = Training(halves, as_eager(halves.gm), make, name, source, self._warn_once, auto_break)
-            registry.as_traced.add(training, number)
+            file(training := made(halves, name))
 
         def train(*args: Any) -> Any:
             return training(*args)

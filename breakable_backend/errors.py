@@ -109,10 +109,7 @@ _NOT_FILES = ("<breakable_cg", "<eval_with_key>", "<string>", "<frozen")
 
 def user_line(trace: TracebackType | None = None) -> str:
     """The innermost line of the user's, as ``file.py:12 in forward: code``, in a traceback or in what runs now."""
-    for file, line, function in _frames(trace):
-        if _is_users(file):
-            return _line(file, line, function)
-    return ""
+    return next((_line(*frame) for frame in _frames(trace) if _is_users(frame[0])), "")
 
 
 def warn_user(text: str) -> None:

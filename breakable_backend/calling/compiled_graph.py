@@ -36,7 +36,7 @@ from breakable_backend.recordings.checks import check_places
 from breakable_backend.recordings.host_syncs import Finder
 from breakable_backend.recordings.observer import Observers
 from breakable_backend.recordings.plain import plain_recording
-from breakable_backend.recordings.recorder import Recorded, record
+from breakable_backend.recordings.recorder import PutOff, Recorded, record
 from breakable_backend.recordings.recording import Recording
 from breakable_backend.recordings.replay import Function, Replay, emit
 from breakable_backend.recordings.returned_arguments import has_suspects
@@ -285,7 +285,7 @@ class CompiledGraph:
                 self._put_off(entry, cause, first_line(error))
             raise
         if recorded.put_off is not None:
-            return self._put_off_call(entry, program, recorded)
+            return self._put_off_call(entry, program, recorded, recorded.put_off)
         recording, outputs, failed = recorded.recording, recorded.outputs, recorded.failed
         entry.record_seconds = time.perf_counter() - started
         entry.record_copies = recorded.copies
@@ -314,10 +314,9 @@ class CompiledGraph:
             self.statistics.plain[why] += 1
         self.observers.plain(why, level)
 
-    def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded) -> list[Any]:
+    def _put_off_call(self, entry: Entry, program: Program, recorded: Recorded, put_off: PutOff) -> list[Any]:
         """The end of a call whose recording failed for a passing reason: it was a plain call."""
-        put_off, failed = recorded.put_off, recorded.failed
-        assert put_off is not None
+        failed = recorded.failed
         self._put_off(entry, put_off.cause, str(put_off.reason))
         self.count_plain(f"could not be recorded: {PUT_OFF[put_off.cause]}", logging.WARNING)
         with self.keys.changing:

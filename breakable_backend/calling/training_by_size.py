@@ -11,7 +11,7 @@ from breakable_backend import locks
 from breakable_backend.callers import Callers
 from breakable_backend.calling.keys import scalar_bytes
 from breakable_backend.calling.registry import EagerGraph
-from breakable_backend.calling.training import Make, Training
+from breakable_backend.calling.training import Training
 from breakable_backend.compiling.halves import Halves
 from breakable_backend.ir.ambient_modes import Modes
 
@@ -24,24 +24,28 @@ TOO_MANY_SIZES = f"it needs gradients, and came with more than {MAX_SIZES} sets 
 
 
 class BySize:
-    """A graph that needs gradients, with sizes and floats that vary, as Dynamo calls it: a :class:`Training` for each set."""
+    """A graph that needs gradients, with sizes and floats that vary, as Dynamo calls it: a :class:`Training` for each set.
+
+    Args:
+        halves: the graph.
+        eager: runs it as Dynamo traced it.
+        train: makes a :class:`Training` for a graph, under a name.
+        name: the name of the graph.
+        source: the user's last line in it.
+        file: called with all that is made.
+    """
 
     def __init__(
         self,
         halves: Halves,
-        make: Make,
+        eager: Callable[..., Any],
+        train: Callable[[Halves, str], Training],
         name: str,
         source: str,
-        warn: Callable[[str], None],
-        auto_break: bool,
         file: Callable[[Any], None],
-        as_eager: Callable[..., Any],
     ) -> None:
-        self.halves, self.make, self.name, self.source = halves, make, name, source
-        self.warn, self.auto_break, self.file = warn, auto_break, file
-        self.as_eager = as_eager
-        """Makes the function that runs a graph as Dynamo traced it."""
-        self.eager = as_eager(halves.gm)
+        self.halves, self.eager, self.train = halves, eager, train
+        self.name, self.source, self.file = name, source, file
         self.callers, self._modes = Callers(), Modes.current()
         self.known: dict[tuple[Any, ...], Training] = {}
         self.others: Others | None = None
@@ -74,14 +78,13 @@ class BySize:
                 self.file(self.others)
                 log.warning("%s: %s", self.name, TOO_MANY_SIZES)
             return None
-        halves = self.halves.at({**numbers, **floats})
         of = [
             f"{what} {', '.join(map(str, dict.fromkeys(values.values())))}"
             for what, values in (("sizes", numbers), ("floats", floats))
             if values
         ]
         name = f"{self.name} for {' and '.join(of)}" if of else self.name
-        training = Training(halves, self.as_eager(halves.gm), self.make, name, self.source, self.warn, self.auto_break)
+        training = self.train(self.halves.at({**numbers, **floats}), name)
         training.callers, training._modes = self.callers, self._modes
         self.known[key] = training
         self.file(training)

@@ -260,7 +260,7 @@ class _Tape:
         self.made: dict[int, tuple[torch.UntypedStorage, torch.dtype | None]] = {}
         self.outside: dict[int, _Outside] = {}
         self.refusal: CaptureError | None = None
-        self._random_state = generator.get_state()
+        self._drawn = RandomStates.of((generator,))
         self._undo = Undo()
 
     def refuse(self, what: str) -> CaptureError:
@@ -301,7 +301,7 @@ class _Tape:
         # A collective involves other ranks, so the replay alone issues it, once for each call.
         asynchronous = is_asynchronous(func)
         result = _torch.results_like(func, args, kwargs) if asynchronous else func(*args, **kwargs)
-        self._random_state = self.generator.get_state()
+        self._drawn = RandomStates.of((self.generator,))
         outputs = tensors_of(result)
         if all(tensor.device != self.device for tensor in (*inputs, *outputs)):
             return result  # arithmetic on the host, which a capture does not affect
@@ -321,7 +321,7 @@ class _Tape:
 
     def check_generator(self) -> None:
         """Refuse a seed or a state that was set under the capture, since a replay would not set it again."""
-        if not torch.equal(self._random_state, self.generator.get_state()):
+        if not self._drawn.are_current():
             refused = self.refuse("the body set the state of the random generator")
             refused.passing = "disturbed"  # another thread may have drawn from it instead
             raise refused
