@@ -63,6 +63,8 @@ READ_OTHERWISE = "keys are read otherwise since then"
 class CompiledGraph:
     """One lowered graph. Changes need the driver's lock, which :meth:`reset` and :meth:`leave` take themselves."""
 
+    reads_keys: type[KeyReader] = KeyReader
+
     def __init__(
         self, lowered: Lowered, scope: Scope, options: Options, driver: CaptureDriver, name: str, observers: Observers
     ) -> None:
@@ -96,7 +98,7 @@ class CompiledGraph:
         self.capturable = bool(self.program.graph_segments)
         self._plain_function: Replay | None = None
         self.sharing = SharedMemory(self.program, written_inputs(self.lowered.module))
-        self.reader = KeyReader.of(self.program, self.keyed(), self.options.scalars == "key")
+        self.reader = self.reads_keys.of(self.program, self.keyed(), self.options.scalars == "key")
         self.observers.cut(self.program)
 
     def recut(self, scope: Scope, failed: Mapping[str, Reason], apart: Collection[str]) -> Program:

@@ -75,6 +75,19 @@ class Lease:
         return cls(weakref.ref(recording), constants, static, first)
 
 
+class _WithSlot(KeyReader):
+    """Reads keys that end with the number of a slot."""
+
+    slot = Number(0)
+    """The slot of the current call."""
+
+    def shapes(self, args: Sequence[Any]) -> ShapeKey:
+        return (*super().shapes(args), self.slot)
+
+    def without_slot(self, args: Sequence[Any]) -> ShapeKey:
+        return super().shapes(args)
+
+
 class HalfExecutor(Executor):
     """The executor of a half. It records only where enough memory is left for the rest of the program.
 
@@ -94,6 +107,9 @@ class HalfExecutor(Executor):
 
 class ForwardExecutor(HalfExecutor):
     """The executor of the forward. Each call takes a slot, whose number is part of its key."""
+
+    reader: _WithSlot
+    reads_keys = _WithSlot
 
     def __init__(self, forward: Forward, *args: Any) -> None:
         self.forward = forward
@@ -120,7 +136,6 @@ class ForwardExecutor(HalfExecutor):
 
     def _locked(self, args: list[Any], stream: int, driver: CaptureDriver, known: Any = None, *_: Any) -> Any:
         reader, keys = self.reader, self.keys
-        assert isinstance(reader, _WithSlot)
         addresses = keys.last if keys.last is not None and reader.are_at(keys.last.pointers, args) else None
         if addresses is None:
             addresses = keys.sets.get(reader.read(args).addresses)
@@ -141,7 +156,6 @@ class ForwardExecutor(HalfExecutor):
         if len(self.taken) < MAX_SLOTS or self.pending() < MAX_SLOTS:
             return True
         reader = self.reader
-        assert isinstance(reader, _WithSlot)
         return self._free(reader.without_slot(args), self.keys.sets.get(reader.read(args).addresses)) is not None
 
     def _free(self, shapes: ShapeKey, addresses: AddressSet | None) -> Number | None:
@@ -172,10 +186,6 @@ class ForwardExecutor(HalfExecutor):
         outputs.owners, outputs.static = recording.kept, lease.static
         return outputs
 
-    def cut_program(self) -> None:
-        super().cut_program()
-        self.reader = _WithSlot.of(self.program, self.keyed(), self.options.scalars == "key")
-
     def plan(self) -> Plan:
         return replace(super().plan(), saved_from=self.forward.num_outputs)
 
@@ -197,16 +207,3 @@ class BackwardExecutor(HalfExecutor):
         entry = super().new_entry(key, args)
         entry.warmed_up = entry.warmed_up or warm  # the same kernels, on what another slot saved
         return entry
-
-
-class _WithSlot(KeyReader):
-    """Reads keys that end with the number of a slot."""
-
-    slot = Number(0)
-    """The slot of the current call."""
-
-    def shapes(self, args: Sequence[Any]) -> ShapeKey:
-        return (*super().shapes(args), self.slot)
-
-    def without_slot(self, args: Sequence[Any]) -> ShapeKey:
-        return super().shapes(args)

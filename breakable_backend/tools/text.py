@@ -59,15 +59,10 @@ def as_text(parts: Iterable[str | Table]) -> str:
     from rich.console import Console
 
     width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else WIDTH
-    lines: list[str] = []
-    for part in parts:
-        if isinstance(part, str):
-            lines.append(part)
-            continue
-        out = io.StringIO()
-        Console(file=out, width=max(width - INDENT, 40), no_color=True).print(part.rich())
-        lines += [f"{' ' * INDENT}{line}".rstrip() for line in out.getvalue().splitlines()]
-    return "\n".join(lines)
+    console = Console(file=io.StringIO(), width=max(width, 40 + INDENT), no_color=True)
+    with console.capture() as printed:
+        console.print(as_rich(parts), no_wrap=True, overflow="ignore", crop=False)  # a line may be longer
+    return "\n".join(map(str.rstrip, printed.get().removesuffix("\n").split("\n")))
 
 
 INDENT = 4
@@ -80,12 +75,10 @@ def as_rich(parts: Iterable[str | Table]) -> rich.console.Group:
     from rich.padding import Padding
     from rich.text import Text
 
-    return Group(
-        *(
-            Text(part) if isinstance(part, str) else Padding(part.rich(), (0, 0, 0, INDENT), expand=False)
-            for part in parts
-        )
-    )
+    def shown(part: str | Table) -> Text | Padding:
+        return Text(part) if isinstance(part, str) else Padding(part.rich(), (0, 0, 0, INDENT), expand=False)
+
+    return Group(*map(shown, parts))
 
 
 def as_html(parts: Iterable[str | Table]) -> str:
