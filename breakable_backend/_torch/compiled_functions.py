@@ -148,6 +148,11 @@ def holds_compiled(function: Any) -> bool:
     return bool(_parts(function)[0])
 
 
+def original_of(thing: Any) -> Any:
+    """The module that was compiled, for what ``torch.compile`` returned for it; ``thing`` itself otherwise."""
+    return getattr(thing, "_orig_mod", thing)
+
+
 def codes_of(compiled: Any) -> list[CodeType]:
     """The code of the functions behind ``compiled`` that Dynamo compiles, without its wrapper around torch's functions."""
     return [code for function in _parts(compiled)[1] if (code := function.__code__) is not _inlined()]

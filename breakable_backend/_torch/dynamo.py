@@ -166,6 +166,9 @@ def _failure(code: CodeType) -> str | None:
 def _told(reason: str, file: str | None, line: int | None) -> str:
     """A reason of Dynamo's in one line: what it could not trace, at which line, and why it could not go on after it."""
     first, *rest = (text.strip() for text in reason.splitlines() if text.strip())
+    if file and file.startswith(_PACKAGE):  # no line of the user's; what this package has disabled has its reason
+        disabled = re.search(r"\(reason: (.*)\)$", reason, re.MULTILINE)
+        first, file = disabled[1] if disabled else first, None
     told = first + (f", at {file}:{line}" if file else "")
     behind = itertools.dropwhile(lambda text: "another graph break occurred" not in text, rest)
     told += "".join(f"; {text}" for text in itertools.islice(behind, 1, 2))

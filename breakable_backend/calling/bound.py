@@ -136,6 +136,12 @@ class BoundCall(Generic[T]):
                 fix='call the compiled function itself, or let bind do so: bind(..., misfit="call")',
             )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise BindError(
+            "a bound function was copied or pickled, but it is bound to the modules and the graphs of this process",
+            fix="copy the module, compile the copy, and bind that",
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> T:
         """Call once.
 

@@ -96,6 +96,12 @@ def learned_of(mark: Mark, key: tuple[Any, ...], modules: Iterable[int]) -> Lear
     return made[1]
 
 
+def learned_from(mark: Mark) -> list[Structure]:
+    """The arguments of calls that ran as Python, of which something was learned."""
+    entries = _torch.until_reset().get("breakable_cg", {}).get(mark, ())
+    return [key[0] for key, learned, _ in list(entries) if learned.has_samples]
+
+
 @dataclass(eq=False)
 class Learning:
     """A function whose call ran as Python, so that the result of a marked function is learned."""

@@ -29,6 +29,7 @@ from breakable_backend.marks.call_sites import (
     GIVE_FAKE,
     WATCHED_AN_ARGUMENT,
     Site,
+    learned_from,
     learned_of,
     numbers,
     run_inline,
@@ -42,6 +43,7 @@ from breakable_backend.marks.learning import Asked, Given
 from breakable_backend.marks.structure import (
     Structure,
     contents,
+    differences,
     foreign,
     instances_in,
     is_changed,
@@ -59,8 +61,10 @@ BY_FUNCTION = "eager_on_graph"
 WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
 NAME_THEM = "name them: @eager_on_graph(mutates_args=...)"
 NAME_WHAT_IT_WRITES = "call it in a function that is marked by @eager_on_graph(mutates_args=...)"
-CALLED_OTHERWISE = (
-    "code calls it with other arguments while it is traced than as Python, so what it returns cannot be learned"
+CALLED_OTHERWISE = "code calls it with other arguments while it is traced"
+PASS_THE_SAME = (
+    "pass the same arguments in both, such as a mask that was made before the compiled call; for the attention of "
+    "transformers that is an attention_mask of four dimensions"
 )
 MARKED_ANEW = "eager_on_graph marks a new function at each call of the code around it"
 MARK_ONCE = (
@@ -393,7 +397,8 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
     learned = learned_of(mark, (arguments, modes), modules.keys())
     raises = learned.raised and _torch.refuses_graph_breaks()  # eager raises too, so this is no other error
     if learned.in_vain >= MAX_IN_VAIN and not learned.why_not and not raises:
-        learned.why_not, learned.cure = learned.raised or CALLED_OTHERWISE, GIVE_FAKE
+        learned.why_not = learned.raised or _called_otherwise(mark, arguments)
+        learned.cure = GIVE_FAKE if mark.by == BY_FUNCTION else PASS_THE_SAME
     if learned.why_not:
         return 0, learned.why_not
     try:
@@ -410,6 +415,15 @@ def _site(mark: Mark, structure: Structure) -> tuple[int, str]:
 
 MAX_IN_VAIN = 4
 """After so many calls that ran as Python without any call of the function as in traced code, it is a graph break."""
+
+
+def _called_otherwise(mark: Mark, arguments: Structure) -> str:
+    """Why nothing was learned of a call; with what it was given, and what the most similar call as Python was given."""
+    seen = [differences(arguments, other, _parameters(mark.body)) for other in learned_from(mark)]
+    there = here = ""
+    for name, traced, as_python in sorted(seen, key=len)[0][:1] if seen else ():
+        there, here = f" ({name} is {traced})", f" ({name} is {as_python})"
+    return f"{CALLED_OTHERWISE}{there} than as Python{here}, so what it returns cannot be learned"
 
 
 def _arranged(mark: Mark, structure: Structure) -> tuple[Structure, tuple[int, ...], int]:

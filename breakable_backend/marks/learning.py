@@ -215,6 +215,10 @@ class Learned:
             else:
                 self.why_not = f"its result differs from call to call: {_difference(sample.expected, expected)}"
 
+    @property
+    def has_samples(self) -> bool:
+        return bool(self._samples)
+
     def find(self, asked: Asked) -> Expected | None:
         """The layout of a call's result; None if it is not known yet."""
         with self._lock:

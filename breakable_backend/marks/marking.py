@@ -124,13 +124,27 @@ def op_name(op: Any) -> str:
     raise OptionsError(
         f"{getattr(op, '__qualname__', repr(op))} is not an op",
         fix="pass 'namespace::op', an op from torch.ops, what torch.library.custom_op returned, or a module"
-        + ("; for a function, put @eager_on_graph above it" if inspect.isfunction(op) else ""),
+        + _instead(op),
     )
+
+
+FOR_A_LAYER = "; for a layer, pass the module or its class in place of its forward"
+
+
+def _instead(op: Any) -> str:
+    """What to do with a function that is no op."""
+    if hasattr(op, "run_eager"):
+        return "; @eager_on_graph has marked it already"
+    if modules.is_forward(op):
+        return FOR_A_LAYER
+    return "; for a function, put @eager_on_graph above it" if inspect.isfunction(op) else ""
 
 
 def _is_torch_function(op: Any) -> bool:
     """Whether ``op`` is a function of PyTorch or of Python's ``operator``, which a node of a Dynamo graph can call."""
     if isinstance(op, str | type | _torch.OpOverload | _torch.OpOverloadPacket) or hasattr(op, "_qualname"):
+        return False
+    if modules.is_forward(op):  # that of torch's own layers too: Dynamo traces through it
         return False
     module = getattr(op, "__module__", None) or getattr(getattr(op, "__self__", None), "__module__", None) or ""
     if module == "builtins":  # len, print: aten::len is no op of theirs
@@ -180,7 +194,8 @@ class EagerOps:
             else:
                 raise OptionsError(
                     f"eager_ops: {getattr(op, '__qualname__', op)!r} is a Python function, and Dynamo traces through it",
-                    fix="mark it with @eager_on_graph, or put its body under eager_region()",
+                    fix="mark it with @eager_on_graph, or put its body under eager_region()"
+                    + (FOR_A_LAYER if modules.is_forward(op) else ""),
                 )
         return cls(frozenset(names), tuple(functions), modules.Modules.of(given))
 

@@ -33,6 +33,13 @@ def is_module(thing: Any) -> bool:
     return isinstance(thing, nn.Module) or (isinstance(thing, type) and issubclass(thing, nn.Module))
 
 
+def is_forward(function: Any) -> bool:
+    """Whether ``function`` is the ``forward`` of a module, or of a class of modules."""
+    if inspect.ismethod(function):
+        return isinstance(function.__self__, nn.Module) and function.__name__ == "forward"
+    return inspect.isfunction(function) and function.__qualname__.endswith(".forward")
+
+
 @dataclass(frozen=True)
 class Modules:
     """Classes of modules, with their subclasses, and single modules."""
@@ -43,7 +50,7 @@ class Modules:
     @classmethod
     def of(cls, things: Iterable[Any]) -> Modules:
         """The modules and classes among ``things``."""
-        things = [thing for thing in things if is_module(thing)]
+        things = [_torch.original_of(thing) for thing in things if is_module(thing)]
         classes = tuple(thing for thing in things if isinstance(thing, type))
         return cls(classes, tuple(weakref.ref(thing) for thing in things if not isinstance(thing, type)))
 
@@ -55,6 +62,7 @@ class Modules:
 
     def without(self, thing: Any) -> Modules:
         """A copy without one."""
+        thing = _torch.original_of(thing)
         return Modules.of(other for other in (*self.classes, *self.alive()) if other is not thing)
 
     def with_(self, thing: Any) -> Modules:
@@ -80,7 +88,7 @@ class Modules:
                 yield kind.__qualname__
         for module in self.alive():
             if not any(module is other for other in called):
-                yield f"a {type(module).__qualname__}"
+                yield f"one {type(module).__qualname__}"
 
 
 def _subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:

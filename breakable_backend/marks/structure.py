@@ -230,6 +230,26 @@ def in_words(structure: Structure) -> str:
     return f"{structure[1].__name__}({', '.join(items)})"
 
 
+def differences(one: Structure, other: Structure, parameters: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The arguments that two calls were not given alike: the name of each, and what it was in either call.
+
+    Args:
+        one: positional and keyword arguments, as a structure.
+        other: those of the other call.
+        parameters: names of positional arguments.
+    """
+    first, second = _by_name(one, parameters), _by_name(other, parameters)
+    told = [(name, first.get(name, "missing"), second.get(name, "missing")) for name in {**first, **second}]
+    return [(name, here, there) for name, here, there in told if here != there]
+
+
+def _by_name(arguments: Structure, parameters: Sequence[str]) -> dict[str, str]:
+    (*_, positional), (_, keywords, named) = arguments[-1]
+    places = [*parameters, *(f"argument {place + 1}" for place in range(len(parameters), len(positional)))]
+    values = {**dict(zip(places, positional, strict=False)), **dict(zip(keywords, named, strict=True))}
+    return {name: in_words(value) for name, value in values.items()}
+
+
 # --- views --------------------------------------------------------------------------------------------------------------
 
 

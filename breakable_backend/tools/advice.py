@@ -6,9 +6,11 @@ The texts of Dynamo's reasons are the same in torch 2.11 to 2.15, but for recurr
 from __future__ import annotations
 
 from breakable_backend.marks.functions import (
+    CALLED_OTHERWISE,
     IS_OF_TYPE,
     MARK_ONCE,
     MARKED_ANEW,
+    PASS_THE_SAME,
     UNDER_A_TRANSFORM,
     WRITES_WHAT_NEEDS_GRADIENTS,
 )
@@ -32,6 +34,7 @@ MARK_THE_MODULE = "put the call of what Dynamo could not trace into a function u
 _OF_MARKED = {
     IS_OF_TYPE: "pass tensors, modules and plain values, alone or in lists, tuples, dicts and dataclasses",
     WRITES_WHAT_NEEDS_GRADIENTS: "return a new tensor in place of the write, or write into x.detach()",
+    CALLED_OTHERWISE: f"{PASS_THE_SAME}; or give a marked function its layout: @eager_on_graph(fake=...)",
     UNDER_A_TRANSFORM: "call it outside of the transform",
 }
 """What helps where a marked function is no node, by a part of the reason."""

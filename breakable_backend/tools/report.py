@@ -211,8 +211,11 @@ def explain(
         calls = [(executor.callers.whole, program.calls) for executor, program in zip(executors, programs, strict=True)]
         told = (*programs[0].findings, *of_one_function(calls))
         programs[0] = dataclasses.replace(programs[0], findings=told)
+    breaks = _breaks()
     if compiled is not None and executors:
         unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
+        in_breaks = {mark.removeprefix("one ").replace(" is ", ", ", 1): mark for mark in unmet}
+        unmet -= {mark for told, mark in in_breaks.items() if any(why.startswith(told) for why in breaks)}
         notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
         later = marked_names().difference(*(executor.lowered.marked for executor in executors))
         notes += [LATER.format(mark) for mark in sorted(later)]
@@ -225,7 +228,7 @@ def explain(
     return Report(
         tuple(programs),
         tuple(eager_graphs_of(compiled)),
-        _breaks(),
+        breaks,
         tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
         _torch.skipped(code for code in codes if id(code) not in learners),
         _torch.stance(),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import breakable_backend
 import silly
-from breakable_backend import eager_on_graph, explain, reset
+from breakable_backend import BindError, bind, eager_on_graph, explain, reset
 from doors import run_alone
 
 Make = Callable[[dict[str, Any]], nn.Module]
@@ -219,3 +219,15 @@ def test_reports_and_errors_travel(options: dict[str, Any]) -> None:
     ):
         twin = pickle.loads(pickle.dumps(error))
         assert (type(twin), str(twin), twin.fix) == (type(error), str(error), error.fix)
+
+
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
+def test_bound_functions(how: str, options: dict[str, Any], device: torch.device) -> None:
+    """A bound function is bound to modules and graphs of this process: a copy of it is an error that says so."""
+    bound = bind(compiled(lambda x: x.sin() + 1, options), torch.ones(3, device=device))
+    with pytest.raises(BindError) as caught:
+        COPIES[how](bound)
+    assert caught.value.what == (
+        "a bound function was copied or pickled, but it is bound to the modules and the graphs of this process"
+    )
+    assert caught.value.fix == "copy the module, compile the copy, and bind that"

@@ -86,7 +86,10 @@ def test_code_that_is_traced_calls_it_otherwise(compile_ours: Compile, device: t
     report = explain(compiled)
     assert not report.learning
     assert [program.replays > 0 for program in report.programs] == [True, True]
-    assert any("code calls it with other arguments while it is traced" in why for why in report.graph_breaks)
+    otherwise = "code calls it with other arguments while it is traced"
+    whys = {"otherwise": " (by is None) than as Python (by is a float), so", "never": " than as Python, so"}
+    assert any(otherwise + whys[called] in why for why in report.graph_breaks)
+    assert any(cure.startswith("pass the same arguments in both") for cure in report.advice.values())
     torch._dynamo.reset()
     whole = compile_ours(model, fullgraph=True)
     with pytest.raises(PartitionError, match=r"fake="):
@@ -791,6 +794,29 @@ def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.devic
     assert [why.startswith(begin) for why, begin in zip(report.graph_breaks, told, strict=True)] == [True, True]
     assert "in the place of torch.compiler.disable" not in str(report)
     assert str(report).count("to keep one program: pass tensors, modules and plain values") == 2
+
+
+def test_a_function_that_such_a_break_leaves_uncompiled(compile_ours: Compile, device: torch.device) -> None:
+    """Where Dynamo gives up the whole function at a break, the report has the mark's reason, and blames nothing else."""
+
+    @eager_on_graph
+    def scaled(x: Tensor, by: Any) -> Tensor:
+        return x * 2
+
+    def model(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = scaled(x.sin(), b"1")
+        return x.cos()
+
+    compiled = compile_ours(model)
+    compiled(vectors(device, 1)[0])
+    report = explain(compiled)
+    (why,) = report.skipped.values()
+    assert why.endswith(
+        "scaled, marked by eager_on_graph, is no node: argument by is, or holds, an object of type bytes; graph break in loop"
+    )
+    assert "torch.compiler.disable" not in str(report)
+    assert "functions.py" not in str(report)
 
 
 def marks_in_its_body(x: Tensor) -> Tensor:

@@ -106,6 +106,53 @@ def eager_steps(compiled: Any) -> list[tuple[str, str]]:
     return [(reason.op, reason.text) for program in explain(compiled).programs for reason in program.reasons]
 
 
+class Otherwise(nn.Module):
+    """A layer that is called with a mask only while it is traced, as transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = Masked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.route(x.sin(), mask=x > 0 if torch.compiler.is_compiling() else None).cos() * 2
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x * 2
+
+
+def test_called_otherwise_while_it_is_traced(compile_ours: Compile, marked: Mark, device: torch.device) -> None:
+    """The report names the argument that differs, and what to do, and has no second line about the same mark."""
+    marked(Masked)
+    compiled = compile_ours(Otherwise(), fullgraph=False)
+    for x in vectors(device, 8):
+        compiled(x)
+    report = str(explain(compiled))
+    assert "is traced (mask is a tensor) than as Python (mask is None), so" in report.replace("\n", " ")
+    assert "to keep one program: pass the same arguments in both" in report
+    assert "no graph of this function calls it" not in report
+    torch._dynamo.reset()
+    whole = compile_ours(Otherwise())
+    with pytest.raises(PartitionError, match=r"\n  pass the same arguments in both"):
+        for x in vectors(device, 8):
+            whole(x)
+    assert "functions.py" not in str(explain(whole))
+
+
+def test_a_child_that_was_compiled_before(compile_ours: Compile, marked: Mark, device: torch.device) -> None:
+    """Marking what torch.compile returned for a layer marks the layer."""
+    child = torch.compile(nn.Linear(4, 4), backend="eager")
+    marked(child)
+    compiled = compile_ours(nn.Sequential(child, nn.Tanh(), nn.ReLU()).to(device))
+    with torch.no_grad():
+        for x in vectors(device, 4):
+            compiled(x)
+    assert eager_steps(compiled) == [("Linear", "marked by mark_eager")]
+    unmark_eager(child)
+    assert not modules.marked()
+
+
 # --- what is marked -------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +381,7 @@ def test_a_mark_without_effect_is_told(compile_ours: Compile, marked: Mark, devi
     compiled = compile_ours(model, eager_ops=[Called])
     check(compiled, model, device)
     notes = explain(compiled).programs[0].notes
-    for name in ("Other is marked by mark_eager", "a Model is marked by mark_eager", "Called is named in eager_ops"):
+    for name in ("Other is marked by mark_eager", "one Model is marked by mark_eager", "Called is named in eager_ops"):
         assert any(note.startswith(name) for note in notes)
 
 

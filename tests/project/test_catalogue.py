@@ -433,6 +433,9 @@ CASES: dict[str, Case] = {
     "bind takes no check=": Case("bind(compile(plain), x, check='all')  # here"),
     "is not compiled, so there is nothing to bind": Case("bind(plain, x)  # here"),
     "this call cannot be bound": Case("f = compile(lambda x: silly.triple(x))\nbind(f, x, misfit='raise')  # here"),
+    "a bound function was copied or pickled, but it is bound to the modules and the graphs of this process": Case(
+        "import copy\nf = bind(compile(plain), x)\ncopy.deepcopy(f)  # here"
+    ),
     "this call does not fit what was bound": Case("f = bind(compile(plain), x, misfit='raise')\nf(x[:1])  # here"),
     # reports
     "is not a directory": Case("open(folder / 'a', 'w').close()\nexport(graph, folder / 'a')  # here"),

@@ -187,6 +187,13 @@ def test_marks(mark: Callable[[Any], Any]) -> None:
     )
     with pytest.raises(OptionsError, match="for a function, put @eager_on_graph above it"):
         mark(test_marks)
+    for forward in (torch.nn.Linear.forward, torch.nn.Linear(2, 2).forward):
+        with pytest.raises(
+            OptionsError, match=r"Linear\.forward is not an op(?s:.*); for a layer, pass the module or its class"
+        ):
+            mark(forward)
+    with pytest.raises(OptionsError, match="@eager_on_graph has marked it already"):
+        mark(breakable_backend.eager_on_graph(test_marks))
 
 
 @pytest.mark.parametrize(
