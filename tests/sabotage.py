@@ -2516,9 +2516,9 @@ FAULTS = (
     # --- the second door ---
     Fault(
         "capture-keeps-no-inputs",
-        "capturing.memory:CaptureMemory.reads",
-        "self.held[key] = tensor.untyped_storage()",
-        "pass",
+        "capturing.capture:_OngoingCapture._keep",
+        "not isinstance(tensor, nn.Parameter)",
+        "False",
         "test_capture.py::test_inputs_are_kept[cpu]",
     ),
     Fault(
@@ -2679,10 +2679,17 @@ FAULTS = (
     ),
     Fault(
         "capture-owns-parameters",
-        "capturing.memory:CaptureMemory.reads",
-        "isinstance(tensor, nn.Parameter)",
-        "False",
+        "capturing.capture:_OngoingCapture._keep",
+        "not isinstance(tensor, nn.Parameter)",
+        "True",
         "test_capture.py::test_dropped_model[cpu]",
+    ),
+    Fault(
+        "moved-buffers-unnoticed",
+        "capturing.memory:CaptureMemory.reads",
+        "tensor.grad_fn is None and key not in self.theirs",
+        "False",
+        "test_capture_hostile.py::test_a_buffer_or_an_input_that_moves[cpu]",
     ),
     Fault(
         "marked-in-marked-breaks-again",

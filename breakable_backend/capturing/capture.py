@@ -339,7 +339,10 @@ class _OngoingCapture:
         captured = Captured(
             self.driver,
             recording,
-            held=[storage for key, storage in memory.held.items() if key not in watched],
+            held=[
+                *(storage for key, storage in memory.held.items() if key not in watched),
+                *(tensor for tensor in watched.values() if not isinstance(tensor, nn.Parameter)),
+            ],
             written=list(memory.written.values()),
             outside=tuple(memory.outside.values()),
             modes=self.modes,

@@ -146,7 +146,7 @@ class Captured:
     driver: CaptureDriver
     recording: Recording
     held: list[Any]
-    """Storages that segments read."""
+    """What segments read, besides parameters."""
     written: list[_torch.StorageWeakRef]
     """Storages from outside that segments write."""
     outside: tuple[Outside, ...]
@@ -156,7 +156,7 @@ class Captured:
     name: str
     observers: Observers
     watched: list[weakref.ref[Any]] = field(default_factory=list)
-    """The parameters among what segments read, and their storages. They belong to the model."""
+    """Tensors that segments read, and their storages."""
     gradients: tuple[Gradient, ...] = ()
     only: Callable[[int], None] | None = None
     """The launch that is a whole replay, if there is no break; set by the first replay."""
@@ -232,8 +232,8 @@ class BreakableCUDAGraph:
     tensor([-5., -5., -5.])
 
     It owns the memory of its segments, the bridges of its eager steps, and every tensor from outside that its segments
-    read, except parameters. When a parameter dies, or its memory is freed after it got other memory (``param.data =
-    ...``, ``module.to(...)``), the graph releases everything. :meth:`check` finds whatever else has moved.
+    read, except parameters. When a parameter dies, or the memory of such a tensor is freed since it got other memory
+    (``param.data = ...``, ``module.to(...)``), the graph releases everything. :meth:`check` finds whatever else has moved.
 
     Args:
         pool: the result of another graph's :meth:`pool`, with which this graph is then replayed in turn. Or a
@@ -331,9 +331,9 @@ class BreakableCUDAGraph:
     def check(self) -> None:
         """Check that everything that the graph reads is at the address that it had at the capture.
 
-        The first replay checks this too, and the graph notices at any time if a parameter's memory is freed. It does
-        not notice a parameter that got other memory while somebody keeps the old memory (weights that are swapped):
-        call this after such a change.
+        The first replay checks this too, and the graph notices at any time if the memory of a parameter or another
+        tensor is freed. It does not notice that one got other memory while somebody keeps the old memory (weights that
+        are swapped): call this after such a change.
 
         >>> from breakable_backend import BreakableCUDAGraph, DivergenceError, capture
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -460,11 +460,11 @@ class BreakableCUDAGraph:
             self._driver = _driver(self._choice, self._given_pool)
         return self._driver
 
-    def _take(self, captured: Captured, parameters: Sequence[torch.Tensor]) -> None:
-        """Own what was captured, until one of ``parameters``, or its memory, dies."""
+    def _take(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> None:
+        """Own what was captured, until one of ``tensors``, or its memory, dies."""
         self._captured, self._gone, self.replays = captured, "", 0
-        for parameter in parameters:
-            captured.watched += self._watch(parameter)
+        for tensor in tensors:
+            captured.watched += self._watch(tensor)
         recording = captured.recording
         captured.observers.recorded(0, "captured", recording, captured.replay, self.record_seconds)
         segments = [step for step in recording.steps if isinstance(step, GraphStep)]
@@ -473,9 +473,9 @@ class BreakableCUDAGraph:
         self._release = weakref.finalize(self, captured.release)
         self._release.atexit = False
 
-    def _watch(self, parameter: torch.Tensor) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
-        """Be told when a parameter, or only its memory, dies, so that replays need no check."""
-        me, what = weakref.ref(self), f"a {type(parameter).__name__}"
+    def _watch(self, tensor: torch.Tensor) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        """Be told when a tensor, or only its memory, dies, so that replays need no check."""
+        me, what = weakref.ref(self), f"a {type(tensor).__name__}"
         ending = sys.is_finalizing  # looked up here, since modules lose their names at the end of a process
 
         def expire(why: str) -> None:
@@ -486,8 +486,8 @@ class BreakableCUDAGraph:
             if alive() is not None:
                 expire("was given other memory, and the graph reads the old, which is freed")
 
-        alive = weakref.ref(parameter, lambda _: expire("died, which the graph reads"))
-        return alive, weakref.ref(parameter.untyped_storage(), moved)
+        alive = weakref.ref(tensor, lambda _: expire("died, which the graph reads"))
+        return alive, weakref.ref(tensor.untyped_storage(), moved)
 
 
 def _checked_pool(pool: Any) -> Any:

@@ -867,6 +867,24 @@ def test_parameter_that_moves(make: MakeGraph, device: torch.device) -> None:
     replays_equal(graph, lambda x: linear(x) + 1, x, y)
 
 
+def test_a_buffer_or_an_input_that_moves(make: MakeGraph, device: torch.device) -> None:
+    """Any other tensor from outside that gets other memory is noticed as a parameter is: the graph holds the tensor."""
+    model, x = nn.BatchNorm1d(4).to(device).eval(), torch.randn(4, 4, device=device)
+    moved = model.running_mean, x
+    assert all(isinstance(tensor, Tensor) for tensor in moved)
+    for tensor in moved:
+        for move in (lambda: setattr(tensor, "data", tensor + 1), lambda: tensor.set_(tensor + 1)):
+            graph = make()
+            with torch.no_grad(), capture(graph):
+                y = marked_bend(model(x)) + 1
+            for _ in range(2):
+                graph.replay()
+                assert torch.equal(y, bend(model(x)) + 1)
+            move()
+            with pytest.raises(ReplayError, match="a Tensor was given other memory, and the graph reads the old"):
+                graph.replay()
+
+
 def test_parameter_that_moves_in_an_eager_step(make: MakeGraph, device: torch.device) -> None:
     """Nothing is freed under the replay that is under way; the next one tells."""
     linear = nn.Linear(4, 4).to(device)
