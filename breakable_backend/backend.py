@@ -157,14 +157,14 @@ class Backend:
             keep_floats = chosen.scalars == "key"
             return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats))
         except CannotLower as why:
-            refused = str(why)
+            refused, source = str(why), why.source
         if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None:
             try:
                 plain = PlainGraph.of(gm, example_inputs)
                 return plain.around(self._training(Halves.of(plain.module, eager_ops), make, number, chosen.auto_break))
             except CannotLower as why:
-                refused = str(why)
-        return flat.around(self._eagerly(number, flat.module, refused, chosen))
+                refused, source = str(why), why.source
+        return flat.around(self._eagerly(number, flat.module, refused, source or _last_line(gm), chosen))
 
     def _training(
         self, halves: Halves, make: Callable[..., Executor], number: int, auto_break: bool
@@ -187,8 +187,8 @@ class Backend:
         train.training = training  # type: ignore[attr-defined]
         return train
 
-    def _eagerly(self, number: int, gm: fx.GraphModule, why: str, options: Options) -> Callable[..., Any]:
-        name, source = f"graph {number}", _last_line(gm)
+    def _eagerly(self, number: int, gm: fx.GraphModule, why: str, source: str, options: Options) -> Callable[..., Any]:
+        name = f"graph {number}"
         if why != NEEDS_GRADIENTS and not options.auto_break:
             raise PartitionError(f"{name} cannot be captured: {why}", where=source, fix="let it run: auto_break=True")
         log.info(

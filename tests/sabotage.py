@@ -499,6 +499,13 @@ FAULTS = (
         gpu=True,
     ),
     Fault(
+        "eager-graphs-name-their-last-line",
+        "compiling.lowering:CannotLower.__init__",
+        "source_line(node) if node is not None else ''",
+        "''",
+        "test_training.py::test_sparse_gradients[cpu]",
+    ),
+    Fault(
         "gradients-that-are-gone-stay-gone",
         "capturing.graph:Gradient.put_back",
         "leaf.grad = self.grad",

@@ -18,7 +18,7 @@ class EagerGraph:
     name: str
     why: str
     source: str
-    """The user's last line in it."""
+    """The user's line that is to blame, or else the last one in it."""
 
 
 class AsTraced(Filed, Protocol):

@@ -262,6 +262,7 @@ class Training:
                 self.forward.note_copied_in(self._refilled, REFILLED)
                 self.forward.callers = self.callers
             except CannotLower as why:
+                self.source = why.source or self.source
                 self._give_up(f"it needs gradients, and is not captured: {why}")
                 return False
             self.why = ""
@@ -342,7 +343,7 @@ class Training:
                 self._leave(f"it needs gradients, and some came in that it was not traced for: {why}")
                 raise ReplayError(
                     f"the backward of {self.name} got gradients that it was not traced for: {why}",
-                    where=self.source,
+                    where=why.source or self.source,
                     fix=f"call it again, since it is eager from now on; or {WAY_OUT}",
                 ) from None
 

@@ -65,7 +65,7 @@ class Halves:
         for module in graphs_in(gm):
             for node in module.graph.nodes:
                 if why := _refused(module, node, inside=module is not gm):
-                    raise CannotLower(why)
+                    raise CannotLower(why, node)
         note_ambient(gm)
         if note_outs(gm):
             raise CannotLower("it needs gradients, and calls ops with out=")
@@ -177,7 +177,7 @@ class Halves:
     def _traced(self, pattern: Pattern | None, absent: Absent) -> Joint:
         for node in (node for module in graphs_in(self.gm) for node in module.graph.nodes):
             if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in KEPT:
-                raise CannotLower(f"it calls {node.target.name()}")
+                raise CannotLower(f"it calls {node.target.name()}", node)
         marks = Marks(self.eager_ops)
         marks.annotate(self.gm)
         kept, around = kept_ops(self.gm, self.eager_ops), marks.taken_apart(called_ops(self.gm))
@@ -247,12 +247,13 @@ class Halves:
             absent,
         )
         joint = replace(joint, aliases=tuple(aliases_in(joint, self.inputs, self.parts)))
+        attribute_backward(joint)
         check(joint)
         # What may draw, as custom ops and branches may, would need the random state of its first run.
         called = (node.target for part in graphs_in(self.gm) for node in part.graph.nodes)
-        if checkpointed in called and any(draws(node.target) or is_unknown(node.target) for node in joint.second()):
-            raise CannotLower("what a checkpoint computes again draws random numbers, or may")
-        attribute_backward(joint)
+        for node in joint.second() if checkpointed in called else ():
+            if draws(node.target) or is_unknown(node.target):
+                raise CannotLower("what a checkpoint computes again draws random numbers, or may", node)
         return joint
 
 

@@ -184,16 +184,17 @@ def check(joint: Joint) -> None:
     if not joint.differentiable:
         raise CannotLower("none of its outputs needs gradients")
     graph = joint.module.graph
-    if any(tensor.layout is not torch.strided for tensor in values_of(*graph.nodes)):
-        raise CannotLower("it makes sparse tensors, or its gradients are sparse")
+    for node in graph.nodes:
+        if any(tensor.layout is not torch.strided for tensor in values_of(node)):
+            raise CannotLower("it makes sparse tensors, or its gradients are sparse", node)
+        if node.name in joint.forward and _reaches_absolutely(node):
+            raise CannotLower("it reaches into the memory of an argument by an absolute offset", node)
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(joint.module, str(node.target))
         if isinstance(constant, fx.GraphModule):
             continue  # a branch
         if not isinstance(constant, torch.Tensor) or isinstance(constant, _torch.FakeTensor):
             raise CannotLower("it holds constants that cannot be traced")
-    if any(_reaches_absolutely(node) for node in graph.nodes if node.name in joint.forward):
-        raise CannotLower("it reaches into the memory of an argument by an absolute offset")
     taken: dict[int, str] = {
         _torch.storage_key(node.meta["val"]): "an argument" for node in joint.placeholders[: joint.num_inputs]
     }
@@ -202,27 +203,27 @@ def check(joint: Joint) -> None:
         if isinstance(leaf, fx.Node) and isinstance(value := leaf.meta.get("val"), torch.Tensor):
             plain = type(value) is _torch.FakeTensor and value.layout is torch.strided
             if not plain or any(_torch.lazy_bits(value)):
-                raise CannotLower("an output is no plain tensor")
+                raise CannotLower("an output is no plain tensor", leaf)
             if index in aliased:
                 continue
             if (of := taken.get(_torch.storage_key(value))) is not None:
-                raise CannotLower(f"an output is, or views, {of}")
+                raise CannotLower(f"an output is, or views, {of}", leaf)
             taken[_torch.storage_key(value)] = "another output"
         elif isinstance(leaf, fx.Node):
-            raise CannotLower("an output is a number")
+            raise CannotLower("an output is a number", leaf)
     for index in joint.differentiable:
         if not isinstance(joint.outputs[index], fx.Node):
             raise CannotLower("an output is a constant that needs gradients")
     before = storages_of(*(node for node in graph.nodes if node.op == "placeholder" or node.name in joint.forward))
     for node in calls_in(joint.module):
         if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise CannotLower(AT_RUN_TIME)
+            raise CannotLower(AT_RUN_TIME, node)
         if isinstance(node.target, _torch.HigherOrderOperator) and node.target.name() not in KEPT:
-            raise CannotLower(f"it calls {node.target.name()}")
+            raise CannotLower(f"it calls {node.target.name()}", node)
         if node.target is torch.ops.aten._efficientzerotensor.default:
-            raise CannotLower("one of its gradients is a zero that has no memory")
+            raise CannotLower("one of its gradients is a zero that has no memory", node)
         if node.name not in joint.forward and not before.isdisjoint(storages_of(*written_arguments(node))):
-            raise CannotLower("its backward writes what it is given")
+            raise CannotLower("its backward writes what it is given", node)
     for node in graph.nodes:
         if (called := site_of(node.target, node.args)) is not None:
             called.is_captured = True
@@ -230,7 +231,7 @@ def check(joint: Joint) -> None:
     for node in filter(needed.__contains__, joint.marked()):
         site = site_of_gradient(node)
         if node.args[1] in (site.unforeseen if site.number in foreseen else site.left_out):
-            raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient")
+            raise CannotLower(f"{site.mark.name} gives one of its arguments no gradient", node)
 
 
 def attribute_backward(joint: Joint) -> None:
@@ -300,7 +301,7 @@ def again_in(graph: fx.Graph, copies: dict[fx.Node, fx.Node], node: fx.Node) -> 
         source = _source(node)
         assert source is not None, node
         if node.meta["val"].dtype is not source.meta["val"].dtype:
-            raise CannotLower("it writes through a view of another dtype what its backward reads")
+            raise CannotLower("it writes through a view of another dtype what its backward reads", node)
         copies[node] = made_again(graph, node, again_in(graph, copies, source), source)
     return copies[node]
 

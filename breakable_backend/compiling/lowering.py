@@ -15,6 +15,7 @@ from breakable_backend.compiling.regions import CutsRegion, inline_regions, may_
 from breakable_backend.errors import first_line, message
 from breakable_backend.ir.ambient_modes import AMBIENT_KEY, Cast, Modes
 from breakable_backend.ir.effects import WRITES_UNDECLARED, bodies, graphs_in, tensors_of, written_arguments
+from breakable_backend.ir.source_lines import source_line
 from breakable_backend.marks.marking import EagerOps, Marks, is_marked, marked_names
 
 OUT_KEY = "breakable_cg_out"
@@ -33,7 +34,11 @@ class Lowered:
 
 
 class CannotLower(Exception):
-    """A graph that has to run as Dynamo traced it; the text says why."""
+    """A graph that has to run as Dynamo traced it; the text says why, and ``source`` at which line, if a node is to blame."""
+
+    def __init__(self, why: str, node: fx.Node | None = None) -> None:
+        super().__init__(why)
+        self.source = source_line(node) if node is not None else ""
 
 
 NEEDS_GRADIENTS = "it needs gradients"
@@ -61,8 +66,9 @@ def lower(
         raise CannotLower("forward-mode AD is on, and tensors may carry tangents")
     if needs_gradients(gm):
         raise CannotLower(NEEDS_GRADIENTS)
-    if any(node.target is _torch.ENTER_INFERENCE_MODE for node in gm.graph.nodes):
-        raise CannotLower("it enters or leaves inference mode")
+    for node in gm.graph.nodes:
+        if node.target is _torch.ENTER_INFERENCE_MODE:
+            raise CannotLower("it enters or leaves inference mode", node)
     for value in example_inputs:
         if isinstance(value, torch.Tensor) and value.layout not in (torch.strided, torch.jagged):
             raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")
