@@ -2164,6 +2164,27 @@ FAULTS = (
         "test_changes.py::test_code_behind_sees_what_was_changed[cpu-a_cell]",
     ),
     Fault(
+        "bodies-that-may-break-never-do",
+        "_torch.dynamo:in_a_body",
+        "str(tracer.source_target) not in _MAY_BREAK",
+        "True",
+        "test_learning.py::test_bodies_that_are_traced_call_it_otherwise[cpu-a checkpoint]",
+    ),
+    Fault(
+        "checkpoints-find-handles-for-what-python-saved",
+        "marks.call_ops:_define.differentiate",
+        "_torch.saves_through_hooks()",
+        "False",
+        "test_training.py::test_checkpoints_of_blocks_with_marks[cpu]",
+    ),
+    Fault(
+        "parts-of-a-root-get-the-gradient-of-all",
+        "marks.saved_for_backward:part_of",
+        "where is None",
+        "True",
+        "test_training.py::test_checkpoints_of_blocks_with_marks[cpu]",
+    ),
+    Fault(
         "branches-that-come-late-are-breaks",
         "marks.call_sites:Site.settle",
         "not _torch.in_a_body()",

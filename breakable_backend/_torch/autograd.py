@@ -243,6 +243,10 @@ def next_node_number() -> int:
         return node_number(torch.empty(0, requires_grad=True).view(0).grad_fn)
 
 
+Backward = Callable[..., tuple[Any, ...]]
+"""The ``backward`` of a ``torch.autograd.Function``."""
+
+
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, which has no type annotations."""
     return function.apply(*args)
@@ -257,8 +261,8 @@ def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Have a second derivative through the gradients that ``backward`` returns be an error, whatever came in.
+def once_differentiable(error: Callable[[Any], Callable[[], Exception]]) -> Callable[[Backward], Backward]:
+    """Have a second derivative through the gradients that a ``backward`` returns be ``error(ctx)()``, whatever came in.
 
     torch's decorator of this name does that only where a gradient that comes in needs gradients, and where all of a graph
     is run backward. But those that go out depend on what the forward saved as well, and ``torch.autograd.grad`` asks for
@@ -266,20 +270,19 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     leaves behind the node.
     """
 
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            gradients = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return gradients
-        return refuse_second(gradients, (*grads, *leaves_behind([ctx])), lambda: RuntimeError(_TWICE))
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return gradients
+            return refuse_second(gradients, (*grads, *leaves_behind([ctx])), error(ctx))
 
-    hide_from_dynamo(cast(FunctionType, wrapper).__code__)  # a backward may run in a function that is compiled
-    return wrapper
+        hide_from_dynamo(cast(FunctionType, wrapper).__code__)  # a backward may run in a function that is compiled
+        return wrapper
 
-
-_TWICE = "trying to differentiate twice a function that was marked with @once_differentiable"
-"""torch's own text of this error."""
+    return decorate
 
 
 def refuse_second(gradients: Sequence[Any], behind: Sequence[Any], error: Callable[[], Exception]) -> tuple[Any, ...]:

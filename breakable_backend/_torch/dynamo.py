@@ -320,9 +320,19 @@ def forget_code_of(thing: object, reason: str) -> None:
 
 
 def in_a_body() -> bool:
-    """Whether Dynamo is tracing the body of a higher-order op, such as a branch of ``torch.cond``, which cannot break."""
+    """Whether Dynamo is tracing the body of a higher-order op that cannot break, such as a branch of ``torch.cond``."""
     transaction = tracing()
-    return transaction is not None and not transaction.output.is_root_tracer()
+    tracer = None if transaction is None else transaction.output.current_tracer
+    while tracer is not None and tracer.parent is not None:
+        if str(tracer.source_target) not in _MAY_BREAK:
+            return True
+        tracer = tracer.parent
+    return False
+
+
+_MAY_BREAK = ("tag_activation_checkpoint", "autograd.Function")
+"""Bodies in which a graph break has Dynamo call the function around them as Python: checkpoints, and a backward of the
+user's. Read in torch 2.13 and 2.15."""
 
 
 def may_use_freed_guards() -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch.utils import checkpoint
 
 from breakable_backend import _torch
-from breakable_backend.errors import EagerOutputError, defined_at
+from breakable_backend.errors import EagerOutputError, ReplayError, defined_at
+from breakable_backend.marks.saved_for_backward import no_second_derivative
 from breakable_backend.marks.structure import Structure, instances_in, put_together, take_apart
 
 
@@ -73,6 +74,12 @@ class _DeclaredCall:
     results: list[Any]
 
 
+def _not_twice(ctx: Any) -> Callable[[], ReplayError]:
+    name, backward = ctx.given[:2]
+    why, fix = "whose backward= gives first derivatives alone", "leave out backward= where autograd can follow it"
+    return functools.partial(no_second_derivative, name, why, defined_at(backward), fix)
+
+
 class _Declared(torch.autograd.Function):
     """The autograd node of a call whose backward the user wrote."""
 
@@ -91,7 +98,7 @@ class _Declared(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    @_torch.once_differentiable
+    @_torch.once_differentiable(_not_twice)
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         name, backward, structure, others, returned, numbers, count = ctx.given
         saved = ctx.saved_tensors

@@ -15,9 +15,17 @@ from torch import fx
 from breakable_backend import _torch, locks
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.effects import calls_in, graphs_in
+from breakable_backend.ir.layout import Strided
 from breakable_backend.marks.call_sites import Site, sites
 from breakable_backend.marks.learning import Given
-from breakable_backend.marks.saved_for_backward import SavedForBackward, nothing_like, saved_behind
+from breakable_backend.marks.saved_for_backward import (
+    Member,
+    SavedForBackward,
+    no_second_derivative,
+    nothing_like,
+    part_of,
+    saved_behind,
+)
 
 _REST = "Tensor[] tensors, SymInt[] ints, float[] floats"
 _library = torch.library.Library("breakable_cg", "FRAGMENT")
@@ -65,13 +73,19 @@ def _saved(number: int, handle: torch.Tensor) -> SavedForBackward:
     return saved
 
 
+def _not_twice(ctx: Any) -> Callable[[], ReplayError]:
+    mark = sites[ctx.site].mark
+    fix = "call the code around it uncompiled where you differentiate twice"
+    return functools.partial(no_second_derivative, mark.name, f"{mark.why}, in compiled code", mark.source, fix)
+
+
 class _Node(torch.autograd.Function):
     """The autograd node of a call. What it saves lies behind a handle, a tensor that autograd saves like any other."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[], Any], number: int, needs: list[bool], *tensors: torch.Tensor) -> Any:
         *results, handle = run()
-        ctx.traced, site = any(map(_torch.is_traced, tensors)), sites[number]
+        site = sites[number]
         if _torch.is_traced(handle):
             members: Sequence[Any] = site.traced_as()
         else:
@@ -79,15 +93,13 @@ class _Node(torch.autograd.Function):
             site.saw(members)
         ctx.mark_non_differentiable(*(result for result, some in zip(results, members, strict=False) if not some))
         ctx.save_for_backward(handle)
-        if _torch.saves_through_hooks() and not ctx.traced:
-            ctx.handle = handle  # hooks may replace the saved handle by a copy, which does not own what the call saved
         ctx.set_materialize_grads(False)
         ctx.site, ctx.needs, ctx.num_roots = number, needs, len(members)
         ctx.sizes = [size for tensor, need in zip(tensors, needs, strict=True) if need for size in tensor.shape]
         return tuple(results)
 
     @staticmethod
-    @_torch.once_differentiable
+    @_torch.once_differentiable(_not_twice)
     def backward(ctx: Any, *grads: Any) -> Any:
         (handle,) = ctx.saved_tensors
         given = list(grads[: ctx.num_roots])
@@ -106,6 +118,28 @@ class _Node(torch.autograd.Function):
         if not _torch.is_traced(handle):
             _torch.spare_hooks(ctx.next_functions, gradients)
         return *(None,) * 3, *gradients
+
+
+class _Joined(torch.autograd.Function):
+    """A root of a call that autograd recorded as it does in eager. Its gradient is that of the results in its memory.
+
+    So hooks see what the body saves, and a checkpoint finds the same in a call that runs as Python and in this one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, holder: list[torch.Tensor], places: list[Strided | None], *_: torch.Tensor) -> torch.Tensor:
+        ctx.places = places
+        return holder[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, None, *(part_of(grad, where) for where in ctx.places)
+
+
+def _joined(root: torch.Tensor, members: Sequence[Member]) -> Any:
+    if not members:
+        return root
+    return _torch.apply_function(_Joined, [root], [where for _, where in members], *(member for member, _ in members))
 
 
 def _define(name: str, num_written: int, num_results: int | None) -> Any:
@@ -137,6 +171,9 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
         if needs or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return _torch.below_autograd(op, keys, site, needs, traced, *rest)
+        if _torch.saves_through_hooks() and not any(map(_torch.is_traced, tensors)):
+            call = Given([], tensors, *rest[num_written + 1 :])
+            return packed(list(itertools.starmap(_joined, sites[site].record(call))))
         taping = op if num_results is None else _overload(writing_op(num_written, num_results + 1))
         needs, traced = [tensor.requires_grad for tensor in tensors], any(map(_torch.is_traced, tensors))
         needing = [place for place, need in enumerate(needs) if need]

@@ -24,7 +24,7 @@ from breakable_backend.ir.overlap import known_apart
 from breakable_backend.marks.fast_calls import Run, fast_call
 from breakable_backend.marks.learning import Asked, Expected, Given, Learned
 from breakable_backend.marks.results import Result, Unholdable, copy_of, take_result
-from breakable_backend.marks.saved_for_backward import SavedForBackward, reaches_others
+from breakable_backend.marks.saved_for_backward import Member, SavedForBackward, reaches_others
 from breakable_backend.marks.structure import (
     LEAVES,
     Structure,
@@ -357,6 +357,14 @@ class Site:
             made = [*made, SavedForBackward.handle(leaves, taken.members)]
         return made
 
+    def record(self, call: Given) -> list[tuple[torch.Tensor, Sequence[Member]]]:
+        """Call the function where autograd records what it does: the results of :meth:`run`, and the members of each."""
+        with self.modes.enter(), self._modules(call, False, False) as (call, modules):
+            holder = [self._call(self._function, call, modules)]
+            taken = self._take(holder, call.tensors, True, EagerOutputError)
+        made = self._made(taken, False, call)
+        return [(root, taken.members[place] if place < len(taken.members) else ()) for place, root in enumerate(made)]
+
     def fast_run(self) -> Run:
         """:meth:`run` as a replay calls it, by a shorter path if there is one."""
 
@@ -519,8 +527,7 @@ class Site:
     ) -> Result:
         try:
             taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
-            leaves = [tensor for tensor in arguments if tensor.requires_grad] if recording else []
-            if self._loses_gradients(taken, leaves, recording):
+            if self._loses_gradients(taken, arguments, recording):
                 raise _closed_over()
         except Unholdable as error:
             if self.mark.fake is None:
@@ -529,10 +536,10 @@ class Site:
             raise self._failure(error.what, error.fix, kind) from None
         return taken
 
-    def _loses_gradients(self, taken: Result, leaves: list[torch.Tensor], recording: bool) -> bool:
+    def _loses_gradients(self, taken: Result, arguments: Sequence[torch.Tensor], recording: bool) -> bool:
         """Whether a result needs gradients of a tensor that is no argument, which compiled code would lose."""
         if recording:
-            return reaches_others(taken.members, leaves)
+            return reaches_others(taken.members, [*arguments, *(tensor.grad_fn for tensor in arguments)])
         return self.modes.grad and any(root.requires_grad for root in taken.roots)
 
     # errors

@@ -10,11 +10,20 @@ from typing import Any
 import torch
 
 from breakable_backend import _torch
+from breakable_backend.errors import ReplayError
 from breakable_backend.ir.layout import Strided
 
 Member = tuple[torch.Tensor, Strided | None]
 """A tensor in a function's result, and where its gradient lies in that of the root; None if it is the root's
 gradient."""
+
+
+def part_of(grad: torch.Tensor, where: Strided | None) -> torch.Tensor:
+    """The gradient of a member, given that of the root."""
+    if where is None:
+        return grad
+    flat = grad.contiguous()
+    return flat.as_strided(*where[:2], flat.storage_offset() + where[2])
 
 
 class SavedForBackward(bytearray):
@@ -44,8 +53,7 @@ class SavedForBackward(bytearray):
             for tensor, where in members if grad is not None else ():
                 assert grad is not None
                 outputs.append(tensor)
-                flat = grad if where is None else grad.contiguous()
-                given.append(flat if where is None else flat.as_strided(*where[:2], flat.storage_offset() + where[2]))
+                given.append(part_of(grad, where))
         if not outputs:
             return [None] * len(self.leaves)
         # A parameter may come twice, through its module and by itself. It gets its gradient once.
@@ -63,6 +71,15 @@ class SavedForBackward(bytearray):
         groups = (members for members, is_given in zip(self.members, given, strict=True) if is_given)
         behind = {id(leaf) for leaf in _torch.leaves_behind(tensor.grad_fn for group in groups for tensor, _ in group)}
         return {place for place, leaf in enumerate(self.leaves) if id(leaf) not in behind}
+
+
+def no_second_derivative(name: str, why: str, where: str, fix: str) -> ReplayError:
+    """The error for a second derivative through a call of the marked function ``name``."""
+    return ReplayError(
+        f"a second derivative (create_graph=True) passed through {name}, {why}",
+        where=where,
+        fix=f"{fix}, or leave the function unmarked",
+    )
 
 
 def nothing_like(leaf: torch.Tensor) -> torch.Tensor:

@@ -1719,6 +1719,43 @@ def test_checkpointing(inside: bool, reentrant: bool, device: torch.device, opti
 
 
 @eager_on_graph
+def halves_and_whole(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A marked function with several tensors to save, and with results that share memory, one of which is its argument."""
+    first, second = (x.sigmoid() * x).chunk(2)
+    return first, second, x
+
+
+class PartsJoined(Mlp):
+    """A block whose marked function is learned in its first call, which then ran as Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, whole = halves_and_whole(self.first(x))
+        return self.second(torch.cat([first.exp(), second]) + whole)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
+def test_checkpoints_of_blocks_with_marks(device: torch.device, options: dict[str, Any]) -> None:
+    """Lines 1 and 6: a block is computed again by compiled code where its first call ran as Python: both save the same."""
+    blocks = nn.ModuleList([PartsJoined(), PartsJoined()]).to(device)
+
+    def trained(functions: Any, module: nn.Module) -> list[Any]:
+        found: list[Any] = []
+        torch.manual_seed(0)
+        for _ in range(4):
+            x = torch.rand(6, 4, device=device)
+            for function in functions:
+                x = checkpoint(function, x, use_reentrant=False)
+            x.square().mean().backward()
+            found += [x.detach(), state_of(module)]
+            module.zero_grad()
+        return found
+
+    theirs = copy.deepcopy(blocks)
+    compiled = [torch.compile(block, backend="breakable_cg", options=options) for block in blocks]
+    assert_same(trained(compiled, blocks), trained(theirs, theirs))
+
+
+@eager_on_graph
 def noisy(x: Tensor) -> Tensor:
     """A marked function that draws, which nobody can tell from outside."""
     return x * torch.rand_like(x)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from breakable_backend import EagerOutputError, PartitionError, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
@@ -95,6 +96,47 @@ def test_code_that_is_traced_calls_it_otherwise(compile_ours: Compile, device: t
     with pytest.raises(PartitionError, match=r"fake="):
         for x in vectors(device, 9):
             assert_same(whole(x), model(x))
+
+
+@eager_on_graph
+def scaled(x: Tensor) -> Tensor:
+    return x * float(x.detach().norm())
+
+
+class Weighted(torch.autograd.Function):
+    """A backward that calls a marked function, after the frame that ran as Python has ended."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return scaled(gradient) * x
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo instantiates an autograd.Function
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
+@pytest.mark.parametrize("where", ["a checkpoint", "a backward"])
+def test_bodies_that_are_traced_call_it_otherwise(compile_ours: Compile, device: torch.device, where: str) -> None:
+    """A function that Python calls without gradients, or in the backward only, is a graph break in the end, too."""
+
+    def model(x: Tensor) -> Tensor:
+        if where == "a backward":
+            return Weighted.apply(x * 2).tanh()  # type: ignore[no-any-return,no-untyped-call]
+        return checkpoint(lambda x: scaled(x * 2).tanh(), x, use_reentrant=True)
+
+    compiled = compile_ours(model)
+    with torch.enable_grad():
+        for x in vectors(device, 9):
+            one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+            results = compiled(one), model(other)
+            for result in results:
+                result.sum().backward()
+            assert_same([results[0].detach(), one.grad], [results[1].detach(), other.grad])
+    assert not explain(compiled).learning
 
 
 # --- the calls ------------------------------------------------------------------------------------------------------------

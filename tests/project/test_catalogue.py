@@ -717,6 +717,11 @@ CASES: dict[str, Case] = {
     "code calls a marked function that this process does not know: it contains the number of the call, and not the function": Case(
         "torch.ops.breakable_cg.call(3, [False], False, [x], [], [])  # here"
     ),
+    "a second derivative (create_graph=True) passed through": Case(
+        "@eager_on_graph  # here\ndef square(a): return a * a\nf, y = compile(lambda x: square(x).sin()), leaf()\n"
+        "with torch.enable_grad():\n    f(y)\n"
+        "    (first,) = torch.autograd.grad(f(y).sum(), y, create_graph=True)\n    torch.autograd.grad(first.sum(), y)"
+    ),
     "a second derivative was asked for through a torch.autograd.Function whose backward turns gradients on or off, and Dynamo"
     " does not tell where": Case(
         "class Square(torch.autograd.Function):\n"
