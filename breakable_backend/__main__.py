@@ -37,14 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--html needs the file of a report")
         return print_findings(examine())
     try:
-        report = Report.from_json(given.report.read_text(encoding="utf-8"))
+        report = Report.from_json(given.report.read_text(encoding="utf-8", errors="replace"))
+        if given.html is not None:
+            print(f"written: {report.to_html(given.html)}")  # noqa: T201 - what a command says
+            return 0
     except (OSError, OptionsError) as error:
-        print(f"{given.report}: {error}", file=sys.stderr)  # noqa: T201 - what a command says
+        file, what = (error.filename, error.strerror) if isinstance(error, OSError) else (given.report, error)
+        print(f"{file}: {what}", file=sys.stderr)  # noqa: T201
         return 2
-    if given.html is not None:
-        print(f"written: {report.to_html(given.html)}")  # noqa: T201
-    else:
-        Console().print(report)
+    console = Console()
+    console.print(report) if console.is_terminal else print(report)  # noqa: T201 - as wide as print(report) elsewhere
     return 0
 
 

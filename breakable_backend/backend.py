@@ -43,6 +43,7 @@ from breakable_backend.internal_errors import internal
 from breakable_backend.ir.effects import schema_name, values_of
 from breakable_backend.ir.source_lines import short_line, source_line
 from breakable_backend.marks import changes
+from breakable_backend.marks.call_ops import forget_shapes
 from breakable_backend.marks.marking import EagerOps
 from breakable_backend.marks.rules import Scope
 from breakable_backend.options import Options
@@ -137,6 +138,7 @@ class Backend:
             kind: Callable[..., Executor], lowered: Lowered, name: str, *others: Any, observers: Observers | None = None
         ) -> Executor:
             observers = observers or observers_of(Subject(name, chosen, executor_log))
+            forget_shapes(lowered.module)
             observers.traced(lowered.module, "aten")
             driver = self._driver(chosen, lowered, several=kind is not ForwardExecutor and chosen.scalars == "key")
             bare = Scope(driver.device, eager_ops, driver.devices[1:])

@@ -3452,6 +3452,13 @@ FAULTS = (
         "test_copies.py::test_bound_functions[cpu-deepcopy]",
     ),
     Fault(
+        "shapes-stay-in-the-graph",
+        "backend:Backend._compile",
+        "forget_shapes(lowered.module)",
+        "pass",
+        "test_functions.py::test_what_only_tracing_needs[cpu]",
+    ),
+    Fault(
         "wrong-size-padded",
         "tools.varies:_numbers",
         "last - int(size[2])",

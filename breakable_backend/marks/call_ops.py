@@ -233,6 +233,14 @@ def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[An
     sites[site].learn(Given(needs, tensors, ints, floats))
 
 
+def forget_shapes(module: fx.GraphModule) -> None:
+    """Take those ops out of a graph that was traced: nothing else of it needs them, and their tensors would be copied."""
+    for part in graphs_in(module):
+        for node in part.graph.find_nodes(op="call_function", target=torch.ops.breakable_cg.shapes.default):
+            part.graph.erase_node(node)
+        part.recompile()
+
+
 @torch.library.impl(_library, "number", "CompositeExplicitAutograd")
 def _number(site: int, numbers: torch.Tensor, position: int) -> int:
     return int(numbers[position].item())

@@ -32,7 +32,8 @@ _BY_BEGINNING = {
 MARK_THE_MODULE = "put the call of what Dynamo could not trace into a function under @eager_on_graph, or mark its module by mark_eager"
 
 _OF_MARKED = {
-    IS_OF_TYPE: "pass tensors, modules and plain values, alone or in lists, tuples, dicts and dataclasses",
+    IS_OF_TYPE: "pass tensors, modules and plain values, alone or in lists, tuples, dicts and dataclasses; an object of "
+    "another class is better closed over, or, for self, made a torch.nn.Module",
     WRITES_WHAT_NEEDS_GRADIENTS: "return a new tensor in place of the write, or write into x.detach()",
     CALLED_OTHERWISE: f"{PASS_THE_SAME}; or give a marked function its layout: @eager_on_graph(fake=...)",
     UNDER_A_TRANSFORM: "call it outside of the transform",

@@ -70,6 +70,34 @@ def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)  # Inductor's kernels are not eager's
 
 
+@eager_on_graph(mutates_args=("cache",), fake=lambda cache, x, at: None)
+def store(cache: Tensor, x: Tensor, at: Tensor) -> None:
+    cache[int(at)] = x.sum()
+
+
+def test_what_only_tracing_needs(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A call that writes leaves no other op in the program: its arguments are not copied for the sake of one."""
+
+    def model(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
+        y = x.sin() * 2
+        store(cache, y, at)
+        return y.cos() + 1
+
+    compiled, cache, other = compile_ours(model), torch.zeros(8, device=device), torch.zeros(8, device=device)
+    for number in range(5):
+        x, at = torch.rand(3, device=device), torch.tensor(number, device=device)
+        assert torch.equal(compiled(cache, x, at), model(other, x, at))
+    assert torch.equal(cache, other)
+    (program,) = explain(compiled).programs
+    assert "breakable_cg.shapes" not in program.text
+    assert [step.title for step in program.main.steps] == [
+        "aten::sin ... aten::mul",
+        "store",
+        "aten::cos ... aten::add",
+    ]
+    assert program.main.copies_per_call == 1
+
+
 # --- calls ------------------------------------------------------------------------------------------------------------------
 
 

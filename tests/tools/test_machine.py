@@ -94,7 +94,7 @@ def test_a_saved_report_is_shown(report: Report, tmp_path: Path, capsys: pytest.
     saved = tmp_path / "report.json"
     saved.write_text(report.to_json(), encoding="utf-8")
     assert main([str(saved)]) == 0
-    assert "aten::sort" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{report}\n"  # not a terminal: as wide as print(report)
     assert main([str(saved), "--html", str(tmp_path / "page.html")]) == 0
     assert "aten::sort" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -137,10 +137,21 @@ def test_what_is_no_report(report: Report, path: str, value: Any, told: str) -> 
 
 def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command says so of a file that is missing, or no JSON; its status is 2."""
-    assert main([str(tmp_path / "none.json")]) == 2
-    (tmp_path / "text.json").write_text("{")
-    assert main([str(tmp_path / "text.json")]) == 2
-    assert "this is not JSON" in capsys.readouterr().err
+    missing = tmp_path / "none.json"
+    assert main([str(missing)]) == 2
+    assert capsys.readouterr().err == f"{missing}: No such file or directory\n"
+    for number, content in enumerate((b"{", b"\x89PNG")):
+        (tmp_path / f"{number}.json").write_bytes(content)
+        assert main([str(tmp_path / f"{number}.json")]) == 2
+        assert "this is not JSON" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command names the page's path, and why."""
+    saved, page = tmp_path / "report.json", tmp_path / "nowhere" / "page.html"
+    saved.write_text(report.to_json(), encoding="utf-8")
+    assert main([str(saved), "--html", str(page)]) == 2
+    assert capsys.readouterr().err == f"{page}: No such file or directory\n"
 
 
 # --- where people look --------------------------------------------------------------------------------------------------
