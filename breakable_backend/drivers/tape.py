@@ -235,17 +235,6 @@ class TapeGraph(OpByOpGraph):
         self._free, self._given, self._later = (), (), tuple
 
 
-class _Taping(OpMode):
-    """A dispatch mode that passes ops to a tape; without a tape, they run as usual."""
-
-    def __init__(self, tape: _Tape | None = None) -> None:
-        super().__init__(self._issue)
-        self.tape = tape
-
-    def _issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs) if self.tape is None else self.tape.issue(func, args, kwargs)
-
-
 class _Tape:
     """Runs the ops that it gets, and keeps what is needed to undo them and to run them again."""
 
@@ -280,7 +269,7 @@ class _Tape:
                 raise self.refuse(f"the higher-order op {func.name()} may choose by values on the host what to run")
         if kernel is None:
             return self._run(func, args, kwargs)
-        with _Taping(self):
+        with OpMode(self.issue):
             return kernel(*args, **kwargs)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -454,7 +443,7 @@ class TapeDriver(OpByOpDriver):
         with ExitStack() as stack:
             for name in HOST_READING_METHODS:
                 stack.enter_context(intercepted_by(session.read, torch.Tensor, name))
-            stack.enter_context(session.taping)
+            stack.enter_context(OpMode(session.issue))
             yield session
 
     def let_out(self, value: torch.Tensor, target: torch.Tensor) -> LetOut:
@@ -518,7 +507,6 @@ class TapeSession:
 
     def __init__(self, driver: TapeDriver) -> None:
         self.driver = driver
-        self.taping = _Taping()
         self._generators = generators_of(driver.device)
         self._states = RandomStates()
         self._free: tuple[_Lent, ...] = ()
@@ -536,9 +524,12 @@ class TapeSession:
         self._token = _active.set(self.driver)
         self._states = RandomStates.of(self._generators)
         self._free = self.driver.free()
-        tape = _Tape(self.driver.device, self._generators[-1], self.driver._lent)
-        self._tape = self.taping.tape = tape
+        self._tape = _Tape(self.driver.device, self._generators[-1], self.driver._lent)
         self.driver._session = self
+
+    def issue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pass an op to the tape; between segments, run it as usual."""
+        return func(*args, **kwargs) if self._tape is None else self._tape.issue(func, args, kwargs)
 
     def read(self, method: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Refuse a read on the host that dispatches nothing for a CPU tensor."""
@@ -547,9 +538,7 @@ class TapeSession:
         return method(tensor, *args, **kwargs)
 
     def end(self) -> CapturedGraph:
-        tape = self._tape
-        assert tape is not None, "ended without a beginning"
-        self.taping.tape = None
+        tape = self._ended()
         try:
             tape.check_generator()
             if tape.refusal is not None:
@@ -562,13 +551,14 @@ class TapeSession:
         except Exception as error:
             raise _failure(error) from error
         finally:
-            self._undo()
+            self._undo(tape)
         self.driver.adopt(graph)
         return graph
 
     def abandon(self) -> bool:
-        spoilt = self._tape is not None and self._tape.refusal is not None
-        self._undo()
+        tape = self._ended()
+        spoilt = tape.refusal is not None
+        self._undo(tape)
         return spoilt
 
     def touch(self) -> None:
@@ -578,11 +568,15 @@ class TapeSession:
         """None: the code in between has waited for real, and so does each replay."""
         return ()
 
-    def _undo(self) -> None:
-        tape, token = self._tape, self._token
+    def _ended(self) -> _Tape:
+        """The tape, which gets no more ops."""
+        tape, self._tape = self._tape, None
         assert tape is not None, "ended without a beginning"
+        return tape
+
+    def _undo(self, tape: _Tape) -> None:
+        token, self._token, self.driver._session = self._token, None, None
         assert token is not None
-        self._tape = self._token = self.taping.tape = self.driver._session = None
         self._free, self._fed = (), ()
         self.driver.taken()  # nobody reads the memory of a failed capture
         _active.reset(token)

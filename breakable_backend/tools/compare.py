@@ -686,20 +686,16 @@ def _first_unlike(ran: _Ran, again: _Ran, wrong: Wrong) -> Verdict | None:
         cause = KEEPS if change.kind == "memory" else "frozen scalar"
         what = "other memory" if change.kind == "memory" else "other numbers"
         return cause, f"run twice on the same inputs, {change.op.label} takes {what} the second time", blamed
+    cause, why = "a nondeterministic op", "run twice on the same inputs, {} differs from itself"
     for first, second in zip(ran.trace.roots, again.trace.roots, strict=True):
         mine, theirs = first.tensor(), second.tensor()
         if mine is not None and theirs is not None and (apart := difference(theirs, mine)) is not None:
             op = ran.trace.ops[first.written_by]
             blamed = Wrong(f"the result of {op.op}", Maker.of(op), apart, first.written_by)
-            return "a nondeterministic op", f"run twice on the same inputs, {op.label} differs from itself", blamed
+            return cause, why.format(op.label), blamed
     for one, two in zip(ran.written, again.written, strict=True):
         if (apart := difference(two.after, one.after)) is not None:
-            blamed = Wrong(one.name, one.maker, apart)
-            return (
-                "a nondeterministic op",
-                f"run twice on the same inputs, {one.maker.label} differs from itself",
-                blamed,
-            )
+            return cause, why.format(one.maker.label), Wrong(one.name, one.maker, apart)
     return None
 
 
