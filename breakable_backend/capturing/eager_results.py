@@ -176,15 +176,6 @@ class _Leaf:
 
 
 @dataclass(frozen=True)
-class _Span:
-    start: int
-    """The first byte in the storage, at the capture."""
-    size: int
-    first: int
-    """The position of the leaf from which the others are measured."""
-
-
-@dataclass(frozen=True)
 class Parts:
     """A result at the capture: what a replay has to return again, and what is copied where."""
 
@@ -193,8 +184,8 @@ class Parts:
     leaves: tuple[_Leaf, ...]
     groups: tuple[tuple[int, ...], ...]
     """For each fresh storage, the positions of the leaves in it."""
-    spans: tuple[_Span | None, ...]
-    """If several leaves share a storage, the bytes that they lie in; None for a single leaf."""
+    sizes: tuple[int | None, ...]
+    """If several leaves share a storage, how many bytes they lie in; None for a single leaf."""
     host_only: bool = False
     apart: bool = False
     given: tuple[torch.Tensor | Region, ...] = ()
@@ -235,7 +226,7 @@ class Parts:
         on_device = [(position, leaf) for position, leaf in tensors if leaf.device == device]
         groups = [[position] for position, _ in on_device] if apart else fresh_groups(on_device, set(known))
         group_of = {position: number for number, group in enumerate(groups) for position in group}
-        spans = tuple(_span_of_bytes([found[p][1] for p in group], group) for group in groups)
+        spans = [_span([found[p][1] for p in group]) for group in groups]
         leaves = []
         for position, (path, leaf) in enumerate(found):
             if not isinstance(leaf, torch.Tensor):
@@ -243,11 +234,12 @@ class Parts:
                 continue
             group = group_of.get(position, -1)
             value: Any = leaf.data_ptr() if leaf.device == device else leaf.clone()
-            span = spans[group] if group >= 0 else None
-            offset = _byte_offset(leaf) - span.start if span is not None else 0
+            start, size = spans[group] if group >= 0 else (0, None)
+            offset = _byte_offset(leaf) - start if size is not None else 0
             leaves.append(_Leaf(path, TensorSpec.of(leaf), value, group, offset, _torch.lazy_bits(leaf)))
         given, places = ((), Fixed()) if apart else (tuple(given), _places(given))
-        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), spans, host_only, apart, given, places)
+        sizes = tuple(size for _, size in spans)
+        return cls(name, source, tuple(leaves), tuple(map(tuple, groups)), sizes, host_only, apart, given, places)
 
     @property
     def is_trivial(self) -> bool:
@@ -263,8 +255,8 @@ class Parts:
         """One tensor for each fresh storage: its leaf, or the bytes that several leaves lie in."""
         tensors = [leaf for _, leaf in fields(result)]
         return [
-            tensors[group[0]] if span is None else _bytes(tensors[span.first], span, self.leaves[span.first].offset)
-            for group, span in zip(self.groups, self.spans, strict=True)
+            tensors[first] if size is None else _bytes(tensors[first], size, self.leaves[first].offset)
+            for (first, *_), size in zip(self.groups, self.sizes, strict=True)
         ]
 
     def on(self, result: Any, places: Sequence[torch.Tensor]) -> Any:
@@ -276,7 +268,7 @@ class Parts:
             if leaf.group < 0 or not isinstance(value, torch.Tensor):
                 return value
             place = places[leaf.group]
-            if self.spans[leaf.group] is None:
+            if self.sizes[leaf.group] is None:
                 return place if type(value) in (torch.Tensor, torch.nn.Parameter) else place.as_subclass(type(value))
             view, offset = torch.empty(0, dtype=value.dtype, device=value.device), leaf.offset // value.element_size()
             view.set_(place.untyped_storage(), offset, value.shape, value.stride())
@@ -299,9 +291,9 @@ class Parts:
             raise self._failure("", f"has the fields {got}", wanted)
         for leaf, (path, value) in zip(self.leaves, found, strict=True):
             self._check_leaf(leaf, path, value)
-        for group, span in zip(self.groups, self.spans, strict=True):
-            if span is not None:
-                self._check_group(group, span, found)
+        for group in self.groups:
+            if len(group) > 1:
+                self._check_group(group, found)
         fresh = tuple(self.fresh(result))
         if not self.apart and len(set(map(_torch.storage_key, fresh))) < len(fresh):
             raise self._failure("", "is tensors that share memory", "tensors that did not")
@@ -329,18 +321,19 @@ class Parts:
             raise self._failure(path, "is new memory", "memory that it was given, or that the capture knew")
         if leaf.group >= 0 and self._is_given(value):
             raise self._failure(path, "is memory that it was given", "new memory")
-        is_view = leaf.group < 0 or self.spans[leaf.group] is not None  # other tensors are copied by value
+        is_view = leaf.group < 0 or self.sizes[leaf.group] is not None  # other tensors are copied by value
         if is_view and _torch.lazy_bits(value) != leaf.bits:
             raise self._failure(path, "is lazily conjugated or negated otherwise", "as a view of the same memory")
 
-    def _check_group(self, group: tuple[int, ...], span: _Span, found: Sequence[tuple[str, Any]]) -> None:
-        base = found[span.first][1]
-        for position in group:
+    def _check_group(self, group: tuple[int, ...], found: Sequence[tuple[str, Any]]) -> None:
+        """Raise if tensors that share memory lie otherwise, measured from the first of them."""
+        first_path, base = found[group[0]]
+        for position in group[1:]:
             path, value = found[position]
-            apart = self.leaves[position].offset - self.leaves[span.first].offset
+            apart = self.leaves[position].offset - self.leaves[group[0]].offset
             is_together = _torch.storage_key(value) == _torch.storage_key(base)
             if not is_together or _byte_offset(value) - _byte_offset(base) != apart:
-                raise self._failure(path, "lies elsewhere", f"a view of the same memory as {found[span.first][0]}")
+                raise self._failure(path, "lies elsewhere", f"a view of the same memory as {first_path}")
 
     def _failure(self, path: str, got: str, wanted: str) -> EagerOutputError:
         where = f"field {path} of its result " if path else "its result "
@@ -389,17 +382,17 @@ def _byte_offset(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset()) * tensor.element_size()
 
 
-def _span_of_bytes(tensors: Sequence[torch.Tensor], positions: Sequence[int]) -> _Span | None:
-    """The bytes that several tensors of one storage lie in, measured from the first of them."""
+def _span(tensors: Sequence[torch.Tensor]) -> tuple[int, int | None]:
+    """The bytes that several tensors of one storage lie in: the first, and how many. None for a single tensor."""
     if len(tensors) == 1:
-        return None
+        return 0, None
     start = min(map(_byte_offset, tensors))
     start -= start % ALIGNMENT
     end = max(_byte_offset(t) + t.element_size() * extent(t) for t in tensors)
-    return _Span(start, end - start, positions[0])
+    return start, end - start
 
 
-def _bytes(first: torch.Tensor, span: _Span, offset: int) -> torch.Tensor:
-    """The span in the storage of ``first``, which begins ``offset`` bytes into it."""
+def _bytes(first: torch.Tensor, size: int, offset: int) -> torch.Tensor:
+    """The ``size`` bytes in the storage of ``first`` that begin ``offset`` bytes before it."""
     octets = torch.empty(0, dtype=torch.uint8, device=first.device)
-    return octets.set_(first.untyped_storage(), _byte_offset(first) - offset, (span.size,), (1,))
+    return octets.set_(first.untyped_storage(), _byte_offset(first) - offset, (size,), (1,))

@@ -449,7 +449,7 @@ def _on_shared(placed: Sequence[torch.Tensor], numbers: Sequence[int], parts: Pa
     made = []
     for number in numbers:
         tensor, group = placed[number], parts.leaves[number].group
-        if parts.spans[group] is not None:
+        if parts.sizes[group] is not None:
             key = group, tensor.dtype
             if key not in flat:
                 flat[key] = Geometry.of(tensor).whole(tensor.untyped_storage())
