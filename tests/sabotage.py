@@ -2536,7 +2536,7 @@ FAULTS = (
     ),
     Fault(
         "closures-lose-gradients",
-        "marks.call_sites:Site._loses_gradients",
+        "marks.call_sites:Site._take",
         "self.modes.grad",
         "False",
         "test_functions_gradients.py::test_closures_are_refused[cpu]",

@@ -138,13 +138,8 @@ def see_result(mark: Mark, learned: Learned, given: Given, asked: Asked, holder:
     recording, declared, arguments = any(given.needs), mark.backward is not None, given.tensors
     try:
         taken = take_result(holder, arguments, recording=recording, exact=not declared, copies=False)
-        if recording:
-            ends = [*arguments, *(tensor.grad_fn for tensor in arguments)]
-            lost = not declared and reaches_others(taken.members, ends)
-        else:
-            lost = torch.is_grad_enabled() and any(root.requires_grad for root in taken.roots)
-        if lost:
-            raise _closed_over()
+        if not (recording and declared):
+            _refuse_others(taken, arguments, recording, torch.is_grad_enabled())
     except Unholdable as error:
         learned.why_not, learned.cure = f"it returned {error.what}", error.fix
         learned.error = error.with_traceback(None)  # the traceback would keep the result alive
@@ -527,20 +522,13 @@ class Site:
     ) -> Result:
         try:
             taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
-            if self._loses_gradients(taken, arguments, recording):
-                raise _closed_over()
+            _refuse_others(taken, arguments, recording, self.modes.grad)
         except Unholdable as error:
             if self.mark.fake is None:
                 self.learned.why_not, self.learned.cure = f"it returned {error.what}", error.fix
                 _torch.forget_code_of(self, f"{self.mark.name} returned what compiled code cannot hold")
             raise self._failure(error.what, error.fix, kind) from None
         return taken
-
-    def _loses_gradients(self, taken: Result, arguments: Sequence[torch.Tensor], recording: bool) -> bool:
-        """Whether a result needs gradients of a tensor that is no argument, which compiled code would lose."""
-        if recording:
-            return reaches_others(taken.members, [*arguments, *(tensor.grad_fn for tensor in arguments)])
-        return self.modes.grad and any(root.requires_grad for root in taken.roots)
 
     # errors
 
@@ -613,11 +601,24 @@ def expected_of(taken: Result, declared: bool) -> Expected:
     return Expected(taken.structure, tuple(map(TensorSpec.of, taken.roots)), differentiable, len(taken.ints))
 
 
-def _closed_over() -> Unholdable:
-    return Unholdable(
-        "a tensor with gradients of what the function closes over, which compiled code does not support",
-        "pass that tensor or module as an argument, or compute under torch.no_grad()",
-    )
+def _refuse_others(taken: Result, arguments: Sequence[torch.Tensor], recording: bool, grad: bool) -> None:
+    """Raise if a result needs gradients of a tensor that is no argument, which compiled code would lose.
+
+    Args:
+        taken: the result, taken apart.
+        arguments: of the call.
+        recording: whether some of them need gradients.
+        grad: the grad mode of the call.
+    """
+    if recording:
+        lost = reaches_others(taken.members, [*arguments, *(tensor.grad_fn for tensor in arguments)])
+    else:
+        lost = grad and any(root.requires_grad for root in taken.roots)
+    if lost:
+        raise Unholdable(
+            "a tensor with gradients of what the function closes over, which compiled code does not support",
+            "pass that tensor or module as an argument, or compute under torch.no_grad()",
+        )
 
 
 CHANGED_A_CONTAINER = "it changed a list or dict among its arguments"
