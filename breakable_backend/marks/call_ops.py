@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from breakable_backend import _torch, locks
+from breakable_backend import _torch, active, locks
 from breakable_backend.errors import ReplayError
 from breakable_backend.ir.effects import calls_in, graphs_in
 from breakable_backend.ir.layout import Strided
@@ -171,9 +171,10 @@ def _define(name: str, num_written: int, num_results: int | None) -> Any:
         tensors = [*rest[:num_written], *rest[num_written]]
         if needs or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return _torch.below_autograd(op, keys, site, needs, traced, *rest)
-        if _torch.saves_through_hooks() and not any(map(_torch.is_traced, tensors)):
+        capture = active.handler.get()
+        if (capture is not None or _torch.saves_through_hooks()) and not any(map(_torch.is_traced, tensors)):
             call = Given([], tensors, *rest[num_written + 1 :])
-            return packed(list(itertools.starmap(_joined, sites[site].record(call))))
+            return packed(list(itertools.starmap(_joined, sites[site].record(call, capture))))
         taping = op if num_results is None else _overload(writing_op(num_written, num_results + 1))
         needs, traced = [tensor.requires_grad for tensor in tensors], any(map(_torch.is_traced, tensors))
         needing = [place for place, need in enumerate(needs) if need]

@@ -352,10 +352,19 @@ class Site:
             made = [*made, SavedForBackward.handle(leaves, taken.members)]
         return made
 
-    def record(self, call: Given) -> list[tuple[torch.Tensor, Sequence[Member]]]:
-        """Call the function where autograd records what it does: the results of :meth:`run`, and the members of each."""
+    def record(self, call: Given, capture: Any) -> list[tuple[torch.Tensor, Sequence[Member]]]:
+        """Call the function where autograd, and a capture if one is under way, sees what it does.
+
+        Returns the results of :meth:`run`, and the members of each.
+        """
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if capture is None:
+                return self._function(*args, **kwargs)
+            return capture.call(self.mark, args, kwargs)
+
         with self.modes.enter(), self._modules(call, False, False) as (call, modules):
-            holder = [self._call(self._function, call, modules)]
+            holder = [self._call(function, call, modules)]
             taken = self._take(holder, call.tensors, True, EagerOutputError)
         made = self._made(taken, False, call)
         return [(root, taken.members[place] if place < len(taken.members) else ()) for place, root in enumerate(made)]

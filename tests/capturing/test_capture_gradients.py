@@ -132,6 +132,24 @@ def test_a_step_of_training(make: MakeGraph, device: torch.device, dropout: floa
     assert train(make, device, ours, theirs, optimizer=optimizer) == "GEGEGEGEG"
 
 
+def test_a_compiled_model(make: MakeGraph, device: torch.device, options: dict[str, Any]) -> None:
+    """A step that calls a compiled model: what is marked in it is an eager step, in the forward and in the backward."""
+    ours, theirs = Model(marked_scaled).to(device), Model(scaled)
+    compiled = torch.compile(ours, backend="breakable_cg", options=options)
+    for _ in range(4):
+        compiled(torch.randn(4, WIDTH, device=device)).backward()
+    ours.zero_grad()
+
+    def step(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = (compiled if model is ours else model)(x)
+        loss.backward()
+        optimizer.step()
+        return loss.detach() * 1
+
+    assert train(make, device, ours, theirs, step) == "GEGEGEGEG"
+
+
 def test_gradients_that_are_none_before(make: MakeGraph, device: torch.device) -> None:
     """``zero_grad(set_to_none=True)`` in the body gives gradients memory of the graph's, which replays write."""
 
