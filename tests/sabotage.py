@@ -3466,6 +3466,13 @@ FAULTS = (
         "test_functions.py::test_what_only_tracing_needs[cpu]",
     ),
     Fault(
+        "breaks-without-a-cure",
+        "tools.report:_with_cause",
+        "told[1].partition(CURED)",
+        "(told[1].partition(CURED)[0], '', '')",
+        "test_learning.py::test_a_break_says_what_to_do[cpu-writes]",
+    ),
+    Fault(
         "wrong-size-padded",
         "tools.varies:_numbers",
         "last - int(size[2])",

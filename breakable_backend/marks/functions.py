@@ -39,7 +39,7 @@ from breakable_backend.marks.call_sites import (
 )
 from breakable_backend.marks.call_sites import Mark as Mark
 from breakable_backend.marks.changes import looking_at
-from breakable_backend.marks.learning import Asked, Given
+from breakable_backend.marks.learning import WITHOUT_FULLGRAPH, Asked, Given
 from breakable_backend.marks.structure import (
     Structure,
     contents,
@@ -56,6 +56,8 @@ from breakable_backend.marks.structure import (
     with_leaves,
 )
 
+CURED = "; to keep one program: "
+"""Between the reason why a marked function is no node, which Dynamo is given, and what to do."""
 BY_FUNCTION = "eager_on_graph"
 """The name of the mark for functions. Under other names modules are called."""
 WROTE_AN_ARGUMENT = "it wrote a tensor that it was given, and nothing says which ones it writes"
@@ -210,11 +212,13 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
 
     @_torch.constant_under_dynamo
     def refuse(why: str) -> None:
+        learned = why_a_break(mark, why)
         if why not in uncompiled:
             reason = f"{name}, {mark.why}, is no node: {why}"
+            if learned is not None:
+                reason += CURED + learned.cure.removesuffix(WITHOUT_FULLGRAPH)
             uncompiled[why] = torch.compiler.disable(functools.partial(run_inline, function), reason=reason)
         if _torch.refuses_graph_breaks():
-            learned = why_a_break(mark, why)
             cure = learned.cure if learned else CALL_IT_OUTSIDE if why == UNDER_A_TRANSFORM else PASS_WHAT_PYTREE_KNOWS
             refused = PartitionError(f"{name} cannot be one node: {why}", where=source, fix=cure)
             refused.__context__ = learned.error if learned else None  # Dynamo raises it again, without its cause
@@ -264,10 +268,8 @@ def _warn_if_marked_anew(function: Any, name: str) -> None:
         warn_user(f"{name} is marked inside of a compiled function. {MARKED_ANEW}: {MARK_ONCE}")
 
 
-PASS_WHAT_PYTREE_KNOWS = (
-    "pass tensors, modules and plain values, in containers that pytree knows; or compile without fullgraph=True"
-)
-CALL_IT_OUTSIDE = "call it outside of vmap and its like, on tensors; or compile without fullgraph=True"
+PASS_WHAT_PYTREE_KNOWS = f"pass tensors, modules and plain values, in containers that pytree knows{WITHOUT_FULLGRAPH}"
+CALL_IT_OUTSIDE = f"call it outside of vmap and its like, on tensors{WITHOUT_FULLGRAPH}"
 
 
 def _parameters(function: Any) -> tuple[str, ...]:

@@ -36,6 +36,9 @@ class Expected:
         return replace(self, specs=tuple(spec.without_symbols() for spec in self.specs))
 
 
+WITHOUT_FULLGRAPH = "; or compile without fullgraph=True"
+"""What helps against an error, and not against a graph break."""
+
 # --- what a call was given ----------------------------------------------------------------------------------------------
 
 
@@ -180,7 +183,7 @@ class Learned:
     def __init__(self) -> None:
         self.why_not = ""
         """Why such calls are graph breaks from now on; empty if they are not."""
-        self.cure = "return the same structure and layout wherever the arguments are laid out alike; or compile without fullgraph=True"
+        self.cure = f"return the same structure and layout wherever the arguments are laid out alike{WITHOUT_FULLGRAPH}"
         """What the user can do in that case."""
         self.error: Exception | None = None
         """The exception that caused it, if there was one."""

@@ -51,7 +51,8 @@ def advice(graph_break: str) -> str:
     if first.startswith(MARKED_ANEW):
         return MARK_ONCE
     if ", is no node: " in first:  # it is a marked function already, and the reason says what is wrong with it
-        return next((cure for what, cure in _OF_MARKED.items() if what in first), "")
+        told = graph_break.strip().partition("\n")[2].strip()
+        return next((cure for what, cure in _OF_MARKED.items() if what in first), told)
     _, found, place = first.rpartition(", at ")
     _, _, code = place.partition(": ") if found else ("", "", "")
     block = "the block that begins with " if code.endswith(":") else ""

@@ -32,7 +32,7 @@ from breakable_backend.ir.program import GraphSegment, Op, Segment, described, l
 from breakable_backend.ir.source_lines import module_path, short_line
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.call_sites import learning
-from breakable_backend.marks.functions import MARKED_ANEW
+from breakable_backend.marks.functions import CURED, MARKED_ANEW
 from breakable_backend.marks.marking import marked_names
 from breakable_backend.marks.rules import label, user_line_of
 from breakable_backend.recordings.copies import Bridge
@@ -225,21 +225,29 @@ def explain(
     waiting = learning() if compiled is None else found_by(_torch.subjects_of(compiled), learning())
     codes = () if compiled is None else _torch.codes_of(compiled)
     learners = {id(item.callers.whole) for item in waiting}
+    skipped = _torch.skipped(code for code in codes if id(code) not in learners)
     return Report(
         tuple(programs),
         tuple(eager_graphs_of(compiled)),
         breaks,
         tuple(_torch.at_recompile_limit(None if compiled is None else _codes(compiled))),
-        _torch.skipped(code for code in codes if id(code) not in learners),
+        {where: CURE.sub("", why) for where, why in skipped.items()},
         _torch.stance(),
         {item.mark.name: item.mark.source for item in waiting},
     )
 
 
+CURE = re.compile(rf"{CURED}.*?(?=; graph break in loop$|$)")
+"""What to do about a marked function that is no node: the line of the graph break says it."""
+
+
 def _breaks() -> dict[str, int]:
     """Dynamo's graph breaks. A marked function's caller breaks there, and the wrapper of the mark breaks too."""
     found = {_with_cause(why): count for why, count in _torch.graph_breaks().items()}
-    return {why: count for why, count in found.items() if not any(other.startswith(f"{why}, at ") for other in found)}
+    first = {why: why.partition("\n")[0] for why in found}
+    return {
+        why: count for why, count in found.items() if not any(other.startswith(f"{first[why]}, at ") for other in found)
+    }
 
 
 def _with_cause(graph_break: str) -> str:
@@ -248,7 +256,8 @@ def _with_cause(graph_break: str) -> str:
     if told is None:
         return graph_break
     _, at, place = graph_break.partition("\n")[0].partition(", at ")
-    return told[1] + at + place
+    what, _, cure = told[1].partition(CURED)
+    return what + at + place + (f"\n  {cure}" if cure else "")
 
 
 def _is_plain(function: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from breakable_backend import EagerOutputError, PartitionError, eager_on_graph, explain
+from breakable_backend import EagerOutputError, PartitionError, Report, eager_on_graph, explain
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.marks import functions
 from checks import assert_same
@@ -836,6 +836,29 @@ def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.devic
     assert [why.startswith(begin) for why, begin in zip(report.graph_breaks, told, strict=True)] == [True, True]
     assert "in the place of torch.compiler.disable" not in str(report)
     assert str(report).count("to keep one program: pass tensors, modules and plain values") == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "cure"),
+    [
+        (lambda x: x.add_(1), "name them: @eager_on_graph(mutates_args=...)"),
+        (lambda x: x.cpu().numpy(), "return tensors and plain values, in lists, tuples, dicts, named tuples"),
+        (lambda x: float(x.sum()), "return the same structure and layout wherever the arguments are laid out alike"),
+    ],
+    ids=["writes", "numpy", "float"],
+)
+def test_a_break_says_what_to_do(
+    body: Callable[[Tensor], Any], cure: str, compile_ours: Compile, device: torch.device
+) -> None:
+    """What a call has shown against one node has its cure in the report, which is that of the error."""
+    marked = eager_on_graph(body)
+    compiled = compile_ours(lambda x: (marked(x.sin()), x.cos() * 2))
+    for x in vectors(device, 5):
+        compiled(x)
+    report = explain(compiled)
+    assert f"\n  to keep one program: {cure}" in str(report)
+    assert "fullgraph" not in str(report)
+    assert str(Report.from_json(report.to_json())) == str(report)
 
 
 def test_a_function_that_such_a_break_leaves_uncompiled(compile_ours: Compile, device: torch.device) -> None:

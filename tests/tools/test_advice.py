@@ -212,6 +212,10 @@ def test_a_break_in_code_of_torch() -> None:
 def test_nothing_is_said_of_marked_functions() -> None:
     """A break at a marked function has its own reason, and an unknown one gets the advice that fits all."""
     assert advice("choose, is no node: it returned a Request, at model.py:3 in forward: choose(x)") == ""
+    assert (
+        advice("choose, is no node: it returned a Request, at model.py:3 in forward: choose(x)\n  return it")
+        == "return it"
+    )
     assert advice("Something new") == MARK_THE_MODULE
 
 
