@@ -925,7 +925,7 @@ def test_first_replay_of_a_capture(device: torch.device, graph: BreakableCUDAGra
     with torch.no_grad(), capture(graph):
         _ = x.sin() + 1
     if fault == "moved":
-        x.data = torch.zeros(4, device=device)
+        _old, x.data = x.data, torch.zeros(4, device=device)  # once the old memory is free, the graph is released
     else:
         x.untyped_storage().resize_(0)
     with pytest.raises(DivergenceError) as caught:
