@@ -31,7 +31,7 @@ from breakable_backend.compiling.halves import Halves
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS, CannotLower, Lowered, lower
 from breakable_backend.compiling.regions import require_whole_regions
 from breakable_backend.compiling.scope import scope_for
-from breakable_backend.compiling.traced import as_eager
+from breakable_backend.compiling.traced import as_eager, with_signs
 from breakable_backend.drivers import CaptureDriver
 from breakable_backend.drivers.cuda import CudaDriver, require_cuda
 from breakable_backend.drivers.eager import EagerDriver
@@ -157,7 +157,8 @@ class Backend:
         flat = FlatGraph.of(gm, example_inputs)
         try:
             keep_floats = chosen.scalars == "key"
-            return flat.around(lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats))
+            function = lower(flat.module, flat.inputs, compile_lowered, eager_ops, keep_floats=keep_floats)
+            return flat.around(with_signs(function, flat.module))
         except CannotLower as why:
             refused, source = str(why), why.source
         if refused == NEEDS_GRADIENTS and chosen.training and flat.stolen is None:

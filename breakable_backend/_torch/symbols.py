@@ -185,6 +185,21 @@ def is_argument_float(value: Any) -> bool:
     return bool(expr.is_number) or (expr.is_Symbol and symbol_is_type(expr, SymT.FLOAT))
 
 
+def zero_floats(gm: fx.GraphModule) -> dict[int, bool]:
+    """The positions of the float arguments of a Dynamo graph that the trace holds at zero, and whether it computes with them.
+
+    The guard lets 0.0 and -0.0 pass, and symbols have no sign for either: the trace takes both, and ``-scale``, for 0.0.
+    """
+    zeros = {}
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        for read in (user for user in node.users if user.target == "item"):
+            value = read.meta.get("example_value")
+            if is_argument_float(value) and value.node.expr.is_number and float(value.node.expr) == 0:
+                made = (user.meta.get("example_value") for user in read.users)
+                zeros[position] = any(isinstance(number, float | torch.SymFloat) for number in made)
+    return zeros
+
+
 def symbol_of(value: torch.SymInt) -> sympy.Symbol | None:
     """The symbol that ``value`` consists of, if it is nothing else."""
     expr = value.node.expr

@@ -69,6 +69,8 @@ def lower(
     for node in gm.graph.nodes:
         if node.target is _torch.ENTER_INFERENCE_MODE:
             raise CannotLower("it enters or leaves inference mode", node)
+    if any(_torch.zero_floats(gm).values()):
+        raise CannotLower("a float that tracing takes for a constant is zero, and Python computes with it")
     for value in example_inputs:
         if isinstance(value, torch.Tensor) and value.layout not in (torch.strided, torch.jagged):
             raise CannotLower(f"it takes a tensor of layout {value.layout}, which is not addressed by strides")

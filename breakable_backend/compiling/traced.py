@@ -8,6 +8,7 @@ itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,20 @@ def as_eager(gm: fx.GraphModule) -> Callable[..., Any]:
         if changed:
             module.recompile()
     return gm.forward
+
+
+def with_signs(function: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+    """``function``, which was compiled of ``gm``; but where a float that it takes for 0.0 is -0.0, ``gm`` runs as traced."""
+    if not (zeros := tuple(_torch.zero_floats(gm))):
+        return function
+    traced = as_eager(gm)
+
+    def call(*args: Any) -> Any:
+        negative = any(math.copysign(1, args[position]) < 0 for position in zeros)
+        return traced(*args) if negative else function(*args)
+
+    call.executor = function.executor  # type: ignore[attr-defined]
+    return call
 
 
 def checkpointed(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:

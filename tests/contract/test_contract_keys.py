@@ -140,6 +140,28 @@ def test_floats(device: torch.device, options: dict[str, Any]) -> None:
     )  # two dtypes x two segments x (the first constant, then four values and the rest)
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_floats_that_are_held_at_zero(computed: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: where a float is a constant, one program serves 0.0 and -0.0, whose symbols have no sign. Each has its own."""
+    times = eager_on_graph(lambda x, scale: x * scale)
+
+    def function(x: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+        y = x.sin() + 1
+        return times(y, scale), y / (-scale if computed else scale), (y * scale).cos()
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for scale in (0.5, 0.7, 0.0, 0.0, 0.0, -0.0, 0.0, -0.0):
+            x = torch.rand(4, device=device)
+            assert_same(compiled(x, scale), function(x, scale), f"scale = {scale}")
+    report = breakable_backend.explain(compiled)
+    held = [graph.why for graph in report.eager_graphs]
+    if computed:
+        assert held == ["a float that tracing takes for a constant is zero, and Python computes with it"]
+    else:
+        assert (held, report.programs[-1].replays) == ([], 2)
+
+
 ARITHMETIC: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "mul": lambda x, s: x * s,
     "add": lambda x, s: x + s,
