@@ -365,7 +365,8 @@ class Site:
 
         with self.modes.enter(), self._modules(call, False, False) as (call, modules):
             holder = [self._call(function, call, modules)]
-            taken = self._take(holder, call.tensors, True, EagerOutputError)
+            # A capture holds the results of its eager steps in memory of its own.
+            taken = self._take(holder, call.tensors, True, EagerOutputError, copies=not capture)
         made = self._made(taken, False, call)
         return [(root, taken.members[place] if place < len(taken.members) else ()) for place, root in enumerate(made)]
 
@@ -527,10 +528,16 @@ class Site:
         return any(map(can_be_written, (*positional[-1], *named[-1])))
 
     def _take(
-        self, holder: list[Any], arguments: Sequence[torch.Tensor], recording: bool, kind: type[BreakableError]
+        self,
+        holder: list[Any],
+        arguments: Sequence[torch.Tensor],
+        recording: bool,
+        kind: type[BreakableError],
+        *,
+        copies: bool = True,
     ) -> Result:
         try:
-            taken = take_result(holder, arguments, recording=recording, exact=not self.declared)
+            taken = take_result(holder, arguments, recording=recording, exact=not self.declared, copies=copies)
             _refuse_others(taken, arguments, recording, self.modes.grad)
         except Unholdable as error:
             if self.mark.fake is None:
