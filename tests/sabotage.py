@@ -3494,6 +3494,13 @@ FAULTS = (
         "test_learning.py::test_a_break_says_what_to_do[cpu-writes]",
     ),
     Fault(
+        "other-parameters-read-values",
+        "marks.call_sites:Site._failed_on_fakes",
+        "not began",
+        "False",
+        "test_functions.py::test_fake_with_other_parameters[cpu]",
+    ),
+    Fault(
         "wrong-size-padded",
         "tools.varies:_numbers",
         "last - int(size[2])",

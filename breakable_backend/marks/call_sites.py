@@ -7,6 +7,7 @@ import functools
 import itertools
 import operator
 import os
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -569,11 +570,20 @@ class Site:
         )
 
     def _failed_on_fakes(self, error: Exception) -> PartitionError:
-        failed = PartitionError(
-            f"fake= of {self.mark.name} cannot run on fake tensors, which have no values: {first_line(error)}",
-            where=self.mark.source,
-            fix="compute the layout of the result from those of the arguments, as in torch.empty_like(x)",
-        )
+        code = getattr(self.mark.fake, "__code__", None)
+        began = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if isinstance(error, TypeError) and code is not None and not began:
+            failed = PartitionError(
+                f"fake= of {self.mark.name} does not take the arguments of the call: {first_line(error)}",
+                where=self.mark.source,
+                fix=f"give it the parameters of {self.mark.name}",
+            )
+        else:
+            failed = PartitionError(
+                f"fake= of {self.mark.name} cannot run on fake tensors, which have no values: {first_line(error)}",
+                where=self.mark.source,
+                fix="compute the layout of the result from those of the arguments, as in torch.empty_like(x)",
+            )
         failed.__cause__ = error
         return failed
 

@@ -216,10 +216,11 @@ def in_words(structure: Structure) -> str:
     kind = structure[0]
     if kind == "plain":
         return repr(structure[1])
+    if kind == "view":
+        _, of, _, _, _, (shape, *_), _ = structure
+        return f"a view of {'an argument' if of == 'argument' else 'another tensor'} with shape {list(shape)}"
     if kind in LEAVES:
-        return {"argument": "an argument itself", "view": "a view of another tensor", "int": "an int"}.get(
-            kind, f"a {kind}"
-        )
+        return {"argument": "an argument itself", "int": "an int"}.get(kind, f"a {kind}")
     items = [in_words(item) for item in structure[-1]]
     if kind == "list":
         return f"[{', '.join(items)}]"

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import itertools
 import math
 import timeit
 import weakref
@@ -986,6 +987,32 @@ def test_fake_that_reads_values(compile_ours: Callable[..., Any], device: torch.
     with pytest.raises(PartitionError, match=r"fake= of .*undecided cannot run on fake tensors") as caught:
         compile_ours(lambda x: undecided(x + 1) * 2, fullgraph=True)(torch.ones(4, device=device))
     assert "test_functions.py" in caught.value.where
+
+
+def test_fake_with_other_parameters(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A ``fake`` that does not take the call's arguments is told apart from one that reads values."""
+
+    @eager_on_graph(fake=lambda x: torch.empty_like(x))
+    def scaled(x: Tensor, by: float) -> Tensor:
+        return x * by
+
+    name = "test_fake_with_other_parameters.<locals>.scaled"
+    with pytest.raises(PartitionError) as caught:
+        compile_ours(lambda x: scaled(x + 1, 2.0) * 2)(torch.ones(4, device=device))
+    assert caught.value.what.startswith(f"fake= of {name} does not take the arguments of the call: TypeError: ")
+    assert caught.value.fix == f"give it the parameters of {name}"
+
+
+def test_views_that_differ(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """An error about a view says of what it is one, and its shape."""
+    lengths = itertools.chain([2], itertools.repeat(3))
+    first = eager_on_graph(lambda x: x[: next(lengths)])
+    compiled = compile_ours(lambda x: first(x + 1) * 2)
+    compiled(torch.ones(4, device=device))
+    with pytest.raises(EagerOutputError) as caught:
+        compiled(torch.ones(4, device=device))
+    told = "returned a view of an argument with shape [3], but was compiled for a view of an argument with shape [2]"
+    assert caught.value.what.endswith(told)
 
 
 BAD: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], str]] = {

@@ -509,6 +509,7 @@ CASES: dict[str, Case] = {
     "a view of an argument with a hook, or with its gradient retained": Case(
         "with torch.enable_grad():\n    x = leaf()\n    " + returns("(y := x.view_as(x), y.register_hook(print))[0]")
     ),
+    "does not take the arguments of the call": Case(returns("x * 2", fake="lambda: None")),
     "cannot run on fake tensors, which have no values": Case(
         returns("x * 2", fake="lambda x: x * 2 if x.sum() > 0 else x")
     ),
