@@ -261,6 +261,11 @@ def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def is_about_leaves(error: Exception) -> bool:
+    """Whether autograd refused the write of a leaf, as the arguments of a trace are. Seen in torch 2.13 and 2.15."""
+    return isinstance(error, RuntimeError) and "leaf Variable that requires grad" in str(error)
+
+
 def once_differentiable(error: Callable[[Any], Callable[[], Exception]]) -> Callable[[Backward], Backward]:
     """Have a second derivative through the gradients that a ``backward`` returns be ``error(ctx)()``, whatever came in.
 

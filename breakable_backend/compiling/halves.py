@@ -172,7 +172,8 @@ class Halves:
         except (CannotLower, _torch.dynamo_error()):
             raise
         except Exception as error:  # any exception of an op on fake tensors
-            raise CannotLower(AT_RUN_TIME if _torch.is_about_numbers(error) else first_line(error)) from error
+            known = AT_RUN_TIME if _torch.is_about_numbers(error) else _WRITES if _torch.is_about_leaves(error) else ""
+            raise CannotLower(known or first_line(error)) from error
 
     def _traced(self, pattern: Pattern | None, absent: Absent) -> Joint:
         for node in (node for module in graphs_in(self.gm) for node in module.graph.nodes):
@@ -206,7 +207,7 @@ class Halves:
                     if value.requires_grad is not needs or value.grad_fn is not None:
                         raise CannotLower("it writes a gradient's history into an argument")
                     if needs and value._version != version:
-                        raise CannotLower("it writes an argument that needs gradients")
+                        raise CannotLower(_WRITES)
                 facts["written"] = [i for i, value in enumerate(primals) if value._version != before[i][1]]
                 facts["differentiable"] = [index for index, value in enumerate(outputs) if _needs(value)]
                 differentiable = [outputs[index] for index in facts["differentiable"]]
@@ -296,6 +297,7 @@ def _is_item(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "item"
 
 
+_WRITES = "it writes an argument that needs gradients"
 TRACED_THROUGH = (
     "autograd_function_apply",
     "invoke_subgraph",

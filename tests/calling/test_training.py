@@ -2529,6 +2529,30 @@ def test_graphs_that_are_not_taken(device: torch.device, options: dict[str, Any]
             assert why in str(breakable_backend.explain(compiled))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
+@pytest.mark.parametrize("part", [lambda x: x, lambda x: x[0]], ids=["whole", "a view"])
+def test_arguments_with_a_history_that_are_written(
+    part: Callable[[Tensor], Tensor], device: torch.device, options: dict[str, Any]
+) -> None:
+    """Line 9: a graph that writes such an argument is eager. The reason is not autograd's error about the trace's leaves."""
+
+    def function(x: Tensor) -> Tensor:
+        part(x).relu_()
+        return (x * 2).sin()
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    for _ in range(4):
+        one = torch.randn(2, 3, device=device, requires_grad=True)
+        other = one.detach().clone().requires_grad_()
+        got, want = compiled(one * 1), function(other * 1)
+        for result in (got, want):
+            result.sum().backward()
+        assert_same([got, one.grad], [want, other.grad])
+    report = str(breakable_backend.explain(compiled))
+    assert "it writes an argument that needs gradients" in report
+    assert "return a new tensor in place of the write" in report
+
+
 def test_threads(device: torch.device, options: dict[str, Any]) -> None:
     """Line 11: threads that train models of one class at once get their own gradients."""
     torch.manual_seed(0)
