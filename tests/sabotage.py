@@ -3508,6 +3508,13 @@ FAULTS = (
         "test_functions.py::test_fake_with_other_parameters[cpu]",
     ),
     Fault(
+        "every-key-the-first",
+        "calling.compiled_graph:CompiledGraph.why_new",
+        "self.keys.entries()",
+        "()",
+        "test_report.py::test_one_key_is_the_first_of_its_program",
+    ),
+    Fault(
         "wrong-size-padded",
         "tools.varies:_numbers",
         "last - int(size[2])",

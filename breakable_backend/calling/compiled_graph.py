@@ -239,7 +239,7 @@ class CompiledGraph:
         return entry
 
     def why_new(self, key: Key) -> str:
-        return self.keys.why_new(key, first=not self.statistics.recordings)
+        return self.keys.why_new(key, first=not (self.statistics.recordings or self.keys.entries()))
 
     def _guards(self, addresses: tuple[int, ...], args: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
         me = weakref.ref(self)

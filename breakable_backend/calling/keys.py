@@ -257,7 +257,7 @@ class Keys:
             self._dropped.popitem(last=False)
 
     def why_new(self, key: Key, *, first: bool) -> str:
-        """How a new key differs from those before it. ``first``: nothing was recorded before."""
+        """How a new key differs from those before it. ``first``: there was none."""
         if key in self._dropped:
             return self._dropped.pop(key)
         if first:

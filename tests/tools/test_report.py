@@ -452,6 +452,15 @@ def test_module_paths() -> None:
     assert [op.module for op in steps[0].ops] == ["layers.0.0", "layers.0.1"]
 
 
+def test_one_key_is_the_first_of_its_program() -> None:
+    """Of keys that come by turns, before any of them is recorded, one is the first."""
+    compiled = torch.compile(lambda x, n: (x + n).sin() * 2, backend="breakable_cg", dynamic=True, options=TAPE)
+    for n in (3, 4, 3, 4):
+        compiled(torch.ones(2), n)
+    (program,) = explain(compiled).programs
+    assert program.recorded == {"first of this program": 1, "new numbers, layouts, alignments or host scalars": 1}
+
+
 def test_why_recorded_again() -> None:
     """Recordings are counted by why there was none: new numbers, new addresses, a reset, an eviction, a death."""
 
