@@ -555,6 +555,20 @@ FAULTS = (
         "test_sweep.py::test_gradients_as_eager[cpu-masked_fill]",
     ),
     Fault(
+        "gradients-of-kernels-are-lost",
+        "_torch.autograd:traced_otherwise",
+        "name == 'torch::autograd::WarnNotImplemented'",
+        "False",
+        "test_contract_training.py::test_ops_without_an_autograd_kernel[cpu-False]",
+    ),
+    Fault(
+        "gradients-of-kernels-that-write-are-lost",
+        "compiling.halves:_Run.call_function",
+        "value.grad_fn is node",
+        "False",
+        "test_contract_training.py::test_ops_without_an_autograd_kernel[cpu-True]",
+    ),
+    Fault(
         "gradients-of-elements-elsewhere",
         "compiling.joint_graph:_reaches_absolutely",
         'root.op == "placeholder"',

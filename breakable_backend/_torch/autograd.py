@@ -151,7 +151,8 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
     differently. The gradient of ``ormqr`` has another layout. The gradient of the value of ``masked_fill`` adds up what
     the mask selects, and for a fake tensor everything, with zeros in between. On the host, the gradient of a ``max`` of
     all elements is scattered, and for a fake tensor multiplied with a mask, which gives ``-0.0``. Found by ``make sweep``
-    on torch 2.13.
+    on torch 2.13. An op without a kernel for autograd has the gradients of the ops that its own kernel calls, and none
+    for fake tensors.
     """
     for node in nodes_behind(output.grad_fn for output in outputs):
         name: str = node.name()
@@ -159,6 +160,8 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
         of_a_value = name == "MaskedFillBackward1" and node.next_functions[1][0] is not None
         if name in _OTHER_FOR_FAKES or (name in _OTHER_FOR_FAKES_OF_THE_HOST and on_host) or of_a_value:
             return name
+        if name == "torch::autograd::WarnNotImplemented":
+            return "an op without an autograd kernel"
     return ""
 
 

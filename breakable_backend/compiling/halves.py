@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from breakable_backend import _torch
+from breakable_backend._torch import pytree
 from breakable_backend.compiling.flat_inputs import PART, Wrapped
 from breakable_backend.compiling.forward_and_backward import Backward, Forward, backward_of, forward_of
 from breakable_backend.compiling.joint_graph import (
@@ -30,7 +31,7 @@ from breakable_backend.compiling.joint_graph import (
 from breakable_backend.compiling.lowering import CannotLower, called_ops, kept_ops, note_ambient, note_outs
 from breakable_backend.compiling.traced import checkpointed
 from breakable_backend.errors import first_line
-from breakable_backend.ir.effects import bodies, draws, graphs_in, storages_of, written_arguments
+from breakable_backend.ir.effects import bodies, draws, graphs_in, storages_of, written_arguments, written_values
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.marks.call_ops import Absent, is_call, site_of, without
 from breakable_backend.marks.call_sites import Site
@@ -317,7 +318,14 @@ class _Run(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is checkpointed:  # recomputed code draws nothing, and generators are not part of a trace
             kwargs = {**kwargs, "preserve_rng_state": False}
-        return super().call_function(target, args, kwargs)
+        written = (
+            [written_values(op, args, kwargs) for op in _torch.overloads(target)] if torch.is_grad_enabled() else []
+        )
+        before = [(value, value.grad_fn) for value in pytree.tree_leaves(written) if _needs(value)]
+        result = super().call_function(target, args, kwargs)
+        if any(value.grad_fn is node for value, node in before):
+            raise CannotLower("an op without an autograd kernel writes what needs gradients")
+        return result
 
 
 class _Body:

@@ -21,6 +21,31 @@ def forget_warnings() -> None:
     breakable_backend.breakable_cg._warned.clear()
 
 
+library = torch.library.Library("contract_training", "FRAGMENT")
+library.define("doubled(Tensor x) -> Tensor")
+
+
+@torch.library.impl(library, "doubled", "CompositeExplicitAutograd")
+@torch.library.register_fake("contract_training::doubled", lib=library)
+def doubled(x: Tensor) -> Tensor:
+    """An op without a kernel for autograd."""
+    return x * 2
+
+
+library.define("doubled_(Tensor(a!) x) -> ()")
+
+
+@torch.library.impl(library, "doubled_", "CompositeExplicitAutograd")
+def doubled_(x: Tensor) -> None:
+    """The same in place."""
+    x.mul_(2)
+
+
+@torch.library.register_fake("contract_training::doubled_", lib=library)
+def _(x: Tensor) -> None:
+    return None
+
+
 class Net(nn.Module):
     """Two linear layers, and a buffer that each call writes."""
 
@@ -163,3 +188,30 @@ def test_detached_results(device: torch.device, options: dict[str, Any]) -> None
         assert_same(compiled(x), (model(x) + 1).detach() * 2)
     (program,) = breakable_backend.explain(compiled).programs
     assert program.replays == 3  # 5 - 2
+
+
+@pytest.mark.filterwarnings(
+    "ignore:contract_training..doubled_?. an autograd kernel was not registered"
+)  # in eager too
+@pytest.mark.parametrize("in_place", [False, True])
+def test_ops_without_an_autograd_kernel(in_place: bool, device: torch.device, options: dict[str, Any]) -> None:
+    """Their gradients are those of the ops that their kernels call, which no trace shows: such graphs are eager."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x.sin()
+        if in_place:
+            torch.ops.contract_training.doubled_(y)
+        else:
+            y = torch.ops.contract_training.doubled(y)
+        return y.cos()
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    for _ in range(4):
+        x = torch.rand(3, device=device, requires_grad=True)
+        gradients = [torch.autograd.grad(step(x).sum(), x)[0] for step in (compiled, function)]
+        assert torch.equal(*gradients)
+        with torch.no_grad():
+            assert_same(compiled(x), function(x))
+    report = breakable_backend.explain(compiled)
+    assert [program.replays for program in report.programs] == [2]
+    assert "an op without an autograd kernel" in report.eager_graphs[0].why
