@@ -2577,6 +2577,13 @@ FAULTS = (
         "test_functions_gradients.py::test_closures_are_refused[cpu]",
     ),
     Fault(
+        "floats-of-conditions-are-not-evaluated",
+        "_torch.symbols:evaluate",
+        "isinstance(value, torch.SymFloat) and not result.is_Number",
+        "False",
+        "test_contract_keys.py::test_floats_of_conditions[cpu]",
+    ),
+    Fault(
         "negative-zero-is-zero",
         "compiling.traced:with_signs.call",
         "math.copysign(1, args[position]) < 0",

@@ -149,6 +149,11 @@ def evaluate(value: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
     result = sympy.sympify(value.node.expr).xreplace({s: sympy.Integer(v) for s, v in symbols.items()})
     if isinstance(value, torch.SymInt):
         return int(result)
+    if isinstance(value, torch.SymFloat) and not result.is_Number:  # ToFloat(True) stays as it is
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        result = sympy_interp(PythonReferenceAnalysis, dict(symbols), value.node.expr)
     return float(result) if isinstance(value, torch.SymFloat) else bool(result)
 
 

@@ -106,6 +106,16 @@ def test_an_int_of_an_op_that_cannot_be_captured(device: torch.device, options: 
     assert program.replays >= 3
 
 
+def test_floats_of_conditions(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 3: a float that is computed from a condition on an int is that of each call."""
+    compiled, eager = compile_both(lambda x, n: torch.lerp(x, x * 2, float(n % 2 == 0)).sin(), options)
+    with torch.no_grad():
+        for n in (3, 4, 4, 4, 5, 5, 5):
+            x = torch.rand(3, device=device)
+            assert_same(compiled(x, n), eager(x, n), f"n = {n}")
+    assert breakable_backend.explain(compiled).programs[-1].replays >= 2
+
+
 def test_floats(device: torch.device, options: dict[str, Any]) -> None:
     """Line 3: a float that varies is right for every value, before and after there are more than are keyed."""
     compiled, eager = compile_both(lambda x, scale: silly.triple(x * scale) + scale, options)
