@@ -503,7 +503,7 @@ FAULTS = (
         "compiling.lowering:CannotLower.__init__",
         "source_line(node) if node is not None else ''",
         "''",
-        "test_training.py::test_sparse_gradients[cpu]",
+        "test_training.py::test_the_line_that_keeps_a_graph_eager[cpu]",
     ),
     Fault(
         "gradients-that-are-gone-stay-gone",
