@@ -3550,6 +3550,20 @@ FAULTS = (
         "test_names.py::test_both_halves_of_training",
     ),
     Fault(
+        "what-an-op-with-out-read-is-its-result",
+        "compiling.lowering:returned_outs",
+        "result == read != written",
+        "False",
+        "test_contract_hostile.py::test_what_an_op_with_out_reads[cpu-aten.slice_scatter.out]",
+    ),
+    Fault(
+        "composites-have-no-meta-key",
+        "_torch.asking:run_composite",
+        "torch._C._dispatch_key_for_device(first.device.type)",
+        "first.device.type.upper()",
+        "test_contract_hostile.py::test_outs_behind_a_meta_kernel[cpu]",
+    ),
+    Fault(
         "outs-forgotten",
         "compiling.lowering:_traced.compiled_by_us",
         "lost_outs(module, outs)",

@@ -66,7 +66,8 @@ def _matmul(op: OpOverload, left: torch.Tensor, right: torch.Tensor, **out: torc
 
 def run_composite(op: OpOverload, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run the C++ code of a composite op, which calls other ops. Function modes do not see this call."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, first.device.type.upper()))
+    key = torch._C._dispatch_key_for_device(first.device.type)  # fakes are on "meta" while a kernel runs with them
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return op.redispatch(keys, first, *args, **kwargs)
 
 

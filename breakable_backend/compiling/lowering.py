@@ -114,6 +114,7 @@ def _traced(
         _torch.name_inputs(module.graph.find_nodes(op="placeholder"), gm)
         written = None if autocast else _torch.written_without_wrappers(gm, module)
         out_of_place_views(module)
+        returned_outs(module)
         if lost := lost_outs(module, outs):
             raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices(), marks.unmet(module)))
@@ -200,6 +201,25 @@ def note_outs(gm: fx.GraphModule) -> dict[int, str]:
             node.meta["custom"] = {**node.meta.get("custom", {}), OUT_KEY: len(outs)}
             outs[len(outs)] = getattr(node.target, "__name__", str(node.target))
     return outs
+
+
+def returned_outs(module: fx.GraphModule) -> None:
+    """Have what reads the first argument of an op with ``out=`` read that, where the trace has the op's result for it.
+
+    The fakes of ``copy.out`` and ``slice_scatter.out`` return their first argument, and the kernels return ``out``, so
+    that the trace takes the result for another name of that argument. (torch 2.11 to 2.15)
+    """
+    for node in module.graph.nodes:
+        out, first = node.kwargs.get("out"), node.args[0] if node.args else None
+        if not isinstance(out, fx.Node) or not isinstance(first, fx.Node):
+            continue
+        values: list[Any] = [each.meta.get("val") for each in (node, first, out)]
+        if all(isinstance(value, torch.Tensor) for value in values):
+            result, read, written = map(_torch.storage_key, values)
+            if result == read != written:
+                node.replace_all_uses_with(first)
+                node.meta["val"] = out.meta["val"]
+    module.recompile()
 
 
 def lost_outs(module: fx.GraphModule, outs: dict[int, str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import breakable_backend
 import silly
 from breakable_backend import InternalError, _torch, backend
+from checks import assert_same
 
 
 @torch.library.custom_op("hostile::add_into", mutates_args=("target",), tags=(torch.Tag.cudagraph_unsafe,))
@@ -174,6 +175,35 @@ def test_out_that_tracing_forgets(device: torch.device, options: dict[str, Any])
         assert result is out
     (graph,) = breakable_backend.explain(compiled).eager_graphs
     assert graph.why == "linalg_matrix_rank leaves its out= unwritten when it is traced"
+
+
+@pytest.mark.parametrize("op", [torch.ops.aten.slice_scatter.out, torch.ops.aten.copy.out], ids=str)
+def test_what_an_op_with_out_reads(op: Any, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 1: what an op with ``out=`` has read is read unchanged after it, though torch's fakes return it in place of ``out``."""
+    more = (0, 0, 2) if op is torch.ops.aten.slice_scatter.out else ()
+
+    def function(x: Tensor, source: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        result = op(y, source, *more, out=out)
+        return y, y + 1, result * 3, x
+
+    compiled = torch.compile(function, backend="breakable_cg", options=options)
+    outs = [torch.zeros(4, 3, device=device) for _ in range(2)]
+    with torch.no_grad():
+        for _ in range(5):
+            x, source = torch.rand(4, 3, device=device), torch.rand(2 if more else 4, 3, device=device)
+            assert_same((compiled(x, source, outs[0]), outs[0]), (function(x, source, outs[1]), outs[1]))
+    assert breakable_backend.explain(compiled).programs[0].replays > 0
+
+
+def test_outs_behind_a_meta_kernel(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 9: a composite op whose fake kernel calls ``matmul`` is traced, and no ``AttributeError`` keeps its graph eager."""
+    compiled = torch.compile(lambda a, out: torch.linalg.pinv(a, out=out), backend="breakable_cg", options=options)
+    with torch.no_grad():
+        for _ in range(4):
+            a, outs = torch.rand(3, 3, device=device), [torch.empty(3, 3, device=device) for _ in range(2)]
+            assert_same((compiled(a, outs[0]), outs[0]), (torch.linalg.pinv(a, out=outs[1]), outs[1]))
+    assert not breakable_backend.explain(compiled).eager_graphs
 
 
 def test_outs_are_captured(device: torch.device, options: dict[str, Any]) -> None:
