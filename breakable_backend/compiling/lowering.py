@@ -113,8 +113,8 @@ def _traced(
         _torch.forget_effect_tokens()
         _torch.name_inputs(module.graph.find_nodes(op="placeholder"), gm)
         written = None if autocast else _torch.written_without_wrappers(gm, module)
-        out_of_place_views(module)
         returned_outs(module)
+        out_of_place_views(module)
         if lost := lost_outs(module, outs):
             raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices(), marks.unmet(module)))
@@ -207,7 +207,8 @@ def returned_outs(module: fx.GraphModule) -> None:
     """Have what reads the first argument of an op with ``out=`` read that, where the trace has the op's result for it.
 
     The fakes of ``copy.out`` and ``slice_scatter.out`` return their first argument, and the kernels return ``out``, so
-    that the trace takes the result for another name of that argument. (torch 2.11 to 2.15)
+    that the trace takes the result for another name of that argument. (torch 2.11 to 2.15) The code of ``module`` is
+    made anew by :func:`out_of_place_views`, which comes next.
     """
     for node in module.graph.nodes:
         out, first = node.kwargs.get("out"), node.args[0] if node.args else None
@@ -219,7 +220,6 @@ def returned_outs(module: fx.GraphModule) -> None:
             if result == read != written:
                 node.replace_all_uses_with(first)
                 node.meta["val"] = out.meta["val"]
-    module.recompile()
 
 
 def lost_outs(module: fx.GraphModule, outs: dict[int, str]) -> str:

@@ -237,9 +237,11 @@ def _shapes_fake(site: int, needs: list[bool], tensors: list[Any], ints: list[An
 def forget_shapes(module: fx.GraphModule) -> None:
     """Take those ops out of a graph that was traced: nothing else of it needs them, and their tensors would be copied."""
     for part in graphs_in(module):
-        for node in part.graph.find_nodes(op="call_function", target=torch.ops.breakable_cg.shapes.default):
+        found = part.graph.find_nodes(op="call_function", target=torch.ops.breakable_cg.shapes.default)
+        for node in found:
             part.graph.erase_node(node)
-        part.recompile()
+        if found:
+            part.recompile()
 
 
 @torch.library.impl(_library, "number", "CompositeExplicitAutograd")
