@@ -2771,7 +2771,7 @@ FAULTS = (
     Fault(
         "moved-buffers-unnoticed",
         "capturing.memory:CaptureMemory.reads",
-        "tensor.grad_fn is None and key not in self.theirs",
+        "tensor.grad_fn is None and key not in self.tensors",
         "False",
         "test_capture_hostile.py::test_a_buffer_or_an_input_that_moves[cpu]",
     ),

@@ -75,8 +75,8 @@ class CaptureMemory:
         """What replays have in place of those storages, so that aliases are aliases there too."""
         self.held: dict[int, Any] = {}
         """Storages from outside, which are held as long as the graph lives."""
-        self.theirs: dict[int, torch.Tensor] = {}
-        """Parameters and other tensors in these storages. Held while capturing. Afterwards their memory is watched."""
+        self.tensors: dict[int, torch.Tensor] = {}
+        """A tensor in each of them, a parameter if there is one. Held while capturing. Afterwards its memory is watched."""
         self.reshaped: dict[int, tuple[Written, str, str]] = {}
         """Tensors from outside with other shapes or strides, by identity: how they were, the first such op, and its line."""
         self.written: dict[int, _torch.StorageWeakRef] = {}
@@ -89,15 +89,14 @@ class CaptureMemory:
     def reads(self, tensor: torch.Tensor) -> None:
         """A segment takes ``tensor``."""
         key = _torch.storage_key(tensor)
-        if key not in self.made and key not in self.outside:
+        outside = key not in self.made
+        if outside and key not in self.outside:
             address = tensor.untyped_storage().data_ptr()
             self.outside[key] = Outside(weakref.ref(tensor), address, user_line())
-        if self.keep or key not in self.made:
+        if outside or self.keep:
             self.held[key] = tensor.untyped_storage()
-        if key not in self.made and (
-            isinstance(tensor, nn.Parameter) or (tensor.grad_fn is None and key not in self.theirs)
-        ):
-            self.theirs[key] = tensor
+        if outside and (isinstance(tensor, nn.Parameter) or (tensor.grad_fn is None and key not in self.tensors)):
+            self.tensors[key] = tensor
 
     def makes(self, tensor: torch.Tensor) -> None:
         """A segment has made ``tensor``, or an alias of what it takes."""
@@ -195,7 +194,7 @@ class CaptureMemory:
     def gradients(self, others: Mapping[int, torch.Tensor]) -> Iterator[Gradient]:
         """Gradients that segments read or write, of autograd leaves that they read, and of ``others``, by identity."""
         read = (tensor for outside in self.outside.values() if (tensor := outside.ref()) is not None)
-        leaves = {id(tensor): tensor for tensor in (*read, *self.theirs.values()) if tensor.is_leaf}
+        leaves = {id(tensor): tensor for tensor in (*read, *self.tensors.values()) if tensor.is_leaf}
         for leaf in {**leaves, **others}.values():
             if not leaf.requires_grad or (grad := leaf.grad) is None or grad.layout is not torch.strided:
                 continue
@@ -207,11 +206,11 @@ class CaptureMemory:
 
     def watched(self) -> dict[int, torch.Tensor]:
         """What segments read, without tensors to which the body gave other memory: the graph keeps the memory of these."""
-        return {key: value for key, value in self.theirs.items() if _torch.storage_key(value) == key}
+        return {key: value for key, value in self.tensors.items() if _torch.storage_key(value) == key}
 
     def forget(self) -> None:
         """Drop what is held."""
-        self.held, self.theirs, self.outside = {}, {}, {}
+        self.held, self.tensors, self.outside = {}, {}, {}
 
 
 def resized(where: str) -> CaptureError:

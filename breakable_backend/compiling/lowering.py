@@ -204,11 +204,11 @@ def note_outs(gm: fx.GraphModule) -> dict[int, str]:
 
 
 def returned_outs(module: fx.GraphModule) -> None:
-    """Have what reads the first argument of an op with ``out=`` read that, where the trace has the op's result for it.
+    """Put the first argument of an op with ``out=`` back where the trace has the op's result in its place.
 
-    The fakes of ``copy.out`` and ``slice_scatter.out`` return their first argument, and the kernels return ``out``, so
-    that the trace takes the result for another name of that argument. (torch 2.11 to 2.15) The code of ``module`` is
-    made anew by :func:`out_of_place_views`, which comes next.
+    The fakes of ``copy.out`` and ``slice_scatter.out`` return their first argument, and the kernels return ``out``. So a
+    trace takes the result for another name of that argument. (torch 2.11 to 2.15) :func:`out_of_place_views`, which comes
+    next, generates the code of ``module`` anew.
     """
     for node in module.graph.nodes:
         out, first = node.kwargs.get("out"), node.args[0] if node.args else None

@@ -41,7 +41,7 @@ def as_eager(gm: fx.GraphModule) -> Callable[..., Any]:
 
 
 def with_signs(function: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
-    """``function``, which was compiled of ``gm``; but where a float that it takes for 0.0 is -0.0, ``gm`` runs as traced."""
+    """``function``, which was compiled from ``gm``, for all floats: if one that it takes for 0.0 is -0.0, ``gm`` itself runs."""
     if not (zeros := tuple(_torch.zero_floats(gm))):
         return function
     traced = as_eager(gm)
