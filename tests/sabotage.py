@@ -287,9 +287,9 @@ FAULTS = (
     ),
     Fault(
         "what-is-detached-needs-gradients-without-grad-mode",
-        "marks.results:_Taker._is_detached",
-        "base_needs",
-        "self.recording and base_needs",
+        "marks.results:_Taker._alias",
+        "base.requires_grad and not tensor.requires_grad",
+        "self.recording and base.requires_grad and not tensor.requires_grad",
         "test_functions.py::test_what_is_detached_without_grad_mode[cpu-False-detach]",
     ),
     Fault(

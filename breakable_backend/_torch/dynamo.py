@@ -119,7 +119,7 @@ def is_shared(code: CodeType) -> bool:
     return code is _inlined()
 
 
-def at_recompile_limit(codes: Iterable[CodeType] | None = None) -> list[str]:
+def at_recompile_limit(codes: Iterable[CodeType] | None) -> list[str]:
     """Those of ``codes`` that Dynamo will not compile again, as ``name (file:line)``; for None, of all."""
     from torch._dynamo import config
     from torch._dynamo.convert_frame import input_codes

@@ -142,7 +142,7 @@ def python_implementation(op: OpOverload, device_type: str) -> Callable[..., Any
 
 
 def kernel_made_of_ops(
-    op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str] = (), *, watching: bool = False
+    op: OpOverload, args: Sequence[Any], device_type: str, autocast: Sequence[str], *, watching: bool
 ) -> Callable[..., Any] | None:
     """The kernel of ``op``, if it only calls other ops: a composite, or Python registered by a library.
 

@@ -207,9 +207,9 @@ class _Binding:
     """Arguments of Dynamo's code before the caller's, such as the module whose method it is."""
     code: CodeType
     """Dynamo's code. What it has installed among the globals lives as long."""
-    fits: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
-    function: Callable[..., Any] = operator.not_
+    function: Callable[..., Any]
     """Dynamo's code around the graph, with a check of what it passes to the graph."""
+    fits: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None
     quick: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
     """The whole call as one function, without Dynamo's code; see :func:`breakable_backend.calling.fast_path.generate`."""
 
@@ -353,11 +353,9 @@ def _bound(
     lean = _Graph.of(handed, arguments, replayed, _torch.graph_behind(function, code))
     if lean is None:
         return None, "a parameter does not reach the graph as it is"
-    modules = _modules_of(frame)
-    binding = _Binding(executor, inputs, _State(executor, modules, hooks), before, code)
-    binding.function = _torch.unguarded(function, code, lean.checked())
-    if check == "inputs":
-        binding.fits = inputs.checker(binding.state.test())
+    state = _State(executor, _modules_of(frame), hooks)
+    fits = inputs.checker(state.test()) if check == "inputs" else None
+    binding = _Binding(executor, inputs, state, before, code, _torch.unguarded(function, code, lean.checked()), fits)
     if lean.written == () and executor.options.debug is None:
         same = None
         if check != "nothing":

@@ -278,7 +278,7 @@ class CompiledGraph:
         if entry.trials.cause == "memory":
             driver.make_room()
         if driver.reuses_memory and not (plan.keep or plan.apart):
-            self._make_way(needed(program, SpecialisedProgram.of(program, values).symbols), driver)
+            self._make_way(needed(program, SpecialisedProgram.of(program, values).symbols))
         try:
             with observers.span("record"):
                 recorded = record(program, driver, values, plan, stream)
@@ -336,12 +336,13 @@ class CompiledGraph:
         after = "at its next call" if pause == 1 else f"after {pause} calls"
         self.observers.noted(f"a key could not be recorded, and is tried again {after}: {reason}", logging.WARNING)
 
-    def _make_way(self, need: int, driver: CaptureDriver) -> None:
+    def _make_way(self, need: int) -> None:
         """If the pool is too small for the next recording, free everything in it. All keys then get a larger pool.
 
         The old pool is freed before the new one is made. This takes a wait for the GPU, once for each size that
         outgrows a pool.
         """
+        driver = self.driver
         if not driver.pool_size.holds(need):
             before = driver.pool_bytes()
             for tenant in [tenant() for tenant in list(driver.tenants)]:
@@ -371,7 +372,7 @@ class CompiledGraph:
                 self.keys.remember(entry.key, why)
         release(entries, self.statistics, self.keys, self.driver, wait=wait)
 
-    def _drop_set(self, addresses: tuple[int, ...], why: str, *, wait: bool = True) -> None:
+    def _drop_set(self, addresses: tuple[int, ...], why: str, *, wait: bool) -> None:
         """Drop a set of keys. ``wait``: free it now, and wait for the GPU if it is still in use."""
         if entries := self.keys.take_set(addresses):
             self._release(entries, why, wait=wait)
@@ -410,9 +411,7 @@ class CompiledGraph:
         """A snapshot of the present state."""
         keys = []
         with self.keys.changing:
-            # A replay moves its entry to the end without the lock. This changes the order of the dict, and not its
-            # content.
-            for addresses in list(dict.values(self.keys.sets)):
+            for addresses in list(dict.values(self.keys.sets)):  # in the order of ``Keys.entries``
                 statics = tuple(ref() for ref in addresses.guards)
                 keys += [KeySnapshot.of(entry, statics) for entry in dict.values(addresses.entries)]
             statistics, notes = self.statistics.copy(), tuple(self.notes)
@@ -430,7 +429,7 @@ class CompiledGraph:
                 spectator(entry, args)
 
         with self.keys.changing:
-            shown = [entry for addresses in dict.values(self.keys.sets) for entry in dict.values(addresses.entries)]
+            shown = self.keys.entries()
             for entry in shown:
                 entry.show(mine)
         try:

@@ -203,8 +203,12 @@ class Keys:
         """Why recordings were dropped, for the last ``eviction.MAX_DROPPED`` keys."""
 
     def entries(self) -> list[Entry]:
-        """All entries, in the order in which a report shows them."""
-        return [entry for addresses in self.sets.values() for entry in addresses.entries.values()]
+        """All entries, in the order in which they came, as reports show them.
+
+        A replay moves its entry to the end without a lock. This changes the order of the ``OrderedDict``, and not that of
+        its base class ``dict``.
+        """
+        return [entry for addresses in dict.values(self.sets) for entry in dict.values(addresses.entries)]
 
     def latest(self) -> list[Recording]:
         """The recordings of the last two entries that were used: the GPU may be that far behind."""

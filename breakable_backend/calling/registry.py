@@ -64,7 +64,7 @@ def executors_of(compiled: Any = None) -> list[Executor]:
     return executors.behind(compiled)
 
 
-def eager_graphs_of(compiled: Any = None) -> list[EagerGraph]:
+def eager_graphs_of(compiled: Any) -> list[EagerGraph]:
     """The graphs of ``compiled`` that run as Dynamo traced them, oldest first; for None all."""
     found = (function.uncaptured for function in as_traced.behind(compiled))
     return [graph for graph in found if graph is not None]

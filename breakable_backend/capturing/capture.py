@@ -465,21 +465,18 @@ class _OngoingCapture:
         known |= set(map(_torch.storage_key, taken))
         token = active.handler.set(None)
         try:
-            for barrier in (self.barrier, mark.barrier):
-                if barrier is not None:
-                    barrier()
-            run = mark.capture_stub or function
-            if call is not None:
-                call.check()
-                args, kwargs = call.arguments()
-            with _torch.without_observers():
-                result = run(*args, **kwargs)
-        except BaseException as error:
-            self.failed = error
-            raise
-        finally:
-            active.handler.reset(token)
-        try:
+            try:
+                for barrier in (self.barrier, mark.barrier):
+                    if barrier is not None:
+                        barrier()
+                run = mark.capture_stub or function
+                if call is not None:
+                    call.check()
+                    args, kwargs = call.arguments()
+                with _torch.without_observers():
+                    result = run(*args, **kwargs)
+            finally:
+                active.handler.reset(token)
             apart = isinstance(replayed, gradients.Backward)
             try:
                 result = on_known_memory(result, taken)

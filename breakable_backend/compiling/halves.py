@@ -83,23 +83,24 @@ class Halves:
         return cls(gm, eager_ops, static)
 
     @property
+    def _placeholders(self) -> list[fx.Node]:
+        return self.gm.graph.find_nodes(op="placeholder")
+
+    @property
     def varying(self) -> tuple[int, ...]:
         """The inputs that are numbers, or tensors whose sizes vary."""
-        placeholders = self.gm.graph.find_nodes(op="placeholder")
-        varies = (_varies(node.meta.get("example_value")) or _is_float(node) for node in placeholders)
+        varies = (_varies(node.meta.get("example_value")) or _is_float(node) for node in self._placeholders)
         return tuple(index for index, does in enumerate(varies) if does)
 
     @property
     def floats(self) -> tuple[int, ...]:
         """Those of :attr:`varying` that are Python floats, each passed as a tensor of no dimensions."""
-        placeholders = self.gm.graph.find_nodes(op="placeholder")
-        return tuple(index for index, node in enumerate(placeholders) if _is_float(node))
+        return tuple(index for index, node in enumerate(self._placeholders) if _is_float(node))
 
     @property
     def parts(self) -> tuple[int, ...]:
         """The inputs that are parts of subclasses: an attribute tells of which one."""
-        placeholders = self.gm.graph.find_nodes(op="placeholder")
-        return tuple(index for index, node in enumerate(placeholders) if node.meta.get(PART))
+        return tuple(index for index, node in enumerate(self._placeholders) if node.meta.get(PART))
 
     def at(self, numbers: Mapping[int, int | float]) -> Halves:
         """The same graph with constants for the inputs that are ``numbers``, which it does not take any more.
@@ -108,7 +109,7 @@ class Halves:
         """
         graph, copies = fx.Graph(), dict[fx.Node, Any]()
         twins: dict[Site, Site] = {}
-        for index, node in enumerate(self.gm.graph.find_nodes(op="placeholder")):
+        for index, node in enumerate(self._placeholders):
             copies[node] = numbers[index] if index in numbers else graph.node_copy(node)
         for node in self.gm.graph.nodes:
             if _is_item(node) and isinstance(number := copies[node.args[0]], float):
@@ -163,8 +164,7 @@ class Halves:
         """For each gradient that was just traced: the subclass of which it is a part, if it is one."""
         made = (node for node in self.gm.graph.nodes if isinstance(node.target, Wrapped))
         wholes = {part.name: node.target.gradient for node in made for part in node.args}
-        placeholders = self.gm.graph.find_nodes(op="placeholder")
-        return tuple(wholes.get(placeholders[index].name) for index in self.wanted)
+        return tuple(wholes.get(self._placeholders[index].name) for index in self.wanted)
 
     def _joint(self, pattern: Pattern | None, absent: Absent = frozenset()) -> Joint:
         """Trace both halves for the gradients of ``pattern``. None: a gradient for each output, of the output's layout."""

@@ -149,16 +149,11 @@ class Joint:
 
     def roots(self) -> dict[str, fx.Node]:
         """The values of the forward that have to be kept, since the backward is made from them."""
-        found: dict[str, fx.Node] = {}
-        for node in self.used():
-            for root in _roots(node):
-                if root.op == "call_function":
-                    found[root.name] = root
-        return found
+        return {root.name: root for root in map(_root, self.used()) if root.op == "call_function"}
 
     def inputs(self) -> tuple[int, ...]:
         """The inputs that the backward is made from."""
-        roots = {root for node in self.used() for root in _roots(node)}
+        roots = set(map(_root, self.used()))
         return tuple(index for index, node in enumerate(self.placeholders[: self.num_inputs]) if node in roots)
 
 
@@ -259,16 +254,14 @@ def _reaches_absolutely(node: fx.Node) -> bool:
     """Whether it counts from where the storage of an argument begins. Fakes begin there: gradients would be of other elements."""
     if schema_name(node) not in STRIDED or argument_of(node, "storage_offset") is None:
         return False
-    return any(root.op == "placeholder" for root in _roots(node.all_input_nodes[0]))
+    return _root(node.all_input_nodes[0]).op == "placeholder"
 
 
-def _roots(node: fx.Node) -> Iterator[fx.Node]:
-    """The values of the forward from which ``node`` is made, if views are made again."""
-    source = _source(node)
-    if source is None:
-        yield node
-    else:
-        yield from _roots(source)
+def _root(node: fx.Node) -> fx.Node:
+    """The value of the forward from which ``node`` is made, if views are made again."""
+    while (source := _source(node)) is not None:
+        node = source
+    return node
 
 
 def _source(node: fx.Node) -> fx.Node | None:
@@ -277,16 +270,11 @@ def _source(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_view(node.args[0]):
         node = node.args[0]
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) and not is_view(node):
-        return None
     if is_view(node):
         keys = storages_of(node)
         return next(argument for argument in node.all_input_nodes if not keys.isdisjoint(storages_of(argument)))
-    for written in written_arguments(node):
-        mine = written.meta.get("val")
-        assert isinstance(value, torch.Tensor)
-        if isinstance(mine, torch.Tensor) and _torch.storage_key(mine) == _torch.storage_key(value):
+    for written in written_arguments(node) if is_tensor(node) else ():
+        if is_tensor(written) and storages_of(written) == storages_of(node):
             return alias_source(node, written)
     return None
 

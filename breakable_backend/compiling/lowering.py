@@ -95,9 +95,9 @@ def _traced(
     """``gm``, traced to ATen and compiled."""
     autocast = _torch.any_autocast_enabled()
     """Whether AOTAutograd's wrapper has to switch off an autocast of the caller's around each call."""
-    inner: list[Callable[[list[Any]], Any]] = []
-    written: tuple[int, ...] | None = None
-    """If none of AOTAutograd's wrappers has to run around a call: the inputs whose versions are counted up."""
+    made: list[tuple[Callable[[list[Any]], Any], tuple[int, ...] | None]] = []
+    """What was compiled; and, if none of AOTAutograd's wrappers has to run around a call, the inputs whose versions are
+    counted up."""
     ours: list[Exception] = []
     """Exceptions of this package's code that AOTAutograd calls."""
 
@@ -109,7 +109,6 @@ def _traced(
             raise
 
     def compiled_by_us(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        nonlocal written
         _torch.forget_effect_tokens()
         _torch.name_inputs(module.graph.find_nodes(op="placeholder"), gm)
         written = None if autocast else _torch.written_without_wrappers(gm, module)
@@ -118,20 +117,8 @@ def _traced(
         if lost := lost_outs(module, outs):
             raise CannotLower(f"{lost} leaves its out= unwritten when it is traced")
         compiled = compile_lowered(Lowered(module, _torch.static_input_indices(), marks.unmet(module)))
-
-        first = True
-
-        def boxed(args: list[Any]) -> Any:
-            nonlocal first
-            if first:
-                first = False
-                with _torch.without_alias_check():
-                    return compiled(args)
-            return compiled(args)
-
-        boxed._boxed_call = True  # type: ignore[attr-defined]
-        inner.append(compiled)
-        return boxed
+        made.append((compiled, written))
+        return _boxed(compiled)
 
     def training(_module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         raise CannotLower(NEEDS_GRADIENTS)
@@ -149,10 +136,27 @@ def _traced(
         if error in ours:
             raise
         raise CannotLower(f"AOTAutograd does not take it: {_what(error)}") from error
+    compiled, written = made[-1]
     if written is not None:
-        function = without_wrappers(inner[-1], written)
-    function.executor = inner[-1]  # type: ignore[attr-defined]
+        function = without_wrappers(compiled, written)
+    function.executor = compiled  # type: ignore[attr-defined]
     return function
+
+
+def _boxed(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """``compiled`` as AOTAutograd calls it, whose check for aliases in the first call is left out."""
+    first = True
+
+    def boxed(args: list[Any]) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            with _torch.without_alias_check():
+                return compiled(args)
+        return compiled(args)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
 
 
 def without_wrappers(compiled: Callable[[list[Any]], Any], written: tuple[int, ...]) -> Callable[..., Any]:

@@ -309,7 +309,7 @@ class _Flow:
 
 
 class _Builder:
-    """Copies nodes into one graph for each segment. ``resolve`` is the core: a value as the current segment sees it."""
+    """Copies nodes into one graph for each segment. The core of this is :meth:`_Draft.resolve`."""
 
     def __init__(self, lowered: Lowered, scope: Scope, flow: _Flow) -> None:
         self.lowered, self.scope, self.flow = lowered, scope, flow
@@ -321,7 +321,7 @@ class _Builder:
         self.names.add(chosen)
         return chosen
 
-    def build(self, runs: list[_Run], apart: Collection[str] = ()) -> Program:
+    def build(self, runs: list[_Run], apart: Collection[str]) -> Program:
         drafts = [self._draft(run) for run in runs]
         returned = _Draft(self)
         returned.graph.output(

@@ -46,7 +46,6 @@ def may_be_cut(body: fx.GraphModule) -> bool:
         or (isinstance(node.target, _torch.HigherOrderOperator) and not _is_call(node))
         or any(map(is_opaque, _torch.overloads(node.target)))
         for node in body.graph.nodes
-        if node.op == "call_function" or REGION_KEY in node.meta.get("custom", {})
     )
 
 
@@ -60,12 +59,11 @@ def require_whole_regions(module: fx.GraphModule, scope: Scope) -> None:
 
 
 def _require_whole(module: fx.GraphModule, scope: Scope) -> None:
-    for node in module.graph.nodes:
-        for body in bodies(node) if _is_call(node) else ():
-            for inner in calls_in(body):
-                if not _is_call(inner) and classify(inner, scope) is not None:
-                    raise CutsRegion(str(classify(inner, scope)))
-            _require_whole(body, scope)
+    for body in [body for node in module.graph.nodes if _is_call(node) for body in bodies(node)]:
+        for inner in calls_in(body):
+            if not _is_call(inner) and (reason := classify(inner, scope)) is not None:
+                raise CutsRegion(str(reason))
+        _require_whole(body, scope)
 
 
 def _is_call(node: fx.Node) -> bool:

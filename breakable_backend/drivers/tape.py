@@ -238,12 +238,10 @@ class TapeGraph(OpByOpGraph):
 class _Tape:
     """Runs the ops that it gets, and keeps what is needed to undo them and to run them again."""
 
-    def __init__(
-        self, device: torch.device, generator: torch.Generator, lent: Mapping[int, _Lent] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, generator: torch.Generator, lent: Mapping[int, _Lent]) -> None:
         self.device = device
         self.generator = generator
-        self.lent = lent or {}
+        self.lent = lent
         """What the driver has lent, by the key of the twin."""
         self.ops: list[_Op] = []
         self.made: dict[int, tuple[torch.UntypedStorage, torch.dtype | None]] = {}

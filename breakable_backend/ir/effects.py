@@ -257,8 +257,7 @@ def written_inputs(module: fx.GraphModule) -> frozenset[str]:
     return frozenset(node.name for node in inputs if not memory.isdisjoint(storages_of(node)))
 
 
-# --- what it leaves unfinished
-# ----------------------------------------------------------------------------------------------
+# --- what it leaves unfinished --------------------------------------------------------------------------------------------
 
 WAIT = "_c10d_functional::wait_tensor"
 """The op that waits for the result of a collective. A second wait for the same result does nothing."""
@@ -325,7 +324,7 @@ def symbols_of_inputs(graph: fx.Graph) -> frozenset[Any]:
     return frozenset().union(*(_torch.free_symbols(value) for value in values if not _torch.is_ragged(value)))
 
 
-def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
+def late_values(graph: fx.Graph, known: frozenset[Any], floats: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """The numbers that are known only at run time, and the tensors whose shape depends on one although no symbol says so.
 
     ``torch._check(n == 3)`` replaces an unbacked symbol by 3 everywhere. Then no symbol is left in what follows from

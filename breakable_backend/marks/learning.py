@@ -99,12 +99,12 @@ class Asked:
 
     @property
     def values(self) -> Values:
-        """The key by which samples are looked up; None if there are symbols."""
+        """The key by which samples are looked up, with None for each symbol."""
         floats = tuple(value.hex() if type(value) is float else None for value in self.floats)  # -0.0 is not 0.0
         return tuple(number if type(number) is int else None for number in self.numbers), floats
 
     def agrees(self, sample: Values) -> bool:
-        """Whether ``other`` may be a call with these arguments, for some values of the symbols."""
+        """Whether ``sample`` may be of a call with these arguments, for some values of the symbols."""
         pairs = (
             pair for ours, other in zip(self.values, sample, strict=True) for pair in zip(ours, other, strict=True)
         )

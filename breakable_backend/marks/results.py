@@ -189,7 +189,7 @@ class _Taker:
         bases.sort(key=lambda place: place[1] is not tensor)
         leaves = []
         for number, base in bases:
-            lies, detached = Geometry.of(base), self._is_detached(tensor, base.requires_grad)
+            lies, detached = Geometry.of(base), base.requires_grad and not tensor.requires_grad
             if lies.in_memory == mine.in_memory:
                 return ("argument", number, detached)
             if lies.read_as == mine.read_as:
@@ -198,9 +198,6 @@ class _Taker:
             raise Unholdable("a view of an argument with another dtype", "make that view outside, or return a clone")
         # Prefer an argument that contains it: in another call the arguments may lie apart.
         return next((leaf for leaf in leaves if leaf[4] is not None), leaves[0])
-
-    def _is_detached(self, tensor: torch.Tensor, base_needs: bool) -> bool:
-        return base_needs and not tensor.requires_grad
 
     def _take_group(self, group: list[int], copied: bool) -> None:
         """Find a tensor that owns the memory of several results, and how each is made again from it."""
@@ -226,7 +223,7 @@ class _Taker:
         self.roots.append(root)
         self.members.append(members)
         for place, tensor in zip(group, tensors, strict=True):
-            detached = self._is_detached(tensor, self.exact and bool(wanting))
+            detached = self.exact and bool(wanting) and not tensor.requires_grad
             view = None if where is None else view_leaf("root", number, where, strided(tensor), detached)
             self.places[place] = view or ("tensor", number, detached)
 

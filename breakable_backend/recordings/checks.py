@@ -65,7 +65,7 @@ def check_places(recording: Recording, args: Sequence[Any]) -> None:
             refuse_place(f"{'the bridge ' if isinstance(value, Bridge) else ''}{name}", now == 0)
 
 
-def refuse_place(what: str, freed: bool = False, where: str = "") -> NoReturn:
+def refuse_place(what: str, freed: bool, where: str = "") -> NoReturn:
     """Raise for memory that a captured segment would read at a wrong address."""
     fate = "was freed" if freed else "is not where it was when they were captured"
     raise DivergenceError(

@@ -41,7 +41,6 @@ class Locations:
         self.saved = tuple(leaf.name for leaf in leaves[plan.saved_from :]) if plan.saved_from is not None else ()
         """The values among the outputs that a backward needs."""
         self.keep, self.static = plan.keep or not driver.reuses_memory, not plan.fresh_outputs
-        self.inputs = specialised.values.keys()
         self.values: dict[str, Any] = dict(specialised.values)
         """All variables, with the values of this call."""
         self.constants: dict[str, Any] = {v.name: self.values[v.name] for v in program.inputs if v.kind == "constant"}

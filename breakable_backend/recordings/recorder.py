@@ -90,11 +90,10 @@ def record(program: Program, driver: CaptureDriver, args: Sequence[Any], plan: P
             position = 0
             while position < len(recorder.segments):
                 segment = recorder.segments[position]
-                if isinstance(segment, GraphSegment):
-                    if not recorder.capture(position, segment):
-                        continue  # the program was cut anew, and has another segment at this position
-                else:
+                if isinstance(segment, EagerSegment):
                     recorder.eager(segment)
+                elif not recorder.capture(position, segment):
+                    continue  # the program was cut anew, and has another segment at this position
                 recorder.locations.retire(position)
                 position += 1
             try:
