@@ -724,7 +724,7 @@ FAULTS = (
     ),
     Fault(
         "what-a-marked-function-writes-through-another-argument-is-not-noticed",
-        "compiling.halves:Halves._traced",
+        "compiling.halves:Halves._joint_of",
         "tuple(sorted({*facts['written'], *written}))",
         "tuple(facts['written'])",
         "test_training.py::test_an_argument_written_through_another[cpu-marked]",
@@ -1903,7 +1903,7 @@ FAULTS = (
     ),
     Fault(
         "a-copy-passes-for-compiled",
-        "tools.report:explain",
+        "tools.report:_notes",
         "not _torch.holds_compiled(compiled)",
         "False",
         "test_copies.py::test_a_copy_of_what_was_compiled_in_place_can_be_compiled[cpu]",
@@ -3544,7 +3544,7 @@ FAULTS = (
     ),
     Fault(
         "backward-without-names",
-        "compiling.halves:Halves._traced",
+        "compiling.halves:Halves._joint_of",
         "_torch.name_inputs(placeholders[:count], self.gm)",
         "{}",
         "test_names.py::test_both_halves_of_training",
@@ -3650,7 +3650,7 @@ FAULTS = (
     Fault(
         "marks-without-effect-are-silent",
         "tools.report:explain",
-        "(*programs[0].notes, *notes)",
+        "(*programs[0].notes, *_notes(compiled, executors, breaks))",
         "programs[0].notes",
         "test_contract_reasons.py::test_marks_without_effect_are_told[cpu]",
     ),

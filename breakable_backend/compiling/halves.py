@@ -226,7 +226,20 @@ class Halves:
                 return tuple(outputs), gradients
 
             module = _torch.trace_joint(both, [*values, *tangents])
-            wholes = self._wholes()
+            facts["wholes"] = self._wholes()
+        joint = self._joint_of(module, facts, absent)
+        attribute_backward(joint)
+        check(joint)
+        # What may draw, as custom ops and branches may, would need the random state of its first run.
+        called = (node.target for part in graphs_in(self.gm) for node in part.graph.nodes)
+        for node in joint.second() if checkpointed in called else ():
+            if draws(node.target) or is_unknown(node.target):
+                raise CannotLower("what a checkpoint computes again draws random numbers, or may", node)
+        return joint
+
+    def _joint_of(self, module: fx.GraphModule, facts: Mapping[str, Any], absent: Absent) -> Joint:
+        """The trace in ``module``, with the ``facts`` that were found while it was made."""
+        count = len(self.inputs)
         returned: Any = module.graph.output_node().args[0]
         outputs, gradients = returned
         placeholders = tuple(module.graph.find_nodes(op="placeholder"))
@@ -245,18 +258,10 @@ class Halves:
             placeholders,
             tuple(facts["given"]),
             tuple(sorted({*facts["written"], *written})),
-            wholes,
+            facts["wholes"],
             absent,
         )
-        joint = replace(joint, aliases=tuple(aliases_in(joint, self.inputs, self.parts)))
-        attribute_backward(joint)
-        check(joint)
-        # What may draw, as custom ops and branches may, would need the random state of its first run.
-        called = (node.target for part in graphs_in(self.gm) for node in part.graph.nodes)
-        for node in joint.second() if checkpointed in called else ():
-            if draws(node.target) or is_unknown(node.target):
-                raise CannotLower("what a checkpoint computes again draws random numbers, or may", node)
-        return joint
+        return replace(joint, aliases=tuple(aliases_in(joint, self.inputs, self.parts)))
 
 
 def _refused(module: fx.GraphModule, node: fx.Node, *, inside: bool) -> str:

@@ -173,16 +173,7 @@ def _mark(function: Any, *, enable: bool, options: dict[str, Any], by: str = BY_
         return function
     if isinstance(function, staticmethod | classmethod):
         return type(function)(_mark(function.__func__, enable=enable, options=options))
-    if not callable(function) or isinstance(function, type):
-        raise OptionsError(
-            f"eager_on_graph marks functions, not {function!r}",
-            fix="mark a function or a method; all modules of a class are marked by mark_eager(TheClass)",
-        )
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise OptionsError(
-            f"eager_on_graph marks functions that return their result, and {function.__qualname__} is asynchronous",
-            fix="mark a plain function, and await outside of it",
-        )
+    _check_function(function)
     if hasattr(function, "cache_info"):  # of functools.lru_cache
         function = _asked_for_no_tensor(function)
     _check_options(options)
@@ -293,6 +284,19 @@ def _with_gradients(function: Callable[..., Any], options: Mapping[str, Any]) ->
 
 _OPTIONS = tuple(MarkOptions.__annotations__)
 _CALLED = ("fake", "capture_stub", "barrier", "backward")
+
+
+def _check_function(function: Any) -> None:
+    if not callable(function) or isinstance(function, type):
+        raise OptionsError(
+            f"eager_on_graph marks functions, not {function!r}",
+            fix="mark a function or a method; all modules of a class are marked by mark_eager(TheClass)",
+        )
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise OptionsError(
+            f"eager_on_graph marks functions that return their result, and {function.__qualname__} is asynchronous",
+            fix="mark a plain function, and await outside of it",
+        )
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

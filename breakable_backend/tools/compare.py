@@ -196,12 +196,7 @@ class Checker:
     """
 
     def __init__(
-        self,
-        recorded: Recording,
-        witness: Witness,
-        tolerance: Tolerance,
-        program: Program | None = None,
-        half: str = "",
+        self, recorded: Recording, witness: Witness, tolerance: Tolerance, program: Program | None, half: str
     ) -> None:
         self.half = half
         self.recorded, self.witness, self.tolerance, self.program = recorded, witness, tolerance, program

@@ -67,10 +67,10 @@ def measure_compiled(
         for executor in executors:
             with executor.driver.lock:  # the recordings stay as they are
                 snapshot = executor.snapshot()
-                for key in snapshot.keys:
+                for key in [key for key in snapshot.keys if key.recording is not None]:
                     place = executor.name, key.key
-                    if key.recording is not None and (not given or place in replayed):
-                        values = replayed[place] if given else _kept_arguments(snapshot, key)
+                    values = replayed.get(place) if given else _kept_arguments(snapshot, key)
+                    if values is not None:
                         measured[place] = _measure_key(executor, snapshot, key, values, progress, whole, reference)
     if measured:
         return measured

@@ -22,13 +22,14 @@ from torch import fx
 
 from breakable_backend import _torch
 from breakable_backend.callers import found_by
+from breakable_backend.calling.executor import Executor
 from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, executors_of
-from breakable_backend.calling.snapshot import KeySnapshot, Snapshot
+from breakable_backend.calling.snapshot import KeySnapshot, Slots, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
 from breakable_backend.errors import OptionsError
 from breakable_backend.ir.layout import TensorSpec
-from breakable_backend.ir.program import GraphSegment, Op, Segment, described, lines_of_segments
+from breakable_backend.ir.program import EagerSegment, Op, Segment, described, lines_of_segments
 from breakable_backend.ir.source_lines import module_path, short_line
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks.call_sites import learning
@@ -213,15 +214,8 @@ def explain(
         programs[0] = dataclasses.replace(programs[0], findings=told)
     breaks = _breaks()
     if compiled is not None and executors:
-        unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
-        in_breaks = {mark.removeprefix("one ").replace(" is ", ", ", 1): mark for mark in unmet}
-        unmet -= {mark for told, mark in in_breaks.items() if any(why.startswith(told) for why in breaks)}
-        notes = [f"{mark}, and no graph of this function calls it" for mark in sorted(unmet)]
-        later = marked_names().difference(*(executor.lowered.marked for executor in executors))
-        notes += [LATER.format(mark) for mark in sorted(later)]
-        if not _torch.holds_compiled(compiled):
-            notes.append(NOT_ITSELF.format(type(compiled).__name__))
-        programs[0] = dataclasses.replace(programs[0], notes=(*programs[0].notes, *notes))
+        notes = (*programs[0].notes, *_notes(compiled, executors, breaks))
+        programs[0] = dataclasses.replace(programs[0], notes=notes)
     waiting = learning() if compiled is None else found_by(_torch.subjects_of(compiled), learning())
     codes = () if compiled is None else _torch.codes_of(compiled)
     learners = {id(item.callers.whole) for item in waiting}
@@ -270,6 +264,18 @@ def _is_plain(function: Any) -> bool:
     )
 
 
+def _notes(compiled: Any, executors: Sequence[Executor], breaks: Iterable[str]) -> Iterator[str]:
+    """Marks that no graph of ``compiled`` calls, or that came after its compilation; and whether it is compiled itself."""
+    unmet = frozenset.intersection(*(executor.lowered.unmet for executor in executors))
+    in_breaks = {mark.removeprefix("one ").replace(" is ", ", ", 1): mark for mark in unmet}
+    unmet -= {mark for told, mark in in_breaks.items() if any(why.startswith(told) for why in breaks)}
+    yield from (f"{mark}, and no graph of this function calls it" for mark in sorted(unmet))
+    later = marked_names().difference(*(executor.lowered.marked for executor in executors))
+    yield from map(LATER.format, sorted(later))
+    if not _torch.holds_compiled(compiled):
+        yield NOT_ITSELF.format(type(compiled).__name__)
+
+
 def _codes(compiled: Any) -> list[CodeType]:
     """The code objects that Dynamo compiles for ``compiled``: functions, and their continuations after graph breaks."""
     found = (executor.callers.code for executor in executors_of(compiled))
@@ -281,7 +287,7 @@ def _codes(compiled: Any) -> list[CodeType]:
 
 def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramReport:
     statistics, program, driver = snapshot.statistics, snapshot.program, snapshot.driver
-    slots = snapshot.slots
+    slots = snapshot.slots or Slots(count=0, pending=0, saved_bytes=0)
     recordings = tuple(
         _recording(key, position, measured.get((snapshot.name, key.key))) for position, key in enumerate(snapshot.keys)
     )
@@ -310,9 +316,9 @@ def _program(snapshot: Snapshot, measured: Mapping[Place, Measured]) -> ProgramR
         bound_calls=statistics.bound,
         misfits=dict(statistics.misfits),
         findings=findings(snapshot, replays),
-        slots=slots.count if slots is not None else 0,
-        pending=slots.pending if slots is not None else 0,
-        saved_bytes=slots.saved_bytes if slots is not None else 0,
+        slots=slots.count,
+        pending=slots.pending,
+        saved_bytes=slots.saved_bytes,
     )
 
 
@@ -441,9 +447,8 @@ def _bridge(recording: Recording, copy: Copy, direction: Literal["in", "out"]) -
 
 
 def _segment(position: int, segment: Segment) -> StepReport:
-    captured = isinstance(segment, GraphSegment)
-    reasons = () if isinstance(segment, GraphSegment) else segment.reasons
-    return StepReport(position, "captured" if captured else "eager", ops_of(segment.module), reasons, (), -1, ())
+    reasons = segment.reasons if isinstance(segment, EagerSegment) else ()
+    return StepReport(position, "eager" if reasons else "captured", ops_of(segment.module), reasons, (), -1, ())
 
 
 def ops_of(module: fx.GraphModule) -> tuple[Op, ...]:
@@ -523,6 +528,8 @@ STANCES = {
         ("aot_eager_then_compile", "so the first call of a function runs by another backend, aot_eager"),
     )
 }
+
+
 # --- other forms ----------------------------------------------------------------------------------------------------------
 
 

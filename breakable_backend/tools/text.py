@@ -185,40 +185,18 @@ def _step_lines(steps: Sequence[StepReport]) -> Iterator[str | Table]:
         return
     steps = [step for step in steps if step.kind == "eager" or step.ops or step.bridges or step.num_kernels]
     timed = any(step.host_us is not None for step in steps)
-    columns = (
-        "step",
-        "",
-        "ops",
-        "kernels",
-        "bridges",
-        *(("host us", "GPU us") if timed else ()),
-        "module",
-        "what",
-        "at",
-    )
+    measured = ("host us", "GPU us") if timed else ()
+    columns = ("step", "", "ops", "kernels", "bridges", *measured, "module", "what", "at")
     rows = []
     for step in steps[:ROWS]:
         counts = Counter(bridge.direction for bridge in step.bridges)
         size = sum(bridge.bytes for bridge in step.bridges)
-        bridges = ", ".join(f"{count} {direction}" for direction, count in counts.items()) + (
-            f", {size} B" if size else ""
-        )
+        bridges = [*(f"{count} {direction}" for direction, count in counts.items()), *([f"{size} B"] if size else ())]
         times = (_us(step.host_us), _us(step.gpu_us)) if timed else ()
         kernels = str(step.num_kernels) if step.num_kernels >= 0 else ""
         where = short_line(step.source).partition(": ")[0]
-        rows.append(
-            (
-                str(step.position),
-                step.kind,
-                str(len(step.ops)),
-                kernels,
-                bridges,
-                *times,
-                step.module,
-                step.title,
-                where,
-            )
-        )
+        facts = str(step.position), step.kind, str(len(step.ops)), kernels, ", ".join(bridges)
+        rows.append((*facts, *times, step.module, step.title, where))
     yield Table(columns, rows)
     if len(steps) > ROWS:
         yield f"    ... {len(steps) - ROWS} more steps: report.to_html(path) shows all"
