@@ -758,6 +758,13 @@ FAULTS = (
         "test_advice.py::test_a_break_that_was_put_off",
     ),
     Fault(
+        "torchvision-passes-for-torch",
+        "_torch.dynamo",
+        'os.path.join(path, "")',
+        "str(path)",
+        "test_advice.py::test_a_break_in_a_package_whose_name_begins_with_torch",
+    ),
+    Fault(
         "a-detach-is-traced-as-an-alias",
         "_torch.autograd:trace_joint",
         "make_fx(function, decomposition_table={}, record_module_stack=True)",

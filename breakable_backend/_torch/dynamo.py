@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import os
 import re
 import sys
 from collections import Counter
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PACKAGE = str(Path(__file__).parent.parent)
-_TORCH = str(Path(torch.__file__).parent)
-"""The folders of this package and of torch, in which no code is the user's."""
+_PACKAGE, _TORCH = (os.path.join(path, "") for path in (Path(__file__).parent.parent, Path(torch.__file__).parent))
+"""The folders of this package and of torch, in which no code is the user's; with a separator, as torchvision is another."""
 
 
 def graph_breaks() -> dict[str, int]:

@@ -17,7 +17,7 @@ import torch
 from breakable_backend import _torch
 from breakable_backend.callers import Callers
 from breakable_backend.calling import eviction
-from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, Spectator, held, scalar_bytes
+from breakable_backend.calling.keys import AddressSet, Entry, Key, KeyReader, Keys, Spectator, occupancy, scalar_bytes
 from breakable_backend.calling.release import release, release_all, run_deferred, watch, when_idle
 from breakable_backend.calling.sharing import SharedMemory
 from breakable_backend.calling.snapshot import KeySnapshot, Snapshot, Statistics, uncounted
@@ -219,8 +219,8 @@ class CompiledGraph:
         addresses = self.keys.sets.get(key.addresses)
         if addresses is not None:
             addresses.last_call = now
-        places = held(addresses.entries) if addresses is not None else None
-        admission = eviction.admit(now, held(self.keys.sets), places, self.options.max_recordings)
+        places = occupancy(addresses.entries) if addresses is not None else None
+        admission = eviction.admit(now, occupancy(self.keys.sets), places, self.options.max_recordings)
         if admission.refused:
             return Entry(key, refused=admission.refused)
         if admission.evicts_set:

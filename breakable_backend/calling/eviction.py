@@ -23,7 +23,7 @@ MAX_DROPPED = 1024
 """How many dropped keys are remembered, so that the report can say why they are recorded again."""
 
 
-class Held(NamedTuple):
+class Occupancy(NamedTuple):
     """How many keys, or sets of keys, there are. Their number is bounded."""
 
     number: int
@@ -43,7 +43,7 @@ class Admission:
     """Whether the least recently used key of the same set is evicted."""
 
 
-def admit(now: int, sets: Held, keys: Held | None, max_recordings: int) -> Admission:
+def admit(now: int, sets: Occupancy, keys: Occupancy | None, max_recordings: int) -> Admission:
     """Whether a key that is new in call ``now`` is admitted.
 
     Args:

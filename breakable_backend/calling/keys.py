@@ -271,7 +271,7 @@ class Keys:
         return "new numbers, layouts, alignments or host scalars"
 
 
-def held(things: Mapping[Any, AddressSet | Entry]) -> eviction.Held:
+def occupancy(things: Mapping[Any, AddressSet | Entry]) -> eviction.Occupancy:
     """How many ``things`` there are, and the last use of the oldest."""
     oldest = next(iter(things.values()), None)
-    return eviction.Held(len(things), oldest.last_call if oldest is not None else 0)
+    return eviction.Occupancy(len(things), oldest.last_call if oldest is not None else 0)

@@ -16,8 +16,8 @@ from breakable_backend import _torch
 from breakable_backend.compiling.flat_inputs import Wrapped
 from breakable_backend.compiling.joint_graph import (
     Alias,
-    Call,
     Joint,
+    MarkedBackward,
     again_in,
     is_tensor,
     is_unknown,
@@ -79,7 +79,7 @@ class Backward:
     are numbered in the order of the backward."""
     needed: Mapping[int, Mark]
     """The marked functions of those of these gradients that other ops read, by number."""
-    foreseen: tuple[Call, ...]
+    foreseen: tuple[MarkedBackward, ...]
     """The calls that give these, where it can be told before whether they will."""
     absent: tuple[int, ...]
     """Those that it was traced without."""

@@ -50,7 +50,7 @@ class Alias:
 
 
 @dataclass(frozen=True)
-class Call:
+class MarkedBackward:
     """The backward of a call of a marked function."""
 
     site: int
@@ -122,7 +122,7 @@ class Joint:
                 assert len(call.users) == len(call.meta["val"]), "a trace takes each result out"
                 yield list(call.users)
 
-    def foreseen(self) -> Iterator[Call]:
+    def foreseen(self) -> Iterator[MarkedBackward]:
         """Backwards of marked functions that give what other ops read. Of each the forward has kept what it saved."""
         read: list[Any] = [result.args for result in self.sums()[1]]
         calls: list[Any] = [call for call in self.second() if is_backward(call.target)]
@@ -131,7 +131,7 @@ class Joint:
             number, handle, grads, _ = call.args
             places = frozenset(place for maker, place in read if maker is call)
             if places and numbers.count(number) == 1 and handle.name in self.forward:
-                yield Call(number, handle.name, tuple(grad is not None for grad in grads), places)
+                yield MarkedBackward(number, handle.name, tuple(grad is not None for grad in grads), places)
 
     def sums(self) -> tuple[dict[fx.Node, frozenset[fx.Node]], set[fx.Node]]:
         """Values that are gradients of marked functions or sums of these alone, and those of them that other ops read.

@@ -331,7 +331,7 @@ def sites_in(module: fx.GraphModule) -> Iterator[Site]:
 
 def name_of(op: Any, args: Sequence[Any]) -> str:
     """The name of the marked function that a node runs, or whose number or gradients it makes; empty for other ops."""
-    site = _site_of(op, args)
+    site = site_of(op, args)
     if site is None:
         return ""
     return f"backward of {site.mark.name}" if is_backward(op) else site.mark.name
@@ -339,10 +339,5 @@ def name_of(op: Any, args: Sequence[Any]) -> str:
 
 def definition_of(op: Any, args: Sequence[Any]) -> str:
     """The line on which that marked function is defined; empty for other ops."""
-    site = _site_of(op, args)
+    site = site_of(op, args)
     return site.mark.source if site is not None else ""
-
-
-def _site_of(op: Any, args: Sequence[Any]) -> Site | None:
-    ours = runs_function(op) or op is torch.ops.breakable_cg.number.default
-    return sites.get(args[0]) if ours and args else None

@@ -8,31 +8,31 @@ import hypothesis
 from hypothesis import strategies
 
 from breakable_backend.calling import eviction
-from breakable_backend.calling.eviction import Admission, Held, Variety
+from breakable_backend.calling.eviction import Admission, Occupancy, Variety
 
 BOUND = 3
 
 
 def test_a_key_gets_a_free_place() -> None:
     """While there is room nothing goes and nothing is refused, for a key of a known set and for a new set."""
-    full = Held(eviction.MAX_ADDRESS_SETS, 99)
-    assert eviction.admit(100, full, Held(BOUND - 1, 99), BOUND) == Admission()
-    assert eviction.admit(100, Held(eviction.MAX_ADDRESS_SETS - 1, 99), None, BOUND) == Admission()
-    assert eviction.admit(1, Held(0), None, BOUND) == Admission()
+    full = Occupancy(eviction.MAX_ADDRESS_SETS, 99)
+    assert eviction.admit(100, full, Occupancy(BOUND - 1, 99), BOUND) == Admission()
+    assert eviction.admit(100, Occupancy(eviction.MAX_ADDRESS_SETS - 1, 99), None, BOUND) == Admission()
+    assert eviction.admit(1, Occupancy(0), None, BOUND) == Admission()
 
 
 def test_the_oldest_goes_once_it_is_idle() -> None:
     """In a full set the oldest key goes after ``IDLE_FACTOR`` times the bound of calls without it, and not one before."""
     idle = eviction.IDLE_FACTOR * BOUND
-    assert eviction.admit(10 + idle, Held(1), Held(BOUND, 10), BOUND) == Admission(evicts_key=True)
-    refused = eviction.admit(9 + idle, Held(1), Held(BOUND, 10), BOUND)
+    assert eviction.admit(10 + idle, Occupancy(1), Occupancy(BOUND, 10), BOUND) == Admission(evicts_key=True)
+    refused = eviction.admit(9 + idle, Occupancy(1), Occupancy(BOUND, 10), BOUND)
     assert refused == Admission(refused=f"more than max_recordings={BOUND} keys in use")
 
 
 def test_the_oldest_set_goes_once_it_is_idle() -> None:
     """Of sets of addresses likewise, with their own bound; the keys of a set that is new need no place."""
     idle = eviction.IDLE_FACTOR * eviction.MAX_ADDRESS_SETS
-    sets = Held(eviction.MAX_ADDRESS_SETS, 10)
+    sets = Occupancy(eviction.MAX_ADDRESS_SETS, 10)
     assert eviction.admit(10 + idle, sets, None, BOUND) == Admission(evicts_set=True)
     assert eviction.admit(9 + idle, sets, None, BOUND).refused == "more than 256 sets of static addresses in use"
 
@@ -48,7 +48,7 @@ def served(calls: list[int], bound: int) -> tuple[list[str], int]:
             found.append("known")
             continue
         oldest = next(iter(places.values()), 0)
-        admission = eviction.admit(now, Held(1, now), Held(len(places), oldest), bound)
+        admission = eviction.admit(now, Occupancy(1, now), Occupancy(len(places), oldest), bound)
         if admission.evicts_key:
             gone, last = places.popitem(last=False)
             assert now - last >= eviction.IDLE_FACTOR * bound, gone

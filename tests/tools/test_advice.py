@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -207,6 +209,26 @@ def test_a_break_in_code_of_torch() -> None:
     told = advice("Failed to convert args/kwargs to proxy\n  Explanation: ...")
     assert told.startswith("put the call of what Dynamo could not trace into a function under @eager_on_graph")
     assert "mark_eager" in told
+
+
+def test_a_break_in_a_package_whose_name_begins_with_torch() -> None:
+    """Code of torchvision, which lies beside torch, has lines that can be changed: the reason has the innermost."""
+    file, text = (
+        f"{Path(torch.__file__).parent}vision/ops.py",
+        "def inner(x):\n    return x.cpu() if x.sum() > 0 else -x\n",
+    )
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    names: dict[str, Any] = {}
+    exec(compile(text, file, "exec"), names)
+    inner = names["inner"]
+
+    def function(x: Tensor) -> Tensor:
+        return inner(x * 2) + 1
+
+    compiled = torch.compile(function, backend="breakable_cg", options={"driver": "tape"})
+    compiled(torch.rand(3))
+    (why,) = explain(compiled).graph_breaks
+    assert why.partition("\n")[0].endswith(f", at {file}:2 in inner: return x.cpu() if x.sum() > 0 else -x"), why
 
 
 def test_nothing_is_said_of_marked_functions() -> None:
