@@ -366,8 +366,8 @@ class CudaDriver(DeviceDriver):
     name = "cuda"
     reuses_memory = True
 
-    def __init__(self, device: torch.device, pool: Any = None, capture_error_mode: str = "thread_local") -> None:
-        self.capture_error_mode = capture_error_mode
+    def __init__(self, device: torch.device, pool: Any = None) -> None:
+        self.capture_error_mode = "thread_local"  # other threads may go on to allocate, query events and pin memory
         self._given_pool = pool
         """The caller's pool, until a capture fails in it: a ``MemPool``, or a handle from
         ``torch.cuda.graph_pool_handle()``, which dies with its last graph."""
@@ -615,7 +615,6 @@ class CudaDriver(DeviceDriver):
             graph = self._made()
             try:
                 with registry:
-                    # thread_local: other threads may go on to allocate, query events and pin memory.
                     graph.capture_begin(pool=self._pool, capture_error_mode=self.capture_error_mode)
             except Exception as error:
                 self._repair(graph, error)

@@ -63,7 +63,7 @@ def measure_compiled(
     executors = executors_of(compiled)
     recorded = sum(key.recording is not None for executor in executors for key in executor.snapshot().keys)
     measured: dict[Place, Measured] = {}
-    with Progress("measuring", STAGES * (len(replayed) or recorded)) as progress:
+    with Progress(STAGES * (len(replayed) or recorded)) as progress:
         for executor in executors:
             with executor.driver.lock:  # the recordings stay as they are
                 snapshot = executor.snapshot()
@@ -192,7 +192,7 @@ def measure_graph(graph: BreakableCUDAGraph, eager: Callable[[], Any] | None) ->
         raise OptionsError("there is nothing to measure: the graph is empty", fix="capture first")
     if snapshot.debug is not None:
         raise OptionsError("the graph is in debug mode, where times mean nothing", fix="capture without debug=...")
-    progress = Progress("measuring", STAGES - 1)
+    progress = Progress(STAGES - 1)
     with quiet_bench(driver, lambda: graph.written) as bench, uncounted(replay.tally), progress:
         timed = time_recording(bench, recording, graph.run, (), graph.modes.enter(), progress)
         measured = judged(timed, bench, Reference.given(eager), None)

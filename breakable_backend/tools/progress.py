@@ -1,4 +1,4 @@
-"""A progress bar for work that takes more than a second, on standard error if that is a terminal."""
+"""A progress bar for measurements that take more than a second, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DELAY = 1.0
 class Progress:
     """A progress bar of ``stages`` stages, which disappears at its end. A file or a pipe gets none."""
 
-    def __init__(self, what: str, stages: int) -> None:
-        self._what, self._stages, self._done = what, stages, 0
+    def __init__(self, stages: int) -> None:
+        self._stages, self._done = stages, 0
         self._started = time.monotonic()
         self._bar: rich.progress.Progress | None = None
 
@@ -43,7 +43,7 @@ class Progress:
 
         # No separate thread draws the bar: it would take time from what is measured.
         bar = Bar(console=Console(stderr=True), transient=True, auto_refresh=False)
-        bar.add_task(self._what, total=self._stages)
+        bar.add_task("measuring", total=self._stages)
         bar.start()
         return bar
 

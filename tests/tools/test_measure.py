@@ -88,7 +88,7 @@ def test_progress(terminal: bool, delay: float, monkeypatch: pytest.MonkeyPatch)
     shown = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setattr(progress, "DELAY", delay)
-    with progress.Progress("measuring", 2) as bar:
+    with progress.Progress(2) as bar:
         bar.advance()
         bar.advance()
     assert ("measuring" in shown.getvalue()) == (terminal and not delay)
