@@ -273,9 +273,7 @@ class _Flow:
                 else:
                     actions.append(node)
             elif call is not node:
-                if call in sizes:
-                    sizes.add(node)
-                elif call in views:
+                if call in views:
                     views.add(node)
                 else:
                     attached.setdefault(call, []).append(node)
