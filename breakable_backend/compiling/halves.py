@@ -164,7 +164,8 @@ class Halves:
         """For each gradient that was just traced: the subclass of which it is a part, if it is one."""
         made = (node for node in self.gm.graph.nodes if isinstance(node.target, Wrapped))
         wholes = {part.name: node.target.gradient for node in made for part in node.args}
-        return tuple(wholes.get(self._placeholders[index].name) for index in self.wanted)
+        placeholders = self._placeholders
+        return tuple(wholes.get(placeholders[index].name) for index in self.wanted)
 
     def _joint(self, pattern: Pattern | None, absent: Absent = frozenset()) -> Joint:
         """Trace both halves for the gradients of ``pattern``. None: a gradient for each output, of the output's layout."""
