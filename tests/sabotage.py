@@ -763,6 +763,7 @@ FAULTS = (
         'os.path.join(path, "")',
         "str(path)",
         "test_advice.py::test_a_break_in_a_package_whose_name_begins_with_torch",
+        anew=True,
     ),
     Fault(
         "a-detach-is-traced-as-an-alias",
