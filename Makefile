@@ -19,7 +19,7 @@ PIN = $(patsubst torch==%,%,$(shell grep ^torch== constraints.txt))
 help:
 	@echo "make demo    decode with a Llama, eagerly and compiled, and compare bit for bit"
 	@echo "make test    all checks: format, lint, types, tests (make check is the same)"
-	@echo "make faults  plant 500 faults in the package, one after the other: does a test notice each?"
+	@echo "make faults  plant more than 500 faults in the package, one after the other: does a test notice each?"
 	@echo "make quick   the inner loop, less than a minute: format, lint, and the tests that compile little"
 	@echo "make newest  the core of the tests on the newest torch, $(NEWEST), in an environment of its own"
 	@echo "make matrix  the tests on the torches $(TORCHES), with each of the Pythons $(PYTHONS) that is here"

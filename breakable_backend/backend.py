@@ -123,6 +123,8 @@ class Backend:
                 fix="leave mode out; 'default' and 'reduce-overhead' are accepted, and change nothing",
             )
         chosen = Options.parse(options)
+        if chosen.driver == "cuda":  # not only where something is captured
+            require_cuda()
         changes.heed(gm)
         eager_ops = EagerOps.resolve(chosen.eager_ops)
         number = next(self._numbers)
@@ -294,9 +296,9 @@ def reset(compiled: Any = None) -> None:
             functions of this backend.
 
     Raises:
-        OptionsError: an object that cannot be called, and so was not compiled.
+        OptionsError: an object that is not compiled, and contains nothing compiled.
     """
-    if compiled is not None and not callable(compiled):
+    if not (compiled is None or _torch.holds_compiled(compiled) or executors_of(compiled)):
         raise OptionsError(
             f"reset takes what torch.compile returned, got {type(compiled).__name__}",
             fix="reset(compiled); a BreakableCUDAGraph has a method for this: graph.reset()",

@@ -121,6 +121,14 @@ def warn_user(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
+def shown(value: Any) -> str:
+    """``value`` as the text of an error shows it: a tensor by its class and shape, anything else by its first line."""
+    if (shape := getattr(value, "shape", None)) is not None and not isinstance(value, type):
+        return f"a {type(value).__name__} of shape {list(shape)}"
+    first, *more = repr(value).splitlines() or [""]
+    return f"{first} ..." if more else first
+
+
 def optimizer_runs() -> bool:
     """Whether code of ``torch.optim`` is running in this thread."""
     folder = os.path.join(files.TORCH, "optim", "")

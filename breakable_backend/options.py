@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from breakable_backend.errors import OptionsError
+from breakable_backend.errors import OptionsError, shown
 
 ENVIRONMENT_PREFIX = "BREAKABLE_CG_"
 
@@ -82,7 +82,7 @@ class Options:
         """
         if not isinstance(given, Mapping | None):
             raise OptionsError(
-                f"options takes a dictionary, got {given!r}",
+                f"options takes a dictionary, got {shown(given)}",
                 fix="options={'driver': 'tape'}: names of options, with values",
             )
         declared = _declared()
@@ -147,13 +147,15 @@ def _checked(name: str, value: Any) -> Any:
         return _tolerance(value)
     if name == "eager_ops":
         if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-            raise OptionsError(f"option 'eager_ops' takes a list of ops, got {value!r}", fix=f"eager_ops=[{value!r}]")
+            raise OptionsError(
+                f"option 'eager_ops' takes a list of ops, got {shown(value)}", fix=f"eager_ops=[{shown(value)}]"
+            )
         return tuple(value)
     takes = declared[name]
     if "smallest" in takes:
         if isinstance(value, bool) or not isinstance(value, int) or value < takes["smallest"]:
             raise OptionsError(
-                f"option {name!r} takes an integer of at least {takes['smallest']}, got {value!r}",
+                f"option {name!r} takes an integer of at least {takes['smallest']}, got {shown(value)}",
                 fix=f"for example options={{{name!r}: {takes['smallest']}}}",
             )
         return value
@@ -162,7 +164,8 @@ def _checked(name: str, value: Any) -> Any:
         if isinstance(value, str) and value in takes["planned"]:
             raise OptionsError(f"option {name}={value!r} does not exist yet", fix=f"use {name}={allowed[0]!r}")
         raise OptionsError(
-            f"option {name!r} does not take {value!r}", fix=f"allowed: {', '.join(repr(choice) for choice in allowed)}"
+            f"option {name!r} does not take {shown(value)}",
+            fix=f"allowed: {', '.join(repr(choice) for choice in allowed)}",
         )
     return value
 
@@ -173,6 +176,7 @@ def _tolerance(value: Any) -> tuple[float, float] | None:
     numbers = tuple(value) if isinstance(value, list | tuple) else ()
     if len(numbers) != 2 or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
         raise OptionsError(
-            f"option 'tolerance' does not take {value!r}", fix="give (rtol, atol), two numbers of at least 0, or None"
+            f"option 'tolerance' does not take {shown(value)}",
+            fix="give (rtol, atol), two numbers of at least 0, or None",
         )
     return float(numbers[0]), float(numbers[1])

@@ -144,7 +144,10 @@ class CompiledGraph:
             ):
                 self.scope = replace(self.scope, host_scalars=self.scope.host_scalars - {value.name})
                 many = f"host scalar {value.name} had more than {bound} values"
-                given_up.append(f"{many}: the ops that read it run eagerly")
+                given_up.append(
+                    f"{many}: the ops that read it run eagerly; pass it as a tensor on {self.driver.device}, or compile with "
+                    "options={'scalars': 'device'}"
+                )
         moving, why = self._moving(args)
         if moving:
             self.lowered = replace(self.lowered, static=self.lowered.static - moving)

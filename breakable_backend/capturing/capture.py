@@ -32,7 +32,15 @@ from breakable_backend.drivers import CaptureSession, SessionDriver, tape
 from breakable_backend.drivers.cuda import CudaDriver
 from breakable_backend.drivers.streams import explained
 from breakable_backend.drivers.tape import TapeDriver
-from breakable_backend.errors import BreakableError, CaptureError, OptionsError, first_line, optimizer_runs, user_line
+from breakable_backend.errors import (
+    BreakableError,
+    CaptureError,
+    OptionsError,
+    first_line,
+    optimizer_runs,
+    shown,
+    user_line,
+)
 from breakable_backend.failure_kinds import as_passing
 from breakable_backend.interception import without_autocast_cache
 from breakable_backend.internal_errors import raise_if_ours
@@ -58,9 +66,10 @@ NOT_RESIZABLE = "resize storage that is not resizable"
 DURING_CAPTURE = "during CUDA graph capture"
 """Parts of PyTorch's own texts of errors."""
 CAPTURABLE = (
-    "give the optimizer capturable=True, as in Adam(..., capturable=True), so that it counts its steps on the device; if "
-    "it has no such option, put opt.step() into a function marked with @eager_on_graph"
+    "give the optimizer {0}=True, as in Adam(..., {0}=True), so that Python does not read the count of its steps; if it has "
+    "no such option, put opt.step() into a function marked with @eager_on_graph"
 )
+"""What helps where an optimizer reads its count of steps. On the CPU PyTorch's optimizers take no ``capturable=True``."""
 
 
 class capture:
@@ -113,7 +122,7 @@ class capture:
             )
         if capture_error_mode not in ("global", "thread_local", "relaxed"):
             raise OptionsError(
-                f"capture_error_mode does not take {capture_error_mode!r}", fix="global, thread_local or relaxed"
+                f"capture_error_mode does not take {shown(capture_error_mode)}", fix="global, thread_local or relaxed"
             )
         if pool is not None:
             raise OptionsError(
@@ -126,7 +135,7 @@ class capture:
             )
         if barrier is not None and not callable(barrier):
             raise OptionsError(
-                f"barrier takes a function, got {barrier!r}", fix="for example barrier=torch.distributed.barrier"
+                f"barrier takes a function, got {shown(barrier)}", fix="for example barrier=torch.distributed.barrier"
             )
         self.graph, self.stream, self.mode, self.barrier = graph, stream, capture_error_mode, barrier
         given = {"debug": debug, "tolerance": tolerance}
@@ -389,7 +398,8 @@ class _OngoingCapture:
             raise self.failed
         if found := live_reason(func, args, kwargs, self.driver.device):
             if found.refused:
-                fix = CAPTURABLE if optimizer_runs() else FIX
+                flag = "fused" if self.driver.device.type == "cpu" else "capturable"
+                fix = CAPTURABLE.format(flag) if optimizer_runs() else FIX
                 raise CaptureError(f"{found.op} {found.text}, inside a capture", where=user_line(), fix=fix)
             reason = Reason(found.rule, found.text, found.op, user_line())
             return self._break(Mark(func, found.op, ""), reason, args, kwargs)

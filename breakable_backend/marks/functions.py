@@ -19,7 +19,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 import torch
 
 from breakable_backend import _torch, active
-from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line, warn_user
+from breakable_backend.errors import OptionsError, PartitionError, defined_at, first_line, shown, warn_user
 from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.running_ops import has_memory
 from breakable_backend.marks.backward import recomputed, with_backward
@@ -155,7 +155,7 @@ def eager_on_graph(function: Any = None, /, **options: Any) -> Any:  # noqa: D41
         function, options = None, {**options, "enable": function}
     enable = options.pop("enable", True)
     if not isinstance(enable, bool):
-        raise OptionsError(f"enable takes True or False, got {enable!r}", fix="pass a bool")
+        raise OptionsError(f"enable takes True or False, got {shown(enable)}", fix="pass a bool")
     if function is None:
         return functools.partial(_mark, enable=enable, options=options)
     return _mark(function, enable=enable, options=options)
@@ -289,7 +289,7 @@ _CALLED = ("fake", "capture_stub", "barrier", "backward")
 def _check_function(function: Any) -> None:
     if not callable(function) or isinstance(function, type):
         raise OptionsError(
-            f"eager_on_graph marks functions, not {function!r}",
+            f"eager_on_graph marks functions, not {shown(function)}",
             fix="mark a function or a method; all modules of a class are marked by mark_eager(TheClass)",
         )
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
@@ -306,7 +306,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
             fix = f"it takes: enable, {', '.join(_OPTIONS)}"
             raise OptionsError(f"eager_on_graph takes no {name!r}{nearest}", fix=fix)
         if name in _CALLED and value is not None and not callable(value):
-            raise OptionsError(f"{name} takes a function, got {value!r}", fix=f"pass a function as {name}, or None")
+            raise OptionsError(
+                f"{name} takes a function, got {shown(value)}", fix=f"pass a function as {name}, or None"
+            )
 
 
 def _check_names(function: Callable[..., Any], names: Sequence[str]) -> None:

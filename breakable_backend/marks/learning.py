@@ -183,7 +183,10 @@ class Learned:
     def __init__(self) -> None:
         self.why_not = ""
         """Why such calls are graph breaks from now on; empty if they are not."""
-        self.cure = f"return the same structure and layout wherever the arguments are laid out alike{WITHOUT_FULLGRAPH}"
+        self.cure = (
+            "return the same structure, layout and plain values wherever the arguments are laid out alike; a number that "
+            f"varies is returned as a tensor, or as an int{WITHOUT_FULLGRAPH}"
+        )
         """What the user can do in that case."""
         self.error: Exception | None = None
         """The exception that caused it, if there was one."""

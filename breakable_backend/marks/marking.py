@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.traceback import annotate
 
 from breakable_backend import _torch
-from breakable_backend.errors import OptionsError
+from breakable_backend.errors import OptionsError, shown
 from breakable_backend.ir.effects import calls_in, effective_ops, graphs_in
 from breakable_backend.marks import call_ops, modules
 
@@ -122,7 +122,7 @@ def op_name(op: Any) -> str:
     if isinstance(qualified, str) and _torch.find_overloads(qualified):
         return qualified
     raise OptionsError(
-        f"{getattr(op, '__qualname__', repr(op))} is not an op",
+        f"{getattr(op, '__qualname__', shown(op))} is not an op",
         fix="pass 'namespace::op', an op from torch.ops, what torch.library.custom_op returned, or a module"
         + _instead(op),
     )

@@ -27,7 +27,7 @@ from breakable_backend.calling.registry import EagerGraph, eager_graphs_of, exec
 from breakable_backend.calling.snapshot import KeySnapshot, Slots, Snapshot
 from breakable_backend.capturing.graph import BreakableCUDAGraph, GraphSnapshot
 from breakable_backend.compiling.lowering import NEEDS_GRADIENTS
-from breakable_backend.errors import OptionsError
+from breakable_backend.errors import OptionsError, shown
 from breakable_backend.ir.layout import TensorSpec
 from breakable_backend.ir.program import EagerSegment, Op, Segment, described, lines_of_segments
 from breakable_backend.ir.source_lines import module_path, short_line
@@ -185,7 +185,9 @@ def explain(
             fix="give them to torch.compile, or explain the plain function",
         )
     if eager is not None and not callable(eager):
-        raise OptionsError(f"eager takes a function without arguments, got {eager!r}", fix="eager=lambda: model(x)")
+        raise OptionsError(
+            f"eager takes a function without arguments, got {shown(eager)}", fix="eager=lambda: model(x)"
+        )
     if isinstance(compiled, BreakableCUDAGraph):
         timed = measure_graph(compiled, eager) if measure else None
         return Report((_captured(compiled.snapshot(), timed),), (), {}, (), {}, "default", {})

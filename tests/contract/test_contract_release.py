@@ -17,6 +17,7 @@ import breakable_backend
 import silly
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
+from breakable_backend.errors import OptionsError
 from checks import assert_same, compile_both, program_of
 from gpu import settled
 
@@ -53,6 +54,15 @@ def test_reset_of_one_function(device: torch.device, options: dict[str, Any]) ->
     assert program_of(first).captures == 2 * captures
     breakable_backend.reset()
     assert driver.live_blocks() == driver.live_graphs() == 0
+
+
+def test_reset_of_what_is_not_compiled(device: torch.device, options: dict[str, Any]) -> None:
+    """Line 10: ``reset`` of the module that was compiled frees nothing, and says so."""
+    model = silly.Block(4).to(device)
+    compiled, _ = compile_both(model, options)
+    with pytest.raises(OptionsError, match=r"reset takes what .* returned, got Block"):
+        breakable_backend.reset(model)
+    breakable_backend.reset(compiled)
 
 
 @pytest.mark.parametrize("reset", [torch._dynamo.reset, torch.compiler.reset, breakable_backend.reset])

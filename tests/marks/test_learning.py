@@ -843,7 +843,10 @@ def test_a_break_says_what_is_no_node(compile_ours: Compile, device: torch.devic
     [
         (lambda x: x.add_(1), "name them: @eager_on_graph(mutates_args=...)"),
         (lambda x: x.cpu().numpy(), "return tensors and plain values, in lists, tuples, dicts, named tuples"),
-        (lambda x: float(x.sum()), "return the same structure and layout wherever the arguments are laid out alike"),
+        (
+            lambda x: float(x.sum()),
+            "return the same structure, layout and plain values wherever the arguments are laid out alike; a number that varies",
+        ),
     ],
     ids=["writes", "numpy", "float"],
 )

@@ -185,6 +185,9 @@ def test_marks(mark: Callable[[Any], Any]) -> None:
     assert text_of(caught.value) == (
         "None is not an op\n  pass 'namespace::op', an op from torch.ops, what torch.library.custom_op returned, or a module"
     )
+    with pytest.raises(OptionsError) as caught:
+        mark(torch.nn.Linear(99, 99).weight)
+    assert caught.value.what == "a Parameter of shape [99, 99] is not an op"
     with pytest.raises(OptionsError, match="for a function, put @eager_on_graph above it"):
         mark(test_marks)
     for forward in (torch.nn.Linear.forward, torch.nn.Linear(2, 2).forward):
@@ -256,6 +259,14 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message(OptionsError, from_file(PLAIN), torch.ones(3), driver="cuda") == (
         "driver='cuda' needs a CUDA GPU, and torch sees none\n  use driver='tape' or 'auto'"
     )
+
+
+def test_no_gpu_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``driver="cuda"`` without a GPU is an error of the first call, of a graph too that needs gradients."""
+    machine(monkeypatch, gpu=False)
+    compiled = torch.compile(torch.nn.Linear(2, 2), backend="breakable_cg", options={"driver": "cuda"})
+    with torch.enable_grad(), pytest.raises(OptionsError, match="driver='cuda' needs a CUDA GPU"):
+        compiled(torch.ones(3, 2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

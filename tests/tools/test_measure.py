@@ -410,6 +410,17 @@ def test_no_advice_on_launches_where_the_gpu_is_busy() -> None:
     )
 
 
+def test_advice_on_guards() -> None:
+    """Where a call takes much of its time around the replay, the advice names what leaves Dynamo's guards out."""
+    from breakable_backend.recordings.recording import Recording
+
+    recording = Recording((), {}, (), (), (), {})
+    timed = Timed(TapeDriver(torch.device("cpu")), recording, Times(100.0, 100.0), (), {})
+    (advice,) = verdict.judged(timed, verdict.Bench(timed.driver), None, None, outside=60.0).advice
+    assert "breakable_backend.bind(compiled, *args)" in advice.what
+    assert advice.evidence == "guards, wrappers and the key take 60.0 of 100.0 us of host time"
+
+
 @pytest.mark.parametrize(
     ("eager_us", "says"),
     [(200.0, "pays: 2.00 times"), (103.0, "about even: 1.03 times"), (50.0, "does not pay: 0.50 times")],
