@@ -40,13 +40,14 @@ from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.overlap import Region
 from breakable_backend.ir.program import Op, Reason, described
-from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
+from breakable_backend.ir.running_ops import OpMode, has_memory, kernel_of_ops, memory_on
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions
 from breakable_backend.marks.results import Unholdable
 from breakable_backend.marks.rules import live_reason
+from breakable_backend.marks.structure import MOVED_AN_ARGUMENT, where_they_lie
 from breakable_backend.options import Options
 from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.copies import Bridge
@@ -472,6 +473,9 @@ class _OngoingCapture:
             if call is not None:
                 call.check()
                 args, kwargs = call.arguments()
+            leaves = pytree.tree_leaves((args, dict(kwargs)))
+            filled = [leaf for leaf in leaves if has_memory(leaf) and leaf.numel()]  # not those that out= may resize
+            lying = where_they_lie(filled)
             with _torch.without_observers():
                 result = run(*args, **kwargs)
         except BaseException as error:
@@ -481,6 +485,8 @@ class _OngoingCapture:
             active.handler.reset(token)
         try:
             apart = isinstance(replayed, gradients.Backward)
+            if lying != where_they_lie(filled):
+                raise CaptureError(f"{name}: {MOVED_AN_ARGUMENT[0]}", where=reason.source, fix=MOVED_AN_ARGUMENT[1])
             try:
                 result = on_known_memory(result, taken)
             except Unholdable as error:
@@ -490,7 +496,7 @@ class _OngoingCapture:
             moves = [leaf.is_leaf and _torch.storage_key(leaf) not in self.memory.made for leaf in kept]
             places = [leaf if move else Region.of(leaf) for leaf, move in zip(kept, moves, strict=True)]
             parts = Parts.of(result, known, self.driver.device, name, reason.source, mark.host_only, apart, places)
-            del taken, kept
+            del taken, kept, leaves, filled
             way_back = None
             if call is not None:
                 way_back = call.take(result, self.driver.device)
