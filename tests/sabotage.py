@@ -2262,6 +2262,13 @@ FAULTS = (
         "test_capture_hostile.py::test_an_argument_that_lies_otherwise[cpu]",
     ),
     Fault(
+        "iterators-that-are-used-up-are-not-noticed",
+        "capturing.capture:_is_spent",
+        "iterator.gi_frame is None",
+        "False",
+        "test_capture_hostile.py::test_an_iterator_that_is_used_up[cpu-<lambda>]",
+    ),
+    Fault(
         "classes-of-results-are-looked-up-in-traced-code",
         "marks.structure:for_dynamo",
         "structure[0] != 'node'",

@@ -12,10 +12,10 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
+from types import GeneratorType, TracebackType
 from typing import Any
 
 import torch
@@ -456,6 +456,7 @@ class _OngoingCapture:
         # Before the call, since it may change the containers and objects that it gets.
         given = pytree.tree_flatten((args, dict(kwargs)))
         function = self.observers.eager(mark.function, name, reason.source)
+        iterators = [leaf for leaf in given[0] if isinstance(leaf, Iterator) and not _is_spent(leaf)]
         call = None
         if differentiable:
             reach = gradients.Reach.of(mark, given[0], self.memory.made)
@@ -487,6 +488,9 @@ class _OngoingCapture:
             apart = isinstance(replayed, gradients.Backward)
             if lying != where_they_lie(filled):
                 raise CaptureError(f"{name}: {MOVED_AN_ARGUMENT[0]}", where=reason.source, fix=MOVED_AN_ARGUMENT[1])
+            for kind in (type(one).__name__ for one in iterators if _is_spent(one)):
+                what = f"{name} has used up an argument, a {kind}, which each replay would find empty"
+                raise CaptureError(what, where=reason.source, fix="pass a list or a tuple")
             try:
                 result = on_known_memory(result, taken)
             except Unholdable as error:
@@ -606,6 +610,13 @@ def _back_on(stream: torch.cuda.Stream) -> None:
 def _record(event: torch.cuda.Event) -> None:
     """Let code outside of a capture see, by an event that a segment recorded, when the segment is done."""
     event.record()
+
+
+def _is_spent(iterator: Iterator[Any]) -> bool:
+    """Whether a generator, or an iterator over a list or its like, has come to its end."""
+    if isinstance(iterator, GeneratorType):
+        return iterator.gi_frame is None
+    return type(iterator).__module__ == "builtins" and operator.length_hint(iterator, 1) == 0
 
 
 @dataclass(frozen=True)

@@ -956,3 +956,29 @@ def test_an_argument_that_lies_otherwise(make: MakeGraph, device: torch.device) 
         want[:, 0] = 5
         graph.replay()
         assert torch.equal(z, want * 2)
+
+
+@pytest.mark.parametrize("iterating", [iter, lambda parts: (part for part in parts)])
+def test_an_iterator_that_is_used_up(
+    make: MakeGraph, device: torch.device, iterating: Callable[[list[Tensor]], Iterator[Tensor]]
+) -> None:
+    """An iterator that its eager function uses up is an error: a replay would find nothing in it."""
+
+    @eager_on_graph
+    def added(x: Tensor, parts: Iterator[Tensor]) -> Tensor:
+        return x + sum(parts)
+
+    @eager_on_graph
+    def next_of(parts: Iterator[Tensor]) -> Tensor:
+        return next(parts).clone()
+
+    x = torch.randn(3, device=device)
+    with pytest.raises(CaptureError, match="added has used up an argument, a "), capture(make()):
+        added(x, iterating([x.sin(), x.cos()]))
+    batches, graph = [torch.full_like(x, number) for number in range(4)], make()
+    given = iterating(batches)
+    with capture(graph):
+        y = next_of(given) * 2
+    for batch in batches[1:]:
+        graph.replay()
+        assert torch.equal(y, batch * 2)
