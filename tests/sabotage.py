@@ -2269,6 +2269,20 @@ FAULTS = (
         "test_capture_hostile.py::test_an_iterator_that_is_used_up[cpu-<lambda>]",
     ),
     Fault(
+        "quantised-tensors-are-traced-as-floats",
+        "compiling.lowering:lower",
+        "any((_torch.makes_quantised(target) for target in _targets(gm)))",
+        "False",
+        "test_contract_hostile.py::test_quantised_tensors[cpu-False-None]",
+    ),
+    Fault(
+        "scales-that-depend-on-values-are-captured",
+        "marks.rules",
+        "_torch.makes_quantised(call.op)",
+        "False",
+        "test_contract_hostile.py::test_quantised_tensors_under_capture[cpu]",
+    ),
+    Fault(
         "classes-of-results-are-looked-up-in-traced-code",
         "marks.structure:for_dynamo",
         "structure[0] != 'node'",
