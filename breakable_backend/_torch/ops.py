@@ -99,7 +99,7 @@ def schema_name(op: Any) -> str:
 def makes_quantised(target: Any) -> bool:
     """Whether an op, or a function of torch's that stands in Dynamo's graph for one, makes quantised tensors."""
     if isinstance(target, BuiltinFunctionType):
-        return getattr(torch, target.__name__, None) is target and target.__name__.startswith("quantize_per_")
+        return target.__name__.startswith("quantize_per_") and getattr(torch, target.__name__, None) is target
     return any(schema_name(op).startswith("aten::quantize_per_") for op in overloads(target))
 
 

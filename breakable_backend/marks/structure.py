@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -196,7 +197,8 @@ def remembers_code(structure: Structure) -> bool:
     """Whether a node of pytree has a function or a class besides its children, as a ``defaultdict`` has."""
     if structure[0] in LEAVES:
         return False
-    if structure[0] == "node" and next(instances_in(structure[2], Callable), None) is not None:
+    code = (FunctionType, BuiltinFunctionType, type)
+    if structure[0] == "node" and next(instances_in(structure[2], code), None) is not None:
         return True
     return any(map(remembers_code, structure[-1]))
 

@@ -913,7 +913,7 @@ class Tray:
 
 
 torch.utils._pytree.register_pytree_node(
-    Tray, lambda tray: ([tray.inner], tray.label), lambda items, label: Tray(list(items)[0], label)
+    Tray, lambda tray: ([tray.inner], tray.label), lambda items, label: Tray(next(iter(items)), label)
 )
 
 
