@@ -296,12 +296,17 @@ def reset(compiled: Any = None) -> None:
             functions of this backend.
 
     Raises:
-        OptionsError: an object that is not compiled, and contains nothing compiled.
+        OptionsError: an object that cannot be called, and so was not compiled.
     """
-    if not (compiled is None or _torch.holds_compiled(compiled) or executors_of(compiled)):
+    if compiled is not None and not callable(compiled):
         raise OptionsError(
             f"reset takes what torch.compile returned, got {type(compiled).__name__}",
             fix="reset(compiled); a BreakableCUDAGraph has a method for this: graph.reset()",
+        )
+    if not (compiled is None or _torch.holds_compiled(compiled) or executors_of(compiled)):
+        warn_user(
+            f"reset freed nothing: nothing in this {type(compiled).__name__} is compiled, or it was not called yet. "
+            "Pass what torch.compile returned."
         )
     for executor in executors_of(compiled):
         executor.reset()

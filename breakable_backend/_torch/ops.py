@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -93,6 +94,13 @@ def schema_name(op: Any) -> str:
     """``ns::op`` of an overload, as tables of ops have it; empty for anything else."""
     # The schema's own name takes 1 us.
     return op._overloadpacket._qualified_op_name if isinstance(op, OpOverload) else ""
+
+
+def makes_quantised(target: Any) -> bool:
+    """Whether an op, or a function of torch's that stands in Dynamo's graph for one, makes quantised tensors."""
+    if isinstance(target, BuiltinFunctionType):
+        return target.__name__.startswith("quantize_per_") and getattr(torch, target.__name__, None) is target
+    return any(schema_name(op).startswith("aten::quantize_per_") for op in overloads(target))
 
 
 def op_names() -> list[str]:

@@ -12,10 +12,10 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
+from types import GeneratorType, TracebackType
 from typing import Any
 
 import torch
@@ -48,13 +48,14 @@ from breakable_backend.ir.ambient_modes import Modes
 from breakable_backend.ir.layout import Geometry
 from breakable_backend.ir.overlap import Region
 from breakable_backend.ir.program import Op, Reason, described
-from breakable_backend.ir.running_ops import OpMode, kernel_of_ops, memory_on
+from breakable_backend.ir.running_ops import OpMode, has_memory, kernel_of_ops, memory_on
 from breakable_backend.ir.views import is_view_op
 from breakable_backend.marks import modules
 from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions
 from breakable_backend.marks.results import Unholdable
 from breakable_backend.marks.rules import live_reason
+from breakable_backend.marks.structure import MOVED_AN_ARGUMENT, where_they_lie
 from breakable_backend.options import Options
 from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.copies import Bridge
@@ -465,6 +466,7 @@ class _OngoingCapture:
         # Before the call, since it may change the containers and objects that it gets.
         given = pytree.tree_flatten((args, dict(kwargs)))
         function = self.observers.eager(mark.function, name, reason.source)
+        iterators = [leaf for leaf in given[0] if isinstance(leaf, Iterator) and not _is_spent(leaf)]
         call = None
         if differentiable:
             reach = gradients.Reach.of(mark, given[0], self.memory.made)
@@ -483,11 +485,19 @@ class _OngoingCapture:
                 if call is not None:
                     call.check()
                     args, kwargs = call.arguments()
+                leaves = pytree.tree_leaves((args, dict(kwargs)))
+                filled = [leaf for leaf in leaves if has_memory(leaf) and leaf.numel()]  # not those that out= may resize
+                lying = where_they_lie(filled)
                 with _torch.without_observers():
                     result = run(*args, **kwargs)
             finally:
                 active.handler.reset(token)
             apart = isinstance(replayed, gradients.Backward)
+            if lying != where_they_lie(filled):
+                raise CaptureError(f"{name}: {MOVED_AN_ARGUMENT[0]}", where=reason.source, fix=MOVED_AN_ARGUMENT[1])
+            for kind in (type(one).__name__ for one in iterators if _is_spent(one)):
+                what = f"{name} has used up an argument, a {kind}, which each replay would find empty"
+                raise CaptureError(what, where=reason.source, fix="pass a list or a tuple")
             try:
                 result = on_known_memory(result, taken)
             except Unholdable as error:
@@ -497,7 +507,7 @@ class _OngoingCapture:
             moves = [leaf.is_leaf and _torch.storage_key(leaf) not in self.memory.made for leaf in kept]
             places = [leaf if move else Region.of(leaf) for leaf, move in zip(kept, moves, strict=True)]
             parts = Parts.of(result, known, self.driver.device, name, reason.source, mark.host_only, apart, places)
-            del taken, kept
+            del taken, kept, leaves, filled
             way_back = None
             if call is not None:
                 way_back = call.take(result, self.driver.device)
@@ -607,6 +617,13 @@ def _back_on(stream: torch.cuda.Stream) -> None:
 def _record(event: torch.cuda.Event) -> None:
     """Let code outside of a capture see, by an event that a segment recorded, when the segment is done."""
     event.record()
+
+
+def _is_spent(iterator: Iterator[Any]) -> bool:
+    """Whether a generator, or an iterator over a list or its like, has come to its end."""
+    if isinstance(iterator, GeneratorType):
+        return iterator.gi_frame is None
+    return type(iterator).__module__ == "builtins" and operator.length_hint(iterator, 1) == 0
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def lower(
     _torch.guard_on_forward_ad()
     if _torch.forward_ad_active():
         raise CannotLower("forward-mode AD is on, and tensors may carry tangents")
+    if any(_torch.makes_quantised(target) for target in _targets(gm)):
+        raise CannotLower("it makes quantised tensors, which tracing takes for floats")
     if needs_gradients(gm):
         raise CannotLower(NEEDS_GRADIENTS)
     for node in gm.graph.nodes:

@@ -148,7 +148,7 @@ def _spread(structure: Structure, gradient: Any, into: list[Any]) -> None:
     elif kind == "data":
         for name, item in zip(structure[2], structure[-1], strict=True):
             _spread(item, getattr(gradient, name), into)
-    elif kind in ("list", "tuple", "named", "node"):
+    elif kind in ("list", "tuple", "named", "size", "node"):
         parts = gradient if kind != "node" else _torch.PYTREE_NODES[structure[1]].flatten_fn(gradient)[0]
         for item, part in zip(structure[-1], parts, strict=True):
             _spread(item, part, into)

@@ -523,7 +523,7 @@ class Site:
         def can_be_written(structure: Structure) -> bool:
             if structure[0] in LEAVES:
                 return False
-            return structure[0] not in ("tuple", "named") or any(map(can_be_written, structure[-1]))
+            return structure[0] not in ("tuple", "named", "size") or any(map(can_be_written, structure[-1]))
 
         positional, named = self.arguments[-1]
         return any(map(can_be_written, (*positional[-1], *named[-1])))

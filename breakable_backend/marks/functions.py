@@ -41,9 +41,11 @@ from breakable_backend.marks.call_sites import Mark as Mark
 from breakable_backend.marks.changes import looking_at
 from breakable_backend.marks.learning import WITHOUT_FULLGRAPH, Asked, Given
 from breakable_backend.marks.structure import (
+    MOVED_AN_ARGUMENT,
     Structure,
     contents,
     differences,
+    for_dynamo,
     foreign,
     instances_in,
     is_changed,
@@ -53,6 +55,7 @@ from breakable_backend.marks.structure import (
     put_together,
     taken_apart,
     view_of,
+    where_they_lie,
     with_leaves,
 )
 
@@ -459,8 +462,9 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.why_not = f"nobody can tell how an argument is laid out: {first_line(error)}"
         return mark.function(*args, **kwargs)
     before = contents((args, kwargs))
-    written = _writes_to(_not_declared(structure, given, _written(mark, structure)))
     passed = _passed(structure, given)
+    lying = where_they_lie(passed)
+    written = _writes_to(_not_declared(structure, given, _written(mark, structure)))
     watching = [*map(_torch.num_watching, passed)]
     changes = looking_at(mark.body, (args, kwargs))
     try:
@@ -471,6 +475,9 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     learned.changes.update(changes())
     if is_changed((args, kwargs), before):
         learned.why_not = CHANGED_A_CONTAINER
+        return holder[0]
+    if lying != where_they_lie(passed):
+        learned.why_not, learned.cure = MOVED_AN_ARGUMENT
         return holder[0]
     if written():
         learned.why_not = WROTE_AN_ARGUMENT
@@ -540,7 +547,7 @@ def _order(number: int) -> tuple[tuple[int, ...], int]:
 @_torch.constant_under_dynamo
 def _result(number: int) -> Structure:
     """How the result of the call that was just traced is put together."""
-    return sites[number].settle().result
+    return for_dynamo(sites[number].settle().result)
 
 
 @_torch.constant_under_dynamo

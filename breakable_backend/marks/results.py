@@ -26,6 +26,7 @@ from breakable_backend.marks.structure import (
     instances_in,
     leaves_of,
     reach,
+    remembers_code,
     taken_apart,
     view_leaf,
     with_leaves,
@@ -101,6 +102,8 @@ def take_result(
     if other := foreign(result) or next((type(value).__name__ for value in refused), ""):
         raise Unholdable(f"an object that compiled code cannot hold: {other}", _CONTAINERS)
     structure, tensors, ints, floats = taken_apart(result)
+    if remembers_code(structure):
+        raise Unholdable("a container that holds a function or a class, such as a defaultdict", _CONTAINERS)
     kinds = {float: floats, int: ints, str: [leaf[1] for leaf in leaves_of(structure) if leaf[0] == "plain"]}
     for kind, values in kinds.items():
         strange = next((v for v in values if isinstance(v, kind) and type(v) is not kind), None)

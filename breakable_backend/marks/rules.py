@@ -249,6 +249,12 @@ def sparse(node: fx.Node, scope: Scope) -> str:
     return "a sparse tensor" if any(tensor.layout is not torch.strided for tensor in values) else ""
 
 
+@sparse.live
+def _(call: LiveOp) -> str:
+    frozen = _torch.makes_quantised(call.op) and not isinstance(call.args[1], float)
+    return Refusal("makes a quantised tensor, and a replay would not renew its scale") if frozen else ""
+
+
 def on_host(node: fx.Node) -> bool:
     """Whether a node makes 0-d tensors on the host, and nothing else."""
     tensors = values_of(node)

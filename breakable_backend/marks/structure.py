@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 
 from breakable_backend import _torch
 from breakable_backend.ir.layout import Geometry, Strided, dense_strides
+from breakable_backend.ir.running_ops import has_memory
 
 T = TypeVar("T")
 Structure = tuple[Any, ...]
@@ -84,6 +86,18 @@ def is_changed(value: Any, before: list[Any]) -> bool:
     return not is_still(contents(value), before)
 
 
+def where_they_lie(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """Where each of some tensors lies, and how, to be compared later. Those without strides do not count."""
+    return [(_torch.storage_key(one), Geometry.of(one).in_memory) for one in tensors if has_memory(one)]
+
+
+MOVED_AN_ARGUMENT = (
+    "it changed the shape, the strides or the memory of a tensor that it was given",
+    "return a view in its place, such as x.t() for x.t_(), or write values, such as x.copy_(y) for x.data = y",
+)
+"""Why a call is no eager step, and what to do about it."""
+
+
 def is_still(now: Sequence[Any], before: Sequence[Any]) -> bool:
     """Whether these are the same objects, one by one. Numbers and strings need only be equal."""
     if len(now) != len(before):
@@ -125,6 +139,8 @@ def take_apart(value: Any, tensors: list[Any], ints: list[Any], floats: list[Any
     if type(value) is dict:
         items = tuple([take_apart(item, tensors, ints, floats) for item in value.values()])
         return ("dict", tuple(value.keys()), items)
+    if type(value) is torch.Size:
+        return ("size", tuple([take_apart(item, tensors, ints, floats) for item in value]))
     if isinstance(value, tuple):
         return ("named", type(value), tuple([take_apart(item, tensors, ints, floats) for item in value]))
     if _is_data(value):
@@ -161,15 +177,50 @@ def put_together(structure: Structure, leaf: Callable[[Structure], Any]) -> Any:
         return dict(zip(structure[1], items))  # noqa: B905 - Dynamo traces this
     if kind == "named":
         return _named(structure[1], items)
+    if kind == "size":
+        return torch.Size(items)
     if kind == "node":
         return _torch.PYTREE_NODES[structure[1]].unflatten_fn(items, structure[2])
+    if kind == "made":
+        return getattr(makers, structure[1])(items, structure[2])
     return _dataclass(structure[1], structure[2], items)
 
 
+class _Makers:
+    """How nodes of pytree are put together, by a name for each class."""
+
+
+makers = _Makers()
+
+
+def remembers_code(structure: Structure) -> bool:
+    """Whether a node of pytree has a function or a class besides its children, as a ``defaultdict`` has."""
+    if structure[0] in LEAVES:
+        return False
+    code = (FunctionType, BuiltinFunctionType, type)
+    if structure[0] == "node" and next(instances_in(structure[2], code), None) is not None:
+        return True
+    return any(map(remembers_code, structure[-1]))
+
+
+def for_dynamo(structure: Structure) -> Structure:
+    """The same structure without the classes of pytree's nodes.
+
+    Dynamo guards on a class with which it looks something up, and a class that only a result has brought cannot be
+    guarded.
+    """
+    if structure[0] in LEAVES:
+        return structure
+    inner = tuple([for_dynamo(item) for item in structure[-1]])
+    if structure[0] != "node":
+        return (*structure[:-1], inner)
+    name = f"of_{id(structure[1])}"
+    setattr(makers, name, _torch.PYTREE_NODES[structure[1]].unflatten_fn)
+    return ("made", name, structure[2], inner)
+
+
 def _named(kind: Any, items: Sequence[Any]) -> Any:
-    """A named tuple, a ``torch.return_types`` result such as that of ``topk``, or a size."""
-    if kind is torch.Size:
-        return torch.Size(items)
+    """A named tuple, or a ``torch.return_types`` result such as that of ``topk``."""
     if torch.compiler.is_dynamo_compiling() or hasattr(kind, "_fields"):
         return tuple.__new__(kind, items)  # calling the class needs a guard, and the class of a result has no source
     return kind(items)  # torch's classes can only be made like this
@@ -224,7 +275,7 @@ def in_words(structure: Structure) -> str:
     items = [in_words(item) for item in structure[-1]]
     if kind == "list":
         return f"[{', '.join(items)}]"
-    if kind == "tuple":
+    if kind in ("tuple", "size"):
         return f"({', '.join(items)}{',' * (len(items) == 1)})"
     if kind == "dict":
         return f"{{{', '.join(f'{key!r}: {item}' for key, item in zip(structure[1], items, strict=True))}}}"

@@ -77,6 +77,8 @@ def _differs(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> tor
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_quantized:  # its memory cannot be viewed as integers: some views of it end the process
+        tensor = tensor.dequantize()
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 

@@ -928,3 +928,57 @@ def test_parameter_that_is_swapped(make: MakeGraph, device: torch.device) -> Non
     graph.reset()
     with pytest.raises(ReplayError, match="nothing was captured"):
         graph.check()
+
+
+def test_an_argument_that_lies_otherwise(make: MakeGraph, device: torch.device) -> None:
+    """An eager function that gives an argument another shape or other strides is an error: a replay would do so again."""
+
+    @eager_on_graph(mutates_args=("x",))
+    def first_column(x: Tensor) -> None:
+        x.t_()
+        x[0] = 5
+
+    @eager_on_graph(mutates_args=("x",))
+    def first_column_and_back(x: Tensor) -> None:
+        first_column.run_eager(x)
+        x.t_()
+
+    x = torch.randn(2, 3, device=device)
+    with pytest.raises(CaptureError, match="first_column: it changed the shape, the strides"), capture(make()):
+        first_column(x.sin())
+    graph = make()
+    with capture(graph):
+        y = x.sin()
+        first_column_and_back(y)
+        z = y * 2
+    for _ in range(3):
+        want = x.copy_(torch.randn(2, 3)).sin()
+        want[:, 0] = 5
+        graph.replay()
+        assert torch.equal(z, want * 2)
+
+
+@pytest.mark.parametrize("iterating", [iter, lambda parts: (part for part in parts)])
+def test_an_iterator_that_is_used_up(
+    make: MakeGraph, device: torch.device, iterating: Callable[[list[Tensor]], Iterator[Tensor]]
+) -> None:
+    """An iterator that its eager function uses up is an error: a replay would find nothing in it."""
+
+    @eager_on_graph
+    def added(x: Tensor, parts: Iterator[Tensor]) -> Tensor:
+        return x + sum(parts)
+
+    @eager_on_graph
+    def next_of(parts: Iterator[Tensor]) -> Tensor:
+        return next(parts).clone()
+
+    x = torch.randn(3, device=device)
+    with pytest.raises(CaptureError, match="added has used up an argument, a "), capture(make()):
+        added(x, iterating([x.sin(), x.cos()]))
+    batches, graph = [torch.full_like(x, number) for number in range(4)], make()
+    given = iterating(batches)
+    with capture(graph):
+        y = next_of(given) * 2
+    for batch in batches[1:]:
+        graph.replay()
+        assert torch.equal(y, batch * 2)

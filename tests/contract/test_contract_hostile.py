@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import breakable_backend
 import silly
-from breakable_backend import InternalError, _torch, backend
+from breakable_backend import BreakableCUDAGraph, CaptureError, InternalError, _torch, backend, capture
 from checks import assert_same
 
 
@@ -366,3 +366,43 @@ def test_address_that_is_used_again(device: torch.device, options: dict[str, Any
             assert compiled(x)[0].item() == (call + 1) * 2
             assert x[0].item() == call + 1
             del x
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize("debug", [None, "compare"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_quantised_tensors(device: torch.device, options: dict[str, Any], fixed: bool, debug: str | None) -> None:
+    """A graph that makes quantised tensors, which tracing takes for floats, runs as traced, with that reason."""
+    zero = torch.zeros((), dtype=torch.int32, device=device)
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, point = (0.02, 3) if fixed else (x.abs().max() / 100, zero)
+        made = torch.quantize_per_tensor(x.sin(), scale, point, torch.qint8)
+        return made, made.dequantize() + tripled(x + 1)
+
+    compiled = torch.compile(model, backend="breakable_cg", options={**options, "debug": debug})
+    with torch.no_grad():
+        for call in range(5):
+            x = torch.randn(4, 6, device=device) * (call + 1)
+            (mine, mine_sum), (theirs, their_sum) = compiled(x), model(x)
+            assert mine.dtype is torch.qint8
+            assert torch.equal(mine, theirs)
+            assert torch.equal(mine_sum, their_sum)
+    assert "it makes quantised tensors, which tracing takes for floats" in str(breakable_backend.explain(compiled))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+def test_quantised_tensors_under_capture(device: torch.device, kind: str) -> None:
+    """A scale that depends on values is an error, and a number is captured."""
+    x, zero = torch.randn(4, device=device), torch.zeros((), dtype=torch.int32, device=device)
+    with torch.no_grad():
+        refused = BreakableCUDAGraph(driver=kind)
+        with pytest.raises(CaptureError, match="a replay would not renew its scale"), capture(refused):
+            torch.quantize_per_tensor(x, x.abs().max() / 100, zero, torch.qint8)
+        graph = BreakableCUDAGraph(driver=kind)
+        with capture(graph):
+            y = torch.quantize_per_tensor(x, 0.02, 3, torch.qint8).dequantize() + 1
+        for _ in range(3):
+            x.copy_(torch.randn(4))
+            graph.replay()
+            assert torch.equal(y, torch.quantize_per_tensor(x, 0.02, 3, torch.qint8).dequantize() + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
@@ -902,6 +903,93 @@ def test_pytree_nodes(compile_with: Callable[..., Any], device: torch.device) ->
         x = torch.randn(4, device=device)
         assert close(compiled(x), model(x))
         assert runs[-1] == ("a", "Point")
+
+
+class Tray:
+    """A class that pytree knows, and that no code of these tests passes to a function."""
+
+    def __init__(self, inner: Tensor, label: Any) -> None:
+        self.inner, self.label = inner, label
+
+
+torch.utils._pytree.register_pytree_node(
+    Tray, lambda tray: ([tray.inner], tray.label), lambda items, label: Tray(next(iter(items)), label)
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: collections.OrderedDict(b=x * 2, a=x),
+        lambda x: collections.deque([x * 2, x], maxlen=3),
+        lambda x: [x.shape, x * 2],
+        lambda x: Tray(x * 2, ("b", torch.float32)),
+    ],
+)
+def test_containers_that_only_a_result_brings(
+    options: dict[str, Any], backend: str, make: Callable[[Tensor], Any], device: torch.device
+) -> None:
+    """A result may be a container that pytree knows, also if no argument is one of its class."""
+    marked = eager_on_graph(make)
+    given = {"options": options} if backend == "breakable_cg" else {}
+    compiled = torch.compile(lambda x: marked(x.sin() + 1), backend=backend, fullgraph=True, **given)
+    for _ in range(4):
+        x = torch.randn(3, device=device)
+        got, want = compiled(x), make(x.sin() + 1)
+        assert type(got) is type(want)
+        (mine, how), (theirs, wanted) = map(torch.utils._pytree.tree_flatten, (got, want))
+        assert how == wanted
+        assert all(a == b if type(a) is int else torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_container_that_holds_a_class(compile_ours: Callable[..., Any], device: torch.device) -> None:
+    """A ``defaultdict`` holds the class of its defaults, which compiled code cannot: a graph break, with that reason."""
+    marked = eager_on_graph(lambda x: collections.defaultdict(list, a=x * 2))
+    compiled = compile_ours(lambda x: marked(x.sin() + 1))
+    for _ in range(4):
+        x = torch.randn(3, device=device)
+        got = compiled(x)
+        assert got["b"] == []
+        assert torch.equal(got["a"], (x.sin() + 1) * 2)
+    assert "a container that holds a function or a class" in str(explain(compiled))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.t_(),
+        lambda x: x.unsqueeze_(0),
+        lambda x: x.resize_(1, 3),
+        lambda x: x.set_(torch.rand_like(x)),
+        lambda x: setattr(x, "data", torch.rand_like(x)),
+    ],
+)
+def test_an_argument_that_lies_otherwise(
+    compile_ours: Callable[..., Any], change: Callable[[Tensor], Any], device: torch.device
+) -> None:
+    """A call that gives an argument another shape, other strides or other memory is a graph break, with that reason."""
+
+    def changed(x: Tensor) -> None:
+        change(x)
+
+    marked = eager_on_graph(mutates_args=("x",))(changed)
+
+    def model(function: Callable[[Tensor], None], x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin() + 1
+        function(y)
+        return y.cos() * 2, y
+
+    compiled = compile_ours(functools.partial(model, marked))
+    for call in range(5):
+        x = torch.randn(2, 3, device=device)
+        torch.manual_seed(call)
+        want = model(changed, x)
+        torch.manual_seed(call)
+        got = compiled(x)
+        assert [part.stride() for part in got] == [part.stride() for part in want]
+        assert all(map(torch.equal, got, want))
+    assert "it changed the shape, the strides or the memory of a tensor" in str(explain(compiled))
 
 
 class Opaque:

@@ -993,6 +993,15 @@ def test_difference_of_bits(device: torch.device, dtype: torch.dtype) -> None:
     assert (found.count, found.max_abs, found.first) == (2, INF, (1,))
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+def test_difference_of_quantised(device: torch.device) -> None:
+    """Quantised tensors are compared by the values that they stand for."""
+    want = torch.quantize_per_tensor(torch.tensor([1.0, 2.0], device=device), 0.5, 0, torch.qint8)
+    got = torch.quantize_per_tensor(torch.tensor([1.0, 3.0], device=device), 0.5, 0, torch.qint8)
+    assert difference(want.clone(), want) is None
+    assert str(difference(got, want)).startswith("1 of 2 elements differ, by at most 1 ")
+
+
 def test_difference_of_others(device: torch.device) -> None:
     """Integers and bools by value, whatever the tolerance; another layout of the same values is no difference."""
     want = torch.tensor([[1, 2], [3, 4]], device=device)
