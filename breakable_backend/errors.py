@@ -130,9 +130,9 @@ def shown(value: Any) -> str:
 
 
 def optimizer_runs() -> bool:
-    """Whether code of ``torch.optim`` is running in this thread."""
+    """Whether a step of an optimizer of ``torch.optim`` is running in this thread."""
     folder = os.path.join(files.TORCH, "optim", "")
-    return any(file.startswith(folder) for file, _, _ in _frames(None))
+    return any(name == "step" and file.startswith(folder) for file, _, name in _frames(None))
 
 
 def _is_users(file: str) -> bool:

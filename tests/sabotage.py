@@ -555,6 +555,20 @@ FAULTS = (
         "test_sweep.py::test_gradients_as_eager[cpu-masked_fill]",
     ),
     Fault(
+        "an-lstm-on-the-host-is-captured",
+        "_torch.autograd:_OTHER_FOR_FAKES_OF_THE_HOST",
+        '"MkldnnRnnLayerBackward0"',
+        '""',
+        "test_training.py::test_recurrent_layers[cpu-LSTM]",
+    ),
+    Fault(
+        "an-average-of-weights-is-taken-for-an-optimizer",
+        "errors:optimizer_runs",
+        "name == 'step' and file.startswith(folder)",
+        "file.startswith(folder)",
+        "test_capture.py::test_an_average_of_weights_that_counts_on_the_device",
+    ),
+    Fault(
         "gradients-of-kernels-are-lost",
         "_torch.autograd:traced_otherwise",
         "name == 'torch::autograd::WarnNotImplemented'",

@@ -141,7 +141,13 @@ def adds_gradients(node: fx.Node) -> bool:
 
 
 _OTHER_FOR_FAKES = {"ProdBackward0", "ProdBackward1", "CumprodBackward0", "OrmqrBackward0"}
-_OTHER_FOR_FAKES_OF_THE_HOST = {"MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0"}
+_OTHER_FOR_FAKES_OF_THE_HOST = {
+    "MaxBackward1",
+    "MedianBackward0",
+    "MinBackward1",
+    "MkldnnRnnLayerBackward0",
+    "NanmedianBackward0",
+}
 
 
 def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
@@ -151,7 +157,8 @@ def traced_otherwise(outputs: Sequence[torch.Tensor]) -> str:
     differently. The gradient of ``ormqr`` has another layout. The gradient of the value of ``masked_fill`` adds up what
     the mask selects, and for a fake tensor everything, with zeros in between. On the host, the gradient of a ``max`` of
     all elements is scattered, and for a fake tensor multiplied with a mask, which gives ``-0.0``. Found by ``make sweep``
-    on torch 2.13. An op without a kernel for autograd has the gradients of the ops that its own kernel calls, and none
+    on torch 2.13. The kernel of an LSTM on the host makes what its gradient needs under grad mode only, and the two halves
+    run outside of it. An op without a kernel for autograd has the gradients of the ops that its own kernel calls, and none
     for fake tensors.
     """
     for node in nodes_behind(output.grad_fn for output in outputs):

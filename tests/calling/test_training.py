@@ -2024,6 +2024,31 @@ def test_formulas_that_are_traced_otherwise(
         assert torch.equal(got.signbit(), want.signbit())
 
 
+@torch._dynamo.config.patch(allow_rnn=True)
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_recurrent_layers(kind: str, device: torch.device, options: dict[str, Any]) -> None:
+    """Line 1: recurrent layers train as in eager. On the host, an LSTM saves nothing for its gradient without grad mode."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = getattr(nn, kind)(4, 3, num_layers=2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0].sin()
+
+    def step(function: Any, module: nn.Module) -> Tensor:
+        module.zero_grad()
+        loss = function(torch.rand(2, 5, 4, device=device)).square().mean()
+        loss.backward()
+        descend(module)
+        return loss.detach()
+
+    programs = assert_trains(Recurrent(), step, device, options)
+    if kind != "LSTM":
+        assert_replays(programs, 3)
+
+
 @eager_on_graph
 def halved(x: Tensor) -> tuple[Tensor, int]:
     return x / 2, len(x)

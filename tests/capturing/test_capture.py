@@ -885,6 +885,15 @@ def test_an_optimizer_that_counts_on_the_host(optimizer: Any) -> None:
         step(steps)
 
 
+def test_an_average_of_weights_that_counts_on_the_device() -> None:
+    """No optimizer runs where an average of weights reads its count: the cure is not an option of the optimizer."""
+    layer, graph = nn.Linear(4, 4), BreakableCUDAGraph(driver="tape")
+    average = torch.optim.swa_utils.AveragedModel(layer)
+    with pytest.raises(CaptureError, match=r"reads a value on the host") as raised, capture(graph):
+        average.update_parameters(layer)
+    assert "eager_on_graph" in str(raised.value) and "capturable" not in str(raised.value)
+
+
 # --- streams, on a GPU only -------------------------------------------------------------------------------------------------
 
 
