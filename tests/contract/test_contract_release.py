@@ -17,7 +17,6 @@ import breakable_backend
 import silly
 from breakable_backend.calling.registry import executors_of
 from breakable_backend.drivers import CaptureDriver
-from breakable_backend.errors import OptionsError
 from checks import assert_same, compile_both, program_of
 from gpu import settled
 
