@@ -486,9 +486,8 @@ class _OngoingCapture:
                     call.check()
                     args, kwargs = call.arguments()
                 leaves = pytree.tree_leaves((args, dict(kwargs)))
-                filled = [
-                    leaf for leaf in leaves if has_memory(leaf) and leaf.numel()
-                ]  # not those that out= may resize
+                # An op may resize an empty tensor that it gets as out=.
+                filled = [leaf for leaf in leaves if has_memory(leaf) and leaf.numel()]
                 lying = where_they_lie(filled)
                 with _torch.without_observers():
                     result = run(*args, **kwargs)
