@@ -55,7 +55,7 @@ from breakable_backend.marks.functions import Mark
 from breakable_backend.marks.marking import marked_composites, marked_functions
 from breakable_backend.marks.results import Unholdable
 from breakable_backend.marks.rules import live_reason
-from breakable_backend.marks.structure import MOVED_AN_ARGUMENT, where_they_lie
+from breakable_backend.marks.structure import LEAVE_IT_IN_PLACE, where_they_lie
 from breakable_backend.options import Options
 from breakable_backend.recordings.checks import places_of
 from breakable_backend.recordings.copies import Bridge
@@ -495,10 +495,17 @@ class _OngoingCapture:
                 active.handler.reset(token)
             apart = isinstance(replayed, gradients.Backward)
             if lying != where_they_lie(filled):
-                raise CaptureError(f"{name}: {MOVED_AN_ARGUMENT[0]}", where=reason.source, fix=MOVED_AN_ARGUMENT[1])
+                raise CaptureError(
+                    f"{name} changed the shape, the strides or the memory of a tensor that it was given",
+                    where=reason.source,
+                    fix=LEAVE_IT_IN_PLACE,
+                )
             for kind in (type(one).__name__ for one in iterators if _is_spent(one)):
-                what = f"{name} has used up an argument, a {kind}, which each replay would find empty"
-                raise CaptureError(what, where=reason.source, fix="pass a list or a tuple")
+                raise CaptureError(
+                    f"{name} used up an argument, a {kind}, which each replay would find empty",
+                    where=reason.source,
+                    fix="pass a list or a tuple",
+                )
             try:
                 result = on_known_memory(result, taken)
             except Unholdable as error:

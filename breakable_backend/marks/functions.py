@@ -41,6 +41,7 @@ from breakable_backend.marks.call_sites import Mark as Mark
 from breakable_backend.marks.changes import looking_at
 from breakable_backend.marks.learning import WITHOUT_FULLGRAPH, Asked, Given
 from breakable_backend.marks.structure import (
+    LEAVE_IT_IN_PLACE,
     MOVED_AN_ARGUMENT,
     Structure,
     contents,
@@ -477,7 +478,7 @@ def _learn(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learned.why_not = CHANGED_A_CONTAINER
         return holder[0]
     if lying != where_they_lie(passed):
-        learned.why_not, learned.cure = MOVED_AN_ARGUMENT
+        learned.why_not, learned.cure = MOVED_AN_ARGUMENT, LEAVE_IT_IN_PLACE
         return holder[0]
     if written():
         learned.why_not = WROTE_AN_ARGUMENT

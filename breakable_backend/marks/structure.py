@@ -91,11 +91,12 @@ def where_they_lie(tensors: Sequence[torch.Tensor]) -> list[Any]:
     return [(_torch.storage_key(one), Geometry.of(one).in_memory) for one in tensors if has_memory(one)]
 
 
-MOVED_AN_ARGUMENT = (
-    "it changed the shape, the strides or the memory of a tensor that it was given",
-    "return a view in its place, such as x.t() for x.t_(), or write values, such as x.copy_(y) for x.data = y",
+MOVED_AN_ARGUMENT = "it changed the shape, the strides or the memory of a tensor that it was given"
+"""Why a call is no eager step."""
+LEAVE_IT_IN_PLACE = (
+    "return a view in its place, such as x.t() for x.t_(), or write values, such as x.copy_(y) for x.data = y"
 )
-"""Why a call is no eager step, and what to do about it."""
+"""What to do about it."""
 
 
 def is_still(now: Sequence[Any], before: Sequence[Any]) -> bool:

@@ -519,6 +519,9 @@ CASES: dict[str, Case] = {
         + returns("x * weight", fake="lambda x: torch.empty_like(x)")
     ),
     "an object that compiled code cannot hold": Case(returns("object()")),
+    "a container that holds a function or a class, such as a defaultdict": Case(
+        returns("__import__('collections').defaultdict(list, a=x * 2)")
+    ),
     "a number or string of a subclass, which compiled code cannot hold": Case(
         returns("__import__('numpy').float64(1.5)")
     ),
@@ -587,6 +590,10 @@ CASES: dict[str, Case] = {
     "changes the shape or the strides of a tensor from outside, which a replay would not": Case(
         in_body("x.unsqueeze_(0)  # here")
     ),
+    "changed the shape, the strides or the memory of a tensor that it was given": Case(
+        in_body("eager_on_graph(mutates_args=('y',))(lambda y: y.unsqueeze_(0))(x + 1)  # here")
+    ),
+    "which each replay would find empty": Case(in_body("eager_on_graph(sum)(iter([x, x]))  # here")),
     "was called under a transform of torch.func, inside a capture": Case(
         in_body("torch.func.vmap(eager_on_graph(plain))(x)  # here")
     ),
