@@ -96,11 +96,14 @@ def schema_name(op: Any) -> str:
     return op._overloadpacket._qualified_op_name if isinstance(op, OpOverload) else ""
 
 
+_QUANTISERS = aten("quantize_per_tensor quantize_per_tensor_dynamic quantize_per_channel")
+
+
 def makes_quantised(target: Any) -> bool:
     """Whether an op, or a function of torch's that stands in Dynamo's graph for one, makes quantised tensors."""
-    if isinstance(target, BuiltinFunctionType):
-        return target.__name__.startswith("quantize_per_") and getattr(torch, target.__name__, None) is target
-    return any(schema_name(op).startswith("aten::quantize_per_") for op in overloads(target))
+    if isinstance(target, BuiltinFunctionType) and getattr(torch, target.__name__, None) is target:
+        return f"aten::{target.__name__}" in _QUANTISERS
+    return any(schema_name(op) in _QUANTISERS for op in overloads(target))
 
 
 def op_names() -> list[str]:
