@@ -101,8 +101,9 @@ _QUANTISERS = aten("quantize_per_tensor quantize_per_tensor_dynamic quantize_per
 
 def makes_quantised(target: Any) -> bool:
     """Whether an op, or a function of torch's that stands in Dynamo's graph for one, makes quantised tensors."""
-    if isinstance(target, BuiltinFunctionType) and getattr(torch, target.__name__, None) is target:
-        return f"aten::{target.__name__}" in _QUANTISERS
+    if isinstance(target, BuiltinFunctionType):
+        name = target.__name__
+        return f"aten::{name}" in _QUANTISERS and getattr(torch, name, None) is target
     return any(schema_name(op) in _QUANTISERS for op in overloads(target))
 
 
