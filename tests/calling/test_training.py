@@ -2024,6 +2024,7 @@ def test_formulas_that_are_traced_otherwise(
         assert torch.equal(got.signbit(), want.signbit())
 
 
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")  # torch, once traced
 @torch._dynamo.config.patch(allow_rnn=True)
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_recurrent_layers(kind: str, device: torch.device, options: dict[str, Any]) -> None:
