@@ -844,6 +844,7 @@ def run_into(case: Case, patch: pytest.MonkeyPatch, folder: Path) -> tuple[Break
     scope = {"torch": torch, "silly": silly, "__name__": "model", **names}
     with torch.no_grad(), pytest.raises(BreakableError) as caught:
         exec(compile(source, "model.py", "exec"), scope)
+    scope.clear()  # Dynamo's guards hold it for ever, and what later tests look for with it
     return caught.value, source
 
 
