@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,3 +30,15 @@ def soon(condition: Callable[[], bool]) -> bool:
 def settled(driver: CaptureDriver) -> bool:
     """Whether a driver has nothing left, at once or soon."""
     return soon(lambda: driver.live_blocks() == driver.pool_bytes() == 0)
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """Have this process no more than ``size`` bytes of the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

