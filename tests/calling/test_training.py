@@ -2046,7 +2046,7 @@ def test_recurrent_layers(kind: str, device: torch.device, options: dict[str, An
         return loss.detach()
 
     programs = assert_trains(Recurrent(), step, device, options)
-    if kind != "LSTM" and device.type == "cpu":
+    if kind != "LSTM" and device.type == "cpu":  # AOTAutograd does not take those of cuDNN
         assert_replays(programs, 3)
 
 
